@@ -16,7 +16,6 @@ from sidecar.backends.checks import staged
 from sidecar.backends.checks.finding import State
 from sidecar.backends.vllm.checks import runs
 from sidecar.lab.engine.openai import adapters as emulated_adapters
-from sidecar.lab.engine.openai import app as emulated_app
 from tests.kit.looking import TINY_BASE, look_at_vllm, vllm_and_target, worse
 from tests.kit.peft_files import write_adapter
 from tests.kit.serving import PATIENCE_S
@@ -83,10 +82,9 @@ async def test_started_without_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("trusted", [False, True])
-async def test_an_old_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: bool) -> None:
+async def test_an_old_version(tmp_path: Path, trusted: bool) -> None:
     """It is refused, with the issue's number; one that is used all the same warns and is tried."""
-    monkeypatch.setattr(emulated_app, "VERSION", "0.31.1")
-    async with vllm_and_target(tmp_path) as engine:
+    async with vllm_and_target(tmp_path, vllm_version="0.31.1") as engine:
         found = await look_at_vllm(replace(engine.target, old_versions=trusted))
         assert found["version"].state is (State.WARNING if trusted else State.FAILED)
         assert "vllm#47724" in found["version"].text

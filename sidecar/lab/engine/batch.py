@@ -87,6 +87,9 @@ class Planning(Protocol):
     def lose_idle_adapters(self) -> None:
         """Evict from the host cache every adapter that no request holds."""
 
+    def remove_adapter(self, task_id: int) -> bool:
+        """Remove an adapter from the engine's memory; return False if it is not there, or the engine cannot."""
+
     def drain_reads(self) -> list[int]:
         """Return the adapters that the last plan read from files; none if requests bring them."""
 

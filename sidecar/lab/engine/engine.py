@@ -121,6 +121,15 @@ class Engine:
         self._planner.died = text
         self._is_settled = False
 
+    def remove_adapter(self, task_id: int, now_ns: int) -> bool:
+        """Remove an adapter from a vLLM engine's memory, as its Rust front end asks; return False if it is not there.
+
+        One in use is read again for the next step.
+        """
+        self._catch_up(now_ns)
+        self._disturb(now_ns)
+        return self._planner.remove_adapter(task_id)
+
     def lose_idle_adapters(self) -> None:
         """Inject a fault: evict every adapter from the host cache that no request holds."""
         self._planner.lose_idle_adapters()

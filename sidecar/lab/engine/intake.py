@@ -63,6 +63,10 @@ class Intake(ABC):
         if self.peft is not None:
             self.peft.host.evict_done()
 
+    def remove_adapter(self, task_id: int) -> bool:
+        """Return False: this engine only evicts."""
+        return False
+
     def drain_reads(self) -> list[int]:
         """Return nothing: requests bring their adapters."""
         return []

@@ -23,6 +23,7 @@ from sidecar.lab.engine.waiting import WaitingQueue
 from sidecar.pace.cost import StepCost
 
 ENGINE_DIED = "EngineCore encountered an issue. See stack trace (above) for the root cause."
+"""What the engine says; what a client is told differs by version and front end."""
 
 
 @dataclass(slots=True, eq=False)
@@ -91,6 +92,10 @@ class VllmIntake(ABC):
         """Register an adapter and load it at once."""
         self._register(task_id, rows, payload)
         self._slots.load(task_id)
+
+    def remove_adapter(self, task_id: int) -> bool:
+        """Remove an adapter from the GPU and the CPU cache; return False if it is in neither."""
+        return self._slots.remove(task_id)
 
     def lose_idle_adapters(self) -> None:
         """Do nothing: vLLM by itself finds an adapter again that left its CPU cache."""
@@ -200,6 +205,11 @@ class VllmIntake(ABC):
     def _modules(self, task_id: int) -> int:
         return self._registered[task_id].modules
 
+    def _change(self, entering: Collection[int], leaving: Collection[int]) -> Moved:
+        """Change which adapters are in use, and bring those back that are and were removed; return what moved."""
+        moved, again = self._slots.change(entering, leaving), self._slots.bring_again()
+        return Moved(moved.read + again, moved.copied + again)
+
     def _moved_ns(self, moved: Moved) -> int:
         """Return the time of all reads and copies, for which a step waits one after another."""
         sizes = self._registered
@@ -249,6 +259,8 @@ class AdapterSlots:
         self._gpu_size = on_gpu
         self._cpu_size = on_cpu
         self._in_use: dict[int, None] = {}
+        self._removed: set[int] = set()
+        """Removed ones that are in use."""
         # Not in use, least recently used first: on the GPU, and on the CPU only.
         self._gpu: OrderedDict[int, None] = OrderedDict()
         self._cpu: OrderedDict[int, None] = OrderedDict()
@@ -271,7 +283,10 @@ class AdapterSlots:
         moved = Moved([], [])
         for task_id in leaving:
             del self._in_use[task_id]
-            self._gpu[task_id] = None
+            if task_id in self._removed:
+                self._removed.discard(task_id)
+            else:
+                self._gpu[task_id] = None
         for task_id in entering:
             if task_id not in self._in_use:
                 self._bring(task_id, moved)
@@ -287,6 +302,19 @@ class AdapterSlots:
             self._gpu[task_id] = None
             self._shrink()
         return moved
+
+    def remove(self, task_id: int) -> bool:
+        """Remove an adapter; return False if it is not here. One that is in use is needed again by the next step."""
+        if task_id in self._in_use:
+            self._removed.add(task_id)
+            return True
+        return any(tier.pop(task_id, 0) is None for tier in (self._gpu, self._cpu))
+
+    def bring_again(self) -> list[int]:
+        """Bring the removed ones that are in use back, and return them: they are read and copied."""
+        again = sorted(self._removed)
+        self._removed.clear()
+        return again
 
     def _bring(self, task_id: int, moved: Moved) -> None:
         if task_id in self._gpu:

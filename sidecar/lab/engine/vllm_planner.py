@@ -47,7 +47,7 @@ class VllmPlanner(VllmIntake):
             return None
         # The adapters of all running sequences, including those that got none of the step's tokens.
         in_use = {sequence.task_id for sequence in self._running if sequence.task_id is not None}
-        moved = self._slots.change(sorted(in_use - self._in_use), sorted(self._in_use - in_use))
+        moved = self._change(sorted(in_use - self._in_use), sorted(self._in_use - in_use))
         self._in_use = in_use
         return Batch(self._completing(), self._step(), 0, self._loading_ns + self._moved_ns(moved))
 

@@ -56,7 +56,7 @@ class VllmRoster(VllmIntake):
             self._schedule_waiting()
         if not self._begun and not self._reading and not self._loading:
             return None
-        moved = self._slots.change(*map(sorted, self._adapters.drain_changes()))
+        moved = self._change(*map(sorted, self._adapters.drain_changes()))
         repeats = self._repeats() if is_complete and not self._reading and not self._loading else 0
         completing = (sequence for sequence, tokens in self._reading if sequence.computed + tokens == sequence.length)
         ids = tuple(sequence.request_id for sequence in completing)

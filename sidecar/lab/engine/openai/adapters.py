@@ -23,7 +23,7 @@ from sidecar.lab.engine.spec import EngineSpec
 class Copy:
     """An adapter in the engine: its number there, the path it was read from, and its content.
 
-    `users` counts the requests that use it. A copy loaded `in_place` is read again for every step (0.32.0). `is_new`
+    `users` counts the requests that use it. A copy with `in_place` is read again for every step. `is_new`
     holds until the engine has taken what the load call read.
     """
 
@@ -67,8 +67,11 @@ class Adapters:
     """The adapters that have names, and the calls that load and unload them.
 
     `put` hands a copy to the engine and returns once it has it; it raises ApiError if the engine refuses it. Each load
-    takes `load_s` seconds in addition.
+    takes `load_s` seconds in addition. With `keeps_in_place`, as in 0.32, an adapter that was loaded in place is read
+    again for every step.
     """
+
+    keeps_in_place = False
 
     def __init__(
         self,
@@ -89,14 +92,14 @@ class Adapters:
 
     async def load(self, fields: LoadFields) -> str:
         """Give an adapter a name and bring it to the engine; return the message for the client. Raises ApiError."""
-        name, path = fields.lora_name, fields.lora_path
+        name = fields.lora_name
         async with self._locks[name]:
-            self._check_load(fields)
+            path = self._check_load(fields)
             adapter = await asyncio.to_thread(self._read, name, path)
             if self._load_s:
                 await asyncio.sleep(self._load_s)
             copy = self._copy_of(name, path, adapter)
-            copy.in_place = fields.load_inplace
+            copy.in_place = fields.load_inplace and self.keeps_in_place
             copy.is_named = True
             try:
                 await self._put(copy)
@@ -115,9 +118,7 @@ class Adapters:
                 raise input_error("'lora_name' needs to be provided to unload a LoRA adapter.")
             if name not in self.copies:
                 raise not_found(f"The lora adapter '{name}' cannot be found.")
-            copy = self.copies.pop(name)
-            copy.is_named = False
-            copy.drop_if_unused()
+            self._forget(name)
         return f"Success: LoRA adapter '{name}' removed successfully."
 
     def find(self, model: str | None) -> Copy | None:
@@ -129,7 +130,13 @@ class Adapters:
             raise not_found(f"The model `{model}` does not exist. Valid aliases: {aliases}.", "model")
         return self.copies[model]
 
-    def _check_load(self, fields: LoadFields) -> None:
+    def _forget(self, name: str) -> None:
+        copy = self.copies.pop(name)
+        copy.is_named = False
+        copy.drop_if_unused()
+
+    def _check_load(self, fields: LoadFields) -> str:
+        """Return the path that the engine gets."""
         name = fields.lora_name
         if not name or not fields.lora_path:
             raise input_error("Both 'lora_name' and 'lora_path' must be provided.")
@@ -140,16 +147,23 @@ class Adapters:
                 f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set "
                 "'load_inplace' to True."
             )
+        return fields.lora_path
 
     def _read(self, name: str, path: str) -> Adapter:
         if name in self._fail_load:
-            raise worker_failed("CUDA out of memory.")
+            raise self._not_read(name, "CUDA out of memory.")
         try:
             return read_adapter(name, path, self._spec)
         except FileNotFoundError as error:
-            raise not_found(f"Loading lora {name} failed: No adapter found for {path}") from error
+            raise self._no_adapter(name, path) from error
         except BadAdapter as error:
-            raise worker_failed(str(error)) from error
+            raise self._not_read(name, str(error)) from error
+
+    def _not_read(self, name: str, cause: str) -> ApiError:
+        return worker_failed(cause)
+
+    def _no_adapter(self, name: str, path: str) -> ApiError:
+        return not_found(f"Loading lora {name} failed: No adapter found for {path}")
 
     def _copy_of(self, name: str, path: str, adapter: Adapter) -> Copy:
         """Return a new copy; for a load in place, the changed existing one."""

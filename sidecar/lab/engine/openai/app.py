@@ -29,11 +29,9 @@ from sidecar.lab.engine.openai.fields import (
 from sidecar.lab.engine.openai.loop import VllmDriver
 from sidecar.lab.engine.openai.metrics import CONTENT_TYPE, Metrics
 from sidecar.lab.engine.openai.options import VllmOptions
+from sidecar.lab.engine.openai.rust import BODY_BYTES_MAX
 from sidecar.lab.engine.openai.serving import Serving
 from sidecar.lab.engine.tokens import ByteTokenizer
-
-VERSION = "0.32.0"
-"""The vLLM version with which the behaviour was compared."""
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -68,7 +66,8 @@ class Routes:
         gets |= {"/metrics": self._scrape}
         routes = [Route(path, self._guarded(endpoint), methods=["POST"]) for path, endpoint in posts.items()]
         routes += [Route(path, self._guarded(endpoint), methods=["GET"]) for path, endpoint in gets.items()]
-        routes.append(Route("/ping", self._guarded(self._health), methods=["GET", "POST"]))
+        if not self._options.rust_frontend:
+            routes.append(Route("/ping", self._guarded(self._health), methods=["GET", "POST"]))
         return Starlette(routes=routes, exception_handlers={HTTPException: _framework_error})
 
     def _guarded(self, endpoint: Endpoint) -> Endpoint:
@@ -76,6 +75,7 @@ class Routes:
             if not self._may_enter(request):
                 return _json({"error": "Unauthorized"}, 401)
             try:
+                self._check_size(request)
                 return await endpoint(request)
             except ApiError as error:
                 if isinstance(error, EngineDead):
@@ -83,6 +83,11 @@ class Routes:
                 return _json(error.content, error.status)
 
         return guarded
+
+    def _check_size(self, request: Request) -> None:
+        """Refuse a large body unread; the server then closes the connection under it."""
+        if self._options.rust_frontend and int(request.headers.get("content-length", 0)) > BODY_BYTES_MAX:
+            raise ApiError("Failed to buffer the request body: length limit exceeded", kind="Bad Request")
 
     def _may_enter(self, request: Request) -> bool:
         key = self._options.api_key
@@ -95,24 +100,30 @@ class Routes:
         return Response(status_code=503 if self._driver.is_dead else 200)
 
     async def _version(self, request: Request) -> Response:
-        return _json({"version": VERSION})
+        version = self._options.vllm_version
+        return _json({"version": version} | ({"rust_frontend_version": version} if self._options.rust_frontend else {}))
 
     async def _scrape(self, request: Request) -> Response:
         return Response(self._metrics.scrape(), headers={"content-type": CONTENT_TYPE})
 
     async def _models(self, request: Request) -> Response:
         names = self._options.names
-        cards = [_card(name, self._root, None, self._longest) for name in names]
-        cards += [_card(copy.name, copy.path, names[0], None) for copy in self._serving.adapters.copies.values()]
+        card = _rust_card if self._options.rust_frontend else _card
+        cards = [card(name, self._root, None, self._longest) for name in names]
+        cards += [card(copy.name, copy.path, names[0], None) for copy in self._serving.adapters.copies.values()]
         return _json({"object": "list", "data": cards})
 
     async def _load(self, request: Request) -> Response:
         fields = read_fields(LoadFields, await _content(request))
-        return Response(await self._serving.adapters.load(fields))
+        return self._done(await self._serving.adapters.load(fields))
 
     async def _unload(self, request: Request) -> Response:
         fields = read_fields(UnloadFields, await _content(request))
-        return Response(await self._serving.adapters.unload(fields))
+        return self._done(await self._serving.adapters.unload(fields))
+
+    def _done(self, text: str) -> Response:
+        """Return what a successful call is told; the Python server leaves its type out."""
+        return Response(text, media_type="text/plain" if self._options.rust_frontend else None)
 
     async def _tokenize(self, request: Request) -> Response:
         fields = read_fields(TokenizeFields, await _content(request))
@@ -164,6 +175,12 @@ def _card(name: str, root: str, parent: str | None, longest: int | None) -> dict
         "max_model_len": longest,
         "permission": [permission],
     }
+
+
+def _rust_card(name: str, root: str, parent: str | None, longest: int | None) -> dict[str, Any]:
+    card = _card(name, root, parent, longest) | {"owned_by": "vllm-frontend-rs"}
+    del card["permission"]
+    return card
 
 
 def _json(content: Any, status: int = 200) -> Response:

@@ -19,11 +19,17 @@ class ApiError(Exception):
     """A request that is answered with an error; `param` names the field at fault."""
 
     def __init__(
-        self, text: str, status: int = BAD_REQUEST, kind: str = "BadRequestError", param: str | None = None
+        self,
+        text: str,
+        status: int = BAD_REQUEST,
+        kind: str = "BadRequestError",
+        param: str | None = None,
+        is_sanitized: bool = True,
     ) -> None:
         super().__init__(text)
         self.status = status
-        self._error = {"message": sanitized(text), "type": kind, "param": param, "code": status}
+        message = sanitized(text) if is_sanitized else text
+        self._error = {"message": message, "type": kind, "param": param, "code": status}
 
     @property
     def content(self) -> dict[str, Any]:
@@ -58,10 +64,10 @@ def internal(text: str) -> ApiError:
 
 
 class EngineDead(ApiError):
-    """The engine is dead: every request ends with this, now and later."""
+    """The engine is dead: every request ends with this, now and later, in words of the front end's."""
 
-    def __init__(self) -> None:
-        super().__init__(ENGINE_DIED, INTERNAL, "InternalServerError")
+    def __init__(self, text: str = ENGINE_DIED) -> None:
+        super().__init__(text, INTERNAL, "InternalServerError")
 
 
 def sanitized(text: str) -> str:

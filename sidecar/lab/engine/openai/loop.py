@@ -7,7 +7,9 @@ has lost them. If the files are missing or broken by then, the engine and everyt
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from sidecar.lab.engine.engine import Engine
@@ -15,6 +17,7 @@ from sidecar.lab.engine.http.compute import ByContent, ByLlama
 from sidecar.lab.engine.http.driver import EngineDied, TextDriver
 from sidecar.lab.engine.http.prefix import PrefixCache
 from sidecar.lab.engine.http.work import TextWork, Token
+from sidecar.lab.engine.kserve.errors import BackendError
 from sidecar.lab.engine.kserve.faults import Faults
 from sidecar.lab.engine.kserve.served import ServedLog
 from sidecar.lab.engine.kserve.work import Work
@@ -41,6 +44,7 @@ class VllmDriver(TextDriver):
         super().__init__(engine, compute, faults, log, lambda _: None, slow_factor)
         self._metrics = metrics
         self._prefix: PrefixCache[Any] = compute.prefix
+        self._removals: set[asyncio.Future[bool]] = set()
 
     @property
     def is_dead(self) -> bool:
@@ -58,6 +62,23 @@ class VllmDriver(TextDriver):
             # A request that the engine never took is not released by it either.
             if copy is not None and work.request_id not in self._works and not work.ended:
                 _leave(copy)
+
+    async def remove(self, number: int) -> bool:
+        """Remove an adapter from the engine's memory between two steps; return False if it is not there.
+
+        Raises BackendError if the engine is dead.
+        """
+        if self._broken is not None:
+            raise BackendError(self._broken)
+        removed: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._removals.add(removed)
+        removed.add_done_callback(self._removals.discard)
+        self._post(partial(self._remove, number, removed))
+        return await removed
+
+    def _remove(self, number: int, removed: asyncio.Future[bool]) -> None:
+        if not removed.done():
+            removed.set_result(self.engine.remove_adapter(number, time.monotonic_ns()))
 
     def end_all(self) -> None:
         """End every request as the end of the process does."""
@@ -109,6 +130,9 @@ class VllmDriver(TextDriver):
 
     def _break(self, error: str) -> None:
         super()._break(ENGINE_DIED)
+        for removed in self._removals:
+            if not removed.done():
+                removed.set_exception(BackendError(ENGINE_DIED))
 
     def _forget(self, work: Work, outcome: str, error: str | None = None) -> None:
         super()._forget(work, outcome, error)

@@ -3,6 +3,8 @@
 `vllm:lora_requests_info` has one series for each combination of labels that ever occurred, with the time at which it
 last held. Both lists name the adapters of requests that have begun to answer; waiting requests and adapters that only
 hold a slot are not reported. A request whose client left counts as no kind of ending.
+
+The Rust front end tells neither the number of slots nor the KV cache's size nor when it was started.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class Scheduled:
 class Metrics:
     """All metric families of one server."""
 
-    def __init__(self, model: str, spec: EngineSpec) -> None:
+    def __init__(self, model: str, spec: EngineSpec, is_rust: bool = False) -> None:
+        self._is_rust = is_rust
         self._registry = CollectorRegistry()
         self._labels = {"engine": "0", "model_name": model}
         self._max_lora = str(spec.device_pages)
@@ -55,11 +58,14 @@ class Metrics:
         self._loras = Gauge(
             "vllm:lora_requests_info",
             "Running stats on lora requests.",
-            ("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
+            ("running_lora_adapters", "waiting_lora_adapters")
+            if is_rust
+            else ("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
             registry=self._registry,
         )
         self._looked_up = self._found = 0
-        self._say_constants(spec)
+        if not is_rust:
+            self._say_constants(spec)
         for reason in ("capacity", "deferred"):
             self._by_reason.labels(**self._labels, reason=reason).set(0)
         for reason in _REASONS:
@@ -85,7 +91,10 @@ class Metrics:
         self._by_reason.labels(**self._labels, reason="deferred").set(scheduled.deferred)
         self._kv_usage.set(scheduled.kv_usage)
         names = ",".join(scheduled.adapters)
-        self._loras.labels(self._max_lora, names, names).set_to_current_time()
+        if not self._is_rust:
+            self._loras.labels(self._max_lora, names, names).set_to_current_time()
+        elif names:
+            self._loras.labels(names, "").set_to_current_time()
 
     def ended(self, work: SequenceWork, reason: str) -> None:
         """Count a request that has its last token."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 
 from sidecar.lab.engine.http.options import HttpOptions
@@ -10,6 +11,8 @@ from sidecar.lab.engine.spec import VLLM, EngineSpec
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM accepts for --max-lora-rank."""
+VERSIONS = ("0.32.0", "0.33.0")
+"""The versions with which the behaviour was compared; another one behaves as the nearest of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,21 @@ class VllmOptions(HttpOptions):
     max_lora_rank: int = 16
     tokens_per_block: int = 128
     max_loras: int = 1
+    vllm_version: str = field(
+        default=VERSIONS[0],
+        metadata=cli(VLLM_ONLY, f"Whose words and traps it has: {' or '.join(VERSIONS)}."),
+    )
+    rust_frontend: bool = field(
+        default=False,
+        metadata=cli(VLLM_ONLY, "VLLM_USE_RUST_FRONTEND: be the Rust front end.", "--rust-frontend"),
+    )
+    allowed_prefix: tuple[str, ...] = field(
+        default=(),
+        metadata=cli(
+            VLLM_ONLY,
+            "A folder of VLLM_RUNTIME_LORA_ALLOWED_PATH_PREFIXES; the Rust front end loads from none other.",
+        ),
+    )
     runtime_lora: bool = field(
         default=True, metadata=cli(VLLM_ONLY, "VLLM_ALLOW_RUNTIME_LORA_UPDATING: load and unload calls.")
     )
@@ -49,8 +67,15 @@ class VllmOptions(HttpOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not re.fullmatch(r"\d+\.\d+\.\d+", self.vllm_version):
+            raise ValueError(f"vllm_version {self.vllm_version}: it is {' or '.join(VERSIONS)}")
         if self.max_lora_rank not in RANKS:
             raise ValueError(f"max_lora_rank {self.max_lora_rank}: vLLM takes {', '.join(map(str, RANKS))}")
+
+    @property
+    def is_older(self) -> bool:
+        """True if it behaves as vLLM 0.32."""
+        return tuple(map(int, self.vllm_version.split("."))) < (0, 33)
 
     @property
     def cpu_loras(self) -> int:

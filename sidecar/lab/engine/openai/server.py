@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import socket
+from pathlib import Path
 
 from sidecar.lab.engine.engine import Engine
 from sidecar.lab.engine.http.compute import ByContent, ByLlama
@@ -13,10 +14,11 @@ from sidecar.lab.engine.http.server import bound_socket, http_server
 from sidecar.lab.engine.kserve.faults import Faults
 from sidecar.lab.engine.kserve.served import Served, ServedLog
 from sidecar.lab.engine.openai.adapters import Adapters
-from sidecar.lab.engine.openai.app import VERSION, Routes
+from sidecar.lab.engine.openai.app import Routes
 from sidecar.lab.engine.openai.loop import VllmDriver
 from sidecar.lab.engine.openai.metrics import Metrics
 from sidecar.lab.engine.openai.options import VllmOptions, vllm_spec_of
+from sidecar.lab.engine.openai.rust import RustAdapters
 from sidecar.lab.engine.openai.serving import Serving
 from sidecar.lab.engine.spec import EngineSpec
 from sidecar.pace.cost import A100_TABLE, CostModel
@@ -32,11 +34,10 @@ class VllmServer:
         self.options = options
         spec = vllm_spec_of(options)
         self._log = ServedLog(options.served_log)
-        self._metrics = Metrics(options.names[0], spec)
+        self._metrics = Metrics(options.names[0], spec, options.rust_frontend)
         self._driver = _driver_of(options, spec, self._log, self._metrics)
-        serving = Serving(self._driver, options, _fingerprint(spec))
-        self.adapters = Adapters(options.names, spec, options.fail_load, serving.put, options.load_s)
-        serving.adapters = self.adapters
+        serving = Serving(self._driver, options, _fingerprint(options.vllm_version, spec))
+        self.adapters = serving.adapters = _adapters_of(options, spec, serving)
         routes = Routes(options, serving, self._driver, self._metrics, self._end)
         self._http = http_server(options, routes.app())
         self._socket = listening
@@ -91,14 +92,14 @@ class VllmServer:
                 raise ending
 
     def _end(self) -> None:
-        """Stop the server after a client was told that the engine is dead."""
-        self._http.should_exit = True
+        """Stop the server after a client was told that the engine is dead; the Rust front end lingers."""
+        self._http.should_exit = not self.options.rust_frontend
 
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(WATCHDOG_S)
             if self._driver.is_dead:
-                self._end()
+                self._http.should_exit = True
 
 
 async def serve_vllm(options: VllmOptions) -> VllmServer:
@@ -126,5 +127,16 @@ def _driver_of(options: VllmOptions, spec: EngineSpec, log: ServedLog, metrics: 
     return VllmDriver(Engine(spec, cost), compute, Faults(options), log, metrics, options.slow_factor)
 
 
-def _fingerprint(spec: EngineSpec) -> str:
-    return f"vllm-{VERSION}-{hashlib.sha256(repr(spec).encode()).hexdigest()[:8]}"
+def _adapters_of(options: VllmOptions, spec: EngineSpec, serving: Serving) -> Adapters:
+    if options.rust_frontend:
+        prefixes = [Path(prefix) for prefix in options.allowed_prefix]
+        return RustAdapters(
+            options.names, spec, options.fail_load, serving.put, options.load_s, serving.remove, prefixes
+        )
+    adapters = Adapters(options.names, spec, options.fail_load, serving.put, options.load_s)
+    adapters.keeps_in_place = options.is_older
+    return adapters
+
+
+def _fingerprint(version: str, spec: EngineSpec) -> str:
+    return f"vllm-{version}-{hashlib.sha256(repr(spec).encode()).hexdigest()[:8]}"

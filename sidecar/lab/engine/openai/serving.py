@@ -36,8 +36,13 @@ from sidecar.lab.engine.openai.request import (
     check_stream_options,
     completion_of,
 )
+from sidecar.lab.engine.openai.rust import CHATTING, COMPLETING, SUBMITTING, check_request
+from sidecar.lab.engine.openai.rust_bodies import RustChatBodies, RustCompletionBodies
 from sidecar.lab.engine.openai.work import SequenceWork, load_call
 from sidecar.lab.engine.vllm import ENGINE_DIED
+
+DIED = "The server had an error while processing your request."
+"""What the Python server tells its clients of a dead engine from 0.33 on; 0.32 passes the engine's own words on."""
 
 
 class Serving:
@@ -48,6 +53,7 @@ class Serving:
         self._driver = driver
         self._options = options
         self._fingerprint = fingerprint
+        self._is_rust = options.rust_frontend
         self._numbers = itertools.count(1)
 
     async def complete(self, request: Request) -> Response:
@@ -56,8 +62,11 @@ class Serving:
         check_completion_body(content)
         fields = read_fields(CompletionFields, content)
         copy = self._find(fields)
+        if self._is_rust:
+            check_request(fields)
         asked = completion_of(fields, self._driver.engine.spec)
-        return await self._answer(request, fields, asked, copy, CompletionBodies(self._head("cmpl", request, fields)))
+        bodies = RustCompletionBodies if self._is_rust else CompletionBodies
+        return await self._answer(request, fields, asked, copy, bodies(self._head("cmpl", request, fields)))
 
     async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`. Raises ApiError."""
@@ -65,11 +74,14 @@ class Serving:
         check_stream_options(content)
         fields = read_fields(ChatFields, content)
         copy = self._find(fields)
+        if self._is_rust:
+            check_request(fields)
         asked = chat_of(fields, self._driver.engine.spec)
         head = self._head("chatcmpl", request, fields)
         # Without a generation prompt the answer continues the last message.
         role = head.role if fields.add_generation_prompt else fields.messages[-1].role
-        return await self._answer(request, fields, asked, copy, ChatBodies(replace(head, role=role)))
+        bodies = RustChatBodies if self._is_rust else ChatBodies
+        return await self._answer(request, fields, asked, copy, bodies(replace(head, role=role)))
 
     async def put(self, copy: Copy) -> None:
         """Bring an adapter to the engine. Raises ApiError if the engine refuses it."""
@@ -77,12 +89,25 @@ class Serving:
         await self._submit([load_call(next(self._numbers), copy, ended.put_nowait)])
         progress = await ended.get()
         if progress.error is not None:
-            raise EngineDead() if progress.error == ENGINE_DIED else internal(progress.error)
+            raise self._dead(SUBMITTING) if progress.error == ENGINE_DIED else internal(progress.error)
+
+    async def remove(self, copy: Copy) -> bool:
+        """Have the engine remove an adapter; return False if it has it no more. Raises ApiError."""
+        try:
+            return await self._driver.remove(copy.number)
+        except BackendError as error:
+            raise self._dead(SUBMITTING) from error
+
+    def _dead(self, before: str) -> EngineDead:
+        """Return the error for a dead engine; `before` is what the Rust front end puts before its words for that."""
+        if self._is_rust:
+            return EngineDead(f"{before}engine-core error: engine core reported fatal failure")
+        return EngineDead(ENGINE_DIED if self._options.is_older else DIED)
 
     def _find(self, fields: Sampling) -> Copy | None:
         copy = self.adapters.find(fields.model)
         if self._driver.is_dead:
-            raise EngineDead()
+            raise self._dead(SUBMITTING)
         return copy
 
     def _head(self, prefix: str, request: Request, fields: Sampling) -> Head:
@@ -104,11 +129,11 @@ class Serving:
     ) -> Response:
         progress: asyncio.Queue[Progress] = asyncio.Queue()
         works = self._works(asked, copy, bodies.head, progress)
+        if asked.fault is not None and (self._is_rust or not fields.stream):
+            raise asked.fault
         if fields.stream:
             stream = self._stream(works, progress, bodies, asked.fault)
             return Streamed(stream, media_type="text/event-stream")
-        if asked.fault is not None:
-            raise asked.fault
         return await unless_left(request.receive, self._whole(works, progress, bodies)) or LEFT
 
     def _works(
@@ -137,9 +162,12 @@ class Serving:
         self, works: Sequence[SequenceWork], progress: asyncio.Queue[Progress], bodies: Bodies
     ) -> Response:
         last: dict[int, Piece] = {}
-        async with aclosing(self._pieces(works, progress)) as pieces:
-            async for piece in pieces:
-                last[piece.work.place] = piece
+        try:
+            async with aclosing(self._pieces(works, progress)) as pieces:
+                async for piece in pieces:
+                    last[piece.work.place] = piece
+        except EngineDead as error:
+            raise self._dead(CHATTING if isinstance(bodies, ChatBodies) else COMPLETING) from error
         ended = [last[work.place] for work in works]
         whole = [Piece(p.work, p.work.tokens, p.work.output.text, p.finish_reason, p.stop_reason) for p in ended]
         return Response(bodies.whole(works, whole), media_type="application/json")
@@ -174,7 +202,7 @@ class Serving:
             left = len(works)
             held: dict[int, list[Token]] = {}
             while left:
-                token = _good(await progress.get())
+                token = self._good(await progress.get())
                 tokens = held.setdefault(token.place, [])
                 tokens.append(token)
                 is_first = not token.sequence.sent
@@ -188,15 +216,14 @@ class Serving:
         try:
             await asyncio.gather(*map(self._driver.submit, works))
         except BackendError as error:
-            raise EngineDead() from error
+            raise self._dead(SUBMITTING) from error
 
-
-def _good(progress: Progress) -> Token:
-    """Return a token. Raises ApiError for a failed sequence."""
-    if progress.error is not None:
-        raise EngineDead() if progress.error == ENGINE_DIED else internal(progress.error)
-    assert isinstance(progress, Token)
-    return progress
+    def _good(self, progress: Progress) -> Token:
+        """Return a token. Raises ApiError for a failed sequence."""
+        if progress.error is not None:
+            raise self._dead("") if progress.error == ENGINE_DIED else internal(progress.error)
+        assert isinstance(progress, Token)
+        return progress
 
 
 def _piece(tokens: Sequence[Token]) -> Piece:
