@@ -6,7 +6,7 @@ until an engine is reached. `EngineFacts.kind` is the name of a `ModelKind`.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -98,6 +98,12 @@ class ModelKind:
     """Returns True if a client's KServe request is for this model, by `rank(name)`, the rank of an input or None. The
     request goes to the first model that returns True.
     """
+    why_not_client: Callable[[str, Collection[str]], tuple[str, str]] = lambda path, members: ("", "")
+    """Returns the member of a client's OpenAI request (its path, its body's members) that the model does not take, and
+    why; ("", "") if it takes all. The request then goes to other kinds, or is refused.
+    """
+    long_by_default: bool = False
+    """True if an OpenAI request without a length is answered to the end of the context, completions included."""
     text_model: str = ""
     """The model beside it that takes text for it and may be absent."""
     reads_files: bool = False

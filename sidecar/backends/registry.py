@@ -25,6 +25,7 @@ T = TypeVar("T")
 KINDS = {
     "triton": "sidecar.backends.triton.kind:TRITON",
     "vllm": "sidecar.backends.vllm.kind:VLLM",
+    "trtllm": "sidecar.backends.trtllm.kind:TRTLLM",
 }
 _from_elsewhere: dict[str, Kind] = {}
 """Kinds of other packages that a configuration has named in this process."""

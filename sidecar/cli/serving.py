@@ -37,7 +37,10 @@ def serve(
     config: Annotated[Path | None, typer.Option(help="Configuration file (YAML).", show_default=False)] = None,
     backend: Annotated[
         list[str] | None,
-        typer.Option(help="An engine, triton://HOST:PORT or vllm://HOST:PORT; repeatable.", show_default=False),
+        typer.Option(
+            help="An engine, such as triton://HOST:PORT, vllm://HOST:PORT or trtllm://HOST:PORT; repeatable.",
+            show_default=False,
+        ),
     ] = None,
     adapters: Annotated[
         str | None, typer.Option(help="Folder; each PEFT subfolder becomes a name.", show_default=False)

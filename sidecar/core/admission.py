@@ -257,7 +257,7 @@ def _allowed(event: Received, name: Name) -> None:
 def _not_quarantined(state: State, name: Name, digest: str) -> None:
     version = state.versions[digest]
     if version.quarantined:
-        raise Refused(Reason.QUARANTINED, quarantine_message(name.name, version), adapter=name.name)
+        raise Refused(Reason.QUARANTINED, quarantine_message(name.name, version.quarantined), adapter=name.name)
 
 
 def _find_server(state: State, event: Received, name: Name | None, digest: str) -> None:

@@ -79,6 +79,7 @@ class Fault(Enum):
     NO_ANSWER = "no_answer"
     REJECTED = "rejected"
     NOT_OWNED = "not_owned"
+    DEADLY = "deadly_adapter"
 
 
 class Phase(Enum):

@@ -12,6 +12,7 @@ A fault before the first token is mended. After the first token nothing is retri
     backend lost         route again, two backends at most; a version that two backends died of is quarantined
     no answer            the engine said nothing: a Load that was late or never sent is tried again later
     not owned            never sent, since another replica owns the backend by now: the request is given back
+    deadly adapter       quarantined at once: the engine named the adapter as what has ended it
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from sidecar.core.shadow import Belief
 from sidecar.core.silence import Silence
 from sidecar.core.state import Backend, LoadRun, Request, Version
 from sidecar.core.step import Step
-from sidecar.core.suspects import suspect
+from sidecar.core.suspects import quarantine, quarantine_message, suspect
 from sidecar.errors import Reason
 
 NEVER_REPEATED = "an answer that has begun is never repeated, so send the request again if you want a new one"
@@ -273,6 +274,22 @@ def _not_owned(step: Step, request: Request, backend: Backend, text: str) -> Non
     _fail(step, request, Reason.NOT_OWNER, text)
 
 
+def _deadly(step: Step, request: Request, backend: Backend, text: str) -> None:
+    """Quarantine the version: the next engine would end, too."""
+    if request.version == BASE:
+        _rejected(step, request, backend, text)
+        return
+    why = _has_ended(backend, text)
+    version = step.state.versions[request.version]
+    queueing.settle(step, request, Reason.QUARANTINED, quarantine_message(request.view.name, why))
+    quarantine(step, request.version, version, why)
+    queueing.release(step, request)
+
+
+def _has_ended(backend: Backend, text: str) -> str:
+    return f"it has ended {backend.id} ({text})"
+
+
 _TOKENLESS = {
     Fault.MISS: _miss,
     Fault.FULL: _full,
@@ -284,6 +301,7 @@ _TOKENLESS = {
     Fault.LOST: _lost,
     Fault.NO_ANSWER: _lost,
     Fault.NOT_OWNED: _not_owned,
+    Fault.DEADLY: _deadly,
 }
 
 
@@ -352,6 +370,10 @@ def _load_not_owned(step: Step, load: LoadRun, version: Version, backend: Backen
     """Do nothing: the Load was never sent, and giving up the backend has emptied its queue."""
 
 
+def _load_deadly(step: Step, load: LoadRun, version: Version, backend: Backend, text: str) -> None:
+    quarantine(step, load.digest, version, _has_ended(backend, text))
+
+
 _LOADS = {
     Fault.MISS: _load_rejected,
     Fault.FULL: _load_full,
@@ -363,6 +385,7 @@ _LOADS = {
     Fault.LOST: _load_lost,
     Fault.NO_ANSWER: _load_full,
     Fault.NOT_OWNED: _load_not_owned,
+    Fault.DEADLY: _load_deadly,
 }
 
 

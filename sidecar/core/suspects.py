@@ -23,11 +23,18 @@ def suspect(step: Step, digest: str, version: Version, backend: Backend, text: s
     if len(version.lost_backends) < 2 or version.quarantined:
         return
     places = " and ".join(version.lost_backends)
-    version.quarantined = f"its first loads coincided with the loss of {places} (last: {text})"
-    step.emit(Quarantine(digest, version.quarantined))
+    quarantine(step, digest, version, f"its first loads coincided with the loss of {places} (last: {text})")
+
+
+def quarantine(step: Step, digest: str, version: Version, why: str) -> None:
+    """Refuse a version everywhere until an operator releases it."""
+    if version.quarantined:
+        return
+    version.quarantined = why
+    step.emit(Quarantine(digest, why))
     for request in list(step.state.requests.values()):
         if request.version == digest and not request.running and not request.settled:
-            queueing.drop(step, request, Reason.QUARANTINED, quarantine_message(request.view.name, version))
+            queueing.drop(step, request, Reason.QUARANTINED, quarantine_message(request.view.name, why))
 
 
 def clear(state: State, digest: str) -> None:
@@ -38,8 +45,8 @@ def clear(state: State, digest: str) -> None:
     state.suspects.pop(digest, None)
 
 
-def quarantine_message(name: str, version: Version) -> str:
+def quarantine_message(name: str, why: str) -> str:
     return (
-        f"{name} is quarantined: {version.quarantined}; find out why the engine dies of it, then lift it with "
+        f"{name} is quarantined: {why}; find out why the engine dies of it, then lift it with "
         f'"sidecar adapters release {name}"'
     )

@@ -5,6 +5,7 @@ A kind that is added to the registry is picked up by its line; its engine is add
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tests.conformance.toy.engine import ToyEngine
 from tests.kit.emulated import start_engine
 from tests.kit.peft_files import write_adapter
 from tests.kit.ports import free_port
+from tests.kit.trtllm_emulated import BASE_CONFIG, start_trtllm
 from tests.kit.vllm_emulated import start_vllm
 
 TOY = "tests.conformance.toy.kind:TOY"
@@ -99,6 +101,19 @@ def triton_llmapi(shared: Path) -> Emulated:
     return Emulated(start_engine, record, grpc_port=port, protocol="llmapi", lora_host_pages=SLOTS)
 
 
+def trtllm(shared: Path) -> Emulated:
+    port = free_port()
+    base = shared.parent / "base.json"
+    base.write_text(json.dumps(BASE_CONFIG))
+    record = {
+        "url": f"trtllm://127.0.0.1:{port}",
+        "adapters_dir": str(shared),
+        "base_model": {"name": "base", "config": str(base)},
+        "lora_config": {"max_loras": SLOTS, "max_cpu_loras": 2 * SLOTS, "lora_target_modules": ["attn_q", "attn_v"]},
+    }
+    return Emulated(start_trtllm, record, http_port=port, max_loras=SLOTS, max_cpu_loras=2 * SLOTS)
+
+
 def vllm(shared: Path) -> Emulated:
     port = free_port()
     record = {"url": f"vllm://127.0.0.1:{port}", "adapters_dir": str(shared)}
@@ -108,6 +123,7 @@ def vllm(shared: Path) -> Emulated:
 ENGINES: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "triton": ("triton", triton),
     "triton_llmapi": ("triton", triton_llmapi),
+    "trtllm": ("trtllm", trtllm),
     "vllm": ("vllm", vllm),
     "toy": ("toy", lambda shared: Toy("toy", shared)),
     "toy_kserve": ("toy", lambda shared: Toy("kserve", shared)),

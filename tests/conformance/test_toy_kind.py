@@ -258,7 +258,7 @@ def test_the_configuration_is_checked(
     check()
     assert "1 not looked at" in command("config", "check", "--connect", str(file)).out
     looked = command("backends", "check", "toy://127.0.0.1:9", "--config", str(file))
-    assert "those behind triton://HOST:PORT or vllm://HOST:PORT can" in looked.err
+    assert "those behind triton://HOST:PORT or vllm://HOST:PORT or trtllm://HOST:PORT can" in looked.err
 
 
 def test_one_entry_that_names_it_makes_it_known() -> None:
@@ -268,7 +268,7 @@ def test_one_entry_that_names_it_makes_it_known() -> None:
     )
     assert {kind_named(each.kind_name) for each in (one, two, three)} == {kind_named(TOY)}
     assert set(facts_of([one, two, three])) == {"h:1", "h:2", "h:3"}
-    assert [kind.name for kind in registry.kinds()] == ["triton", "vllm", "toy"]
+    assert [kind.name for kind in registry.kinds()] == ["triton", "vllm", "trtllm", "toy"]
 
 
 def test_a_record_that_is_none_is_refused() -> None:

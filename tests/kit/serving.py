@@ -17,9 +17,11 @@ from sidecar.core.events import Event
 from sidecar.core.facts import Layout, packed_key, task_id_of
 from sidecar.lab.engine.kserve.compute import dummy_token
 from sidecar.lab.engine.tokens import BOS
+from sidecar.lab.engine.trtllm import TrtllmServer
 from sidecar.proto import admin_pb2_grpc, gateway_pb2, gateway_pb2_grpc
 from sidecar.serve.app import Sidecar
 from tests.kit.peft_files import write_adapter
+from tests.kit.trtllm_emulated import TrtllmProcess
 
 PATIENCE_S = 60.0
 """How long a test waits for something that must happen; much longer than it takes."""
@@ -100,9 +102,13 @@ class Answer:
 
 @asynccontextmanager
 async def serving(
-    engines: Sequence[Any], adapters: Path | None = None, roots: Sequence[Path] = (), **record: Any
+    engines: Sequence[Any],
+    adapters: Path | None = None,
+    roots: Sequence[Path] = (),
+    until_up: bool = True,
+    **record: Any,
 ) -> AsyncIterator[Serving]:
-    """Run a sidecar in front of engines (`tests.kit.emulated` servers or processes) and wait until all are up.
+    """Run a sidecar in front of engines (`tests.kit.emulated` servers or processes); wait until all are up if so asked.
 
     `adapters` is the folder whose subfolders are served, `roots` may be registered from; `record` is configuration, and
     its `backend` (a dict) goes into every backend's entry.
@@ -121,11 +127,14 @@ async def serving(
         stack.push_async_callback(sidecar.stop)
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(sidecar.data_address))
         admin = await stack.enter_async_context(grpc.aio.insecure_channel(sidecar.admin_address))
-        await until(lambda: all(b.takes_requests for b in sidecar.gateway.state.backends.values()))
+        if until_up:
+            await until(lambda: all(b.takes_requests for b in sidecar.gateway.state.backends.values()))
         yield Serving(sidecar, recorder, channel, admin)
 
 
 def place_of(engine: Any, number: int) -> dict[str, str]:
+    if isinstance(engine, TrtllmServer | TrtllmProcess):
+        return {"url": f"trtllm://{engine.http_address}", "id": f"trtllm-{number}"}
     if not hasattr(engine, "grpc_address"):
         return {"url": f"vllm://{engine.http_address}", "id": f"vllm-{number}"}
     metrics = {"metrics": f"http://{engine.metrics_address}/metrics"} if engine.metrics_address else {}

@@ -24,6 +24,11 @@ from sidecar.lab.engine.trtllm.checkpoint import content_id
 from tests.kit.engine_process import EmulatorProcess
 
 BASE = "base"
+BASE_CONFIG = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "intermediate_size": 160, "vocab_size": 259,
+}  # fmt: skip
+"""The config.json of the small Llama, as its base model's files have it."""
 DONE = "[DONE]"
 
 

@@ -50,6 +50,10 @@ def _sections() -> list[tuple[type[BaseModel], list[str]]]:
     """Return every model of the configuration and its paths; models with several paths come last."""
     found: dict[type[BaseModel], list[str]] = {}
     _walk(Config, "", found)
+    for kind in kinds():
+        for name, field in kind.section.model_fields.items():
+            for nested, suffix in _nested(field.annotation) if name not in Backend.model_fields else ():
+                _walk(nested, f"backends[].{name}{suffix}", found)
     alone = [(model, paths) for model, paths in found.items() if len(paths) == 1]
     return alone + [(model, paths) for model, paths in found.items() if len(paths) > 1]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from sidecar.core.enums import Voided, Why
 from sidecar.errors import TABLE, Family
 from sidecar.shell.metric_table import METRICS
-from tools.docs import configuration
+from tools.docs import configuration, protocols
 from tools.docs.pages import ROOT, named
 
 NOTE = "<!-- Made by `python -m tools.docs generate` from {source}; do not edit. -->\n\n"
@@ -85,6 +85,7 @@ def errors_page() -> str:
 PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "docs/configuration-keys.md": ("sidecar.config", configuration.page),
     "docs/metrics.md": ("sidecar/shell/metric_table.py", metrics_page),
+    "docs/protocols.md": ("the records of backend kinds", protocols.page),
     "docs/waiting.md": ("sidecar/core/enums.py", waiting_page),
     "docs/errors.md": ("sidecar/errors.py", errors_page),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from sidecar.adapters.base_model import BaseModel
 from sidecar.adapters.staging import AdaptersDir
@@ -71,6 +72,8 @@ class Target:
     """The base model's own config, if its files are named."""
     served: tuple[Adapter, ...] = ()
     """The adapters that it is to serve, as far as they are known."""
+    own: Any = None
+    """What only its kind needs (`Checks.target`)."""
     api_key_file: str | None = None
     old_versions: bool = False
     """True to use an engine although its version is not to be trusted."""

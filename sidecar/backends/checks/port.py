@@ -45,10 +45,13 @@ async def what_answers(address: str, tls: Mapping[str, str] | None) -> tuple[str
     return await (_without_tls(address) if tls is None else with_tls(address, tls, GRPC))
 
 
-async def no_connection(address: str, protocol: str) -> tuple[str, str] | None:
-    """Return why no connection to an address can be opened, and the line to change; None if one can."""
+async def no_connection(address: str, protocol: str, listen: tuple[str, str] | None = None) -> tuple[str, str] | None:
+    """Return why no connection to an address can be opened, and the line to change; None if one can.
+
+    `listen` is the scheme of a URL and the command that makes an engine listen there, by default Triton's or vLLM's.
+    """
     host, port = host_and_port(address)
-    scheme, listen = _LISTEN[protocol]
+    scheme, command = listen or _LISTEN[protocol]
     try:
         async with asyncio.timeout(CONNECT_S):
             _, writer = await asyncio.open_connection(host, port)
@@ -62,7 +65,7 @@ async def no_connection(address: str, protocol: str) -> tuple[str, str] | None:
     except OSError as error:
         return (
             f"nothing listens at {host}:{port} ({os.strerror(error.errno) if error.errno else error})",
-            listen.format(port=port),
+            command.format(port=port),
         )
     writer.close()
     return None

@@ -11,7 +11,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,8 +76,16 @@ def not_made() -> Finding:
 
 
 @asynccontextmanager
-async def staged(shared_dir: AdaptersDir, base: BaseModel, rank: int = RANK) -> AsyncIterator[Staged]:
-    """Stage a tiny adapter for the length of a block. Raises SidecarError, OSError."""
+async def staged(
+    shared_dir: AdaptersDir,
+    base: BaseModel,
+    rank: int = RANK,
+    write: Callable[[Path, BaseModel, int], None] | None = None,
+) -> AsyncIterator[Staged]:
+    """Stage a tiny adapter for the length of a block: one that changes nothing, or what `write` puts into a folder.
+
+    Raises SidecarError, OSError.
+    """
     own = await asyncio.to_thread(_own_folder, shared_dir.ours)
     tiny = Staged("", "", AdaptersDir(own, shared_dir.engine_path(own.name)))
     try:
@@ -85,7 +93,8 @@ async def staged(shared_dir: AdaptersDir, base: BaseModel, rank: int = RANK) -> 
         await asyncio.to_thread(staging.open)
         try:
             with tempfile.TemporaryDirectory() as source:
-                tiny.digest = await asyncio.to_thread(_write, Path(source), base, rank)
+                await asyncio.to_thread(write or _write, Path(source), base, rank)
+                tiny.digest = await asyncio.to_thread(_digest_of, Path(source))
                 tiny.key = packed_key(tiny.digest, Layout("float16", files=True))
                 await asyncio.to_thread(staging.stage, Path(source), tiny.key, tiny.digest)
             yield tiny
@@ -115,8 +124,13 @@ def is_forgotten(path: Path) -> bool:
         return True
 
 
-def _write(source: Path, base: BaseModel, rank: int) -> str:
-    """Write a PEFT adapter of one projection on the first layer, with a B of zeros; return its digest."""
+def _digest_of(source: Path) -> str:
+    with read_adapter(source, name="lora-sidecar-check") as read:
+        return read.digest
+
+
+def _write(source: Path, base: BaseModel, rank: int) -> None:
+    """Write a PEFT adapter of one projection on the first layer, with a B of zeros."""
     module = next(name for name in PROJECTIONS if name in base.modules)
     in_dim, out_dim = base.modules[module]
     prefix = f"base_model.model.model.layers.0.{PROJECTIONS[module]}"
@@ -135,5 +149,3 @@ def _write(source: Path, base: BaseModel, rank: int) -> str:
         "bias": "none",
     }
     (source / "adapter_config.json").write_text(json.dumps(config))
-    with read_adapter(source, name="lora-sidecar-check") as read:
-        return read.digest

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import AsyncIterator
+from typing import Any
 
 END_OF_EVENT = b"\n\n"
-DONE = b"data: [DONE]"
+EVENT, END = b"data:", b"[DONE]"
+DONE = EVENT + b" " + END
 ERROR = b'data: {"error"'
 CHOICES = b'"choices":[{'
 ROLE, NO_CONTENT, ROLE_ONLY = b'"delta":{"role":', b'"content":""', b'"delta":{"role":"assistant"}'
@@ -19,6 +22,13 @@ USAGE = b'"usage":{'
 # None of these can occur in the text of an answer: there a backslash precedes every quote.
 _index = re.compile(rb'"choices":\[\{"index":(\d+)').search
 _completion = re.compile(rb'"completion_tokens"\s*:\s*(\d+)').search
+
+
+def record_of(raw: bytes) -> dict[str, Any]:
+    """Return the object in an event of a stream, or in a whole answer; {} for the end of a stream."""
+    content = raw.removeprefix(EVENT).strip()
+    found: dict[str, Any] = {} if content == END else json.loads(content)
+    return found
 
 
 async def split(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -161,7 +161,9 @@ class OpenAiRun(ABC):
 
     async def _refused(self, status: int, text: str) -> None:
         """End by an error of the server's. One of its own making that is not known may be the engine's end."""
-        await self._failed(self._fault(status, text), text, in_doubt=status >= httpx.codes.INTERNAL_SERVER_ERROR)
+        fault = self._fault(status, text)
+        is_unknown = fault is Fault.REJECTED and status >= httpx.codes.INTERNAL_SERVER_ERROR
+        await self._failed(fault, text, in_doubt=is_unknown or fault is Fault.LOST)
 
     async def _wire_broke(self, text: str) -> None:
         await self._failed(Fault.LOST, text, in_doubt=True)

@@ -7,9 +7,9 @@ from typing import Any
 
 from sidecar.backends.api import HttpForm, Reply
 from sidecar.backends.kind import Ask, Asking, Piece
+from sidecar.backends.openai.events import record_of
 
 COMPLETIONS = "/v1/completions"
-EVENT, DONE = b"data:", b"[DONE]"
 _OPTIONAL = (
     "temperature", "top_k", "top_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty",
 )  # fmt: skip
@@ -37,8 +37,7 @@ class _Reader:
         self._is_text = is_text
 
     def read(self, reply: Reply) -> Piece:
-        content = reply.raw.removeprefix(EVENT).strip()
-        choices = [] if content == DONE else json.loads(content).get("choices", [])
+        choices = record_of(reply.raw).get("choices", [])
         if not choices:
             return Piece()
         ids = choices[0].get("token_ids") or ()

@@ -31,13 +31,16 @@ from sidecar.fronts.openai.text_forms import TextRequest, text_request
 class Destination:
     """Where a request goes: `adapter` is its name in the core, "" for the base model; `only` is () for any backend.
 
-    `text` is the request as text, from which answers of text-only engines are made.
+    `text` is the request as text, from which answers of text-only engines are made. `is_long` is True if an engine may
+    answer to the end of its context, or up to `length_max` tokens where that is given.
     """
 
     adapter: str
     payload: Payload
     only: tuple[str, ...]
     text: TextRequest | None
+    is_long: bool = False
+    length_max: int | None = None
 
 
 @dataclass(frozen=True)
@@ -75,10 +78,15 @@ class Destinations:
         return Order(path, size_bytes, prompts_max, bytes_max, templates, tokens_assumed, streams, kinds)
 
     def place(
-        self, asked: OpenAiRequest, tenant: str, texts: Sequence[TextRequest | Refusal] | None = None
+        self,
+        asked: OpenAiRequest,
+        tenant: str,
+        length_max: int | None,
+        texts: Sequence[TextRequest | Refusal] | None = None,
     ) -> Destination:
         """Return where a tenant's request goes; `texts` are the results of an order of ours.
 
+        `length_max` bounds the tokens of a request without a length, where an engine would fill its context.
         Raises Refused for an unknown name, or if no engine that has the name can answer.
         """
         adapter, servers = self._servers(asked.model, tenant)
@@ -87,9 +95,19 @@ class Destinations:
         fitting: list[str] = []
         why_not: Refused | None = None
         models = [backend.model for backend in servers] or registry.models().values()
+        is_long = False
         for model in models:
-            if model.native is Native.OPENAI:
-                forms[model.name] = HttpForm(asked.path, *asked.around, asked.model, asked.streams)
+            if model.native is not Native.OPENAI:
+                continue
+            member, reason = model.why_not_client(asked.path, asked.members)
+            if reason:
+                why_not = Unfit(member, reason)
+                continue
+            before, after = asked.around
+            if model.long_by_default and not asked.has_length:
+                is_long = True
+                after = after if length_max is None else b',"max_tokens":%d%b' % (length_max, after)
+            forms[model.name] = HttpForm(asked.path, before, after, asked.model, asked.streams)
         fitting += [backend.id for backend in servers if backend.facts.kind in forms]
         text = None
         takers = [backend for backend in servers if _takes_text(backend.model)]
@@ -99,16 +117,17 @@ class Destinations:
                 forms |= text.forms
                 fitting += [backend.id for backend in takers if backend.facts.kind in forms]
                 unfit = (text.why_not.get(backend.facts.kind, "") for backend in takers)
-                why_not = Refused(Reason.INVALID_REQUEST, next(filter(None, unfit), ""))  # used if none fits
+                why_not = why_not or Refused(Reason.INVALID_REQUEST, next(filter(None, unfit), ""))
             except Refused as refused:
-                why_not = refused
+                why_not = why_not or refused
         if servers and not fitting:
             raise why_not or Refused(Reason.INVALID_REQUEST, _other_kinds(kinds))
         kind = next(iter(forms))
         payload = Payload(
             asked.model, forms.pop(kind), raw=True, unary=False, kind=kind, forms=forms, prompt=Prompt.TEXT
         )
-        return Destination(adapter, payload, restriction_to(self._state, fitting) if fitting else (), text)
+        only = restriction_to(self._state, fitting) if fitting else ()
+        return Destination(adapter, payload, only, text, is_long, length_max if is_long else None)
 
     def _servers(self, model: str, tenant: str) -> tuple[str, tuple[Engine, ...]]:
         """Return the core's name for a model and the engines that can serve it, those of empty pools included."""

@@ -75,6 +75,7 @@ class OpenAiFront:
         self._hide_backend = config.hide_backend
         self._body_bytes_max = config.listeners.http.body_bytes_max
         self._prompts_max = config.listeners.http.prompts_max
+        self._queue = config.queue
         self._destinations = Destinations(gateway.state, templates, self._may_stream)
         self._models = Models(gateway)
         self.large_bodies = LargeBodies()
@@ -135,7 +136,8 @@ class OpenAiFront:
                 declared_bytes = declared_size(scope["headers"], self._body_bytes_max)
                 async with self._intake.body(declared_bytes) as arrival:
                     pieces, size_bytes = await body_of(receive, self._body_bytes_max, arrival)
-                    requests = await self._read(path, pieces, size_bytes, tenant)
+                    length_max = self._length_max(tenant, caller.klass)
+                    requests = await self._read(path, pieces, size_bytes, tenant, length_max)
                 if len(requests) > 1:
                     caller = _of_one_session(caller, requests[0][0])
                 for asked, destination in requests:
@@ -153,22 +155,24 @@ class OpenAiFront:
                 self._gateway.close(ticket)
 
     async def _read(
-        self, path: str, pieces: list[bytes], size_bytes: int, tenant: str
+        self, path: str, pieces: list[bytes], size_bytes: int, tenant: str, length_max: int | None
     ) -> list[tuple[OpenAiRequest, Destination]]:
         """Return the requests of a body, one for each prompt of a list, and where each goes."""
         bounds = self._prompts_max, self._body_bytes_max
         if size_bytes <= LARGE_BYTES:
             parts = parts_of(read_request(path, read_body(b"".join(pieces))), *bounds)
-            return [(asked, self._destinations.place(asked, tenant)) for asked in parts]
+            return [(asked, self._destinations.place(asked, tenant, length_max)) for asked in parts]
         found = await self.large_bodies.read(pieces, self._destinations.order(path, size_bytes, *bounds))
-        return [(each.asked, self._destinations.place(each.asked, tenant, each.texts)) for each in found]
+        return [(each.asked, self._destinations.place(each.asked, tenant, length_max, each.texts)) for each in found]
 
     def _submit(
         self, asked: OpenAiRequest, caller: Caller, destination: Destination, tenant: str, request_id: str
     ) -> Ticket:
         state = self._gateway.state
         text_tokens = text_tokens_max(state, asked.prompt_bytes) if asked.prompt_bytes else 0
-        each = state.config.output_tokens_assumed if asked.max_tokens is None else asked.max_tokens
+        each = destination.length_max if destination.is_long else asked.max_tokens
+        if each is None:
+            each = state.config.output_tokens_assumed
         facts = RequestFacts(
             adapter=destination.adapter,
             tenant=tenant,
@@ -188,6 +192,12 @@ class OpenAiFront:
         if self._tenant_from == "none":
             return ""
         return str(scope["state"].get(PEER, "")) if self._tenant_from == "certificate" else claimed
+
+    def _length_max(self, tenant: str, klass: str) -> int | None:
+        """Return how many tokens a request without a length gets where the engine has no bound of its own."""
+        of_class = self._queue.classes.get(klass)
+        bounds = (self._queue.tenant_max_tokens.get(tenant), None if of_class is None else of_class.max_tokens)
+        return min((bound for bound in bounds if bound is not None), default=None)
 
     def _may_stream(self, kind: str) -> bool:
         """Return True if a kind streams. Then every answer is streamed, since only so can its tokens be counted."""

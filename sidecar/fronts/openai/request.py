@@ -54,8 +54,9 @@ class Caller:
 class OpenAiRequest:
     """A request as admission sees it. `max_tokens` is None if the client leaves it to the engine.
 
-    `prompt_tokens` counts token ids; `prompt_bytes` bounds the tokens of text. `answers` is how many answers
-    the engine generates side by side. `part` is the span of the one prompt it is about, if the body has several.
+    `members` are the names of the body's members. `prompt_tokens` counts token ids; `prompt_bytes` bounds the tokens of
+    text. `answers` is how many answers the engine generates side by side. `part` is the span of the one prompt it is
+    about, if the body has several.
     """
 
     path: str
@@ -68,6 +69,7 @@ class OpenAiRequest:
     prompt_bytes: int
     session: str
     """A digest of the end user that the client names: journals and logs must not show who that is."""
+    members: tuple[str, ...] = ()
     part: Span | None = None
 
     @property
@@ -87,6 +89,11 @@ class OpenAiRequest:
     @property
     def model(self) -> str:
         return str(self.body.values["model"])
+
+    @property
+    def has_length(self) -> bool:
+        """True if the client says how long the answer may be."""
+        return any(name in self.members for name in LENGTHS)
 
     @property
     def is_chat(self) -> bool:
@@ -116,6 +123,7 @@ def read_request(path: str, body: Body) -> OpenAiRequest:
         prompt_tokens=tokens,
         prompt_bytes=size_bytes,
         session=session_of(user) if isinstance(user := values.get("user"), str) else "",
+        members=tuple(name for name, value in values.items() if name not in LENGTHS or value is not None),
     )
 
 

@@ -21,7 +21,7 @@ _BIAS_MAX = 100.0
 
 
 @dataclass(frozen=True)
-class Asked:
+class Question:
     """What one HTTP request asks: prompts, `n` answers to each, and their ends. `echoes` precede the texts."""
 
     prompts: tuple[list[int], ...]
@@ -32,7 +32,7 @@ class Asked:
     echoes: tuple[str, ...]
 
 
-def completion_of(fields: CompletionFields, spec: EngineSpec) -> Asked:
+def completion_of(fields: CompletionFields, spec: EngineSpec) -> Question:
     """Return what a completion asks. Raises RequestError."""
     _refuse(fields, {"logprobs": bool(fields.logprobs), "return_context_logits": fields.return_context_logits})
     prompts, texts = _prompts(fields)
@@ -40,7 +40,7 @@ def completion_of(fields: CompletionFields, spec: EngineSpec) -> Asked:
     return _asked(fields, prompts, fields.max_tokens, echoes, spec)
 
 
-def chat_of(fields: ChatFields, spec: EngineSpec) -> Asked:
+def chat_of(fields: ChatFields, spec: EngineSpec) -> Question:
     """Return what a chat asks. Raises RequestError."""
     _refuse(fields, {"logprobs": bool(fields.logprobs), "tools": bool(fields.tools), "echo": fields.echo})
     prompt = fields.prompt_token_ids
@@ -66,7 +66,7 @@ def check_submit(prompt: Sequence[int], max_tokens: int | None, spec: EngineSpec
 
 def _asked(
     fields: Sampling, prompts: Sequence[list[int]], max_tokens: int | None, echoes: tuple[str, ...], spec: EngineSpec
-) -> Asked:
+) -> Question:
     if fields.n < 1:
         raise RequestError(f"n must be at least 1, got {fields.n}")
     if fields.n > 1 and fields.temperature == 0:
@@ -87,7 +87,7 @@ def _asked(
         fields.min_tokens,
         fields.include_stop_str_in_output,
     )
-    return Asked(tuple(prompts), max_tokens, fields.n, stops, _bias(fields, spec), echoes)
+    return Question(tuple(prompts), max_tokens, fields.n, stops, _bias(fields, spec), echoes)
 
 
 def _prompts(fields: CompletionFields) -> tuple[list[list[int]], list[str]]:

@@ -33,7 +33,7 @@ from sidecar.lab.engine.trtllm.driver import TorchDriver
 from sidecar.lab.engine.trtllm.errors import RequestError, ServerFault, error_event, errors_of, flat, invalid
 from sidecar.lab.engine.trtllm.fields import CHECK_PATH, ChatFields, CompletionFields, LoraRequest, Sampling
 from sidecar.lab.engine.trtllm.options import TrtllmOptions
-from sidecar.lab.engine.trtllm.request import Asked, chat_of, check_submit, completion_of
+from sidecar.lab.engine.trtllm.request import Question, chat_of, check_submit, completion_of
 from sidecar.lab.engine.trtllm.work import TorchWork
 
 LOOK_S = 1.0
@@ -92,7 +92,7 @@ class Serving:
         """Return the status and the text of `/health_generate`, which generates one token."""
         form = self._form(ChatFields(model=self._options.model_name, messages=[]), ASSISTANT, True)
         prompt = conversation([("user", "hi")])
-        asked = Asked((prompt,), 1, 1, Stops(), {}, ("",))
+        asked = Question((prompt,), 1, 1, Stops(), {}, ("",))
         try:
             await self._whole(asked, None, ChatBodies(form), time.monotonic())
         except RequestError:
@@ -133,7 +133,7 @@ class Serving:
             numbers_ids=self._options.is_main,
         )
 
-    async def _answer(self, request: Request, fields: Sampling, asked: Asked, bodies: Bodies) -> Response:
+    async def _answer(self, request: Request, fields: Sampling, asked: Question, bodies: Bodies) -> Response:
         if self._driver.is_dead and self._options.dead_text is not None:
             return flat(self._options.dead_text)
         looked_s = time.monotonic()
@@ -146,7 +146,7 @@ class Serving:
         except RequestError as error:
             return flat(str(error))
 
-    async def _whole(self, asked: Asked, lora: LoraRequest | None, bodies: Bodies, looked_s: float) -> Response:
+    async def _whole(self, asked: Question, lora: LoraRequest | None, bodies: Bodies, looked_s: float) -> Response:
         last: dict[int, Token] = {}
         works: list[TorchWork] = []
         async with aclosing(self._tokens(asked, lora, works, looked_s)) as tokens:
@@ -155,7 +155,7 @@ class Serving:
         return Response(bodies.whole(works, last, asked.echoes), media_type="application/json")
 
     async def _stream(
-        self, asked: Asked, lora: LoraRequest | None, bodies: Bodies, looked_s: float
+        self, asked: Question, lora: LoraRequest | None, bodies: Bodies, looked_s: float
     ) -> AsyncGenerator[bytes]:
         try:
             async with aclosing(self._events(asked, lora, bodies, looked_s)) as events:
@@ -169,7 +169,7 @@ class Serving:
         yield DONE
 
     async def _events(
-        self, asked: Asked, lora: LoraRequest | None, bodies: Bodies, looked_s: float
+        self, asked: Question, lora: LoraRequest | None, bodies: Bodies, looked_s: float
     ) -> AsyncGenerator[bytes]:
         works: list[TorchWork] = []
         begun: set[int] = set()
@@ -187,7 +187,7 @@ class Serving:
                     yield bodies.usage_event(of_prompt)
 
     async def _tokens(
-        self, asked: Asked, lora: LoraRequest | None, works: list[TorchWork], looked_s: float
+        self, asked: Question, lora: LoraRequest | None, works: list[TorchWork], looked_s: float
     ) -> AsyncGenerator[Token]:
         """Submit the sequences, which are added to `works`, and yield their tokens until all have ended.
 
@@ -218,7 +218,7 @@ class Serving:
 
     async def _submit(
         self,
-        asked: Asked,
+        asked: Question,
         row: int,
         prompt: list[int],
         lora: LoraRequest | None,
@@ -257,7 +257,7 @@ class Serving:
 
     def _work(
         self,
-        asked: Asked,
+        asked: Question,
         row: int,
         place: int,
         prompt: list[int],

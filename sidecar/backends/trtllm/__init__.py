@@ -1,0 +1,1 @@
+"""Backends of trtllm-serve, TensorRT-LLM's OpenAI server on its PyTorch engine."""

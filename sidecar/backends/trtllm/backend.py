@@ -1,0 +1,253 @@
+"""The backend of trtllm-serve, TensorRT-LLM's OpenAI server, over HTTP/1.1 connections that are kept.
+
+Nothing is loaded or unloaded by a call: each request carries the adapter's id and folder, and an id means its first
+content for the life of the engine. So the id is a hash of the content. A load is a request of ours for one token. It is
+unary, because a stream begins before the adapter is in. Loads go one at a time: each holds up all running answers.
+
+An adapter that does not fit ends the engine, and more adapters at once than it has slots for fail all that runs. So
+adapters are checked before they are staged, and the core keeps the number of different ones in flight, loads included,
+within `max_loras`.
+
+Clients that wait for a dead engine are never answered, so silence is its only sign (`Pulse`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import replace
+from time import monotonic
+
+import httpx
+
+from sidecar.backends.api import HttpForm, LoadResult, Ticket, Weights
+from sidecar.backends.credentials import open_http_client
+from sidecar.backends.endpoint import Endpoint
+from sidecar.backends.engine_facts import unknown_phrase
+from sidecar.backends.pulse import Pulse
+from sidecar.backends.trtllm.api import Lora, Measures, TrtllmApi, fault_of
+from sidecar.backends.trtllm.kind import EXPERIMENTAL, MODEL, TrtllmEntry
+from sidecar.backends.trtllm.probe import PROMPTS, Prober
+from sidecar.backends.trtllm.run import TrtllmRun
+from sidecar.core.effects import Dispatch, Load
+from sidecar.core.enums import Fault
+from sidecar.core.events import BackendMeasured
+from sidecar.core.facts import EngineFacts
+from sidecar.errors import Misused, Reason
+
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 5.0
+KEEP_S = 2.0
+"""The server closes a connection after 5 idle seconds: ours must be given up before."""
+ABORT_S = 1.5
+"""The server asks once a second whether a client is still there, and then ends its request within a step."""
+DIGEST_CHARACTERS = 12
+
+
+class TrtllmBackend(Endpoint):
+    """One trtllm-serve. `owner` is this replica's id, "" if there is only one."""
+
+    WIRE_ERRORS = (httpx.HTTPError,)
+    streams = True
+
+    def __init__(self, entry: TrtllmEntry, declared: EngineFacts, owner: str = "") -> None:
+        pulse = Pulse(entry.progress_timeout_s, monotonic())
+        super().__init__(entry.identity, entry.address, entry.progress_timeout_s, pulse)
+        self._entry = entry
+        self._declared = declared
+        self._owner = owner
+        timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
+        self._client = open_http_client(entry.address, entry.tls_files, None, timeout, KEEP_S)
+        self._api = TrtllmApi(entry.identity, self._client)
+        self._version = ""
+        self._unknown = ""
+        self._seats: int | None = None
+        self._seen = Measures()
+        self._slots_found: int | None = None
+        """Fewer slots than declared, once the engine has failed with more adapters at once."""
+        self._is_proven = False
+        """The engine was seen to compute with an adapter."""
+        self._loading = asyncio.Lock()
+        self._keys: dict[int, str] = {}
+        """The packed keys of the ids that the engine has been given."""
+        logger.warning("%s: %s", entry.identity, EXPERIMENTAL)
+
+    # Reaching and looking.
+
+    async def _reach(self) -> EngineFacts:
+        await self._api.healthy()
+        self._version = await self._api.version()
+        model = await self._api.model()
+        self._seats = await self._api.seats()
+        status, text = await self._api.ask(PROMPTS[0], 1, self._patience_s)
+        if status != httpx.codes.OK:
+            raise Misused(Reason.BACKEND_UNREACHABLE, f"{self.id}: the engine answers no token: {text}")
+        self._seen = await self._api.measures()
+        if self._seen.active:
+            await asyncio.sleep(ABORT_S)  # what a sidecar before us left running
+        self._keys.clear()
+        self._is_proven = False
+        if not self._owner:  # with several replicas others may be using all slots: its owner proves it before a load
+            await self._prove()
+        self.pulse.begin(monotonic())
+        self.pulse.counted(self._seen.steps, monotonic())
+        facts = self._facts(model)
+        self._unknown = unknown_phrase(facts)
+        return facts
+
+    def _facts(self, model: str) -> EngineFacts:
+        declared = self._declared
+        slots = declared.device_pages
+        if slots is not None and self._slots_found is not None:
+            slots = min(slots, self._slots_found)
+        return replace(
+            declared,
+            kind=MODEL.name,
+            models=(model,),
+            device_pages=slots,
+            seats=declared.seats or self._seats,
+            kv_tokens=declared.kv_tokens or self._seen.kv_tokens,
+        )
+
+    async def _prove(self) -> None:
+        """Find out whether the engine computes with adapters at all. Raises Misused if it does not.
+
+        With LoRA switched off it answers as the base model and says nothing.
+        """
+        entry = self._entry
+        base = entry.base()
+        if self._is_proven or entry.shared_dir is None or entry.lora_config is None or base is None:
+            return
+        prober = Prober(self._api, entry.shared_dir, base, entry.lora_config, self._patience_s)
+        problem = await prober.problem()
+        if problem:
+            raise Misused(
+                Reason.BACKEND_UNREACHABLE,
+                f"{self.id}: {problem}; start trtllm-serve with a lora_config (--extra_llm_api_options FILE) that has "
+                "the modules of this entry's, and where it sees the shared folder",
+            )
+        self._is_proven = True
+
+    async def _look(self) -> str | None:
+        await self._api.healthy()
+        self.pulse.seen(monotonic())
+        seen = await self._api.measures()
+        if self.pulse.counted(seen.steps, monotonic()):
+            return "it has restarted"
+        if seen != Measures():
+            self._seen = seen
+        return None
+
+    async def _hangs(self) -> bool:
+        if not self.pulse.is_still(monotonic()):
+            return False
+        if not self.pulse.is_counted and await self._answers(self._patience_s):
+            self.pulse.heard(monotonic())
+            return False
+        return True
+
+    async def _steps(self) -> int | None:
+        return (await self._api.measures()).steps
+
+    async def _answers(self, within_s: float) -> bool:
+        try:
+            status, _ = await self._api.ask(PROMPTS[0], 1, within_s)
+        except httpx.HTTPError:
+            return False
+        return status == httpx.codes.OK
+
+    async def _look_after(self, text: str) -> None:
+        """Find out whether the engine lives. A server may be well, by its own word, while its engine is gone."""
+        try:
+            await self._api.healthy()
+        except (httpx.HTTPError, Misused):
+            is_there = False
+        else:
+            is_there = await self._answers(self._patience_s)
+        if self._up and not is_there:
+            self._lose(text)
+
+    def _measures(self) -> BackendMeasured | None:
+        facts, seen = self._declared, self._seen
+        kv_tokens = facts.kv_tokens or seen.kv_tokens
+        if kv_tokens is None:
+            return None
+        return BackendMeasured(self.id, facts.seats or self._seats, kv_tokens, seen.kv_used)
+
+    def _describe(self) -> str:
+        version = f" {self._version}" if self._version else ""
+        kept = f"{len(self._keys)} adapter versions in its memory"
+        unproven = "" if self._is_proven or self._declared.base_only else "; not seen yet to compute with an adapter"
+        return f"reached, trtllm-serve{version}, {kept}{unproven}{self._unknown}"
+
+    # Runs.
+
+    def _begin(self, effect: Dispatch, ticket: Ticket) -> TrtllmRun:
+        form = ticket.payload.head_for(MODEL.name)
+        assert isinstance(form, HttpForm), "a request in gRPC's form for an HTTP server"
+        lora = None
+        if effect.packed_key:
+            lora = self._lora(effect.name, effect.digest, effect.task_id, effect.packed_key)
+        return TrtllmRun(effect, ticket, form, lora, self._post, self._heard, self._wire_broke, self._run_failed)
+
+    def _lora(self, name: str, digest: str, task_id: int, key: str) -> Lora:
+        assert self._entry.shared_dir is not None, "an adapter for a server without a shared folder"
+        self._keys[task_id] = key
+        return Lora(f"{name}@{digest[:DIGEST_CHARACTERS]}", task_id, self._entry.shared_dir.engine_path(key))
+
+    async def _go(self, run: TrtllmRun, weights: Weights | None) -> None:
+        try:
+            await run.go(self._client)
+        except asyncio.CancelledError:
+            if run.cancelled and self._up:
+                await asyncio.sleep(ABORT_S)  # until then the engine still runs it, and its adapter takes a slot
+            raise
+
+    def _run_failed(self, fault: Fault) -> None:
+        """Note what an engine's error says of the engine itself."""
+        if fault is Fault.DEADLY and self._up:
+            self._spawn(self._wire_broke("an adapter has ended it"))
+        if fault is not Fault.FULL or not self._takes:
+            return
+        at_once = len({run.effect.packed_key for run in self._runs.values() if run.effect.packed_key})
+        self._slots_found = max(1, at_once + len(self._sent) - 1)
+        self._close(
+            f"its batch has fewer slots for adapters than the {at_once} that ran; lora_config.max_loras is declared "
+            f"too high, and {self._slots_found} are used from now on"
+        )
+
+    # Loads.
+
+    async def _perform(self, effect: Load, weights: Weights) -> LoadResult:
+        packed = effect.packed
+        if self._keys.get(packed.task_id, packed.key) != packed.key:
+            return LoadResult("its id is that of another adapter in this engine; refresh one of the two")
+        async with self._loading:
+            await weights.ready()
+            try:
+                await self._prove()
+            except Misused as unproven:
+                return LoadResult(unproven.message, lost=True)
+            self._load_sent(effect.load)
+            lora = self._lora(effect.name, effect.digest, packed.task_id, packed.key)
+            try:
+                status, text = await self._api.ask(PROMPTS[0], 1, self._entry.load_timeout_s, lora, effect.epoch)
+            except httpx.TimeoutException:
+                await asyncio.sleep(ABORT_S)
+                text = f"the engine did not take the adapter within {self._entry.load_timeout_s:g} s"
+                return LoadResult(text, unanswered=True)
+            except httpx.HTTPError as error:
+                return LoadResult(self._error_text(error), lost=True)
+        if status == httpx.codes.OK:
+            return LoadResult(None)
+        fault = fault_of(status, text)
+        self._run_failed(fault)
+        return LoadResult(text, lost=fault is Fault.LOST, means=fault)
+
+    async def _leave(self) -> None:
+        await self._client.aclose()
+
+    @staticmethod
+    def _is_late(error: Exception) -> bool:
+        return isinstance(error, httpx.TimeoutException)
