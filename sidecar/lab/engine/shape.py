@@ -1,12 +1,17 @@
 """The shapes of the decoders that an emulated engine serves, and their LoRA modules.
 
+A shape has a name, or it is read from a model's `config.json`.
+
 Module ids, names and dims follow TensorRT-LLM's `loraModule.h` and `loraModule.cpp`. For Llama-style models the names
 are a trap: Hugging Face's `gate_proj` is `mlp_h_to_4h` and `up_proj` is `mlp_gate`.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,54 @@ LLAMA_2_7B = ModelShape(
 )
 
 SHAPES: dict[str, ModelShape] = {"tiny": TINY, "llama-3.1-8b": LLAMA_31_8B, "llama-2-7b": LLAMA_2_7B}
+
+_CONFIG_KEYS = {
+    "hidden": ("hidden_size", "n_embd", "d_model"),
+    "layers": ("num_hidden_layers", "n_layer", "n_layers"),
+    "heads": ("num_attention_heads", "n_head", "n_heads"),
+    "kv_heads": ("num_key_value_heads",),
+    "head_size": ("head_dim",),
+    "ffn": ("intermediate_size", "n_inner"),
+    "vocab": ("vocab_size",),
+}
+_FFN_RATIO = 4
+
+
+def shape_of(name: str) -> ModelShape:
+    """Return the shape of a name, or that of a `config.json` as Hugging Face writes it, served as a Llama's.
+
+    Raises ValueError for neither.
+    """
+    if name in SHAPES:
+        return SHAPES[name]
+    path = Path(name)
+    if path.suffix != ".json":
+        raise ValueError(f"unknown shape {name!r}; there are {', '.join(SHAPES)}, and the path of a config.json")
+    try:
+        config = json.loads(path.read_text())
+        return _shape_of_config(path.parent.name, config)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"no shape can be read from {name}: {error}") from error
+
+
+def _shape_of_config(name: str, config: dict[str, Any]) -> ModelShape:
+    sizes = {
+        field: next((int(config[key]) for key in keys if config.get(key)), 0) for field, keys in _CONFIG_KEYS.items()
+    }
+    missing = [field for field in ("hidden", "layers", "heads") if not sizes[field]]
+    if missing:
+        raise ValueError(f"it has no {' or '.join(_CONFIG_KEYS[missing[0]])}")
+    return ModelShape(
+        name=name,
+        hidden=sizes["hidden"],
+        layers=sizes["layers"],
+        heads=sizes["heads"],
+        kv_heads=sizes["kv_heads"] or sizes["heads"],
+        head_size=sizes["head_size"] or sizes["hidden"] // sizes["heads"],
+        ffn=sizes["ffn"] or _FFN_RATIO * sizes["hidden"],
+        vocab=sizes["vocab"] or TINY.vocab,
+    )
+
 
 # TensorRT-LLM's names of the Hugging Face projections of a Llama-style model.
 HF_MODULES: dict[str, str] = {

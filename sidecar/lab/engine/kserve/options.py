@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sidecar.lab.engine.shape import ALL_LINEAR, SHAPES
+from sidecar.lab.engine.shape import ALL_LINEAR, SHAPES, shape_of
 from sidecar.lab.engine.spec import GUARANTEED_NO_EVICT, SCHEDULERS, VLLM, EngineSpec
 
 WEIGHTS_DATATYPES = {"fp16": "FP16", "bf16": "BF16"}
@@ -36,7 +36,7 @@ class Options:
     The help texts below define them; beyond those:
 
     * Ports of 0 are chosen by the system; `metrics_port` None serves no metrics.
-    * `compute` None runs the executor for the tiny shape and makes dummy tokens for larger ones.
+    * `compute` None runs the executor for the tiny shape and one of a file, and makes dummy tokens for larger ones.
     * `time_scale` multiplies the durations of `cost_table`.
     * `lora_weights` is the tensor's type in the model's config.pbtxt and may contradict `dtype`, as deployments do.
     * `exclude_input_in_output` is the default of the input of that name: as in the executor's OutputConfig, a whole
@@ -86,9 +86,12 @@ class Options:
         default=None, metadata=cli(SERVER, "PEM file; clients must show a certificate of its.")
     )
 
-    shape: str = field(default="tiny", metadata=cli(ENGINE, f"Model: {', '.join(SHAPES)}."))
+    shape: str = field(default="tiny", metadata=cli(ENGINE, f"Model: {', '.join(SHAPES)}, or a path of a config.json."))
     compute: str | None = field(
-        default=None, metadata=cli(ENGINE, "llama computes tokens, none makes dummy ones; default: llama for tiny.")
+        default=None,
+        metadata=cli(
+            ENGINE, "llama computes tokens, none makes dummy ones; default: llama for small models."
+        ),
     )
     seed: int = field(default=0, metadata=cli(ENGINE, "Seed of the base model."))
     dtype: str = field(default="float16", metadata=cli(ENGINE, "Engine dtype: float16, bfloat16, float32."))
@@ -162,8 +165,7 @@ class Options:
             raise ValueError(f"a model has 1 instance or more, not {self.instances}")
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"unknown protocol {self.protocol!r}; there are {', '.join(PROTOCOLS)}")
-        if self.shape not in SHAPES:
-            raise ValueError(f"unknown shape {self.shape!r}; there are {', '.join(SHAPES)}")
+        shape_of(self.shape)
         if self.compute is not None and self.compute not in COMPUTES:
             raise ValueError(f"unknown compute {self.compute!r}; there are {', '.join(COMPUTES)}")
         if self.lora_weights is not None and self.lora_weights not in WEIGHTS_DATATYPES:
@@ -174,7 +176,8 @@ class Options:
     @property
     def computes(self) -> bool:
         """True if tokens come from the real executor."""
-        return self.compute == "llama" or (self.compute is None and self.shape == "tiny")
+        is_small = self.shape == "tiny" or self.shape not in SHAPES
+        return self.compute == "llama" or (self.compute is None and is_small)
 
     @property
     def weights_datatype(self) -> str:
@@ -187,7 +190,7 @@ class Options:
 def spec_of(options: Options) -> EngineSpec:
     """Return the engine's spec. Raises ValueError if its numbers contradict each other."""
     return EngineSpec(
-        shape=SHAPES[options.shape],
+        shape=shape_of(options.shape),
         dtype=options.dtype,
         tp=options.tp,
         lora_modules=options.lora_modules,
