@@ -89,9 +89,7 @@ class Options:
     shape: str = field(default="tiny", metadata=cli(ENGINE, f"Model: {', '.join(SHAPES)}, or a path of a config.json."))
     compute: str | None = field(
         default=None,
-        metadata=cli(
-            ENGINE, "llama computes tokens, none makes dummy ones; default: llama for small models."
-        ),
+        metadata=cli(ENGINE, "llama computes tokens, none makes dummy ones; default: llama for small models."),
     )
     seed: int = field(default=0, metadata=cli(ENGINE, "Seed of the base model."))
     dtype: str = field(default="float16", metadata=cli(ENGINE, "Engine dtype: float16, bfloat16, float32."))

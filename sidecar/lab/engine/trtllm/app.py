@@ -111,6 +111,7 @@ class Routes:
             "iterations": counters.iteration_counter,
             "host_pages_used": counters.host_pages_used,
             "device_pages_used": counters.device_pages_used,
+            "most_adapters": self._driver.most_adapters,
             "died": self._driver.engine.died,
         }
         return _json(shown)

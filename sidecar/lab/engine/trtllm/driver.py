@@ -38,6 +38,8 @@ class TorchDriver(TextDriver):
         slow_factor: float = 1.0,
     ) -> None:
         super().__init__(engine, compute, faults, log, lambda _: None, slow_factor)
+        self.most_adapters = 0
+        """The most adapters of one step so far."""
         self._adapters = adapters
         self._stats = stats
 
@@ -64,6 +66,8 @@ class TorchDriver(TextDriver):
     async def _execute(self, iteration: Iteration) -> None:
         began_ns = time.monotonic_ns()
         await self._read(self.engine.drain_reads(), iteration.context)
+        tasks = {self._works[request_id].task_id for request_id in (*iteration.context, *iteration.generation)}
+        self.most_adapters = max(self.most_adapters, len(tasks - {None}))
         await super()._execute(iteration)
         self._stats.add(iteration, self.engine.counters, (time.monotonic_ns() - began_ns) / 1e6)
 

@@ -58,6 +58,11 @@ class TrtllmServer:
         return self._worker_died or self.engine.died
 
     @property
+    def most_adapters(self) -> int:
+        """The most adapters of one step so far."""
+        return self._driver.most_adapters
+
+    @property
     def served(self) -> list[Served]:
         """The endings so far, oldest first; the last 100,000 are kept."""
         return list(self._log.last)
