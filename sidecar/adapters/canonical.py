@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sidecar.adapters import peft_config
+from sidecar.adapters.balance import Exponents, Floats, exponents_for
 from sidecar.adapters.names import shown
 from sidecar.adapters.peft import WEIGHTS_FILE_NAME, AdapterSource
 from sidecar.adapters.peft_config import PeftConfig, parse_config
@@ -57,13 +58,18 @@ class Files(Protocol):
 
 @dataclass(frozen=True)
 class _Matrix:
-    """One tensor to write: the rows `ranges` of a tensor times `factor`, then zeros up to `shape`."""
+    """One tensor to write: the rows `ranges` of a tensor times `factor`, then zeros up to `shape`.
+
+    `powers` are the exponents of two by which the rows of an A, or the columns of a B, are multiplied as well.
+    """
 
     name: str
     tensor: TensorInfo
     ranges: Sequence[Range]
     shape: tuple[int, int]
     factor: float = 1.0
+    powers: Exponents | None = None
+    is_a: bool = False
 
     @property
     def dtype(self) -> str:
@@ -81,6 +87,7 @@ class _Matrix:
             and self.shape == self.tensor.shape
             and tuple(self.ranges) == whole
             and self.factor == 1
+            and self.powers is None
         )
 
     def pieces(self, source: AdapterSource) -> Iterator[npt.NDArray[Any]]:
@@ -90,14 +97,16 @@ class _Matrix:
         for first, count in self.ranges:
             for row in range(first, first + count, step):
                 taken = min(step, first + count - row)
-                values = np.empty(taken * own, NUMPY_DTYPES[self.tensor.dtype])
-                source.file.read_into(self.tensor, row * own, values)
+                read = np.empty(taken * own, NUMPY_DTYPES[self.tensor.dtype])
+                source.file.read_into(self.tensor, row * own, read)
+                values = read.reshape(taken, own)
+                if self.factor != 1:
+                    values = values.astype(np.float32) * np.float32(self.factor)
+                if self.powers is not None:
+                    own_powers = self.powers[row : row + taken, None] if self.is_a else self.powers
+                    values = np.ldexp(values.astype(np.float32), own_powers.astype(np.int32))
                 out = np.zeros((taken, width), dtype)
-                out[:, :own] = (
-                    values.reshape(taken, own)
-                    if self.factor == 1
-                    else values.reshape(taken, own).astype(np.float32) * np.float32(self.factor)
-                )
+                out[:, :own] = values
                 yield out
         missing = rows - sum(count for _, count in self.ranges)
         if missing:
@@ -122,7 +131,7 @@ def rewrite(source: AdapterSource, directory: Path, layout: Layout, folder: Path
             )
     matrices = [
         matrix for row in rows for number, pair in enumerate(row.target.pairs) for matrix in
-        _matrices(row, number, pair, _factor(pair, row, alpha, config.use_rslora))
+        _matrices(source, layout, row, number, pair, _factor(pair, row, alpha, config.use_rslora))
     ]  # fmt: skip
     is_one_file = (directory / WEIGHTS_FILE_NAME).exists()
     if is_one_file and config.alpha and all(matrix.is_unchanged for matrix in matrices):
@@ -139,17 +148,44 @@ def _factor(pair: Pair, row: PackedRow, alpha: float, use_rslora: bool) -> float
     return 1.0 if abs(left - 1) < EXACT else left
 
 
-def _matrices(row: PackedRow, expert: int, pair: Pair, factor: float) -> tuple[_Matrix, _Matrix]:
+def _matrices(
+    source: AdapterSource, layout: Layout, row: PackedRow, expert: int, pair: Pair, factor: float
+) -> tuple[_Matrix, _Matrix]:
     rank = row.target.rank  # experts of one module are stacked, so all have the largest rank
     path = f"base_model.model.{_path(row, expert)}"
     # The loader swaps the halves of gate_up_proj itself, so they stay in the order of the file.
     ranges = ((0, pair.b.shape[0]),) if row.module == "mlp_gate_up" else row.ranges
-    a = _Matrix(f"{path}.lora_A.weight", pair.a, ((0, pair.rank),), (rank, pair.a.shape[1]))
-    return a, _Matrix(f"{path}.lora_B.weight", pair.b, ranges, (row.out_rows, rank), factor)
+    powers = _powers(source, layout, pair, factor)
+    a = _Matrix(f"{path}.lora_A.weight", pair.a, ((0, pair.rank),), (rank, pair.a.shape[1]), 1.0, powers, True)
+    down = None if powers is None else -powers
+    return a, _Matrix(f"{path}.lora_B.weight", pair.b, ranges, (row.out_rows, rank), factor, down)
 
 
 def _path(row: PackedRow, expert: int) -> str:
     return f"model.layers.{row.target.layer}.{NAMES[row.module].format(expert)}"
+
+
+def _powers(source: AdapterSource, layout: Layout, pair: Pair, factor: float) -> Exponents | None:
+    """Return the powers of two to move between A and B, so that the engine's dtype holds both; None for none.
+
+    The engine casts A and B to its dtype and scales B afterwards. Raises Invalid if no powers suffice.
+    """
+    if layout.dtype != "float16" or (factor == 1 and pair.a.dtype == pair.b.dtype == "F16"):
+        return None
+    tops_a, tops_b = _tops(source, pair.a, 1), _tops(source, pair.b, 0)
+    return exponents_for(pair, tops_a, tops_b * max(abs(factor), abs(pair.scale)), layout.dtype, source.name)
+
+
+def _tops(source: AdapterSource, tensor: TensorInfo, axis: int) -> Floats:
+    """Return the largest magnitude of each row (axis 1) or column (axis 0) of a matrix."""
+    rows, width = tensor.shape
+    step = max(1, PIECE_ELEMENTS // width)
+    found = []
+    for row in range(0, rows, step):
+        taken = min(step, rows - row)
+        values = np.abs(source.file.elements(tensor, row * width, taken * width).reshape(taken, width))
+        found.append(values.max(axis=axis).astype(np.float64))
+    return np.concatenate(found) if axis == 1 else np.max(found, axis=0)
 
 
 def _write_config(

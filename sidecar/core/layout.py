@@ -102,7 +102,7 @@ class Layout:
         whole = "" if self.fused is None else f".{'+'.join(self.fused) or 'split'}"
         heads = "" if self.heads is None else f".h{self.heads.query}k{self.heads.key_value}s{self.heads.size}"
         if self.canonical:
-            return f"canonical{whole}{heads}.{FILES_LABEL}"
+            return f"canonical.{self.dtype}{whole}{heads}.{FILES_LABEL}"
         return f"{self.dtype}.r{self.rank_multiple}.tp{self.tp}{whole}{heads}"
 
     def for_modules(self, modules: Iterable[str]) -> Layout:

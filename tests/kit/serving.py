@@ -80,7 +80,11 @@ class Serving:
 
     async def ask(self, adapter: str, tokens: int = 4, prompt: int = 5, **fields: Any) -> Answer:
         """Generate from a prompt of token ids. Raises AioRpcError if the sidecar answers with an error."""
-        ids = gateway_pb2.TokenIds(ids=[BOS, *range(prompt - 1)])
+        return await self.ask_tokens(adapter, [BOS, *range(prompt - 1)], tokens, **fields)
+
+    async def ask_tokens(self, adapter: str, prompt: Sequence[int], tokens: int, **fields: Any) -> Answer:
+        """Generate from a prompt. Raises AioRpcError if the sidecar answers with an error."""
+        ids = gateway_pb2.TokenIds(ids=prompt)
         answer = Answer()
         request = gateway_pb2.GenerateRequest(adapter=adapter, tokens=ids, max_tokens=tokens, **fields)
         async for response in self.gateway.Generate(request):

@@ -73,7 +73,11 @@ class LoraConfig(Section):
         names = set(self.lora_target_modules or NAMES)
         if names & {"attn_q", "attn_k", "attn_v"}:
             names |= {"attn_q", "attn_k", "attn_v"}  # the engine enables all three or none
-        return {name: dims for name, dims in base.modules.items() if name in names}
+        found = {name: dims for name, dims in base.modules.items() if name in names}
+        if "attn_dense" in found:  # the engine's own table has it so, whatever o_proj takes (`createLoraModules`)
+            hidden = base.modules["attn_q"][0]
+            found["attn_dense"] = (hidden, hidden)
+        return found
 
 
 class TrtllmEntry(Entry):
