@@ -14,7 +14,8 @@ from sidecar.core.pace import Demand, Pace, slowest_token_ns, token_ns, usual_to
 from sidecar.core.state import Backend, Request, State, Version
 
 FETCH_ALLOWANCE_NS = 10_000_000_000
-"""The time that a promise allows for bringing an adapter into the host store."""
+"""The time that a promise allows for bringing an adapter into the host store. A class without patience allows none: its
+requests are overdue as soon as their adapter is here, and have no promise if that takes long."""
 SLOWED = 1.25
 """Steps that take this many times what promises allow for mean that the engine has become slower."""
 SLOWED_LEARNED = 1.5
@@ -96,6 +97,7 @@ def backlog_of(state: State, backend: Backend, request: Request) -> Backlog:
     each_ns, slowest_ns = _token_times(state, backend, demand, slots)
     tenant, limit = request.view.tenant, state.config.classes[request.view.klass]
     of_tenant, share = outstanding.tenants[tenant], outstanding.share_of(tenant)
+    is_here = _is_here_to_stay(state, backend, request.version)
     return Backlog(
         drain_ns=round(outstanding.expected_tokens * each_ns),
         tenant_drain_ns=round(of_tenant * each_ns / share),
@@ -110,7 +112,7 @@ def backlog_of(state: State, backend: Backend, request: Request) -> Backlog:
         seats=backend.seats(state.config),
         patience_ns=limit.patience_ns,
         limit_ns=limit.queue_wait_ns_max,
-        fetch_ns=0 if _is_here_to_stay(state, backend, request.version) else FETCH_ALLOWANCE_NS,
+        fetch_ns=FETCH_ALLOWANCE_NS if limit.patience_ns and not is_here else 0,
     )
 
 

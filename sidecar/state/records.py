@@ -209,9 +209,10 @@ def published(record: Record, ordinal: int, versions_max: int) -> Record:
 
     Raises Refused(UNKNOWN_ADAPTER) if the version was dropped.
     """
-    if record.is_unseen:  # what else it holds has never been published
-        return replace(record, versions=(record.of(ordinal),), current=ordinal, previous=None, allow=None)
-    return _trimmed(promoted(record, ordinal), versions_max)
+    now = promoted(record, ordinal)
+    if record.is_unseen:  # what was current has never been published
+        now = replace(now, previous=None, allow=None)
+    return _trimmed(now, versions_max)
 
 
 def without(record: Record, ordinal: int) -> Record | None:

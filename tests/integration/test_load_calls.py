@@ -466,6 +466,36 @@ async def test_models_say_from_where_a_name_was_loaded(tmp_path: Path) -> None:
         assert card["root"] == str(trainer.folder / "step-0")
 
 
+async def test_what_prime_rl_sends_is_served(tmp_path: Path) -> None:
+    """Its client's requests after each step, recorded from its code: a path without /v1, which loads in place always.
+
+    It tries again after a 404 and a 500: its files may not be on our file system yet.
+    """
+    async with pool(tmp_path, 1, 1) as trainer:
+        url = f"http://{trainer.served.sidecar.http_address}"
+        headers = {"authorization": "Bearer secret"}
+        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=None, trust_env=False) as admin:
+            timeout = httpx.Timeout(connect=10.0, read=30.0, write=60.0, pool=10.0)
+
+            async def load(path: Path) -> httpx.Response:
+                body = {"lora_name": "r8-1", "lora_path": path.as_posix()}
+                return await admin.post("/load_lora_adapter", json=body, timeout=timeout)
+
+            assert (await admin.get("/health")).status_code == 404  # then it takes the server for healthy
+            late = trainer.folder / "broadcasts" / "step_0"
+            assert (await load(late)).status_code == 404
+            late.parent.mkdir()
+            for step in range(3):
+                trainer.write(step).rename(late.parent / f"step_{step}")
+                (await load(late.parent / f"step_{step}")).raise_for_status()
+                answers = await trainer.answers(name="r8-1")
+                assert {answer.origins[0].version for answer in answers} == {f"r8-1@v{step + 1}"}
+            models = (await admin.get("/v1/models")).json()["data"]
+            assert "r8-1" in [model["id"] for model in models]
+            await admin.post("/v1/unload_lora_adapter", json={"lora_name": "r8-1"})
+            assert trainer.served.state.names == {}
+
+
 async def test_load_calls_are_off_unless_they_are_asked_for(tmp_path: Path) -> None:
     async with (
         running_vllm(**VLLM) as (engine, _),
