@@ -23,10 +23,10 @@ class NoAdapter(Invalid):
     """The folder does not exist, or holds no adapter."""
 
 
-def copy_adapter(name: str, source: Path, target: Path, limits: Limits) -> None:
-    """Copy the files of the adapter in a folder to an empty one, and flush them to the disk. Blocks.
+def copy_adapter(name: str, source: Path, target: Path, limits: Limits) -> Mapping[str, Any]:
+    """Copy the files of the adapter in a folder to an empty one, flushed to the disk; return what `config_in` does.
 
-    Nothing but their names and sizes is checked. Raises Invalid if they are missing, too large, or change meanwhile,
+    Only names and sizes are checked. Blocks. Raises Invalid if files are missing, too large, or change meanwhile,
     Refused if there is no room.
     """
     if not (source / CONFIG_FILE_NAME).is_file():
@@ -34,6 +34,7 @@ def copy_adapter(name: str, source: Path, target: Path, limits: Limits) -> None:
     left_bytes = limits.size_bytes_max
     for file in files_of(source):
         left_bytes -= _copy(name, file, target / file.name, left_bytes)
+    return config_in(target)
 
 
 def config_in(folder: Path) -> Mapping[str, Any]:

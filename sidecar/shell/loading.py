@@ -20,7 +20,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from time import monotonic, time
 
-from sidecar.adapters.copying import config_in
 from sidecar.adapters.names import check_name
 from sidecar.backends.api import Prompt as PromptKind
 from sidecar.backends.registry import model_kind
@@ -131,8 +130,7 @@ class Loading:
 
     async def _stage(self, name: str, path: str) -> tuple[Record, int]:
         """Make the files in a folder a version of a name, without moving the name."""
-        async with self._gateway.sources.copied(name, path) as folder:
-            config = await asyncio.to_thread(config_in, folder)
+        async with self._gateway.sources.copied(name, path) as (folder, config):
             base = "" if config.get("base_model_name_or_path") else self._only_base
             wanted = Wanted(managed_by=LOADS, stage=True, unseen=True, labels=((PATH, path),), base=base)
             entered = await self._catalogue.push(name, folder, wanted)

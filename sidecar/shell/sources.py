@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from sidecar.adapters.copying import copy_adapter
 from sidecar.adapters.origins.allowing import AllowList
@@ -132,17 +132,18 @@ class Sources:
             self._remove(folder)
 
     @asynccontextmanager
-    async def copied(self, name: str, path: str) -> AsyncIterator[Path]:
+    async def copied(self, name: str, path: str) -> AsyncIterator[tuple[Path, Mapping[str, Any]]]:
         """Yield an incoming folder with a copy of the files in a local folder, which may change from then on.
 
-        Raises Invalid if it is outside the roots or holds no adapter, Refused for a failure that may pass.
+        The fields of its adapter_config.json come with it, unchecked. Raises Invalid if it is outside the roots or
+        holds no adapter, Refused for a failure that may pass.
         """
         directory = self.allow.check_path(name, path)
         with self.incoming() as folder:
-            await undisturbed(asyncio.to_thread(copy_adapter, name, directory, folder, self.limits))
+            config = await undisturbed(asyncio.to_thread(copy_adapter, name, directory, folder, self.limits))
             if self.allow.check_path(name, path) != directory:
                 raise unreadable(name, f"{path} was replaced while it was read; load it again")
-            yield folder
+            yield folder, config
 
     @asynccontextmanager
     async def pushed(self, name: str, folder: Path) -> AsyncIterator[Arrival]:

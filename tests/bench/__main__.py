@@ -27,6 +27,7 @@ from tests.bench import (
     slow_readers,
     stall,
     state,
+    trainer,
     truth,
     wire,
 )
@@ -47,6 +48,7 @@ BENCHES = {
     "packing": packing.bench,
     "replicas": replicas.bench,
     "restart": restart.bench,
+    "trainer": trainer.bench,
     "truth": truth.bench,
 }
 

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -101,39 +102,44 @@ async def test_a_step_is_on_every_engine_before_the_name_answers_by_it(tmp_path:
         assert {origin.version for answer in answers for origin in answer.origins} == {"grpo@v1"}
 
 
-async def test_requests_before_a_step_are_answered_by_the_version_that_they_found(tmp_path: Path) -> None:
-    """Requests run on all engines while five steps are loaded: each answer is of one version, the one at its start."""
+@pytest.mark.parametrize("steps", [5, pytest.param(200, marks=pytest.mark.slow)])
+async def test_requests_before_a_step_are_answered_by_the_version_that_they_found(tmp_path: Path, steps: int) -> None:
+    """16 requests are in flight over all engines during each step: each is answered by the version at its start."""
     async with pool(tmp_path) as trainer:
         await trainer.step(0)
-        wrong: list[str] = []
-        done = asyncio.Event()
+        names, wrong, seen, done = trainer.served.state.names, [], set(), asyncio.Event()
 
         async def ask() -> None:
             while not done.is_set():
-                before = trainer.served.state.names["grpo"].ordinal
+                before = names["grpo"].ordinal
                 answer = await trainer.served.ask("grpo", tokens=6)
                 (origin,) = answer.origins
-                after = trainer.served.state.names["grpo"].ordinal
-                if not before <= int(origin.version.removeprefix("grpo@v")) <= after:
-                    wrong.append(f"{origin.version} between v{before} and v{after}")
+                seen.add(origin.backend)
+                if not before <= int(origin.version.removeprefix("grpo@v")) <= names["grpo"].ordinal:
+                    wrong.append(f"{origin.version} between v{before} and v{names['grpo'].ordinal}")
                 if answer.tokens != tokens_of(trainer, origin):
                     wrong.append(f"{origin.version} on {origin.backend}: {answer.tokens}")
 
-        asking = [asyncio.create_task(ask()) for _ in range(8)]
-        for step in range(1, 6):
+        asking = [asyncio.create_task(ask()) for _ in range(16)]
+        for step in range(1, steps + 1):
             version = await trainer.step(step)
             assert {answer.origins[0].version for answer in await trainer.answers()} == {version}
         done.set()
         await asyncio.gather(*asking)
         assert wrong == []
+        assert len(seen) > 1
 
 
 def tokens_of(trainer: Trainer, origin: Any, count: int = 6) -> list[int]:
     """Return what an engine answers by the step that became a version; step n is version n + 1."""
     step = int(origin.version.removeprefix("grpo@v")) - 1
-    folder = trainer.folder / f"step-{step}"
+    return _tokens(trainer.folder / f"step-{step}", origin.backend.startswith("vllm"), count)
+
+
+@cache
+def _tokens(folder: Path, by_vllm: bool, count: int) -> list[int]:
     digest = digest_of_folder(folder)
-    if origin.backend.startswith("vllm"):
+    if by_vllm:
         return expected(f"grpo@{digest[:12]}", folder, count)
     return [dummy_token(task_id_of(packed_key(digest, Layout("float16"))), position) for position in range(count)]
 

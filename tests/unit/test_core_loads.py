@@ -8,7 +8,10 @@ from sidecar.config import parse
 from sidecar.config.openai import LOADS
 from sidecar.core import effects as fx
 from sidecar.core.config import CoreConfig
+from sidecar.core.events import OtherVersion
 from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, adapter_of
+
+STEPS = 40
 
 
 def config() -> CoreConfig:
@@ -82,3 +85,50 @@ def test_loads_one_after_the_other_leave_the_engine_to_its_requests() -> None:
     assert steps > 30
     waits = [effect.queue_ns for effect in world.of(fx.Settle) if effect.tenant != LOADS]
     assert max(waits) <= SECOND
+
+
+def test_a_step_takes_the_first_load_and_the_slowest_of_the_others() -> None:
+    """Steps of a trainer, 16 requests in flight over four engines: within 1.2 times these loads, of 200 ms each.
+
+    The probation of a version that has not answered yet is the core's: all four requests are sent at once.
+    """
+    world = World(config(), engines=4, device_pages=4, host_pages=8, seats=16)
+    for engine in world.engines.values():
+        engine.load_ns, engine.host_pages = 200 * MS, 8
+    world.register_as("policy", adapter_of("step-0"))
+    in_flight, ended = dict.fromkeys(range(16), 0), False
+
+    def keep_asking(place: int) -> None:
+        if not ended and (not in_flight[place] or in_flight[place] in world.settled):
+            in_flight[place] = world.send("policy")
+        if not ended:
+            world.after(25 * MS, lambda: keep_asking(place))
+
+    for place in in_flight:
+        keep_asking(place)
+    for step in range(1, STEPS + 1):
+        began_ns, before = world.now_ns, len(world.effects)
+        version = adapter_of(f"step-{step}")
+        world.register_as(
+            "policy", adapter_of(f"step-{step - 1}"), ordinal=step, others=(OtherVersion(step + 1, version, "here"),)
+        )
+        sent = [
+            world.send(f"policy@v{step + 1}", tenant=LOADS, klass=LOADS, output_tokens=1, only=(engine,))
+            for engine in world.engines
+        ]
+        while any(request not in world.settled for request in sent):
+            world.run(MS)
+        made = [effect for effect in world.effects[before:] if isinstance(effect, fx.Load)]
+        loads = [load for load in made if load.digest == version.digest]
+        assert [effect.backend for effect in loads[1:]] == [each for each in world.engines if each != loads[0].backend]
+        assert len(loads) == 4
+        assert world.now_ns - began_ns <= 1.2 * (200 * MS + 200 * MS)
+        world.register_as(
+            "policy",
+            version,
+            ordinal=step + 1,
+            others=(OtherVersion(step, adapter_of(f"step-{step - 1}"), "here", kept=True),),
+        )
+    ended = True
+    world.run()
+    world.assert_all_ok()
