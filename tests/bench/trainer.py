@@ -24,7 +24,7 @@ from tests.kit.vllm_emulated import Client, VllmProcess
 
 STEPS, IN_FLIGHT, TOKENS, LOAD_S = 200, 16, 64, 0.2
 GOAL = 1.2
-OPTIONS = ("--compute", "none", "--load-s", str(LOAD_S))
+OPTIONS = ("--compute", "none", "--load-ms", str(1000 * LOAD_S))
 SAMPLES = 5
 
 

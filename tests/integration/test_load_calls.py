@@ -298,7 +298,7 @@ async def test_an_engine_that_is_down_does_not_hold_up_the_name_and_gets_the_ver
 
 
 async def test_an_engine_that_goes_down_during_its_load_does_not_hold_up_the_name(tmp_path: Path) -> None:
-    async with both(dying(), dying("--load-s", "600"), tmp_path) as (trainer, _, engine):
+    async with both(dying(), dying("--load-ms", "600000"), tmp_path) as (trainer, _, engine):
         loading = asyncio.create_task(trainer.load(trainer.write(0)))
         await until(lambda: any(effect.backend == "vllm-1" for effect in trainer.served.recorder.of(Load)))
         await engine.kill()
@@ -324,7 +324,7 @@ async def test_without_an_engine_nothing_is_loaded(tmp_path: Path) -> None:
 
 
 async def test_a_new_name_is_unknown_until_it_is_loaded(tmp_path: Path) -> None:
-    async with dying("--load-s", "600") as engine, trained([engine], tmp_path) as trainer:
+    async with dying("--load-ms", "600000") as engine, trained([engine], tmp_path) as trainer:
         loading = asyncio.create_task(trainer.load(trainer.write(0)))
         await until(lambda: bool(trainer.served.recorder.of(Load)))
         with pytest.raises(grpc.aio.AioRpcError, match='unknown adapter "grpo"'):
@@ -349,7 +349,7 @@ async def test_two_loads_of_one_name_take_turns(tmp_path: Path) -> None:
 
 
 async def test_a_load_is_carried_out_although_its_client_has_left(tmp_path: Path) -> None:
-    async with running_vllm(**VLLM, load_s=0.5) as (engine, _), trained([engine], tmp_path) as trainer:
+    async with running_vllm(**VLLM, load_ms=500) as (engine, _), trained([engine], tmp_path) as trainer:
         async with Client(trainer.served.sidecar.http_address, patience_s=0.1) as impatient:
             with pytest.raises(httpx.ReadTimeout):
                 await impatient.load("grpo", trainer.write(0))
@@ -359,7 +359,7 @@ async def test_a_load_is_carried_out_although_its_client_has_left(tmp_path: Path
 
 
 async def test_a_load_that_is_under_way_is_carried_out_before_the_process_ends(tmp_path: Path) -> None:
-    async with both(dying(), dying("--load-s", "600"), tmp_path, drain_timeout_s=60) as (trainer, _, slow):
+    async with both(dying(), dying("--load-ms", "600000"), tmp_path, drain_timeout_s=60) as (trainer, _, slow):
         loading = asyncio.create_task(trainer.load(trainer.write(0)))
         await until(lambda: any(effect.backend == "vllm-1" for effect in trainer.served.recorder.of(Load)))
         draining = asyncio.create_task(trainer.served.sidecar.drain())

@@ -95,8 +95,8 @@ class Inference:
     async def _run(self, asked: RunningQuery, emit: Emit) -> None:
         triton_id = asked.query.triton_id
         try:
-            if self._options.load_s and any(work.brings_weights for work in asked.works):
-                await asyncio.sleep(self._options.load_s)
+            if self._options.load_ms and any(work.brings_weights for work in asked.works):
+                await asyncio.sleep(self._options.load_ms / 1e3)
             for work in asked.works:
                 await self._driver.submit(work)
             for work in asked.works:

@@ -131,7 +131,9 @@ class Options:
     lora_max_rank_cached: int = field(default=64, metadata=cli(LORA, "lora_cache_max_adapter_size."))
     lora_host_bytes: int = field(default=1 << 30, metadata=cli(LORA, "lora_cache_host_memory_bytes."))
     lora_device_bytes: int = field(default=1 << 30, metadata=cli(LORA, "Bytes of the device cache."))
-    load_s: float = field(default=0.0, metadata=cli(LORA, "Seconds that each load of an adapter takes in addition."))
+    load_ms: float = field(
+        default=0.0, metadata=cli(LORA, "Milliseconds that each load of an adapter takes in addition.")
+    )
     lora_gpu_memory_fraction: float = 0.05
     lora_host_pages: int | None = field(default=None, metadata=cli(LORA, "Pages of the host cache, instead of bytes."))
     lora_device_pages: int | None = field(

@@ -131,9 +131,9 @@ def _adapters_of(options: VllmOptions, spec: EngineSpec, serving: Serving) -> Ad
     if options.rust_frontend:
         prefixes = [Path(prefix) for prefix in options.allowed_prefix]
         return RustAdapters(
-            options.names, spec, options.fail_load, serving.put, options.load_s, serving.remove, prefixes
+            options.names, spec, options.fail_load, serving.put, options.load_ms / 1e3, serving.remove, prefixes
         )
-    adapters = Adapters(options.names, spec, options.fail_load, serving.put, options.load_s)
+    adapters = Adapters(options.names, spec, options.fail_load, serving.put, options.load_ms / 1e3)
     adapters.keeps_in_place = options.is_older
     return adapters
 

@@ -54,7 +54,6 @@ class TrtllmOptions(HttpOptions):
         default=False,
         metadata=cli(TRTLLM_ONLY, "Check paths at the load, as main does since TL#17138.", "--late-path-check"),
     )
-    load_ms: float = field(default=0.0, metadata=cli(TRTLLM_ONLY, "Milliseconds to read an adapter from its files."))
     step_errors_max: int = field(default=10, metadata=cli(FAULTS, "Failed steps that end trtllm-serve's loop."))
     dead_text: str | None = field(
         default=None, metadata=cli(FAULTS, "Refuse requests with this text once trtllm-serve's loop has ended.")
