@@ -87,6 +87,7 @@ async def _pool(folder: Path, steps: Path) -> AsyncIterator[tuple[Serving, Clien
             engines += [await stack.enter_async_context(kind.start()) for _ in range(2)]
             each_s.append(median([await _straight(kind, engines[-1], number, steps) for number in range(1, SAMPLES)]))
         config: dict[str, Any] = {"openai": {"load_calls": True}, "data_directory": str(folder / "data")}
+        config["queue"] = {"routing": "least_in_flight"}
         backend = {"adapters_dir": str(folder / "shared")}
         served = await stack.enter_async_context(serving(engines, None, [steps], backend=backend, **config))
         client = await stack.enter_async_context(Client(served.sidecar.http_address))
