@@ -304,6 +304,22 @@ class LoadResult:
         return self.means or faults.classify(self.error or "")
 
 
+@dataclass(frozen=True, slots=True)
+class Wear:
+    """The adapter versions that an engine keeps in memory until it is restarted, and how many it may keep.
+
+    `limit` is None if nobody has said how many fit.
+    """
+
+    versions: int
+    limit: int | None = None
+
+    @property
+    def is_out(self) -> bool:
+        """True if the engine keeps as many as it may."""
+        return self.limit is not None and self.versions >= self.limit
+
+
 class Backend(Protocol):
     """One engine endpoint. Its synchronous methods return at once and post their results as events."""
 
@@ -313,6 +329,16 @@ class Backend(Protocol):
     @property
     def streams(self) -> bool:
         """True if the engine answers token by token, as far as is known."""
+
+    @property
+    def wear(self) -> Wear | None:
+        """What the engine keeps until it is restarted; None if it frees all that it loads, or is not reached."""
+
+    def restarted(self) -> None:
+        """Take an engine that was restarted on purpose for a new one: it is lost now, and reached again once it is up.
+
+        A restart may be quicker than a look at the engine, which would not notice it then.
+        """
 
     async def start(self, post: Callable[[Event], None]) -> None:
         """Begin to watch the engine; posts `BackendUp` when it answers."""

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import grpc
 import grpc.aio
 
-from sidecar.backends.api import LoadResult, Ticket, Weights
+from sidecar.backends.api import LoadResult, Ticket, Wear, Weights
 from sidecar.backends.pulse import Pulse
 from sidecar.core.effects import Dispatch, Load
 from sidecar.core.enums import Fault
@@ -149,6 +149,10 @@ class Endpoint(ABC):
         text, empty = f"{self.id} does not speak KServe, and has no {verb}", grpc.aio.Metadata()
         raise grpc.aio.AioRpcError(grpc.StatusCode.UNIMPLEMENTED, empty, empty, text, None)
 
+    def _kept(self) -> Wear | None:
+        """Return what an engine that is up keeps until it is restarted; None for one that frees what it loads."""
+        return None
+
     def _measures(self) -> BackendMeasured | None:
         """Return the engine's capacity and load; None if they are unknown."""
         return None
@@ -166,6 +170,14 @@ class Endpoint(ABC):
         return str(error) or type(error).__name__
 
     # Called by the shell.
+
+    @property
+    def wear(self) -> Wear | None:
+        return self._kept() if self._up else None
+
+    def restarted(self) -> None:
+        if self._up:
+            self._lose("it is being restarted")
 
     async def start(self, post: Callable[[Event], None]) -> None:
         self._post = post

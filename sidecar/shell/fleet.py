@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from sidecar.backends.api import Backend
+from sidecar.backends.api import Backend, Wear
 from sidecar.core import events as ev
 from sidecar.core.facts import EngineFacts
 from sidecar.shell.driver import Driver
@@ -69,6 +69,12 @@ class Fleet:
 
     async def stop(self) -> None:
         await asyncio.gather(*(backend.stop() for backend in self.backends.values()))
+
+    def wear(self) -> dict[str, Wear]:
+        """Return what the engines of this process's queues keep until they are restarted, where that is known."""
+        owned = {backend.id for backend in self._driver.core.state.backends.values() if backend.owned}
+        known = {name: backend.wear for name, backend in self.backends.items() if name in owned}
+        return {name: wear for name, wear in known.items() if wear is not None}
 
     def of_kind(self, kind: str) -> list[Backend]:
         """Return the present backends with this kind of engine."""

@@ -105,6 +105,12 @@ METRICS: tuple[Metric, ...] = (
     _gauge("loads_running", "Loads in flight.", "backend"),
     _counter("heals_total", "Wrong beliefs and faults mended before the first token.", "backend", "reason"),
     _gauge("resident", "Versions believed to be in an engine's adapter cache: gpu or engine_host.", "backend", "tier"),
+    _gauge(
+        "backend_versions_kept",
+        "Adapter versions that an engine keeps in memory until it is restarted; no sample for engines that free them.",
+        "backend",
+    ),
+    _gauge("backend_versions_max", "Adapter versions that an engine may keep; no sample without a limit.", "backend"),
     _gauge("open_adapters", "Versions that hold a slot.", "backend"),
     _gauge("running_requests", "Requests in flight.", "backend"),
     _gauge("seats", "Requests and Loads that may be in flight.", "backend"),

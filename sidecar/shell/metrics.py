@@ -18,6 +18,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from sidecar.adapters.packed import PackReport
+from sidecar.backends.api import Wear
 from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.core import Core
@@ -140,6 +141,8 @@ class Metrics:
         """Source of the figures of incomplete messages; set by the listeners."""
         self.declared: Callable[[], Mapping[str, int]] = dict
         """Source of the declared adapters' number by phase; set by the follower of a cluster."""
+        self.wear: Callable[[], Mapping[str, Wear]] = dict
+        """Source of what engines keep until they are restarted; set by the owner of the backends."""
         self.set_aside: Callable[[], int] = int
         """Source of the number of names set aside; set by the owner of a registry."""
         self.registry = CollectorRegistry()
@@ -220,6 +223,7 @@ class Metrics:
             family("ownership_changes_total", changes),
             family("arrivals_refused_total", [((why,), count) for why, count in arrivals.refused.items()]),
             *_declared_families(self.declared()),
+            *_wear_families(self.wear()),
             *found,
         ]
 
@@ -344,6 +348,14 @@ def _declared_families(phases: Mapping[str, int]) -> list[Family]:
     return [
         family("declared_adapters", [((phase,), phases.get(phase, 0)) for phase in DECLARED_PHASES]),
         family("declared_held", [((), phases.get("Held", 0))]),
+    ]
+
+
+def _wear_families(wear: Mapping[str, Wear]) -> list[Family]:
+    limits = [((backend,), known.limit) for backend, known in wear.items() if known.limit is not None]
+    return [
+        family("backend_versions_kept", [((backend,), known.versions) for backend, known in wear.items()]),
+        family("backend_versions_max", limits),
     ]
 
 

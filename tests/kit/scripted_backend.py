@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from sidecar.backends.api import Payload, Ticket, Weights
+from sidecar.backends.api import Payload, Ticket, Wear, Weights
 from sidecar.core.effects import Dispatch, Load
 from sidecar.core.events import BackendProbed, BackendUp, Event, LoadDone, RunEnded
 from sidecar.core.facts import EngineFacts
@@ -18,6 +18,7 @@ class ScriptedBackend:
     """Implements the backend protocol without an engine."""
 
     streams = True
+    wear: Wear | None = None
 
     def __init__(self, backend_id: str, up: bool = True, seats: int = 2) -> None:
         self.id = backend_id
@@ -62,6 +63,9 @@ class ScriptedBackend:
 
     def probe(self, within_s: float) -> None:
         self._post(BackendProbed(self.id, True))
+
+    def restarted(self) -> None:
+        """Return at once: nobody restarts it."""
 
     def detail(self) -> str:
         return "scripted"

@@ -8,6 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from sidecar.adapters.packed import PackReport
+from sidecar.backends.api import Wear
 from sidecar.core import events as ev
 from sidecar.core.config import ClassLimit, CoreConfig
 from sidecar.core.enums import Why
@@ -74,6 +75,7 @@ async def busy() -> Measured:
     world.send("bad")
     world.run()
     world.pack("key", PackReport(fetch_ns=3 * MS, pack_ns=700 * MS))
+    world.metrics.wear = lambda: {"b0": Wear(3, 4)}
     return world
 
 
@@ -400,3 +402,14 @@ def test_label_values_are_given_up_again() -> None:
     assert [values.label("a"), values.label("b"), values.label("a")] == ["a", "_other", "a"]
     assert (values.forget("a"), values.forget("b")) == (True, False)
     assert values.label("b") == "b"
+
+
+async def test_what_engines_keep_until_they_are_restarted() -> None:
+    """An engine without a limit has no sample of one, and one that keeps nothing has none at all."""
+    world = Measured(engines=3)
+    assert world.metrics is not None
+    assert not {name for name in await scrape(world) if "backend_versions" in name}
+    world.metrics.wear = lambda: {"b0": Wear(3, 4), "b1": Wear(7)}
+    samples = await scrape(world)
+    assert samples["lora_sidecar_backend_versions_kept"] == {("b0",): 3, ("b1",): 7}
+    assert samples["lora_sidecar_backend_versions_max"] == {("b0",): 4}

@@ -20,7 +20,7 @@ from time import monotonic
 
 import httpx
 
-from sidecar.backends.api import HttpForm, LoadResult, Ticket, Weights
+from sidecar.backends.api import HttpForm, LoadResult, Ticket, Wear, Weights
 from sidecar.backends.credentials import open_http_client
 from sidecar.backends.endpoint import Endpoint
 from sidecar.backends.engine_facts import unknown_phrase
@@ -70,23 +70,28 @@ class TrtllmBackend(Endpoint):
         """The engine was seen to compute with an adapter."""
         self._loading = asyncio.Lock()
         self._keys: dict[int, str] = {}
-        """The packed keys of the ids that the engine has been given."""
+        """The packed keys of the ids that the engine has been given since it was started, as far as is known."""
         logger.warning("%s: %s", entry.identity, EXPERIMENTAL)
 
     # Reaching and looking.
 
     async def _reach(self) -> EngineFacts:
-        await self._api.healthy()
+        try:
+            await self._api.healthy()
+        except httpx.ConnectError:
+            self._keys.clear()  # nothing listens there, so the engine has ended
+            raise
         self._version = await self._api.version()
         model = await self._api.model()
         self._seats = await self._api.seats()
         status, text = await self._api.ask(PROMPTS[0], 1, self._patience_s)
         if status != httpx.codes.OK:
             raise Misused(Reason.BACKEND_UNREACHABLE, f"{self.id}: the engine answers no token: {text}")
-        self._seen = await self._api.measures()
+        before, self._seen = self._seen, await self._api.measures()
         if self._seen.active:
             await asyncio.sleep(ABORT_S)  # what a sidecar before us left running
-        self._keys.clear()
+        if before.steps is not None and self._seen.steps is not None and self._seen.steps < before.steps:
+            self._keys.clear()  # else only the connection was lost, and the engine keeps what it has
         self._is_proven = False
         if not self._owner:  # with several replicas others may be using all slots: its owner proves it before a load
             await self._prove()
@@ -120,7 +125,10 @@ class TrtllmBackend(Endpoint):
         if self._is_proven or entry.shared_dir is None or entry.lora_config is None or base is None:
             return
         prober = Prober(self._api, entry.shared_dir, base, entry.lora_config, self._patience_s)
-        problem = await prober.problem()
+        try:
+            problem = await prober.problem()
+        finally:
+            self._keys |= prober.asked
         if problem:
             raise Misused(
                 Reason.BACKEND_UNREACHABLE,
@@ -134,10 +142,15 @@ class TrtllmBackend(Endpoint):
         self.pulse.seen(monotonic())
         seen = await self._api.measures()
         if self.pulse.counted(seen.steps, monotonic()):
+            self._keys.clear()
             return "it has restarted"
         if seen != Measures():
             self._seen = seen
         return None
+
+    def restarted(self) -> None:
+        self._keys.clear()
+        super().restarted()
 
     async def _hangs(self) -> bool:
         if not self.pulse.is_still(monotonic()):
@@ -175,11 +188,19 @@ class TrtllmBackend(Endpoint):
             return None
         return BackendMeasured(self.id, facts.seats or self._seats, kv_tokens, seen.kv_used)
 
+    def _kept(self) -> Wear | None:
+        if self._declared.base_only:
+            return None
+        return Wear(len(self._keys), self._entry.host_versions_max)
+
     def _describe(self) -> str:
         version = f" {self._version}" if self._version else ""
-        kept = f"{len(self._keys)} adapter versions in its memory"
+        wear, kept = self._kept(), ""
+        if wear is not None:
+            of_how_many = "" if wear.limit is None else f" of {wear.limit} that it may keep"
+            kept = f", {wear.versions} adapter versions{of_how_many} in its memory" + ("; restart it" * wear.is_out)
         unproven = "" if self._is_proven or self._declared.base_only else "; not seen yet to compute with an adapter"
-        return f"reached, trtllm-serve{version}, {kept}{unproven}{self._unknown}"
+        return f"reached, trtllm-serve{version}{kept}{unproven}{self._unknown}"
 
     # Runs.
 

@@ -52,6 +52,8 @@ class Prober:
         self._rank = min(RANK, lora_config.max_lora_rank)
         self._patience_s = patience_s
         self._plain: dict[int, str] = {}
+        self.asked: dict[int, str] = {}
+        """The packed keys of the adapters that the engine has been given, by their ids. It keeps them as any other."""
         self.modules = probed(lora_config.modules_of(base))
 
     async def problem(self) -> str:
@@ -75,6 +77,7 @@ class Prober:
     async def _problem_with(self, module: str, is_first: bool) -> str:
         async with staged(self._shared, self._base, self._rank, partial(write_probe, module)) as probe:
             lora = Lora(f"lora-sidecar-probe-{module}", task_id_of(probe.key), probe.shared_dir.engine_path(probe.key))
+            self.asked[lora.task_id] = probe.key
             probe.stays = True  # an engine that was asked may look for the files until it has answered
             for number, prompt in enumerate(PROMPTS):
                 if number not in self._plain:

@@ -55,6 +55,15 @@ def _waits(below_s: str, share: str) -> Series:
     return found
 
 
+def _kept(values: str) -> Series:
+    """The versions that an engine keeps, of which it may keep 100; the replica that does not own it tells nothing."""
+    return {
+        _series("backend_versions_kept", backend="gpu-0"): values,
+        _series("backend_versions_max", backend="gpu-0"): "100x60",
+        _series("backend_versions_kept", OTHER, backend="gpu-1"): "500x60",
+    }
+
+
 def _apart(known: int) -> Series:
     """Two replicas, of which one knows of so many."""
     versions = {_series("build_info", pod, version="1"): "1x60" for pod in (POD, OTHER)}
@@ -104,6 +113,7 @@ CASES: dict[str, Case] = {
     "LoraSidecarFetchesFail": _share("fetches_total", {"result": "failed"}, {"result": "ok"}, 200, 50),
     "LoraSidecarQuarantine": _gauge("adapters_quarantined", "1+0", "0+0"),
     "LoraSidecarEngineMisses": Case(_misses("0+5x60"), _misses("0+1x60")),
+    "LoraSidecarEngineKeepsTooMany": Case(_kept("80+1x60"), _kept("30+1x60")),
     "LoraSidecarAdaptersThrash": _share("dispatches_total", {"cache": "host"}, {"cache": "resident"}, 400, 200),
     "LoraSidecarStoreTooSmall": Case(_store("0+10x60"), _store("5x60")),
     "LoraSidecarDeclaredFails": _gauge("declared_adapters", "1+0", "0+0", phase="Failed"),
