@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from sidecar.adapters.staging import AdaptersDir
 from sidecar.config.discover import Discover, label_of
+from sidecar.config.restart import Restart
 from sidecar.config.section import Section, Tls, is_address
 from sidecar.core.facts import EngineFacts
 
@@ -129,6 +130,11 @@ class Backend(Section):
     def tls_files(self) -> dict[str, str] | None:
         """PEM files by name; empty for TLS with this machine's CAs, None for no TLS."""
         return None if self.tls is None else self.tls.model_dump(exclude_none=True)
+
+    @property
+    def restart_when_out(self) -> Restart | None:
+        """How to restart an engine that keeps as many adapter versions as it may; None to only say so."""
+        return None
 
     def files(self) -> dict[str, str | None]:
         """Return the files that it names and that must exist, by their keys."""

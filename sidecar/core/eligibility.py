@@ -20,6 +20,11 @@ def cannot_serve(state: State, backend: Backend, digest: str) -> Misfit | None:
     """Return why a backend can never serve a version as configured, drained or learned; None if it can."""
     if backend.draining:
         return Misfit("draining", "it is draining")
+    return unfit_for(state, backend, digest)
+
+
+def unfit_for(state: State, backend: Backend, digest: str) -> Misfit | None:
+    """Return why a backend could not serve a version even if it were not drained; None if it could."""
     if digest == BASE:
         return None
     version = state.versions[digest]

@@ -1,4 +1,4 @@
-"""A small client for a Kubernetes API server: get, list, watch, patch, create."""
+"""A small client for a Kubernetes API server: get, list, watch, patch, create, delete."""
 
 from __future__ import annotations
 
@@ -85,6 +85,10 @@ class Api:
 
     async def create(self, collection: Collection, made: Object) -> Object:
         return await self._ask("POST", collection.path, {"fieldManager": FIELD_MANAGER}, json.dumps(made))
+
+    async def delete(self, collection: Collection, name: str) -> None:
+        """Delete an object; a pod ends by its own grace period."""
+        await self._ask("DELETE", f"{collection.path}/{name}")
 
     async def patch_status(self, collection: Collection, name: str, patch: Object) -> Object:
         """Merge a patch into an object's status.

@@ -230,14 +230,16 @@ class PeersWatchRequest(_message.Message):
     def __init__(self, member: _Optional[str] = ...) -> None: ...
 
 class Board(_message.Message):
-    __slots__ = ("member", "backends", "plan")
+    __slots__ = ("member", "backends", "plan", "restarting")
     MEMBER_FIELD_NUMBER: _ClassVar[int]
     BACKENDS_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
+    RESTARTING_FIELD_NUMBER: _ClassVar[int]
     member: str
     backends: _containers.RepeatedCompositeFieldContainer[BoardBackend]
     plan: BoardPlan
-    def __init__(self, member: _Optional[str] = ..., backends: _Optional[_Iterable[_Union[BoardBackend, _Mapping]]] = ..., plan: _Optional[_Union[BoardPlan, _Mapping]] = ...) -> None: ...
+    restarting: str
+    def __init__(self, member: _Optional[str] = ..., backends: _Optional[_Iterable[_Union[BoardBackend, _Mapping]]] = ..., plan: _Optional[_Union[BoardPlan, _Mapping]] = ..., restarting: _Optional[str] = ...) -> None: ...
 
 class BoardBackend(_message.Message):
     __slots__ = ("backend", "epoch", "state", "running", "queued", "backlog_s", "resident", "arrived", "seats", "pages", "work_tokens", "tokens_per_s")

@@ -67,6 +67,8 @@ class Board:
     """The member that made the plan."""
     former: dict[str, Standing] = field(default_factory=dict)
     """The last standings of backends under owners that have lost them."""
+    restarting: dict[str, str] = field(default_factory=dict)
+    """The engine that each member is restarting, if it is."""
     reported_s: dict[str, float] = field(default_factory=dict)
     """The time of each member's last report, latest last; lost members stay."""
     _rankings: Rankings = field(default_factory=Rankings)
@@ -82,6 +84,8 @@ class Board:
             known = self.standings.get(each.backend)
             if known is None or each.epoch > known.epoch:
                 self.standings[each.backend] = Standing.of(report.member, each, now_s)
+        if report.restarting:
+            self.restarting[report.member] = report.restarting
         plan = report.plan
         if report.HasField("plan") and (plan.epoch, plan.number) > self.planned:
             self.plan = {version: tuple(hosts.backends) for version, hosts in plan.hosts.items()}
@@ -90,6 +94,7 @@ class Board:
 
     def lost(self, member: str) -> None:
         """Drop the standings of a member that has left or cannot be reached: its backends have no known owner."""
+        self.restarting.pop(member, None)
         self.former |= {backend: known for backend, known in self.standings.items() if known.owner == member}
         self.standings = {backend: known for backend, known in self.standings.items() if known.owner != member}
 

@@ -93,6 +93,8 @@ class Replica:
         """The number of joining backends at the last report."""
         gateway.observe(self._arrivals)
         gateway.observe(self)
+        self._restarts = ""
+        """The engine that this replica is restarting, "" if none."""
         self._watchers: set[asyncio.Event] = set()
         self._leaves = False
         self._reporting: asyncio.Task[None] | None = None
@@ -155,6 +157,16 @@ class Replica:
             self._spared = spared
             asyncio.get_running_loop().call_soon(self._changed)
 
+    def tell_restarting(self, backend: str) -> None:
+        """Tell the other replicas which engine this one is restarting, "" for none."""
+        if backend != self._restarts:
+            self._restarts = backend
+            self._changed()
+
+    def restarted_elsewhere(self) -> set[str]:
+        """Return the engines that other replicas say they are restarting."""
+        return {backend for member, backend in self.board.restarting.items() if member != self.member.id}
+
     # Reports to the other replicas.
 
     async def _reports(self) -> AsyncIterator[Any]:
@@ -191,6 +203,7 @@ class Replica:
         state = self._gateway.state
         board = peers_pb2.Board(
             member=self.member.id,
+            restarting=self._restarts,
             backends=[
                 standing(state, backend, self._arrivals.of(backend.id))
                 for backend in state.backends.values()

@@ -30,6 +30,7 @@ from sidecar.serve.discovered import BackendMaker, DiscoveredPools, finder_of
 from sidecar.serve.listening import Listening
 from sidecar.serve.membership import figures_of, join, link_of, member_of
 from sidecar.serve.pool import base_models, make_backends, pools_of, shared_memory_for, stagings_of
+from sidecar.serve.restarting import Restarts
 from sidecar.serve.served_folders import ServedFolders
 from sidecar.shell.crash import Crash
 from sidecar.shell.gateway import Gateway
@@ -92,6 +93,8 @@ class Sidecar:
             answers=AnswerBuffers(config.queue.answer_bytes_max, config.queue.answers_bytes_max),
         )
         self.metrics = Metrics(self.gateway, config.adapter_labels_max)
+        self.restarts = Restarts(self.gateway, config.drain_timeout_s)
+        self.metrics.wear = self.gateway.fleet.wear
         self.metrics.set_aside = lambda: len(self.gateway.catalogue.set_aside)
         self.gateway.observe(self.metrics, of_refused=True)
         self.gateway.observe(RequestLog(), of_refused=True)
@@ -191,7 +194,11 @@ class Sidecar:
         await self.gateway.start(backends)
         if self.replica is not None:
             self.replica.start()
-        maker = BackendMaker(self.gateway, self.replica, wiring)
+        for entry in self.entries:
+            if entry.discover is None:
+                self.restarts.declare(entry)
+        self.restarts.start(self.replica)
+        maker = BackendMaker(self.gateway, self.replica, wiring, self.restarts)
         self._pools = DiscoveredPools(self.entries, maker, self._find, self.config.drain_timeout_s)
         self._pools.start()
         if not self.entries:
@@ -284,6 +291,7 @@ class Sidecar:
         await asyncio.shield(self._draining)
 
     async def _drain(self) -> None:
+        await self.restarts.stop()
         if self._pools is not None:
             await self._pools.stop()
         await self.listening.refuse()
@@ -332,6 +340,7 @@ class Sidecar:
         is_drained = self._draining is not None and self._draining.done() and not self._draining.cancelled()
         if self._draining is not None:
             self._draining.cancel()
+        await self.restarts.stop()
         if self._pools is not None:
             await self._pools.stop()
         if self.replica is not None:

@@ -17,6 +17,7 @@ from sidecar.discovery.found import Finder, Found
 from sidecar.kubernetes.endpoint_slices import EndpointSlices
 from sidecar.replicas.replica import Replica
 from sidecar.serve.pool import make_backend
+from sidecar.serve.restarting import Restarts
 from sidecar.shell.gateway import Gateway
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class BackendMaker:
     gateway: Gateway
     replica: Replica | None
     wiring: Wiring
+    restarts: Restarts
 
 
 class PoolEngines:
@@ -71,6 +73,8 @@ class PoolEngines:
         declared = self._gateway.state.config.pools[pool]
         backend, facts = make_backend(entry, declared, self._maker.wiring)
         logger.info("%s is found at %s", backend.id, found.address)
+        slices = None if self._entry.discover is None else self._entry.discover.endpoint_slices
+        self._maker.restarts.declare(entry, found.name, None if slices is None else slices.namespace)
         await self._gateway.add_backend(backend, facts, pool, fresh)
         self._ids[found.name] = backend.id
         if self._maker.replica is not None:
@@ -90,6 +94,7 @@ class PoolEngines:
         backend = self._ids.pop(name)
         logger.info("%s is removed: %s", backend, cause)
         await self._gateway.fleet.remove(backend, cause)
+        self._maker.restarts.forget(backend)
         if self._maker.replica is not None:
             self._maker.replica.gone(backend)
 

@@ -44,3 +44,18 @@ def test_an_old_owner_that_still_tells_changes_nothing() -> None:
     assert board.owner_of("b0") == "r2"
     board.heard(told("r1"), 0.2)
     assert board.owner_of("b0") == "r2"
+
+
+def test_the_engine_that_a_member_restarts_is_known_until_it_says_otherwise() -> None:
+    """Or until it is lost: then nobody knows."""
+    board = Board()
+    report = told("r1", b0=1)
+    report.restarting = "b0"
+    board.heard(report, 0.0)
+    board.heard(told("r2", b1=1), 0.0)
+    assert board.restarting == {"r1": "b0"}
+    board.heard(told("r1", b0=1), 1.0)
+    assert board.restarting == {}
+    board.heard(report, 2.0)
+    board.lost("r1")
+    assert board.restarting == {}

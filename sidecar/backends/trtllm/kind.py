@@ -15,6 +15,7 @@ from sidecar.backends.api import Backend
 from sidecar.backends.kind import Checks, Kind, ModelKind, Native, Wiring, with_kind
 from sidecar.backends.trtllm.asking import ASKING, why_not_client
 from sidecar.config.backends import Backend as Entry
+from sidecar.config.restart import Restart
 from sidecar.config.section import Section
 from sidecar.core.facts import EngineFacts
 
@@ -86,8 +87,8 @@ class TrtllmEntry(Entry):
     Adapters need `adapters_dir`, `lora_config` and `base_model.config`: an adapter that does not fit ends the engine,
     so each is checked against them first. `progress_timeout_s` is how long it may be silent with something in flight.
 
-    The engine never frees an adapter's memory, so its versions are counted: past `host_versions_max` a metric and the
-    log say so, or with `host_versions_on_limit: drain` the engine is drained and restarted by `restart`.
+    The engine never frees an adapter's memory, so its versions are counted: at `host_versions_max` a metric and the log
+    say so, and with `host_versions_on_limit: drain` the engine is drained and restarted by `restart`.
     """
 
     SCHEMES: ClassVar = {"trtllm": False, "trtllms": True}
@@ -118,8 +119,31 @@ class TrtllmEntry(Entry):
 
     lora_config: LoraConfig | None = None
     progress_timeout_s: float = Field(60.0, gt=0)
-    host_versions_max: int | None = Field(None, ge=2)
+    host_versions_max: int | None = Field(None, ge=16)
     host_versions_on_limit: Literal["warn", "drain"] = "warn"
+    restart: Restart | None = None
+
+    @property
+    def restart_when_out(self) -> Restart | None:
+        return self.restart if self.host_versions_on_limit == "drain" else None
+
+    @model_validator(mode="after")
+    def _can_restart(self) -> Self:
+        if self.host_versions_on_limit == "drain":
+            if self.host_versions_max is None:
+                raise ValueError("host_versions_on_limit: drain needs host_versions_max: how many versions fit")
+            if self.restart is None:
+                raise ValueError(
+                    "host_versions_on_limit: drain needs a way to restart the engine: restart: {command: [PROGRAM, "
+                    "ARGUMENT]}, or {delete_pod: true} with discover.endpoint_slices"
+                )
+        is_a_pod = self.discover is not None and self.discover.endpoint_slices is not None
+        if self.restart is not None and self.restart.delete_pod and not is_a_pod:
+            raise ValueError(
+                "restart.delete_pod: pods are known by name only where engines are found by discover.endpoint_slices; "
+                "for others write restart: {command: [PROGRAM, ARGUMENT]}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _can_check_adapters(self) -> Self:

@@ -126,6 +126,24 @@ def test_rights(newest: Renderer) -> None:
     assert not [found for found in newest.objects({}) if found["kind"] in ("Role", "RoleBinding")]
 
 
+def test_rights_to_restart_engines(newest: Renderer) -> None:
+    """Pods may be deleted only where an entry restarts its engines so."""
+    slices = {"service": "t", "port": 8000, "namespace": "models"}
+    entry = {"id": "t", "kind": "trtllm", "discover": {"endpoint_slices": slices}, "host_versions_max": 100}
+    restart = {"restart": {"delete_pod": True}, "host_versions_on_limit": "drain"}
+
+    def deleting(entry: Object) -> list[Object]:
+        roles = [found for found in newest.objects({"backends": [entry]}) if found["kind"] == "Role"]
+        return [role for role in roles if "pods" in str(role["rules"])]
+
+    (role,) = deleting(entry | restart)
+    assert role["metadata"]["namespace"] == "models"
+    assert role["rules"] == [{"apiGroups": [""], "resources": ["pods"], "verbs": ["delete"]}]
+    assert not deleting(entry)
+    assert not deleting(entry | {"restart": {"delete_pod": True}})
+    assert not deleting(entry | {"restart": {"command": ["x"]}, "host_versions_on_limit": "drain"})
+
+
 def test_declared_adapters(newest: Renderer) -> None:
     """`adapters` becomes the ConfigMap that the gateway looks for, and the gateway is told to look."""
     adapters = [{"name": "sql", "source": "s3://loras/sql", "tenants": ["a"], "removalGraceSeconds": 5}]

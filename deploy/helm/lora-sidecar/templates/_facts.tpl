@@ -39,6 +39,18 @@
 {{- $namespaces | uniq | sortAlpha | join "," -}}
 {{- end }}
 
+{{/* The namespaces, by commas, in which the process deletes pods of engines to restart them. */}}
+{{- define "lora-sidecar.restarted" -}}
+{{- $namespaces := list -}}
+{{- range .Values.backends -}}
+{{- $deletes := and .restart (dig "delete_pod" false .restart) (eq (.host_versions_on_limit | default "warn") "drain") -}}
+{{- if and $deletes .discover -}}{{- with .discover.endpoint_slices -}}
+{{- $namespaces = append $namespaces (.namespace | default $.Release.Namespace) -}}
+{{- end -}}{{- end -}}
+{{- end -}}
+{{- $namespaces | uniq | sortAlpha | join "," -}}
+{{- end }}
+
 {{- define "lora-sidecar.redisUrl" -}}
 {{- if .Values.redis.bundled.enabled -}}
 {{- /* With a user: a Redis that lets everybody in takes a password only along with one. */ -}}

@@ -1,0 +1,65 @@
+"""Several replicas restart the engines that they own, one at a time as far as they know of each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.integration.test_restarting import ASKING, LIMIT, Pool
+from tests.kit.redis_servers import running
+from tests.kit.replica_pool import CALM_S, owned, replicas
+from tests.kit.serving import Serving, until, write_adapters
+from tests.kit.trtllm_emulated import TrtllmProcess
+from tests.kit.trtllm_served import entry_of
+
+SLOTS = ("--max-loras", "4", "--max-cpu-loras", "8", "--compute", "none", "--iteration-stats")
+
+
+def owner(pool: list[Serving], backend: str) -> Serving:
+    return next(served for served in pool if backend in owned(served) or served.sidecar.restarts.at == backend)
+
+
+async def test_engines_of_two_replicas_go_one_at_a_time(tmp_path: Path) -> None:
+    """Each tells the other what it restarts, and sees by the other's word that its engine serves meanwhile."""
+    folder = tmp_path / "adapters"
+    write_adapters(folder, 2)
+    backend = entry_of(tmp_path, 4, 8) | {
+        "host_versions_max": LIMIT,
+        "host_versions_on_limit": "drain",
+        "restart": {"command": ["sh", "-c", ASKING, str(folder)]},
+    }
+    async with (
+        running(tmp_path / "redis") as redis,
+        TrtllmProcess(*SLOTS) as one,
+        TrtllmProcess(*SLOTS) as two,
+        replicas(
+            3, redis.url, [one, two], folder, backend=backend, lease_s=CALM_S, openai={"load_calls": True}
+        ) as pool,
+    ):
+        (folder / "steps").mkdir()
+        # By their names; the first replica owns none.
+        assert [owned(served) for served in pool] == [set(), {"b0"}, {"b1"}]
+        made = Pool(folder, {"b0": one, "b1": two}, {"b0": [], "b1": []})
+        made.served = pool[0]
+
+        def is_full(backend: str) -> bool:
+            wear = owner(pool, backend).sidecar.gateway.backends[backend].wear
+            return wear is not None and wear.versions >= LIMIT
+
+        step = 0
+        while not all(is_full(backend) for backend in made.engines):
+            step += 1
+            await made.load(step)
+        restarted = []
+        while len(restarted) < 2:
+            backend = await made.asked()
+            (other,) = set(made.engines) - {backend}
+            here, there = owner(pool, backend), owner(pool, other)
+            assert here is not there
+            assert other in owned(there)
+            for served in pool:
+                assert served.sidecar.replica.restarted_elsewhere() == (set() if served is here else {backend})
+            await made.restart(backend)
+            await until(lambda served=here: served.sidecar.restarts.at is None)  # type: ignore[misc]
+            restarted.append(backend)
+        assert sorted(restarted) == ["b0", "b1"]
+        assert (await pool[0].ask("a00")).tokens == (await pool[1].ask("a00")).tokens
