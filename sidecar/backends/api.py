@@ -334,6 +334,9 @@ class Backend(Protocol):
     def wear(self) -> Wear | None:
         """What the engine keeps until it is restarted; None if it frees all that it loads, or is not reached."""
 
+    def keeps_at_least(self, versions: int) -> None:
+        """Count on from the number of versions that another replica has counted, for an engine that was its own."""
+
     def restarted(self) -> None:
         """Take an engine that was restarted on purpose for a new one: it is lost now, and reached again once it is up.
 

@@ -175,6 +175,9 @@ class Endpoint(ABC):
     def wear(self) -> Wear | None:
         return self._kept() if self._up else None
 
+    def keeps_at_least(self, versions: int) -> None:  # noqa: B027 — most engines keep nothing
+        """Do nothing: most engines free what they load."""
+
     def restarted(self) -> None:
         if self._up:
             self._lose("it is being restarted")

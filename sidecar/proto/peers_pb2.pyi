@@ -242,7 +242,7 @@ class Board(_message.Message):
     def __init__(self, member: _Optional[str] = ..., backends: _Optional[_Iterable[_Union[BoardBackend, _Mapping]]] = ..., plan: _Optional[_Union[BoardPlan, _Mapping]] = ..., restarting: _Optional[str] = ...) -> None: ...
 
 class BoardBackend(_message.Message):
-    __slots__ = ("backend", "epoch", "state", "running", "queued", "backlog_s", "resident", "arrived", "seats", "pages", "work_tokens", "tokens_per_s")
+    __slots__ = ("backend", "epoch", "state", "running", "queued", "backlog_s", "resident", "arrived", "seats", "pages", "work_tokens", "tokens_per_s", "versions_kept")
     class ArrivedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -262,6 +262,7 @@ class BoardBackend(_message.Message):
     PAGES_FIELD_NUMBER: _ClassVar[int]
     WORK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_KEPT_FIELD_NUMBER: _ClassVar[int]
     backend: str
     epoch: int
     state: str
@@ -274,7 +275,8 @@ class BoardBackend(_message.Message):
     pages: int
     work_tokens: int
     tokens_per_s: float
-    def __init__(self, backend: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[str] = ..., running: _Optional[int] = ..., queued: _Optional[int] = ..., backlog_s: _Optional[float] = ..., resident: _Optional[_Iterable[str]] = ..., arrived: _Optional[_Mapping[str, int]] = ..., seats: _Optional[int] = ..., pages: _Optional[int] = ..., work_tokens: _Optional[int] = ..., tokens_per_s: _Optional[float] = ...) -> None: ...
+    versions_kept: int
+    def __init__(self, backend: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[str] = ..., running: _Optional[int] = ..., queued: _Optional[int] = ..., backlog_s: _Optional[float] = ..., resident: _Optional[_Iterable[str]] = ..., arrived: _Optional[_Mapping[str, int]] = ..., seats: _Optional[int] = ..., pages: _Optional[int] = ..., work_tokens: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., versions_kept: _Optional[int] = ...) -> None: ...
 
 class BoardPlan(_message.Message):
     __slots__ = ("epoch", "number", "hosts")

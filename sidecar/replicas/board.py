@@ -34,6 +34,7 @@ class Standing:
     pages: int | None = None
     work_tokens: int = 0
     tokens_per_s: float = 0.0
+    versions_kept: int = 0
     heard_s: float = 0.0
 
     @classmethod
@@ -51,6 +52,7 @@ class Standing:
             report.pages if report.HasField("pages") else None,
             report.work_tokens,
             report.tokens_per_s,
+            report.versions_kept,
             now_s,
         )
 
@@ -102,6 +104,11 @@ class Board:
         """Return the standings, with the last ones of backends between two owners: their adapters stay resident."""
         self.former = {backend: known for backend, known in self.former.items() if now_s - known.heard_s < BETWEEN_S}
         return {**self.former, **self.standings}
+
+    def versions_kept(self, backend: str) -> int:
+        """Return how many adapter versions a backend's engine keeps, as its last known owner counted."""
+        known = self.standings.get(backend) or self.former.get(backend)
+        return 0 if known is None else known.versions_kept
 
     def owner_of(self, backend: str) -> str | None:
         known = self.standings.get(backend)

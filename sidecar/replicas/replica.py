@@ -11,6 +11,7 @@ from typing import Any
 import grpc.aio
 
 from policies.views import BASE, Routing
+from sidecar.backends.api import Wear
 from sidecar.core import eligibility, promising
 from sidecar.core.effects import Effect
 from sidecar.core.enums import Phase
@@ -200,12 +201,12 @@ class Replica:
         self.router.look()
 
     def _own_board(self) -> Any:
-        state = self._gateway.state
+        state, wear = self._gateway.state, self._gateway.fleet.wear()
         board = peers_pb2.Board(
             member=self.member.id,
             restarting=self._restarts,
             backends=[
-                standing(state, backend, self._arrivals.of(backend.id))
+                standing(state, backend, self._arrivals.of(backend.id), wear.get(backend.id))
                 for backend in state.backends.values()
                 if backend.owned
             ],
@@ -235,7 +236,7 @@ class Replica:
         return 0 if known is None else known.in_flight
 
 
-def standing(state: State, backend: Backend, arrived: Mapping[str, int]) -> Any:
+def standing(state: State, backend: Backend, arrived: Mapping[str, int], wear: Wear | None) -> Any:
     """Return the report about a backend that this replica owns."""
     seen = candidate(state, backend, BASE)
     known = backend.facts.device_pages is not None or backend.pages_learned is not None
@@ -252,6 +253,7 @@ def standing(state: State, backend: Backend, arrived: Mapping[str, int]) -> Any:
         pages=eligibility.page_limit(backend) if known else None,
         work_tokens=seen.work_tokens,
         tokens_per_s=seen.tokens_per_s,
+        versions_kept=0 if wear is None else wear.versions,
     )
 
 

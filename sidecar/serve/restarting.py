@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
+from sidecar.backends.api import Backend as Endpoint
 from sidecar.config.backends import Backend as Entry
 from sidecar.config.restart import Restart
 from sidecar.core import eligibility
 from sidecar.core.effects import Effect
 from sidecar.core.enums import Phase
-from sidecar.core.events import DrainSet, Event
+from sidecar.core.events import BackendTaken, DrainSet, Event
 from sidecar.core.state import Backend, State
 from sidecar.replicas.replica import Replica
 from sidecar.serve.restart_rounds import Act, Do, Engine, Rounds
@@ -80,9 +81,11 @@ class Restarts:
         return None if self._rounds.round is None else self._rounds.round.backend
 
     def observed(self, event: Event, effects: Sequence[Effect], now_ns: int) -> None:
-        """Hear of operators' drains (`shell.driver.Observer`)."""
+        """Hear of operators' drains, and of engines that come from other replicas (`shell.driver.Observer`)."""
         if isinstance(event, DrainSet) and not self._sets:
             self._rounds.operator_set(event.backend, event.draining)
+        elif isinstance(event, BackendTaken) and self._replica is not None:
+            self._gateway.backends[event.backend].keeps_at_least(self._replica.board.versions_kept(event.backend))
 
     async def _watch(self) -> None:
         while self._gateway.crash.raised is None:
@@ -129,7 +132,8 @@ class Restarts:
     def _carry_out(self, act: Act) -> None:
         logger.log(logging.WARNING if act.warns else logging.INFO, "%s: %s", act.backend, act.text)
         if act.do is Do.RESTART:
-            self._spawn(self._restart(act.backend))
+            declared = self._declared[act.backend]
+            self._spawn(self._restart(self._gateway.backends[act.backend], declared))
         elif act.do in (Do.DRAIN, Do.UNDRAIN):
             self._sets = True
             try:
@@ -137,19 +141,14 @@ class Restarts:
             finally:
                 self._sets = False
 
-    async def _restart(self, backend: str) -> None:
-        declared = self._declared.get(backend)
-        if declared is None:
-            self._rounds.restarted("")  # it has been removed just now
-            return
-        endpoint = self._gateway.backends[backend]
+    async def _restart(self, backend: Endpoint, declared: _Declared) -> None:
         try:
             error = await declared.restarter()
         except Exception as broken:
-            logger.exception("the restart of %s broke", backend)
+            logger.exception("the restart of %s broke", backend.id)
             error = f"the sidecar failed: {broken}"
         if not error and not declared.restart.delete_pod:
-            endpoint.restarted()
+            backend.restarted()
         self._rounds.restarted(error)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:

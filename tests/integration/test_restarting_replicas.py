@@ -63,3 +63,36 @@ async def test_engines_of_two_replicas_go_one_at_a_time(tmp_path: Path) -> None:
             restarted.append(backend)
         assert sorted(restarted) == ["b0", "b1"]
         assert (await pool[0].ask("a00")).tokens == (await pool[1].ask("a00")).tokens
+
+
+async def test_the_next_owner_of_an_engine_counts_on(tmp_path: Path) -> None:
+    """An engine has what its last owner gave it; the probes, which each owner gives it, may be counted twice."""
+    folder = tmp_path / "adapters"
+    write_adapters(folder, 2)
+    backend = entry_of(tmp_path, 4, 8) | {"host_versions_max": LIMIT}
+    async with (
+        running(tmp_path / "redis") as redis,
+        TrtllmProcess(*SLOTS) as one,
+        TrtllmProcess(*SLOTS) as two,
+        replicas(
+            3, redis.url, [one, two], folder, backend=backend, lease_s=CALM_S, openai={"load_calls": True}
+        ) as pool,
+    ):
+        (folder / "steps").mkdir()
+        made = Pool(folder, {"b0": one, "b1": two}, {"b0": [], "b1": []})
+        made.served = pool[0]  # it owns none, and goes on
+        for step in range(5):
+            await made.load(step)
+        await made.note("b0")
+        first = owner(pool, "b0")
+        left = [served for served in pool if served is not first]
+        await until(
+            lambda: all(served.sidecar.replica.board.versions_kept("b0") == made.ids["b0"][0] for served in left)
+        )
+        await first.sidecar.drain()
+        await until(lambda: any("b0" in owned(served) for served in left))
+        backend = owner(left, "b0").sidecar.gateway.backends["b0"]
+        assert made.ids["b0"][0] <= backend.wear.versions < 2 * made.ids["b0"][0]
+        await made.load(5)
+        await made.note("b0")
+        assert made.ids["b0"][0] < made.ids["b0"][1] <= backend.wear.versions

@@ -64,6 +64,9 @@ class ScriptedBackend:
     def probe(self, within_s: float) -> None:
         self._post(BackendProbed(self.id, True))
 
+    def keeps_at_least(self, versions: int) -> None:
+        """Return at once: it keeps nothing."""
+
     def restarted(self) -> None:
         """Return at once: nobody restarts it."""
 

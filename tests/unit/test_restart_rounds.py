@@ -268,6 +268,16 @@ def test_a_pod_that_is_not_replaced_holds_up_all_others() -> None:
     assert scene.step() == []
 
 
+def test_a_deleted_pod_that_does_not_end_is_not_deleted_again() -> None:
+    scene = pods()
+    restarting(scene)
+    scene.rounds.restarted("")
+    assert scene.step() == []
+    assert scene.step(10_000.0) == [(Do.SAY, "a")]
+    assert scene.warned
+    assert scene.engines["a"].is_draining
+
+
 def test_an_engine_that_another_replica_takes_over_is_left_to_it() -> None:
     scene = two()
     drained(scene)

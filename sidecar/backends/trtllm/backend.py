@@ -71,6 +71,8 @@ class TrtllmBackend(Endpoint):
         self._loading = asyncio.Lock()
         self._keys: dict[int, str] = {}
         """The packed keys of the ids that the engine has been given since it was started, as far as is known."""
+        self._given_before = 0
+        """How many more it was given by other replicas, as they said."""
         logger.warning("%s: %s", entry.identity, EXPERIMENTAL)
 
     # Reaching and looking.
@@ -79,7 +81,7 @@ class TrtllmBackend(Endpoint):
         try:
             await self._api.healthy()
         except httpx.ConnectError:
-            self._keys.clear()  # nothing listens there, so the engine has ended
+            self._count_anew()  # nothing listens there, so the engine has ended
             raise
         self._version = await self._api.version()
         model = await self._api.model()
@@ -91,7 +93,7 @@ class TrtllmBackend(Endpoint):
         if self._seen.active:
             await asyncio.sleep(ABORT_S)  # what a sidecar before us left running
         if before.steps is not None and self._seen.steps is not None and self._seen.steps < before.steps:
-            self._keys.clear()  # else only the connection was lost, and the engine keeps what it has
+            self._count_anew()  # else only the connection was lost, and the engine keeps what it has
         self._is_proven = False
         if not self._owner:  # with several replicas others may be using all slots: its owner proves it before a load
             await self._prove()
@@ -142,14 +144,22 @@ class TrtllmBackend(Endpoint):
         self.pulse.seen(monotonic())
         seen = await self._api.measures()
         if self.pulse.counted(seen.steps, monotonic()):
-            self._keys.clear()
+            self._count_anew()
             return "it has restarted"
         if seen != Measures():
             self._seen = seen
         return None
 
-    def restarted(self) -> None:
+    def keeps_at_least(self, versions: int) -> None:
+        self._given_before = max(0, versions - len(self._keys))
+
+    def _count_anew(self) -> None:
+        """Count from nothing: the engine was started again."""
         self._keys.clear()
+        self._given_before = 0
+
+    def restarted(self) -> None:
+        self._count_anew()
         super().restarted()
 
     async def _hangs(self) -> bool:
@@ -191,7 +201,7 @@ class TrtllmBackend(Endpoint):
     def _kept(self) -> Wear | None:
         if self._declared.base_only:
             return None
-        return Wear(len(self._keys), self._entry.host_versions_max)
+        return Wear(len(self._keys) + self._given_before, self._entry.host_versions_max)
 
     def _describe(self) -> str:
         version = f" {self._version}" if self._version else ""
