@@ -23,6 +23,7 @@
 # make sim-faults  1,000 simulated worlds in which things go wrong; SEED=n runs one alone
 # make chaos   replicas, Redis and engines as processes that are killed, stopped and cut off under load; ONLY=name for one
 # make soak    3 replicas and 4 engines that everything happens to at once, 10 minutes; MINUTES=60 for an hour
+# make record  a trtllm-serve of yours and the emulated one are asked the same, and what differs is printed; URL=… ADAPTER=…
 # make fuzz    100,000 damaged adapters
 # make fuzz-wire  a million odd messages to every front, against what the engine was asked; MESSAGES=n, SEED=n
 # make docs    the site of docs/ in build/docs; fails on a dead link, an unknown command or option, a page that is out of date
@@ -50,7 +51,7 @@ LANES := helm-test e2e-replicas e2e-triton e2e-vllm
 
 COMPILE := pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet $(UPGRADE)
 
-.PHONY: docs docs-commands pictures .venv-docs ci nightly lanes weekly release bundle e2e-release demo test test-slow check bench-tests e2e-triton triton .venv-triton e2e-vllm vllm .venv-vllm e2e-replicas e2e-attack helm-test .venv-helm lint bench bench-triton bench-scheduling goldens fuzz fuzz-wire sim-faults chaos soak proto lock clean .venv
+.PHONY: record docs docs-commands pictures .venv-docs ci nightly lanes weekly release bundle e2e-release demo test test-slow check bench-tests e2e-triton triton .venv-triton e2e-vllm vllm .venv-vllm e2e-replicas e2e-attack helm-test .venv-helm lint bench bench-triton bench-scheduling goldens fuzz fuzz-wire sim-faults chaos soak proto lock clean .venv
 
 .venv: $(INSTALLED)
 
@@ -146,6 +147,9 @@ bench-scheduling: $(DEVELOPING)
 
 goldens:
 	PYTHON=$(PYTHON) tests/golden/peft/remake.sh
+
+record: $(INSTALLED)
+	$(BIN)/python -m tools.record $(URL) $(if $(ADAPTER),--adapter $(ADAPTER)) $(if $(MODEL_CONFIG),--model-config $(MODEL_CONFIG)) $(RECORD)
 
 fuzz: $(DEVELOPING)
 	$(BIN)/python -m tests.fuzz

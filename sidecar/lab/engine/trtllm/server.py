@@ -111,6 +111,9 @@ class TrtllmServer:
 
     def _cut_connections(self) -> None:
         self._http.should_exit = self._http.force_exit = True
+        # uvicorn would listen until it looks at the flags.
+        for listener in self._http.servers:
+            listener.close()
         for connection in list(self._http.server_state.connections):
             transport = getattr(connection, "transport", None)
             if transport is not None:
