@@ -21,13 +21,18 @@ from sidecar.core.effects import Load
 from sidecar.core.events import AdapterRegistered, LoadDone
 from sidecar.core.facts import Layout, packed_key, task_id_of
 from sidecar.lab.engine.kserve.compute import dummy_token
+from sidecar.lab.engine.trtllm import TrtllmServer
 from sidecar.proto import admin_pb2
+from tests.kit import trtllm_emulated
 from tests.kit.emulated import running_engine
 from tests.kit.peft_files import BASE_MODEL, write_adapter
-from tests.kit.serving import Answer, Serving, serving, until
+from tests.kit.serving import Answer, Serving, place_of, serving, until
+from tests.kit.trtllm_emulated import running_trtllm
+from tests.kit.trtllm_served import entry_of
 from tests.kit.vllm_emulated import BASE, Client, VllmProcess, expected, running_vllm
 
 VLLM: dict[str, Any] = {"compute": "none", "max_loras": 4, "max_cpu_loras": 8}
+TRTLLM: dict[str, Any] = {"compute": "none", "max_loras": 4, "max_cpu_loras": 8, "seats": 32}
 ADDED = "Success: LoRA adapter 'grpo' added successfully."
 
 
@@ -57,21 +62,28 @@ class Trainer:
 
 
 @asynccontextmanager
-async def pool(folder: Path, vllms: int = 2, tritons: int = 2, **record: Any) -> AsyncIterator[Trainer]:
+async def pool(
+    folder: Path, vllms: int = 2, tritons: int = 2, trtllms: int = 0, **record: Any
+) -> AsyncIterator[Trainer]:
     async with AsyncExitStack() as stack:
         engines: list[Any] = [(await stack.enter_async_context(running_vllm(**VLLM)))[0] for _ in range(vllms)]
         engines += [await stack.enter_async_context(running_engine(compute="none")) for _ in range(tritons)]
+        engines += [(await stack.enter_async_context(running_trtllm(**TRTLLM)))[0] for _ in range(trtllms)]
         trainer = await stack.enter_async_context(trained(engines, folder, **record))
         yield trainer
 
 
 @asynccontextmanager
 async def trained(engines: list[Any], folder: Path, **record: Any) -> AsyncIterator[Trainer]:
-    backend = {"adapters_dir": str(folder / "shared")} | record.pop("backend", {})
+    shared, backend = {"adapters_dir": str(folder / "shared")}, record.pop("backend", {})
     (folder / "steps").mkdir(exist_ok=True)
+    backends = [
+        place_of(engine, number) | backend | (entry_of(folder, 4, 8) if isinstance(engine, TrtllmServer) else shared)
+        for number, engine in enumerate(engines)
+    ]
     openai = {"load_calls": True} | record.pop("openai", {})
     async with (
-        serving(engines, None, [folder / "steps"], openai=openai, backend=backend, **record) as served,
+        serving(engines, None, [folder / "steps"], openai=openai, backends=backends, **record) as served,
         Client(served.sidecar.http_address) as client,
     ):
         yield Trainer(served, client, folder / "steps", engines)
@@ -102,10 +114,15 @@ async def test_a_step_is_on_every_engine_before_the_name_answers_by_it(tmp_path:
         assert {origin.version for answer in answers for origin in answer.origins} == {"grpo@v1"}
 
 
+@pytest.mark.parametrize(
+    "kinds", [(2, 2, 0), (2, 0, 2), (0, 2, 2)], ids=["vllm-triton", "vllm-trtllm", "triton-trtllm"]
+)
 @pytest.mark.parametrize("steps", [5, pytest.param(200, marks=pytest.mark.slow)])
-async def test_requests_before_a_step_are_answered_by_the_version_that_they_found(tmp_path: Path, steps: int) -> None:
+async def test_requests_before_a_step_are_answered_by_the_version_that_they_found(
+    tmp_path: Path, steps: int, kinds: tuple[int, int, int]
+) -> None:
     """16 requests are in flight over all engines during each step: each is answered by the version at its start."""
-    async with pool(tmp_path, queue={"routing": "least_in_flight"}) as trainer:
+    async with pool(tmp_path, *kinds, queue={"routing": "least_in_flight"}) as trainer:
         await trainer.step(0)
         names, wrong, seen, done = trainer.served.state.names, [], set(), asyncio.Event()
 
@@ -133,13 +150,15 @@ async def test_requests_before_a_step_are_answered_by_the_version_that_they_foun
 def tokens_of(trainer: Trainer, origin: Any, count: int = 6) -> list[int]:
     """Return what an engine answers by the step that became a version; step n is version n + 1."""
     step = int(origin.version.removeprefix("grpo@v")) - 1
-    return _tokens(trainer.folder / f"step-{step}", origin.backend.startswith("vllm"), count)
+    return _tokens(trainer.folder / f"step-{step}", origin.backend.partition("-")[0], count)
 
 
 @cache
-def _tokens(folder: Path, by_vllm: bool, count: int) -> list[int]:
+def _tokens(folder: Path, kind: str, count: int) -> list[int]:
+    if kind == "trtllm":
+        return trtllm_emulated.expected(folder, count)
     digest = digest_of_folder(folder)
-    if by_vllm:
+    if kind == "vllm":
         return expected(f"grpo@{digest[:12]}", folder, count)
     return [dummy_token(task_id_of(packed_key(digest, Layout("float16"))), position) for position in range(count)]
 
