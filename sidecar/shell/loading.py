@@ -212,7 +212,10 @@ class Loading:
 
     async def _answer_of(self, backend: str, version: str) -> Reply:
         """Return the answer of one engine by a version, or why there is none; an engine that is down is left alone."""
-        kind = model_kind(self._state.backends[backend].facts.kind)
+        engine = self._state.backends.get(backend)
+        if engine is None:
+            return Reply(error="it is gone", reason=Reason.NO_BACKEND)
+        kind = model_kind(engine.facts.kind)
         takes_tokens = kind.asking is None or PromptKind.TOKENS in kind.asking.prompts
         prompt = PROMPTS[PromptKind.TOKENS if takes_tokens else PromptKind.TEXT]
         known = self._catalogue.registry.get(version.partition("@")[0])

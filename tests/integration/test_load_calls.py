@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from sidecar.adapters.spool import digest_of_folder
-from sidecar.core.effects import Load
+from sidecar.core.effects import Load, Quarantine
 from sidecar.core.events import AdapterRegistered, LoadDone
 from sidecar.core.facts import Layout, packed_key, task_id_of
 from sidecar.lab.engine.kserve.compute import dummy_token
@@ -324,6 +324,27 @@ async def test_an_engine_that_goes_down_during_its_load_does_not_hold_up_the_nam
         reply = await loading
         assert (reply.status_code, reply.text) == (200, ADDED)
         assert (reply.headers["x-lora-backends"], reply.headers["x-lora-without"]) == ("vllm-0", "vllm-1")
+
+
+async def test_an_adapter_that_engines_die_of_gets_no_further_than_two(tmp_path: Path) -> None:
+    deadly = write_adapter(tmp_path / "deadly", seed=66)
+    crash = ("--crash-on-load", f"grpo@{digest_of_folder(deadly)[:12]}")
+    async with (
+        dying(*crash) as one,
+        dying(*crash) as two,
+        dying(*crash) as three,
+        trained([one, two, three], tmp_path) as trainer,
+    ):
+        await trainer.step(0)
+        before = left_behind(trainer)
+        shutil.copytree(deadly, trainer.folder / "deadly")
+        reply = await trainer.load(trainer.folder / "deadly")
+        assert reply.status_code == 500
+        assert "quarantined" in reply.json()["error"]["message"]
+        assert len(trainer.served.recorder.of(Quarantine)) == 1
+        assert sum(backend.takes_requests for backend in trainer.served.state.backends.values()) == 1
+        await until(lambda: left_behind(trainer) == before)
+        assert {answer.origins[0].version for answer in await trainer.answers()} == {"grpo@v1"}
 
 
 async def test_without_an_engine_nothing_is_loaded(tmp_path: Path) -> None:
