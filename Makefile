@@ -24,7 +24,7 @@
 # make chaos   replicas, Redis and engines as processes that are killed, stopped and cut off under load; ONLY=name for one
 # make soak    3 replicas and 4 engines that everything happens to at once, 10 minutes; MINUTES=60 for an hour
 # make record  a trtllm-serve of yours and the emulated one are asked the same, and what differs is printed; URL=… ADAPTER=…
-# make fuzz    100,000 damaged adapters
+# make fuzz    100,000 damaged adapters, and 10,000 for an engine that ends by them
 # make fuzz-wire  a million odd messages to every front, against what the engine was asked; MESSAGES=n, SEED=n
 # make docs    the site of docs/ in build/docs; fails on a dead link, an unknown command or option, a page that is out of date
 # make docs-commands  every command block of README and docs, run in order; 5 minutes
@@ -153,6 +153,7 @@ record: $(INSTALLED)
 
 fuzz: $(DEVELOPING)
 	$(BIN)/python -m tests.fuzz
+	$(BIN)/python -m tests.fuzz.trtllm
 
 fuzz-wire: $(DEVELOPING)
 	$(BIN)/python -m tests.fuzz.wire $(if $(MESSAGES),--messages $(MESSAGES)) $(if $(SEED),--seed $(SEED))

@@ -170,7 +170,8 @@ def _powers(source: AdapterSource, layout: Layout, pair: Pair, factor: float) ->
 
     The engine casts A and B to its dtype and scales B afterwards. Raises Invalid if no powers suffice.
     """
-    if layout.dtype != "float16" or (factor == 1 and pair.a.dtype == pair.b.dtype == "F16"):
+    is_held = factor == 1 and abs(pair.scale) <= 1 and pair.a.dtype == pair.b.dtype == "F16"
+    if layout.dtype != "float16" or is_held:
         return None
     tops_a, tops_b = _tops(source, pair.a, 1), _tops(source, pair.b, 0)
     return exponents_for(pair, tops_a, tops_b * max(abs(factor), abs(pair.scale)), layout.dtype, source.name)

@@ -25,7 +25,17 @@ def parse_object(data: bytes) -> dict[str, Any]:
         raise ValueError(f"it is not JSON ({error.msg} at character {error.pos})") from error
     if not isinstance(value, dict):
         raise ValueError("it is not a JSON object")
+    if b"\\u" in data:
+        _refuse_half_letters(value)
     return value
+
+
+def _refuse_half_letters(value: Any) -> None:
+    """Raise ValueError for half of a surrogate pair, which Python takes and other parsers do not."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("it has an escape (\\u) that is half a letter") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def run(cases: range, seed: int, scratch: Path, memory_every: int = 0) -> Found:
     good, found = seeds(scratch), Found()
     for case in cases:
         files, folder = damaged(case, seed, good), scratch / "case"
-        _write(folder, files)
+        write_files(folder, files)
         began = perf_counter()
         if memory_every and case % memory_every == 0:
             outcome, peak_bytes = _traced(folder, case)
@@ -86,7 +86,7 @@ def run(cases: range, seed: int, scratch: Path, memory_every: int = 0) -> Found:
     return found
 
 
-def _write(folder: Path, files: Files) -> None:
+def write_files(folder: Path, files: Files) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for name, data in files.items():
@@ -115,11 +115,11 @@ def attempt(folder: Path, case: int) -> str:
             assert np.isfinite(out.astype(np.float32)).all(), "Inf or NaN was packed"
             assert 0 <= report.flushed_share <= 1
     except SidecarError as error:
-        return _fit_for_people(error)
+        return fit_for_people(error)
     return "packed"
 
 
-def _fit_for_people(error: SidecarError) -> str:
+def fit_for_people(error: SidecarError) -> str:
     assert error.reason.row.family is Family.INVALID, error
     assert 20 < len(error.message) < MESSAGE_LENGTH_MAX, error.message
     assert error.message.isprintable(), repr(error.message)

@@ -95,6 +95,7 @@ def test_truncated_data_is_refused(tmp_path: Path) -> None:
         (b"\xff\xfe{}", b"", "it is not UTF-8"),
         (b"[]", b"", "it is not a JSON object"),
         (b"[" * 100_000, b"", "nested too deeply"),
+        (rb'{"__metadata__":{"format":"\ud83d"}}', b"", "half a letter"),  # the library of that name refuses it
         (b'{"x": 1, "x": 2}', b"", "the key 'x' occurs twice"),
         (b'{"x": NaN}', b"", "NaN is not a JSON number"),
         ({"__metadata__": {"format": 1}}, b"", "__metadata__ is not an object of strings"),

@@ -128,7 +128,7 @@ class TrtllmBackend(Endpoint):
             return
         prober = Prober(self._api, entry.shared_dir, base, entry.lora_config, self._patience_s)
         try:
-            problem = await prober.problem()
+            problem = await prober.problem(self._version)
         finally:
             self._keys |= prober.asked
         if problem:

@@ -1,15 +1,18 @@
-"""Find out whether an engine computes with adapters, by some that must change its answers.
+"""Find out whether an engine computes with adapters, by one that must change its answers.
 
 An engine without LoRA answers as the base model, and one without a module leaves that module out; neither reports it.
-So the base model and a strong adapter of each declared module are asked the same, greedily. Such an adapter adds to the
-output of its module, on some layers, many times what the model computes there.
+So the base model and a strong adapter of all declared modules are asked the same, greedily: it adds to the output of
+each, on some layers, many times what the model computes there. Where a failed load does not end the engine, an adapter
+of each module alone is tried, too: one of which the engine would leave out everything is refused.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +37,8 @@ TOKENS = 6
 RANK = 8
 LAYERS_MAX = 8
 STRENGTH = 64
+SURVIVING_RC = 22
+"""1.3.0rc22 is the first release that a failed load does not end."""
 DENSE = (
     "mlp_4h_to_h", "attn_dense", "attn_v", "attn_qkv", "mlp_gate_up", "mlp_gate", "mlp_h_to_4h", "attn_k", "attn_q",
 )  # fmt: skip
@@ -51,13 +56,12 @@ class Prober:
         self._base = base
         self._rank = min(RANK, lora_config.max_lora_rank)
         self._patience_s = patience_s
-        self._plain: dict[int, str] = {}
         self.asked: dict[int, str] = {}
         """The packed keys of the adapters that the engine has been given, by their ids. It keeps them as any other."""
         self.modules = probed(lora_config.modules_of(base))
 
-    async def problem(self) -> str:
-        """Return what keeps the engine from computing with adapters as declared, "" if nothing does.
+    async def problem(self, version: str) -> str:
+        """Return what keeps an engine of this version from computing with adapters as declared, "" if nothing does.
 
         Raises httpx.HTTPError if the engine does not answer.
         """
@@ -65,46 +69,57 @@ class Prober:
         if folder.state is State.FAILED:
             return folder.text
         try:
-            for number, module in enumerate(self.modules):
-                found = await self._problem_with(module, number == 0)
-                if found:
-                    return found
+            found = await self._problem_with(self.modules, changes=True)
+            for module in self.modules if not found and survives_bad_adapters(version) else ():
+                found = found or await self._problem_with([module], changes=False)
         except (SidecarError, OSError) as error:
             why = error.message if isinstance(error, SidecarError) else error
             return f"no adapter could be put into adapters_dir: {why}"
-        return ""
+        return found
 
-    async def _problem_with(self, module: str, is_first: bool) -> str:
-        async with staged(self._shared, self._base, self._rank, partial(write_probe, module)) as probe:
-            lora = Lora(f"lora-sidecar-probe-{module}", task_id_of(probe.key), probe.shared_dir.engine_path(probe.key))
+    async def _problem_with(self, modules: Sequence[str], changes: bool) -> str:
+        """Ask for an answer with an adapter of these modules, until one differs if it `changes` answers."""
+        answers = []
+        async with staged(self._shared, self._base, self._rank, partial(write_probe, modules)) as probe:
+            lora = Lora("lora-sidecar-probe", task_id_of(probe.key), probe.shared_dir.engine_path(probe.key))
             self.asked[lora.task_id] = probe.key
             probe.stays = True  # an engine that was asked may look for the files until it has answered
-            for number, prompt in enumerate(PROMPTS):
-                if number not in self._plain:
-                    _, self._plain[number] = await self._api.ask(prompt, TOKENS, self._patience_s)
-                status, text = await self._api.ask(prompt, TOKENS, self._patience_s, lora)
-                if status != httpx.codes.OK or text != self._plain[number]:
+            for prompt in PROMPTS:
+                plain = await self._api.ask(prompt, TOKENS, self._patience_s) if changes else None
+                answers.append((plain, await self._api.ask(prompt, TOKENS, self._patience_s, lora)))
+                if plain != answers[-1][1]:
                     break
             probe.stays = False
+        plain, (status, text) = answers[-1]
         if status != httpx.codes.OK:
-            return f"it refuses an adapter of {module}, which this entry declares: {text}"
-        if text != self._plain[number]:
-            return ""
-        cause = "LoRA is switched off there" if is_first else "it leaves that module out, and others not"
-        return f"an adapter of {module} that must change its answers changes none: {cause}"
+            what = "an adapter" if changes else f"an adapter of {modules[0]}, which this entry declares"
+            return f"it refuses {what}: {text}"
+        if plain == (status, text):
+            return "an adapter that must change its answers changes none, so LoRA is switched off there"
+        return ""
+
+
+def survives_bad_adapters(version: str) -> bool:
+    """Return True if a failed load is an error of the request in this version: in older ones it ends the engine."""
+    found = re.match(r"(\d+)\.(\d+)\.\d+(?:rc(\d+))?", version)
+    if found is None:
+        return False
+    release = int(found[1]), int(found[2])
+    return release > (1, 3) or (release == (1, 3) and int(found[3] or SURVIVING_RC) >= SURVIVING_RC)
 
 
 def probed(modules: Mapping[str, tuple[int, int]]) -> list[str]:
-    """Return the modules that are probed, those that change answers most first."""
+    """Return the modules that are probed."""
     return [module for module in DENSE if module in modules]
 
 
-def write_probe(module: str, source: Path, base: BaseModel, rank: int) -> None:
-    """Write the probe of a module as a PEFT adapter, equal for equal sizes."""
-    in_dim, out_dim = base.modules[module]
+def write_probe(modules: Sequence[str], source: Path, base: BaseModel, rank: int) -> None:
+    """Write the probe of some modules as a PEFT adapter, equal for equal sizes."""
     random = np.random.default_rng(0)
     tensors = {}
-    for layer in sorted({base.layers * step // LAYERS_MAX for step in range(LAYERS_MAX)}):
+    layers = sorted({base.layers * step // LAYERS_MAX for step in range(LAYERS_MAX)})
+    for layer, module in product(layers, modules):
+        in_dim, out_dim = base.modules[module]
         path = f"base_model.model.model.layers.{layer}.{NAMES[module]}"
         signs = random.integers(0, 2, (rank, in_dim)) * 2 - 1
         tensors[f"{path}.lora_A.weight"] = (signs / np.sqrt(in_dim)).astype(np.float16)
@@ -116,7 +131,7 @@ def write_probe(module: str, source: Path, base: BaseModel, rank: int) -> None:
         "base_model_name_or_path": base.name or "not named",
         "r": rank,
         "lora_alpha": STRENGTH * rank,
-        "target_modules": [NAMES[module].rpartition(".")[2]],
+        "target_modules": sorted({NAMES[module].rpartition(".")[2] for module in modules}),
         "bias": "none",
     }
     (source / "adapter_config.json").write_text(json.dumps(config))

@@ -59,10 +59,10 @@ async def adapter(look: TrtllmLook) -> Finding:
             "when it reaches the engine",
             *(() if active else (STATISTICS_FIX,)),
         )
-    found = await prober.problem()
+    found = await prober.problem(await look.api.version())
     if found:
         return failed(found, *_fixes(found))
-    return ok(f"one of each of {', '.join(prober.modules)} changes its answers; they stay in the engine's memory")
+    return ok(f"one of {', '.join(prober.modules)} changes its answers; it stays in the engine's memory")
 
 
 def _fixes(found: str) -> Sequence[str]:

@@ -1,0 +1,13 @@
+"""Damaged and mismatched adapters for trtllm-serve: a few of what `make fuzz` tries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.fuzz.trtllm import run
+
+
+def test_none_reaches_an_engine(tmp_path: Path) -> None:
+    found = run(range(150), 0, tmp_path)
+    assert found["staged"] > 5
+    assert found["no engine fits"] > 10
