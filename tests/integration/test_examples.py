@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import sys
@@ -15,6 +16,7 @@ from sidecar.lab.demo.model import ADAPTERS, SEED
 from tests.kit.emulated import running_engine
 from tests.kit.peft_files import BASE_MODEL
 from tests.kit.serving import serving
+from tests.kit.trtllm_emulated import running_trtllm
 from tests.kit.vllm_emulated import running_vllm
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -46,17 +48,22 @@ async def test_clients_get_the_named_adapters_words(script: str) -> None:
         assert 'unknown adapter "pirates"; did you mean pirate?' in error
 
 
-async def test_one_gateway_in_front_of_a_triton_and_a_vllm(tmp_path: Path) -> None:
-    """With the example's own configuration, but for addresses: both answer by name, and with the same words."""
+async def test_one_gateway_in_front_of_three_kinds_of_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the example's own configuration, but for addresses: all answer by name, and with the same words."""
     pool = yaml.safe_load((EXAMPLES / "mixed-pool" / "pool.yaml").read_text())
+    monkeypatch.chdir(EXAMPLES.parent)
+    slots = {"max_loras": 4, "max_cpu_loras": 8}
     async with (
         running_engine(seed=SEED, seats=4) as triton,
-        running_vllm(seed=SEED, seats=4, compute="llama", served_model_name=(BASE_MODEL,)) as (vllm, _),
+        running_vllm(seed=SEED, seats=4, compute="llama", served_model_name=(BASE_MODEL,), **slots) as (vllm, _),
+        running_trtllm(seed=SEED, seats=4, compute="llama", served_model_name=(BASE_MODEL,), **slots) as (trtllm, _),
     ):
-        for backend, address in zip(pool["backends"], (triton.grpc_address, vllm.http_address), strict=True):
+        addresses = (triton.grpc_address, vllm.http_address, trtllm.http_address)
+        for backend, address in zip(pool["backends"], addresses, strict=True):
             backend["url"] = f"{backend['id']}://{address}"
         del pool["backends"][0]["metrics"]
-        pool["backends"][1]["adapters_dir"] = str(tmp_path)
+        for backend in pool["backends"][1:]:
+            backend["adapters_dir"] = str(tmp_path)
         async with serving([], ADAPTERS, **pool) as served:
             command = (str(EXAMPLES / "mixed-pool" / "ask.py"), "--server", served.sidecar.http_address)
             names = sorted(path.name for path in ADAPTERS.iterdir())
@@ -66,7 +73,11 @@ async def test_one_gateway_in_front_of_a_triton_and_a_vllm(tmp_path: Path) -> No
                 name: (engine, words) for engine, name, words in (line.split(maxsplit=2) for line in out.splitlines())
             }
             assert list(answers) == names
-            assert {engine for engine, _ in answers.values()} == {"triton", "vllm"}
+            assert {engine for engine, _ in answers.values()} == {"triton", "vllm", "trtllm"}
+            known = json.loads((ADAPTERS.parent / "demo.json").read_text())["answers"]
+            assert {name: words for name, (_, words) in answers.items()} == {
+                name: known[name][0]["text"].rstrip() for name in names
+            }
             assert answers["pirate"][1].startswith("Arr, Long Meg! She pays in doubloons!")
             code, _, error = await run(*command, "Who buys the most here?", "pirates")
             assert code == 1
