@@ -6,14 +6,14 @@
 # make e2e-triton  the tests that need a real Triton server, which .venv-triton holds; no GPU
 # make triton  that server with the emulated engine as its model, on the usual ports
 # make bench-triton  what the sidecar does and costs in front of it
-# make e2e-vllm  the tests that need a real vLLM, which .venv-vllm holds; no GPU; about 10 minutes
+# make e2e-vllm  the tests that need a real vLLM, 0.33 over what .venv-vllm holds; no GPU; about 15 minutes
 # make e2e-attack  attacks that take whole processes: bursts, resets, half messages, requests of death; 1 minute
 # make e2e-replicas  three replicas restarted under load, beside an older build too, and Redis away; about 3 minutes
 # make vllm    a toy vLLM on its usual port, until Ctrl-C
 # make e2e-release  a release is built, bundled, installed without a network, upgraded from the last one and taken back; 4 minutes
 # make ci      what each change must pass: lint, tests, and the core of every lane; at most 25 minutes on an idle machine
 # make nightly all lanes whole, soak, chaos, fuzz and fault worlds; about 90 minutes
-# make weekly  tests with the newest versions of all dependencies, with other Pythons, and before the newest vLLM
+# make weekly  tests with the newest versions of all dependencies, with other Pythons, and before vLLM 0.32 and the newest
 # make release VERSION=… IMAGES=…  the artefacts of what is checked out, in dist/VERSION; docs/releasing.md
 # make bundle  the same, and all that a site without internet needs; EXTRAS="s3 hf"
 # make helm-test  the chart by Helm 3 and 4, validators and linters, which .venv-helm holds, and promtool; 5 minutes
@@ -112,9 +112,11 @@ bench-triton: $(DEVELOPING) .venv-triton
 	@touch $@
 
 e2e-vllm: $(DEVELOPING) $(if $(VLLM_VENV),,.venv-vllm)
+	$(BIN)/python -m tests.e2e.vllm.newer
 	$(BIN)/pytest -rs tests/e2e/vllm $(CHOSEN)
 
 vllm: $(DEVELOPING) $(if $(VLLM_VENV),,.venv-vllm)
+	$(BIN)/python -m tests.e2e.vllm.newer
 	$(BIN)/python -m tests.e2e.vllm
 
 .venv-vllm: .venv-vllm/installed

@@ -1,8 +1,8 @@
 """`make weekly`: try other versions of everything that is pinned, in copies of the checked-out files.
 
-The trials are the newest versions of all dependencies, each other installed Python, the newest Triton wheel, and the
-newest vLLM. A failed trial shows, before a user meets it, that another project's release breaks this one: support that
-release, or exclude it in pyproject.toml, in a separate change.
+The trials are the newest versions of all dependencies, each other installed Python, the newest Triton wheel, vLLM 0.32,
+and the newest vLLM for CPUs. A failed trial shows, before a user meets it, that another project's release
+breaks this one: support that release, or exclude it in pyproject.toml, in a separate change.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+OWN_VLLM = "VLLM_RELEASE=own"
+"""The lane then runs the vLLM that is installed, not 0.33 over it."""
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 
 
@@ -75,7 +77,8 @@ def trials() -> list[Trial]:
         Trial("newest dependencies", ("test",), newest_dependencies),
         *pythons,
         Trial("newest Triton wheel", ("e2e-triton",), newest_triton),
-        Trial("newest vLLM", ("e2e-vllm",), newest_vllm),
+        Trial("vLLM 0.32", ("e2e-vllm", OWN_VLLM)),
+        Trial("newest vLLM", ("e2e-vllm", OWN_VLLM), newest_vllm),
     ]
 
 

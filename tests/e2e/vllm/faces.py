@@ -12,18 +12,20 @@ from typing import Any
 
 import httpx
 
+from tests.e2e.vllm.installed import chosen
 from tests.kit.peft_files import Dims, write_adapter
 
 VLLM, EMULATOR = "vllm", "emulator"
 CONTEXT = 1024
 EMULATED = {
     "max-loras": 2, "max-cpu-loras": 4, "max-lora-rank": 16, "max-num-seqs": 64, "max-model-len": CONTEXT,
+    "vllm-version": chosen().version,
 }  # fmt: skip
 """Options of the emulator's, equal to the shared server's."""
 _VARYING = {
     "id": r"(chat)?cmpl-[0-9a-f]+|modelperm-[0-9a-f]+",
     "created": r"\d{10}",
-    "system_fingerprint": r"vllm-0\.32\.0-\w+",
+    "system_fingerprint": r"vllm-0\.3[23]\.0-\w+",
 }
 """Members whose values are others each time, and what they look like."""
 _ANSWERS = ("text", "content")

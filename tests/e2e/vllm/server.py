@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tests.e2e.server import Server
 from tests.e2e.vllm import guard
-from tests.e2e.vllm.installed import VllmInstalled
+from tests.e2e.vllm.installed import chosen
 
 NICE = 10
 """How far the engine stands back: it keeps a tenth of a processor that something else wants all of."""
@@ -26,7 +26,8 @@ NICE = 10
 class VllmServer(Server):
     """One server of a model: an API server, whose group has the engine and its worker.
 
-    The options are vLLM's own; `runtime_loras` lets adapters be loaded over HTTP.
+    The options are vLLM's own; `runtime_loras` lets adapters be loaded over HTTP. With `rust` its Rust front end
+    answers, which loads adapters from the folders `prefixes` only.
     """
 
     NAME = "vLLM"
@@ -47,14 +48,19 @@ class VllmServer(Server):
         max_num_seqs: int = 64,
         max_model_len: int = 1024,
         runtime_loras: bool = True,
+        rust: bool = False,
+        prefixes: Sequence[Path] = (),
         more: Sequence[str] = (),
     ) -> None:
         super().__init__(folder, None if port is None else (port,))
-        self.installed = VllmInstalled.find()
+        self.installed = chosen().find()
+        assert self.installed.has_rust or not rust, "this vLLM has no Rust front end"
+        self.is_rust, self._prefixes = rust, ":".join(map(str, prefixes))
+        self._model = model
         self.max_loras, self.max_cpu_loras = max_loras, max_cpu_loras
         self.max_lora_rank, self.max_num_seqs = max_lora_rank, max_num_seqs
         self._options = [
-            f"--model={model}", "--served-model-name=base", "--host=127.0.0.1", "--dtype=float32", "--enable-lora",
+            "--served-model-name=base", "--host=127.0.0.1", "--dtype=float32", "--enable-lora",
             "--enable-server-load-tracking",
             f"--max-model-len={max_model_len}", f"--max-num-seqs={max_num_seqs}", f"--max-loras={max_loras}",
             f"--max-cpu-loras={max_cpu_loras}", f"--max-lora-rank={max_lora_rank}", *more,
@@ -89,8 +95,9 @@ class VllmServer(Server):
                 os.kill(pid, signal.SIGCONT)
 
     def _engine(self) -> list[int]:
-        """Return the processes of the engine."""
-        return [process.pid for process in self.processes if process.pid != self.pid]
+        """Return the processes of the engine: neither the first one nor the Rust front end's."""
+        others = [process for process in self.processes if process.pid != self.pid]
+        return [process.pid for process in others if not process.command[0].endswith("vllm-rs")]
 
     def _make_way(self) -> None:
         """Let everybody else go first: an engine has a device of its own, and this one waits on two spinning cores."""
@@ -114,8 +121,7 @@ class VllmServer(Server):
 
     def _command(self) -> list[str]:
         assert self._ports is not None
-        server = [self.installed.python, "-m", "vllm.entrypoints.openai.api_server"]
-        return [*server, f"--port={self._ports[0]}", *self._options]
+        return [*self.installed.serve(self._model), f"--port={self._ports[0]}", *self._options]
 
     def _environment(self) -> dict[str, str]:
         more = {
@@ -128,4 +134,6 @@ class VllmServer(Server):
         }
         if self._runtime_loras:
             more["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+        if self.is_rust:
+            more |= {"VLLM_USE_RUST_FRONTEND": "1", "VLLM_RUNTIME_LORA_ALLOWED_PATH_PREFIXES": self._prefixes}
         return self.installed.environment(**more)

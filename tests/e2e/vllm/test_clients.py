@@ -28,9 +28,9 @@ EXACT: Any = {"temperature": 0, "extra_body": {"ignore_eos": True, "return_token
 BENCHED = 48
 
 
-async def test_the_asynchronous_client(server: VllmServer, toy: Toy, tmp_path: Path) -> None:
+async def test_the_asynchronous_client(either: VllmServer, toy: Toy, tmp_path: Path) -> None:
     """Completions and chats, whole and streamed; the models with their parent, and a model that there is not."""
-    async with in_front(server, toy.adapters, tmp_path) as front:
+    async with in_front(either, toy.adapters, tmp_path) as front:
         url = f"http://{front.served.sidecar.http_address}/v1"
         async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
             for name in NAMES[:3]:

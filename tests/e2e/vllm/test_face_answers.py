@@ -10,20 +10,31 @@ import httpx
 
 from tests.e2e.vllm.direct import complete, completion, load, metrics
 from tests.e2e.vllm.faces import CONTEXT, MISSING, UNFIT, Face, assert_error, events_of, pattern_of, to_json
+from tests.e2e.vllm.installed import chosen
 
 CHOICE = '{"index":0,"text":"…","logprobs":null,"finish_reason":%s,"stop_reason":null,'
+NEWER, IN_CHUNKS = (
+    ("", "") if chosen().version == "0.32.0" else (',"weight_versions":null', ',"kv_transfer_params":null')
+)
+"""What 0.33 adds to choices and to chunks."""
 WHOLE = (
     '{"id":"…","object":"text_completion","created":"…","model":"sql","choices":['
     + CHOICE % '"length"'
-    + '"token_ids":%s,"prompt_logprobs":null,"prompt_token_ids":%s,"routed_experts":null}],"service_tier":null,'
-    '"system_fingerprint":"…","usage":{"prompt_tokens":3,"total_tokens":6,"completion_tokens":3,'
+    + '"token_ids":%s,"prompt_logprobs":null,"prompt_token_ids":%s,"routed_experts":null'
+    + NEWER
+    + '}],"service_tier":null,"system_fingerprint":"…",'
+    '"usage":{"prompt_tokens":3,"total_tokens":6,"completion_tokens":3,'
     '"prompt_tokens_details":null,"completion_tokens_details":null},"kv_transfer_params":null,'
     '"ec_transfer_params":null,"metrics":null}'
 )
 CHUNK = (
     '{"id":"…","object":"text_completion","created":"…","model":"sql","choices":['
     + CHOICE
-    + '"prompt_token_ids":%s,"token_ids":%s}]'
+    + '"prompt_token_ids":%s,"token_ids":%s'
+    + NEWER
+    + "}]%s"
+    + IN_CHUNKS
+    + "}"
 )
 USAGE = (
     '{"id":"…","object":"%s","created":"…","model":"sql","choices":[],"usage":{"prompt_tokens":%d,"total_tokens":%d,'
@@ -47,15 +58,15 @@ async def test_completions(face: Face, client: httpx.AsyncClient) -> None:
     assert pattern_of(await told(return_token_ids=False)) == WHOLE % ("null", "null")
     *chunks, done = events_of(await told(stream=True, return_token_ids=False))
     assert done == "[DONE]"
-    last = CHUNK % ('"length"', "null", "null") + ',"system_fingerprint":"…"}'
-    assert_chunks(chunks, CHUNK % ("null", "null", "null") + "}", last)
+    last = CHUNK % ('"length"', "null", "null", ',"system_fingerprint":"…"')
+    assert_chunks(chunks, CHUNK % ("null", "null", "null", ""), last)
     *chunks, usage, done = events_of(await told(stream=True, stream_options={"include_usage": True}))
     assert done == "[DONE]"
     choices = [json.loads(chunk)["choices"][0] for chunk in chunks]
     assert [token for choice in choices for token in choice["token_ids"]] == tokens
     assert [choice["prompt_token_ids"] for choice in choices] == [PROMPT] + [None] * (len(choices) - 1)
     shown = [re.sub(r'_ids":(null|\[[\d,]+\])', r'_ids":"…"', pattern_of(chunk)) for chunk in chunks]
-    assert_patterns(shown, CHUNK % ("null", '"…"', '"…"') + "}", CHUNK % ('"length"', '"…"', '"…"') + "}")
+    assert_patterns(shown, CHUNK % ("null", '"…"', '"…"', ""), CHUNK % ('"length"', '"…"', '"…"', ""))
     assert pattern_of(usage) == USAGE % ("text_completion", 3, 6)
 
 
@@ -83,8 +94,10 @@ async def test_several_prompts(face: Face, client: httpx.AsyncClient) -> None:
 CHAT = (
     '{"id":"…","object":"chat.completion","created":"…","model":"sql","choices":[{"index":0,"message":{"role":"assistant",'
     '"content":"…","refusal":null,"annotations":null,"audio":null,"function_call":null,"reasoning":null},"logprobs":null,'
-    '"finish_reason":"length","stop_reason":null,"token_ids":null,"routed_experts":null}],"service_tier":null,'
-    '"system_fingerprint":"…","usage":{"prompt_tokens":%d,"total_tokens":%d,"completion_tokens":3,'
+    '"finish_reason":"length","stop_reason":null,"token_ids":null,"routed_experts":null'
+    + NEWER
+    + '}],"service_tier":null,"system_fingerprint":"…",'
+    '"usage":{"prompt_tokens":%d,"total_tokens":%d,"completion_tokens":3,'
     '"prompt_tokens_details":null,"completion_tokens_details":null},"prompt_logprobs":null,"prompt_token_ids":null,'
     '"prompt_text":null,"kv_transfer_params":null,"ec_transfer_params":null,"metrics":null}'
 )
@@ -106,9 +119,14 @@ async def test_chats(face: Face, client: httpx.AsyncClient) -> None:
     assert done == "[DONE]"
     first, *rest = chunks
     assert pattern_of(first) == CHAT_CHUNK + FIRST_DELTA
-    going = CHAT_CHUNK + '{"content":"…"},"logprobs":null,"finish_reason":null,"token_ids":null}]}'
+    going = CHAT_CHUNK + '{"content":"…"},"logprobs":null,"finish_reason":null,"token_ids":null}]' + IN_CHUNKS + "}"
     last = (
-        CHAT_CHUNK + '{"content":"…"},"logprobs":null,"finish_reason":"length","stop_reason":null,"token_ids":null}]}'
+        CHAT_CHUNK
+        + '{"content":"…"},"logprobs":null,"finish_reason":"length","stop_reason":null,"token_ids":null'
+        + NEWER
+        + "}]"
+        + IN_CHUNKS
+        + "}"
     )
     assert_chunks(rest, going, last)
     assert pattern_of(usage) == USAGE % ("chat.completion.chunk", prompt, prompt + 3)
@@ -160,7 +178,7 @@ async def test_other_routes(face: Face, client: httpx.AsyncClient) -> None:
     """Health and version; what there is not."""
     for path in ("/health", "/ping"):
         assert ((reply := await client.get(path)).status_code, reply.text) == (200, "")
-    assert (await client.get("/version")).json() == {"version": "0.32.0"}
+    assert (await client.get("/version")).json() == {"version": chosen().version}
     assert ((reply := await client.get("/v1/nothing")).status_code, reply.json()) == (404, {"detail": "Not Found"})
     assert ((reply := await client.get("/v1/completions")).status_code, reply.headers["allow"]) == (405, "POST")
 

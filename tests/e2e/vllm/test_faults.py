@@ -63,22 +63,22 @@ class Clients:
             await ask_into(told, self._front.client, PROMPT, TOKENS, stream)
 
 
-async def test_killed_under_load(server: VllmServer, toy: Toy, tmp_path: Path) -> None:
+async def test_killed_under_load(either: VllmServer, toy: Toy, tmp_path: Path) -> None:
     """It comes back with no adapter: they are loaded again when asked for, and no client hears that one is not there.
 
     An answer that had begun breaks off with the reason, right so far; all others are answered, once.
     """
     names = NAMES[:5]
     right = {name: toy.greedy(toy.adapters / name, PROMPT, TOKENS) for name in names}
-    async with in_front(server, toy.adapters, tmp_path) as front:
+    async with in_front(either, toy.adapters, tmp_path) as front:
         async with Clients(front, names) as clients:
             await clients.more(2 * CLIENTS)
             await clients.begun()
-            await server.kill()
+            await either.kill()
             await until(lambda: not front.served.state.backends["vllm-0"].takes_requests)
-            await server.start()
+            await either.start()
             await clients.more(2 * CLIENTS, RESTART_S)
-        async with http_client(server.http_address) as direct:
+        async with http_client(either.http_address) as direct:
             assert {name.partition("@")[0] for name in await registered(direct)} <= set(names)
         await assert_nothing_left(front.served)
     broken = []
@@ -110,14 +110,14 @@ async def test_sources_deleted_while_registered(server: VllmServer, toy: Toy, tm
         assert server.is_running
 
 
-async def test_a_store_that_is_too_small(server: VllmServer, toy: Toy, tmp_path: Path) -> None:
+async def test_a_store_that_is_too_small(either: VllmServer, toy: Toy, tmp_path: Path) -> None:
     """Files come and go all the while, and at no time does the engine have a name whose files are not there."""
     size = max(sum(file.stat().st_size for file in path.iterdir()) for path in toy.adapters.iterdir())
     right = {name: toy.greedy(toy.adapters / name, PROMPT, TOKENS) for name in NAMES}
     store = {"memory_bytes": 5 * size}
     async with (
-        in_front(server, toy.adapters, tmp_path, store=store) as front,
-        http_client(server.http_address) as direct,
+        in_front(either, toy.adapters, tmp_path, store=store) as front,
+        http_client(either.http_address) as direct,
     ):
         looked = asyncio.create_task(look_for_missing(direct, ended := asyncio.Event()))
         asks = [lambda name=name: ask(front.client, name, PROMPT, TOKENS) for name in NAMES * 4]
@@ -129,7 +129,7 @@ async def test_a_store_that_is_too_small(server: VllmServer, toy: Toy, tmp_path:
         assert [one.tokens for one in told] == list(right.values()) * 4
         assert front.served.recorder.count(Drop) >= len(NAMES)
         assert len(await registered(direct)) < len(NAMES)
-    async with http_client(server.http_address) as direct:
+    async with http_client(either.http_address) as direct:
         assert await registered(direct) == {}
 
 

@@ -37,22 +37,22 @@ async def register(client: httpx.AsyncClient, toy: Toy, names: list[str]) -> Non
         (await load(client, name, toy.adapters / name)).raise_for_status()
 
 
-async def test_tokens_per_engine_step(server: VllmServer, toy: Toy, tmp_path: Path) -> None:
+async def test_tokens_per_engine_step(either: VllmServer, toy: Toy, tmp_path: Path) -> None:
     """128 requests of 16 adapters in the worst order, all submitted at once: the engine is as full as it can be."""
     order = [(NAMES[number % len(NAMES)], prompt(number, PROMPT)) for number in range(REQUESTS)]
-    async with http_client(server.http_address) as direct:
+    async with http_client(either.http_address) as direct:
         await register(direct, toy, NAMES)
         asks = [partial(complete, direct, name, asked, TOKENS) for name, asked in order]
         async with measured(direct) as robin:
             expected = await at_once(SEATS, asks)
         async with measured(direct) as whole:
-            assert await submitted(server, asks, lambda: inside(direct)) == expected
-        async with in_front(server, toy.adapters, tmp_path) as front:
+            assert await submitted(either, asks, lambda: inside(direct)) == expected
+        async with in_front(either, toy.adapters, tmp_path) as front:
             # So that none has to prove itself yet.
             await at_once(SEATS, [partial(ask, front.client, name, prompt(0, PROMPT), 1) for name in NAMES])
             asks = [partial(ask, front.client, name, asked, TOKENS) for name, asked in order]
             async with measured(direct) as ours:
-                told = await submitted(server, asks, partial(_queued, front))
+                told = await submitted(either, asks, partial(_queued, front))
     assert [one.tokens for one in told] == expected
     print(f"\nround robin, {SEATS} in flight: {robin}")
     print(f"all {REQUESTS} at once:          {whole}")

@@ -41,10 +41,10 @@ async def asked_all(front: Front, toy: Toy, sources: dict[str, Path], times: int
     )
 
 
-async def test_every_adapter_answers_as_in_peft(server: VllmServer, toy: Toy, tmp_path: Path) -> None:
+async def test_every_adapter_answers_as_in_peft(either: VllmServer, toy: Toy, tmp_path: Path) -> None:
     """Sixteen adapters over two slots and four places in memory, displaced while others run; then updated."""
     sources = {name: toy.adapters / name for name in NAMES}
-    async with in_front(server, toy.adapters, tmp_path) as front:
+    async with in_front(either, toy.adapters, tmp_path) as front:
         await asked_all(front, toy, sources, times=2)
         assert front.served.recorder.count(Load) >= len(NAMES)
         for number, name in enumerate(NAMES[:4]):
@@ -58,9 +58,9 @@ async def test_every_adapter_answers_as_in_peft(server: VllmServer, toy: Toy, tm
         await assert_nothing_left(front.served)
 
 
-async def test_the_same_through_grpc(server: VllmServer, toy: Toy, tmp_path: Path) -> None:
+async def test_the_same_through_grpc(either: VllmServer, toy: Toy, tmp_path: Path) -> None:
     """`Generate` with token ids gives the same ids, in a stream."""
-    async with in_front(server, toy.adapters, tmp_path) as front:
+    async with in_front(either, toy.adapters, tmp_path) as front:
         for name in NAMES[:6]:
             request = gateway_pb2.GenerateRequest(
                 adapter=name, tokens=gateway_pb2.TokenIds(ids=LONG), max_tokens=TOKENS, temperature=0.0

@@ -101,7 +101,8 @@ class Toy:
 def write_version(folder: Path, seed: int, rank: int = 8, **options: Any) -> Path:
     """Write another adapter for the toy model: another seed, other answers."""
     fields = {"modules": ALL_LINEAR, "dtype": "float32", "size": SIZE, "alpha": 2 * rank} | options
-    return write_adapter(folder, shape=DIMS, rank=rank, seed=seed, base_model_name_or_path=BASE_MODEL, **fields)
+    fields = {"shape": DIMS} | fields
+    return write_adapter(folder, rank=rank, seed=seed, base_model_name_or_path=BASE_MODEL, **fields)
 
 
 def prompt(seed: int, length: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The bodies of answers, whole and in chunks, key by key as vLLM 0.32.0 writes them.
+"""The bodies of answers, whole and in chunks, key by key as vLLM 0.32.0 and 0.33.0 write them.
 
 Chunks leave out keys that were never set, so an unknown value is null in some and missing in others; which of them a
 client's parser meets depends on the position in the stream.
@@ -31,7 +31,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class Head:
-    """What all bodies of one answer share, and which optional parts they show; `role` is the speaker in a chat."""
+    """What all bodies of one answer share, and which optional parts they show; `role` is the speaker in a chat.
+
+    Those of 0.32, which `is_older`, lack a key that 0.33 has.
+    """
 
     answer_id: str
     created: int
@@ -40,7 +43,13 @@ class Head:
     shows_ids: bool
     shows_usage: bool = False
     shows_usage_always: bool = False
+    is_older: bool = True
     role: str = ASSISTANT
+
+    @property
+    def newer(self) -> Json:
+        """What a choice has from 0.33 on; a chat's in a stream when it ends."""
+        return {} if self.is_older else {"weight_versions": None}
 
 
 class Bodies(ABC):
@@ -71,6 +80,8 @@ class Bodies(ABC):
             chunk["usage"] = self._running_usage(len(piece.work.generation.tokens), piece.work.sent)
         if piece.finish_reason is not None and not self.head.shows_usage:
             chunk["system_fingerprint"] = self.head.fingerprint
+        if not self.head.is_older:
+            chunk["kv_transfer_params"] = None
         return event(chunk)
 
     def usage(self, works: Sequence[TextWork]) -> bytes:
@@ -123,6 +134,7 @@ class CompletionBodies(Bodies):
                 "prompt_logprobs": None,
                 "prompt_token_ids": piece.work.generation.tokens if shown else None,
                 "routed_experts": None,
+                **self.head.newer,
             }
             for piece in pieces
         ]
@@ -138,6 +150,7 @@ class CompletionBodies(Bodies):
             "stop_reason": piece.stop_reason,
             "prompt_token_ids": piece.work.generation.tokens if shown and is_first else None,
             "token_ids": piece.tokens if shown else None,
+            **self.head.newer,
         }
 
 
@@ -168,6 +181,7 @@ class ChatBodies(Bodies):
                 "stop_reason": piece.stop_reason,
                 "token_ids": piece.tokens if shown else None,
                 "routed_experts": None,
+                **self.head.newer,
             }
             for piece in pieces
         ]
@@ -183,7 +197,8 @@ class ChatBodies(Bodies):
         }
         if piece.finish_reason is not None:
             choice["stop_reason"] = piece.stop_reason
-        return choice | {"token_ids": piece.tokens if self.head.shows_ids else None}
+        ids = {"token_ids": piece.tokens if self.head.shows_ids else None}
+        return choice | ids | (self.head.newer if piece.finish_reason is not None else {})
 
     def _running_usage(self, prompt: int, tokens: int) -> Json:
         return usage_of(prompt, tokens) | {"completion_tokens_details": None}

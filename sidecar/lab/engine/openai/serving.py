@@ -122,6 +122,7 @@ class Serving:
             shows_ids=bool(fields.return_token_ids),
             shows_usage=usage,
             shows_usage_always=usage and bool(options and options.continuous_usage_stats),
+            is_older=self._options.is_older,
         )
 
     async def _answer(
