@@ -35,6 +35,8 @@ class BaseModel:
     layers: int
     heads: Heads
     modules: Mapping[str, tuple[int, int]]
+    is_multimodal: bool = False
+    """True if the decoder is a part of a model: its modules' names have a prefix there."""
 
 
 def read_base_model(path: Path) -> BaseModel:
@@ -102,6 +104,7 @@ def base_model_of(config: Mapping[str, Any]) -> BaseModel:
         _size(fields, "num_hidden_layers", "n_layer", "n_layers", "num_layers"),
         heads,
         decoder_dims(hidden, heads, ffn, *_mixture(fields)),
+        is_multimodal=fields is not config,
     )
 
 

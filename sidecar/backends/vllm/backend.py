@@ -22,6 +22,7 @@ from sidecar.backends.engine_facts import unknown_phrase
 from sidecar.backends.openai.run import message_of
 from sidecar.backends.pulse import Pulse
 from sidecar.backends.vllm.api import ALREADY, Measures, Served, Version, VllmApi, fault_of, is_too_old
+from sidecar.backends.vllm.fitting import Fitting
 from sidecar.backends.vllm.kind import MODEL, VllmEntry
 from sidecar.backends.vllm.run import VllmRun
 from sidecar.core.effects import Dispatch, Load
@@ -48,7 +49,7 @@ class VllmBackend(Endpoint):
     WIRE_ERRORS = (httpx.HTTPError,)
     streams = True
 
-    def __init__(self, entry: VllmEntry, declared: EngineFacts) -> None:
+    def __init__(self, entry: VllmEntry, declared: EngineFacts, *, tries_sizes: bool = False) -> None:
         pulse = Pulse(entry.progress_timeout_s, monotonic())
         super().__init__(entry.identity, entry.address, entry.progress_timeout_s, pulse)
         self._entry = entry
@@ -56,6 +57,10 @@ class VllmBackend(Endpoint):
         timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
         self._client = open_http_client(entry.address, entry.tls_files, entry.api_key_file, timeout, KEEP_S)
         self._api = VllmApi(entry.identity, self._client)
+        shared_dir = entry.shared_dir
+        self._fitting = None
+        if tries_sizes and shared_dir is not None:
+            self._fitting = Fitting(self._api, shared_dir, entry.load_timeout_s)
         self._base = ""
         self._version = Version("")
         self._unknown = ""
@@ -83,6 +88,8 @@ class VllmBackend(Endpoint):
         if self._distrusted or not (self._declared.device_pages or self._seen.slots):
             await self._api.answer_once(self._base, self._patience_s)
             self._seen = await self._api.measures()  # the slots are published from the first answer on
+        if self._fitting is not None:
+            self._fitting.forget()
         self.pulse.begin(monotonic())
         self.pulse.counted(self._seen.steps, monotonic())
         self._distrusted = False
@@ -187,9 +194,12 @@ class VllmBackend(Endpoint):
 
     async def _perform(self, effect: Load, weights: Weights) -> LoadResult:
         await weights.ready()
-        name = self._registered.setdefault(effect.packed.key, _name(effect))
         self._load_sent(effect.load)
         try:
+            misfit = await self._misfit(effect.packed.key)
+            if misfit is not None:
+                return LoadResult(misfit, means=Fault.REJECTED)
+            name = self._registered.setdefault(effect.packed.key, _name(effect))
             path = self._path(effect.packed.key)
             reply = await self._api.load(name, path, self._entry.load_timeout_s, effect.epoch)
         except httpx.TimeoutException:
@@ -205,6 +215,17 @@ class VllmBackend(Endpoint):
         lost = fault_of(status, text) is Fault.LOST or (status >= 500 and await self._wire_broke(text))
         self._registered.pop(effect.packed.key, None)
         return LoadResult(text, lost=lost)
+
+    async def _misfit(self, key: str) -> str | None:
+        """Return why the engine would answer wrongly by a staged version, if its model's sizes are not known here."""
+        shared_dir = self._entry.shared_dir
+        if self._fitting is None or shared_dir is None:
+            return None
+        try:
+            return await self._fitting.misfit(shared_dir.ours / key)
+        except OSError as error:
+            logger.warning("%s: sizes are not tried: %s", self.id, error)
+            return None
 
     async def forget(self, key: str) -> None:
         pause_s = FORGET_AGAIN_S

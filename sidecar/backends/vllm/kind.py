@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import ClassVar
 
+from sidecar.adapters.base_model import read_base_model
 from sidecar.backends.api import Backend
 from sidecar.backends.kind import Checks, Kind, ModelKind, Native, Wiring, with_kind
 from sidecar.backends.vllm.asking import ASKING
@@ -63,7 +65,15 @@ def _declare(entry: VllmEntry, declared: EngineFacts, all_of_kind: Sequence[Vllm
 def _connect(entry: VllmEntry, declared: EngineFacts, wiring: Wiring) -> tuple[Backend, EngineFacts]:
     from sidecar.backends.vllm.backend import VllmBackend
 
-    return VllmBackend(entry, declared), declared
+    return VllmBackend(entry, declared, tries_sizes=_tries_sizes(entry)), declared
+
+
+def _tries_sizes(entry: VllmEntry) -> bool:
+    """Return True if the engine must be tried: its model's sizes are not known, or a model's parts have two names."""
+    base = entry.base_model
+    if base is None or base.config is None:
+        return True
+    return read_base_model(Path(base.config).expanduser()).is_multimodal
 
 
 def _checks() -> Checks:

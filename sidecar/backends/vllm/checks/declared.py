@@ -32,7 +32,7 @@ RANK_UNKNOWN = (
 )
 SIZES_UNKNOWN = (
     "the sizes of its base model are not known: vLLM takes an adapter of smaller ones in silence and answers wrongly, "
-    "and here it is not refused either"
+    "so it is tried with loads that it must refuse, which its log tells of; over several GPUs not all sizes are found"
 )
 SIZES_FIX = "config.yaml: base_model: {name: …, config: the folder of the model}"
 

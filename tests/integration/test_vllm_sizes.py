@@ -1,0 +1,125 @@
+"""Adapters that a vLLM would take and answer wrongly by, where its model's sizes are not configured: it is tried."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import pytest
+
+from sidecar.core.effects import Load
+from sidecar.proto import admin_pb2
+from tests.integration.test_vllm import DUMMY, answer_of, fronted, staged
+from tests.kit.peft_files import ALL_LINEAR, TINY, write_adapter
+from tests.kit.serving import Serving, write_adapters
+from tests.kit.vllm_emulated import BASE, Client, running_vllm
+
+WEIGHTS = "adapter_model.safetensors"
+NARROW = {
+    "hidden": replace(TINY, hidden=TINY.hidden // 2),
+    "feed-forward": replace(TINY, ffn=TINY.ffn // 2),
+    "a head for all": replace(TINY, kv_heads=1),
+}
+ENGINES: dict[str, dict[str, Any]] = {
+    "0.32": {},
+    "0.33": {"vllm_version": "0.33.0"},
+    "rust": {"vllm_version": "0.33.0", "rust_frontend": True},
+}
+
+
+@asynccontextmanager
+async def before(folder: Path, kind: str = "0.33", **options: Any) -> AsyncIterator[tuple[Serving, Client, Any]]:
+    """Run a sidecar that knows nothing of the model's sizes before an emulated vLLM."""
+    prefix = {"allowed_prefix": (str(folder),)} if kind == "rust" else {}
+    async with (
+        running_vllm(**DUMMY, max_loras=2, max_cpu_loras=4, **ENGINES[kind], **prefix, **options) as (
+            engine,
+            client,
+        ),
+        fronted([engine], folder) as served,
+    ):
+        yield served, client, engine
+
+
+async def register(served: Serving, name: str, path: Path) -> None:
+    await served.adapters.Register(admin_pb2.RegisterRequest(name=name, path=str(path)))
+
+
+async def refusal(served: Serving, name: str) -> str:
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await served.ask(name)
+    return refused.value.details() or ""
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+@pytest.mark.parametrize("narrow", NARROW)
+async def test_narrower_tensors_are_refused(tmp_path: Path, kind: str, narrow: str) -> None:
+    """By the module and its sizes; the engine has not got it, and nothing of the trials is left."""
+    (name,) = write_adapters(tmp_path / "adapters", 1)
+    bad = write_adapter(tmp_path / "bad", shape=NARROW[narrow], modules=ALL_LINEAR)
+    async with before(tmp_path, kind) as (served, client, engine):
+        assert (await client.load("direct", bad)).status_code == 200, "vLLM takes it"
+        assert (await client.unload("direct")).status_code == 200
+        await register(served, "bad", bad)
+        told = await refusal(served, "bad")
+        assert "the engine's model is larger there" in told
+        assert "it was trained on another model" in told
+        assert (await served.ask(name)).tokens == answer_of(served, tmp_path, name)
+        assert not [each for each in engine.adapters.copies if each.startswith(("bad@", "lora-sidecar-check"))]
+        assert not [each for each in staged(tmp_path) if each.startswith("lora-sidecar-check")]
+        assert set(await client.models()) - {BASE} == set(engine.adapters.copies)
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+async def test_those_that_fit_are_tried_once(tmp_path: Path, kind: str) -> None:
+    """Two loads a kind of module, all refused; the next adapter of the same sizes costs none."""
+    for seed in range(3):
+        write_adapter(tmp_path / "adapters" / f"a{seed}", seed=seed, modules=ALL_LINEAR)
+    async with before(tmp_path, kind) as (served, client, _):
+        calls = _watched(served)
+        for seed in range(3):
+            name = f"a{seed}"
+            assert (await served.ask(name)).tokens == answer_of(served, tmp_path, name)
+            tried = [each for each in calls if each.startswith("lora-sidecar-check")]
+            assert len(tried) == 2 * len(ALL_LINEAR)
+        assert served.recorder.count(Load) == 3
+        assert len(await client.models()) == 4
+
+
+def _watched(served: Serving) -> list[str]:
+    """Return a list that gets the name of each load call from now on."""
+    backend: Any = served.sidecar.gateway.backends["vllm-0"]
+    calls: list[str] = []
+    load = backend._api.load
+
+    async def watched(name: str, *arguments: Any, **more: Any) -> Any:
+        calls.append(name)
+        return await load(name, *arguments, **more)
+
+    backend._api.load = watched
+    return calls
+
+
+async def test_no_trials_where_the_sizes_are_configured(tmp_path: Path) -> None:
+    """The configured model's are compared instead, before anything is sent."""
+    (name,) = write_adapters(tmp_path / "adapters", 1)
+    config = tmp_path / "config.json"
+    config.write_text(
+        '{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, '
+        '"head_dim": 16, "intermediate_size": 160}'
+    )
+    base = {"base_model": {"name": "tiny-llama", "config": str(config)}}
+    async with (
+        running_vllm(**DUMMY, max_loras=2, max_cpu_loras=4) as (engine, _),
+        fronted([engine], tmp_path, backend=base) as served,
+    ):
+        calls = _watched(served)
+        assert (await served.ask(name)).tokens == answer_of(served, tmp_path, name)
+        assert [each for each in calls if each.startswith("lora-sidecar-check")] == []
+        bad = write_adapter(tmp_path / "bad", shape=NARROW["hidden"])
+        with pytest.raises(grpc.aio.AioRpcError, match="it was trained on another model"):
+            await register(served, "bad", bad)
