@@ -99,7 +99,8 @@ def _shape_of_config(name: str, config: dict[str, Any]) -> ModelShape:
         kv_heads=sizes["kv_heads"] or sizes["heads"],
         head_size=sizes["head_size"] or sizes["hidden"] // sizes["heads"],
         ffn=sizes["ffn"] or _FFN_RATIO * sizes["hidden"],
-        vocab=sizes["vocab"] or TINY.vocab,
+        # The emulator's tokenizer of bytes needs as many.
+        vocab=max(sizes["vocab"], TINY.vocab),
     )
 
 

@@ -32,7 +32,6 @@ class Form:
     detokenizes: bool
     shows_usage: bool
     shows_usage_always: bool
-    skips_empty: bool
     numbers_ids: bool
 
 
@@ -163,8 +162,6 @@ class ChatBodies(Bodies):
 
     def events(self, token: Token, is_first: bool, echo: str) -> list[bytes]:
         opening = self._opening(token) if is_first else []
-        if self.form.skips_empty and not token.text and token.finish_reason is None:
-            return opening
         choice: Json = {"index": token.place, "delta": {"content": token.text, "reasoning_content": ""}}
         if token.finish_reason is not None:
             choice["finish_reason"] = token.finish_reason

@@ -39,10 +39,10 @@ class Strict(BaseModel):
 
 
 class StreamOptions(Strict):
-    """What a stream reports beside the answer."""
+    """What a stream reports beside the answer. None for `continuous_usage_stats` leaves it to the era."""
 
     include_usage: bool | None = True
-    continuous_usage_stats: bool | None = False
+    continuous_usage_stats: bool | None = None
 
 
 class Sampling(Strict):

@@ -121,6 +121,9 @@ class Serving:
     def _form(self, fields: Sampling, role: str, detokenizes: bool) -> Form:
         usage = fields.stream_options
         shows_usage = bool(usage and usage.include_usage)
+        # In the files of 2025 the counts come with each event unless they are declined.
+        is_given = usage is not None and "continuous_usage_stats" in usage.model_fields_set
+        is_continuous = usage is not None and (usage.continuous_usage_stats if is_given else not self._options.is_main)
         return Form(
             model=fields.model,
             server_model=self._options.model_name,
@@ -128,8 +131,7 @@ class Serving:
             n=fields.n,
             detokenizes=detokenizes,
             shows_usage=shows_usage,
-            shows_usage_always=shows_usage and bool(usage and usage.continuous_usage_stats),
-            skips_empty=not self._options.is_main,
+            shows_usage_always=shows_usage and bool(is_continuous),
             numbers_ids=self._options.is_main,
         )
 
