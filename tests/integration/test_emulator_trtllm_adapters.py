@@ -318,3 +318,34 @@ async def test_a_seat_is_held_while_an_adapter_does_not_fit(tmp_path: Path) -> N
         assert await third == expected(folders[3], 3)
         assert await waiting == expected(None, 2)
         await end(two[1])
+
+
+async def test_a_read_in_the_loop_stops_all_streams(tmp_path: Path) -> None:
+    """The iteration that reads takes as long as that, and whoever decodes is in it."""
+    folder = write_adapter(tmp_path / "a")
+    slow = DUMMY | NOTHING_ENDS | {"iteration_stats": True, "load_ms": 50, "time_scale": 1.0}
+    async with running_trtllm(**slow) as (server, client):
+        running = await endless(client, None)
+        await until(lambda: server.engine.counters.generation == 1)
+        told: list[dict[str, Any]] = []
+        asked = asyncio.create_task(client.tokens(7, folder, tokens=1))
+        while not asked.done():
+            told += (await client.http.get("/metrics")).json()
+        told += (await client.http.get("/metrics")).json()
+        await end(running)
+    (reading,) = [entry for entry in told if entry["inflightBatchingStats"]["numContextRequests"]][-1:]
+    assert reading["iterLatencyMS"] >= 50
+    assert reading["inflightBatchingStats"]["numGenRequests"] == 1
+
+
+async def test_a_step_that_is_told_to_fail(tmp_path: Path) -> None:
+    """An injected fault fails all that is active, once, and the loop goes on."""
+    folder = write_adapter(tmp_path / "a")
+    async with running_trtllm(**DUMMY | NOTHING_ENDS, fail_step_on_load=("adapter",)) as (server, client):
+        running = await endless(client, None)
+        await until(lambda: server.engine.counters.generation == 1)
+        for answer in (await client.complete(7, folder), await running):
+            assert answer.status_code == 400
+            assert answer.json()["message"] == "can't move a processing task taskId=7"
+        assert await client.tokens(7, folder) == expected(folder, 4)
+        assert server.died is None

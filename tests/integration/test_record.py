@@ -31,8 +31,7 @@ async def compared(tmp_path: Path, *more: str, **options: Any) -> tuple[dict[str
         await server.stop()
 
 
-@pytest.mark.parametrize("era", ["main", "1.2"])
-@pytest.mark.parametrize("statistics", [True, False])
+@pytest.mark.parametrize(("era", "statistics"), [("main", True), ("1.2", False)])
 async def test_an_emulator_is_like_itself(tmp_path: Path, era: str, statistics: bool) -> None:
     """All questions are answered, and none by an exception; what 1.2 dies of is not asked there."""
     options = {"era": era, "iteration_stats": statistics, "perf_metrics": statistics}
@@ -62,7 +61,7 @@ async def test_what_differs_is_named(tmp_path: Path) -> None:
     assert told == ["refusals", "the_path_of_a_known_number"]
 
 
-QUICK = {("rank", "main"), ("slots", "main"), ("load", "1.2")}
+QUICK = {("slots", "main"), ("load", "1.2")}
 EACH = [
     pytest.param(deed, era, marks=() if (deed, era) in QUICK else pytest.mark.slow)
     for deed in DEEDS
