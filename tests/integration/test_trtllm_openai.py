@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from sidecar.core.events import RunFailed
 from sidecar.core.facts import packed_key, task_id_of
 from tests.kit.serving import Serving, place_of, serving, write_adapters
 from tests.kit.trtllm_emulated import Client, running_trtllm
@@ -82,6 +83,33 @@ async def test_what_it_does_not_know_is_refused_by_name(path: str, member: str, 
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] == member
         assert (await direct.state())["iterations"] == before
+
+
+@pytest.mark.parametrize("era", ["1.2", "main"])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (COMPLETIONS, {"prompt": "MY SECRET", "suffix": "x"}),
+        (COMPLETIONS, {"prompt": "MY SECRET", "user": {"a": 1}}),
+        (CHAT, {"messages": [{"role": "user", "content": {"MY SECRET": 1}}]}),
+    ],
+)
+async def test_a_quoted_request_tells_neither_what_was_added_nor_the_prompt_in_the_log(
+    era: str, path: str, body: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A failed validation quotes all of a body: the client gets back its own part, and the log none of it."""
+    caplog.set_level("INFO")
+    async with one(tmp_path, options={"era": era}) as (served, _, client):
+        answer = await client.post(path, json={"model": "a00"} | body)
+        assert answer.status_code == 400
+        lora = lora_of(served, tmp_path)
+        for told in ("lora_request", str(lora["lora_int_id"]), lora["lora_path"]):
+            assert told not in answer.text
+        failed = [event for event in served.recorder.events if isinstance(event, RunFailed)]
+        assert failed
+        assert "validation error" in failed[0].text
+        assert "SECRET" not in failed[0].text
+        assert "SECRET" not in caplog.text
 
 
 async def test_an_escaped_name_of_a_member_is_the_same_member(tmp_path: Path) -> None:

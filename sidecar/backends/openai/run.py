@@ -17,6 +17,8 @@ from sidecar.core.enums import Fault
 from sidecar.core.events import Event, FirstToken, RunEnded, RunFailed
 
 HEADERS = {"content-type": "application/json"}
+INPUT = "'input':"
+"""How a server that validates by pydantic quotes what it was sent."""
 PIECE_BYTES = 1 << 18
 """Bytes that are copied and sent at once. A larger body is sent in pieces, between which other tasks run."""
 
@@ -163,7 +165,7 @@ class OpenAiRun(ABC):
         """End by an error of the server's. One of its own making that is not known may be the engine's end."""
         fault = self._fault(status, text)
         is_unknown = fault is Fault.REJECTED and status >= httpx.codes.INTERNAL_SERVER_ERROR
-        await self._failed(fault, text, in_doubt=is_unknown or fault is Fault.LOST)
+        await self._failed(fault, without_input(text), in_doubt=is_unknown or fault is Fault.LOST)
 
     async def _wire_broke(self, text: str) -> None:
         await self._failed(Fault.LOST, text, in_doubt=True)
@@ -183,6 +185,12 @@ async def _in_pieces(parts: Iterable[bytes]) -> AsyncIterator[bytes]:
 def epoch_header(epoch: int) -> dict[str, str]:
     """Return a header for an engine's log with the epoch of the replica that sends; empty if there is only one."""
     return {"x-lora-epoch": str(epoch)} if epoch else {}
+
+
+def without_input(text: str) -> str:
+    """Return an error without the request that a failed validation quotes: prompts do not belong into logs."""
+    kept, quoted, _ = text.partition(INPUT)
+    return f"{kept.rstrip(', ')}…" if quoted else text
 
 
 def message_of(body: bytes) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable
 
-from sidecar.backends.api import HttpForm, Ticket
+from sidecar.backends.api import HttpForm, HttpRejection, Ticket
 from sidecar.backends.openai.run import OpenAiRun
 from sidecar.backends.quoting import wrote_in
 from sidecar.backends.trtllm.api import Lora, fault_of
@@ -42,6 +42,18 @@ class TrtllmRun(OpenAiRun):
         brace = before.index(b"{") + 1
         lora = b'"%b":%b,' % (LORA.encode(), json.dumps(self._lora.record).encode())
         return before[:brace] + lora + before[brace:], model, form.after
+
+    def _rejection(self, status: int, body: bytes) -> HttpRejection:
+        """Return the error without what was added to the request: a failed validation quotes all of it."""
+        if self._lora is None:
+            return HttpRejection(status, body)
+        added = json.dumps(f"'{LORA}': {self._lora.record!r}, ", ensure_ascii=False)[1:-1].encode()
+        body = body.replace(added, b"")
+        tells = (str(self._lora.task_id).encode(), self._lora.path.encode(), f'"{LORA}"'.encode())
+        if any(told in body for told in tells):
+            text = "the engine refuses the request, and quotes it with what the sidecar added; see the sidecar's log"
+            body = json.dumps({"object": "error", "message": text, "type": "BadRequestError", "code": status}).encode()
+        return HttpRejection(status, body)
 
     def _fault(self, status: int, text: str) -> Fault:
         fault = fault_of(status, text, wrote_in(self._form))
