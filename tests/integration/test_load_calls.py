@@ -115,9 +115,14 @@ async def test_a_step_is_on_every_engine_before_the_name_answers_by_it(tmp_path:
 
 
 @pytest.mark.parametrize(
-    "kinds", [(2, 2, 0), (2, 0, 2), (0, 2, 2)], ids=["vllm-triton", "vllm-trtllm", "triton-trtllm"]
+    ("steps", "kinds"),
+    [
+        pytest.param(5, (2, 2, 0), id="vllm-triton"),
+        pytest.param(5, (2, 0, 2), id="vllm-trtllm"),
+        pytest.param(5, (0, 2, 2), id="triton-trtllm"),
+        pytest.param(200, (2, 0, 2), id="long", marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("steps", [5, pytest.param(200, marks=pytest.mark.slow)])
 async def test_requests_before_a_step_are_answered_by_the_version_that_they_found(
     tmp_path: Path, steps: int, kinds: tuple[int, int, int]
 ) -> None:

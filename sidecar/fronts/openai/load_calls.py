@@ -61,6 +61,7 @@ class _Unreadable(Exception):
         label = "error" if len(problems) == 1 else "errors"
         lines = [f"{len(problems)} validation {label}:", *(f"  {dict(problem)}" for problem in problems)]
         super().__init__("\n".join(lines))
+        self.param = str(problems[0]["loc"])
 
 
 class LoadCalls:
@@ -92,7 +93,7 @@ class LoadCalls:
             fields = _read(LoadBody, body)
             return await self._load(fields, fields.load_inplace or path == LOAD_IN_PLACE)
         except _Unreadable as error:
-            return texts.failed(texts.BAD_REQUEST, str(error))
+            return texts.failed(texts.BAD_REQUEST, str(error), error.param)
         finally:
             self._under_way -= 1
             if not self._under_way:
