@@ -65,17 +65,35 @@ async def test_it_computes_what_the_files_say(tmp_path: Path, era: str) -> None:
 
 @ERAS
 async def test_a_number_is_its_first_content_for_ever(tmp_path: Path, era: str) -> None:
-    """Changed files, another path, another name: the same tokens; a new number has the new ones."""
-    folder, other = write_adapter(tmp_path / "a", seed=1), write_adapter(tmp_path / "b", seed=2)
+    """Changed files, another path, another name, eviction: the same tokens; a new number has the new ones."""
+    folder, other = largest(tmp_path / "a", 1), largest(tmp_path / "b", 2)
     first = expected(folder, 4)
-    async with running_trtllm(**DUMMY, era=era) as (_, client):
+    async with running_trtllm(**TIGHT, era=era) as (server, client):
         assert await client.tokens(7, folder) == first
         assert await client.tokens(7, other) == first
-        write_adapter(folder, seed=3)
+        largest(folder, 3)
         assert await client.tokens(7, folder) == first
         assert await client.tokens(8, folder) == expected(folder, 4) != first
-        named = lora(7, other, name="another")
-        assert await client.tokens(lora_request=named) == first
+        assert await client.tokens(lora_request=lora(7, other, name="another")) == first
+        for number in range(20, 26):
+            await client.tokens(number, other)
+        assert not server.engine.has_adapter(7)
+        assert await client.tokens(7, other) == first
+
+
+@ERAS
+async def test_files_that_change_between_the_reads(tmp_path: Path, era: str) -> None:
+    """Main's loop reads for itself, so its copy is a later one than the submit thread's; in 1.2 there is one read."""
+    folder = write_adapter(tmp_path / "a", seed=1)
+    before = expected(folder, 4)
+    async with running_trtllm(**DUMMY | NOTHING_ENDS, era=era, seats=1) as (server, client):
+        seated = await endless(client, None)
+        await until(lambda: server.engine.counters.active == 1)
+        asked = asyncio.create_task(client.tokens(7, folder))
+        await until(lambda: server.engine.counters.waiting == 1)
+        write_adapter(folder, seed=2)
+        await end(seated)
+        assert await asked == (expected(folder, 4) if era == "main" else before)
 
 
 @ERAS

@@ -8,13 +8,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sidecar.lab.engine.engine import Engine, Iteration, Request
 from sidecar.lab.engine.pages import Row, footprint
 from sidecar.lab.engine.spec import EngineSpec
-from tests.kit.emulator_cases import FlatCost
+from tests.kit.emulator_cases import FlatCost, tiny_spec
 from tests.kit.peft_files import write_adapter
 from tests.kit.trtllm_emulated import expected, running_trtllm
 from tests.properties.test_emulator_advance import Arrival, arrivals, request_of, specs_of_torch, thorough
@@ -134,8 +134,15 @@ def test_memory_only_grows(spec: EngineSpec, script: list[Arrival]) -> None:
         before = now
 
 
+TWO_AT_ONCE = [Arrival(0, 1, 9, task_id, True, 8, 0.5, None, None) for task_id in (1, 2)]
+"""Two adapters that decode together, one more than there are slots; the loop outlives no failed step."""
+
+
 @thorough
 @given(spec=specs_of_torch, script=scripts, more=scripts)
+@example(
+    spec=tiny_spec(scheduler="trtllm_pytorch", lora_slots=1, step_errors_max=1), script=TWO_AT_ONCE, more=TWO_AT_ONCE
+)
 def test_a_loop_that_has_ended_says_nothing_more(spec: EngineSpec, script: list[Arrival], more: list[Arrival]) -> None:
     """No token, no ending and no failure but those of clients that leave, whatever is asked."""
     world = None

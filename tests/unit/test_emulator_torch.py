@@ -107,6 +107,9 @@ def test_failed_steps_are_counted() -> None:
         loop.step()
     assert str(loop.engine.died).startswith("Fatal error: 2 steps have failed")
     assert len(loop.failures()) == 6
+    loop.ask(30)
+    assert loop.step() is None
+    assert loop.engine.counters.waiting == 1, "nobody fetches any more"
 
 
 def test_priorities_change_nothing() -> None:
