@@ -13,10 +13,10 @@ import pytest
 
 from sidecar.core.effects import Load
 from sidecar.proto import admin_pb2
-from tests.integration.test_vllm import DUMMY, answer_of, fronted, staged
-from tests.kit.peft_files import ALL_LINEAR, TINY, write_adapter
+from tests.integration.test_vllm import DUMMY, answer_of, engine_name, fronted, staged
+from tests.kit.peft_files import ALL_LINEAR, TINY, read_tensors, write_adapter, write_safetensors
 from tests.kit.serving import Serving, write_adapters
-from tests.kit.vllm_emulated import BASE, Client, running_vllm
+from tests.kit.vllm_emulated import BASE, Client, expected, running_vllm
 
 WEIGHTS = "adapter_model.safetensors"
 NARROW = {
@@ -123,3 +123,60 @@ async def test_no_trials_where_the_sizes_are_configured(tmp_path: Path) -> None:
         bad = write_adapter(tmp_path / "bad", shape=NARROW["hidden"])
         with pytest.raises(grpc.aio.AioRpcError, match="it was trained on another model"):
             await register(served, "bad", bad)
+
+
+def renamed(path: Path, prefix: str) -> Path:
+    """Give an adapter's modules the names that they have in a multimodal model, or in none."""
+    tensors = {name.replace(".model.model.", f".model.{prefix}"): values for name, values in read_tensors(path).items()}
+    write_safetensors(path / WEIGHTS, tensors)
+    return path
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+async def test_text_only_adapters_on_a_multimodal_model(tmp_path: Path, kind: str) -> None:
+    """0.33 finds their modules. 0.32 would take them and answer as the base model, so it is not sent any."""
+    (tmp_path / "adapters").mkdir()
+    text = write_adapter(tmp_path / "text", seed=1)
+    whole = renamed(write_adapter(tmp_path / "whole", seed=2), "model.language_model.")
+    async with before(tmp_path, kind, multimodal=True) as (served, client, _):
+        if kind == "0.32":
+            assert (await client.load("direct", text)).status_code == 200
+            assert await client.tokens("direct") == await client.tokens(BASE)
+        for name, path in (("text", text), ("whole", whole)):
+            await register(served, name, path)
+        assert (await served.ask("whole")).tokens == expected(engine_name(served, "whole"), whole, 4)
+        if kind == "0.32":
+            told = await refusal(served, "text")
+            assert "the adapter would change nothing" in told
+            assert "which needs vLLM 0.33" in told
+        else:
+            assert (await served.ask("text")).tokens == expected(engine_name(served, "text"), text, 4)
+
+
+async def test_a_multimodal_model_is_tried_though_its_sizes_are_configured(tmp_path: Path) -> None:
+    """They fit, and the names still may not."""
+    (tmp_path / "adapters").mkdir()
+    text = write_adapter(tmp_path / "text", seed=1)
+    config = tmp_path / "config.json"
+    config.write_text(
+        '{"text_config": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, '
+        '"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 160}}'
+    )
+    base = {"base_model": {"name": "tiny-llama", "config": str(config)}}
+    async with (
+        running_vllm(**DUMMY, max_loras=2, max_cpu_loras=4, multimodal=True) as (engine, _),
+        fronted([engine], tmp_path, backend=base) as served,
+    ):
+        await register(served, "text", text)
+        assert "which needs vLLM 0.33" in await refusal(served, "text")
+
+
+async def test_modules_that_the_model_does_not_have(tmp_path: Path) -> None:
+    """By whatever names: it would load and change nothing."""
+    (tmp_path / "adapters").mkdir()
+    path = renamed(write_adapter(tmp_path / "elsewhere", seed=1), "language_model.model.")
+    async with before(tmp_path) as (served, client, _):
+        assert (await client.load("direct", path)).status_code == 200
+        assert await client.tokens("direct") == await client.tokens(BASE)
+        await register(served, "elsewhere", path)
+        assert "the adapter would change nothing" in await refusal(served, "elsewhere")

@@ -35,6 +35,7 @@ class Copy:
     is_new: bool = True
     is_named: bool = False
     users: int = 0
+    prefixes: tuple[str, ...] = ("model.",)
 
     @property
     def owner(self) -> Owner:
@@ -60,7 +61,7 @@ class Copy:
 
     def read(self, spec: EngineSpec) -> None:
         """Read the files again. Raises FileNotFoundError or BadAdapter."""
-        self.adapter = read_adapter(self.name, self.path, spec)
+        self.adapter = read_adapter(self.name, self.path, spec, self.prefixes)
 
 
 class Adapters:
@@ -72,6 +73,8 @@ class Adapters:
     """
 
     keeps_in_place = False
+    prefixes: tuple[str, ...] = ("model.",)
+    """How the names of the model's modules begin in adapters."""
 
     def __init__(
         self,
@@ -153,7 +156,7 @@ class Adapters:
         if name in self._fail_load:
             raise self._not_read(name, "CUDA out of memory.")
         try:
-            return read_adapter(name, path, self._spec)
+            return read_adapter(name, path, self._spec, self.prefixes)
         except FileNotFoundError as error:
             raise self._no_adapter(name, path) from error
         except BadAdapter as error:
@@ -170,7 +173,7 @@ class Adapters:
         there = self.copies.get(name)
         if there is None:
             self._numbers += 1
-            return Copy(self._numbers, name, path, adapter)
+            return Copy(self._numbers, name, path, adapter, prefixes=self.prefixes)
         there.path, there.adapter, there.is_new = path, adapter, True
         return there
 

@@ -38,15 +38,21 @@ class BadAdapter(Exception):
 
 @dataclass(frozen=True)
 class Adapter:
-    """The content of a folder: the sizes of the factors, the factors, and an id unique to the content."""
+    """The content of a folder: the sizes of the factors, the factors, and an id unique to the content.
+
+    The id is the base model's, 0, if nothing of it is applied.
+    """
 
     rows: tuple[Row, ...]
     packed: PackedAdapter
     content_id: int
 
 
-def read_adapter(name: str, path: str, spec: EngineSpec) -> Adapter:
-    """Return the adapter in a folder. Raises FileNotFoundError without one, BadAdapter for what the engine refuses."""
+def read_adapter(name: str, path: str, spec: EngineSpec, prefixes: tuple[str, ...] = ("model.",)) -> Adapter:
+    """Return the adapter in a folder; modules whose names begin otherwise are none of the model's, and ignored.
+
+    Raises FileNotFoundError without one, BadAdapter for what the engine refuses.
+    """
     folder = Path(path).expanduser()
     lora = _config(folder, spec.max_lora_rank)
     weights = folder / WEIGHTS
@@ -56,13 +62,14 @@ def read_adapter(name: str, path: str, spec: EngineSpec) -> Adapter:
     if not tensors:
         raise BadAdapter("")
     _check_modules(folder, tensors)
-    pairs = _pairs(tensors)
+    ours = tuple(f"{prefix}layers." for prefix in prefixes)
+    pairs = {key: pair for key, pair in _pairs(tensors).items() if pair["path"].startswith(ours)}
     factors = {
         key: _factors(pair, lora, key, spec) for key, pair in sorted(pairs.items()) if key[0] < spec.shape.layers
     }
     dims = module_dims(spec.shape)
     rows = tuple(Row(dims[module].module_id, layer, pair.A.shape[0]) for (layer, module), pair in factors.items())
-    return Adapter(rows, PackedAdapter(factors), _content_id(name, lora, tensors))
+    return Adapter(rows, PackedAdapter(factors), _content_id(name, lora, tensors) if factors else 0)
 
 
 def content_id(name: str, folder: Path) -> int:

@@ -57,6 +57,15 @@ class VllmOptions(HttpOptions):
         default=1, metadata=cli(VLLM_ONLY, "Tokens in a chunk of a stream, the first chunk aside.")
     )
     api_key: str | None = field(default=None, metadata=cli(VLLM_ONLY, "What clients must bring as bearer token."))
+    multimodal: bool = field(
+        default=False,
+        metadata=cli(
+            VLLM_ONLY,
+            "Serve the language model of a multimodal one: its modules' names have a prefix, which text-only adapters "
+            "lack; only 0.33 finds theirs.",
+            "--multimodal",
+        ),
+    )
     fail_load: tuple[str, ...] = field(default=(), metadata=cli(FAULTS, "Fail vLLM's load calls of this adapter."))
     mixing_breaks_base: bool = field(
         default=False,

@@ -128,13 +128,16 @@ def _driver_of(options: VllmOptions, spec: EngineSpec, log: ServedLog, metrics: 
 
 
 def _adapters_of(options: VllmOptions, spec: EngineSpec, serving: Serving) -> Adapters:
+    common = options.names, spec, options.fail_load, serving.put, options.load_ms / 1e3
+    adapters: Adapters
     if options.rust_frontend:
-        prefixes = [Path(prefix) for prefix in options.allowed_prefix]
-        return RustAdapters(
-            options.names, spec, options.fail_load, serving.put, options.load_ms / 1e3, serving.remove, prefixes
-        )
-    adapters = Adapters(options.names, spec, options.fail_load, serving.put, options.load_ms / 1e3)
-    adapters.keeps_in_place = options.is_older
+        adapters = RustAdapters(*common, serving.remove, [Path(prefix) for prefix in options.allowed_prefix])
+    else:
+        adapters = Adapters(*common)
+        adapters.keeps_in_place = options.is_older
+    if options.multimodal:
+        text_only = () if options.is_older else adapters.prefixes
+        adapters.prefixes = ("language_model.model.", "model.language_model.", *text_only)
     return adapters
 
 
