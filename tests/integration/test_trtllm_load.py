@@ -81,6 +81,31 @@ async def test_many_adapters_share_few_slots_without_a_fault(tmp_path: Path, req
         assert all(engine.died is None for engine in engines)
 
 
+async def test_clients_that_leave_do_not_make_a_batch_too_large(tmp_path: Path) -> None:
+    """The engine runs on for a while for a client that has left, so its adapter counts for as long."""
+    names = write_adapters(tmp_path / "adapters", 8)
+    options = {"compute": "none", "seats": 32, "time_scale": 1.0, "max_loras": 2, "max_cpu_loras": 4}
+    async with AsyncExitStack() as stack:
+        running = [await stack.enter_async_context(running_trtllm(**options)) for _ in range(2)]
+        most = [counted(engine) for engine, _ in running]
+        served = await stack.enter_async_context(fronted([engine for engine, _ in running], tmp_path))
+        generator = random.Random(3)
+
+        async def leaves(name: str, after_s: float) -> None:
+            asking = asyncio.create_task(served.ask(name, 400))
+            await asyncio.wait([asking], timeout=after_s)
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+
+        async def client() -> None:
+            for _ in range(8):
+                await leaves(generator.choice(names), generator.random())
+
+        await asyncio.gather(*(client() for _ in range(12)))
+        assert all(0 < each() <= 2 for each in most), [each() for each in most]
+        assert all(served.state.backends[f"trtllm-{number}"].facts.device_pages == 2 for number in (0, 1))
+
+
 async def test_killed_engines_under_load_cost_no_request_that_has_no_token(tmp_path: Path) -> None:
     names = write_adapters(tmp_path / "adapters", 16)
     async with AsyncExitStack() as stack:

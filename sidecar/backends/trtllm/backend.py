@@ -40,8 +40,8 @@ logger = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 5.0
 KEEP_S = 2.0
 """The server closes a connection after 5 idle seconds: ours must be given up before."""
-ABORT_S = 1.5
-"""The server asks once a second whether a client is still there, and then ends its request within a step."""
+NOTICED_S = 1.25
+"""The server asks once a second whether a client is still there."""
 DIGEST_CHARACTERS = 12
 
 
@@ -62,6 +62,11 @@ class TrtllmBackend(Endpoint):
         self._api = TrtllmApi(entry.identity, self._client)
         self._version = ""
         self._unknown = ""
+        self._cut_at_s = -NOTICED_S
+        """When the last connection was closed on a running request."""
+        self._stepping = asyncio.Lock()
+        self._stepped_since_s = 0.0
+        """When the last probe was sent that has been answered."""
         self._seats: int | None = None
         self._seen = Measures()
         self._slots_found: int | None = None
@@ -90,8 +95,8 @@ class TrtllmBackend(Endpoint):
         if status != httpx.codes.OK:
             raise Misused(Reason.BACKEND_UNREACHABLE, f"{self.id}: the engine answers no token: {text}")
         before, self._seen = self._seen, await self._api.measures()
-        if self._seen.active:
-            await asyncio.sleep(ABORT_S)  # what a sidecar before us left running
+        if self._seen.active or monotonic() - self._cut_at_s < NOTICED_S:
+            await self._let_go()  # of what we, or a sidecar before us, left running
         if before.steps is not None and self._seen.steps is not None and self._seen.steps < before.steps:
             self._count_anew()  # else only the connection was lost, and the engine keeps what it has
         self._is_proven = False
@@ -220,7 +225,14 @@ class TrtllmBackend(Endpoint):
         lora = None
         if effect.packed_key:
             lora = self._lora(effect.name, effect.digest, effect.task_id, effect.packed_key)
-        return TrtllmRun(effect, ticket, form, lora, self._post, self._heard, self._wire_broke, self._run_failed)
+        return TrtllmRun(effect, ticket, form, lora, self._post, self._heard, self._broke, self._run_failed)
+
+    async def _broke(self, text: str, begun: bool) -> bool:
+        """Find out what became of the engine after a run's connection broke, and let it end what it still runs."""
+        if await self._wire_broke(text, begun):
+            return True
+        await self._let_go()
+        return not self._up
 
     def _lora(self, name: str, digest: str, task_id: int, key: str) -> Lora:
         assert self._entry.shared_dir is not None, "an adapter for a server without a shared folder"
@@ -231,9 +243,24 @@ class TrtllmBackend(Endpoint):
         try:
             await run.go(self._client)
         except asyncio.CancelledError:
+            self._cut_at_s = monotonic()
             if run.cancelled and self._up:
-                await asyncio.sleep(ABORT_S)  # until then the engine still runs it, and its adapter takes a slot
+                await self._let_go()  # until then the engine still runs it, and its adapter takes a slot
             raise
+
+    async def _let_go(self) -> None:
+        """Return once the engine has ended the requests whose connections were closed before.
+
+        The server notices that within a second, and tells the engine, which hears of it between two steps. A request of
+        ours that is sent after that, and answered, has been through a step without them, however long its steps take.
+        """
+        closed_s = monotonic()
+        await asyncio.sleep(NOTICED_S)
+        async with self._stepping:
+            if self._stepped_since_s < closed_s + NOTICED_S:
+                sent_s = monotonic()
+                if await self._answers(self._patience_s):
+                    self._stepped_since_s = sent_s
 
     def _run_failed(self, fault: Fault) -> None:
         """Note what an engine's error says of the engine itself."""
@@ -244,8 +271,8 @@ class TrtllmBackend(Endpoint):
         at_once = len({run.effect.packed_key for run in self._runs.values() if run.effect.packed_key})
         self._slots_found = max(1, at_once + len(self._sent) - 1)
         self._close(
-            f"its batch has fewer slots for adapters than the {at_once} that ran; lora_config.max_loras is declared "
-            f"too high, and {self._slots_found} are used from now on"
+            f"its batch has fewer slots for adapters than the {at_once} that ran: is lora_config.max_loras what the "
+            f"server was started with? {self._slots_found} at once are used until the sidecar is started again"
         )
 
     # Loads.
@@ -265,7 +292,7 @@ class TrtllmBackend(Endpoint):
             try:
                 status, text = await self._api.ask(PROMPTS[0], 1, self._entry.load_timeout_s, lora, effect.epoch)
             except httpx.TimeoutException:
-                await asyncio.sleep(ABORT_S)
+                await self._let_go()
                 text = f"the engine did not take the adapter within {self._entry.load_timeout_s:g} s"
                 return LoadResult(text, unanswered=True)
             except httpx.HTTPError as error:
@@ -275,6 +302,9 @@ class TrtllmBackend(Endpoint):
         fault = fault_of(status, text)
         self._run_failed(fault)
         return LoadResult(text, lost=fault is Fault.LOST, means=fault)
+
+    def _was_lost(self) -> None:
+        self._cut_at_s = monotonic()
 
     async def _leave(self) -> None:
         await self._client.aclose()
