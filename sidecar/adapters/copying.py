@@ -16,6 +16,7 @@ from sidecar.adapters.origins.files import CONFIG_FILE_NAME, files_of
 from sidecar.adapters.origins.limits import Limits
 from sidecar.adapters.peft_config import CONFIG_BYTES_MAX
 from sidecar.adapters.refusal import unreadable
+from sidecar.adapters.tensors import open_regular
 from sidecar.errors import Invalid, Reason
 
 
@@ -31,9 +32,9 @@ def copy_adapter(name: str, source: Path, target: Path, limits: Limits) -> Mappi
     """
     if not (source / CONFIG_FILE_NAME).is_file():
         raise NoAdapter(Reason.ORIGIN_UNREADABLE, f"{name}: there is no adapter in {shown(str(source), 200)}")
-    left_bytes = limits.size_bytes_max
+    left_bytes, directory = limits.size_bytes_max, source.resolve()
     for file in files_of(source):
-        left_bytes -= _copy(name, file, target / file.name, left_bytes)
+        left_bytes -= _copy(name, file, directory, target / file.name, left_bytes)
     return config_in(target)
 
 
@@ -47,15 +48,20 @@ def config_in(folder: Path) -> Mapping[str, Any]:
     return fields if isinstance(fields, dict) else {}
 
 
-def _copy(name: str, source: Path, target: Path, bytes_max: int) -> int:
-    """Copy a file and return its size in bytes."""
+def _copy(name: str, source: Path, directory: Path, target: Path, bytes_max: int) -> int:
+    """Copy a file of a directory and return its size in bytes."""
     try:
-        before = source.stat()
+        real = source.resolve(strict=True)
+        if not real.is_relative_to(directory):
+            raise unreadable(
+                name, f"{source.name} is a link that leads out of the folder; copy the file itself there (cp -L)"
+            )
+        before = real.stat()
         if not S_ISREG(before.st_mode):
             raise unreadable(name, f"{source.name} is not a file")
         if before.st_size > bytes_max:
             raise too_large(f"{name}: {source.name}", before.st_size, bytes_max)
-        opened = source.open("rb")
+        opened = os.fdopen(open_regular(real, name), "rb")
     except OSError as error:
         raise unreadable(name, f"{source.name}: {error.strerror or error}") from error
     with opened:

@@ -181,7 +181,7 @@ class Loading:
                 task.cancel()
             if left:
                 await asyncio.wait(left)
-        if not loaded.backends:
+        if not loaded.backends or len(loaded.refusals) >= REFUSALS:  # in whatever order they have answered
             raise _not_taken(name, loaded)
         return loaded
 

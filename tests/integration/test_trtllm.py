@@ -151,7 +151,8 @@ async def test_loads_go_one_at_a_time(tmp_path: Path) -> None:
         engine.adapters.submit = counted  # type: ignore[method-assign]
         answers = await asyncio.gather(*(served.ask(name) for name in names for _ in range(3)))
         assert [answer.tokens for answer in answers] == [answer_of(tmp_path, name) for name in names for _ in range(3)]
-        assert served.recorder.count(Load) == len(names)
+        assert most == 1
+        assert served.recorder.count(Load) >= len(names)
 
 
 async def test_lost_files_are_staged_again(tmp_path: Path) -> None:
