@@ -145,6 +145,27 @@ async def test_a_request_without_a_length_says_what_it_gets(
         assert said.json()["usage"]["completion_tokens"] == 4
 
 
+@pytest.mark.parametrize(
+    ("path", "nulls"),
+    [
+        (COMPLETIONS, '"max_tokens":null,'),
+        (CHAT, '"max_tokens":null,'),
+        (CHAT, '"max_completion_tokens":null,'),
+    ],
+)
+@pytest.mark.parametrize("is_first", [True, False])
+async def test_a_length_that_is_null_is_none(path: str, nulls: str, is_first: bool, tmp_path: Path) -> None:
+    """Two members of one name would be read differently by different parsers."""
+    async with one(tmp_path, queue={"classes": {"default": {"max_tokens": 6}}}) as (_, _, client):
+        asks = '"messages":[{"role":"user","content":"é"}]' if path == CHAT else '"prompt":"é"'
+        body = f'"model":"a00",{asks},"ignore_eos":true'
+        body = f"{{{nulls}{body}}}" if is_first else f"{{{body},{nulls.rstrip(',')}}}"
+        answer = await client.post(path, content=body.encode(), headers={"content-type": "application/json"})
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["x-lora-max-tokens"] == "6"
+        assert answer.json()["usage"]["completion_tokens"] == 6
+
+
 async def test_a_mixed_pool_sends_a_request_to_an_engine_that_knows_its_members(tmp_path: Path) -> None:
     """trtllm-serve would refuse it, so vLLM answers whatever is resident where."""
     write_adapters(tmp_path / "adapters", 1)

@@ -75,7 +75,7 @@ async def test_what_is_asked_is_what_is_read_here(path: str, body: dict[str, Any
     raw = json.dumps({**body, "model": "sql@v1", "last": 1}, ensure_ascii=False).encode()
     found = (await read(LargeBodies(), raw, replace(ORDER, path=path))).asked
     here = read_request(path, read_body(raw))
-    assert found.around == here.around
+    assert found.around() == here.around()
     assert (found.model, found.body.values) == ("sql@v1", {"model": "sql@v1"})
     assert replace(found, body=here.body) == here
 
@@ -85,7 +85,7 @@ async def test_a_list_of_prompts_is_taken_apart_there() -> None:
     raw = json.dumps({"model": "sql", "prompt": ["é", "bb"], "temperature": 0}).encode()
     found = await read_all(LargeBodies(), raw)
     here = parts_of(read_request(COMPLETIONS, read_body(raw)), 8, 1 << 20)
-    assert [each.asked.around for each in found] == [each.around for each in here]
+    assert [each.asked.around() for each in found] == [each.around() for each in here]
     assert [replace(each.asked, body=here[0].body) for each in found] == list(here)
     assert [each.asked.prompt_bytes for each in found] == [2, 2]
     assert [each.texts for each in found] == [(text_request(each, None, 77, STREAMS),) for each in here]

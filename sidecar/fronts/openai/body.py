@@ -19,6 +19,7 @@ from typing import Any
 from sidecar.errors import Reason, Refused
 
 MODEL, PROMPT = "model", "prompt"
+LENGTHS = ("max_completion_tokens", "max_tokens")
 MEMBERS_MAX = 1000
 """Top-level members of a body. Engines know some eighty; a million would block the event loop for seconds."""
 VALUES_MAX = 1_250_000
@@ -48,7 +49,8 @@ Span = tuple[int, int]
 class Body:
     """`values` are the top-level members, `sizes` the number of characters of each value.
 
-    `model` and `prompt` are the spans of these values in `raw`; (0, 0) for a prompt that is absent.
+    `model` and `prompt` are the spans of these values in `raw`; (0, 0) for a prompt that is absent. `open_lengths` are
+    the spans of lengths that are given as null.
     """
 
     values: dict[str, Any]
@@ -56,16 +58,32 @@ class Body:
     raw: bytes
     model: Span
     prompt: Span = (0, 0)
+    open_lengths: tuple[Span, ...] = ()
 
-    def around(self, only_prompt: Span | None = None) -> tuple[bytes, bytes]:
-        """Return the bytes before and after the value of `model`, of a list of prompts with `only_prompt` alone."""
-        raw, (begin, end), (first, last) = self.raw, self.model, self.prompt
-        if only_prompt is None:
-            return raw[:begin], raw[end:]
-        only = b"[%b]" % raw[slice(*only_prompt)]
-        if first > begin:
-            return raw[:begin], raw[end:first] + only + raw[last:]
-        return raw[:first] + only + raw[last:begin], raw[end:]
+    def around(self, only_prompt: Span | None = None, length: int | None = None) -> tuple[bytes, bytes]:
+        """Return the bytes before and after the value of `model`, of a list of prompts with `only_prompt` alone.
+
+        `length` is added as `max_tokens`, or in place of a null: a second member of one name would be ambiguous.
+        """
+        raw, (begin, end) = self.raw, self.model
+        edits: list[tuple[Span, bytes]] = []
+        if only_prompt is not None:
+            edits.append((self.prompt, b"[%b]" % raw[slice(*only_prompt)]))
+        if length is not None:
+            edits += [(span, b"%d" % length) for span in self.open_lengths]
+        before, after = self._edited(0, begin, edits), self._edited(end, len(raw), edits)
+        if length is not None and not self.open_lengths:
+            after = b',"max_tokens":%d%b' % (length, after)
+        return before, after
+
+    def _edited(self, start: int, stop: int, edits: list[tuple[Span, bytes]]) -> bytes:
+        """Return the bytes from `start` to `stop` with the edits that lie there."""
+        pieces, at = [], start
+        for (first, last), text in sorted(edits):
+            if start <= first < stop:
+                pieces += [self.raw[at:first], text]
+                at = last
+        return b"".join((*pieces, self.raw[at:stop]))
 
     def prompts(self) -> list[Span]:
         """Return the span of each prompt of a list of prompts."""
@@ -160,7 +178,9 @@ def _read(raw: bytes, text: str) -> Body:
             Reason.INVALID_REQUEST, "the body must have \"model\", a string: an adapter's name, or the base model's"
         )
     sizes = {name: end - begin for name, (begin, end) in spans.items()}
-    return Body(values, sizes, raw, *_in_bytes(text, [spans[MODEL], spans.get(PROMPT, (0, 0))]))
+    nulls = [spans[name] for name in LENGTHS if name in values and values[name] is None]
+    model_span, prompt_span, *lengths = _in_bytes(text, [spans[MODEL], spans.get(PROMPT, (0, 0)), *nulls])
+    return Body(values, sizes, raw, model_span, prompt_span, tuple(lengths))
 
 
 def _in_bytes(text: str, spans: list[Span]) -> list[Span]:

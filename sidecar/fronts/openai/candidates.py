@@ -103,10 +103,9 @@ class Destinations:
             if reason:
                 why_not = Unfit(member, reason)
                 continue
-            before, after = asked.around
-            if model.long_by_default and not asked.has_length:
-                is_long = True
-                after = after if length_max is None else b',"max_tokens":%d%b' % (length_max, after)
+            is_open = model.long_by_default and not asked.has_length
+            is_long = is_long or is_open
+            before, after = asked.around(length_max if is_open else None)
             forms[model.name] = HttpForm(asked.path, before, after, asked.model, asked.streams)
         fitting += [backend.id for backend in servers if backend.facts.kind in forms]
         text = None

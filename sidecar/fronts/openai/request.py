@@ -12,7 +12,7 @@ from sidecar.config.identities import checked, clipped, is_fit, session_of
 from sidecar.errors import Reason, Refused
 from sidecar.fronts.callers import REQUEST_ID_KEY, made_id
 from sidecar.fronts.kserve.parameters import seconds_until
-from sidecar.fronts.openai.body import Body, Span
+from sidecar.fronts.openai.body import LENGTHS, Body, Span
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 COMPLETION_TOKENS_DEFAULT = 16
@@ -29,7 +29,6 @@ ONCE = frozenset((*(name.encode() for name in HEADERS), REQUEST_ID_HEADER, b"aut
 """Headers that say who asks. If one were given twice, a proxy could read the other value."""
 KV_TRANSFER = "kv_transfer_params"
 """A router's message to engines that share prompts. From a client it would give access to others' prompts."""
-LENGTHS = ("max_completion_tokens", "max_tokens")
 
 
 class Unfit(Refused):
@@ -72,10 +71,9 @@ class OpenAiRequest:
     members: tuple[str, ...] = ()
     part: Span | None = None
 
-    @property
-    def around(self) -> tuple[bytes, bytes]:
-        """The body's bytes before and after the model's name."""
-        return self.body.around(self.part)
+    def around(self, length: int | None = None) -> tuple[bytes, bytes]:
+        """Return the body's bytes before and after the model's name; with `length`, it asks for so many tokens."""
+        return self.body.around(self.part, length)
 
     @property
     def size_bytes(self) -> int:
