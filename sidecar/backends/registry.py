@@ -197,6 +197,7 @@ def entries_of(config: Config, source: str = "") -> tuple[Entry, ...]:
             wrong.append(f"{'.'.join(within)}{error}")
     if not wrong:
         wrong += _clashes([entry.identity for entry in found], [entry.identity for entry in found if entry.discover])
+        wrong += _doubled(found)
     if wrong:
         raise Misused(Reason.CONFIG_INVALID, f"{source}: {'; '.join(wrong)}" if source else "; ".join(wrong))
     return tuple(found)
@@ -246,6 +247,16 @@ def _own(section: type[Entry], record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
+
+
+def _doubled(entries: Sequence[Entry]) -> Iterator[str]:
+    """Yield the pairs of entries that are one engine: each would send as much as the engine takes."""
+    seen: dict[tuple[str, ...], str] = {}
+    for entry in entries:
+        if entry.discover is None:
+            first = seen.setdefault(entry.place, entry.identity)
+            if first != entry.identity:
+                yield f"{first} and {entry.identity} are one engine ({entry.url}); take one of them out"
 
 
 def _clashes(ids: Sequence[str], pools: Sequence[str]) -> Iterator[str]:

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from sidecar.config.adapters import Adapters, Origins, Store
 from sidecar.config.listeners import Listeners, is_local
@@ -74,6 +74,15 @@ class Config(Section):
                     "on 127.0.0.1, or set listeners.http.tls with a client ca"
                 )
         return openai
+
+    @model_validator(mode="after")
+    def _loads_have_a_root(self) -> Self:
+        if self.openai.load_calls and not self.adapters.roots and self.adapters.serve is None:
+            raise ValueError(
+                "openai.load_calls needs adapters.roots: the folders from which adapters may be loaded; name the one in "
+                "which the trainer writes its steps"
+            )
+        return self
 
     @field_validator("replicas")
     @classmethod

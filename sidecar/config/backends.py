@@ -112,6 +112,11 @@ class Backend(Section):
         return self.url.partition("://")[2]
 
     @property
+    def place(self) -> tuple[str, ...]:
+        """What no two backends have in common: its address, and what else tells engines at one address apart."""
+        return (self.address,)
+
+    @property
     def identity(self) -> str:
         """Its id: as given, or its address; for a pool the name that is looked up."""
         return self.id or (self.address if self.discover is None else label_of(self.discover.name))

@@ -93,3 +93,16 @@ def test_tls_by_the_url() -> None:
     assert named.tls is not None
     assert named.tls.ca == "/ca.pem"
     assert backend("vllm://gpu:8000").tls is None
+
+
+def test_one_engine_under_two_ids_is_refused() -> None:
+    """Each entry would send as much as the engine takes. A Triton may have several core models."""
+    with pytest.raises(Misused, match=r"a and b are one engine \(vllm://e:8000\); take one of them out"):
+        entries_of(parse({"backends": [{"id": each, "url": "vllm://e:8000"} for each in "ab"]}, "the test"))
+    models = [{"id": each, "url": "triton://e:8001", "model": f"model-{each}"} for each in "ab"]
+    assert len(entries_of(parse({"backends": models}, "the test"))) == 2
+
+
+def test_load_calls_without_a_root_are_refused() -> None:
+    with pytest.raises(Misused, match=r"openai\.load_calls needs adapters\.roots"):
+        parse({"openai": {"load_calls": True}, "listeners": {"http": {"address": "127.0.0.1:0"}}}, "the test")

@@ -122,7 +122,7 @@ def test_dates_are_text_and_merged_keys_are_no_duplicates(options: tuple[Option,
     file = tmp_path / "f"
     file.write_text(
         "backends:\n- &a {url: 'triton://a:1', id: 2020-01-01, load_timeout_s: 5}\n"
-        "- &b {<<: *a, url: 'triton://b:1', id: b}\n- {<<: *b, id: c}\n"
+        "- &b {<<: *a, url: 'triton://b:1', id: b}\n- {<<: *b, url: 'triton://c:1', id: c}\n"
     )
     ids = [(entry["id"], entry["load_timeout_s"]) for entry in resolve(file, options).backends]
     assert ids == [("2020-01-01", 5), ("b", 5), ("c", 5)]

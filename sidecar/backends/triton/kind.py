@@ -65,6 +65,11 @@ class TritonEntry(Entry):
         return wanted.get(self.weights_transport, "auto")
 
     @property
+    def place(self) -> tuple[str, ...]:
+        """A server may have several core models, each an engine."""
+        return (self.address, self.model)
+
+    @property
     def metrics_url(self) -> str | None:
         """Where its metrics are: as given, or on the usual port of a server on the usual port; None if unknown."""
         return self.metrics or usual_metrics_url(self.address)
