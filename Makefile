@@ -20,7 +20,7 @@
 # make bench   the figures of docs/figures.md, side by side in one run
 # make bench-scheduling  what order, placement and admission gain over bare engines, in virtual time; about 15 minutes
 # make goldens the golden adapters made anew with the real PEFT library, in an environment of its own, and compared
-# make sim-faults  1,000 simulated worlds in which things go wrong; SEED=n runs one alone
+# make sim-faults  1,000 simulated worlds in which things go wrong; SEED=n runs one alone, FLAVOUR=trtllm_pytorch all on such engines
 # make chaos   replicas, Redis and engines as processes that are killed, stopped and cut off under load; ONLY=name for one
 # make soak    3 replicas and 4 engines that everything happens to at once, 10 minutes; MINUTES=60 for an hour
 # make record  a trtllm-serve of yours and the emulated one are asked the same, and what differs is printed; URL=… ADAPTER=…
@@ -158,7 +158,7 @@ fuzz: $(DEVELOPING)
 	$(BIN)/python -m tests.fuzz.trtllm
 
 fuzz-wire: $(DEVELOPING)
-	$(BIN)/python -m tests.fuzz.wire $(if $(MESSAGES),--messages $(MESSAGES)) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python -m tests.fuzz.wire $(if $(MESSAGES),--messages $(MESSAGES)) $(if $(SEED),--seed $(SEED)) $(if $(FLAVOUR),--flavour $(FLAVOUR))
 
 sim-faults: $(DEVELOPING)
 	$(BIN)/python -m tests.worlds $(if $(SEED),--seed $(SEED))

@@ -15,11 +15,12 @@ from sidecar.incident.arrivals import Arrival as Recorded
 from sidecar.incident.arrivals import Setting, arrivals_of, lines_of, setting_of
 from sidecar.journal.archive import opened
 from sidecar.journal.replay import segments_of
+from sidecar.lab.sim.flavours import flavour_of
 from sidecar.lab.sim.options import BARE, Options
 from sidecar.lab.sim.recorded import Sizes, recorded_engine
 from sidecar.lab.sim.results import hot_of, percentiles
 from sidecar.lab.sim.runs import Run, class_limit, cost_of, given_policies
-from sidecar.lab.sim.setup import SECOND_NS, EngineSetup, Setup, Sidecar, flavour_of
+from sidecar.lab.sim.setup import SECOND_NS, EngineSetup, Setup, Sidecar
 from sidecar.lab.sim.tables import Figures
 from sidecar.lab.sim.workloads import Arrival, Workload
 
@@ -137,7 +138,7 @@ class _Answers:
 
 def _pool(options: Options, setting: Setting, load: _Load) -> tuple[Setup, tuple[str, ...]]:
     facts = next(iter(setting.backends.values()))
-    flavour = options.engine or flavour_of(facts.kind)
+    flavour = options.engine or flavour_of(facts.kind, EngineSetup.flavour)
     rank = max((adapter.rank_max for adapter in load.adapters.values()), default=EngineSetup.rank)
     cost = cost_of(options, flavour, facts.rank_max or rank)
     sizes = Sizes(options.seats, options.slots, options.host_slots)

@@ -44,15 +44,28 @@ def engine_lines(result: Record) -> Iterator[tuple[str, str]]:
     most = "no limit is known" if fit is None else f"at most {fit:,} fit"
     yield "adapter slots", f"{plan['slots']:,} of {result['load']['adapters']:,}; {most}"
     yield "pages of an adapter", _pages(result)
-    for name, value in result["settings"]["engine"].items():
-        yield name, NONE if value is None else "yes" if value is True else str(value)
+    yield from _settings(result["settings"]["engine"])
     yield "GPU memory of adapters", size(plan["device_bytes"])
+    if plan["version_bytes"] is not None:
+        kept = f"{size(plan['version_bytes'])} of host memory for each, until it is restarted"
+        yield "versions kept for ever", f"{plan['versions_max']:,} fit (host_versions_max); {kept}"
     kv = plan["kv_tokens"]
     yield "KV left", "no limit is known" if kv is None else f"{kv:,} tokens, {plan['kv_seats']:,.0f} requests"
     yield "seats", f"{plan['seats']:,}, mean batch {result['predicted']['mean_batch']['median']:,.0f}"
     yield "bound by", result["binds_because"]
     if not result["meets"]:
         yield "what would help", result["would_help"]
+
+
+def _settings(settings: Record, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield settings by name, those of a section as "section.name"."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _settings(value, f"{name}.")
+        elif isinstance(value, list):
+            yield prefix + name, ", ".join(map(str, value))
+        else:
+            yield prefix + name, NONE if value is None else "yes" if value is True else str(value)
 
 
 def sidecar_lines(result: Record) -> Iterator[tuple[str, str]]:

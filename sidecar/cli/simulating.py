@@ -38,11 +38,12 @@ from sidecar.cli.load_options import (
 )
 from sidecar.cli.show import AsJson, JournalPolicies, console, print_json
 from sidecar.errors import Misused, Reason
+from sidecar.lab.sim.flavours import FLAVOURS
 from sidecar.lab.sim.option_values import listed, names_listed
 from sidecar.lab.sim.options import BARE, LORA_MODULES, Options
 from sidecar.lab.sim.results import Result
 from sidecar.lab.sim.runs import Run, runs_of
-from sidecar.lab.sim.setup import FLAVOURS, Sidecar
+from sidecar.lab.sim.setup import Sidecar
 from sidecar.lab.sim.simulate import simulate as run_simulation
 from sidecar.lab.sim.tables import Figures, meaning, over, tables, title
 
@@ -106,6 +107,10 @@ def simulate(
         str | None,
         of_engines(f"What adapters change: {', '.join(LORA_MODULES)} (as qv, at the base model's step times).", "qv"),
     ] = None,
+    load_ms: Annotated[
+        float | None,
+        of_engines("For how long reading an adapter stops an engine that reads them itself, in ms.", "200"),
+    ] = None,
     order: Annotated[
         str | None, _sidecar(f"{_names('ordering')}, or {BARE}: the bare engine.", Sidecar.ordering)
     ] = None,
@@ -136,7 +141,7 @@ def simulate(
         input_cv=input_cv, output_cv=output_cv, max_tokens=max_tokens, skew=skew, drift=drift,
         tenants=listed("tenants", tenants, float), seeds=_seeds(seed, seeds), engine=engine, model=model, gpu=gpu,
         cost=cost, backends=backends, slots=slots, host_slots=host_slots, seats=seats, rank=rank,
-        ranks=listed("ranks", ranks, int), lora_modules=lora_modules, order=order,
+        ranks=listed("ranks", ranks, int), lora_modules=lora_modules, load_ms=load_ms, order=order,
         compare=names_listed("compare", compare), route=route, store=store, store_bytes=store_bytes,
         prefetch=prefetch, wait_limit=wait_limit, patience=patience,
     )  # fmt: skip

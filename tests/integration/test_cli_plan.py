@@ -146,6 +146,34 @@ def test_lines_for_vllm(sidecar: Callable[..., Ended]) -> None:
     assert options["--gpu-memory-utilization"] == "0.9"
 
 
+def test_lines_for_trtllm_serve(tmp_path: Path, sidecar: Callable[..., Ended]) -> None:
+    """The YAML file of the engine and the sidecar's entry have one `lora_config`, which the sidecar takes."""
+    mixed = (*LOAD[:-4], "--ranks", "16,64", "--lora-modules", "all", "--p99-wait", "5", "--engine", "trtllm_pytorch")
+    told = sidecar(*mixed, "--emit", "trtllm-serve", "--json").json()
+    engine = yaml.safe_load(told["lines"])
+    lora = engine["lora_config"]
+    assert lora["max_loras"] == told["plan"]["slots"]
+    assert lora["max_cpu_loras"] >= 2 * lora["max_loras"]
+    assert lora["max_lora_rank"] == 64
+    assert lora["lora_target_modules"][:3] == ["attn_q", "attn_k", "attn_v"]
+    assert engine["enable_iter_perf_stats"] is True
+    assert any("pages hold" in warning for warning in told["warnings"])
+
+    values = yaml.safe_load(sidecar(*mixed, "--emit", "helm").out)
+    assert values["backends"][0]["lora_config"] == lora
+    sizes = {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14_336, "vocab_size": 128_256}
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_CONFIG | sizes | {"model_type": "llama"}))
+    values["backends"][0]["base_model"]["config"] = str(tmp_path)
+    file = tmp_path / "values.yaml"
+    file.write_text(yaml.safe_dump(values))
+    assert sidecar("config", "check", str(file), "--json").code == 0
+    (entry,) = entries_of(parse(values, "lines"))
+    assert entry.host_versions_max == told["plan"]["versions_max"]
+    shown = sidecar(*mixed).out
+    assert "lora_config.max_loras" in shown
+    assert "host_versions_max" in shown
+
+
 def test_a_goal_that_nothing_meets(sidecar: Callable[..., Ended]) -> None:
     """The exit code is 1; the nearest plan is shown, and the message names it and what stands in the way."""
     ended = sidecar(*LOAD, "--p99-wait", "0.002", "--backends-max", "2", "--json")
@@ -250,6 +278,7 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("--p99-wait", "5", "--engine", "sglang"), 'there is no "sglang"; there are trtllm, vllm'),
     (("--p99-wait", "5", "--emit", "yaml"), 'there is no "yaml"; there are helm, pbtxt, vllm'),
     (("--p99-wait", "5", "--engine", "vllm", "--emit", "pbtxt"), "--emit pbtxt is nothing that vllm reads"),
+    (("--p99-wait", "5", "--engine", "trtllm_pytorch", "--emit", "pbtxt"), "is nothing that trtllm_pytorch reads"),
     (("--p99-wait", "5", "--emit", "vllm"), "--emit vllm is nothing that trtllm reads"),
     (("--p99-wait", "5", "--plot", "x.png"), "expected a file that ends in .svg or .html"),
     (("--p99-wait", "5", "--rank", "8", "--ranks", "8,16"), "--rank and --ranks exclude each other"),

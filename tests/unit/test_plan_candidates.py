@@ -87,6 +87,22 @@ def test_the_store_holds_everything_where_there_is_room() -> None:
     assert plan.disk_bytes == 2 * 64 * plan.site.packed_bytes
 
 
+def test_memory_for_what_is_kept_for_ever() -> None:
+    """Two copies of each version are kept beside a cache of twice the slots; what cache and store leave is for more."""
+    plans = site(ranks=(16,), engine="trtllm_pytorch", adapters=40)
+    plan = plans.candidate(8, 1)
+    version_bytes = 2 * plans.packed_bytes
+    assert plan.host_pages == 16
+    assert plan.kept_bytes == 40 * version_bytes
+    assert plan.versions_max == ((64 << 30) - plan.engine.host_bytes - plan.store_bytes) // version_bytes
+    assert plan.versions_max >= 40
+    assert site(ranks=(16,), adapters=40).candidate(8, 1).versions_max is None
+    small = replace(plans, host_memory_bytes=plan.host_memory_needed - 1).candidate(8, 1)
+    assert small.store_bytes < plan.store_bytes
+    tiny = replace(plans, host_memory_bytes=plan.kept_bytes).candidate(8, 1)
+    assert not tiny.could(Goal(wait_p99_s=1e6))
+
+
 def test_arrivals_beyond_the_capacity_need_more_engines() -> None:
     """Ten long answers a second are three engines' work: the bounds say so before anything is simulated."""
     busy = site(rate=10.0)

@@ -11,7 +11,15 @@ from sidecar.errors import Misused
 from sidecar.lab.engine import pages
 from sidecar.lab.engine.shape import ALL_LINEAR, LLAMA_2_7B, LLAMA_31_8B, ModelShape, module_dims
 from sidecar.lab.plan.engine import PlannedEngine, fractions, free_bytes
-from sidecar.lab.plan.layout import CacheLayout, adapter_rows, built_for, packed_bytes, trtllm_layout, vllm_layout
+from sidecar.lab.plan.layout import (
+    CacheLayout,
+    adapter_rows,
+    built_for,
+    packed_bytes,
+    pytorch_layout,
+    trtllm_layout,
+    vllm_layout,
+)
 from sidecar.pace.cost import CostModel
 from sidecar.pace.cost_table import UNLIMITED_TOKENS
 
@@ -106,11 +114,37 @@ def test_queries_keys_and_values_are_built_together() -> None:
 
 def test_vllm_takes_one_slot_of_the_largest_rank() -> None:
     """Rank 12 is served as 16, on all linear layers: 16 · 81,920 · 32 elements of 2 bytes."""
-    layout = vllm_layout(LLAMA_31_8B, (8, 12))
+    layout = vllm_layout(LLAMA_31_8B, QV, (8, 12))
     assert (layout.max_rank, layout.page_bytes) == (16, 16 * 81_920 * 32 * 2)
     assert dict(layout.pages_by_rank) == {8: 1, 12: 1}
     with pytest.raises(Misused, match="rank 513 does not fit vLLM, which takes up to 512"):
-        vllm_layout(LLAMA_31_8B, (513,))
+        vllm_layout(LLAMA_31_8B, QV, (513,))
+
+
+@pytest.mark.parametrize("shape", [LLAMA_31_8B, LLAMA_2_7B], ids=lambda shape: shape.name)
+@pytest.mark.parametrize("modules", [QV, ALL_LINEAR], ids=["qv", "all"])
+@pytest.mark.parametrize("slots", [1, 8, 33])
+def test_pytorch_slots_take_what_the_emulated_engine_gives_them(
+    shape: ModelShape, modules: tuple[str, ...], slots: int
+) -> None:
+    """The pages that `max_loras` and `max_cpu_loras` come to, but for the last page, which is whole."""
+    layout = pytorch_layout(shape, modules, (8, 64))
+    engine = replace(
+        planned(layout, slots, 2 * slots), flavour="trtllm_pytorch", modules=modules, model_shape=shape, slots=slots
+    )
+    spec = engine.spec()
+    assert spec.lora_slots == slots
+    assert spec.lora_modules == built_for(modules)
+    assert 0 <= spec.device_pages * spec.page_bytes - engine.device_bytes < spec.page_bytes
+    assert 0 <= spec.host_pages * spec.page_bytes - engine.host_bytes < spec.page_bytes
+
+
+def test_pytorch_slots_by_hand() -> None:
+    """Llama-3.1-8B, q and v: k comes along, k and v are 5,120 wide, so each of the three counts 2 · 5,120 a rank."""
+    layout = pytorch_layout(LLAMA_31_8B, QV, (8, 16))
+    assert layout.page_bytes == 16 * 32 * 3 * 2 * 5120 * 2
+    assert (layout.max_rank, dict(layout.pages_by_rank)) == (16, {8: 1, 16: 1})
+    assert (layout.host_over_device, layout.copies) == (2, 2)
 
 
 def test_a_packed_adapter_is_as_wide_as_its_widest_row() -> None:

@@ -10,10 +10,11 @@ import pytest
 
 from sidecar.core.config import ClassLimit, CoreConfig
 from sidecar.errors import Misused
+from sidecar.lab.sim.flavours import FLAVOURS
 from sidecar.lab.sim.option_values import EXPECTED, listed, names_listed
 from sidecar.lab.sim.options import DRAWN, Options
 from sidecar.lab.sim.runs import FOR_EVER, Run, capacity_requests_per_s, runs_of
-from sidecar.lab.sim.setup import FLAVOURS, SECOND_NS
+from sidecar.lab.sim.setup import SECOND_NS
 from sidecar.lab.sim.workloads import LoadParameters, workload
 from sidecar.pace.cost import DATA, LINEAR_TABLE
 

@@ -10,8 +10,10 @@ import os
 import sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from time import perf_counter
 
+from sidecar.lab.sim.flavours import FLAVOURS
 from tests.worlds.bounds import NAMES
 from tests.worlds.ownership import command as ownership
 from tests.worlds.seeds import run
@@ -25,13 +27,13 @@ Outcome = Verdict | tuple[int, str]
 """A verdict, or a seed and why it failed."""
 
 
-def _batch(seeds: list[int]) -> list[Outcome]:
-    return [_one(seed) for seed in seeds]
+def _batch(seeds: list[int], flavour: str | None) -> list[Outcome]:
+    return [_one(seed, flavour) for seed in seeds]
 
 
-def _one(seed: int) -> Outcome:
+def _one(seed: int, flavour: str | None) -> Outcome:
     try:
-        return run(seed)
+        return run(seed, flavour)
     except SeedFailed as failure:
         return seed, str(failure)
 
@@ -44,29 +46,30 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seed", type=int, help="this one alone")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--flavour", choices=list(FLAVOURS), help="engines of this one only")
     options = parser.parse_args()
     if options.seed is not None:
-        return _alone(options.seed)
+        return _alone(options.seed, options.flavour)
     seeds = range(options.first, options.first + options.seeds)
     batches = [list(seeds[at : at + BATCH]) for at in range(0, len(seeds), BATCH)]
     began = perf_counter()
     verdicts: list[Verdict] = []
     failures: list[tuple[int, str]] = []
     with ProcessPoolExecutor(options.jobs) as pool:
-        for outcomes in pool.map(_batch, batches):
+        for outcomes in pool.map(partial(_batch, flavour=options.flavour), batches):
             for outcome in outcomes:
                 if isinstance(outcome, Verdict):
                     verdicts.append(outcome)
                 else:
                     failures.append(outcome)
-                    _tell(*outcome, in_full=len(failures) <= SHOWN)
+                    _tell(*outcome, options.flavour, in_full=len(failures) <= SHOWN)
             _progress(len(verdicts) + len(failures), len(seeds), len(failures))
     _summary(verdicts, failures, perf_counter() - began)
     return 1 if failures else 0
 
 
-def _alone(seed: int) -> int:
-    outcome = _one(seed)
+def _alone(seed: int, flavour: str | None) -> int:
+    outcome = _one(seed, flavour)
     if isinstance(outcome, Verdict):
         print(outcome)
         return 0
@@ -74,8 +77,8 @@ def _alone(seed: int) -> int:
     return 1
 
 
-def _tell(seed: int, why: str, in_full: bool) -> None:
-    print(f"\nFAILED seed {seed}; alone: make sim-faults SEED={seed}")
+def _tell(seed: int, why: str, flavour: str | None, in_full: bool) -> None:
+    print(f"\nFAILED seed {seed}; alone: make sim-faults SEED={seed}" + (f" FLAVOUR={flavour}" if flavour else ""))
     print(why if in_full else "\n".join(why.splitlines()[:2]), flush=True)
 
 

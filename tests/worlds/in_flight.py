@@ -40,6 +40,8 @@ class BackendInFlight:
         tasks = dict.fromkeys((*self.runs.values(), *self.loads.values()))
         pages, host = sum(self.pages.get(task, 0) for task in tasks), self.facts.host_pages
         hold(host is None or pages <= host, f"{backend}: {pages} pages in flight and the engine has {host}")
+        slots = self.facts.device_pages if self.facts.reads_files else None
+        hold(slots is None or pages <= slots, f"{backend}: {pages} adapters in flight and the engine has {slots} slots")
         tokens, capacity = sum(self.kv_tokens.values()), self.facts.kv_tokens
         fits = capacity is None or tokens <= capacity or len(self.runs) == 1
         hold(fits, f"{backend}: {tokens} KV tokens in flight and it holds {capacity}")

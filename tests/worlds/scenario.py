@@ -16,7 +16,8 @@ from policies.registry import POLICIES
 from sidecar.core.config import ClassLimit, CoreConfig
 from sidecar.core.facts import packed_for
 from sidecar.lab.engine.spec import EngineSpec
-from sidecar.lab.sim.setup import FLAVOURS, SECOND_NS, EngineSetup, Setup, Sidecar, adapter_named
+from sidecar.lab.sim.flavours import FLAVOURS
+from sidecar.lab.sim.setup import SECOND_NS, EngineSetup, Setup, Sidecar, adapter_named
 from sidecar.lab.sim.workloads import WORKLOADS, LoadParameters, source
 from sidecar.pace.cost import CostModel, find_cost
 from sidecar.pace.cost_table import CostTable, load_cost_table
@@ -42,8 +43,15 @@ KINDS: dict[str, str] = {
     "stalls": "an engine makes no step for 3 to 40 s, after 30 of which it is taken for lost",
 }
 """Every kind of fault there is."""
+NOT_OF: dict[str, tuple[str, ...]] = {"vllm": ("lies", "small", "step"), "trtllm_pytorch": ("small", "step")}
+"""The kinds of fault that are not tried, by flavour.
+
+A host cache that is too small ends a PyTorch engine without a word, and no world has anyone who watches engines; after
+a failed step it says only why, so requests end by that.
+"""
 PATIENCE_NS = 3600 * SECOND_NS
 """The longest wait of the usual class: much longer than all the work of any seed."""
+SLOTS_FEWEST = 2
 SLOT_TOKENS = 1024
 """At least as many as the KV tokens that an adapter's slot displaces."""
 
@@ -88,8 +96,10 @@ class Scenario:
         spec = self.setup.engine.spec()
         if honest:
             return spec
-        host = self.host_slots[self.setup.backends.index(backend)]
-        return replace(spec, lora_host_pages=host, max_queue=self.engine_queue_max)
+        spec = replace(spec, max_queue=self.engine_queue_max)
+        if not self.has("small"):
+            return spec
+        return replace(spec, lora_host_pages=self.host_slots[self.setup.backends.index(backend)])
 
     def describe(self) -> str:
         """Return the drawn parameters as text."""
@@ -114,14 +124,21 @@ class Scenario:
         )
 
 
-def draw(seed: int) -> Scenario:
-    """Return the world that a seed stands for."""
+def draw(seed: int, flavour: str | None = None) -> Scenario:
+    """Return the world that a seed stands for.
+
+    With a flavour, its engines are of that one. Every other such world has small bounds and the fewest slots.
+    """
     random = source(seed, "scenario")
     kinds = tuple(kind for kind in KINDS if random.random() < 0.5)
-    flavour = _one(random, ["trtllm_no_evict"] * 6 + ["trtllm_max_utilization", "vllm", "strict_fifo"])
-    kinds = tuple(kind for kind in kinds if flavour != "vllm" or kind not in ("lies", "small", "step"))
+    usual = _one(random, ["trtllm_no_evict"] * 6 + ["trtllm_max_utilization", "vllm", "strict_fifo"])
+    is_tight = flavour is not None and seed % 2 == 0
+    flavour = flavour or usual
+    kinds = tuple(kind for kind in kinds if kind not in NOT_OF.get(flavour, ()))
     load, peace_s = _load(random, seed), random.uniform(15, 90)
     engine = _engine(random, flavour, load[1])
+    if is_tight:
+        kinds, engine = tuple(dict.fromkeys((*kinds, "limits"))), replace(engine, slots=SLOTS_FEWEST)
     engines = random.randint(1, 4)
     parameters, in_flight = _paced(random, load[1] if seed % CROWDED_EVERY else _crowded(load[1]), peace_s)
     sidecar = _sidecar(random, engine, parameters, kinds, engines)
@@ -182,7 +199,7 @@ def _paced(random: Random, parameters: LoadParameters, peace_s: float) -> tuple[
 
 
 def _engine(random: Random, flavour: str, parameters: LoadParameters) -> EngineSetup:
-    slots, seats = random.randint(2, 12), _one(random, [2, 4, 8, 16, 32])
+    slots, seats = random.randint(SLOTS_FEWEST, 12), _one(random, [2, 4, 8, 16, 32])
     longest = 16 * (parameters.input_tokens + parameters.output_tokens) + SLOT_TOKENS * slots
     return EngineSetup(
         cost=_cost(FLAVOURS[flavour].engine, _one(random, [longest, 4 * longest, 1 << 20])),

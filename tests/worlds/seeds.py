@@ -8,9 +8,9 @@ from tests.kit.corekit import assert_idle, check_books
 from tests.worlds.trial import Verdict, run_seed
 
 
-def run(seed: int) -> Verdict:
-    """Run a seed. Raises SeedFailed with all details."""
-    return run_seed(seed, _look, assert_idle)
+def run(seed: int, flavour: str | None = None) -> Verdict:
+    """Run a seed, with engines of one flavour if it is given. Raises SeedFailed with all details."""
+    return run_seed(seed, _look, assert_idle, flavour)
 
 
 def _look(core: Core) -> None:

@@ -14,8 +14,8 @@ import pytest
 from policies.ordering.soft_gated import SoftGated
 from policies.views import Backlog, Promise, Waiting
 from sidecar.core import effects as do
+from sidecar.core import eligibility, queueing, stalls, stealing, storing
 from sidecar.core import events as ev
-from sidecar.core import queueing, stalls, stealing, storing
 from sidecar.core.core import Core
 from sidecar.core.state import Backend
 from sidecar.core.step import Step
@@ -28,6 +28,7 @@ SEEDS = range(50)
 LARGE = 0
 """A world that takes ten times as long as others."""
 QUICK = (1, 3)
+PYTORCH = "trtllm_pytorch"
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,25 @@ QUICK = (1, 3)
 def test_holds_under_faults_and_ends_in_peace(seed: int) -> None:
     """Every request ends once, budgets and bounds hold, and after the faults everything ends."""
     run(seed)
+
+
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=pytest.mark.slow) if seed == LARGE or seed >= 12 else seed for seed in range(24)]
+)
+def test_holds_on_pytorch_engines(seed: int) -> None:
+    """The same where requests bring their adapters' paths, loads stall the loop and no batch may exceed the slots.
+
+    Every second world has two slots, and bounds of 2 or 3.
+    """
+    run(seed, PYTORCH)
+
+
+def test_an_adapter_too_many_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A core that opens one more than there are slots for fails in a world, whose engine's pages would hold it."""
+    limit = eligibility.page_limit
+    monkeypatch.setattr(eligibility, "page_limit", lambda backend: limit(backend) + 1)
+    with pytest.raises(SeedFailed, match="adapters in flight and the engine has 2 slots"):
+        run(10, PYTORCH)
 
 
 def test_same_effects_from_the_same_seed() -> None:

@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 
 from policies.registry import POLICIES
+from sidecar.lab.sim.flavours import FLAVOURS
 from sidecar.lab.sim.options import Options
+from sidecar.lab.sim.product import Product
+from sidecar.lab.sim.records import Recorder
 from sidecar.lab.sim.runs import runs_of
-from sidecar.lab.sim.setup import FLAVOURS
 from sidecar.lab.sim.simulate import simulate
 from sidecar.lab.sim.workloads import WORKLOADS
-from sidecar.lab.sim.world import PROGRESS_EVERY
+from sidecar.lab.sim.world import PROGRESS_EVERY, World
 from tests.kit.cli_runs import Ended, runner
 
 SMALL = ("--requests", "60", "--input-tokens", "64", "--output-tokens", "16", "--adapters", "12", "--slots", "2")
@@ -140,6 +142,46 @@ def test_every_name_can_be_simulated(options: tuple[str, ...], sidecar: Callable
     assert (counts["answered"], counts["doubled"], counts["unfinished"]) == (60, 0, 0)
 
 
+BARE_PYTORCH = ("--engine", "trtllm_pytorch", "--in-flight", "40", "--compare", "none,soft_gated")
+
+
+def test_a_pytorch_engine_alone_fails_what_the_sidecar_keeps_apart(sidecar: Callable[..., Ended]) -> None:
+    """Its pages hold more adapters than its batches take; behind the sidecar no more than its slots ever meet."""
+    bare, ours = sidecar("simulate", *SMALL, *BARE_PYTORCH, "--json").json()["runs"]
+    assert bare["batches_failed"] > 0
+    assert bare["requests"]["failed"] > 0
+    assert (ours["batches_failed"], ours["requests"]["answered"]) == (0, 60)
+    assert ours["wait_bound"]["exceeded"] == 0
+    shown = sidecar("simulate", *SMALL, *BARE_PYTORCH).out
+    assert "batches failed by too many adapters" in shown
+    assert "more adapters met than the engine has slots" in shown
+
+
+def test_a_read_takes_as_long_as_is_said(sidecar: Callable[..., Ended]) -> None:
+    """One request for each of 12 adapters, one at a time: each reads for so much longer."""
+    one_by_one = ("--engine", "trtllm_pytorch", "--in-flight", "1", "--requests", "12", "--order", "soft_gated")
+    seconds = [
+        sidecar("simulate", *SMALL, *one_by_one, "--load-ms", load_ms, "--json").json()["simulated_s"]
+        for load_ms in ("0", "500")
+    ]
+    assert seconds[1] - seconds[0] == pytest.approx(12 * 0.5, rel=0.01)
+
+
+def test_an_engine_that_computes_is_not_suspected() -> None:
+    """Few requests with long answers: nothing starts or ends for seconds, and each second's tokens are reported."""
+    options = Options(workload="two_hot", adapters=2, slots=2, in_flight=2, output_tokens=2000, requests=6)
+    (run,) = runs_of(options)
+    assert run.setup.sidecar is not None
+    world = World(run.setup, run.workload, Recorder())
+    asked: list[str] = []
+    product = Product(world, run.setup.sidecar)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(product, "_probe", lambda effect: asked.append(effect.backend))
+        world.run(product)
+    assert world.recorder.counts["answered"] == 6
+    assert asked == []
+
+
 def test_a_trace_is_simulated(tmp_path: Path, sidecar: Callable[..., Ended]) -> None:
     """In an open loop by its times, in a closed one as fast as it goes."""
     path = tmp_path / "trace.csv"
@@ -160,6 +202,8 @@ def test_a_trace_is_simulated(tmp_path: Path, sidecar: Callable[..., Ended]) -> 
         (("--in-flight", "4", "--rate", "1"), "exclude each other"),
         (("--seed", "1", "--seeds", "1,2"), "--seed and --seeds exclude each other"),
         (("--trace", "nowhere.csv"), "nowhere.csv"),
+        (("--engine", "vllm", "--load-ms", "5"), "--load-ms: vllm is sent its adapters"),
+        (("--engine", "trtllm_pytorch", "--load-ms", "-1"), "--load-ms -1.0: expected milliseconds"),
         (("--report", __file__), "expected a directory"),
     ],
 )

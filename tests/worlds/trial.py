@@ -47,12 +47,14 @@ class SeedFailed(Exception):
     """A seed with a violation; the message has all details."""
 
 
-def run_seed(seed: int, books: Books = lambda _: None, idle: Books = lambda _: None) -> Verdict:
+def run_seed(
+    seed: int, books: Books = lambda _: None, idle: Books = lambda _: None, flavour: str | None = None
+) -> Verdict:
     """Run the world of a seed through its faults and then in peace.
 
     `books` is asked now and then, and `idle` at the end, whether the core's own counts agree. Raises SeedFailed.
     """
-    scenario = draw(seed)
+    scenario = draw(seed, flavour)
     bounds = Bounds(source(seed, "bounds"), scenario.has("limits"))
     with bounds.set():
         verdict = _run(scenario, bounds, books, idle)
@@ -71,6 +73,9 @@ def _run(scenario: Scenario, bounds: Bounds, books: Books, idle: Books) -> Verdi
         world.run(product)
         checks.ended(product.core)
         _agree(checks, recorder)
+        hold(not recorder.batches_failed, f"{recorder.batches_failed} batches had more adapters than slots")
+        died = [engine.died for engine in world.engines.values() if engine.died]
+        hold(not died, f"an engine has ended: {died}")
         idle(product.core)
     except Exception as error:
         raise SeedFailed(_report(scenario, world, checks, misfortune, error)) from error

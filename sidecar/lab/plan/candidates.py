@@ -54,6 +54,11 @@ class Site:
         return -(-sum(sizes) // len(sizes))
 
     @cached_property
+    def version_bytes(self) -> int:
+        """Host memory that a version takes of an engine, beside its cache, until the engine is restarted."""
+        return self.layout.copies * self.packed_bytes
+
+    @cached_property
     def mean_pages(self) -> float:
         return self.layout.mean_pages(self.demand.ranks)
 
@@ -90,20 +95,23 @@ class Site:
         """Return a plan.
 
         The engine's cache gets up to `HOST_SHARE` of the host memory, and more only for what is on the GPU; the store
-        gets what is left and it can use.
+        gets what is left and it can use. An engine that keeps what it has read beside its cache needs no larger cache
+        for it, but memory for each of its adapters.
         """
-        demand, page_bytes = self.demand, self.layout.page_bytes
+        demand, layout, page_bytes = self.demand, self.layout, self.layout.page_bytes
         hosted = math.ceil(SPARE * demand.adapters / backends)
-        wanted_pages = self.pages(min(demand.adapters, max(2 * slots, hosted)))
+        wanted_pages = self.pages(min(demand.adapters, 2 * slots if layout.copies else max(2 * slots, hosted)))
         device_pages, room_pages = self.pages(slots), int(HOST_SHARE * self.host_memory_bytes) // page_bytes
-        host_pages = max(device_pages, min(wanted_pages, room_pages))
-        left_bytes = self.host_memory_bytes - host_pages * page_bytes
+        host_pages = max(layout.host_over_device * device_pages, min(wanted_pages, room_pages))
+        kept_bytes = min(demand.adapters, hosted) * self.version_bytes
+        left_bytes = self.host_memory_bytes - host_pages * page_bytes - kept_bytes
         return Candidate(
             site=self,
             slots=slots,
             backends=backends,
             device_pages=device_pages,
             host_pages=host_pages,
+            kept_bytes=kept_bytes,
             store_bytes=max(self.store_bytes_least, min(self.store_bytes_most, left_bytes)),
         )
 
@@ -132,6 +140,8 @@ class Candidate:
     backends: int
     device_pages: int
     host_pages: int
+    kept_bytes: int
+    """Host memory for one version of each adapter, beside the cache, of an engine that never forgets one."""
     store_bytes: int
 
     @cached_property
@@ -167,8 +177,16 @@ class Candidate:
 
     @property
     def host_memory_needed(self) -> int:
-        """Host memory of an engine's cache and the store together."""
-        return self.engine.host_bytes + self.store_bytes
+        """Host memory of an engine's cache, of what it keeps besides, and of the store together."""
+        return self.engine.host_bytes + self.kept_bytes + self.store_bytes
+
+    @property
+    def versions_max(self) -> int | None:
+        """How many versions of the mean size an engine can keep until it must be restarted; None if it forgets them."""
+        if not self.site.version_bytes:
+            return None
+        left_bytes = self.site.host_memory_bytes - self.engine.host_bytes - self.store_bytes
+        return max(0, left_bytes // self.site.version_bytes)
 
     @property
     def kv_seats(self) -> float:

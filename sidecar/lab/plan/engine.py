@@ -43,9 +43,9 @@ class PlannedEngine(EngineSetup):
         """Tokens of keys and values that fit beside the adapter cache."""
         return min(KV_UNLIMITED_TOKENS, self.cost.kv_tokens(self.device_bytes))
 
-    def spec(self) -> EngineSpec:
+    def counted_spec(self) -> EngineSpec:
         return replace(
-            super().spec(),
+            super().counted_spec(),
             lora_modules=self.layout.modules,
             max_lora_rank=self.layout.max_rank,
             lora_max_rank_cached=self.layout.max_rank,

@@ -4,7 +4,9 @@ TensorRT-LLM cuts its caches into pages of which one holds an adapter of `lora_c
 module and layer, each row rounded up to whole slots. Adapters share no page and rows span none, so a size that is a
 little off costs every adapter up to a page. An adapter's own rank is not the best size: a page rounds up each rank-one
 row, an adapter each whole row, so the smallest page that holds it is often for a smaller rank than its own. vLLM keeps
-every slot at `max_lora_rank` on all linear layers, whatever an adapter needs.
+every slot at `max_lora_rank` on all linear layers, whatever an adapter needs. TensorRT-LLM's PyTorch backend sizes both
+caches for a number of adapters of `max_lora_rank` whose modules are all as wide as the widest, and keeps besides, in
+host memory, every version that it has ever read.
 """
 
 from __future__ import annotations
@@ -16,11 +18,10 @@ from sidecar.core.facts import DTYPE_BYTES, EngineFacts, pages_of
 from sidecar.core.layout import Row, packed_size_bytes
 from sidecar.errors import Misused, Reason
 from sidecar.lab.engine.shape import ALL_LINEAR, ModelShape, module_dims
+from sidecar.lab.sim.flavours import FLAVOURS, built_for
 
 DTYPE = "float16"
 """The dtype of adapters; bfloat16 takes as much."""
-TOGETHER = ("attn_q", "attn_k", "attn_v")
-"""TensorRT-LLM builds these for adapters all together or not at all."""
 NEAR = 1.05
 """Of layouts whose waste differs by less than this factor, the largest pages win: fewer copies for equal memory."""
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -40,6 +41,10 @@ class CacheLayout:
     """The modules that the engine is built for."""
     pages_least: int = 1
     """The engine refuses to start with fewer: an adapter of the largest rank on all its modules must fit."""
+    host_over_device: int = 1
+    """How many times the pages on the GPU the host cache must have."""
+    copies: int = 0
+    """How many copies of each version that it has read an engine keeps, beside its caches, until it is restarted."""
 
     def mean_pages(self, ranks: Sequence[int]) -> float:
         """Return an adapter's mean pages if each listed rank is equally frequent; one listed twice counts twice."""
@@ -80,8 +85,8 @@ def _optimal_ranks(largest: int) -> range:
     return range(largest, 0, -max(1, largest // 512))
 
 
-def vllm_layout(shape: ModelShape, ranks: Sequence[int]) -> CacheLayout:
-    """Return vLLM's slots for adapters of these ranks. Raises Misused for a rank that it does not accept."""
+def vllm_layout(shape: ModelShape, modules: Sequence[str], ranks: Sequence[int]) -> CacheLayout:
+    """Return vLLM's slots for adapters of these ranks, on any modules. Raises Misused for a rank that it refuses."""
     rank = next((each for each in VLLM_RANKS if each >= max(ranks)), None)
     if rank is None:
         raise Misused(
@@ -93,10 +98,17 @@ def vllm_layout(shape: ModelShape, ranks: Sequence[int]) -> CacheLayout:
     return CacheLayout(rank, rank, shape.layers * slot_bytes, dict.fromkeys(sorted(set(ranks)), 1), ALL_LINEAR)
 
 
-def built_for(modules: Sequence[str]) -> tuple[str, ...]:
-    """Return the modules that an engine must be built for to serve adapters that change these."""
-    together = TOGETHER if any(name in TOGETHER for name in modules) else ()
-    return (*together, *(name for name in modules if name not in together))
+def pytorch_layout(shape: ModelShape, modules: Sequence[str], ranks: Sequence[int]) -> CacheLayout:
+    """Return the slots of TensorRT-LLM's PyTorch backend for adapters of these ranks.
+
+    A full host cache ends the engine, so it gets two for each slot on the GPU. On rank 0 the thread that takes requests
+    and the loop each keep a copy of a version.
+    """
+    dims, rank, targets = module_dims(shape), max(ranks), built_for(modules)
+    widths = [dims[name].in_dim + dims[name].out_dim for name in targets]
+    slot_bytes = FLAVOURS["trtllm_pytorch"].slot_width(widths) * rank * shape.layers * DTYPE_BYTES[DTYPE]
+    pages = dict.fromkeys(sorted(set(ranks)), 1)
+    return CacheLayout(rank, rank, slot_bytes, pages, targets, host_over_device=2, copies=2)
 
 
 def _facts(shape: ModelShape, modules: Sequence[str], max_rank: int) -> EngineFacts:

@@ -13,11 +13,12 @@ from typing import Any
 
 from sidecar.lab.calibrate.published import LORA, PUBLISHED_FOR
 from sidecar.lab.calibrate.table import DECODE_TOLERANCE, PREFILL_TOLERANCE, TITLES
+from sidecar.lab.engine.pages import pages_needed
 from sidecar.lab.plan.candidates import Candidate
 from sidecar.lab.plan.goal import Goal, Outcome
 from sidecar.lab.plan.search import SLOWER, Found, Trial
 from sidecar.lab.plan.settings import engine_settings, sidecar_settings
-from sidecar.lab.sim.setup import KV_UNLIMITED_TOKENS, Sidecar
+from sidecar.lab.sim.setup import KV_UNLIMITED_TOKENS, Sidecar, engine_rows
 from sidecar.pace.cost_table import CostTable
 
 Record = dict[str, Any]
@@ -94,6 +95,8 @@ def _plan(candidate: Candidate) -> Record:
         "host_pages": candidate.host_pages,
         "host_slots": engine.host_slots,
         "host_bytes": engine.host_bytes,
+        "version_bytes": site.version_bytes or None,
+        "versions_max": candidate.versions_max,
         "seats": site.seats,
         "kv_tokens": _tokens(candidate),
         "kv_seats": _finite(candidate.kv_seats),
@@ -301,11 +304,24 @@ def warnings(found: Found) -> list[str]:
     if any(outcome.rising for outcome in found.chosen.outcomes):
         sentences.append("waits were still rising when the samples ended: simulate more --requests")
     sentences += _too_short(found)
+    sentences += _more_in_pages(found.chosen.candidate)
     if found.meets and found.slower is not None and found.goal.headroom(found.slower) < 1:
         sentences.append(
             f"if steps take {SLOWER - 1:.0%} longer than in the cost file the goal is missed: the plan is tight"
         )
     return sentences
+
+
+def _more_in_pages(candidate: Candidate) -> list[str]:
+    """Return a warning if the engine's pages let more adapters run at once than its batches can take."""
+    spec, rank = candidate.engine.spec(), min(candidate.site.demand.ranks)
+    fit = spec.device_pages // pages_needed(engine_rows(candidate.engine.adapter_rows(rank)), spec.geometry)
+    if spec.lora_slots is None or fit <= spec.lora_slots:
+        return []
+    return [
+        f"an engine's pages hold {fit:,} adapters of rank {rank} and its batches take {spec.lora_slots:,}; where more "
+        "meet, all running requests fail: let no client reach it except through the sidecar"
+    ]
 
 
 def _too_short(found: Found) -> list[str]:

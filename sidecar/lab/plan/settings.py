@@ -1,4 +1,4 @@
-"""A plan as settings to paste: Triton's config.pbtxt, vLLM's command line and the sidecar's own values."""
+"""A plan as settings to paste: for Triton, vLLM and trtllm-serve, and the sidecar's own values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from sidecar.lab.plan.candidates import Candidate
 from sidecar.lab.plan.engine import fractions
 from sidecar.lab.plan.layout import DTYPE
 from sidecar.lab.plan.search import Found
-from sidecar.lab.sim.setup import FLAVOURS, KV_UNLIMITED_TOKENS, SECOND_NS, Sidecar
+from sidecar.lab.plan.site import ENGINES
+from sidecar.lab.sim.setup import KV_UNLIMITED_TOKENS, SECOND_NS, Sidecar
 
 GPU_MEMORY_UTILIZATION = 0.9
 """The value of vLLM's cost files: the adapters' part comes off the KV memory by itself."""
@@ -24,21 +25,25 @@ NO_SHARES = "The cost file knows no memory limit, so the two GPU memory fraction
 SHARES = "The LoRA fraction is of what the engine and its KV cache leave free, so it goes with the KV fraction below."
 ADAPTERS_DIR = "/mnt/adapters"
 """Stands for a folder that engine and sidecar share."""
+BASE_MODEL = "/mnt/base-model"
+"""Stands for the base model's folder."""
+HOST_VERSIONS_LEAST = 16
+"""The least `host_versions_max` that the sidecar takes."""
 
 
 @dataclass(frozen=True)
 class Planned:
     """How plans for one kind of engine are written.
 
-    `settings` returns the engine's own settings by its names; `declared` returns the kind's own part of an entry under
-    `backends`. `pasted` is the name of the lines that set the engine.
+    `settings` returns the engine's own settings by its names. `entry` returns the kind's own part of an entry under
+    `backends`, and `declared` that of its `engine`. `pasted` is the name of the lines that set the engine.
     """
 
     url: str
     pasted: str
     settings: Callable[[Candidate], dict[str, Any]]
     declared: Callable[[Candidate], dict[str, Any]]
-    folder: str | None = None
+    entry: Callable[[Candidate], dict[str, Any]] = lambda candidate: {}
 
 
 def engine_settings(candidate: Candidate) -> dict[str, Any]:
@@ -51,7 +56,7 @@ def _planned(candidate: Candidate) -> Planned:
 
 
 def _engine(candidate: Candidate) -> str:
-    return FLAVOURS[candidate.site.flavour].engine
+    return next(name for name, flavour in ENGINES.items() if flavour == candidate.site.flavour)
 
 
 def _vllm_settings(candidate: Candidate) -> dict[str, Any]:
@@ -94,21 +99,31 @@ def sidecar_settings(found: Found, sidecar: Sidecar) -> dict[str, Any]:
 def _backend(candidate: Candidate, number: int) -> dict[str, Any]:
     planned, engine = _planned(candidate), candidate.engine
     declared: dict[str, Any] = planned.declared(candidate) | {
-        "rank_max": candidate.site.layout.max_rank,
-        "layers": candidate.site.shape.layers,
         "seats": candidate.site.seats,
         "kv_tokens": engine.kv_tokens if engine.kv_tokens < KV_UNLIMITED_TOKENS else None,
         "cost": candidate.site.cost_named or None,
     }
     return {
         "url": planned.url.format(number=number),
-        **({} if planned.folder is None else {"adapters_dir": planned.folder}),
+        **planned.entry(candidate),
         "engine": {name: value for name, value in declared.items() if value is not None},
     }
 
 
 def _declared_to_vllm(candidate: Candidate) -> dict[str, Any]:
-    return {"host_pages": candidate.engine.host_slots, "device_pages": candidate.slots}  # a page is an adapter
+    return {
+        "host_pages": candidate.engine.host_slots,  # a page is an adapter
+        "device_pages": candidate.slots,
+        **_declared_of_ranks(candidate),
+    }
+
+
+def _entry_of_vllm(candidate: Candidate) -> dict[str, Any]:
+    return {"adapters_dir": ADAPTERS_DIR}
+
+
+def _declared_of_ranks(candidate: Candidate) -> dict[str, Any]:
+    return {"rank_max": candidate.site.layout.max_rank, "layers": candidate.site.shape.layers}
 
 
 def _declared_to_trtllm(candidate: Candidate) -> dict[str, Any]:
@@ -123,6 +138,36 @@ def _declared_to_trtllm(candidate: Candidate) -> dict[str, Any]:
         "modules": {name: [dims[name].in_dim, dims[name].out_dim] for name in candidate.site.layout.modules},
         "host_pages": candidate.engine.host_pages,
         "device_pages": candidate.engine.device_pages,
+        **_declared_of_ranks(candidate),
+    }
+
+
+def _pytorch_settings(candidate: Candidate) -> dict[str, Any]:
+    shares = fractions(candidate.engine)
+    return {
+        "max_batch_size": candidate.site.seats,
+        "enable_iter_perf_stats": True,
+        "kv_cache_config": None if shares is None else {"free_gpu_memory_fraction": shares.kv},
+        "lora_config": _lora_config(candidate),
+    }
+
+
+def _lora_config(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "max_loras": candidate.engine.device_pages,
+        "max_cpu_loras": candidate.engine.host_pages,
+        "max_lora_rank": candidate.site.layout.max_rank,
+        "lora_target_modules": list(candidate.site.layout.modules),
+    }
+
+
+def _entry_of_pytorch(candidate: Candidate) -> dict[str, Any]:
+    versions = candidate.versions_max or 0
+    return {
+        "adapters_dir": ADAPTERS_DIR,
+        "base_model": {"name": candidate.site.cost.table.model, "config": BASE_MODEL},
+        "lora_config": _lora_config(candidate),
+        **({"host_versions_max": versions} if versions >= HOST_VERSIONS_LEAST else {}),
     }
 
 
@@ -140,7 +185,7 @@ def _queue_wait_s(found: Found) -> float:
 def helm(found: Found, sidecar: Sidecar) -> str:
     """Return Helm values in the sidecar's own keys."""
     record = sidecar_settings(found, sidecar)
-    comment = _comments(found, "Put in the engines' addresses; here they are only numbered.")
+    comment = _comments(found, "Put in the engines' addresses, here only numbered, and your own folders and names.")
     return comment + yaml.safe_dump(record, sort_keys=False, default_flow_style=None, width=120)
 
 
@@ -166,12 +211,29 @@ def vllm(found: Found, sidecar: Sidecar) -> str:
     return _comments(found) + "\n".join(lines) + "\n"
 
 
+def trtllm_serve(found: Found, sidecar: Sidecar) -> str:
+    """Return the YAML file for `trtllm-serve --extra_llm_api_options`. Raises Misused for other engines."""
+    candidate = found.chosen.candidate
+    _is("trtllm_pytorch", candidate, "trtllm-serve")
+    given = {name: value for name, value in engine_settings(candidate).items() if value is not None}
+    comment = _comments(found, "trtllm-serve MODEL --extra_llm_api_options FILE, with this as FILE.")
+    return comment + yaml.safe_dump(given, sort_keys=False, default_flow_style=None, width=120)
+
+
 PLANNED = {
     "trtllm": Planned("triton://engine-{number}:8001", "pbtxt", _trtllm_settings, _declared_to_trtllm),
-    "vllm": Planned("vllm://engine-{number}:8000", "vllm", _vllm_settings, _declared_to_vllm, ADAPTERS_DIR),
+    "vllm": Planned("vllm://engine-{number}:8000", "vllm", _vllm_settings, _declared_to_vllm, _entry_of_vllm),
+    "trtllm_pytorch": Planned(
+        "trtllm://engine-{number}:8000", "trtllm-serve", _pytorch_settings, lambda candidate: {}, _entry_of_pytorch
+    ),
 }
-"""By the engine whose step times a plan rests on."""
-EMITTED: dict[str, Callable[[Found, Sidecar], str]] = {"helm": helm, "pbtxt": pbtxt, "vllm": vllm}
+"""By the name of the engine that is planned for."""
+EMITTED: dict[str, Callable[[Found, Sidecar], str]] = {
+    "helm": helm,
+    "pbtxt": pbtxt,
+    "vllm": vllm,
+    "trtllm-serve": trtllm_serve,
+}
 """The formats that can be pasted, by name."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from importlib.util import find_spec
@@ -16,14 +16,21 @@ from sidecar.lab.calibrate.table import measured_table
 from sidecar.lab.engine.shape import SHAPES, ModelShape
 from sidecar.lab.plan.candidates import Site
 from sidecar.lab.plan.demand import Demand, demand_of
-from sidecar.lab.plan.layout import trtllm_layout, vllm_layout
+from sidecar.lab.plan.layout import CacheLayout, pytorch_layout, trtllm_layout, vllm_layout
+from sidecar.lab.sim.flavours import FLAVOURS
 from sidecar.lab.sim.options import Options
 from sidecar.lab.sim.runs import GPU, MODEL, cost_of
-from sidecar.lab.sim.setup import FLAVOURS, MODULES, EngineSetup, Setup
+from sidecar.lab.sim.setup import MODULES, EngineSetup, Setup
 from sidecar.pace.cost import CostModel, NoCostTable, cost_name, find_cost
 
-ENGINES = {"trtllm": "trtllm_no_evict", "vllm": "vllm"}
+ENGINES = {"trtllm": "trtllm_no_evict", "vllm": "vllm", "trtllm_pytorch": "trtllm_pytorch"}
 """The engines that can be planned for, and the flavour by which each is simulated."""
+LAYOUTS: dict[str, Callable[[ModelShape, Sequence[str], Sequence[int]], CacheLayout]] = {
+    "trtllm_no_evict": trtllm_layout,
+    "vllm": vllm_layout,
+    "trtllm_pytorch": pytorch_layout,
+}
+"""By flavour, what divides its caches for adapters of these modules and ranks."""
 HOST_MEMORY_BYTES = 64 << 30
 
 OnProgress = Callable[[str, int, int], None]
@@ -43,8 +50,7 @@ def site_of(
     modules = MODULES.get(options.lora_modules or "qv", MODULES["qv"])
     cost, named, measured = _cost(options, flavour, max(ranks), on_progress)
     shape = _shape(cost, model_config, measured)
-    by_adapters = FLAVOURS[flavour].counts_adapters
-    layout = vllm_layout(shape, ranks) if by_adapters else trtllm_layout(shape, modules, ranks)
+    layout = LAYOUTS[flavour](shape, modules, ranks)
     cost = CostModel(cost.table, cost.scale, layout.max_rank)
     seats = options.seats or EngineSetup.seats
     pool = Setup(engine=EngineSetup(cost=cost, flavour=flavour, seats=seats, rank=layout.max_rank, modules=modules))
@@ -188,6 +194,6 @@ def _check_host(site: Site, demand: Demand) -> None:
     if needed > site.host_memory_bytes:
         raise Misused(
             Reason.CONFIG_INVALID,
-            f"host caches for a single slot take {needed / 1e9:.1f} GB and --host-memory is "
+            f"host memory for a single slot is {needed / 1e9:.1f} GB and --host-memory is "
             f"{site.host_memory_bytes / 1e9:.1f} GB: {demand.adapters:,} adapters of {site.packed_bytes / 1e9:.2f} GB",
         )

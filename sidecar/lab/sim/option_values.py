@@ -40,6 +40,7 @@ EXPECTED: dict[str, tuple[float, float, str]] = {
     "host_slots": (1, 10_000_000, "1 to 10,000,000"),
     "rank": (1, 65_536, "1 to 65,536"),
     "ranks": (1, 65_536, "ranks of 1 to 65,536, as 8,16,64"),
+    "load_ms": (0, 3_600_000, "milliseconds, 0 to 3,600,000"),
     "store_bytes": (1, 2**60, "bytes, 1 or more"),
     "wait_limit": (1e-3, SECONDS_MAX, "seconds above 0"),
     "patience": (0, SECONDS_MAX, "seconds, 0 or more"),

@@ -12,8 +12,9 @@ from typing import Any
 
 from sidecar.config.plugins import known, resolve
 from sidecar.errors import Misused, Reason
+from sidecar.lab.sim.flavours import FLAVOURS
 from sidecar.lab.sim.option_values import check_known, check_once, check_ranges, check_together
-from sidecar.lab.sim.setup import FLAVOURS, MODULES, Sidecar
+from sidecar.lab.sim.setup import MODULES, Sidecar
 from sidecar.lab.sim.workloads import WORKLOADS
 
 BARE = "none"
@@ -67,6 +68,7 @@ class Options:
     rank: int | None = None
     ranks: tuple[int, ...] | None = None
     lora_modules: str | None = None
+    load_ms: float | None = None
 
     order: str | None = None
     compare: tuple[str, ...] | None = None

@@ -15,6 +15,7 @@ from sidecar.core.core import Core
 from sidecar.core.enums import Fault
 from sidecar.lab.engine.messages import Event, QueueFull, Request
 from sidecar.lab.engine.pages import Row
+from sidecar.lab.sim.loads import OneAtATime
 from sidecar.lab.sim.setup import Sidecar, adapter_named, engine_rows
 from sidecar.lab.sim.workloads import Arrival
 from sidecar.lab.sim.world import World
@@ -44,6 +45,8 @@ class Product:
         self._names: dict[str, str] = {}
         self._rows_of = cache(world.setup.engine.adapter_rows)
         self._engine_rows_of = cache(lambda rank: engine_rows(self._rows_of(rank)))
+        self._kind = world.setup.engine.kind
+        self._loads = OneAtATime(self._send_load)
         self._reported: dict[str, dict[int, int]] = {}
         """Tokens generated when progress was last reported, by backend and request id at the engine."""
         self._wake_ns: int | None = None
@@ -80,6 +83,7 @@ class Product:
                 self.feed(ev.FirstToken(request_id, attempt))
         for ending in event.endings:
             if ending.request_id >= LOADS_FROM:
+                self._loads.ended(ending.request_id)
                 self.feed(ev.LoadDone(ending.request_id - LOADS_FROM))
             else:
                 request_id, attempt = divmod(ending.request_id, ATTEMPTS)
@@ -102,6 +106,8 @@ class Product:
 
     def step(self, event: ev.Event) -> list[do.Effect]:
         """Give the core an event and return its effects."""
+        if isinstance(event, ev.BackendLost):
+            self._loads.lost(event.backend)
         began_ns = perf_counter_ns()
         effects = self.core.step(event, self.world.now_ns)
         self.steps_ns += perf_counter_ns() - began_ns
@@ -119,6 +125,7 @@ class Product:
 
     def _failed(self, engine_id: int, fault: Fault, text: str, cancelled: bool) -> None:
         if engine_id >= LOADS_FROM:
+            self._loads.ended(engine_id)
             self.feed(ev.LoadFailed(engine_id - LOADS_FROM, fault, text))
             return
         request_id, attempt = divmod(engine_id, ATTEMPTS)
@@ -170,7 +177,13 @@ class Product:
         self.world.recorder.loaded(self._names[effect.digest])
         rows = self._engine_rows[effect.digest]
         request = Request(LOADS_FROM + effect.load, 1, 0, task_id=effect.packed.task_id, rows=rows)
-        self.world.after(self.sidecar.hop_ns, lambda: self._submit(effect.backend, request))
+        if self._kind.reads_files:
+            self._loads.begin(effect.backend, request)
+        else:
+            self._send_load(effect.backend, request)
+
+    def _send_load(self, backend: str, request: Request) -> None:
+        self.world.after(self.sidecar.hop_ns, lambda: self._submit(backend, request))
 
     def _watch(self, backend: str) -> None:
         """Report an engine's progress to the core every `PROGRESS_NS` while it runs something."""
@@ -179,7 +192,10 @@ class Product:
             self.world.after(PROGRESS_NS, lambda: self._progress(backend))
 
     def _progress(self, backend: str) -> None:
-        before, now = self._reported.pop(backend), self.world.engines[backend].progress()
+        engine, before = self.world.engines[backend], self._reported.pop(backend)
+        event = engine.run(self.world.now_ns)  # it may stand at its last event, long ago, and would look silent
+        assert event is None, f"{backend} was not run up to now: {event}"
+        now = engine.progress()
         if not now:
             return
         tokens = {
@@ -201,6 +217,7 @@ class Product:
             arrival.input_tokens,
             arrival.output_tokens_max,
             task_id=effect.task_id or None,
+            rows=self._engine_rows[effect.digest] if effect.task_id and self._kind.reads_files else None,
             stop_after=arrival.output_tokens,
         )
         self.world.after(self.sidecar.hop_ns, lambda: self._submit(effect.backend, request))
@@ -213,7 +230,8 @@ class Product:
 
     def _cancel(self, effect: do.CancelRun) -> None:
         engine_id = effect.request * ATTEMPTS + effect.attempt
-        self.world.after(self.sidecar.hop_ns, lambda: self._send_cancel(effect.backend, engine_id))
+        after_ns = self.sidecar.hop_ns + self._kind.cancels_after_ns
+        self.world.after(after_ns, lambda: self._send_cancel(effect.backend, engine_id))
 
     def _send_cancel(self, backend: str, engine_id: int) -> None:
         self.world.engines[backend].cancel(engine_id, self.world.now_ns)

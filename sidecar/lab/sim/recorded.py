@@ -15,7 +15,8 @@ from sidecar.core.facts import DTYPE_BYTES, Adapter, EngineFacts, misfit, pages_
 from sidecar.errors import Misused, Reason
 from sidecar.lab.engine.shape import SHAPES, ModelShape, module_dims
 from sidecar.lab.engine.spec import EngineSpec
-from sidecar.lab.sim.setup import FLAVOURS, KV_UNLIMITED_TOKENS, EngineSetup
+from sidecar.lab.sim.flavours import FLAVOURS
+from sidecar.lab.sim.setup import KV_UNLIMITED_TOKENS, EngineSetup
 from sidecar.pace.cost import CostModel
 
 
@@ -35,8 +36,8 @@ class RecordedEngine(EngineSetup):
         assert self.known.kv_tokens is not None
         return self.known.kv_tokens
 
-    def spec(self) -> EngineSpec:
-        known, usual = self.known, super().spec()
+    def counted_spec(self) -> EngineSpec:
+        known, usual = self.known, super().counted_spec()
         return replace(
             usual,
             dtype=known.dtype or usual.dtype,
@@ -68,7 +69,7 @@ def recorded_engine(
 ) -> tuple[EngineSetup, bool]:
     """Return an engine of a live run, and True if it has the recorded geometry. Raises Misused for an unknown size."""
     shape = shape_of(facts)
-    if shape is None or FLAVOURS[flavour].counts_adapters:
+    if shape is None or FLAVOURS[flavour].counts_adapters or facts.reads_files:
         return _stand_in(facts, adapters, cost, flavour, sizes), False
     pages = [pages_of(each.rows, facts) for each in adapters.values() if misfit(each, facts) is None] or [1]
     device_pages = facts.device_pages if sizes.slots is None else sizes.slots * max(pages)

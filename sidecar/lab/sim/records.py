@@ -162,6 +162,8 @@ class Recorder:
             ("offered", "answered", "failed", "refused", "expired", "cancelled", "doubled"), 0
         )
     )
+    batches_failed: int = 0
+    """Batches with more adapters than the engine has slots for them: all that was active failed with each."""
     loads: int = 0
     """Loads that the sidecar issued."""
     fetches: dict[str, int] = field(default_factory=dict)

@@ -78,6 +78,7 @@ class Result:
                 "voided": recorder.voided,
             },
             "loads_per_request": self.counted.device_loads / requests,
+            "batches_failed": recorder.batches_failed,
             "mean_batch": recorder.output_tokens / max(1, self.counted.iterations),
             "slot_openings_per_1k_requests": 1000 * recorder.openings / started,
             "jain_index": jain_index(recorder.tenants.shares()),

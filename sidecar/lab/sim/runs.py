@@ -11,9 +11,10 @@ from sidecar.core.config import ClassLimit
 from sidecar.errors import Misused, Reason
 from sidecar.lab.engine.shape import SHAPES
 from sidecar.lab.sim.bounds import Lengths, all_resident
+from sidecar.lab.sim.flavours import FLAVOURS
 from sidecar.lab.sim.options import BARE, Options
 from sidecar.lab.sim.results import engines_of, step_times
-from sidecar.lab.sim.setup import FLAVOURS, MODULES, SECOND_NS, EngineSetup, Setup, Sidecar
+from sidecar.lab.sim.setup import MODULES, SECOND_NS, EngineSetup, Setup, Sidecar
 from sidecar.lab.sim.traces import trace_workload
 from sidecar.lab.sim.workloads import Arrival, LoadParameters, Workload, workload
 from sidecar.pace.cost import CostModel, NoCostTable, find_cost
@@ -63,8 +64,17 @@ def engine_of(options: Options) -> tuple[EngineSetup, tuple[str, ...]]:
         slots=slots,
         host_slots=options.host_slots or max(EngineSetup.host_slots, slots),
         rank=rank,
-        **given(flavour=options.engine, seats=options.seats, modules=MODULES.get(options.lora_modules or "")),
+        **given(
+            flavour=options.engine,
+            seats=options.seats,
+            modules=MODULES.get(options.lora_modules or ""),
+            load_ns=None if options.load_ms is None else round(options.load_ms * 1e6),
+        ),
     )
+    if options.load_ms is not None and not engine.kind.reads_files:
+        raise Misused(
+            Reason.CONFIG_INVALID, f"--load-ms: {engine.flavour} is sent its adapters and reads none; leave it out"
+        )
     if engine.host_slots < slots:
         raise Misused(
             Reason.CONFIG_INVALID,

@@ -17,6 +17,7 @@ from sidecar.core.pace import Pace
 from sidecar.lab.engine.pages import Row as EngineRow
 from sidecar.lab.engine.shape import ALL_LINEAR, SHAPES, ModelShape, module_dims
 from sidecar.lab.engine.spec import EngineSpec
+from sidecar.lab.sim.flavours import FLAVOURS, Flavour
 from sidecar.pace.cost import CostModel, StepBatch
 
 SECOND_NS = 1_000_000_000
@@ -25,35 +26,12 @@ MODULES: dict[str, tuple[str, ...]] = {"qv": ("attn_q", "attn_v"), "all": ALL_LI
 """The modules that adapters change, by the short name on the command line."""
 
 
-@dataclass(frozen=True)
-class Flavour:
-    """A simulated kind of engine: the emulator's scheduler, and the engine whose step times are used."""
-
-    scheduler: str
-    engine: str = "trtllm"
-    tokens_per_block: int = 64
-    reserved_modules: tuple[str, ...] | None = None
-    """The modules for which each slot reserves memory; None: those that the adapters change."""
-    counts_adapters: bool = False
-    """True if the sizes of its caches are counts of adapters of any rank."""
-
-
-FLAVOURS: dict[str, Flavour] = {
-    "trtllm_no_evict": Flavour("guaranteed_no_evict"),
-    "trtllm_max_utilization": Flavour("max_utilization"),
-    "vllm": Flavour("vllm", "vllm", tokens_per_block=16, reserved_modules=ALL_LINEAR, counts_adapters=True),
-    "strict_fifo": Flavour("strict_fifo"),
-}
-
-
-def flavour_of(kind: str) -> str:
-    """Return the flavour for simulating a live engine of this kind: the one of that name, or TensorRT-LLM's."""
-    return kind if kind in FLAVOURS else EngineSetup.flavour
-
-
 @dataclass(frozen=True, kw_only=True)
 class EngineSetup:
-    """One engine of the pool. `slots` adapters of `rank` fit the GPU and `host_slots` the engine's host cache."""
+    """One engine of the pool. `slots` adapters of `rank` fit the GPU and `host_slots` the engine's host cache.
+
+    `load_ns` is how long the loop stands still to read an adapter, where it reads them itself. Nobody has measured it.
+    """
 
     cost: CostModel
     flavour: str = "trtllm_no_evict"
@@ -64,6 +42,7 @@ class EngineSetup:
     modules: tuple[str, ...] = MODULES["qv"]
     sequence_tokens_max: int = 131_072
     tokens_per_step: int = 8192
+    load_ns: int = 200_000_000
 
     @property
     def kind(self) -> Flavour:
@@ -74,11 +53,22 @@ class EngineSetup:
         """The model's shape; that of the 8B Llama if the cost file's model is unknown."""
         return SHAPES.get(self.cost.table.model, SHAPES["llama-3.1-8b"])
 
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The modules that the engine is built for."""
+        return self.kind.targets(self.modules)
+
+    @property
+    def read_ns(self) -> int:
+        """How long the loop stands still to read an adapter; 0 where the sidecar sends it."""
+        return self.load_ns if self.kind.reads_files else 0
+
     @cached_property
     def adapter_bytes(self) -> int:
         """The GPU memory of one slot: an adapter of `rank` in half precision."""
-        dims, kept = module_dims(self.shape), self.kind.reserved_modules or self.modules
-        return 2 * self.shape.layers * self.rank * sum(dims[name].in_dim + dims[name].out_dim for name in kept)
+        dims, kept = module_dims(self.shape), self.kind.reserved_modules or self.targets
+        widths = [dims[name].in_dim + dims[name].out_dim for name in kept]
+        return 2 * self.shape.layers * self.rank * self.kind.slot_width(widths)
 
     @cached_property
     def kv_tokens(self) -> int:
@@ -86,11 +76,15 @@ class EngineSetup:
         return min(KV_UNLIMITED_TOKENS, self.cost.kv_tokens(self.slots * self.adapter_bytes))
 
     def spec(self) -> EngineSpec:
-        """Return the emulator's description of the engine; a page of its caches is one slot."""
+        """Return the emulator's description of the engine."""
+        return self.kind.sized(self.counted_spec())
+
+    def counted_spec(self) -> EngineSpec:
+        """Return the same with caches whose pages are adapters."""
         block = self.kind.tokens_per_block
         return EngineSpec(
             shape=self.shape,
-            lora_modules=self.modules,
+            lora_modules=self.targets,
             max_lora_rank=self.rank,
             lora_optimal_rank=self.rank,
             lora_max_rank_cached=self.rank,
@@ -103,6 +97,7 @@ class EngineSetup:
             scheduler=self.kind.scheduler,
             lora_host_pages=self.host_slots,
             lora_device_pages=self.slots,
+            lora_load_ns=self.read_ns,
         )
 
     def facts(self) -> EngineFacts:
@@ -114,7 +109,7 @@ class EngineSetup:
             rank_max=self.rank,
             optimal_rank=self.rank,
             cached_rank_max=self.rank,
-            modules={name: (dims[name].in_dim, dims[name].out_dim) for name in self.modules},
+            modules={name: (dims[name].in_dim, dims[name].out_dim) for name in self.targets},
             layers=self.shape.layers,
             host_pages=self.host_slots,
             device_pages=self.slots,
@@ -122,6 +117,7 @@ class EngineSetup:
             kv_tokens=self.kv_tokens,
             sequence_tokens_max=self.sequence_tokens_max,
             pace=self.pace(),
+            **self.kind.facts,
         )
 
     def pace(self) -> Pace:

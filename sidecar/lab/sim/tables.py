@@ -56,6 +56,8 @@ def _rows(runs: Sequence[Figures]) -> Iterator[tuple[str, Callable[[Figures], st
     yield "  nearest to its promise", _of("wait_bound", "nearest_share", form=_percent, unless="no promise")
     yield "loads per request", _of("loads_per_request", form=lambda loads: f"{loads:.3f}")
     yield "mean batch", _of("mean_batch", form=lambda batch: f"{batch:.1f}")
+    if any(run.get("batches_failed") for run in runs):
+        yield "batches failed by too many adapters", _of("batches_failed", form=lambda count: f"{count:,}")
     yield "slot openings per 1k requests", _of("slot_openings_per_1k_requests", form=lambda count: f"{count:.0f}")
     yield "Jain index of tenants", _of("jain_index", form=lambda index: f"{index:.3f}")
     yield "requests offered", _of("requests", "offered", form=lambda count: f"{count:,}")
@@ -218,7 +220,12 @@ def _warnings(run: Figures) -> Iterator[str]:
     if reasons:
         counts = " and ".join(f"{count:,} {reason}" for reason, count in reasons.items())
         yield f"{label} had {counts}{_retry_after(run)}."
-    if requests.get("failed"):
+    if run.get("batches_failed"):
+        yield (
+            f"{label}: in {run['batches_failed']:,} batches more adapters met than the engine has slots, and all "
+            f"active requests failed with them, {requests['failed']:,} in all."
+        )
+    elif requests.get("failed"):
         yield f"{label}: {requests['failed']:,} requests failed: they or their adapters do not fit an engine."
     if requests.get("doubled") or requests.get("unfinished"):
         yield f"{label}: a request was answered twice or never. This is a bug; please report it with this command."

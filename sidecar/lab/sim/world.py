@@ -12,6 +12,7 @@ from typing import Protocol
 
 from sidecar.lab.engine.engine import Engine
 from sidecar.lab.engine.messages import Event, Request
+from sidecar.lab.engine.torch_backend import SLOTS_EXCEEDED
 from sidecar.lab.sim.records import Recorder
 from sidecar.lab.sim.setup import Setup
 from sidecar.lab.sim.workloads import Arrival, Workload
@@ -97,6 +98,8 @@ class World:
             event = self.engines[first].run(until_ns)
             if event is not None:
                 self.now_ns = event.at_ns
+                if any(failure.text == SLOTS_EXCEEDED for failure in event.failures):
+                    self.recorder.batches_failed += 1
                 self._front.observe(first, event)
             return True
         if at_ns is None:
