@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -15,10 +16,12 @@ from policies.views import Backlog, Promise, Waiting
 from tests.bench.scheduling import (
     deep,
     harmless,
+    kinds,
     lost_backend,
     million,
     overload,
     pool,
+    recorded,
     stores,
     tenants,
     two_hot,
@@ -115,6 +118,34 @@ def test_a_pool_recovers_from_a_lost_backend() -> None:
 def test_the_store_pays_little_more_than_the_best_policy() -> None:
     """On bursts, with the queue known and without; and less than LRU with it."""
     assert missed(stores.generated("bursts of CV 2, 60", 4000, SEED)) == []
+
+
+@pytest.mark.parametrize("kind", kinds.KINDS)
+def test_order_and_bounds_hold_on_every_kind(kind: str) -> None:
+    """Bounds are kept everywhere; at a PyTorch engine never more adapters than slots, whose bare batches fail."""
+    readings = kinds.beside(kind, "two hot of eight, 2 slots, load 0.6", 400, SEED)
+    assert missed(readings) == []
+    failed = [reading.bare for reading in readings if reading.claim.what.endswith("batches that failed")]
+    assert [bool(bare) for bare in failed] == ([True] if kind == "trtllm_pytorch" else [])
+
+
+def test_a_third_adapter_starves_or_ends_what_runs() -> None:
+    """Beside two hot ones at the bare engine, by whether it fits the pages; behind the sidecar neither."""
+    starving, failing = (kinds.third(fills_pages, 400, SEED) for fills_pages in (True, False))
+    assert missed([*starving, *failing]) == []
+    bare = [[each.bare for each in of if each.claim.what.endswith("batches that failed")] for of in (starving, failing)]
+    assert bare[0] == [0]
+    assert bare[1] > [0]
+
+
+def test_adapters_are_drawn_for_a_recorded_trace(tmp_path: Path) -> None:
+    """Times and lengths are the trace's, a prompt no longer than a step; adapters are a seed's."""
+    path = tmp_path / "day.csv"
+    rows = [f"2023-11-16 18:17:{number % 60:02}.9799600,{300 * number},{number}" for number in range(60)]
+    path.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows[1:]]))
+    readings = recorded.replayed("trtllm_pytorch", path, 50, SEED)
+    assert missed(readings) == []
+    assert {reading.seed for reading in readings} == {SEED}
 
 
 @pytest.mark.slow

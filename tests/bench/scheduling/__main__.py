@@ -22,10 +22,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tests.bench.scheduling import (
     deep,
     harmless,
+    kinds,
     lost_backend,
     million,
     overload,
     pool,
+    recorded,
     stores,
     tenants,
     two_hot,
@@ -45,6 +47,7 @@ ITEMS: dict[int, tuple[ModuleType, ...]] = {
     7: (tenants,),
     8: (stores,),
     11: (million,),
+    12: (kinds,),
 }
 Told = Callable[[str], None]
 
@@ -53,7 +56,7 @@ def main() -> None:
     options = _parser().parse_args()
     scale = Scale((1,), quick=True) if options.quick else Scale()
     items = options.only or list(ITEMS)
-    jobs = [job for item in items for job in _jobs(item, scale, options.clients)]
+    jobs = [job for item in items for job in _jobs(item, scale, options.clients, options.traces)]
     began_s = perf_counter()
     rows = rows_of(_readings(jobs, options.processes))
     told = f"{len(jobs)} jobs in {perf_counter() - began_s:.0f} s, seeds {', '.join(map(str, scale.seeds))}"
@@ -66,12 +69,15 @@ def main() -> None:
     _tell_the_missed(rows)
 
 
-def _jobs(item: int, scale: Scale, clients: list[Path]) -> Iterator[Job]:
+def _jobs(item: int, scale: Scale, clients: list[Path], traces: list[Path]) -> Iterator[Job]:
     for module in ITEMS[item]:
         yield from module.jobs(scale)
         if module is stores:
             for path in clients:
                 yield from stores.recorded_jobs(path, scale)
+        if module is kinds:
+            for path in traces:
+                yield from recorded.recorded_jobs(path, scale)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,6 +94,14 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="FILE",
         help="CSV of clients' recorded rates and spreads, for the store to be tried on too",
+    )
+    parser.add_argument(
+        "--traces",
+        type=Path,
+        nargs="*",
+        default=[],
+        metavar="FILE",
+        help="CSV of Azure's LLM inference traces, for every kind of engine to be tried on too",
     )
     return parser
 
