@@ -18,7 +18,7 @@
 # make bundle  the same, and all that a site without internet needs; EXTRAS="s3 hf"
 # make helm-test  the chart by Helm 3 and 4, validators and linters, which .venv-helm holds, and promtool; 5 minutes
 # make bench   the figures of docs/figures.md, side by side in one run
-# make bench-scheduling  what order, placement and admission gain over bare engines, in virtual time; about 15 minutes
+# make bench-scheduling  what order, placement and admission gain over bare engines, in virtual time; about 20 minutes
 # make goldens the golden adapters made anew with the real PEFT library, in an environment of its own, and compared
 # make sim-faults  1,000 simulated worlds in which things go wrong; SEED=n runs one alone, FLAVOUR=trtllm_pytorch all on such engines
 # make chaos   replicas, Redis and engines as processes that are killed, stopped and cut off under load; ONLY=name for one
