@@ -16,10 +16,11 @@ from sidecar.core.facts import EngineFacts
 from sidecar.errors import Misused
 from sidecar.incident.capture import Wanted, capture
 from sidecar.lab.engine.shape import SHAPES, TINY
+from sidecar.lab.sim.flavours import flavour_of
 from sidecar.lab.sim.options import Options
 from sidecar.lab.sim.recorded import RecordedEngine, Sizes, recorded_engine, shape_of
 from sidecar.lab.sim.runs import Run
-from sidecar.lab.sim.setup import SECOND_NS
+from sidecar.lab.sim.setup import SECOND_NS, EngineSetup
 from sidecar.lab.sim.statistics import percentile
 from sidecar.lab.sim.tables import Figures
 from sidecar.pace.cost import CostModel
@@ -27,6 +28,7 @@ from tests.kit.cli_runs import Ended, runner
 from tests.kit.corekit import BLOB_BYTES, MS, World, adapter_of, facts_of, two_pages
 from tests.kit.journals import write_journal
 
+PYTORCH = "trtllm_pytorch"
 CONFIG = CoreConfig(store_bytes=4 * BLOB_BYTES, ordering="skip", classes={"default": ClassLimit(90 * SECOND_NS)})
 
 
@@ -156,9 +158,15 @@ def test_sizes_can_be_said_instead() -> None:
 
 
 def test_an_engine_of_no_known_shape_is_stood_in_for() -> None:
-    """vLLM, which counts adapters, is replaced by a known shape; an unknown size must be given."""
+    """One that counts adapters, in life or simulated, is replaced by a known shape; an unknown size must be given."""
     cost, sizes, adapters = CostModel.from_file(), Sizes(), {"sql": adapter_of("sql", rank=32)}
-    for facts, flavour in ((EngineFacts(device_pages=5), "trtllm_no_evict"), (facts_of(), "vllm")):
+    files = replace(facts_of(), reads_files=True, canonical_files=True)
+    for facts, flavour in (
+        (EngineFacts(device_pages=5), "trtllm_no_evict"),
+        (facts_of(), "vllm"),
+        (files, PYTORCH),
+        (files, "trtllm_no_evict"),
+    ):
         engine, is_alike = recorded_engine(facts, adapters, cost, flavour, sizes)
         assert not is_alike
         assert (engine.slots, engine.rank, engine.shape.name) == (facts.device_pages, 32, "llama-3.1-8b")
@@ -167,6 +175,20 @@ def test_an_engine_of_no_known_shape_is_stood_in_for() -> None:
             Misused, match="does not contain the number of adapters that fit the GPU; give it with --slots"
         ):
             recorded_engine(facts, adapters, cost, "trtllm_no_evict", sizes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "flavour"),
+    [
+        ("triton", "trtllm_no_evict"),
+        ("triton_llmapi", "trtllm_no_evict"),
+        ("vllm", "vllm"),
+        ("trtllm", "trtllm_pytorch"),
+    ],
+)
+def test_a_live_engine_is_simulated_as_one_of_its_kind(kind: str, flavour: str) -> None:
+    """By the kind in its facts, unless another is asked for."""
+    assert flavour_of(kind, EngineSetup.flavour) == flavour
 
 
 def test_a_shape_is_known_by_its_modules_and_layers() -> None:
