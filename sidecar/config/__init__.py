@@ -79,8 +79,8 @@ class Config(Section):
     def _loads_have_a_root(self) -> Self:
         if self.openai.load_calls and not self.adapters.roots and self.adapters.serve is None:
             raise ValueError(
-                "openai.load_calls needs adapters.roots: the folders from which adapters may be loaded; name the one in "
-                "which the trainer writes its steps"
+                "openai.load_calls needs adapters.roots: the folders from which adapters may be loaded; name the one "
+                "in which the trainer writes its steps"
             )
         return self
 

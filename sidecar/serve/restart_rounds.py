@@ -235,7 +235,10 @@ class Rounds:
     ) -> Iterator[Act]:
         engine = engines.get(at.backend)
         is_same = engine is not None and engine.instance is at.instance
-        if engine is not None and engine.is_up and (at.in_place or not is_same):
+        if engine is not None and engine.is_up and is_same and at.in_place and engine.is_out:
+            why = f"its restart ended well, and it still keeps {_versions(engine)}: is it what was restarted?"
+            yield from self._give_up(at, now_s, why, undrain=at.operator is None, warns=True)
+        elif engine is not None and engine.is_up and (at.in_place or not is_same):
             self._end(at)
             yield Act(Do.UNDRAIN if is_same and at.operator is None else Do.SAY, at.backend, "it is up again")
         elif self._is_replaced(at, engines) and not (is_same and at.in_place):
@@ -275,9 +278,13 @@ class Rounds:
         return pause_s
 
 
-def _kept(engine: Engine) -> str:
+def _versions(engine: Engine) -> str:
     assert engine.wear is not None
-    return f"it keeps {engine.wear.versions} adapter versions in memory"
+    return f"{engine.wear.versions} adapter versions in memory"
+
+
+def _kept(engine: Engine) -> str:
+    return f"it keeps {_versions(engine)}"
 
 
 def _why_it_stays(backend: str, engine: Engine) -> str:

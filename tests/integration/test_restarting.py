@@ -208,6 +208,20 @@ async def test_a_restart_that_fails_leaves_the_engine_in_service(
         filling.cancel()
 
 
+async def test_a_command_that_restarts_something_else_is_noticed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The engine's steps go on, so its memory is as it was: the count stays, and the log says so."""
+    async with pool(tmp_path) as made:
+        filling = asyncio.create_task(made.fill())
+        first = await made.asked()
+        made.answer(0)
+        await until(lambda: made.state(first).takes_requests and "it still keeps" in caplog.text)
+        assert f"{first} was not restarted: its steps go on" in caplog.text
+        assert made.versions(first) >= LIMIT
+        filling.cancel()
+
+
 async def test_an_operators_drain_in_the_middle_stays(tmp_path: Path) -> None:
     """The command runs already, so the engine is restarted, and it is the operator's to return."""
     async with pool(tmp_path) as made:

@@ -195,6 +195,17 @@ def test_a_failed_restart_is_retried_with_a_growing_pause() -> None:
         assert scene.step(pause_s - 1) == []
 
 
+def test_a_restart_of_something_else_is_a_failed_one() -> None:
+    """The command ended well, and the engine keeps what it kept."""
+    scene = Scene(a=engine("a"))
+    away(scene)
+    scene.set("a", is_up=True, wear=FULL)
+    assert scene.step() == [(Do.UNDRAIN, "a")]
+    assert "it still keeps" in scene.words
+    assert scene.warned
+    assert scene.step(PAUSE_S - 1) == []
+
+
 def test_an_engine_that_does_not_come_back_holds_up_all_others() -> None:
     """It is restarted again, at growing intervals, and returned to service when it is back at last."""
     scene = two(ready_s=60.0)

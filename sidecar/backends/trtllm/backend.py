@@ -62,6 +62,7 @@ class TrtllmBackend(Endpoint):
         self._api = TrtllmApi(entry.identity, self._client)
         self._version = ""
         self._unknown = ""
+        self._is_said_to_restart = False
         self._cut_at_s = -NOTICED_S
         """When the last connection was closed on a running request."""
         self._stepping = asyncio.Lock()
@@ -97,8 +98,7 @@ class TrtllmBackend(Endpoint):
         before, self._seen = self._seen, await self._api.measures()
         if self._seen.active or monotonic() - self._cut_at_s < NOTICED_S:
             await self._let_go()  # of what we, or a sidecar before us, left running
-        if before.steps is not None and self._seen.steps is not None and self._seen.steps < before.steps:
-            self._count_anew()  # else only the connection was lost, and the engine keeps what it has
+        self._count_restart(before.steps, self._seen.steps)
         self._is_proven = False
         if not self._owner:  # with several replicas others may be using all slots: its owner proves it before a load
             await self._prove()
@@ -163,8 +163,20 @@ class TrtllmBackend(Endpoint):
         self._keys.clear()
         self._given_before = 0
 
+    def _count_restart(self, before: int | None, now: int | None) -> None:
+        """Count anew if the engine's steps began again, or if it is said to have restarted and they are not known.
+
+        Else only the connection was lost, or something else was restarted, and the engine keeps what it has.
+        """
+        is_known = before is not None and now is not None
+        if (before or 0) > (now or 0) if is_known else self._is_said_to_restart:
+            self._count_anew()
+        elif self._is_said_to_restart and (kept := self._kept()) is not None and kept.is_out:
+            logger.warning("%s was not restarted: its steps go on from %s to %s", self.id, before, now)
+        self._is_said_to_restart = False
+
     def restarted(self) -> None:
-        self._count_anew()
+        self._is_said_to_restart = True
         super().restarted()
 
     async def _hangs(self) -> bool:
