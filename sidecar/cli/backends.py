@@ -91,7 +91,7 @@ def check(
         str | None,
         typer.Argument(
             metavar="URL",
-            help="triton://HOST:PORT, vllm://HOST:PORT, or the id of a backend of --config.",
+            help="triton://HOST:PORT, vllm://HOST:PORT, trtllm://HOST:PORT, or the id of a backend of --config.",
             show_default=False,
         ),
     ] = None,

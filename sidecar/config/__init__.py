@@ -77,7 +77,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _loads_have_a_root(self) -> Self:
-        if self.openai.load_calls and not self.adapters.roots and self.adapters.serve is None:
+        allowed = (*self.adapters.roots, self.adapters.serve, *self.origins.allow)
+        if self.openai.load_calls and not any(allowed):
             raise ValueError(
                 "openai.load_calls needs adapters.roots: the folders from which adapters may be loaded; name the one "
                 "in which the trainer writes its steps"

@@ -285,8 +285,8 @@ def _wrong_rank(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
         return None
     return Misfit(
         f"max rank {facts.rank_max} < {rank}",
-        f"its rank is {rank} and the engine was built for at most {facts.rank_max}; "
-        "build the engine with a larger --max_lora_rank or train a smaller rank",
+        f"its rank is {rank} and the engine takes at most {facts.rank_max}; give the engine a larger max_lora_rank "
+        "where it is built or started, or train a smaller rank",
     )
 
 
@@ -342,8 +342,8 @@ def _wrong_module(whole: Row, row: Row, dims: tuple[int, int] | None) -> Misfit 
     if dims is None:
         return Misfit(
             f"no module {row.module}",
-            f'it adapts "{row.module}", which the engine was built without; '
-            "build the engine with it in --lora_target_modules",
+            f'it adapts "{row.module}", which the engine is without; have it in lora_target_modules where the engine '
+            "is built or started",
         )
     if dims == (row.in_dim, row.out_dim) or _is_whole_mlp(whole, row, dims):
         return None

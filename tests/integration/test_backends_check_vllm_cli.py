@@ -84,7 +84,7 @@ async def test_config_check(tmp_path: Path) -> None:
         known = f"adapters_dir: {engine.shared}, engine: {{device_pages: 2, host_pages: 4, seats: 64, rank_max: 16}}"
         file.write_text(
             f"backends:\n- {{url: 'vllm://{engine.target.address}', id: good, base_model: {BASE}, {known}}}\n"
-            f"- {{url: 'vllms://{engine.target.address}', id: bare}}\n"
+            f"- {{url: 'vllms://127.0.0.1:{free_port()}', id: bare}}\n"
             f"- {{url: 'triton://127.0.0.1:{free_port()}', id: dead}}\n"
         )
         code, out, err = await sidecar("config", "check", str(file))

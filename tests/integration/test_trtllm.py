@@ -93,10 +93,28 @@ async def test_an_engine_that_leaves_out_declared_modules_is_found(tmp_path: Pat
             await until(lambda: "refuses an adapter of mlp_4h_to_h, which this entry declares" in backend.detail())
 
 
+async def test_a_probe_that_ends_the_engine_names_what_to_compare(tmp_path: Path) -> None:
+    async with running_trtllm(**DUMMY | {"max_lora_rank": 4, "era": "1.2"}) as (engine, _):
+        entry = entry_of(tmp_path) | {"url": f"trtllm://{engine.http_address}", "id": "t0", "progress_timeout_s": 2}
+        async with serving([], backends=[entry | {"discover": None}], until_up=False) as served:
+            backend = served.sidecar.gateway.fleet.backends["t0"]
+            await until(lambda: "fell silent when an adapter of rank 8 of mlp_4h_to_h" in backend.detail())
+            assert "compare its max_lora_rank" in backend.detail()
+
+
+@pytest.mark.parametrize("era", ["1.2", "main"])
+async def test_without_target_modules_an_engine_adapts_all_of_them(tmp_path: Path, era: str) -> None:
+    """The probe names no layer twice, by itself and as a part of a fused one."""
+    names = write_adapters(tmp_path / "adapters", 1)
+    async with running_trtllm(**DUMMY | {"era": era}) as (engine, _):  # noqa: SIM117 — the sidecar needs the engine
+        async with fronted([engine], tmp_path, backend=entry_of(tmp_path, lora_target_modules=[])) as served:
+            assert (await served.ask(names[0])).tokens == answer_of(tmp_path, names[0])
+
+
 @pytest.mark.parametrize(
     ("options", "lora_config", "words"),
     [
-        ({"rank": 16}, {"max_lora_rank": 8}, "its rank is 16 and the engine was built for at most 8"),
+        ({"rank": 16}, {"max_lora_rank": 8}, "its rank is 16 and the engine takes at most 8"),
         ({"modules": ("o_proj",)}, {"lora_target_modules": ["attn_q", "attn_v"]}, 'adapts "attn_dense"'),
         ({"layers": (0, 5)}, {}, "it adapts layer 5"),
         ({"modules": ("q_proj", "embed_tokens")}, {}, "embed_tokens"),

@@ -27,8 +27,8 @@ from tests.kit.trtllm_emulated import running_trtllm
 
 REFUSED = {
     "gemma-attention": 'its "attn_dense" is 32 → 16 and the engine\'s is 16 → 16',
-    "mixtral-experts": 'it adapts "moe_h_to_4h", which the engine was built without',
-    "qwen2-moe-experts": 'it adapts "moe_h_to_4h", which the engine was built without',
+    "mixtral-experts": 'it adapts "moe_h_to_4h", which the engine is without',
+    "qwen2-moe-experts": 'it adapts "moe_h_to_4h", which the engine is without',
 }
 """Cases that are refused, each with its reason: modules that the declared engine does not have, or by its own table has
 in another size.

@@ -152,7 +152,7 @@ def test_a_setting_we_cannot_honour_is_refused_by_name(tmp_path: Path, config: A
         ({"lora_alpha": ...}, "the field lora_alpha is missing"),
         ({"peft_type": ...}, "the field peft_type is missing"),
         ({"base_model_name_or_path": " "}, "base_model_name_or_path is ' '; name the base model"),
-        ({"base_model_name_or_path": "a\ud800"}, "name the base model"),
+        ({"base_model_name_or_path": "a\ud800"}, "half a letter"),
         ({"r": 0}, "r is '0'; it is a whole number from 1"),
         ({"r": True}, "r is 'True'"),
         ({"r": 8.0}, "r is '8.0'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -288,7 +289,7 @@ def test_a_base_models_config_is_read_under_each_models_names(tmp_path: Path) ->
     falcon = {"hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 2, "num_kv_heads": 4}
     assert base_model_of({**falcon, "multi_query": True}).heads == Heads(4, 1, 4)
     (tmp_path / "config.json").write_text(json.dumps({"text_config": {**BASE, "num_hidden_layers": 2}}))
-    assert read_base_model(tmp_path) == read_base_model(tmp_path / "config.json") == base()
+    assert read_base_model(tmp_path) == read_base_model(tmp_path / "config.json") == replace(base(), is_multimodal=True)
 
 
 @pytest.mark.parametrize(

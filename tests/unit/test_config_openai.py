@@ -9,6 +9,7 @@ from sidecar.config.openai import LOADS
 from sidecar.errors import Misused, Reason
 
 LOADS_ON = {"load_calls": True}
+ROOT = {"adapters": {"roots": ["/steps"]}}
 TLS = {"certificate": "server.pem", "key": "server.key"}
 
 
@@ -34,11 +35,11 @@ def test_load_calls_are_refused_where_other_machines_come_in_without_a_certifica
     ],
 )
 def test_load_calls_are_allowed_on_loopback_and_for_clients_with_certificates(http: dict[str, object]) -> None:
-    assert parse({"openai": LOADS_ON, "listeners": {"http": http}}, "the test").openai.load_calls
+    assert parse(ROOT | {"openai": LOADS_ON, "listeners": {"http": http}}, "the test").openai.load_calls
 
 
 def test_the_class_of_loads_is_there_only_with_them_and_can_be_set() -> None:
-    local = {"listeners": {"http": {"address": "127.0.0.1:0"}}}
+    local = ROOT | {"listeners": {"http": {"address": "127.0.0.1:0"}}}
     assert LOADS not in parse(local, "the test").core().classes
     core = parse(local | {"openai": LOADS_ON}, "the test").core()
     assert (core.classes[LOADS].queue_wait_ns_max, core.classes[LOADS].patience_ns) == (300_000_000_000, 0)

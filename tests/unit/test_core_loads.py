@@ -15,8 +15,9 @@ STEPS = 40
 
 
 def config() -> CoreConfig:
-    record = {"openai": {"load_calls": True}, "listeners": {"http": {"address": "127.0.0.1:0"}}}
-    return parse(record | {"store": {"memory_bytes": 64 * BLOB_BYTES}}, "the test").core()
+    record: dict[str, object] = {"openai": {"load_calls": True}, "listeners": {"http": {"address": "127.0.0.1:0"}}}
+    record |= {"adapters": {"roots": ["/steps"]}, "store": {"memory_bytes": 64 * BLOB_BYTES}}
+    return parse(record, "the test").core()
 
 
 def crowded(slots: int) -> World:

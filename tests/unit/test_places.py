@@ -79,7 +79,7 @@ def test_a_pool_that_speaks_no_kserve_says_so() -> None:
 
 
 def test_models_are_told_apart_only_where_there_are_several() -> None:
-    urls = [{"url": "triton://h:1", "id": "a"}, {"url": "triton://h:1", "id": "b"}]
+    urls = [{"url": "triton://h:1", "id": "a"}, {"url": "triton://h:2", "id": "b"}]
     one = entries(*urls)
     assert {facts.models for facts in facts_of(one).values()} == {()}
     urls[1] |= {"model": "qwen", "text_model": "qwen_text", "models": ["qwen_bls"]}  # type: ignore[dict-item]

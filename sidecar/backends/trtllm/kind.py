@@ -102,14 +102,16 @@ class TrtllmEntry(Entry):
             "engine.config": "it names a compiled engine's config.json; what trtllm-serve was started with goes into "
             "lora_config",
             "engine.modules": _LORA_CONFIG.format("lora_target_modules"),
-            "engine.rank_max": _LORA_CONFIG.format("max_lora_rank"),
-            "engine.device_pages": _LORA_CONFIG.format("max_loras"),
-            "engine.host_pages": _LORA_CONFIG.format("max_cpu_loras"),
             "engine.rank_multiple": "trtllm-serve pads ranks itself",
             "engine.heads": _SIZES,
             "engine.kv_heads": _SIZES,
             "engine.head_size": _SIZES,
             "engine.layers": _SIZES,
+        },
+        "triton:// and vllm://": {
+            "engine.rank_max": _LORA_CONFIG.format("max_lora_rank"),
+            "engine.device_pages": _LORA_CONFIG.format("max_loras"),
+            "engine.host_pages": _LORA_CONFIG.format("max_cpu_loras"),
         },
         "vllm://": {
             "api_key_file": "trtllm-serve asks for no key",

@@ -43,6 +43,7 @@ DENSE = (
     "mlp_4h_to_h", "attn_dense", "attn_v", "attn_qkv", "mlp_gate_up", "mlp_gate", "mlp_h_to_4h", "attn_k", "attn_q",
 )  # fmt: skip
 """The modules for which a probe is written: those of mixtures of experts are left to the parity of answers."""
+FUSED = {"attn_qkv": {"attn_q", "attn_k", "attn_v"}, "mlp_gate_up": {"mlp_h_to_4h", "mlp_gate"}}
 
 
 class Prober:
@@ -86,7 +87,10 @@ class Prober:
             probe.stays = True  # an engine that was asked may look for the files until it has answered
             for prompt in PROMPTS:
                 plain = await self._api.ask(prompt, TOKENS, self._patience_s) if changes else None
-                answers.append((plain, await self._api.ask(prompt, TOKENS, self._patience_s, lora)))
+                try:
+                    answers.append((plain, await self._api.ask(prompt, TOKENS, self._patience_s, lora)))
+                except httpx.HTTPError as error:
+                    return self._silenced(modules, error)
                 if plain != answers[-1][1]:
                     break
             probe.stays = False
@@ -97,6 +101,12 @@ class Prober:
         if plain == (status, text):
             return "an adapter that must change its answers changes none, so LoRA is switched off there"
         return ""
+
+    def _silenced(self, modules: Sequence[str], error: httpx.HTTPError) -> str:
+        return (
+            f"it fell silent when an adapter of rank {self._rank} of {', '.join(modules)} was tried "
+            f"({type(error).__name__}); compare its max_lora_rank and modules with this entry's lora_config"
+        )
 
 
 def survives_bad_adapters(version: str) -> bool:
@@ -110,7 +120,8 @@ def survives_bad_adapters(version: str) -> bool:
 
 def probed(modules: Mapping[str, tuple[int, int]]) -> list[str]:
     """Return the modules that are probed."""
-    return [module for module in DENSE if module in modules]
+    fused = {each for each, parts in FUSED.items() if modules.keys() & parts}  # one layer bears only one of them
+    return [module for module in DENSE if module in modules and module not in fused]
 
 
 def write_probe(modules: Sequence[str], source: Path, base: BaseModel, rank: int) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from sidecar.adapters.base_model import BaseModel
 from sidecar.backends.checks.finding import Finding, failed, ok, skipped, warning
 from sidecar.backends.checks.staged import FOLDER_FIX, folder_at
+from sidecar.backends.trtllm.api import Measures
 from sidecar.backends.trtllm.checks.look import TrtllmLook
 from sidecar.backends.trtllm.checks.server import STATISTICS_FIX
 from sidecar.backends.trtllm.kind import LoraConfig
@@ -51,18 +52,25 @@ async def adapter(look: TrtllmLook) -> Finding:
     prober = Prober(look.api, shared, base, config, PROBE_S)
     if not prober.modules:
         return warning("the declared modules are those of experts only, for which no adapter can be made to try it")
-    active = (await look.api.measures()).active
-    if active != 0:  # at once with `max_loras` others it would fail them all
-        busy = "requests are running" if active else "whether requests are running is not known"
+    if not await _is_idle(look):  # at once with `max_loras` others it would fail them all
+        busy = "requests are running" if look.has_statistics else "whether requests are running is not known"
         return warning(
             f"not tried: {busy}, and an adapter more than max_loras fails all that run; the sidecar tries it itself "
             "when it reaches the engine",
-            *(() if active else (STATISTICS_FIX,)),
+            *(() if look.has_statistics else (STATISTICS_FIX,)),
         )
     found = await prober.problem(await look.api.version())
     if found:
         return failed(found, *_fixes(found))
     return ok(f"one of {', '.join(prober.modules)} changes its answers; it stays in the engine's memory")
+
+
+async def _is_idle(look: TrtllmLook) -> bool:
+    """Return True if the engine makes no step: /metrics is emptied, and waits for one for two seconds."""
+    if not look.has_statistics:
+        return False
+    await look.api.measures()
+    return await look.api.measures() == Measures()
 
 
 def _fixes(found: str) -> Sequence[str]:

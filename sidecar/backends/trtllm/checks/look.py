@@ -27,6 +27,8 @@ class TrtllmLook:
     client: httpx.AsyncClient
     api: TrtllmApi
     facts: EngineFacts
+    has_statistics: bool = False
+    """The server publishes its steps."""
     seats: int | None = None
     """The seats that the server tells; None if it does not."""
 

@@ -82,4 +82,5 @@ async def metrics(look: TrtllmLook) -> Finding:
             STATISTICS_FIX,
             "and let nothing else read /metrics, for reading empties it (a scraper can take /prometheus/metrics)",
         )
+    look.has_statistics = True
     return ok(f"{found.kv_tokens} KV tokens, {found.steps} steps; reading /metrics empties it, so nothing else may")
