@@ -158,10 +158,10 @@ fuzz: $(DEVELOPING)
 	$(BIN)/python -m tests.fuzz.trtllm
 
 fuzz-wire: $(DEVELOPING)
-	$(BIN)/python -m tests.fuzz.wire $(if $(MESSAGES),--messages $(MESSAGES)) $(if $(SEED),--seed $(SEED)) $(if $(FLAVOUR),--flavour $(FLAVOUR))
+	$(BIN)/python -m tests.fuzz.wire $(if $(MESSAGES),--messages $(MESSAGES)) $(if $(SEED),--seed $(SEED))
 
 sim-faults: $(DEVELOPING)
-	$(BIN)/python -m tests.worlds $(if $(SEED),--seed $(SEED))
+	$(BIN)/python -m tests.worlds $(if $(SEED),--seed $(SEED)) $(if $(FLAVOUR),--flavour $(FLAVOUR))
 
 e2e-attack: $(DEVELOPING)
 	$(PYTEST) tests/e2e/attack $(SPREAD)

@@ -132,10 +132,15 @@ class SoftGated:
             return None
         self._overdue.pass_time(now_ns)
         self._slack = _slack(room.seats)
-        # While nothing runs no tenant is held back: no run would free what the others wait for (their weights are being
-        # fetched, or the host store is full of what the held-back ones need), so the hold could last for ever.
-        served_most = self._tenants.served_most(self._slack) if room.seats_free < room.seats else None
-        rule = Rule(self._overdue.most_urgent(now_ns, room.is_ready), served_most)
+        # While nothing runs, nobody is held back for a request that cannot go: no run would free what it waits for (its
+        # weights are being fetched, or the host store is full of what others need), so the hold could last for ever.
+        if room.seats_free < room.seats:
+            served_most = self._tenants.served_most(self._slack)
+            urgent = self._overdue.most_urgent(now_ns, room.is_ready)
+        else:
+            served_most = None
+            urgent = self._overdue.most_urgent(now_ns, lambda version: _could_go(version, room))
+        rule = Rule(urgent, served_most)
         first = self._waiting_for_a_slot(room, rule)
         self._gate_for(len(first), room)
         decision = self._closing(room, rule) or self._opening(room, rule, first, now_ns)
@@ -304,6 +309,10 @@ class SoftGated:
             return None
         served, request = found
         return request if rule.served_most is None or served <= rule.served_most else None
+
+
+def _could_go(version: str, room: OrderingView) -> bool:
+    return version == BASE or version in room.open or room.can_open(version)
 
 
 def _slack(seats: int) -> int:

@@ -56,6 +56,8 @@ class Room:
     seats_free: int = 100
     open: dict[str, Slot] = field(default_factory=dict)
     unready: tuple[str, ...] = ()
+    shut: tuple[str, ...] = ()
+    """Ready, but not to be opened now: the host store has no room for them."""
     backend: str = "b0"
 
     @property
@@ -66,7 +68,7 @@ class Room:
         return version not in self.unready
 
     def can_open(self, version: str) -> bool:
-        return version not in self.open and self.pages_free > 0 and self.is_ready(version)
+        return version not in self.open and self.pages_free > 0 and self.is_ready(version) and version not in self.shut
 
     def can_send(self, request_id: int) -> bool:
         return self.seats_free > 0
@@ -178,6 +180,19 @@ def test_what_cannot_be_opened_holds_nobody_back() -> None:
     assert room.obey(policy, HOUR_NS) == [Open("hot"), Send(2)]
     queue(policy, 3, "hot", 2 * HOUR_NS)
     assert room.obey(policy, 2 * HOUR_NS) == [Send(3)]
+
+
+def test_while_nothing_runs_what_cannot_be_opened_holds_nobody_back() -> None:
+    """Runs could free what an urgent request waits for. Without any, an idle engine would wait with it."""
+    policy, room = SoftGated(), Room(slots=2, shut=("cold",))
+    queue(policy, 1, "cold")
+    for number in (2, 3):
+        hot = queue(policy, number, "hot", HOUR_NS)
+    assert room.obey(policy, HOUR_NS) == [Open("hot"), Send(2)]
+    assert room.obey(policy, HOUR_NS) == []
+    end(policy, room, hot, 2 * HOUR_NS)
+    room.shut = ()
+    assert room.obey(policy, 2 * HOUR_NS)[:3] == [Close("hot"), Open("cold"), Send(1)]
 
 
 def test_nothing_is_opened_while_no_seat_is_free() -> None:

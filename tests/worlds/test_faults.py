@@ -25,6 +25,8 @@ from tests.worlds.seeds import run
 from tests.worlds.trial import SeedFailed
 
 SEEDS = range(50)
+FULL_STORE = 453
+"""Loads at a stalled engine fill the host store, and another engine idles unless younger requests may go."""
 LARGE = 0
 """A world that takes ten times as long as others."""
 QUICK = (1, 3)
@@ -40,7 +42,11 @@ def test_holds_under_faults_and_ends_in_peace(seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "seed", [pytest.param(seed, marks=pytest.mark.slow) if seed == LARGE or seed >= 12 else seed for seed in range(24)]
+    "seed",
+    [
+        pytest.param(seed, marks=pytest.mark.slow) if seed == LARGE or 12 <= seed < 24 else seed
+        for seed in [*range(24), FULL_STORE]
+    ],
 )
 def test_holds_on_pytorch_engines(seed: int) -> None:
     """The same where requests bring their adapters' paths, loads stall the loop and no batch may exceed the slots.

@@ -55,10 +55,11 @@ def refuses_keys_of_other_kinds(kind: Kind) -> None:
 
 
 def gives_reasons_for_keys_that_it_lacks(kind: Kind) -> None:
-    """Keys of `ELSEWHERE` are refused with the reason, and belong to a URL that there is."""
+    """Keys of `ELSEWHERE` are refused with the reason, and belong to URLs that there are ("a:// and b://")."""
     schemes = {scheme for other in registry.kinds() for scheme in other.section.SCHEMES}
     for owner, keys in kind.section.ELSEWHERE.items():
-        assert owner.removesuffix("://") in schemes, f"ELSEWHERE: there are no {owner} backends"
+        owners = {each.removesuffix("://") for each in owner.split(" and ")}
+        assert owners <= schemes, f"ELSEWHERE: there are no {owner} backends"
         for key, reason in keys.items():
             outer, _, inner = key.rpartition(".")
             said = _refusal(kind, {outer: {inner: "something"}} if outer else {inner: "something"})
