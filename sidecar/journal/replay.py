@@ -106,11 +106,16 @@ class SegmentFile:
         """The last line is incomplete. Known once all steps were replayed."""
         self.ending: Ending | None = None
         """Why the process ended, if the journal says so. Known once all steps were replayed."""
-        self._lines = enumerate(_lines_of(path), 1)
+        self._file = _lines_of(path)
+        self._lines = enumerate(self._file, 1)
         self._number = 0
         """The number of the line that was read last."""
-        self.header = self._read_header()
-        self.core = self._restored(allowed)
+        try:
+            self.header = self._read_header()
+            self.core = self._restored(allowed)
+        except Misused:
+            self._file.close()
+            raise
 
     @property
     def version(self) -> str:
@@ -118,6 +123,10 @@ class SegmentFile:
 
     def steps(self) -> Iterator[Replayed]:
         """Replay and yield each recorded step. Ends after a step in which the core raised."""
+        with closing(self._file):
+            yield from self._steps()
+
+    def _steps(self) -> Iterator[Replayed]:
         for step, record in enumerate(self._records(), self.header["first_step"]):
             if "raised" in record:
                 self.ending = self._ending(step, record)
@@ -220,7 +229,7 @@ class SegmentFile:
         return _not_a_segment(self.path, problem)
 
 
-def _lines_of(path: Path) -> Iterator[bytes]:
+def _lines_of(path: Path) -> Generator[bytes, None, None]:
     try:
         with path.open("rb") as file:
             yield from file

@@ -35,6 +35,7 @@ in another size.
 """
 UNRUNNABLE = ("gemma-attention",)
 """Cases whose base model the emulated engine cannot run at all: more heads than its hidden size has room for."""
+QUICK = ("falcon-grouped", "gemma-attention", "llama-patterns", "llama-rslora", "mixtral-experts", "phi3-fused")
 TOKENS, SEED, MARGIN = 16, 3, 0.03
 PROMPTS = [[BOS, *range(first, first + 1 + first % 7)] for first in range(40, 120, 4)]
 
@@ -71,7 +72,9 @@ def answers_of(case: str, shape: ModelShape, with_delta: bool) -> list[list[int]
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 async def test_a_golden_adapter_answers_as_peft_or_is_refused(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,6 +121,7 @@ async def test_killed_engines_under_load_cost_no_request_that_has_no_token(tmp_p
             assert BEGUN in fault
 
 
+@pytest.mark.slow
 async def test_a_pool_of_three_kinds_under_chaos(tmp_path: Path) -> None:
     """One name, one digest, equal answers. Each engine is killed once: what fails had tokens, and nothing is wrong."""
     known = json.loads((DEMO / "demo.json").read_text())

@@ -170,7 +170,8 @@ def _watched(backend: Any) -> list[str]:
     return seen
 
 
-async def test_files_of_a_cancelled_request_go_when_no_step_can_read_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rounds", [6, pytest.param(30, marks=pytest.mark.slow)])
+async def test_files_of_a_cancelled_request_go_when_no_step_can_read_them(tmp_path: Path, rounds: int) -> None:
     """Its client leaves, and the adapter is evicted at once, again and again: the engine lives."""
     names = write_adapters(tmp_path / "adapters", 3)
     async with (
@@ -179,7 +180,7 @@ async def test_files_of_a_cancelled_request_go_when_no_step_can_read_them(tmp_pa
         Client(served.sidecar.http_address) as client,
     ):
         other = asyncio.create_task(client.complete(BASE, tokens=900_000))
-        for round_ in range(30):
+        for round_ in range(rounds):
             name = names[round_ % 3]
             leaving = asyncio.create_task(client.complete(name, tokens=900_000))
             await until(lambda: engine.engine.counters.active == 2)

@@ -9,13 +9,18 @@ PORTS = range(20_000, 32_000)
 """Ports below those that the kernel gives to clients: a restarted server finds its port free."""
 
 
-def free_port() -> int:
-    """Return a port on which nothing listens."""
+def free_port(beside: int = 0) -> int:
+    """Return a port on which nothing listens, nor on the one that is `beside` higher."""
     while True:
         port = random.SystemRandom().choice(PORTS)
-        with socket.socket() as free:
-            try:
-                free.bind(("127.0.0.1", port))
-            except OSError:
-                continue
+        if port + beside in PORTS and _is_free(port) and _is_free(port + beside):
             return port
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as free:
+        try:
+            free.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True

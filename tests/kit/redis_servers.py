@@ -23,6 +23,8 @@ from redis.asyncio import Redis
 from tests.kit.ports import free_port
 
 PATIENCE_S = 30.0
+BUS = 10_000
+"""A member of a cluster listens on a port that is so much higher, too."""
 QUIET = ("--save", "", "--appendonly", "no")
 
 
@@ -64,7 +66,7 @@ class Server:
     async def start(self) -> None:
         """Start on the same port, without data that was only in memory. Return when it accepts connections."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.port = self.port or free_port()
+        self.port = self.port or free_port(BUS if "--cluster-enabled" in self.options else 0)
         ports = () if "--tls-port" in self.options else ("--port", str(self.port))
         options = (option.replace("PORT", str(self.port)) for option in self.options)
         with (self.folder / "log").open("ab") as log:
