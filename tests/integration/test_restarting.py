@@ -187,7 +187,8 @@ async def test_memory_is_bounded_and_nothing_fails(tmp_path: Path, steps: int) -
             f"{steps} versions, {asked} requests: at most {most} ids and {made.host_bytes} bytes, {restarts} restarts"
         )
         assert most <= LIMIT + BEYOND + 1
-        assert min(restarts.values()) >= steps // (LIMIT + BEYOND) - 1
+        # An engine misses the steps that are made while it restarts; the other has room for no more than its limit.
+        assert min(restarts.values()) >= steps // (2 * (LIMIT + BEYOND)) - 1
 
 
 async def test_a_restart_that_fails_leaves_the_engine_in_service(
