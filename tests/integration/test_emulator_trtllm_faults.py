@@ -244,7 +244,7 @@ async def test_steps_that_fail_again_and_again_end_the_loop(tmp_path: Path) -> N
     async with running_trtllm(**DUMMY, step_errors_max=2) as (server, client):
         for _ in range(2):
             assert server.died is None
-            asked = (client.complete(number, folder, tokens=300) for number, folder in enumerate(folders))
+            asked = (client.complete(number, folder, tokens=ENDLESS) for number, folder in enumerate(folders))
             answers = await asyncio.gather(*asked)
             assert {answer.status_code for answer in answers} == {400}
         await until(lambda: server.died is not None)

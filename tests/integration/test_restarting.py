@@ -174,7 +174,8 @@ async def trained(pool: Pool, steps: int) -> int:
     return asked
 
 
-@pytest.mark.parametrize("steps", [32, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [500])
 async def test_memory_is_bounded_and_nothing_fails(tmp_path: Path, steps: int) -> None:
     """Each step is a version that stays in both engines' memory; both are restarted again and again, in turn."""
     async with pool(tmp_path) as made:
