@@ -241,6 +241,7 @@ def journal_of(directory: Path, world: World, segment_bytes: int = 1 << 20) -> N
     journal.start()
     for now_ns, event in world.events:
         journal.observed(event, core.step(event, now_ns), now_ns)
+        journal.flush()  # how much a segment holds depends on what of it is written
     journal.stop()
 
 
