@@ -30,6 +30,7 @@ from sidecar.pace.cost_table import UNLIMITED_TOKENS, CostTable, Grid, cost_tabl
 from tests.kit.cli_runs import runner
 from tests.kit.corekit import BLOB_BYTES, World
 
+REQUESTS = 90
 MS = 1_000_000
 TRUE = Plane(11e6, 40_000.0, 60.0, 62_000.0)
 BATCHES = ((1, 200), (8, 500), (32, 1500), (64, 1000), (64, 3000))
@@ -246,10 +247,10 @@ def journal_of(directory: Path, world: World, segment_bytes: int = 1 << 20) -> N
 
 
 def busy_world() -> World:
-    """Return a world in which thirty requests were answered, a few at a time."""
+    """Return a world in which `REQUESTS` requests were answered, a few at a time."""
     world = World(CoreConfig(store_bytes=64 * BLOB_BYTES), host_pages=4, device_pages=4, seats=4)
     world.register("a", "b", "c")
-    for number in range(30):
+    for number in range(REQUESTS):
         world.send("abc"[number % 3])
         world.run(for_ns=8 * MS)
     world.run()
@@ -265,7 +266,7 @@ def test_a_journal_tells_who_ran_when(tmp_path: Path, segment_bytes: int) -> Non
     told: list[tuple[str, int, int]] = []
     history = read_history(tmp_path, lambda *reading: told.append(reading))
     dispatches = [effect for effect in world.effects if isinstance(effect, do.Dispatch)]
-    assert len(history.runs) == len(dispatches) == 30
+    assert len(history.runs) == len(dispatches) == REQUESTS
     assert all(run.marks and run.whole and run.over_ns is not None for run in history.runs)
     assert len(history.loads) == sum(isinstance(effect, do.Load) for effect in world.effects)
     assert told[-1][1] == told[-1][2]
@@ -279,7 +280,7 @@ def test_a_journal_that_begins_in_the_middle_still_tells(tmp_path: Path) -> None
     for path in segments[: len(segments) // 2]:
         path.unlink()
     history = read_history(tmp_path, lambda what, done, total: None)
-    assert 0 < len(history.runs) < 30
+    assert 0 < len(history.runs) < REQUESTS
     assert all(run.over_ns is not None for run in history.runs)
 
 
