@@ -104,10 +104,6 @@ class Endpoint(ABC):
         """Return why an engine that is up must be treated as a new one, None if it need not. Raises as `_reach`."""
 
     @abstractmethod
-    async def _hangs(self) -> bool:
-        """Return True if an engine with something in flight has been silent for so long that it must hang."""
-
-    @abstractmethod
     async def _steps(self) -> int | None:
         """Return the engine's step count; None if it does not publish one. Raises WIRE_ERRORS."""
 
@@ -284,6 +280,19 @@ class Endpoint(ABC):
         text = f"it {'made no step' if by_steps else 'answered no token'} within {within_s:.1f} s of a probe"
         logger.warning("%s seems to be stalled: %s; %s runs are in flight", self.id, text, len(self._runs))
         self._post(BackendProbed(self.id, False, text))
+
+    async def _hangs(self) -> bool:
+        """Return True if an engine with something in flight has been silent for so long that it must hang.
+
+        A silent engine whose steps are counted makes none. One without a count may be busy with a long answer that
+        comes all at once, so it is asked for one token.
+        """
+        if not self.pulse.is_still(monotonic()):
+            return False
+        if not self.pulse.is_counted and await self._answers(self._patience_s):
+            self.pulse.heard(monotonic())
+            return False
+        return True
 
     async def _makes_a_step(self) -> bool:
         before = None

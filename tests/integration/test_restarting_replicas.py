@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from tests.integration.test_restarting import ASKING, LIMIT, Pool
 from tests.kit.redis_servers import running
@@ -18,15 +21,11 @@ def owner(pool: list[Serving], backend: str) -> Serving:
     return next(served for served in pool if backend in owned(served) or served.sidecar.restarts.at == backend)
 
 
-async def test_engines_of_two_replicas_go_one_at_a_time(tmp_path: Path) -> None:
-    """Each tells the other what it restarts, and sees by the other's word that its engine serves meanwhile."""
+@asynccontextmanager
+async def three_replicas(tmp_path: Path, backend: dict[str, Any]) -> AsyncIterator[tuple[list[Serving], Pool]]:
+    """Run three replicas before two engines. The first owns none by its name; steps are loaded through it."""
     folder = tmp_path / "adapters"
     write_adapters(folder, 2)
-    backend = entry_of(tmp_path, 4, 8) | {
-        "host_versions_max": LIMIT,
-        "host_versions_on_limit": "drain",
-        "restart": {"command": ["sh", "-c", ASKING, str(folder)]},
-    }
     async with (
         running(tmp_path / "redis") as redis,
         TrtllmProcess(*SLOTS) as one,
@@ -36,10 +35,21 @@ async def test_engines_of_two_replicas_go_one_at_a_time(tmp_path: Path) -> None:
         ) as pool,
     ):
         (folder / "steps").mkdir()
-        # By their names; the first replica owns none.
-        assert [owned(served) for served in pool] == [set(), {"b0"}, {"b1"}]
         made = Pool(folder, {"b0": one, "b1": two}, {"b0": [], "b1": []})
         made.served = pool[0]
+        yield pool, made
+
+
+async def test_engines_of_two_replicas_go_one_at_a_time(tmp_path: Path) -> None:
+    """Each tells the other what it restarts, and sees by the other's word that its engine serves meanwhile."""
+    backend = entry_of(tmp_path, 4, 8) | {
+        "host_versions_max": LIMIT,
+        "host_versions_on_limit": "drain",
+        "restart": {"command": ["sh", "-c", ASKING, str(tmp_path / "adapters")]},
+    }
+    async with three_replicas(tmp_path, backend) as (pool, made):
+        # By their names; the first replica owns none.
+        assert [owned(served) for served in pool] == [set(), {"b0"}, {"b1"}]
 
         def is_full(backend: str) -> bool:
             wear = owner(pool, backend).sidecar.gateway.backends[backend].wear
@@ -67,20 +77,8 @@ async def test_engines_of_two_replicas_go_one_at_a_time(tmp_path: Path) -> None:
 
 async def test_the_next_owner_of_an_engine_counts_on(tmp_path: Path) -> None:
     """An engine has what its last owner gave it; the probes, which each owner gives it, may be counted twice."""
-    folder = tmp_path / "adapters"
-    write_adapters(folder, 2)
     backend = entry_of(tmp_path, 4, 8) | {"host_versions_max": LIMIT}
-    async with (
-        running(tmp_path / "redis") as redis,
-        TrtllmProcess(*SLOTS) as one,
-        TrtllmProcess(*SLOTS) as two,
-        replicas(
-            3, redis.url, [one, two], folder, backend=backend, lease_s=CALM_S, openai={"load_calls": True}
-        ) as pool,
-    ):
-        (folder / "steps").mkdir()
-        made = Pool(folder, {"b0": one, "b1": two}, {"b0": [], "b1": []})
-        made.served = pool[0]  # it owns none, and goes on
+    async with three_replicas(tmp_path, backend) as (pool, made):
         for step in range(5):
             await made.load(step)
         await made.note("b0")

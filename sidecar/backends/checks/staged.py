@@ -11,16 +11,19 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from safetensors.numpy import save_file
 
 from sidecar.adapters.base_model import BaseModel
-from sidecar.adapters.peft import read_adapter
+from sidecar.adapters.peft import WEIGHTS_FILE_NAME, read_adapter
+from sidecar.adapters.peft_config import FILE_NAME
 from sidecar.adapters.staging import FOLDER_MODE, AdaptersDir, Staging
 from sidecar.backends.checks.finding import Finding, failed, ok, skipped
 from sidecar.core.facts import Layout, packed_key
@@ -138,14 +141,21 @@ def _write(source: Path, base: BaseModel, rank: int) -> None:
         f"{prefix}.lora_A.weight": np.full((rank, in_dim), 2**-6, np.float16),
         f"{prefix}.lora_B.weight": np.zeros((out_dim, rank), np.float16),
     }
-    save_file(tensors, source / "adapter_model.safetensors")
+    write_peft(source, tensors, rank, rank, [PROJECTIONS[module]], base.name)
+
+
+def write_peft(
+    folder: Path, tensors: dict[str, npt.NDArray[Any]], rank: int, alpha: int, modules: Iterable[str], base: str = ""
+) -> None:
+    """Write a PEFT adapter of these tensors; `modules` are the names of modules, of which the last parts count."""
+    save_file(tensors, folder / WEIGHTS_FILE_NAME)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base.name or "not named",
+        "base_model_name_or_path": base or "not named",
         "r": rank,
-        "lora_alpha": rank,
-        "target_modules": [PROJECTIONS[module].rpartition(".")[2]],
+        "lora_alpha": alpha,
+        "target_modules": sorted({module.rpartition(".")[2] for module in modules}),
         "bias": "none",
     }
-    (source / "adapter_config.json").write_text(json.dumps(config))
+    (folder / FILE_NAME).write_text(json.dumps(config))

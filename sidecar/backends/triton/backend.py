@@ -202,9 +202,6 @@ class TritonBackend(Endpoint):
     async def _look(self) -> str | None:
         return await self._server.look()
 
-    async def _hangs(self) -> bool:
-        return await self._server.hangs()
-
     async def _steps(self) -> int | None:
         return await self._server.steps()
 

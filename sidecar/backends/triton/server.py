@@ -142,19 +142,6 @@ class Server:
             return "it has restarted: its iteration counter went back"
         return CHANGED if changed else None
 
-    async def hangs(self) -> bool:
-        """Return True if an engine with something in flight hangs.
-
-        A silent engine whose steps are counted makes none. One without a count may be busy with a long answer that
-        comes all at once, so it is asked for one token.
-        """
-        if not self.pulse.is_still(monotonic()):
-            return False
-        if not self.pulse.is_counted and await self.answers(self._entry.progress_timeout_s):
-            self.pulse.heard(monotonic())
-            return False
-        return True
-
     def distrust(self) -> None:
         """Trust a lost engine again only once it has answered a token."""
         self._distrusted = True

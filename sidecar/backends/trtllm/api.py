@@ -14,11 +14,10 @@ import httpx
 
 from sidecar.backends.faults import Wrote, nobody_wrote
 from sidecar.backends.openai.run import epoch_header, message_of
+from sidecar.backends.openai.server import PROBE_TIMEOUT_S, OpenAiServer
 from sidecar.core.enums import Fault
 from sidecar.errors import Misused, Reason
 
-PROBE_TIMEOUT_S = 5.0
-"""/metrics takes two seconds while the engine is idle."""
 OWNER = "tensorrt_llm"
 
 _TEXTS: tuple[tuple[tuple[str, ...], Fault], ...] = (
@@ -79,18 +78,8 @@ class Lora:
         return {"lora_name": self.name, "lora_int_id": self.task_id, "lora_path": self.path}
 
 
-class TrtllmApi:
-    """One server. Every question raises httpx.HTTPError if it is not answered."""
-
-    def __init__(self, backend: str, client: httpx.AsyncClient) -> None:
-        self._backend = backend
-        self._client = client
-
-    async def healthy(self) -> None:
-        """Return if the server does not say that its engine is gone; 1.2.1 never says so. Raises Misused if it does."""
-        reply = await self._client.get("/health", timeout=PROBE_TIMEOUT_S)
-        if reply.status_code != httpx.codes.OK:
-            raise Misused(Reason.BACKEND_UNREACHABLE, f"{self._backend}: /health answers {reply.status_code}")
+class TrtllmApi(OpenAiServer):
+    """One server. 1.2.1 is healthy by its own word even if its engine is gone."""
 
     async def version(self) -> str:
         """Return the server's version, "" if it does not say."""

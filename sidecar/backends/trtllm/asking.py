@@ -6,15 +6,14 @@ The server refuses members that it does not know. Their names are those of `Comp
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
-from typing import Any
 
 from sidecar.backends.api import HttpForm, Reply
 from sidecar.backends.kind import Ask, Asking, Piece
+from sidecar.backends.openai.asking import COMPLETIONS, completion
 from sidecar.backends.openai.events import record_of
 
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+CHAT = "/v1/chat/completions"
 LORA = "lora_request"
 _BOTH = frozenset(
     {
@@ -40,9 +39,6 @@ _REFUSED = {
     LORA: 'the sidecar names the adapter to the engine itself; name it in "model"',
     "disaggregated_params": "it says which server computes the prompt, which the sidecar does not do",
 }
-_OPTIONAL = (
-    "temperature", "top_k", "top_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty",
-)  # fmt: skip
 
 
 def why_not_client(path: str, members: Collection[str]) -> tuple[str, str]:
@@ -56,19 +52,7 @@ def why_not_client(path: str, members: Collection[str]) -> tuple[str, str]:
 
 
 def _write(ask: Ask, streams: bool) -> HttpForm:
-    body: dict[str, Any] = {
-        "prompt": ask.text if ask.text is not None else list(ask.token_ids),
-        "max_tokens": ask.max_tokens,
-        "stream": streams,
-        **{field: getattr(ask, field) for field in _OPTIONAL if getattr(ask, field) is not None},
-    }
-    if ask.text is None:
-        body["detokenize"] = False
-    if ask.ignore_eos:
-        body["ignore_eos"] = True
-    if ask.stop_words:
-        body["stop"] = list(ask.stop_words)
-    return HttpForm(COMPLETIONS, b'{"model":', b"," + json.dumps(body).encode()[1:], ask.model, streams)
+    return completion(ask, streams, **({"detokenize": False} if ask.text is None else {}))
 
 
 class _Reader:

@@ -179,14 +179,6 @@ class TrtllmBackend(Endpoint):
         self._is_said_to_restart = True
         super().restarted()
 
-    async def _hangs(self) -> bool:
-        if not self.pulse.is_still(monotonic()):
-            return False
-        if not self.pulse.is_counted and await self._answers(self._patience_s):
-            self.pulse.heard(monotonic())
-            return False
-        return True
-
     async def _steps(self) -> int | None:
         return (await self._api.measures()).steps
 

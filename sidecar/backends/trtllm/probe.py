@@ -8,7 +8,6 @@ of each module alone is tried, too: one of which the engine would leave out ever
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -18,13 +17,12 @@ from typing import TYPE_CHECKING
 
 import httpx
 import numpy as np
-from safetensors.numpy import save_file
 
 from sidecar.adapters.base_model import BaseModel
 from sidecar.adapters.canonical import NAMES
 from sidecar.adapters.staging import AdaptersDir
 from sidecar.backends.checks.finding import State
-from sidecar.backends.checks.staged import folder_at, staged
+from sidecar.backends.checks.staged import folder_at, staged, write_peft
 from sidecar.backends.trtllm.api import Lora, TrtllmApi
 from sidecar.core.facts import task_id_of
 from sidecar.errors import SidecarError
@@ -135,14 +133,4 @@ def write_probe(modules: Sequence[str], source: Path, base: BaseModel, rank: int
         signs = random.integers(0, 2, (rank, in_dim)) * 2 - 1
         tensors[f"{path}.lora_A.weight"] = (signs / np.sqrt(in_dim)).astype(np.float16)
         tensors[f"{path}.lora_B.weight"] = (random.integers(0, 2, (out_dim, rank)) * 2 - 1).astype(np.float16)
-    save_file(tensors, source / "adapter_model.safetensors")
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base.name or "not named",
-        "r": rank,
-        "lora_alpha": STRENGTH * rank,
-        "target_modules": sorted({NAMES[module].rpartition(".")[2] for module in modules}),
-        "bias": "none",
-    }
-    (source / "adapter_config.json").write_text(json.dumps(config))
+    write_peft(source, tensors, rank, STRENGTH * rank, (NAMES[module] for module in modules), base.name)

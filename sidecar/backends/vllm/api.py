@@ -12,10 +12,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sidecar.backends.faults import Wrote, nobody_wrote
 from sidecar.backends.openai.run import epoch_header, message_of
+from sidecar.backends.openai.server import PROBE_TIMEOUT_S, OpenAiServer
 from sidecar.core.enums import Fault
 from sidecar.errors import Misused, Reason
 
-PROBE_TIMEOUT_S = 5.0
 OLDEST = (0, 32)
 """In older versions a load under traffic could serve another adapter's weights (vllm#47724)."""
 NO_SUCH_MODEL = re.compile(r"The model `.*` does not exist")
@@ -67,18 +67,8 @@ class Served:
     adapters: dict[str, str]
 
 
-class VllmApi:
-    """One server. Every question raises httpx.HTTPError if it is not answered."""
-
-    def __init__(self, backend: str, client: httpx.AsyncClient) -> None:
-        self._backend = backend
-        self._client = client
-
-    async def healthy(self) -> None:
-        """Return if the engine lives. Raises Misused if the server says that it does not."""
-        reply = await self._client.get("/health", timeout=PROBE_TIMEOUT_S)
-        if reply.status_code != httpx.codes.OK:
-            raise Misused(Reason.BACKEND_UNREACHABLE, f"{self._backend}: /health answers {reply.status_code}")
+class VllmApi(OpenAiServer):
+    """One server."""
 
     async def version(self) -> Version:
         """Return the server's version. Raises Misused if it is no vLLM."""

@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 from sidecar.backends.api import HttpForm, Reply
 from sidecar.backends.kind import Ask, Asking, Piece
+from sidecar.backends.openai.asking import completion
 from sidecar.backends.openai.events import record_of
-
-COMPLETIONS = "/v1/completions"
-_OPTIONAL = (
-    "temperature", "top_k", "top_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty",
-)  # fmt: skip
 
 
 def _write(ask: Ask, streams: bool) -> HttpForm:
-    body: dict[str, Any] = {
-        "prompt": ask.text if ask.text is not None else list(ask.token_ids),
-        "max_tokens": ask.max_tokens,
-        "stream": streams,
-        "return_token_ids": True,
-        **{field: getattr(ask, field) for field in _OPTIONAL if getattr(ask, field) is not None},
-    }
-    if ask.ignore_eos:
-        body["ignore_eos"] = True
-    if ask.stop_words:
-        body["stop"] = list(ask.stop_words)
-    return HttpForm(COMPLETIONS, b'{"model":', b"," + json.dumps(body).encode()[1:], ask.model, streams)
+    return completion(ask, streams, return_token_ids=True)
 
 
 class _Reader:

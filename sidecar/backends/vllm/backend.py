@@ -142,14 +142,6 @@ class VllmBackend(Endpoint):
             return "it has restarted"
         return None
 
-    async def _hangs(self) -> bool:
-        if not self.pulse.is_still(monotonic()):
-            return False
-        if not self.pulse.is_counted and await self._answers(self._patience_s):
-            self.pulse.heard(monotonic())
-            return False
-        return True
-
     async def _steps(self) -> int | None:
         return (await self._api.measures()).steps
 

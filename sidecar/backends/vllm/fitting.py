@@ -15,7 +15,6 @@ again.
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import secrets
 import shutil
@@ -28,13 +27,11 @@ from pathlib import Path
 import httpx
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from sidecar.adapters.modules import locate
 from sidecar.adapters.peft import WEIGHTS_FILE_NAME
-from sidecar.adapters.peft_config import FILE_NAME
 from sidecar.adapters.staging import FOLDER_MODE, AdaptersDir
-from sidecar.backends.checks.staged import PREFIX
+from sidecar.backends.checks.staged import PREFIX, write_peft
 from sidecar.backends.openai.run import message_of
 from sidecar.backends.vllm.api import VllmApi
 
@@ -170,17 +167,7 @@ def _write(shared: Path, piece: Piece, side: str, size: int) -> Path:
         f"{prefix}.lora_A.weight": np.zeros((1, in_dim), np.float16),
         f"{prefix}.lora_B.weight": np.zeros((out_dim, 1), np.float16),
     }
-    save_file(tensors, own / WEIGHTS_FILE_NAME)
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": "not named",
-        "r": 1,
-        "lora_alpha": 1,
-        "target_modules": [piece.path.rpartition(".")[2]],
-        "bias": "none",
-    }
-    (own / FILE_NAME).write_text(json.dumps(config))
+    write_peft(own, tensors, 1, 1, [piece.path])
     for file in own.iterdir():
         file.chmod(0o644)
     return own

@@ -191,9 +191,6 @@ class ToyBackend(Endpoint):
         self.pulse.counted(self._hello["steps"], monotonic())
         return None if self._hello["start"] == before["start"] else "it has restarted"
 
-    async def _hangs(self) -> bool:
-        return self.pulse.is_still(monotonic())
-
     async def _steps(self) -> int | None:
         return int((await ask(self.address, do="hello"))["steps"])
 

@@ -1,0 +1,30 @@
+"""Put a request of our own to an engine's `/v1/completions`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from sidecar.backends.api import HttpForm
+from sidecar.backends.kind import Ask
+
+COMPLETIONS = "/v1/completions"
+_OPTIONAL = (
+    "temperature", "top_k", "top_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
+
+
+def completion(ask: Ask, streams: bool, **more: Any) -> HttpForm:
+    """Return the request for text or token ids; `more` are members that only this kind of engine knows."""
+    body: dict[str, Any] = {
+        "prompt": ask.text if ask.text is not None else list(ask.token_ids),
+        "max_tokens": ask.max_tokens,
+        "stream": streams,
+        **more,
+        **{field: getattr(ask, field) for field in _OPTIONAL if getattr(ask, field) is not None},
+    }
+    if ask.ignore_eos:
+        body["ignore_eos"] = True
+    if ask.stop_words:
+        body["stop"] = list(ask.stop_words)
+    return HttpForm(COMPLETIONS, b'{"model":', b"," + json.dumps(body).encode()[1:], ask.model, streams)

@@ -1,0 +1,24 @@
+"""Ask an OpenAI server what is no request: the part that is the same for all."""
+
+from __future__ import annotations
+
+import httpx
+
+from sidecar.errors import Misused, Reason
+
+PROBE_TIMEOUT_S = 5.0
+"""Time for an answer to a question about the server; trtllm-serve's /metrics takes two seconds while it is idle."""
+
+
+class OpenAiServer:
+    """One server. Every question raises httpx.HTTPError if it is not answered."""
+
+    def __init__(self, backend: str, client: httpx.AsyncClient) -> None:
+        self._backend = backend
+        self._client = client
+
+    async def healthy(self) -> None:
+        """Return if the server does not say that its engine is gone. Raises Misused if it does."""
+        reply = await self._client.get("/health", timeout=PROBE_TIMEOUT_S)
+        if reply.status_code != httpx.codes.OK:
+            raise Misused(Reason.BACKEND_UNREACHABLE, f"{self._backend}: /health answers {reply.status_code}")
