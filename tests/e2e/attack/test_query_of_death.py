@@ -37,6 +37,8 @@ FREE = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--http", "127.0.0.
 SLOW = {"compute": "none", "shape": "tiny", "time_scale": 1.0, "seats": 1}
 CRASHED = 70
 WAITS = re.compile(r'^lora_sidecar_queued_requests\{backend="[^"]+"\} 1\.0$', re.MULTILINE)
+"""A request waits at the engine."""
+DRAINS = re.compile("shutting down")
 
 
 @pytest.fixture
@@ -139,7 +141,7 @@ async def test_a_request_on_which_the_core_raises_ends_the_process(adapters: Pat
             running = asyncio.create_task(begun.go(sidecar.data, "sql", 2000))
             await begun.begun.wait()
             waiting = asyncio.create_task(waits.go(sidecar.data, "chef", 4))
-            await one_waits(sidecar.http)
+            await answers(sidecar.http, "/metrics", WAITS)
             await poison.go(sidecar.data, "poison", 4, "the-client's-own-id")
             await asyncio.gather(running, waiting)
             assert await sidecar.exit_code() == CRASHED
@@ -158,10 +160,10 @@ async def test_a_request_on_which_the_core_raises_ends_the_process(adapters: Pat
             assert (await served.ask("poison", 4)).tokens == served.expected("poison", 4)
 
 
-async def one_waits(http: str) -> None:
-    """Return when a request waits at the engine, as the metrics say."""
+async def answers(http: str, path: str, expected: re.Pattern[str]) -> None:
+    """Return when a probe answers so."""
     async with httpx.AsyncClient() as client, asyncio.timeout(60):
-        while not WAITS.search((await client.get(f"http://{http}/metrics")).text):
+        while not expected.search((await client.get(f"http://{http}{path}")).text):
             await asyncio.sleep(0.02)
 
 
@@ -174,9 +176,9 @@ async def test_a_sidecar_that_drains_when_its_core_raises_ends_too(adapters: Pat
             running = asyncio.create_task(begun.go(sidecar.data, "sql", 2000))
             await begun.begun.wait()
             sidecar.process.send_signal(signal.SIGTERM)
-            refused = Ask()
-            while refused.reason != "DRAINING":
-                refused = await Ask().go(sidecar.data, "chef", 4)
+            await answers(sidecar.http, "/readyz", DRAINS)
+            refused = await Ask().go(sidecar.data, "chef", 4)
+            assert refused.reason == "DRAINING"
             await Ask().go(sidecar.data, "poison", 4)
             sidecar.process.send_signal(signal.SIGTERM)
             await running
