@@ -22,6 +22,7 @@ from tests.kit.trtllm_served import entry_of, fronted
 
 SLOTS = ("--max-loras", "4", "--max-cpu-loras", "8")
 LIMIT = 20
+STEPS = 500
 BEYOND = 6
 """Steps that a trainer may make while an engine that is at its limit waits for its turn."""
 KEPT = 4
@@ -175,21 +176,20 @@ async def trained(pool: Pool, steps: int) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [500])
-async def test_memory_is_bounded_and_nothing_fails(tmp_path: Path, steps: int) -> None:
+async def test_memory_is_bounded_and_nothing_fails(tmp_path: Path) -> None:
     """Each step is a version that stays in both engines' memory; both are restarted again and again, in turn."""
     async with pool(tmp_path) as made:
-        asked = await trained(made, steps)
+        asked = await trained(made, STEPS)
         for backend in made.engines:
             await made.agree(backend)
         most = max(max(ids) for ids in made.ids.values())
         restarts = {backend: len(ids) - 1 for backend, ids in made.ids.items()}
         print(
-            f"{steps} versions, {asked} requests: at most {most} ids and {made.host_bytes} bytes, {restarts} restarts"
+            f"{STEPS} versions, {asked} requests: at most {most} ids and {made.host_bytes} bytes, {restarts} restarts"
         )
         assert most <= LIMIT + BEYOND + 1
         # An engine misses the steps that are made while it restarts; the other has room for no more than its limit.
-        assert min(restarts.values()) >= steps // (2 * (LIMIT + BEYOND)) - 1
+        assert min(restarts.values()) >= STEPS // (2 * (LIMIT + BEYOND)) - 1
 
 
 async def test_a_restart_that_fails_leaves_the_engine_in_service(

@@ -226,19 +226,14 @@ class Proxy:
             writer.transport.abort()
         await self._server.wait_closed()
 
-    @property
-    def _is_serving(self) -> bool:
-        """A connection that was accepted just before a cut has its task run after it."""
-        return self._server is not None and self._server.is_serving()
-
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         ends = {writer}
         self._writers.add(writer)  # before the other end is there, so that a cut in between breaks this one too
         try:
             there, back = await asyncio.open_connection("127.0.0.1", self._target)
             ends.add(back)
-            if writer.is_closing() or not self._is_serving:
-                return
+            if writer.is_closing() or self._server is None or not self._server.is_serving():
+                return  # it was cut meanwhile, or accepted just before the cut
             self._writers.add(back)
             await asyncio.gather(_pump(reader, back), _pump(there, writer))
         except OSError:

@@ -147,7 +147,7 @@ def _write(source: Path, base: BaseModel, rank: int) -> None:
 def write_peft(
     folder: Path, tensors: dict[str, npt.NDArray[Any]], rank: int, alpha: int, modules: Iterable[str], base: str = ""
 ) -> None:
-    """Write a PEFT adapter of these tensors; `modules` are the names of modules, of which the last parts count."""
+    """Write a PEFT adapter of these tensors. Its target modules are the last parts of the names in `modules`."""
     save_file(tensors, folder / WEIGHTS_FILE_NAME)
     config = {
         "peft_type": "LORA",

@@ -1,4 +1,4 @@
-"""Put a request of our own to an engine's `/v1/completions`."""
+"""Write a request of our own for an engine's `/v1/completions`."""
 
 from __future__ import annotations
 

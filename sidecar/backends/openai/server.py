@@ -1,4 +1,4 @@
-"""Ask an OpenAI server what is no request: the part that is the same for all."""
+"""What any OpenAI server can be asked about itself, apart from completions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class OpenAiServer:
         self._client = client
 
     async def healthy(self) -> None:
-        """Return if the server does not say that its engine is gone. Raises Misused if it does."""
+        """Raise Misused if the server reports that its engine is gone."""
         reply = await self._client.get("/health", timeout=PROBE_TIMEOUT_S)
         if reply.status_code != httpx.codes.OK:
             raise Misused(Reason.BACKEND_UNREACHABLE, f"{self._backend}: /health answers {reply.status_code}")

@@ -79,7 +79,7 @@ class Lora:
 
 
 class TrtllmApi(OpenAiServer):
-    """One server. 1.2.1 is healthy by its own word even if its engine is gone."""
+    """One server. Version 1.2.1 reports itself healthy even if its engine is gone."""
 
     async def version(self) -> str:
         """Return the server's version, "" if it does not say."""

@@ -178,10 +178,10 @@ async def test_a_client_that_ends_two_owners_ends_its_own_requests_only(adapters
         async with stranger(engine, adapters) as other:
             await other.keep_seat()
             innocent = asyncio.create_task(front.serving.ask("a01"))
-            # Without Redis nobody takes a lease, so that the owners follow each other in this order: a crash releases
-            # the lease, and whoever sees that first may be another than the preferred one.
-            for other_than_next in (third, front):
-                await other_than_next.redis.cut()
+            # A crash releases the lease, and the first replica to see that takes it, preferred or not. One without
+            # Redis takes none, so that the owners follow each other in a known order.
+            for replica_ in (third, front):
+                await replica_.redis.cut()
             for owner in (first, second):
                 await until(lambda owner=owner: len(owner.state.requests) == 1)  # type: ignore[misc]
                 if owner is second:

@@ -161,7 +161,7 @@ async def test_a_request_on_which_the_core_raises_ends_the_process(adapters: Pat
 
 
 async def answers(http: str, path: str, expected: re.Pattern[str]) -> None:
-    """Return when a probe answers so."""
+    """Return once a probe's answer has the expected text."""
     async with httpx.AsyncClient() as client, asyncio.timeout(60):
         while not expected.search((await client.get(f"http://{http}{path}")).text):
             await asyncio.sleep(0.02)
