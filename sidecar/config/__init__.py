@@ -15,7 +15,9 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from sidecar.config.access import Access
 from sidecar.config.adapters import Adapters, Origins, Store
+from sidecar.config.identity import Identity
 from sidecar.config.listeners import Listeners, is_local
 from sidecar.config.openai import LOAD_WAIT_S_MAX, LOADS, OpenAi
 from sidecar.config.queue import Queue, RequestClass
@@ -33,6 +35,8 @@ class Config(Section):
     backends: tuple[dict[str, Any], ...] = ()
     """As written: `backends.registry.entries_of` validates each by its kind."""
     openai: OpenAi = OpenAi()
+    identity: Identity = Identity()
+    access: Access = Access()
     adapters: Adapters = Adapters()
     origins: Origins = Origins()
     store: Store = Store()

@@ -283,7 +283,7 @@ class UnregisterResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "version", "digest", "base_model", "path", "rank", "modules", "dtype", "pinned", "allow", "quarantined", "requests", "store", "backends", "versions", "canary_weight", "canary_version", "managed_by", "held_s")
+    __slots__ = ("name", "version", "digest", "base_model", "path", "rank", "modules", "dtype", "pinned", "allow", "quarantined", "requests", "store", "backends", "versions", "canary_weight", "canary_version", "managed_by", "held_s", "paused_s")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -303,6 +303,7 @@ class Adapter(_message.Message):
     CANARY_VERSION_FIELD_NUMBER: _ClassVar[int]
     MANAGED_BY_FIELD_NUMBER: _ClassVar[int]
     HELD_S_FIELD_NUMBER: _ClassVar[int]
+    PAUSED_S_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     digest: str
@@ -322,7 +323,326 @@ class Adapter(_message.Message):
     canary_version: str
     managed_by: str
     held_s: float
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., digest: _Optional[str] = ..., base_model: _Optional[str] = ..., path: _Optional[str] = ..., rank: _Optional[int] = ..., modules: _Optional[_Iterable[str]] = ..., dtype: _Optional[str] = ..., pinned: _Optional[bool] = ..., allow: _Optional[_Iterable[str]] = ..., quarantined: _Optional[str] = ..., requests: _Optional[int] = ..., store: _Optional[_Iterable[_Union[StoreCopy, _Mapping]]] = ..., backends: _Optional[_Iterable[_Union[Residency, _Mapping]]] = ..., versions: _Optional[_Iterable[_Union[Version, _Mapping]]] = ..., canary_weight: _Optional[int] = ..., canary_version: _Optional[str] = ..., managed_by: _Optional[str] = ..., held_s: _Optional[float] = ...) -> None: ...
+    paused_s: float
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., digest: _Optional[str] = ..., base_model: _Optional[str] = ..., path: _Optional[str] = ..., rank: _Optional[int] = ..., modules: _Optional[_Iterable[str]] = ..., dtype: _Optional[str] = ..., pinned: _Optional[bool] = ..., allow: _Optional[_Iterable[str]] = ..., quarantined: _Optional[str] = ..., requests: _Optional[int] = ..., store: _Optional[_Iterable[_Union[StoreCopy, _Mapping]]] = ..., backends: _Optional[_Iterable[_Union[Residency, _Mapping]]] = ..., versions: _Optional[_Iterable[_Union[Version, _Mapping]]] = ..., canary_weight: _Optional[int] = ..., canary_version: _Optional[str] = ..., managed_by: _Optional[str] = ..., held_s: _Optional[float] = ..., paused_s: _Optional[float] = ...) -> None: ...
+
+class PauseRequest(_message.Message):
+    __slots__ = ("name", "for_s")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    FOR_S_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    for_s: float
+    def __init__(self, name: _Optional[str] = ..., for_s: _Optional[float] = ...) -> None: ...
+
+class ListRequestsRequest(_message.Message):
+    __slots__ = ("adapter", "backend", "tenant", "limit")
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    adapter: str
+    backend: str
+    tenant: str
+    limit: int
+    def __init__(self, adapter: _Optional[str] = ..., backend: _Optional[str] = ..., tenant: _Optional[str] = ..., limit: _Optional[int] = ...) -> None: ...
+
+class ListRequestsResponse(_message.Message):
+    __slots__ = ("requests", "total")
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    requests: _containers.RepeatedCompositeFieldContainer[OpenRequest]
+    total: int
+    def __init__(self, requests: _Optional[_Iterable[_Union[OpenRequest, _Mapping]]] = ..., total: _Optional[int] = ...) -> None: ...
+
+class OpenRequest(_message.Message):
+    __slots__ = ("request", "request_id", "adapter", "version", "tenant", "backend", "state", "age_s", "input_tokens", "output_tokens_max")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    CLASS_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    INPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_MAX_FIELD_NUMBER: _ClassVar[int]
+    request: int
+    request_id: str
+    adapter: str
+    version: str
+    tenant: str
+    backend: str
+    state: str
+    age_s: float
+    input_tokens: int
+    output_tokens_max: int
+    def __init__(self, request: _Optional[int] = ..., request_id: _Optional[str] = ..., adapter: _Optional[str] = ..., version: _Optional[str] = ..., tenant: _Optional[str] = ..., backend: _Optional[str] = ..., state: _Optional[str] = ..., age_s: _Optional[float] = ..., input_tokens: _Optional[int] = ..., output_tokens_max: _Optional[int] = ..., **kwargs) -> None: ...
+
+class CancelRequest(_message.Message):
+    __slots__ = ("request_id", "adapter", "tenant")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    adapter: str
+    tenant: str
+    def __init__(self, request_id: _Optional[str] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
+
+class CancelResponse(_message.Message):
+    __slots__ = ("cancelled",)
+    CANCELLED_FIELD_NUMBER: _ClassVar[int]
+    cancelled: int
+    def __init__(self, cancelled: _Optional[int] = ...) -> None: ...
+
+class CreateKeyRequest(_message.Message):
+    __slots__ = ("tenant", "expires_s", "roles", "groups", "note")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_S_FIELD_NUMBER: _ClassVar[int]
+    ROLES_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    CLASS_FIELD_NUMBER: _ClassVar[int]
+    NOTE_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    expires_s: float
+    roles: _containers.RepeatedScalarFieldContainer[str]
+    groups: _containers.RepeatedScalarFieldContainer[str]
+    note: str
+    def __init__(self, tenant: _Optional[str] = ..., expires_s: _Optional[float] = ..., roles: _Optional[_Iterable[str]] = ..., groups: _Optional[_Iterable[str]] = ..., note: _Optional[str] = ..., **kwargs) -> None: ...
+
+class CreateKeyResponse(_message.Message):
+    __slots__ = ("secret", "key")
+    SECRET_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    secret: str
+    key: Key
+    def __init__(self, secret: _Optional[str] = ..., key: _Optional[_Union[Key, _Mapping]] = ...) -> None: ...
+
+class Key(_message.Message):
+    __slots__ = ("id", "tenant", "roles", "groups", "note", "created_by", "created_at", "expires_at", "revoked_at", "used_at", "state")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    ROLES_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    CLASS_FIELD_NUMBER: _ClassVar[int]
+    NOTE_FIELD_NUMBER: _ClassVar[int]
+    CREATED_BY_FIELD_NUMBER: _ClassVar[int]
+    CREATED_AT_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
+    REVOKED_AT_FIELD_NUMBER: _ClassVar[int]
+    USED_AT_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    tenant: str
+    roles: _containers.RepeatedScalarFieldContainer[str]
+    groups: _containers.RepeatedScalarFieldContainer[str]
+    note: str
+    created_by: str
+    created_at: float
+    expires_at: float
+    revoked_at: float
+    used_at: float
+    state: str
+    def __init__(self, id: _Optional[str] = ..., tenant: _Optional[str] = ..., roles: _Optional[_Iterable[str]] = ..., groups: _Optional[_Iterable[str]] = ..., note: _Optional[str] = ..., created_by: _Optional[str] = ..., created_at: _Optional[float] = ..., expires_at: _Optional[float] = ..., revoked_at: _Optional[float] = ..., used_at: _Optional[float] = ..., state: _Optional[str] = ..., **kwargs) -> None: ...
+
+class ListKeysRequest(_message.Message):
+    __slots__ = ("tenant",)
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    def __init__(self, tenant: _Optional[str] = ...) -> None: ...
+
+class ListKeysResponse(_message.Message):
+    __slots__ = ("keys",)
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    keys: _containers.RepeatedCompositeFieldContainer[Key]
+    def __init__(self, keys: _Optional[_Iterable[_Union[Key, _Mapping]]] = ...) -> None: ...
+
+class RevokeKeyRequest(_message.Message):
+    __slots__ = ("id",)
+    ID_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    def __init__(self, id: _Optional[str] = ...) -> None: ...
+
+class Limit(_message.Message):
+    __slots__ = ("tenant", "adapter", "tokens", "requests_per_minute", "requests_per_hour", "requests_per_day", "tokens_per_minute", "tokens_per_hour", "tokens_per_day", "concurrent", "queued_tokens", "max_tokens", "default_max_tokens", "source", "taken")
+    class TakenEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    CLASS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_PER_MINUTE_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_PER_HOUR_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_PER_DAY_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_MINUTE_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_HOUR_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_DAY_FIELD_NUMBER: _ClassVar[int]
+    CONCURRENT_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    TAKEN_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    adapter: str
+    tokens: str
+    requests_per_minute: int
+    requests_per_hour: int
+    requests_per_day: int
+    tokens_per_minute: int
+    tokens_per_hour: int
+    tokens_per_day: int
+    concurrent: int
+    queued_tokens: int
+    max_tokens: int
+    default_max_tokens: int
+    source: str
+    taken: _containers.ScalarMap[str, int]
+    def __init__(self, tenant: _Optional[str] = ..., adapter: _Optional[str] = ..., tokens: _Optional[str] = ..., requests_per_minute: _Optional[int] = ..., requests_per_hour: _Optional[int] = ..., requests_per_day: _Optional[int] = ..., tokens_per_minute: _Optional[int] = ..., tokens_per_hour: _Optional[int] = ..., tokens_per_day: _Optional[int] = ..., concurrent: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., default_max_tokens: _Optional[int] = ..., source: _Optional[str] = ..., taken: _Optional[_Mapping[str, int]] = ..., **kwargs) -> None: ...
+
+class ListLimitsRequest(_message.Message):
+    __slots__ = ("tenant",)
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    def __init__(self, tenant: _Optional[str] = ...) -> None: ...
+
+class ListLimitsResponse(_message.Message):
+    __slots__ = ("limits",)
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    limits: _containers.RepeatedCompositeFieldContainer[Limit]
+    def __init__(self, limits: _Optional[_Iterable[_Union[Limit, _Mapping]]] = ...) -> None: ...
+
+class RemoveLimitRequest(_message.Message):
+    __slots__ = ("tenant", "adapter")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    CLASS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    adapter: str
+    def __init__(self, tenant: _Optional[str] = ..., adapter: _Optional[str] = ..., **kwargs) -> None: ...
+
+class CheckRequest(_message.Message):
+    __slots__ = ("tenant", "groups", "roles", "action", "resource")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    ROLES_FIELD_NUMBER: _ClassVar[int]
+    ACTION_FIELD_NUMBER: _ClassVar[int]
+    RESOURCE_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    groups: _containers.RepeatedScalarFieldContainer[str]
+    roles: _containers.RepeatedScalarFieldContainer[str]
+    action: str
+    resource: str
+    def __init__(self, tenant: _Optional[str] = ..., groups: _Optional[_Iterable[str]] = ..., roles: _Optional[_Iterable[str]] = ..., action: _Optional[str] = ..., resource: _Optional[str] = ...) -> None: ...
+
+class CheckResponse(_message.Message):
+    __slots__ = ("allowed", "by")
+    ALLOWED_FIELD_NUMBER: _ClassVar[int]
+    BY_FIELD_NUMBER: _ClassVar[int]
+    allowed: bool
+    by: str
+    def __init__(self, allowed: _Optional[bool] = ..., by: _Optional[str] = ...) -> None: ...
+
+class WhoAmIRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WhoAmIResponse(_message.Message):
+    __slots__ = ("tenant", "proof", "subject", "groups", "roles", "expires_at")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    SUBJECT_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    ROLES_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    proof: str
+    subject: str
+    groups: _containers.RepeatedScalarFieldContainer[str]
+    roles: _containers.RepeatedScalarFieldContainer[str]
+    expires_at: float
+    def __init__(self, tenant: _Optional[str] = ..., proof: _Optional[str] = ..., subject: _Optional[str] = ..., groups: _Optional[_Iterable[str]] = ..., roles: _Optional[_Iterable[str]] = ..., expires_at: _Optional[float] = ...) -> None: ...
+
+class UsageRequest(_message.Message):
+    __slots__ = ("since", "until", "by", "tenant", "adapter")
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    UNTIL_FIELD_NUMBER: _ClassVar[int]
+    BY_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    since: float
+    until: float
+    by: _containers.RepeatedScalarFieldContainer[str]
+    tenant: str
+    adapter: str
+    def __init__(self, since: _Optional[float] = ..., until: _Optional[float] = ..., by: _Optional[_Iterable[str]] = ..., tenant: _Optional[str] = ..., adapter: _Optional[str] = ...) -> None: ...
+
+class UsageResponse(_message.Message):
+    __slots__ = ("rows", "incomplete")
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    INCOMPLETE_FIELD_NUMBER: _ClassVar[int]
+    rows: _containers.RepeatedCompositeFieldContainer[UsageRow]
+    incomplete: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, rows: _Optional[_Iterable[_Union[UsageRow, _Mapping]]] = ..., incomplete: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class UsageRow(_message.Message):
+    __slots__ = ("tenant", "adapter", "version", "requests", "input_tokens", "output_tokens", "input_tokens_estimated", "seat_seconds", "slot_seconds", "cold_loads", "cold_load_bytes", "stored_byte_seconds")
+    class RequestsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    FROM_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    INPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    INPUT_TOKENS_ESTIMATED_FIELD_NUMBER: _ClassVar[int]
+    SEAT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SLOT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    COLD_LOADS_FIELD_NUMBER: _ClassVar[int]
+    COLD_LOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STORED_BYTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    adapter: str
+    version: str
+    requests: _containers.ScalarMap[str, int]
+    input_tokens: int
+    output_tokens: int
+    input_tokens_estimated: int
+    seat_seconds: float
+    slot_seconds: float
+    cold_loads: int
+    cold_load_bytes: int
+    stored_byte_seconds: float
+    def __init__(self, tenant: _Optional[str] = ..., adapter: _Optional[str] = ..., version: _Optional[str] = ..., requests: _Optional[_Mapping[str, int]] = ..., input_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., input_tokens_estimated: _Optional[int] = ..., seat_seconds: _Optional[float] = ..., slot_seconds: _Optional[float] = ..., cold_loads: _Optional[int] = ..., cold_load_bytes: _Optional[int] = ..., stored_byte_seconds: _Optional[float] = ..., **kwargs) -> None: ...
+
+class AuditRequest(_message.Message):
+    __slots__ = ("since", "adapter", "tenant", "kind")
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    since: float
+    adapter: str
+    tenant: str
+    kind: str
+    def __init__(self, since: _Optional[float] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., kind: _Optional[str] = ...) -> None: ...
+
+class AuditLine(_message.Message):
+    __slots__ = ("json",)
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    json: str
+    def __init__(self, json: _Optional[str] = ...) -> None: ...
 
 class Version(_message.Message):
     __slots__ = ("version", "digest", "origin", "labels", "role", "generation", "registered_at")

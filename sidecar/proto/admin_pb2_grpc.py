@@ -109,6 +109,16 @@ class AdaptersStub:
                 request_serializer=sidecar_dot_proto_dot_admin__pb2.WatchRequest.SerializeToString,
                 response_deserializer=sidecar_dot_proto_dot_admin__pb2.WatchResponse.FromString,
                 _registered_method=True)
+        self.Pause = channel.unary_unary(
+                '/lorasidecar.v1.Adapters/Pause',
+                request_serializer=sidecar_dot_proto_dot_admin__pb2.PauseRequest.SerializeToString,
+                response_deserializer=sidecar_dot_proto_dot_admin__pb2.Adapter.FromString,
+                _registered_method=True)
+        self.Resume = channel.unary_unary(
+                '/lorasidecar.v1.Adapters/Resume',
+                request_serializer=sidecar_dot_proto_dot_admin__pb2.AdapterRequest.SerializeToString,
+                response_deserializer=sidecar_dot_proto_dot_admin__pb2.Adapter.FromString,
+                _registered_method=True)
 
 
 class AdaptersServicer:
@@ -219,6 +229,19 @@ class AdaptersServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Pause(self, request, context):
+        """Refuses requests for a name until a time, or until it is resumed. Requests under way are answered.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resume(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdaptersServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -296,6 +319,16 @@ def add_AdaptersServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=sidecar_dot_proto_dot_admin__pb2.WatchRequest.FromString,
                     response_serializer=sidecar_dot_proto_dot_admin__pb2.WatchResponse.SerializeToString,
+            ),
+            'Pause': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pause,
+                    request_deserializer=sidecar_dot_proto_dot_admin__pb2.PauseRequest.FromString,
+                    response_serializer=sidecar_dot_proto_dot_admin__pb2.Adapter.SerializeToString,
+            ),
+            'Resume': grpc.unary_unary_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=sidecar_dot_proto_dot_admin__pb2.AdapterRequest.FromString,
+                    response_serializer=sidecar_dot_proto_dot_admin__pb2.Adapter.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -713,6 +746,60 @@ class Adapters:
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def Pause(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasidecar.v1.Adapters/Pause',
+            sidecar_dot_proto_dot_admin__pb2.PauseRequest.SerializeToString,
+            sidecar_dot_proto_dot_admin__pb2.Adapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasidecar.v1.Adapters/Resume',
+            sidecar_dot_proto_dot_admin__pb2.AdapterRequest.SerializeToString,
+            sidecar_dot_proto_dot_admin__pb2.Adapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class BackendsStub:
     """Missing associated documentation comment in .proto file."""
@@ -931,6 +1018,16 @@ class QueuesStub:
                 request_serializer=sidecar_dot_proto_dot_admin__pb2.QueueRequest.SerializeToString,
                 response_deserializer=sidecar_dot_proto_dot_admin__pb2.QueueResponse.FromString,
                 _registered_method=True)
+        self.List = channel.unary_unary(
+                '/lorasidecar.v1.Queues/List',
+                request_serializer=sidecar_dot_proto_dot_admin__pb2.ListRequestsRequest.SerializeToString,
+                response_deserializer=sidecar_dot_proto_dot_admin__pb2.ListRequestsResponse.FromString,
+                _registered_method=True)
+        self.Cancel = channel.unary_unary(
+                '/lorasidecar.v1.Queues/Cancel',
+                request_serializer=sidecar_dot_proto_dot_admin__pb2.CancelRequest.SerializeToString,
+                response_deserializer=sidecar_dot_proto_dot_admin__pb2.CancelResponse.FromString,
+                _registered_method=True)
 
 
 class QueuesServicer:
@@ -943,6 +1040,20 @@ class QueuesServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def List(self, request, context):
+        """Shows the requests that wait and those that run.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Cancel(self, request, context):
+        """Ends requests; their clients are told that an operator did.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_QueuesServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -950,6 +1061,16 @@ def add_QueuesServicer_to_server(servicer, server):
                     servicer.Get,
                     request_deserializer=sidecar_dot_proto_dot_admin__pb2.QueueRequest.FromString,
                     response_serializer=sidecar_dot_proto_dot_admin__pb2.QueueResponse.SerializeToString,
+            ),
+            'List': grpc.unary_unary_rpc_method_handler(
+                    servicer.List,
+                    request_deserializer=sidecar_dot_proto_dot_admin__pb2.ListRequestsRequest.FromString,
+                    response_serializer=sidecar_dot_proto_dot_admin__pb2.ListRequestsResponse.SerializeToString,
+            ),
+            'Cancel': grpc.unary_unary_rpc_method_handler(
+                    servicer.Cancel,
+                    request_deserializer=sidecar_dot_proto_dot_admin__pb2.CancelRequest.FromString,
+                    response_serializer=sidecar_dot_proto_dot_admin__pb2.CancelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -980,6 +1101,527 @@ class Queues:
             '/lorasidecar.v1.Queues/Get',
             sidecar_dot_proto_dot_admin__pb2.QueueRequest.SerializeToString,
             sidecar_dot_proto_dot_admin__pb2.QueueResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def List(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasidecar.v1.Queues/List',
+            sidecar_dot_proto_dot_admin__pb2.ListRequestsRequest.SerializeToString,
+            sidecar_dot_proto_dot_admin__pb2.ListRequestsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Cancel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasidecar.v1.Queues/Cancel',
+            sidecar_dot_proto_dot_admin__pb2.CancelRequest.SerializeToString,
+            sidecar_dot_proto_dot_admin__pb2.CancelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class AccessStub:
+    """Who may do what and how much of it, and the record of it.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.CreateKey = channel.unary_unary(
+                '/lorasidecar.v1.Access/CreateKey',
+                request_serializer=sidecar_dot_proto_dot_admin__pb2.CreateKeyRequest.SerializeToString,
+                response_deserializer=sidecar_dot_proto_dot_admin__pb2.CreateKeyResponse.FromString,
+                _registered_method=True)
+        self.ListKeys = channel.unary_unary(
+                '/lorasidecar.v1.Access/ListKeys',
+                request_serializer=sidecar_dot_proto_dot_admin__pb2.ListKeysRequest.SerializeToString,
+                response_deserializer=sidecar_dot_proto_dot_admin__pb2.ListKeysResponse.FromString,
+                _registered_method=True)
+        self.RevokeKey = channel.unary_unary(
+                '/lorasidecar.v1.Access/RevokeKey',
+                request_serializer=sidecar_dot_proto_dot_admin__pb2.RevokeKeyRequest.SerializeToString,
+                response_deserializer=sidecar_dot_proto_dot_admin__pb2.Key.FromString,
+                _registered_method=True)
+        self.SetLimit = channel.unary_unary(
+                '/lorasidecar.v1.Access/SetLimit',
+                request_serializer=sidecar_dot_proto_dot_admin__pb2.Limit.SerializeToString,
+                response_deserializer=sidecar_dot_proto_dot_admin__pb2.Limit.FromString,
+                _registered_method=True)
+        self.ListLimits = channel.unary_unary(
+                '/lorasidecar.v1.Access/ListLimits',
+                request_serializer=sidecar_dot_proto_dot_admin__pb2.ListLimitsRequest.SerializeToString,
+                response_deserializer=sidecar_dot_proto_dot_admin__pb2.ListLimitsResponse.FromString,
+                _registered_method=True)
+        self.RemoveLimit = channel.unary_unary(
+                '/lorasidecar.v1.Access/RemoveLimit',
+                request_serializer=sidecar_dot_proto_dot_admin__pb2.RemoveLimitRequest.SerializeToString,
+                response_deserializer=sidecar_dot_proto_dot_admin__pb2.Limit.FromString,
+                _registered_method=True)
+        self.Check = channel.unary_unary(
+                '/lorasidecar.v1.Access/Check',
+                request_serializer=sidecar_dot_proto_dot_admin__pb2.CheckRequest.SerializeToString,
+                response_deserializer=sidecar_dot_proto_dot_admin__pb2.CheckResponse.FromString,
+                _registered_method=True)
+        self.WhoAmI = channel.unary_unary(
+                '/lorasidecar.v1.Access/WhoAmI',
+                request_serializer=sidecar_dot_proto_dot_admin__pb2.WhoAmIRequest.SerializeToString,
+                response_deserializer=sidecar_dot_proto_dot_admin__pb2.WhoAmIResponse.FromString,
+                _registered_method=True)
+        self.GetUsage = channel.unary_unary(
+                '/lorasidecar.v1.Access/GetUsage',
+                request_serializer=sidecar_dot_proto_dot_admin__pb2.UsageRequest.SerializeToString,
+                response_deserializer=sidecar_dot_proto_dot_admin__pb2.UsageResponse.FromString,
+                _registered_method=True)
+        self.ReadAudit = channel.unary_stream(
+                '/lorasidecar.v1.Access/ReadAudit',
+                request_serializer=sidecar_dot_proto_dot_admin__pb2.AuditRequest.SerializeToString,
+                response_deserializer=sidecar_dot_proto_dot_admin__pb2.AuditLine.FromString,
+                _registered_method=True)
+
+
+class AccessServicer:
+    """Who may do what and how much of it, and the record of it.
+    """
+
+    def CreateKey(self, request, context):
+        """Makes an API key. The answer is the only place that ever shows it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListKeys(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeKey(self, request, context):
+        """Ends a key at once, on every replica that answers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetLimit(self, request, context):
+        """Sets a limit at run time, in place of a former one of the same tenant, class and adapter.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListLimits(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveLimit(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Check(self, request, context):
+        """Tells whether somebody may do something, and which rule decides.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WhoAmI(self, request, context):
+        """Tells who the caller is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetUsage(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReadAudit(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_AccessServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'CreateKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateKey,
+                    request_deserializer=sidecar_dot_proto_dot_admin__pb2.CreateKeyRequest.FromString,
+                    response_serializer=sidecar_dot_proto_dot_admin__pb2.CreateKeyResponse.SerializeToString,
+            ),
+            'ListKeys': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListKeys,
+                    request_deserializer=sidecar_dot_proto_dot_admin__pb2.ListKeysRequest.FromString,
+                    response_serializer=sidecar_dot_proto_dot_admin__pb2.ListKeysResponse.SerializeToString,
+            ),
+            'RevokeKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeKey,
+                    request_deserializer=sidecar_dot_proto_dot_admin__pb2.RevokeKeyRequest.FromString,
+                    response_serializer=sidecar_dot_proto_dot_admin__pb2.Key.SerializeToString,
+            ),
+            'SetLimit': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetLimit,
+                    request_deserializer=sidecar_dot_proto_dot_admin__pb2.Limit.FromString,
+                    response_serializer=sidecar_dot_proto_dot_admin__pb2.Limit.SerializeToString,
+            ),
+            'ListLimits': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListLimits,
+                    request_deserializer=sidecar_dot_proto_dot_admin__pb2.ListLimitsRequest.FromString,
+                    response_serializer=sidecar_dot_proto_dot_admin__pb2.ListLimitsResponse.SerializeToString,
+            ),
+            'RemoveLimit': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveLimit,
+                    request_deserializer=sidecar_dot_proto_dot_admin__pb2.RemoveLimitRequest.FromString,
+                    response_serializer=sidecar_dot_proto_dot_admin__pb2.Limit.SerializeToString,
+            ),
+            'Check': grpc.unary_unary_rpc_method_handler(
+                    servicer.Check,
+                    request_deserializer=sidecar_dot_proto_dot_admin__pb2.CheckRequest.FromString,
+                    response_serializer=sidecar_dot_proto_dot_admin__pb2.CheckResponse.SerializeToString,
+            ),
+            'WhoAmI': grpc.unary_unary_rpc_method_handler(
+                    servicer.WhoAmI,
+                    request_deserializer=sidecar_dot_proto_dot_admin__pb2.WhoAmIRequest.FromString,
+                    response_serializer=sidecar_dot_proto_dot_admin__pb2.WhoAmIResponse.SerializeToString,
+            ),
+            'GetUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUsage,
+                    request_deserializer=sidecar_dot_proto_dot_admin__pb2.UsageRequest.FromString,
+                    response_serializer=sidecar_dot_proto_dot_admin__pb2.UsageResponse.SerializeToString,
+            ),
+            'ReadAudit': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReadAudit,
+                    request_deserializer=sidecar_dot_proto_dot_admin__pb2.AuditRequest.FromString,
+                    response_serializer=sidecar_dot_proto_dot_admin__pb2.AuditLine.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'lorasidecar.v1.Access', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('lorasidecar.v1.Access', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Access:
+    """Who may do what and how much of it, and the record of it.
+    """
+
+    @staticmethod
+    def CreateKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasidecar.v1.Access/CreateKey',
+            sidecar_dot_proto_dot_admin__pb2.CreateKeyRequest.SerializeToString,
+            sidecar_dot_proto_dot_admin__pb2.CreateKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListKeys(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasidecar.v1.Access/ListKeys',
+            sidecar_dot_proto_dot_admin__pb2.ListKeysRequest.SerializeToString,
+            sidecar_dot_proto_dot_admin__pb2.ListKeysResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasidecar.v1.Access/RevokeKey',
+            sidecar_dot_proto_dot_admin__pb2.RevokeKeyRequest.SerializeToString,
+            sidecar_dot_proto_dot_admin__pb2.Key.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetLimit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasidecar.v1.Access/SetLimit',
+            sidecar_dot_proto_dot_admin__pb2.Limit.SerializeToString,
+            sidecar_dot_proto_dot_admin__pb2.Limit.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListLimits(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasidecar.v1.Access/ListLimits',
+            sidecar_dot_proto_dot_admin__pb2.ListLimitsRequest.SerializeToString,
+            sidecar_dot_proto_dot_admin__pb2.ListLimitsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveLimit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasidecar.v1.Access/RemoveLimit',
+            sidecar_dot_proto_dot_admin__pb2.RemoveLimitRequest.SerializeToString,
+            sidecar_dot_proto_dot_admin__pb2.Limit.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Check(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasidecar.v1.Access/Check',
+            sidecar_dot_proto_dot_admin__pb2.CheckRequest.SerializeToString,
+            sidecar_dot_proto_dot_admin__pb2.CheckResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WhoAmI(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasidecar.v1.Access/WhoAmI',
+            sidecar_dot_proto_dot_admin__pb2.WhoAmIRequest.SerializeToString,
+            sidecar_dot_proto_dot_admin__pb2.WhoAmIResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasidecar.v1.Access/GetUsage',
+            sidecar_dot_proto_dot_admin__pb2.UsageRequest.SerializeToString,
+            sidecar_dot_proto_dot_admin__pb2.UsageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadAudit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/lorasidecar.v1.Access/ReadAudit',
+            sidecar_dot_proto_dot_admin__pb2.AuditRequest.SerializeToString,
+            sidecar_dot_proto_dot_admin__pb2.AuditLine.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,85 @@
+"""What principals may do and how much: the policy, the limits, the audit and the usage."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from sidecar.config.section import Section
+
+Role = Literal["operator", "publisher", "viewer"]
+
+
+class Policies(Section):
+    """What principals may do. One of three ready sets, or a file of Cedar policies.
+
+    `open`: every principal uses every adapter that its allow list admits. `tenant_prefix`: a tenant uses and publishes
+    the adapters under its own prefix, as `acme/` for tenant acme with `separator: /`, and uses those that are shared
+    with it by an allow list. `roles`: as `open`, and only a publisher may change names, only an operator backends.
+    `roles` gives roles to tenants and, as `group:NAME`, to groups; in each set only operators manage access.
+
+    `cedar` names a file of policies that decide instead. It is read again when it changes; a faulty one changes
+    nothing and is reported.
+    """
+
+    ready: Literal["open", "tenant_prefix", "roles"] = "open"
+    separator: str = Field("/", pattern=r"^[/._-]$")
+    roles: dict[str, tuple[Role, ...]] = {}
+    cedar: str | None = None
+
+
+class Limit(Section):
+    """How much the requests that match `tenant`, `class_name` and `adapter` may take.
+
+    "*" gives each tenant, class or adapter a budget of its own; None lets all share one. Tokens count as `tokens` says.
+    A request above `max_tokens` is refused; `default_max_tokens` is what a request without a length gets.
+    """
+
+    tenant: str | None = None
+    class_name: str | None = None
+    adapter: str | None = None
+    tokens: Literal["both", "input", "output"] = "both"
+    requests_per_minute: int | None = Field(None, ge=1)
+    requests_per_hour: int | None = Field(None, ge=1)
+    requests_per_day: int | None = Field(None, ge=1)
+    tokens_per_minute: int | None = Field(None, ge=1)
+    tokens_per_hour: int | None = Field(None, ge=1)
+    tokens_per_day: int | None = Field(None, ge=1)
+    concurrent: int | None = Field(None, ge=1)
+    queued_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1)
+    default_max_tokens: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _limits_something(self) -> Self:
+        if not self.model_fields_set - {"tenant", "class_name", "adapter", "tokens"}:
+            raise ValueError("it limits nothing; set for instance tokens_per_minute")
+        return self
+
+
+class Audit(Section):
+    """Where changes and denials are recorded, as JSON lines: in `file`, which is rotated at `file_bytes_max` and kept
+    `files_max` times, on stdout, or with neither in the data directory's audit/audit.jsonl.
+    """
+
+    file: str | None = None
+    stdout: bool = False
+    file_bytes_max: int = Field(16 << 20, ge=4096)
+    files_max: int = Field(10, ge=1)
+    aggregate_s: float = Field(60.0, gt=0)
+
+
+class Usage(Section):
+    """What tenants have used, in the data directory: hours for `hours_days`, days for `days_days`."""
+
+    enabled: bool = True
+    hours_days: int = Field(90, ge=1)
+    days_days: int = Field(400, ge=1)
+
+
+class Access(Section):
+    policies: Policies = Policies()
+    limits: tuple[Limit, ...] = ()
+    audit: Audit = Audit()
+    usage: Usage = Usage()

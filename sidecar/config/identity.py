@@ -1,0 +1,119 @@
+"""Who clients are: the credentials that are believed, and what happens to a call without one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, Field, model_validator
+
+from sidecar.config.section import Section
+
+PLACE = "{tenant}"
+"""Where a pattern has the tenant; `*` stands for any text without a slash or a colon."""
+
+
+def _is_pattern(text: str) -> str:
+    if text.count(PLACE) != 1:
+        raise ValueError(f"it must contain {PLACE} once, as in spiffe://cluster.local/ns/{PLACE}/sa/*")
+    return text
+
+
+Pattern = Annotated[str, AfterValidator(_is_pattern)]
+
+
+class Issuer(Section):
+    """An issuer of JWTs, such as an OIDC provider or a Kubernetes API server.
+
+    `jwks` is the https URL or the file of its keys. `tenant`, `groups` and `class_claim` name claims; a dot steps into
+    an object. `tenant_pattern` takes the tenant out of that claim. Only `algorithms` are accepted, of which none may be
+    symmetric. `leeway_s` is the difference of clocks that is forgiven.
+    """
+
+    issuer: str = Field(min_length=1)
+    audience: str = Field(min_length=1)
+    jwks: str = Field(min_length=1)
+    jwks_ca: str | None = None
+    algorithms: tuple[
+        Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"], ...
+    ] = Field(("RS256", "ES256"), min_length=1)
+    tenant: str = "sub"
+    tenant_pattern: Pattern | None = None
+    groups: str | None = None
+    class_claim: str | None = None
+    leeway_s: float = Field(30.0, ge=0, le=300)
+    jwks_refresh_s: float = Field(300.0, ge=1)
+    jwks_stale_max_s: float = Field(24 * 3600.0, gt=0)
+
+    @model_validator(mode="after")
+    def _keys_come_safely(self) -> Self:
+        scheme = urlsplit(self.jwks).scheme
+        if scheme == "http":
+            raise ValueError("jwks over http can be forged on its way; use https, or a file")
+        if scheme not in ("", "https", "file"):
+            raise ValueError("jwks must be an https URL or a file")
+        return self
+
+    @property
+    def jwks_file(self) -> Path | None:
+        """The file of its keys, None if they come from a URL."""
+        parts = urlsplit(self.jwks)
+        return None if parts.scheme == "https" else Path(parts.path).expanduser()
+
+
+class Forwarded(Section):
+    """Believe `x-forwarded-client-cert`, by which Istio's proxy passes on whose certificate it has verified.
+
+    Anybody who reaches the listener without that proxy can write the header. So `strict_mutual_tls: true` has to assert
+    that the mesh's PeerAuthentication is STRICT for this workload's ports.
+    """
+
+    strict_mutual_tls: Literal[True]
+
+
+class Certificates(Section):
+    """Take the tenant from the client's certificate, or the one that a mesh forwards: its SPIFFE id, else its first
+    other alternative name, else its common name. `tenant_pattern` takes the tenant out of that name.
+    """
+
+    enabled: bool = False
+    tenant_pattern: Pattern | None = None
+    forwarded: Forwarded | None = None
+
+
+class Identity(Section):
+    """The credentials that prove who calls; the first that a call presents counts.
+
+    With `mode: off` clients are believed (`tenant_from`). With `observe` nothing changes for clients either, and those
+    who would be denied are counted and logged. With `enforce` a call without a valid credential is refused.
+
+    `keys_file` lists API keys beside those of the registry. What was read from Redis is valid for `stale_max_s` without
+    it. `on_revoked` says what happens to a running answer when its credential is revoked or ends. `local_admin` lets
+    processes of this machine use an admin listener on loopback as operators without a credential.
+    """
+
+    mode: Literal["off", "observe", "enforce"] = "off"
+    certificates: Certificates = Certificates()
+    keys: bool = True
+    keys_file: str | None = None
+    issuers: tuple[Issuer, ...] = ()
+    stale_max_s: float = Field(3600.0, gt=0)
+    on_revoked: Literal["finish", "end"] = "finish"
+    local_admin: bool = True
+
+    @model_validator(mode="after")
+    def _proxies_are_not_operators(self) -> Self:
+        if self.certificates.forwarded is not None and self.local_admin and self.mode == "enforce":
+            raise ValueError(
+                "certificates.forwarded with local_admin: behind a mesh's proxy every peer has a local address and "
+                "would be an operator; set local_admin: false and give operators a token_file or a role"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _issuers_differ(self) -> Self:
+        names = [issuer.issuer for issuer in self.issuers]
+        if len(frozenset(names)) != len(names):
+            raise ValueError("two issuers have the same name; list each once")
+        return self
