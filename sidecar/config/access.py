@@ -14,10 +14,11 @@ Role = Literal["operator", "publisher", "viewer"]
 class Policies(Section):
     """What principals may do. One of three ready sets, or a file of Cedar policies.
 
-    `open`: every principal uses every adapter that its allow list admits. `tenant_prefix`: a tenant uses and publishes
-    the adapters under its own prefix, as `acme/` for tenant acme with `separator: /`, and uses those that are shared
-    with it by an allow list. `roles`: as `open`, and only a publisher may change names, only an operator backends.
-    `roles` gives roles to tenants and, as `group:NAME`, to groups; in each set only operators manage access.
+    `open`: every principal uses every adapter that its allow list admits; a publisher changes names. `tenant_prefix`: a
+    tenant uses the adapters under its own prefix, as `acme/` for tenant acme with `separator: /`, and those that an
+    allow list shares with it; its publishers change those under its prefix. `roles`: as `open`, and only a viewer
+    lists, shows and selects versions. Backends and access are for operators. `roles` gives roles to tenants and, as
+    `group:NAME`, to groups.
 
     `cedar` names a file of policies that decide instead. It is read again when it changes; a faulty one changes
     nothing and is reported.
