@@ -60,8 +60,12 @@ class Limit(Section):
 
 
 class Audit(Section):
-    """Where changes and denials are recorded, as JSON lines: in `file`, which is rotated at `file_bytes_max` and kept
-    `files_max` times, on stdout, or with neither in the data directory's audit/audit.jsonl.
+    """Where changes and denials are recorded, as JSON lines: in `file`, on stdout, or with neither in the data
+    directory's audit/audit.jsonl; without a data directory in the log.
+
+    The denials are in a file beside that of the changes, as audit.denials.jsonl, so that no flood of them pushes out a
+    change. Each is rotated at `file_bytes_max` and kept `files_max` times. Repeated denials become one line per
+    `aggregate_s`.
     """
 
     file: str | None = None
