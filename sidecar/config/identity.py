@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
@@ -17,6 +18,9 @@ PLACE = "{tenant}"
 def _is_pattern(text: str) -> str:
     if text.count(PLACE) != 1:
         raise ValueError(f"it must contain {PLACE} once, as in spiffe://cluster.local/ns/{PLACE}/sa/*")
+    if any(PLACE in part and "*" in part for part in re.split("[/:]", text)):
+        # acme-prod-7 would be of the tenant acme or acme-prod by {tenant}-*, as whoever chose the name likes
+        raise ValueError(f"{PLACE} and * may not be in one part between slashes or colons: the tenant would be a guess")
     return text
 
 
@@ -26,15 +30,20 @@ Pattern = Annotated[str, AfterValidator(_is_pattern)]
 class Issuer(Section):
     """An issuer of JWTs, such as an OIDC provider or a Kubernetes API server.
 
-    `jwks` is the https URL or the file of its keys. `tenant`, `groups` and `class_claim` name claims; a dot steps into
-    an object. `tenant_pattern` takes the tenant out of that claim. Only `algorithms` are accepted, of which none may be
-    symmetric. `leeway_s` is the difference of clocks that is forgiven.
+    `jwks` is the https URL or the file of its keys. A URL is asked under the authority `jwks_ca` (default: the
+    system's) and, if it wants credentials as a Kubernetes API server does, with the bearer token in `jwks_token_file`.
+    The keys are fetched each `jwks_refresh_s` and count for `jwks_stale_max_s` after the last fetch that succeeded.
+
+    `tenant`, `groups` and `class_claim` name claims; a dot steps into an object. A token without the claim of the
+    tenant or the class is refused. `tenant_pattern` takes the tenant out of its claim. Only `algorithms` are accepted,
+    of which none may be symmetric. `leeway_s` is the difference of clocks that is forgiven.
     """
 
     issuer: str = Field(min_length=1)
     audience: str = Field(min_length=1)
     jwks: str = Field(min_length=1)
     jwks_ca: str | None = None
+    jwks_token_file: str | None = None
     algorithms: tuple[
         Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"], ...
     ] = Field(("RS256", "ES256"), min_length=1)
@@ -48,11 +57,15 @@ class Issuer(Section):
 
     @model_validator(mode="after")
     def _keys_come_safely(self) -> Self:
-        scheme = urlsplit(self.jwks).scheme
-        if scheme == "http":
+        parts = urlsplit(self.jwks)
+        if parts.scheme == "http":
             raise ValueError("jwks over http can be forged on its way; use https, or a file")
-        if scheme not in ("", "https", "file"):
+        if parts.scheme not in ("", "https", "file"):
             raise ValueError("jwks must be an https URL or a file")
+        if "@" in parts.netloc:
+            raise ValueError("jwks holds a password, which a configuration should not; use jwks_token_file")
+        if self.jwks_file is not None and (self.jwks_ca or self.jwks_token_file):
+            raise ValueError("jwks is a file; jwks_ca and jwks_token_file are for a URL")
         return self
 
     @property
