@@ -45,6 +45,7 @@ class Reason(Enum):
 
     # Refused: never dispatched.
     QUEUE_FULL = "QUEUE_FULL"
+    RATE_LIMITED = "RATE_LIMITED"
     DRAINING = "DRAINING"
     DEADLINE_UNMEETABLE = "DEADLINE_UNMEETABLE"
     NO_BACKEND = "NO_BACKEND"
@@ -96,6 +97,7 @@ class Reason(Enum):
 
 TABLE: dict[Reason, Row] = {
     Reason.QUEUE_FULL: Row(Family.REFUSED, "RESOURCE_EXHAUSTED", retryable=True),
+    Reason.RATE_LIMITED: Row(Family.REFUSED, "RESOURCE_EXHAUSTED", retryable=True),
     Reason.DRAINING: Row(Family.REFUSED, "UNAVAILABLE", retryable=True),
     Reason.DEADLINE_UNMEETABLE: Row(Family.REFUSED, "RESOURCE_EXHAUSTED", retryable=True),
     Reason.NO_BACKEND: Row(Family.REFUSED, "UNAVAILABLE", retryable=True),

@@ -1,0 +1,221 @@
+"""The budgets of a process: requests reserve from all that match them, and settle by what they have taken.
+
+Nobody knows before what an engine will generate. To reserve the most that a client allows would leave budgets partly
+unused at the end of each window, and to reserve nothing would overdraw them. So each budget reserves what its requests
+take on average: what all that are under way have reserved is then what they will take, and the error is that of a few
+hundred requests' mean. What is generated beyond it is a debt in the next window, so no tenant gains by it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from sidecar.access.budgets.charges import Asked, Budget, Charge, Rule, Words, words_of
+from sidecar.access.budgets.expected import Expected
+from sidecar.access.budgets.meters import Alone, Sharing
+from sidecar.config.access import Limit
+
+BUDGETS_MAX = 50_000
+"""The most budgets that are kept. Of more, the oldest without an open request is forgotten."""
+
+Place = tuple[Words, str, Words]
+"""Where a budget is kept: its limit's words, what tokens that counts, and its own words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A limit, what remains of it, and the seconds until it is whole again."""
+
+    limit: int
+    remaining: int
+    resets_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Of the limits of requests and of tokens those of which least remains; None if there is none."""
+
+    requests: Level | None = None
+    tokens: Level | None = None
+
+
+class Reservation:
+    """What one request has reserved of its budgets."""
+
+    __slots__ = ("_asked", "_charges", "_clock", "_expected", "input_tokens", "is_estimated", "is_settled")
+
+    def __init__(self, asked: Asked, charges: list[Charge], expected: Expected, clock: Callable[[], float]) -> None:
+        self._asked = asked
+        self._charges = charges
+        self._expected = expected
+        self._clock = clock
+        self.input_tokens = asked.inputs(expected)
+        """The prompt's tokens as far as they are known, and whether that is only an estimate."""
+        self.is_estimated = asked.is_estimated
+        self.is_settled = False
+
+    def dispatched(self) -> None:
+        """Note that the request went to an engine: its tokens no longer wait. Further calls do nothing."""
+        for charge in self._charges:
+            charge.dispatched()
+
+    def settle(self, input_tokens: int | None, output_tokens: int, ran: bool) -> None:
+        """Charge what was taken instead of what was reserved. Further calls do nothing.
+
+        `input_tokens` are the prompt's as an engine or a tokenizer has counted them, None if none has. A request that
+        never `ran` costs nothing.
+        """
+        if self.is_settled:
+            return
+        self.is_settled = True
+        if input_tokens is not None:
+            self.input_tokens, self.is_estimated = input_tokens, False
+        now_s = self._clock()
+        for charge in self._charges:
+            charge.settle(input_tokens, output_tokens, ran, now_s)
+        if ran:
+            learners = [self._expected]
+            for charge in self._charges:
+                learners += (charge.budget.expected, charge.budget.rule.expected)
+            for expected in learners:
+                self._asked.learn(expected, input_tokens, output_tokens)
+
+
+class Budgets:
+    """The budgets of this process. `clock` returns Unix seconds; `sharing` says what other replicas leave."""
+
+    def __init__(self, limits: Sequence[Limit], clock: Callable[[], float], sharing: Sharing | None = None) -> None:
+        self._clock = clock
+        self._sharing = sharing or Alone()
+        self._rules: dict[Words, list[Rule]] = {}
+        self._patterns: tuple[Words, ...] = ()
+        self._budgets: OrderedDict[Place, Budget] = OrderedDict()
+        self._expected = Expected()
+        self.set_limits(limits)
+
+    def __len__(self) -> int:
+        """Return how many budgets are kept."""
+        return len(self._budgets)
+
+    def set_limits(self, limits: Sequence[Limit]) -> None:
+        """Replace the limits, at once and without forgetting what is taken.
+
+        Of two with the same tenant, class, adapter and `tokens`, the later one counts.
+        """
+        former = {(words, rule.limit.tokens): rule for words, rules in self._rules.items() for rule in rules}
+        in_force: dict[tuple[Words, str], Rule] = {}
+        for limit in limits:
+            which = words_of(limit), limit.tokens
+            rule = former.get(which) or in_force.get(which) or Rule(limit, self._expected.heir())
+            rule.limit = limit
+            in_force[which] = rule
+        self._rules = {}
+        for (words, _), rule in in_force.items():
+            self._rules.setdefault(words, []).append(rule)
+        self._patterns = tuple({_pattern(words): None for words in self._rules})
+        now_s = self._clock()
+        for place, budget in list(self._budgets.items()):
+            if place[:2] in in_force:
+                budget.turn(now_s)
+                budget.fit(now_s)
+            else:
+                del self._budgets[place]
+
+    def reserve(
+        self,
+        tenant: str,
+        klass: str,
+        adapter: str,
+        input_tokens: int,
+        output_tokens_max: int | None = None,
+        *,
+        is_estimated: bool = False,
+        sequences: int = 1,
+    ) -> Reservation:
+        """Take from all budgets of a request, or from none.
+
+        `output_tokens_max` is the length that the client named, over all `sequences`; None if it named none. With
+        `is_estimated`, `input_tokens` are the bytes of a text whose tokens nothing has counted. Raises
+        Refused(INVALID_REQUEST) for a request that no window can hold, Refused(RATE_LIMITED) for one that must wait.
+        """
+        asked = Asked(input_tokens, output_tokens_max, is_estimated, sequences)
+        now_s = self._clock()
+        charges = [Charge(budget, asked) for budget in self._of(tenant, klass, adapter, now_s)]
+        for charge in charges:
+            charge.check(asked)
+        refusals = [refused for charge in charges for refused in charge.refusals(now_s)]
+        if refusals:
+            raise max(refusals, key=lambda refused: refused.retry_after_s or math.inf)
+        for charge in charges:
+            charge.take()
+        return Reservation(asked, charges, self._expected, self._clock)
+
+    def standing(self, tenant: str, klass: str, adapter: str) -> Standing:
+        """Return what remains for requests like this one."""
+        now_s = self._clock()
+        least: dict[str, Level] = {}
+        for budget in self._of(tenant, klass, adapter, now_s):
+            for meter in budget.meters.values():
+                unit, level = meter.number.unit, Level(meter.limit, meter.remaining, meter.resets_s(now_s))
+                if unit not in least or level.remaining < least[unit].remaining:
+                    least[unit] = level
+        return Standing(least.get("requests"), least.get("tokens"))
+
+    def default_max_tokens(self, tenant: str, klass: str, adapter: str) -> int | None:
+        """Return the length of a request that names none, or None if no limit says one."""
+        limits = [rule.limit for rule, _ in self._matching((tenant, klass, adapter))]
+        bounds = [bound for limit in limits for bound in (limit.default_max_tokens, limit.max_tokens)]
+        return min((bound for bound in bounds if bound is not None), default=None)
+
+    def taken(self, limit: Limit, tenant: str = "") -> dict[str, int]:
+        """Return what is taken now of each number of a limit, and of one for each tenant ("*") what `tenant` has taken.
+
+        {} of a limit for each class or adapter, which has no single budget, and of a budget that nobody uses.
+        """
+        words = words_of(limit)
+        budget = self._budgets.get((words, limit.tokens, (tenant if words[0] == "*" else words[0], *words[1:])))
+        if budget is None:
+            return {}
+        budget.turn(self._clock())
+        return budget.taken()
+
+    def _matching(self, words: Words) -> Iterator[tuple[Rule, Words]]:
+        """Yield the limits that match a request, and the words of the budgets that it takes from."""
+        for pattern in self._patterns:
+            # Limits of a pattern differ in their names only, so that a request finds its own among thousands at once.
+            named, own = [], []
+            for how, word in zip(pattern, words, strict=True):
+                named.append(word if how == "" else how)
+                own.append(None if how is None else word)
+            for rule in self._rules.get((named[0], named[1], named[2]), ()):
+                yield rule, (own[0], own[1], own[2])
+
+    def _of(self, tenant: str, klass: str, adapter: str, now_s: float) -> list[Budget]:
+        found = []
+        for rule, words in self._matching((tenant, klass, adapter)):
+            place = rule.words, rule.limit.tokens, words
+            budget = self._budgets.get(place)
+            if budget is None:
+                self._forget_idle(now_s)
+                budget = self._budgets[place] = Budget(rule, words, self._sharing, now_s)
+            budget.turn(now_s)
+            found.append(budget)
+        return found
+
+    def _forget_idle(self, now_s: float) -> None:
+        """Look at two old budgets for each new one, so that what is kept follows what is used."""
+        for _ in range(min(2, len(self._budgets))):
+            place, budget = next(iter(self._budgets.items()))
+            if budget.is_idle(now_s) or (len(self._budgets) >= BUDGETS_MAX and not budget.running):
+                del self._budgets[place]
+            else:
+                self._budgets.move_to_end(place)
+
+
+def _pattern(words: Words) -> Words:
+    """Return a limit's words with "" for those that are names."""
+    tenant, klass, adapter = (word if word in (None, "*") else "" for word in words)
+    return tenant, klass, adapter

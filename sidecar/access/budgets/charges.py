@@ -1,0 +1,246 @@
+"""One limit, one of its budgets, and what one request takes from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from sidecar.access.budgets.expected import Expected
+from sidecar.access.budgets.meters import NUMBERS, Meter, Number, Sharing
+from sidecar.config.access import Limit
+from sidecar.errors import Reason, Refused
+
+SOON_S = 1.0
+"""When to try again for what does not wait for a window to turn."""
+
+Words = tuple[str | None, str | None, str | None]
+"""A tenant, a class and an adapter; None stands for all of them, and in a limit "*" for each."""
+
+
+@dataclass(slots=True)
+class Rule:
+    """A limit in force, and what the requests that match it are expected to take."""
+
+    limit: Limit
+    expected: Expected
+
+    @property
+    def words(self) -> Words:
+        return words_of(self.limit)
+
+    def numbers(self) -> Iterator[tuple[Number, int]]:
+        """Yield the numbers that it limits by window."""
+        for number in NUMBERS:
+            most = getattr(self.limit, number.name)
+            if most is not None:
+                yield number, most
+
+
+def words_of(limit: Limit) -> Words:
+    return limit.tenant, limit.class_name, limit.adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is known of a request when it comes. See `Budgets.reserve`."""
+
+    input_tokens: int
+    output_tokens_max: int | None
+    is_estimated: bool
+    sequences: int
+
+    def inputs(self, expected: Expected) -> int:
+        return expected.texts.expect(self.input_tokens) if self.is_estimated else self.input_tokens
+
+    def outputs(self, expected: Expected, default: int | None) -> int:
+        """Return what it will generate: its mean. A length that the client did not name only bounds it."""
+        if self.output_tokens_max is not None:
+            return expected.shares.expect(self.output_tokens_max)
+        mean = expected.outputs.expect(self.sequences)
+        return mean if default is None else min(mean, default * self.sequences)
+
+    def learn(self, expected: Expected, input_tokens: int | None, output_tokens: int) -> None:
+        if self.is_estimated and input_tokens is not None and self.input_tokens:
+            expected.texts.learn(input_tokens, self.input_tokens)
+        if self.output_tokens_max is None:
+            expected.outputs.learn(output_tokens, self.sequences)
+        elif self.output_tokens_max:
+            expected.shares.learn(output_tokens, self.output_tokens_max)
+
+
+class Budget:
+    """What the requests of one scope may take by one limit, and take now."""
+
+    __slots__ = ("_key", "_sharing", "expected", "meters", "queued_tokens", "rule", "running", "words")
+
+    def __init__(self, rule: Rule, words: Words, sharing: Sharing, now_s: float) -> None:
+        self.rule = rule
+        self.words = words
+        self._sharing = sharing
+        named = json.dumps([rule.words, rule.limit.tokens, words])
+        self._key = blake2b(named.encode(), digest_size=12).hexdigest()
+        self.expected = rule.expected.heir()
+        self.running = self.queued_tokens = 0
+        self.meters: dict[str, Meter] = {}
+        self.fit(now_s)
+
+    def fit(self, now_s: float) -> None:
+        """Have a meter for each number of the limit as it is now, with what is taken already."""
+        former, self.meters = self.meters, {}
+        for number, most in self.rule.numbers():
+            meter = former.get(number.name) or Meter(number, f"{self._key}:{number.name}", most, self._sharing, now_s)
+            meter.set(most)
+            self.meters[number.name] = meter
+
+    def turn(self, now_s: float) -> None:
+        for meter in self.meters.values():
+            meter.turn(now_s)
+
+    def is_idle(self, now_s: float) -> bool:
+        """Return True if forgetting the budget changes nothing."""
+        self.turn(now_s)
+        return not self.running and not any(meter.taken for meter in self.meters.values())
+
+    def taken(self) -> dict[str, int]:
+        """Return what is taken of each number of the limit."""
+        taken = {name: meter.taken_by_all for name, meter in self.meters.items()}
+        if self.rule.limit.concurrent is not None:
+            taken["concurrent"] = self.running
+        if self.rule.limit.queued_tokens is not None:
+            taken["queued_tokens"] = self.queued_tokens
+        return taken
+
+    @property
+    def replicas(self) -> int:
+        return self._sharing.replicas
+
+    def own_part(self, most: int) -> int:
+        """Return this replica's part of a number that is not counted in windows, and so not leased."""
+        return max(1, most // self.replicas)
+
+    @property
+    def scope(self) -> str:
+        """The budget's owner, in words."""
+        tenant, klass, adapter = self.words
+        parts = [f"class {klass}"] if klass is not None else []
+        if adapter is not None:
+            parts.append(f"adapter {adapter}" if adapter else "the base model")
+        if tenant is not None:
+            parts.insert(0, f"tenant {tenant}" if tenant else "requests without a tenant")
+        return ", ".join(parts) or "all requests together"
+
+
+class Charge:
+    """What one request takes from one budget."""
+
+    __slots__ = ("_amounts", "_input_tokens", "_is_queued", "budget", "tokens")
+
+    def __init__(self, budget: Budget, asked: Asked) -> None:
+        self.budget = budget
+        limit = budget.rule.limit
+        self._input_tokens = asked.inputs(budget.expected)
+        default = min((each for each in (limit.default_max_tokens, limit.max_tokens) if each), default=None)
+        self.tokens = self._counted(self._input_tokens, asked.outputs(budget.expected, default))
+        self._amounts: list[tuple[Meter, int, int]] = []
+        self._is_queued = True
+
+    def _counted(self, input_tokens: int, output_tokens: int) -> int:
+        """Return the tokens that the limit counts."""
+        counts = self.budget.rule.limit.tokens
+        return (counts != "output") * input_tokens + (counts != "input") * output_tokens
+
+    def check(self, asked: Asked) -> None:
+        """Raise Refused(INVALID_REQUEST) for a request that this limit never lets pass."""
+        limit, scope = self.budget.rule.limit, self.budget.scope
+        length = asked.output_tokens_max
+        if limit.max_tokens is not None and length is not None and length > limit.max_tokens * asked.sequences:
+            each = f" for each of {asked.sequences} answers" if asked.sequences > 1 else ""
+            raise Refused(
+                Reason.INVALID_REQUEST,
+                f"{scope} may ask for {limit.max_tokens:,} tokens of answer{each} (max_tokens), and this request asks "
+                f"for {length // asked.sequences:,}; ask for fewer, or have your operator raise the limit",
+                limit="max_tokens",
+                scope=scope,
+            )
+        least = self._counted(self._input_tokens, 0)
+        for meter in self.budget.meters.values():
+            if meter.number.unit == "tokens" and least > meter.limit:
+                about = "about " if asked.is_estimated else ""
+                raise Refused(
+                    Reason.INVALID_REQUEST,
+                    f"{scope} may use {meter.limit:,} tokens a {meter.number.word}, and this request's prompt alone "
+                    f"has {about}{least:,}; send a shorter one, or have your operator raise {meter.number.name}",
+                    limit=meter.number.name,
+                    scope=scope,
+                )
+
+    def refusals(self, now_s: float) -> Iterator[Refused]:
+        """Yield why the budget has no room for the request now."""
+        budget, limit = self.budget, self.budget.rule.limit
+        if limit.concurrent is not None and budget.running >= budget.own_part(limit.concurrent):
+            yield self._refused(
+                "concurrent", f"may have {limit.concurrent:,} requests at once{self._part(limit.concurrent)} and has "
+                f"{budget.running:,}; send it again when one has ended", SOON_S,
+            )  # fmt: skip
+        queued_max = None if limit.queued_tokens is None else budget.own_part(limit.queued_tokens)
+        if queued_max is not None and budget.queued_tokens and budget.queued_tokens + self.tokens > queued_max:
+            yield self._refused(
+                "queued_tokens", f"may have {limit.queued_tokens:,} tokens waiting{self._part(queued_max)} and has "
+                f"{budget.queued_tokens:,}, and this request has about {self.tokens:,}; send it again when engines "
+                "have taken some", SOON_S,
+            )  # fmt: skip
+        for meter in budget.meters.values():
+            amount = self._amount(meter)
+            if meter.taken + amount <= meter.allowance:
+                continue
+            meter.sharing.touched(meter, amount)
+            number, resets_s = meter.number, meter.resets_s(now_s)
+            if meter.taken_by_all + amount <= meter.limit:
+                yield self._refused(
+                    number.name, f"may use {meter.limit:,} {number.unit} a {number.word}; some remain, but not yet at "
+                    "this replica; send it again", min(SOON_S, resets_s),
+                )  # fmt: skip
+                continue
+            needs = f"this request needs about {amount:,}" if number.unit == "tokens" else "this is one more"
+            yield self._refused(
+                number.name, f"may use {meter.limit:,} {number.unit} a {number.word} and has used "
+                f"{meter.taken_by_all:,}; {needs}; send it again in {resets_s:.0f} s, when the next {number.word} "
+                f"begins, or have your operator raise {number.name}", resets_s,
+            )  # fmt: skip
+
+    def _refused(self, name: str, text: str, after_s: float) -> Refused:
+        scope = self.budget.scope
+        return Refused(Reason.RATE_LIMITED, f"{scope} {text}", retry_after_s=after_s, limit=name, scope=scope)
+
+    def _part(self, most: int) -> str:
+        replicas = self.budget.replicas
+        return f", {self.budget.own_part(most):,} at each of {replicas} replicas," if replicas > 1 else ""
+
+    def _amount(self, meter: Meter) -> int:
+        """Return what is reserved of a meter. A window's whole limit is enough for any answer: the rest is a debt."""
+        return 1 if meter.number.unit == "requests" else min(self.tokens, meter.limit)
+
+    def take(self) -> None:
+        self.budget.running += 1
+        self.budget.queued_tokens += self.tokens
+        for meter in self.budget.meters.values():
+            amount = self._amount(meter)
+            meter.take(amount)
+            self._amounts.append((meter, meter.window, amount))
+
+    def dispatched(self) -> None:
+        if self._is_queued:
+            self._is_queued = False
+            self.budget.queued_tokens -= self.tokens
+
+    def settle(self, input_tokens: int | None, output_tokens: int, ran: bool, now_s: float) -> None:
+        self.dispatched()
+        self.budget.running -= 1
+        known = self._input_tokens if input_tokens is None else input_tokens
+        tokens = self._counted(known, output_tokens)
+        for meter, window, amount in self._amounts:
+            meter.turn(now_s)
+            took = 0 if not ran else 1 if meter.number.unit == "requests" else tokens
+            meter.correct(window, took - amount)

@@ -1,0 +1,145 @@
+"""Count what is taken of one number of a limit, in windows of the clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A number of a limit that counts in windows: `unit` a `word`, for instance tokens a minute."""
+
+    name: str
+    unit: str
+    word: str
+    seconds: int
+
+
+NUMBERS = tuple(
+    Number(f"{unit}_per_{word}", unit, word, seconds)
+    for unit in ("requests", "tokens")
+    for word, seconds in (("minute", 60), ("hour", 3600), ("day", 86_400))
+)
+
+
+class Sharing(Protocol):
+    """Says how much of each budget this replica may take."""
+
+    replicas: int
+    """How many replicas share the budgets; this one counts."""
+
+    def allowance(self, meter: Meter) -> int:
+        """Return how much this replica may take in the meter's window."""
+
+    def cleared(self, meter: Meter) -> int:
+        """Return how much of what was taken in the meter's window, which is over, is no debt."""
+
+    def touched(self, meter: Meter, short: int = 0) -> None:
+        """Note that a meter was used, or that `short` more could not be taken."""
+
+
+class Alone:
+    """There is one replica: the whole limit is its own."""
+
+    replicas = 1
+
+    def allowance(self, meter: Meter) -> int:
+        return meter.limit
+
+    def cleared(self, meter: Meter) -> int:
+        return meter.ceiling
+
+    def touched(self, meter: Meter, short: int = 0) -> None:
+        pass
+
+
+@dataclass(slots=True)
+class Lease:
+    """What a replica knows of a shared budget in the meter's window.
+
+    `total` is what all replicas had leased when Redis was last asked, None before that. `recent` is what was taken
+    within about the last second, up to `asked_s`, `counted` what `taken` was then, and `short` the largest amount that
+    could not be taken since.
+    """
+
+    held: int = 0
+    total: int | None = None
+    recent: float = 0.0
+    counted: int = 0
+    asked_s: float = 0.0
+    short: int = 0
+
+
+class Meter:
+    """What is taken of one budget in the current window.
+
+    Windows begin at multiples of their length, so that all replicas have the same ones and a day is a day of UTC. What
+    is taken above the limit is a debt: the next window begins with it.
+    """
+
+    __slots__ = ("carried", "ceiling", "key", "lease", "limit", "number", "sharing", "taken", "window")
+
+    def __init__(self, number: Number, key: str, limit: int, sharing: Sharing, now_s: float) -> None:
+        self.number = number
+        self.key = key
+        """Names the budget in every replica."""
+        self.limit = self.ceiling = limit
+        self.sharing = sharing
+        self.window = int(now_s // number.seconds)
+        self.taken = self.carried = 0
+        self.lease: Lease | None = None
+
+    def set(self, limit: int) -> None:
+        """Change the limit at once. What was allowed before the change is no debt after it."""
+        self.limit = limit
+        self.ceiling = max(self.ceiling, limit)
+
+    def turn(self, now_s: float) -> None:
+        """Begin the window of this time. A clock that is set back stays in the latest window."""
+        window = int(now_s // self.number.seconds)
+        if window <= self.window:
+            return
+        debt = self.taken - self.sharing.cleared(self)
+        unused = (window - self.window - 1) * (self.limit // self.sharing.replicas)
+        self.taken = self.carried = max(0, debt - unused)
+        self.window = window
+        self.ceiling = self.limit
+        if self.lease is not None:
+            self.lease = Lease(recent=self.lease.recent, counted=self.taken, asked_s=self.lease.asked_s)
+
+    def resets_s(self, now_s: float) -> float:
+        """Return the seconds until the window turns."""
+        return max(0.0, (self.window + 1) * self.number.seconds - now_s)
+
+    @property
+    def allowance(self) -> int:
+        """How much this replica may take in the window."""
+        return self.sharing.allowance(self)
+
+    @property
+    def remaining(self) -> int:
+        """What can still be taken by all replicas, as far as this one knows."""
+        return max(0, self.limit - self.taken_by_all)
+
+    @property
+    def taken_by_all(self) -> int:
+        """What all replicas have taken or leased, as far as this one knows."""
+        if self.lease is None or self.lease.total is None:
+            return self.taken
+        return max(self.taken, self.lease.total - self.lease.held + self.taken)
+
+    def take(self, amount: int) -> None:
+        self.taken += amount
+        self.sharing.touched(self)
+
+    def correct(self, window: int, by: int) -> None:
+        """Correct what was taken in a window by `by`, now that the answer's length is known.
+
+        More is charged to the current window, even if the request began in an earlier one. Less comes back, and in a
+        window that is over it only makes a debt smaller.
+        """
+        if by < 0 and window != self.window:
+            by = -min(-by, self.carried) if window == self.window - 1 else 0
+            self.carried += by
+        self.take(by)
