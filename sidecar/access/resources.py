@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sidecar.access.principal import Resource, Sort
 from sidecar.state.records import Record
 
@@ -31,3 +33,17 @@ def _resource(record: Record, sort: Sort, ordinal: int | None) -> Resource:
         is_current=ordinal is None or ordinal == record.current,
         base_model=version.adapter.base_model,
     )
+
+
+def summary(record: Record | None) -> dict[str, Any]:
+    """Return what the audit shows of a name before and after a change; {} if there is none."""
+    if record is None:
+        return {}
+    shown: dict[str, Any] = {"version": f"v{record.current}", "digest": record.adapter.digest[:12]}
+    if record.canary is not None:
+        shown["canary"] = f"v{record.canary[0]} {record.canary[1]} %"
+    if record.allow is not None:
+        shown["allow"] = list(record.allow)
+    if record.pinned:
+        shown["pinned"] = True
+    return shown

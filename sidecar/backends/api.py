@@ -131,6 +131,7 @@ class Ticket:
         "_taken_bytes",
         "behind_since_ns",
         "blocked_since_ns",
+        "caller",
         "came",
         "client_id",
         "dispatch",
@@ -159,6 +160,8 @@ class Ticket:
         """Since when the front has been waiting for its client to read."""
         self.rejected_with: Any = None
         """The gRPC status code of an engine's unary error, or an `HttpRejection`: passed on to the client unchanged."""
+        self.caller: Any = None
+        """Who sent it (`access.Caller`); None for a request that another replica has passed on."""
         self.trip: Any = None
         """The router's own record of the request, if there are other replicas."""
         self._reader: asyncio.Future[None] | None = None

@@ -32,11 +32,11 @@ class Config(Section):
     """The whole configuration; the defaults serve one engine on this machine."""
 
     listeners: Listeners = Listeners()
+    identity: Identity = Identity()
+    access: Access = Access()
     backends: tuple[dict[str, Any], ...] = ()
     """As written: `backends.registry.entries_of` validates each by its kind."""
     openai: OpenAi = OpenAi()
-    identity: Identity = Identity()
-    access: Access = Access()
     adapters: Adapters = Adapters()
     origins: Origins = Origins()
     store: Store = Store()
@@ -70,14 +70,20 @@ class Config(Section):
     @field_validator("openai")
     @classmethod
     def _loads_are_protected(cls, openai: OpenAi, others: ValidationInfo) -> OpenAi:
-        if openai.load_calls and "listeners" in others.data:
+        if openai.load_calls and "listeners" in others.data and not cls._is_enforced(others):
             http = others.data["listeners"].http
             if not is_local(http.address) and (http.tls is None or http.tls.ca is None):
                 raise ValueError(
                     f"load_calls lets whoever reaches listeners.http ({http.address}) replace adapters; let it listen "
-                    "on 127.0.0.1, or set listeners.http.tls with a client ca"
+                    "on 127.0.0.1, set listeners.http.tls with a client ca, or identity.mode: enforce, which allows it "
+                    "to publishers"
                 )
         return openai
+
+    @staticmethod
+    def _is_enforced(others: ValidationInfo) -> bool:
+        identity = others.data.get("identity")
+        return identity is not None and identity.mode == "enforce"
 
     @model_validator(mode="after")
     def _loads_have_a_root(self) -> Self:
@@ -94,6 +100,11 @@ class Config(Section):
     def _replicas_share_their_state(cls, replicas: Replicas, others: ValidationInfo) -> Replicas:
         if replicas.address is not None and "state" in others.data and others.data["state"].url is None:
             raise ValueError("address without state.url: replicas know of each other by a Redis")
+        if replicas.address is not None and cls._is_enforced(others) and (replicas.tls is None or not replicas.tls.ca):
+            raise ValueError(
+                "identity.mode: enforce needs replicas.tls with certificate, key and ca: who reaches the replicas' "
+                "port could else send requests in anybody's name"
+            )
         return replicas
 
     def core(self) -> CoreConfig:

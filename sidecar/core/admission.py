@@ -111,14 +111,32 @@ def _resolve(state: State, event: Received) -> tuple[Name | None, int]:
         raise unknown_adapter(state, text, event.tenant)
     _allowed(event, name)  # first: only a tenant that may use the adapter may learn its versions
     if not selector:
-        return name, _share(name, event)
+        return name, _permitted(name, event, _share(name, event))
     ordinal = _selected(state, name, selector)
-    if ordinal is None:
-        has = ", ".join(f"v{n} ({version[:12]})" for n, version in sorted(name.versions.items()))
+    if ordinal is None or not _may_answer(event, ordinal):
+        shown = [(n, version) for n, version in sorted(name.versions.items()) if _may_answer(event, n)]
+        has = ", ".join(f"v{n} ({version[:12]})" for n, version in shown) or "none that you may use"
         raise Refused(
             Reason.UNKNOWN_ADAPTER, f'adapter "{text}" has no version "{selector[:80]}"; it has {has}', adapter=text
         )
     return name, ordinal
+
+
+def _may_answer(event: Received, ordinal: int) -> bool:
+    return event.versions is None or ordinal in event.versions
+
+
+def _permitted(name: Name, event: Received, ordinal: int) -> int:
+    """Return an ordinal if it may answer, else the newest one that may. Raise Refused(NOT_ALLOWED) if none may.
+
+    A replica that learns of a promotion later than this one has asked the policy for the version before it.
+    """
+    if event.versions is None or ordinal in event.versions:
+        return ordinal
+    newest = max((each for each in event.versions if each in name.versions), default=None)
+    if newest is None:
+        raise _not_allowed(event, name)
+    return newest
 
 
 def _selected(state: State, name: Name, selector: str) -> int | None:
@@ -139,6 +157,8 @@ def _share(name: Name, event: Received) -> int:
     if name.canary is None:
         return name.ordinal
     ordinal, percent = name.canary
+    if not _may_answer(event, ordinal):
+        return name.ordinal
     text = f"{name.name}\0{event.tenant}\0{event.session or event.request}"
     place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 100
     return ordinal if place < percent else name.ordinal
@@ -247,11 +267,15 @@ def _in_time(step: Step, request: Request, backend: Backend, limit: ClassLimit) 
 
 def _allowed(event: Received, name: Name) -> None:
     if not name.is_for(event.tenant):
-        raise Refused(
-            Reason.NOT_ALLOWED,
-            f'tenant "{event.tenant}" may not use adapter "{name.name}"; its allow list decides',
-            adapter=name.name,
-        )
+        raise _not_allowed(event, name)
+
+
+def _not_allowed(event: Received, name: Name) -> Refused:
+    return Refused(
+        Reason.NOT_ALLOWED,
+        f'tenant "{event.tenant}" may not use adapter "{name.name}"; its allow list, or the policy, decides',
+        adapter=name.name,
+    )
 
 
 def _not_quarantined(state: State, name: Name, digest: str) -> None:

@@ -32,6 +32,8 @@ class Received:
     """How many sequences it makes the engine run, one seat each; `output_tokens_max` is the sum over them."""
     client_id: str = ""
     """The client's own id of the request. It need not be unique, and nothing is decided by it."""
+    versions: tuple[int, ...] | None = None
+    """The ordinals that a policy lets answer it, as it saw the name; None for any."""
 
 
 @dataclass(frozen=True, slots=True)

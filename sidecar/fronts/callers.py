@@ -1,11 +1,14 @@
-"""Tell who calls: the tenant of a call, how long the caller will wait, and the id by which it knows its request."""
+"""Tell who calls, how long the caller will wait, and the id by which it knows its request."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextvars import ContextVar
 from secrets import token_hex
 from typing import Any
 
+from sidecar.access.access import Caller
+from sidecar.access.principal import Presented
 from sidecar.config.identities import REQUEST_ID, checked, clipped, is_fit
 from sidecar.errors import Reason, Refused
 
@@ -14,6 +17,31 @@ TENANT_KEY = "lora-tenant"
 
 REQUEST_ID_KEY = "x-request-id"
 """In gRPC metadata and in HTTP headers; the name that proxies and clients commonly use."""
+
+AUTHORIZATION, FORWARDED = "authorization", "x-forwarded-client-cert"
+LOCAL = ("unix:", "ipv4:127.", "ipv6:%5B::1%5D", "ipv6:[::1]")
+"""How gRPC writes the addresses that only this machine has."""
+
+CALLER: ContextVar[Caller] = ContextVar("caller")
+"""The sender of the gRPC call that this task answers; set before the call's first message is read."""
+
+
+def presented(context: Any) -> Presented:
+    """Return what a gRPC call presents to prove who sends it."""
+    found: dict[str, list[str]] = {AUTHORIZATION: [], FORWARDED: []}
+    for key, value in context.invocation_metadata() or ():
+        if key in found:
+            found[key].append(value if isinstance(value, str) else value.decode(errors="replace"))
+    proven = context.auth_context()
+    names = (*proven.get("x509_subject_alternative_name", ()), *proven.get("x509_common_name", ()))
+    peer = str(context.peer())
+    return Presented(
+        tuple(found[AUTHORIZATION]),
+        tuple(name.decode(errors="replace") for name in names),
+        tuple(found[FORWARDED]),
+        peer,
+        peer.startswith(LOCAL),
+    )
 
 
 def metadata_of(context: Any) -> dict[str, str]:
@@ -39,18 +67,11 @@ def metadata_of(context: Any) -> dict[str, str]:
     return found
 
 
-def tenant_of(context: Any, tenant_from: str, metadata: Mapping[str, str], asked: str) -> str:
-    """Return the tenant, from the client's certificate or from the request, as `tenant_from` says; "" for none.
+def claimed_tenant(metadata: Mapping[str, str], asked: str) -> str:
+    """Return the tenant that a request says it is of; "" for none.
 
-    With certificates, the request's own claim is ignored. A certificate's name is its first subject alternative name,
-    or else its common name. Raises Refused(INVALID_REQUEST) if the request and the metadata, which a proxy may have
-    set, name different tenants.
+    Raises Refused(INVALID_REQUEST) if the request and the metadata, which a proxy may have set, name different tenants.
     """
-    if tenant_from == "none":
-        return ""
-    if tenant_from == "certificate":
-        identities = context.peer_identities() or ()
-        return next((name.decode(errors="replace") for name in identities), "")
     of_call = metadata.get(TENANT_KEY, "")
     if asked and of_call and asked != of_call:
         raise Refused(

@@ -15,12 +15,21 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from sidecar.errors import Reason, Refused
+from sidecar.access.access import Caller
+from sidecar.access.principal import Presented
+from sidecar.errors import Reason, Refused, SidecarError
+from sidecar.fronts import callers
 from sidecar.fronts.arriving import Call, Source
 from sidecar.fronts.intake import RETRY_S, Intake
 from sidecar.fronts.received import wire_of
 from sidecar.fronts.status import abort
 
+OPEN_TO_ALL = (
+    "/grpc.health.v1.Health/",
+    "/inference.GRPCInferenceService/ServerLive",
+    "/inference.GRPCInferenceService/ServerReady",
+)
+"""Methods that need no credential: probes have none."""
 END: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 """What `context.read` returns after the last message."""
 PENDING_CALLS_MAX = 1_000_000
@@ -34,16 +43,20 @@ PENDING_OPTIONS = (
 class _TurnedAway(Exception):
     """End a call with the refusal inside."""
 
-    def __init__(self, why: Refused) -> None:
+    def __init__(self, why: SidecarError) -> None:
         super().__init__(why.message)
         self.why = why
 
 
 class BoundedCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Apply one listener's bounds before anything parses its messages. Set `port` once the listener is bound."""
+    """Apply one listener's bounds, and find out who calls, before anything parses its messages.
 
-    def __init__(self, intake: Intake, calls_max: int) -> None:
+    Set `port` once the listener is bound.
+    """
+
+    def __init__(self, intake: Intake, calls_max: int, identify: Callable[[Presented], Awaitable[Caller]]) -> None:
         self.port = 0
+        self._identify = identify
         self._intake = intake
         self._calls_max = calls_max
         self._handlers: dict[Any, Any] = {}
@@ -56,16 +69,16 @@ class BoundedCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         assert handler.request_deserializer is None
         bounded = self._handlers.get(handler)
         if bounded is None:
-            bounded = self._handlers[handler] = self._bounded(handler)
+            bounded = self._handlers[handler] = self._bounded(handler, details.method.startswith(OPEN_TO_ALL))
         return bounded
 
-    def _bounded(self, handler: Any) -> Any:
+    def _bounded(self, handler: Any, is_open: bool) -> Any:
         kind = "stream" if handler.request_streaming else "unary"
         method = getattr(handler, f"{kind}_{'stream' if handler.response_streaming else 'unary'}")
 
         async def serve(requests: Any, context: Any) -> Any:
             try:
-                return await self._served(handler, method, context)
+                return await self._served(handler, method, context, is_open)
             except grpc.aio.AbortError as error:
                 # The call keeps this exception, and the frames of its traceback keep the call and with it the message.
                 # Only the garbage collector would break that ring, and it counts objects, not bytes.
@@ -76,15 +89,23 @@ class BoundedCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             return grpc.stream_stream_rpc_method_handler(serve, None, handler.response_serializer)
         return grpc.stream_unary_rpc_method_handler(serve, None, handler.response_serializer)
 
-    async def _served(self, handler: Any, method: Any, context: Any) -> Any:
+    async def _served(self, handler: Any, method: Any, context: Any, is_open: bool) -> Any:
         with self._intake.call(wire_of(context.peer(), self.port)) as call:
             try:
                 self._check(call.source)
+                if not is_open:
+                    await self._find_caller(context)
                 incoming = _Incoming(self._intake, call, context)
                 request = incoming.messages() if handler.request_streaming else await incoming.one()
                 return await _answered(method, request, context)
             except _TurnedAway as turned_away:
                 await abort(context, turned_away.why)
+
+    async def _find_caller(self, context: Any) -> None:
+        try:
+            callers.CALLER.set(await self._identify(callers.presented(context)))
+        except SidecarError as error:
+            raise _TurnedAway(error) from None
 
     def _check(self, source: Source) -> None:
         if source.calls <= self._calls_max:

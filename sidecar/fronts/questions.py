@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sidecar.access.access import OURSELVES
 from sidecar.backends.api import Reply as EngineReply
 from sidecar.backends.api import Ticket
 from sidecar.backends.kind import Reader
@@ -35,7 +36,7 @@ async def ask(gateway: Gateway, question: Question, client_id: str) -> Reply:
         only=(question.backend,),
     )
     try:
-        ticket = gateway.submit(facts, payload, client_id)
+        ticket = gateway.submit(facts, payload, client_id, OURSELVES)
     except Refused as refused:
         return Reply(error=refused.message, reason=refused.reason)
     try:

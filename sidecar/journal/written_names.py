@@ -88,7 +88,7 @@ WRITTEN: dict[type, Form] = {
     ev.Received: Form(
         "Received",
         "request adapter tenant klass input_tokens output_tokens_max deadline_ns session size_bytes only sequences "
-        "client_id",
+        "client_id versions",
     ),
     ev.ClientLeft: Form("ClientLeft", "request moved"),
     ev.ClientStalled: Form("ClientStalled", "request"),

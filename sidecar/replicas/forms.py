@@ -32,6 +32,7 @@ def forwarded(member: str, backend: str, facts: RequestFacts, payload: Payload, 
         size_bytes=facts.size_bytes,
         sequences=facts.sequences,
         client_id=client_id,
+        versions=None if facts.versions is None else peers_pb2.Ordinals(ordinals=facts.versions),
         payload=peers_pb2.ForwardedPayload(
             model=payload.model,
             kind=payload.kind,
@@ -58,6 +59,7 @@ def facts_of(request: Any) -> RequestFacts:
         request.size_bytes,
         (request.backend,),
         max(1, request.sequences),  # an older replica omits it
+        tuple(request.versions.ordinals) if request.HasField("versions") else None,
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from sidecar.access.access import Access
 from sidecar.adapters.disk import DiskTier
 from sidecar.adapters.origins.allowing import AllowList
 from sidecar.adapters.origins.limits import Limits
@@ -91,6 +92,7 @@ class Sidecar:
             stagings=stagings_of(self.entries),
             crash=self.crash,
             answers=AnswerBuffers(config.queue.answer_bytes_max, config.queue.answers_bytes_max),
+            access=Access.off(self.registry.get, config.tenant_from),
         )
         self.metrics = Metrics(self.gateway, config.adapter_labels_max)
         self.restarts = Restarts(self.gateway, config.drain_timeout_s)

@@ -13,13 +13,15 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from sidecar.access.access import Caller
+from sidecar.access.operators import Operators
+from sidecar.access.principal import Presented
 from sidecar.backends.credentials import read_pem
 from sidecar.config import Config
 from sidecar.config.backends import Backend as Entry
 from sidecar.config.listeners import GrpcListener, Listener
 from sidecar.config.section import Tls
 from sidecar.errors import Misused, Reason
-from sidecar.fronts.admin.auth import TokenInterceptor
 from sidecar.fronts.admin.front import add_admin
 from sidecar.fronts.calls import PENDING_OPTIONS, BoundedCalls
 from sidecar.fronts.checked_messages import CheckedMessages
@@ -112,10 +114,10 @@ class Listening:
 
     def _open_data(self) -> None:
         config, wanted = self._config, self._config.listeners.data
-        calls = self._calls(wanted)
+        calls = self._calls(wanted, self._gateway.access.identify)
         options = (*_bounds(wanted, wanted.message_bytes_max), *connection_age_options(wanted.max_connection_age_s))
         data = self._server([calls, CheckedMessages()], options)
-        service = GatewayService(self._gateway, config.tenant_from, config.hide_backend)
+        service = GatewayService(self._gateway, config.hide_backend)
         gateway_pb2_grpc.add_GatewayServicer_to_server(service, data)
         self.streams = add_kserve(data, self._gateway, config).lifetimes
         health_pb2_grpc.add_HealthServicer_to_server(self._health, data)
@@ -123,9 +125,10 @@ class Listening:
 
     def _open_admin(self, replica: Replica | None) -> None:
         wanted = self._config.listeners.admin
-        calls = self._calls(wanted)
-        tokens = [TokenInterceptor(Path(wanted.token_file))] if wanted.token_file else []
-        admin = self._server([calls, *tokens, CheckedMessages()], _bounds(wanted, wanted.message_bytes_max))
+        tokens = None if wanted.token_file is None else Path(wanted.token_file)
+        operators = Operators(self._gateway.access, tokens, self._config.identity.local_admin)
+        calls = self._calls(wanted, operators.identify)
+        admin = self._server([calls, CheckedMessages()], _bounds(wanted, wanted.message_bytes_max))
         add_admin(admin, self._gateway, replica)
         add_kserve_admin(admin, self._gateway)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, admin)
@@ -160,8 +163,8 @@ class Listening:
             await self._probes.start()
             self.probes = self._probes.address
 
-    def _calls(self, listener: GrpcListener) -> BoundedCalls:
-        return BoundedCalls(self.intake, listener.calls_per_connection_max)
+    def _calls(self, listener: GrpcListener, identify: Callable[[Presented], Awaitable[Caller]]) -> BoundedCalls:
+        return BoundedCalls(self.intake, listener.calls_per_connection_max, identify)
 
     def _server(self, interceptors: Sequence[Any] = (), options: Sequence[tuple[str, int]] = ()) -> grpc.aio.Server:
         # If an option is given twice, gRPC takes the first.

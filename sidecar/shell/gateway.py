@@ -11,10 +11,12 @@ import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic_ns
 from typing import Any
 
+from sidecar.access.access import Access, Caller
 from sidecar.adapters.base_model import BaseModel
 from sidecar.adapters.disk import DiskTier
 from sidecar.adapters.origins.allowing import AllowList
@@ -30,10 +32,10 @@ from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
 from sidecar.core.core import Core, Policies
-from sidecar.core.enums import Fault
+from sidecar.core.enums import Fault, Outcome
 from sidecar.core.facts import EngineFacts, version_of_key
 from sidecar.core.state import State
-from sidecar.errors import Misused, Reason, Refused
+from sidecar.errors import Misused, Reason, Refused, SidecarError
 from sidecar.journal.raised import Raised
 from sidecar.shell.catalogue import Catalogue
 from sidecar.shell.crash import Crash, last_ending
@@ -71,7 +73,9 @@ class Gateway:
         stagings: Sequence[Staging] = (),
         crash: Crash | None = None,
         answers: AnswerBuffers | None = None,
+        access: Access | None = None,
     ) -> None:
+        self.access = access or Access.off(registry.get)
         self.crash = crash or Crash()
         self.core = Core(config, policies)
         self.driver = Driver(self.core, monotonic_ns, self._run, inbox_max=inbox_max, crash=self.crash)
@@ -192,22 +196,53 @@ class Gateway:
 
     # Requests.
 
-    def submit(self, facts: RequestFacts, payload: Payload, client_id: str = "") -> Ticket:
-        """Submit a request under its client's id, and return its ticket.
+    def submit(self, facts: RequestFacts, payload: Payload, client_id: str, caller: Caller) -> Ticket:
+        """Submit a caller's request under its client's id, and return its ticket.
 
-        Raises Refused if the queue is full or a name is malformed; every other ending comes through the ticket.
+        Raises Refused if the queue is full, a name is malformed or the caller may not use it, and
+        Misused(UNAUTHENTICATED) if its credential has ended. Every other ending comes through the ticket.
         """
+        facts.check()
+        try:
+            facts = self._permitted(facts, client_id, caller)
+        except SidecarError as error:
+            self._show_refused(facts, error)
+            raise
         ticket = Ticket(next(self._numbers), payload, client_id, self.answers)
+        ticket.caller = caller
         return self._take(facts, ticket, self.admit if self.elsewhere is None else self.elsewhere.submit)
 
+    def _permitted(self, facts: RequestFacts, client_id: str, caller: Caller) -> RequestFacts:
+        """Return a request as the caller may make it. Raises Refused, Misused(UNAUTHENTICATED)."""
+        access, name = self.access, facts.adapter
+        klass = access.class_of(caller, facts.klass)
+        is_base = name in admission.BASE_NAMES and name not in self.state.names
+        permit = access.permit(caller, name, client_id, is_base)
+        return replace(facts, klass=klass, versions=permit.versions)
+
+    def _show_refused(self, facts: RequestFacts, error: SidecarError) -> None:
+        """Show a request that was not permitted to those who count. Its name is not told: it may not exist."""
+        klass = facts.klass if facts.klass in self.state.config.classes else "default"
+        self.driver.show_endings(
+            [
+                do.Settle(
+                    0, Outcome.REFUSED, "", facts.tenant, klass, 0, facts.input_tokens, reason=error.reason,
+                    message=error.message,
+                )
+            ]
+        )  # fmt: skip
+
     def submit_here(self, facts: RequestFacts, ticket_of: Callable[[int], Ticket]) -> Ticket:
-        """Submit a request that another replica has passed on; `ticket_of(number)` makes its ticket."""
+        """Submit a request that another replica has passed on; `ticket_of(number)` makes its ticket.
+
+        That replica has asked who sends it and what it may use: its word comes by mutual TLS.
+        """
+        facts.check()
         return self._take(facts, ticket_of(next(self._numbers)), self.admit)
 
     def _take(self, facts: RequestFacts, ticket: Ticket, admit: Callable[[Ticket, RequestFacts], None]) -> Ticket:
         if self.crash.raised is not None:
             raise self.crash.refused()
-        facts.check()
         checked(identities.REQUEST_ID, ticket.client_id)
         self.tickets[ticket.request] = ticket
         try:
@@ -264,6 +299,9 @@ class Gateway:
     ) -> None:  # not in the loop above: its frame would keep the last ticket
         now_ns = monotonic_ns()
         for ticket in list(self.tickets.values()):
+            if ticket.caller is not None and ticket.settled is None and self.access.is_over(ticket.caller):
+                self._end(ticket, ev.ClientLeft(ticket.request), Reason.CANCELLED)
+                continue
             since_ns = ticket.behind_since_ns
             if since_ns is None or ticket.settled is not None:
                 continue
@@ -330,7 +368,13 @@ class Gateway:
         if ticket is None:
             return
         if effect.reason is not Reason.NOT_OWNER or self.elsewhere is None or not self.elsewhere.given_back(ticket):
-            ticket.settle(admission.for_client(self.state, effect))
+            ticket.settle(self._for_client(effect, ticket))
+
+    def _for_client(self, ending: do.Settle, ticket: Ticket) -> do.Settle:
+        hidden = self.access.for_client(ending.reason, ending.name, ticket.client_id)
+        if hidden is None:
+            return admission.for_client(self.state, ending)
+        return replace(ending, reason=hidden.reason, message=hidden.message, name=hidden.details["adapter"])
 
     def _answer(self, effect: do.Answer) -> None:
         future = self._asks.pop(effect.ask, None)

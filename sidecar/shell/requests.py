@@ -36,6 +36,8 @@ class RequestFacts:
     """The backends that it may go to; () for any."""
     sequences: int = 1
     """The number of sequences that the engine runs for it."""
+    versions: tuple[int, ...] | None = None
+    """The ordinals that the policy lets answer it; None for any."""
 
     def __post_init__(self) -> None:
         for name in ("input_tokens", "output_tokens_max", "sequences"):
@@ -52,7 +54,7 @@ class RequestFacts:
         """Return the event that tells the core of it."""
         return ev.Received(
             request, self.adapter, self.tenant, self.klass, self.input_tokens, self.output_tokens_max, deadline_ns,
-            self.session, self.size_bytes, self.only, self.sequences, client_id,
+            self.session, self.size_bytes, self.only, self.sequences, client_id, self.versions,
         )  # fmt: skip
 
 

@@ -11,17 +11,19 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
+from sidecar.access.access import OURSELVES
+from sidecar.access.operators import read_tokens
 from sidecar.config.plugins import policies_of
 from sidecar.core.config import CoreConfig
 from sidecar.core.facts import EngineFacts
 from sidecar.errors import Misused
-from sidecar.fronts.admin.auth import TokenInterceptor
 from sidecar.fronts.admin.front import add_admin
 from sidecar.proto import admin_pb2 as pb
 from sidecar.proto import admin_pb2_grpc
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.requests import RequestFacts
 from sidecar.state.registry import SqliteRegistry
+from tests.kit.cli_served import guarded
 from tests.kit.peft_files import BASE_MODEL, write_adapter
 from tests.kit.scripted_backend import PAYLOAD, ScriptedBackend
 
@@ -38,14 +40,14 @@ class Admin:
 
 
 async def served(
-    tmp_path: Path, backends: tuple[ScriptedBackend, ...] = (), interceptors: tuple[Any, ...] = ()
+    tmp_path: Path, backends: tuple[ScriptedBackend, ...] = (), token_file: Path | None = None
 ) -> AsyncIterator[Admin]:
     """Serve the admin services over a new gateway until the test is done."""
     config = CoreConfig()
     registry = SqliteRegistry(None)
     gateway = Gateway(config, policies_of(config), registry, [tmp_path])
     await gateway.start([(backend, EngineFacts(base_models=(BASE_MODEL,), seats=2)) for backend in backends])
-    server = grpc.aio.server(interceptors=interceptors)
+    server = grpc.aio.server(interceptors=guarded(gateway, token_file))
     add_admin(server, gateway)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -167,7 +169,7 @@ async def test_release_lifts_a_quarantine(admin: Admin, tmp_path: Path) -> None:
 
 async def test_the_queue_says_who_waits_and_why(admin: Admin) -> None:
     """With two seats taken the third request is shown waiting, for a seat."""
-    tickets = [admin.gateway.submit(RequestFacts("", tenant="acme"), PAYLOAD) for _ in range(3)]
+    tickets = [admin.gateway.submit(RequestFacts("", tenant="acme"), PAYLOAD, "", OURSELVES) for _ in range(3)]
     backend = admin.gateway.backends["trt-0"]
     await backend.running_are(2)  # type: ignore[attr-defined]
     view = await admin.queues.Get(pb.QueueRequest())
@@ -192,7 +194,7 @@ async def test_a_token_is_asked_for(tmp_path: Path) -> None:
     """With a token file only calls that carry one of its tokens are answered."""
     file = tmp_path / "tokens"
     file.write_text("old\nnew\n")
-    async for admin in served(tmp_path, interceptors=(TokenInterceptor(file),)):
+    async for admin in served(tmp_path, token_file=file):
         request = pb.ListAdaptersRequest()
         for header in ((), (("authorization", "Bearer wrong"),), (("authorization", "old"),)):
             code, reason, message = await failure(admin.adapters.List(request, metadata=header))
@@ -209,4 +211,4 @@ def test_a_token_file_must_hold_a_token(tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("\n")
     for name, words in (("empty", "is empty"), ("missing", "No such file")):
         with pytest.raises(Misused, match=words):
-            TokenInterceptor(tmp_path / name)
+            read_tokens(tmp_path / name)

@@ -17,7 +17,6 @@ import pytest
 
 from sidecar.cli import run
 from sidecar.cli.endpoint import ADMIN_VARIABLE, TOKEN_FILE_VARIABLE
-from sidecar.fronts.admin.auth import TokenInterceptor
 from tests.kit.cli_runs import runner
 from tests.kit.cli_served import serve_here
 from tests.kit.forked import ROOT, python
@@ -59,7 +58,7 @@ async def shell(
 ) -> AsyncIterator[Shell]:
     """A shell whose environment says where a sidecar with two adapters is, and which token it wants."""
     (tmp_path / "token").write_text(f"{TOKEN}\n")
-    async for served in serve_here(tmp_path, runner(capfd), (TokenInterceptor(tmp_path / "token"),)):
+    async for served in serve_here(tmp_path, runner(capfd), tmp_path / "token"):
         await served.register("sql", tmp_path)
         await served.register("support", tmp_path)
         monkeypatch.setenv(ADMIN_VARIABLE, served.address)

@@ -10,8 +10,8 @@ from pathlib import Path
 import grpc
 import pytest
 
+from sidecar.access.access import OURSELVES
 from sidecar.cli.generating import sentence
-from sidecar.fronts.admin.auth import TokenInterceptor
 from sidecar.proto import gateway_pb2
 from sidecar.shell.requests import RequestFacts
 from tests.kit.cli_runs import Ended, runner
@@ -90,7 +90,7 @@ async def test_the_sidecars_errors(served: Served, tmp_path: Path) -> None:
 async def test_backends_and_queue_for_people(served: Served, tmp_path: Path) -> None:
     """With two seats taken `queue` begins with the verdict and `backends show` says what is pinned by what."""
     await served.register("slow", tmp_path)
-    tickets = [served.gateway.submit(RequestFacts("slow", tenant="acme"), PAYLOAD, "mine") for _ in range(3)]
+    tickets = [served.gateway.submit(RequestFacts("slow", tenant="acme"), PAYLOAD, "mine", OURSELVES) for _ in range(3)]
     await served.gateway.backends["trt-0"].running_are(2)  # type: ignore[attr-defined]
     lines = (await served.cli("queue")).out.splitlines()
     assert re.match(r"1 waiting for .* \(bound \d+ s, expires 600 s\) because all seats are taken on trt-0", lines[0])
@@ -138,7 +138,7 @@ async def test_a_token_file(tmp_path: Path, sidecar: Callable[..., Ended]) -> No
     """With --token-file the command is let in; without, the reason is UNAUTHENTICATED; a missing file is misuse."""
     file = tmp_path / "token"
     file.write_text(f"{TOKEN}\n")
-    async for served in serve_here(tmp_path, sidecar, (TokenInterceptor(file),)):
+    async for served in serve_here(tmp_path, sidecar, file):
         assert (await served.cli("adapters", "list", "--token-file", str(file))).code == 0
         assert (await served.cli("adapters", "list", "--json")).error()["reason"] == "UNAUTHENTICATED"
         assert (await served.cli("adapters", "list", "--token-file", str(tmp_path / "no"))).code == 2

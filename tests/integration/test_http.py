@@ -10,6 +10,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from sidecar.access.access import OURSELVES
 from sidecar.backends.api import Payload, Ticket, Weights
 from sidecar.config.plugins import policies_of
 from sidecar.core.config import CoreConfig
@@ -87,7 +88,10 @@ class House:
 
     async def generate(self, adapter: str = "", prompt: bytes = b"") -> Settle:
         ticket = self.gateway.submit(
-            RequestFacts(adapter, input_tokens=len(prompt), output_tokens_max=3), Payload("m", prompt, False, True)
+            RequestFacts(adapter, input_tokens=len(prompt), output_tokens_max=3),
+            Payload("m", prompt, False, True),
+            "",
+            OURSELVES,
         )
         settled = await ticket.next()
         self.gateway.close(ticket)

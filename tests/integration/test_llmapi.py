@@ -17,6 +17,7 @@ import pytest
 import tritonclient.grpc as triton
 from tritonclient.grpc import service_pb2
 
+from sidecar.access.access import OURSELVES
 from sidecar.adapters.claims import HIDDEN
 from sidecar.backends.api import Payload
 from sidecar.config import parse
@@ -300,7 +301,7 @@ async def test_a_request_for_another_kind_of_model(folders: tuple[Path, Path]) -
     write_adapters(folders[0], 1)
     async with in_front(folders) as (served, (engine,)):
         gateway = served.sidecar.gateway
-        ticket = gateway.submit(RequestFacts("a00"), Payload(CORE, b"", raw=True, unary=False))
+        ticket = gateway.submit(RequestFacts("a00"), Payload(CORE, b"", raw=True, unary=False), "", OURSELVES)
         ending = await ticket.next()
         gateway.close(ticket)
         assert isinstance(ending, Settle)

@@ -10,6 +10,9 @@ from typing import Any
 
 import grpc
 
+from sidecar.access.access import Caller
+from sidecar.access.operators import Operators
+from sidecar.access.principal import Presented
 from sidecar.backends.api import Reply, Ticket, Weights
 from sidecar.backends.wire import ModelInferResponse
 from sidecar.config.plugins import policies_of
@@ -18,7 +21,10 @@ from sidecar.core.effects import Dispatch
 from sidecar.core.events import FirstToken, RunEnded
 from sidecar.core.facts import EngineFacts
 from sidecar.fronts.admin.front import add_admin
+from sidecar.fronts.calls import BoundedCalls
+from sidecar.fronts.checked_messages import CheckedMessages
 from sidecar.fronts.generate.front import GatewayService
+from sidecar.fronts.intake import Intake
 from sidecar.proto import gateway_pb2_grpc
 from sidecar.shell.catalogue import Wanted
 from sidecar.shell.gateway import Gateway
@@ -68,10 +74,22 @@ class Served:
         )
 
 
+def guarded(gateway: Gateway, token_file: Path | None = None) -> tuple[Any, ...]:
+    """Return the interceptors of a gateway's admin listener."""
+    operators = Operators(gateway.access, token_file)
+
+    async def identify(presented: Presented) -> Caller:
+        """Believe clients, whose API is on the same port, and ask operators for the token if there is one."""
+        caller = await operators.identify(presented)
+        return caller if token_file is not None else await gateway.access.identify(presented)
+
+    return BoundedCalls(Intake(), 1000, identify), CheckedMessages()
+
+
 async def serve_here(
     tmp_path: Path,
     command: Callable[..., Ended],
-    interceptors: tuple[Any, ...] = (),
+    token_file: Path | None = None,
     ids: tuple[str, str] = ("trt-0", "trt-1"),
 ) -> AsyncIterator[Served]:
     """Serve both APIs on one free port until the test ends."""
@@ -79,9 +97,9 @@ async def serve_here(
     gateway = Gateway(config, policies_of(config), registry, [tmp_path])
     backends = (EchoingBackend(ids[0]), EchoingBackend(ids[1], up=False))
     await gateway.start([(backend, EngineFacts(base_models=(BASE_MODEL,), seats=2)) for backend in backends])
-    server = grpc.aio.server(interceptors=interceptors)
+    server = grpc.aio.server(interceptors=guarded(gateway, token_file))
     add_admin(server, gateway)
-    gateway_pb2_grpc.add_GatewayServicer_to_server(GatewayService(gateway, "metadata", False), server)
+    gateway_pb2_grpc.add_GatewayServicer_to_server(GatewayService(gateway, False), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     yield Served(gateway, f"127.0.0.1:{port}", command)

@@ -32,9 +32,8 @@ FIELDS = {"lora_name": "adapter", "lora_tenant": "tenant", "lora_class": "class"
 class GatewayService(gateway_pb2_grpc.GatewayServicer):
     """Serve `Generate` over the process's gateway."""
 
-    def __init__(self, gateway: Gateway, tenant_from: str, hide_backend: bool) -> None:
+    def __init__(self, gateway: Gateway, hide_backend: bool) -> None:
         self._gateway = gateway
-        self._tenant_from = tenant_from
         self._hide_backend = hide_backend
 
     async def Generate(self, request: Any, context: Any) -> None:  # noqa: N802 — gRPC's name
@@ -55,13 +54,13 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
             await context.abort(*status_of_ending(ending, request_id, _code_of(ending, ticket), self._hide_backend))
 
     def _submit(self, request: Any, context: Any, metadata: Mapping[str, str], request_id: str) -> Ticket:
-        fields = fields_of(request, metadata)
+        fields, access, caller = fields_of(request, metadata), self._gateway.access, callers.CALLER.get()
         payload, input_tokens = payload_of(request, self._may_stream, self._kinds)
         if request.WhichOneof("prompt") == "text":
             input_tokens = text_tokens_max(self._gateway.state, input_tokens)
         facts = RequestFacts(
             adapter=fields.adapter,
-            tenant=callers.tenant_of(context, self._tenant_from, metadata, fields.tenant),
+            tenant=access.tenant_of(caller, callers.claimed_tenant(metadata, fields.tenant), request_id),
             klass=fields.klass,
             input_tokens=input_tokens,
             output_tokens_max=request.max_tokens or MAX_TOKENS_DEFAULT,
@@ -70,7 +69,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
             size_bytes=request.ByteSize(),
             only=self._eligible(request, payload.kinds),
         )
-        return self._gateway.submit(facts, payload, request_id)
+        return self._gateway.submit(facts, payload, request_id, caller)
 
     def _eligible(self, request: Any, kinds: tuple[str, ...]) -> tuple[str, ...]:
         """Return the backends that a request may go to, () for any. Raises Refused(INVALID_REQUEST)."""

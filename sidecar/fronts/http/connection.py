@@ -23,7 +23,7 @@ SILENCE_S_MAX = 30.0
 DISCARDED_BYTES_MAX = 64 << 20
 """Bytes of a body that is answered without being read; beyond that the connection is cut."""
 PEER, CROWDED = "peer", "crowded"
-"""Keys of a request's state: the name in the client's certificate; True if there are more connections than planned."""
+"""Keys of a request's state: the names in the client's certificate; True if there are more connections than planned."""
 
 _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 
@@ -65,7 +65,7 @@ class Connection(HttpToolsProtocol):
         """The request whose answer is being made. `cycle` is the one read last, which may have to wait for it."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        self.app_state = {**self.app_state, PEER: _peer_name(transport)}
+        self.app_state = {**self.app_state, PEER: _peer_names(transport)}
         super().connection_made(transport)
         count = len(self.connections)
         self.app_state[CROWDED] = count > self.limits.connections
@@ -208,12 +208,12 @@ def _without_upgrade(data: bytes) -> bytes:
     return data[: found.start()] + b"\r\nx-upgrade:" + data[found.end() :]
 
 
-def _peer_name(transport: asyncio.Transport) -> str:
-    """Return the name in the client's certificate: its first subject alternative name, else its common name."""
+def _peer_names(transport: asyncio.Transport) -> tuple[str, ...]:
+    """Return the names in the client's certificate: its subject alternative names, then its common name."""
     tls = transport.get_extra_info("ssl_object")
     certificate = tls.getpeercert() if tls is not None else None
     if not certificate:
-        return ""
+        return ()
     names = [value for _, value in certificate.get("subjectAltName", ())]
     names += [value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"]
-    return str(names[0]) if names else ""
+    return tuple(map(str, names))

@@ -53,8 +53,7 @@ class KServe:
         self._connections: dict[str, OpenInStreams] = {}
         self.lifetimes = Lifetimes(config.listeners.data.max_connection_age_s)
         gateway.observe(self.lifetimes)
-        self.regions = RegionOwners(config.tenant_from)
-        self._tenant_from = config.tenant_from
+        self.regions = RegionOwners(gateway.access)
         self._rules = request.Rules(config.legacy_task_ids, config.allow_client_lora)
 
     async def infer(self, raw: bytes, context: Any) -> bytes:
@@ -102,7 +101,7 @@ class KServe:
                 return asked
             if stream is not None:
                 stream.lifetime.check()
-            ticket = self.gateway.submit(asked.facts, asked.payload, request_id)
+            ticket = self.gateway.submit(asked.facts, asked.payload, request_id, callers.CALLER.get())
         except SidecarError as error:
             if not request_id:
                 own = id_in(raw)
@@ -124,7 +123,9 @@ class KServe:
         facts, tokens = asked.facts, asked.facts.input_tokens
         facts = replace(
             facts,
-            tenant=callers.tenant_of(context, self._tenant_from, metadata, facts.tenant),
+            tenant=self.gateway.access.tenant_of(
+                callers.CALLER.get(), callers.claimed_tenant(metadata, facts.tenant), request_id
+            ),
             deadline_s=callers.earliest(facts.deadline_s, callers.remaining_s(context)),
             input_tokens=text_tokens_max(self.gateway.state, tokens) if asked.is_text else tokens,
             only=only,

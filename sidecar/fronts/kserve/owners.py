@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from sidecar.access.access import Access
 from sidecar.adapters.shared_memory import PREFIX
 from sidecar.config.identities import clipped
 from sidecar.errors import Reason, Refused
@@ -38,14 +39,15 @@ class Caller:
 class RegionOwners:
     """The regions that were registered here, and the caller that registered each."""
 
-    def __init__(self, tenant_from: str, regions_max: int = REGIONS_MAX) -> None:
-        self._tenant_from = tenant_from
+    def __init__(self, access: Access, regions_max: int = REGIONS_MAX) -> None:
+        self._access = access
         self._regions_max = regions_max
         self._of: dict[str, Caller] = {}
         self._counts: dict[tuple[str, str], int] = {}
 
     def caller(self, context: Any) -> Caller:
-        tenant = callers.tenant_of(context, self._tenant_from, callers.metadata_of(context), "")
+        claimed = callers.claimed_tenant(callers.metadata_of(context), "")
+        tenant = self._access.tenant_of(callers.CALLER.get(), claimed)
         return Caller(tenant, str(context.peer()))
 
     def register(self, name: str, caller: Caller) -> None:

@@ -128,6 +128,12 @@ class Destinations:
         only = restriction_to(self._state, fitting) if fitting else ()
         return Destination(adapter, payload, only, text, is_long, length_max if is_long else None)
 
+    def is_base(self, model: str) -> bool:
+        """Return True if a model's name means a base model."""
+        if model.partition("@")[0] in self._state.names:
+            return False
+        return model in BASE_NAMES or any(model in names for names in self._base_models())
+
     def _servers(self, model: str, tenant: str) -> tuple[str, tuple[Engine, ...]]:
         """Return the core's name for a model and the engines that can serve it, those of empty pools included."""
         state = self._state

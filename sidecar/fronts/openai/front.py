@@ -1,8 +1,8 @@
 """The application below `/v1`: completions, chats, models.
 
 `model` names an adapter, with or without a version, or the base model. Headers say who asks (`x-lora-tenant`,
-`x-lora-class`, `x-lora-deadline-ms`, `x-lora-session`, or else the body's `user` for the session). The API key that
-these clients send is meant for other servers and is ignored.
+`x-lora-class`, `x-lora-deadline-ms`, `x-lora-session`, or else the body's `user` for the session). Without identity the
+API key that these clients send is ignored.
 """
 
 from __future__ import annotations
@@ -11,16 +11,19 @@ import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from starlette.datastructures import QueryParams
 from starlette.types import Receive, Scope, Send
 
+from sidecar.access import access
+from sidecar.access.access import Permit
+from sidecar.access.principal import Presented
 from sidecar.backends.api import Ticket
 from sidecar.backends.kind import Native
 from sidecar.backends.registry import model_kind
 from sidecar.config import Config
 from sidecar.errors import Reason, Refused, SidecarError
+from sidecar.fronts.callers import AUTHORIZATION, FORWARDED
 from sidecar.fronts.eligible import empty_pools
 from sidecar.fronts.http.connection import CROWDED, PEER
 from sidecar.fronts.http.content_type import why_not_json
@@ -71,7 +74,6 @@ class OpenAiFront:
         self._methods = METHODS if loads is None else METHODS | dict.fromkeys(load_calls.PATHS, ("POST",))
         self._gateway = gateway
         self._intake = intake
-        self._tenant_from = config.tenant_from
         self._hide_backend = config.hide_backend
         self._body_bytes_max = config.listeners.http.body_bytes_max
         self._prompts_max = config.listeners.http.prompts_max
@@ -82,6 +84,12 @@ class OpenAiFront:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = request_id_of(scope["headers"])
+        try:
+            sender = await self._gateway.access.identify(_presented(scope))
+        except SidecarError as error:
+            log_refused(request_id, error)
+            await send_failure(send, _closing(_failure_of(error)), request_id)
+            return
         path = scope["path"].rstrip("/")
         known = MODELS if path.startswith(f"{MODELS}/") else path
         if known not in self._methods:
@@ -94,7 +102,7 @@ class OpenAiFront:
             failed = replace(failed, headers=(*failed.headers, (b"allow", allow.encode())))
             await send_failure(send, failed, request_id)
         elif known == MODELS:
-            await self._show_models(scope, path, send, request_id)
+            await self._show_models(scope, sender, path, send, request_id)
         elif scope["state"].get(CROWDED):
             message = "the http listener has as many connections as it takes; try again, or raise connections_max"
             full = failure(503, message, "too_many_connections", retry_ms=1000, retry=True)
@@ -103,12 +111,19 @@ class OpenAiFront:
             failed = failure(415, why, "unsupported_media_type")
             await send_failure(send, replace(failed, headers=(*failed.headers, CLOSE)), request_id)
         elif self._loads is not None and path in load_calls.PATHS:
-            await self._carry_out(self._loads, scope, path, receive, send, request_id)
+            await self._carry_out(self._loads, scope, sender, path, receive, send, request_id)
         else:
-            await self._answer(scope, path, receive, send, request_id)
+            await self._answer(scope, sender, path, receive, send, request_id)
 
     async def _carry_out(
-        self, loads: LoadCalls, scope: Scope, path: str, receive: Receive, send: Send, request_id: str
+        self,
+        loads: LoadCalls,
+        scope: Scope,
+        sender: access.Caller,
+        path: str,
+        receive: Receive,
+        send: Send,
+        request_id: str,
     ) -> None:
         """Carry out a load call."""
         try:
@@ -124,24 +139,26 @@ class OpenAiFront:
         except SidecarError as error:
             await send_failure(send, _failure_of(error), request_id)
             return
-        await send_failure(send, await loads.answer(path, b"".join(pieces)), request_id)
+        await send_failure(send, await loads.answer(path, b"".join(pieces), sender, request_id), request_id)
 
-    async def _answer(self, scope: Scope, path: str, receive: Receive, send: Send, request_id: str) -> None:
+    async def _answer(
+        self, scope: Scope, sender: access.Caller, path: str, receive: Receive, send: Send, request_id: str
+    ) -> None:
         tickets: list[Ticket] = []
         try:
             try:
                 check_request_id(scope["headers"])
                 caller = read_caller(scope["headers"])
-                tenant = self._tenant(scope, caller.tenant)
+                tenant = self._gateway.access.tenant_of(sender, caller.tenant, request_id)
                 declared_bytes = declared_size(scope["headers"], self._body_bytes_max)
                 async with self._intake.body(declared_bytes) as arrival:
                     pieces, size_bytes = await body_of(receive, self._body_bytes_max, arrival)
                     length_max = self._length_max(tenant, caller.klass)
-                    requests = await self._read(path, pieces, size_bytes, tenant, length_max)
+                    requests = await self._read(path, pieces, size_bytes, tenant, length_max, sender, request_id)
                 if len(requests) > 1:
                     caller = _of_one_session(caller, requests[0][0])
                 for asked, destination in requests:
-                    tickets.append(self._submit(asked, caller, destination, tenant, request_id))
+                    tickets.append(self._submit(asked, caller, destination, tenant, request_id, sender))
             except ClientLeft:
                 return
             except SidecarError as error:
@@ -155,18 +172,37 @@ class OpenAiFront:
                 self._gateway.close(ticket)
 
     async def _read(
-        self, path: str, pieces: list[bytes], size_bytes: int, tenant: str, length_max: int | None
+        self,
+        path: str,
+        pieces: list[bytes],
+        size_bytes: int,
+        tenant: str,
+        length_max: int | None,
+        sender: access.Caller,
+        request_id: str,
     ) -> list[tuple[OpenAiRequest, Destination]]:
         """Return the requests of a body, one for each prompt of a list, and where each goes."""
         bounds = self._prompts_max, self._body_bytes_max
         if size_bytes <= LARGE_BYTES:
             parts = parts_of(read_request(path, read_body(b"".join(pieces))), *bounds)
+            self._permit(sender, parts[0].model, request_id)
             return [(asked, self._destinations.place(asked, tenant, length_max)) for asked in parts]
         found = await self.large_bodies.read(pieces, self._destinations.order(path, size_bytes, *bounds))
+        self._permit(sender, found[0].asked.model, request_id)
         return [(each.asked, self._destinations.place(each.asked, tenant, length_max, each.texts)) for each in found]
 
+    def _permit(self, sender: access.Caller, model: str, request_id: str) -> Permit:
+        """Ask before engines are looked for: what they can answer would tell that a name is there."""
+        return self._gateway.access.permit(sender, model, request_id, self._destinations.is_base(model))
+
     def _submit(
-        self, asked: OpenAiRequest, caller: Caller, destination: Destination, tenant: str, request_id: str
+        self,
+        asked: OpenAiRequest,
+        caller: Caller,
+        destination: Destination,
+        tenant: str,
+        request_id: str,
+        sender: access.Caller,
     ) -> Ticket:
         state = self._gateway.state
         text_tokens = text_tokens_max(state, asked.prompt_bytes) if asked.prompt_bytes else 0
@@ -185,13 +221,7 @@ class OpenAiFront:
             only=destination.only,
             sequences=asked.answers,
         )
-        return self._gateway.submit(facts, destination.payload, request_id)
-
-    def _tenant(self, scope: Scope, claimed: str) -> str:
-        """Return the tenant by `tenant_from`. With certificates a client's own claim is ignored."""
-        if self._tenant_from == "none":
-            return ""
-        return str(scope["state"].get(PEER, "")) if self._tenant_from == "certificate" else claimed
+        return self._gateway.submit(facts, destination.payload, request_id, sender)
 
     def _length_max(self, tenant: str, klass: str) -> int | None:
         """Return how many tokens a request without a length gets where the engine has no bound of its own."""
@@ -207,24 +237,39 @@ class OpenAiFront:
             return any(known)
         return self._gateway.fleet.streamed(kind)
 
-    async def _show_models(self, scope: Scope, path: str, send: Send, request_id: str) -> None:
+    async def _show_models(self, scope: Scope, sender: access.Caller, path: str, send: Send, request_id: str) -> None:
         try:
-            tenant = self._tenant(scope, read_caller(scope["headers"]).tenant)
+            tenant = self._gateway.access.tenant_of(sender, read_caller(scope["headers"]).tenant, request_id)
         except Refused as refused:
             await send_failure(send, failure_of_error(refused), request_id)
             return
-        found: dict[str, Any] | None
         if path == MODELS:
             versions = QueryParams(scope["query_string"]).get("versions", "") in ("true", "1")
-            found = self._models.listed(tenant, versions)
-        else:
-            model = path.removeprefix(f"{MODELS}/")
-            found = self._models.one(model, tenant)
-            if found is None:
-                error = Refused(Reason.UNKNOWN_ADAPTER, f'the model "{model[:80]}" does not exist')
-                await send_failure(send, failure_of_error(error), request_id)
-                return
+            await send_failure(send, Failure(200, await self._models.listed(sender, tenant, versions)), request_id)
+            return
+        model = path.removeprefix(f"{MODELS}/")
+        found = self._models.one(model, sender, tenant)
+        if found is None:
+            error = Refused(Reason.UNKNOWN_ADAPTER, f'the model "{model[:80]}" does not exist')
+            await send_failure(send, failure_of_error(error), request_id)
+            return
         await send_failure(send, Failure(200, json.dumps(found).encode()), request_id)
+
+
+def _presented(scope: Scope) -> Presented:
+    """Return what a request presents to prove who sends it."""
+    found: dict[bytes, list[str]] = {AUTHORIZATION.encode(): [], FORWARDED.encode(): []}
+    for name, value in scope["headers"]:
+        if name in found:
+            found[name].append(value.decode("latin-1"))
+    host = scope["client"][0] if scope.get("client") else ""
+    authorization, forwarded = found.values()
+    return Presented(tuple(authorization), scope["state"].get(PEER, ()), tuple(forwarded), host)
+
+
+def _closing(failed: Failure) -> Failure:
+    """Return a failure after which the connection is closed: the request's body is not read."""
+    return replace(failed, headers=(*failed.headers, CLOSE))
 
 
 def _of_one_session(caller: Caller, asked: OpenAiRequest) -> Caller:

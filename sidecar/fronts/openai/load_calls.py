@@ -9,19 +9,22 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from sidecar.access.access import Caller
+from sidecar.access.principal import Action, Resource, Sort
+from sidecar.access.resources import adapter_resource, summary
 from sidecar.adapters.copying import NoAdapter, config_in
 from sidecar.config import Config
 from sidecar.core.admission import BASE_NAMES
-from sidecar.errors import Family, Reason, SidecarError
+from sidecar.errors import Family, Reason, Refused, SidecarError
 from sidecar.fronts.eligible import base_names, empty_pools
 from sidecar.fronts.openai import load_texts as texts
-from sidecar.fronts.openai.errors import Failure
+from sidecar.fronts.openai.errors import Failure, failure_of_error
 from sidecar.fronts.questions import ask
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.loading import AlreadyLoaded, Loaded, Loading, RefusedByEngines
@@ -33,7 +36,7 @@ PATHS = (LOAD, UNLOAD, LOAD_IN_PLACE)
 BODY_BYTES_MAX = 64 << 10
 CALLS_MAX = 64
 """Calls that may be under way or wait."""
-CLIENT_ID = "load call"
+CLIENT_ID = VERB = "load call"
 PATH_CHARACTERS_MAX = 4096
 TEXT = b"text/plain; charset=utf-8"
 _VALUE_CHARACTERS_MAX = 200
@@ -81,23 +84,44 @@ class LoadCalls:
         """Return when no call is under way."""
         await self._is_idle.wait()
 
-    async def answer(self, path: str, body: bytes) -> Failure:
-        """Carry out a call and return its response."""
+    async def answer(self, path: str, body: bytes, caller: Caller, request_id: str) -> Failure:
+        """Carry out a caller's call and return its response."""
         if self._under_way >= CALLS_MAX:
             return texts.failed(texts.INTERNAL, f"{CALLS_MAX} load calls are under way; try again later", retry_s=1)
         self._under_way += 1
         self._is_idle.clear()
         try:
             if path == UNLOAD:
-                return await self._unload(_read(UnloadBody, body))
-            fields = _read(LoadBody, body)
-            return await self._load(fields, fields.load_inplace or path == LOAD_IN_PLACE)
+                unload = _read(UnloadBody, body)
+                return await self._changing(unload.lora_name, caller, request_id, self._unload(unload))
+            load = _read(LoadBody, body)
+            in_place = load.load_inplace or path == LOAD_IN_PLACE
+            return await self._changing(load.lora_name, caller, request_id, self._load(load, in_place))
         except _Unreadable as error:
             return texts.failed(texts.BAD_REQUEST, str(error), error.param)
         finally:
             self._under_way -= 1
             if not self._under_way:
                 self._is_idle.set()
+
+    async def _changing(
+        self, name: str, caller: Caller, request_id: str, change: Coroutine[Any, Any, Failure]
+    ) -> Failure:
+        """Make a change if the caller may, and record it."""
+        access, registry = self._gateway.access, self._gateway.catalogue.registry
+        before = registry.get(name)
+        resource = Resource(Sort.ADAPTER, name) if before is None else adapter_resource(before)
+        decision = access.may(caller, Action.REGISTER, resource)
+        if not decision.allowed:
+            change.close()
+            access.denied(caller, Action.REGISTER, resource, decision.by, request_id, VERB)
+            why = f'you may not load or unload "{name[:80]}"; ask your operator with id "{request_id}"'
+            return failure_of_error(Refused(Reason.NOT_ALLOWED, why))
+        failure = await change
+        why = "" if failure.status < 300 else failure.body.decode(errors="replace")
+        was, now = summary(before), summary(registry.get(name))
+        await access.changed(caller, VERB, Action.REGISTER, resource, was, now, request_id, why)
+        return failure
 
     async def _load(self, fields: LoadBody, in_place: bool) -> Failure:
         name, path = fields.lora_name, fields.lora_path

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import json
+from collections.abc import Iterator, Mapping
 from time import time
 from typing import Any
 
+from sidecar.access.access import Caller
 from sidecar.core.admission import BASE_NAMES
 from sidecar.errors import Refused
 from sidecar.fronts.eligible import base_names
@@ -24,31 +27,51 @@ class Models:
         self._gateway = gateway
         self._since = int(time())
 
-    def listed(self, tenant: str, versions: bool) -> dict[str, Any]:
-        """Return the list; with `versions` each version of an adapter also has an entry of its own."""
-        entries = [*self._bases(), *self._adapters(tenant, versions)]
-        return {"object": "list", "data": entries}
+    async def listed(self, caller: Caller, tenant: str, versions: bool) -> bytes:
+        """Return the list as JSON; with `versions` each version of an adapter also has an entry of its own.
 
-    def one(self, model: str, tenant: str) -> dict[str, Any] | None:
+        Thousands of names take tens of milliseconds, so a thread makes their entries.
+        """
+        access, records = self._gateway.access, self._gateway.catalogue.registry.all()
+        shown = await access.visible(caller, tenant, records)
+        bases = list(self._bases(caller))
+        listed = self._listed_bases()
+
+        def entries() -> Iterator[bytes]:
+            for entry in bases:
+                yield json.dumps(entry).encode()
+            for record in records:
+                if record.name in shown:
+                    for entry in self._entries(caller, record, versions, listed):
+                        yield json.dumps(entry).encode()
+
+        data = await asyncio.to_thread(lambda: b", ".join(entries()))
+        return b'{"object": "list", "data": [' + data + b"]}"
+
+    def one(self, model: str, caller: Caller, tenant: str) -> dict[str, Any] | None:
         """Return the entry of a base model, an adapter or a version of one; None if there is none."""
         name, _, selector = model.partition("@")
         record = self._gateway.catalogue.registry.get(name)
         if record is None:
             names = {alias for bases in self._base_names() for alias in bases} | {BASE}
-            return self._base(model) if model in names else None
-        if not _may_see(record, tenant):
+            return self._base(model) if model in names and self._gateway.access.may_see_base(caller, model) else None
+        if not self._gateway.access.may_see(caller, tenant, record):
             return None
         try:
             version = _selected(record, selector) if selector else record.version
         except Refused:
             return None
-        return self._entry(model, record, version)
+        if selector and not self._gateway.access.may_see_version(caller, record, version.ordinal):
+            return None
+        return self._entry(model, record, version, self._listed_bases())
 
-    def _bases(self) -> Iterator[dict[str, Any]]:
+    def _bases(self, caller: Caller) -> Iterator[dict[str, Any]]:
         if not self._gateway.state.config.base_requests:
             return
         names = dict.fromkeys(bases[0] for bases in self._base_names() if bases)
-        yield from (self._base(name) for name in names or (BASE,))
+        for name in names or (BASE,):
+            if self._gateway.access.may_see_base(caller, name):
+                yield self._base(name)
 
     def _base_names(self) -> list[tuple[str, ...]]:
         return [base_names(backend.facts) for backend in self._gateway.state.backends.values()]
@@ -62,24 +85,23 @@ class Models:
         serving = [one.sequence_tokens_max for one in facts if base in base_names(one) or base == BASE]
         return max((length for length in serving if length is not None), default=None)
 
-    def _adapters(self, tenant: str, versions: bool) -> Iterator[dict[str, Any]]:
-        for record in self._gateway.catalogue.registry.all():
-            if not _may_see(record, tenant):
-                continue
-            yield self._entry(record.name, record, record.version)
-            if versions:
-                for version in record.versions:
-                    yield self._entry(_label(record, version), record, version)
+    def _entries(
+        self, caller: Caller, record: Record, versions: bool, listed: Mapping[str, str]
+    ) -> Iterator[dict[str, Any]]:
+        yield self._entry(record.name, record, record.version, listed)
+        for version in record.versions if versions else ():
+            if self._gateway.access.may_see_version(caller, record, version.ordinal):
+                yield self._entry(_label(record, version), record, version, listed)
 
-    def _entry(self, model: str, record: Record, version: Version) -> dict[str, Any]:
+    def _entry(self, model: str, record: Record, version: Version, listed: Mapping[str, str]) -> dict[str, Any]:
         root = dict(version.labels).get(PATH) or _label(record, version)
-        return self._record(model, int(version.registered_at) or self._since, root, self._parent(version))
-
-    def _parent(self, version: Version) -> str:
-        """Return the base model by its listed name: an adapter may have been trained under an alias of it."""
         trained_on = version.adapter.base_model
-        listed = (bases[0] for bases in self._base_names() if trained_on in bases)
-        return next(listed, trained_on)
+        parent = listed.get(trained_on, trained_on)
+        return self._record(model, int(version.registered_at) or self._since, root, parent)
+
+    def _listed_bases(self) -> dict[str, str]:
+        """Return the listed name of each base model by its aliases: an adapter may have been trained under one."""
+        return {alias: bases[0] for bases in reversed(self._base_names()) for alias in bases}
 
     def _record(self, model: str, created: int, root: str, parent: str | None) -> dict[str, Any]:
         return {
@@ -91,10 +113,6 @@ class Models:
             "parent": parent,
             "permission": [],
         }
-
-
-def _may_see(record: Record, tenant: str) -> bool:
-    return record.allow is None or tenant in record.allow
 
 
 def _label(record: Record, version: Version) -> str:

@@ -13,6 +13,7 @@ import pytest
 import tritonclient.grpc.aio as triton_aio
 from tritonclient.utils import InferenceServerException
 
+from sidecar.access.access import Access
 from sidecar.adapters.shared_memory import PREFIX
 from sidecar.errors import Refused
 from sidecar.fronts.kserve.owners import Caller, RegionOwners
@@ -87,7 +88,7 @@ async def test_a_region_that_was_not_to_be_had_is_nobodys(tmp_path: Path) -> Non
 def test_a_clients_regions_are_bounded() -> None:
     """Another client's are not counted with them, and what is unregistered makes room."""
     owners, blue, red = (
-        RegionOwners("metadata", 2),
+        RegionOwners(Access.off(lambda name: None), 2),
         Caller("blue", "ipv4:127.0.0.1:1"),
         Caller("red", "ipv4:127.0.0.1:2"),
     )

@@ -1,0 +1,413 @@
+"""The one place that fronts and the gateway ask: who calls, and may this request be made.
+
+Three modes share one path. With `off` a client is believed, as `tenant_from` says. With `enforce` a call needs a proven
+principal, and a request needs the policy's consent. With `observe` clients notice nothing: the same questions are
+asked, and who would be denied is counted and logged.
+
+What a principal may not use looks like what does not exist. Both are refused here, before the core hears of the
+request, with one text, and nothing else is asked for either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from time import time
+from typing import Any, NoReturn, Protocol
+
+from sidecar.access.principal import SYSTEM, Action, Decision, Policy, Presented, Principal, Proof, Resource, Sort
+from sidecar.access.resources import adapter_resource, version_resource
+from sidecar.config.identities import clipped
+from sidecar.config.identity import Identity
+from sidecar.config.openai import LOADS
+from sidecar.errors import Misused, Reason, Refused, SidecarError
+from sidecar.state.records import Record
+
+CLASS_DEFAULT = "default"
+RESERVED_CLASSES = (LOADS,)
+"""Classes of the sidecar's own requests: a client may not take their place in the queue."""
+OPERATORS = Principal(proof=Proof.LOCAL, roles=("operator",))
+REFERENCE_MAX = 256
+KEY_PREFIX = "lsk_"
+_SCHEME = "bearer "
+_WAY = 'send an API key or a token as "authorization: Bearer …"'
+
+
+class Keys(Protocol):
+    def find(self, secret: str, now: float) -> Principal:
+        """Return whose key it is. Raises Misused(UNAUTHENTICATED)."""
+
+    def check(self, principal: Principal, now: float) -> None:
+        """Raise Misused(UNAUTHENTICATED) if the principal's key has been revoked, has ended, or is too old to trust."""
+
+
+class Tokens(Protocol):
+    async def verify(self, token: str) -> Principal:
+        """Return whose token it is. Raises Misused(UNAUTHENTICATED)."""
+
+
+class Certificates(Protocol):
+    def of_certificate(self, names: Sequence[str]) -> Principal | None:
+        """Return whose certificate it is; None if its name is not of the configured form."""
+
+    def of_forwarded(self, headers: Sequence[str]) -> Principal:
+        """Return whose certificate a mesh has forwarded. Raises Misused(UNAUTHENTICATED)."""
+
+
+class Recorder(Protocol):
+    """Records changes and denials."""
+
+    async def changed(
+        self,
+        principal: Principal,
+        peer: str,
+        action: Action,
+        resource: Resource,
+        before: Mapping[str, Any],
+        after: Mapping[str, Any],
+        request_id: str,
+        *,
+        verb: str = "",
+        why: str = "",
+    ) -> bool: ...
+
+    def denied(
+        self,
+        principal: Principal | None,
+        peer: str,
+        proof: Proof,
+        action: Action,
+        resource: Resource,
+        why: str,
+        request_id: str = "",
+        observed: bool = False,
+        verb: str = "",
+    ) -> None: ...
+
+
+NOBODY = Principal()
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """The sender of a call.
+
+    `principal` is whose its requests are. With `is_believed` the tenant is the one that each request claims. In observe
+    mode `proven` is who it was proven to be, None if it was not, and `doubt` why not.
+    """
+
+    principal: Principal = NOBODY
+    peer: str = ""
+    is_believed: bool = False
+    proven: Principal | None = None
+    doubt: str = ""
+
+
+class _NoPolicy:
+    """Allows everything: without identity nothing is decided by a policy."""
+
+    def decide(self, principal: Principal, action: Action, resource: Resource) -> Decision:
+        return Decision(True, "there is no policy without identity")
+
+
+class _NoRecord:
+    async def changed(self, *what: Any, **more: Any) -> bool:
+        """Do nothing."""
+        return True
+
+    def denied(self, *what: Any, **more: Any) -> None:
+        """Do nothing."""
+
+
+OURSELVES = Caller(OPERATORS)
+"""The sidecar itself: its requests need no consent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Permit:
+    """What the policy says of one reference. `versions` are the ordinals that may answer; None for any."""
+
+    versions: tuple[int, ...] | None = None
+
+
+class Access:
+    """Decides for one process. `record_of` returns a name's record, `proofs` are None where nothing is configured."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        tenant_from: str,
+        record_of: Callable[[str], Record | None],
+        policy: Policy,
+        audit: Recorder,
+        *,
+        by_version: bool = False,
+        keys: Keys | None = None,
+        tokens: Tokens | None = None,
+        certificates: Certificates | None = None,
+        clock: Callable[[], float] = time,
+    ) -> None:
+        self.mode = identity.mode
+        self.ends_revoked = identity.on_revoked == "end"
+        self._identity = identity
+        self._tenant_from = tenant_from
+        self._record_of = record_of
+        self._policy = policy
+        self._audit = audit
+        self._by_version = by_version
+        self._keys = keys
+        self._tokens = tokens
+        self._certificates = certificates
+        self._clock = clock
+
+    @classmethod
+    def off(cls, record_of: Callable[[str], Record | None], tenant_from: str = "metadata") -> Access:
+        """Return one that believes every client."""
+        return cls(Identity(), tenant_from, record_of, _NoPolicy(), _NoRecord())
+
+    # Who calls.
+
+    async def identify(self, presented: Presented) -> Caller:
+        """Return the sender of a call. Raises Misused(UNAUTHENTICATED) in enforce mode."""
+        if self.mode == "off":
+            return self._believed(presented)
+        try:
+            proven = await self._prove(presented)
+        except SidecarError as error:
+            if self.mode == "observe":
+                believed = self._believed(presented)
+                return Caller(believed.principal, presented.peer, believed.is_believed, None, error.message)
+            self.denied(Caller(peer=presented.peer), Action.INFER, SYSTEM, error.message, "")
+            raise
+        if self.mode == "observe":
+            believed = self._believed(presented)
+            return Caller(believed.principal, presented.peer, believed.is_believed, proven)
+        return Caller(proven, presented.peer, proven=proven)
+
+    def _believed(self, presented: Presented) -> Caller:
+        if self._tenant_from == "metadata":
+            return Caller(Principal(proof=Proof.CLAIMED), presented.peer, is_believed=True)
+        if self._tenant_from == "certificate" and presented.certificate:
+            name = presented.certificate[0]
+            return Caller(Principal(name, Proof.CERTIFICATE, name), presented.peer)
+        return Caller(peer=presented.peer)
+
+    async def _prove(self, presented: Presented) -> Principal:
+        """Return the principal of the first credential that applies. One that applies and is faulty ends the search."""
+        wanted = self._identity.certificates
+        if wanted.enabled and presented.certificate and self._certificates is not None:
+            found = self._certificates.of_certificate(presented.certificate)
+            if found is not None:
+                return found
+        if presented.authorization:
+            return await self._of_authorization(presented.authorization)
+        if wanted.forwarded is not None and presented.forwarded and self._certificates is not None:
+            return self._certificates.of_forwarded(presented.forwarded)
+        raise _unauthenticated(f"the call has no credential; {_WAY}")
+
+    async def _of_authorization(self, values: Sequence[str]) -> Principal:
+        if len(values) > 1:  # a proxy may have checked the other one
+            raise _unauthenticated('the header "authorization" is given twice; send one')
+        value = values[0]
+        if value[: len(_SCHEME)].lower() != _SCHEME:
+            raise _unauthenticated(f'the header "authorization" has another scheme than Bearer; {_WAY}')
+        secret = value[len(_SCHEME) :].strip()
+        if self._tokens is not None and not secret.startswith(KEY_PREFIX) and secret.count(".") >= 2:
+            return await self._tokens.verify(secret)
+        if self._keys is not None:
+            return self._keys.find(secret, self._clock())
+        raise _unauthenticated("this sidecar takes no API keys and the credential is no token of an issuer")
+
+    def check(self, caller: Caller) -> None:
+        """Raise Misused(UNAUTHENTICATED) if the caller's credential has ended since it was identified."""
+        principal = caller.proven
+        if principal is None or self.mode != "enforce":
+            return
+        now = self._clock()
+        if principal.expires_at is not None and now >= principal.expires_at:
+            raise _unauthenticated("the credential has expired; send a new one")
+        if principal.proof is Proof.KEY and self._keys is not None:
+            self._keys.check(principal, now)
+
+    def is_over(self, caller: Caller) -> bool:
+        """Return True if running answers of the caller are to end, since its credential has."""
+        if not self.ends_revoked:
+            return False
+        try:
+            self.check(caller)
+        except SidecarError:
+            return True
+        return False
+
+    def tenant_of(self, caller: Caller, claimed: str, request_id: str = "") -> str:
+        """Return the tenant of a request that claims to be of one ("" for none).
+
+        Raises Refused(NOT_ALLOWED) in enforce mode if it claims another tenant than the credential's.
+        """
+        if caller.is_believed:
+            if caller.proven is not None and claimed != caller.proven.tenant:
+                why = f'the request says tenant "{clipped(claimed)}", its credential "{caller.proven.tenant}"'
+                self.denied(caller, Action.INFER, SYSTEM, why, request_id)
+            return claimed
+        tenant = caller.principal.tenant
+        if self.mode == "enforce" and claimed and claimed != tenant:
+            why = (
+                f'the request says tenant "{clipped(claimed)}" and its credential is of tenant "{tenant}"; leave the '
+                "tenant out of the request"
+            )
+            self.denied(caller, Action.INFER, SYSTEM, why, request_id)
+            raise Refused(Reason.NOT_ALLOWED, why)
+        return tenant
+
+    def class_of(self, caller: Caller, asked: str) -> str:
+        """Return the class of a request. Raises Refused if the client may not choose it."""
+        if caller is OURSELVES:
+            return asked
+        if asked in RESERVED_CLASSES:
+            raise Refused(Reason.INVALID_REQUEST, f'class "{asked}" is the sidecar\'s own; name another, or none')
+        own = caller.principal.klass
+        if not own or self.mode != "enforce" or asked == own:
+            return asked
+        if asked != CLASS_DEFAULT:
+            raise Refused(
+                Reason.NOT_ALLOWED,
+                f'the request says class "{clipped(asked)}" and its credential is of class "{own}"; leave the class '
+                "out of the request",
+            )
+        return own
+
+    # What it may do.
+
+    def permit(self, caller: Caller, reference: str, request_id: str, is_base: bool = False) -> Permit:
+        """Return what may answer a request for `reference`, a name with or without a version, or a base model.
+
+        Raises Misused(UNAUTHENTICATED) if the credential has ended, and in enforce mode Refused(UNKNOWN_ADAPTER) for
+        a name that is not there or not permitted.
+        """
+        if self.mode == "off" or caller is OURSELVES:
+            return Permit()
+        if self.mode == "observe":
+            self._observe(caller, reference, request_id, is_base)
+            return Permit()
+        self.check(caller)
+        permit, why = self._judge(caller.principal, reference, is_base)
+        if permit is None:
+            self.refuse(caller, Action.INFER, reference, why, request_id)
+        return permit
+
+    def _observe(self, caller: Caller, reference: str, request_id: str, is_base: bool) -> None:
+        if caller.proven is None:
+            self.denied(caller, Action.INFER, _named(reference), caller.doubt, request_id)
+            return
+        permit, why = self._judge(caller.proven, reference, is_base)
+        if permit is None and why:  # a name that does not exist is refused in each mode
+            self.denied(caller, Action.INFER, _named(reference), why, request_id)
+
+    def _judge(self, principal: Principal, reference: str, is_base: bool) -> tuple[Permit | None, str]:
+        """Return a permit, or None and why not; "" for a name that does not exist."""
+        name, _, selector = reference.partition("@")
+        record = self._record_of(name)
+        if record is None:
+            if not is_base:
+                return None, ""
+            decision = self._policy.decide(principal, Action.INFER, Resource(Sort.BASE, reference))
+            return (Permit() if decision.allowed else None), decision.by
+        decision = self._policy.decide(principal, Action.INFER, adapter_resource(record))
+        if not decision.allowed:
+            return None, decision.by
+        if not self._by_version:
+            return Permit(), decision.by
+        return Permit(tuple(self._versions(principal, record, bool(selector)))), decision.by
+
+    def _versions(self, principal: Principal, record: Record, is_selected: bool) -> Sequence[int]:
+        """Return the ordinals that may answer: of all if the request selects one, else the current and the canary."""
+        canary = record.canary[0] if record.canary is not None else None
+        ordinals = [each.ordinal for each in record.versions] if is_selected else [record.current, canary]
+        return [
+            ordinal
+            for ordinal in ordinals
+            if ordinal is not None and self._may_answer(principal, record, ordinal, is_selected)
+        ]
+
+    def _may_answer(self, principal: Principal, record: Record, ordinal: int, is_selected: bool) -> bool:
+        is_current = ordinal == record.current
+        action = Action.INFER_VERSION if is_selected and not is_current else Action.INFER
+        return self._policy.decide(principal, action, version_resource(record, ordinal)).allowed
+
+    def may(self, caller: Caller, action: Action, resource: Resource = SYSTEM) -> Decision:
+        """Return whether a caller may do something other than infer. In observe mode everything is allowed."""
+        if self.mode != "enforce" or caller is OURSELVES:
+            return Decision(True, f"identity.mode is {self.mode}")
+        return self._policy.decide(caller.principal, action, resource)
+
+    async def visible(self, caller: Caller, tenant: str, records: Sequence[Record]) -> Collection[str]:
+        """Return the names of those records that a list may show."""
+        return {record.name for record in records if self.may_see(caller, tenant, record)}
+
+    def may_see_base(self, caller: Caller, name: str) -> bool:
+        """Return True if a list may show a base model."""
+        return self.may(caller, Action.LIST, Resource(Sort.BASE, name)).allowed
+
+    def may_see_version(self, caller: Caller, record: Record, ordinal: int) -> bool:
+        """Return True if a list may show a version of a name that it shows."""
+        return not self._by_version or self.may(caller, Action.LIST, version_resource(record, ordinal)).allowed
+
+    def may_see(self, caller: Caller, tenant: str, record: Record) -> bool:
+        """Return True if a list may show a name to a caller of that tenant."""
+        if self.mode != "enforce":
+            return record.allow is None or tenant in record.allow
+        return self._policy.decide(caller.principal, Action.LIST, adapter_resource(record)).allowed
+
+    # The record of it.
+
+    async def changed(
+        self,
+        caller: Caller,
+        verb: str,
+        action: Action,
+        resource: Resource,
+        before: Mapping[str, Any],
+        after: Mapping[str, Any],
+        request_id: str,
+        why: str = "",
+    ) -> None:
+        """Record a change, or with `why` one that failed."""
+        await self._audit.changed(
+            caller.principal, caller.peer, action, resource, before, after, request_id, verb=verb, why=why
+        )
+
+    def denied(
+        self, caller: Caller, action: Action, resource: Resource, why: str, request_id: str, verb: str = ""
+    ) -> None:
+        """Record a denial; in observe mode one that was let pass."""
+        principal, observed = caller.proven, self.mode == "observe"
+        proof = Proof.NONE if principal is None else principal.proof
+        self._audit.denied(principal, caller.peer, proof, action, resource, why, request_id, observed, verb)
+
+    def refuse(self, caller: Caller, action: Action, reference: str, why: str, request_id: str) -> NoReturn:
+        """Record a denial, and raise the one error for a name that is not there or not permitted."""
+        self.denied(caller, action, _named(reference), why or "there is no such name", request_id)
+        raise unknown(reference, request_id)
+
+    def for_client(self, reason: Reason | None, name: str, request_id: str) -> Refused | None:
+        """Return the error that a client gets instead of the core's, if the core's would tell what is there."""
+        hides = reason is Reason.NOT_ALLOWED or (reason is Reason.UNKNOWN_ADAPTER and self._record_of(name) is None)
+        return unknown(name, request_id) if hides and self.mode == "enforce" else None
+
+
+def unknown(reference: str, request_id: str) -> Refused:
+    """Return the error for a name that does not exist or may not be used: nothing in it tells which."""
+    return Refused(
+        Reason.UNKNOWN_ADAPTER,
+        f'adapter "{clipped(reference)}" is unknown or not permitted; GET /v1/models of the http listener lists those '
+        f'that you may use; ask your operator with id "{request_id}"',
+        adapter=reference[:80],
+    )
+
+
+def _named(reference: str) -> Resource:
+    return Resource(Sort.ADAPTER, reference[:REFERENCE_MAX])
+
+
+def _unauthenticated(text: str) -> Misused:
+    return Misused(Reason.UNAUTHENTICATED, text)
