@@ -239,20 +239,29 @@ class Access:
             return True
         return False
 
-    def tenant_of(self, caller: Caller, claimed: str, request_id: str = "") -> str:
-        """Return the tenant of a request that claims to be of one ("" for none).
+    def tenant_of(self, caller: Caller, claims: Sequence[str], request_id: str = "") -> str:
+        """Return the tenant of a request that claims to be of some, its own words first.
 
-        Raises Refused(NOT_ALLOWED) in enforce mode if it claims another tenant than the credential's.
+        Raises Refused(INVALID_REQUEST) if a client that is believed claims two, and in enforce mode
+        Refused(NOT_ALLOWED) for a claim of another tenant than the credential's.
         """
         if caller.is_believed:
+            if len(claims) > 1:
+                raise Refused(
+                    Reason.INVALID_REQUEST,
+                    f'the request says tenant "{clipped(claims[0])}" and the metadata lora-tenant '
+                    f'"{clipped(claims[1])}"; say it once',
+                )
+            claimed = claims[0] if claims else ""
             if caller.proven is not None and claimed != caller.proven.tenant:
                 why = f'the request says tenant "{clipped(claimed)}", its credential "{caller.proven.tenant}"'
                 self.denied(caller, Action.INFER, SYSTEM, why, request_id)
             return claimed
         tenant = caller.principal.tenant
-        if self.mode == "enforce" and claimed and claimed != tenant:
+        others = [claim for claim in claims if claim != tenant] if self.mode == "enforce" else []
+        if others:
             why = (
-                f'the request says tenant "{clipped(claimed)}" and its credential is of tenant "{tenant}"; leave the '
+                f'the request says tenant "{clipped(others[0])}" and its credential is of tenant "{tenant}"; leave the '
                 "tenant out of the request"
             )
             self.denied(caller, Action.INFER, SYSTEM, why, request_id)

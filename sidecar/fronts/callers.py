@@ -67,19 +67,9 @@ def metadata_of(context: Any) -> dict[str, str]:
     return found
 
 
-def claimed_tenant(metadata: Mapping[str, str], asked: str) -> str:
-    """Return the tenant that a request says it is of; "" for none.
-
-    Raises Refused(INVALID_REQUEST) if the request and the metadata, which a proxy may have set, name different tenants.
-    """
-    of_call = metadata.get(TENANT_KEY, "")
-    if asked and of_call and asked != of_call:
-        raise Refused(
-            Reason.INVALID_REQUEST,
-            f'the request says tenant "{clipped(asked)}" and the metadata {TENANT_KEY} "{clipped(of_call)}"; say it '
-            "once",
-        )
-    return asked or of_call
+def claimed_tenants(metadata: Mapping[str, str], asked: str) -> tuple[str, ...]:
+    """Return the tenants that a request and its call's metadata, which a proxy may have set, say it is of."""
+    return tuple(dict.fromkeys(claim for claim in (asked, metadata.get(TENANT_KEY, "")) if claim))
 
 
 def made_id() -> str:

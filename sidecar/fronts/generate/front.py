@@ -60,7 +60,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
             input_tokens = text_tokens_max(self._gateway.state, input_tokens)
         facts = RequestFacts(
             adapter=fields.adapter,
-            tenant=access.tenant_of(caller, callers.claimed_tenant(metadata, fields.tenant), request_id),
+            tenant=access.tenant_of(caller, callers.claimed_tenants(metadata, fields.tenant), request_id),
             klass=fields.klass,
             input_tokens=input_tokens,
             output_tokens_max=request.max_tokens or MAX_TOKENS_DEFAULT,

@@ -124,7 +124,7 @@ class KServe:
         facts = replace(
             facts,
             tenant=self.gateway.access.tenant_of(
-                callers.CALLER.get(), callers.claimed_tenant(metadata, facts.tenant), request_id
+                callers.CALLER.get(), callers.claimed_tenants(metadata, facts.tenant), request_id
             ),
             deadline_s=callers.earliest(facts.deadline_s, callers.remaining_s(context)),
             input_tokens=text_tokens_max(self.gateway.state, tokens) if asked.is_text else tokens,

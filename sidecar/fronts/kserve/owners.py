@@ -46,8 +46,8 @@ class RegionOwners:
         self._counts: dict[tuple[str, str], int] = {}
 
     def caller(self, context: Any) -> Caller:
-        claimed = callers.claimed_tenant(callers.metadata_of(context), "")
-        tenant = self._access.tenant_of(callers.CALLER.get(), claimed)
+        claims = callers.claimed_tenants(callers.metadata_of(context), "")
+        tenant = self._access.tenant_of(callers.CALLER.get(), claims)
         return Caller(tenant, str(context.peer()))
 
     def register(self, name: str, caller: Caller) -> None:

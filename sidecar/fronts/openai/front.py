@@ -149,7 +149,7 @@ class OpenAiFront:
             try:
                 check_request_id(scope["headers"])
                 caller = read_caller(scope["headers"])
-                tenant = self._gateway.access.tenant_of(sender, caller.tenant, request_id)
+                tenant = self._gateway.access.tenant_of(sender, _claims(caller), request_id)
                 declared_bytes = declared_size(scope["headers"], self._body_bytes_max)
                 async with self._intake.body(declared_bytes) as arrival:
                     pieces, size_bytes = await body_of(receive, self._body_bytes_max, arrival)
@@ -239,7 +239,7 @@ class OpenAiFront:
 
     async def _show_models(self, scope: Scope, sender: access.Caller, path: str, send: Send, request_id: str) -> None:
         try:
-            tenant = self._gateway.access.tenant_of(sender, read_caller(scope["headers"]).tenant, request_id)
+            tenant = self._gateway.access.tenant_of(sender, _claims(read_caller(scope["headers"])), request_id)
         except Refused as refused:
             await send_failure(send, failure_of_error(refused), request_id)
             return
@@ -265,6 +265,10 @@ def _presented(scope: Scope) -> Presented:
     host = scope["client"][0] if scope.get("client") else ""
     authorization, forwarded = found.values()
     return Presented(tuple(authorization), scope["state"].get(PEER, ()), tuple(forwarded), host)
+
+
+def _claims(caller: Caller) -> tuple[str, ...]:
+    return (caller.tenant,) if caller.tenant else ()
 
 
 def _closing(failed: Failure) -> Failure:
