@@ -75,8 +75,8 @@ class Config(Section):
             if not is_local(http.address) and (http.tls is None or http.tls.ca is None):
                 raise ValueError(
                     f"load_calls lets whoever reaches listeners.http ({http.address}) replace adapters; let it listen "
-                    "on 127.0.0.1, or set listeners.http.tls with a client ca, or identity.mode: enforce, which allows it "
-                    "to publishers"
+                    "on 127.0.0.1, or set listeners.http.tls with a client ca, or identity.mode: enforce, which allows "
+                    "it to publishers"
                 )
         return openai
 
