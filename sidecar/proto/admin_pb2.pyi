@@ -583,15 +583,17 @@ class UsageRequest(_message.Message):
     def __init__(self, since: _Optional[float] = ..., until: _Optional[float] = ..., by: _Optional[_Iterable[str]] = ..., tenant: _Optional[str] = ..., adapter: _Optional[str] = ...) -> None: ...
 
 class UsageResponse(_message.Message):
-    __slots__ = ("rows", "incomplete")
+    __slots__ = ("rows", "incomplete", "note")
     ROWS_FIELD_NUMBER: _ClassVar[int]
     INCOMPLETE_FIELD_NUMBER: _ClassVar[int]
+    NOTE_FIELD_NUMBER: _ClassVar[int]
     rows: _containers.RepeatedCompositeFieldContainer[UsageRow]
     incomplete: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, rows: _Optional[_Iterable[_Union[UsageRow, _Mapping]]] = ..., incomplete: _Optional[_Iterable[float]] = ...) -> None: ...
+    note: str
+    def __init__(self, rows: _Optional[_Iterable[_Union[UsageRow, _Mapping]]] = ..., incomplete: _Optional[_Iterable[float]] = ..., note: _Optional[str] = ...) -> None: ...
 
 class UsageRow(_message.Message):
-    __slots__ = ("tenant", "adapter", "version", "requests", "input_tokens", "output_tokens", "input_tokens_estimated", "seat_seconds", "slot_seconds", "cold_loads", "cold_load_bytes", "stored_byte_seconds")
+    __slots__ = ("tenant", "adapter", "version", "requests", "input_tokens", "output_tokens", "input_tokens_estimated", "seat_seconds", "slot_seconds", "cold_loads", "cold_load_bytes", "stored_byte_seconds", "backend", "engine_seconds")
     class RequestsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -612,6 +614,8 @@ class UsageRow(_message.Message):
     COLD_LOADS_FIELD_NUMBER: _ClassVar[int]
     COLD_LOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     STORED_BYTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     tenant: str
     adapter: str
     version: str
@@ -624,7 +628,9 @@ class UsageRow(_message.Message):
     cold_loads: int
     cold_load_bytes: int
     stored_byte_seconds: float
-    def __init__(self, tenant: _Optional[str] = ..., adapter: _Optional[str] = ..., version: _Optional[str] = ..., requests: _Optional[_Mapping[str, int]] = ..., input_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., input_tokens_estimated: _Optional[int] = ..., seat_seconds: _Optional[float] = ..., slot_seconds: _Optional[float] = ..., cold_loads: _Optional[int] = ..., cold_load_bytes: _Optional[int] = ..., stored_byte_seconds: _Optional[float] = ..., **kwargs) -> None: ...
+    backend: str
+    engine_seconds: float
+    def __init__(self, tenant: _Optional[str] = ..., adapter: _Optional[str] = ..., version: _Optional[str] = ..., requests: _Optional[_Mapping[str, int]] = ..., input_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., input_tokens_estimated: _Optional[int] = ..., seat_seconds: _Optional[float] = ..., slot_seconds: _Optional[float] = ..., cold_loads: _Optional[int] = ..., cold_load_bytes: _Optional[int] = ..., stored_byte_seconds: _Optional[float] = ..., backend: _Optional[str] = ..., engine_seconds: _Optional[float] = ..., **kwargs) -> None: ...
 
 class AuditRequest(_message.Message):
     __slots__ = ("since", "adapter", "tenant", "kind")

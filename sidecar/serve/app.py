@@ -10,7 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+<<<<<<< HEAD
 from sidecar.access.access import Access
+=======
+from sidecar.access.usage.keeper import UsageKeeper
+>>>>>>> 041ede8 (Usage: what tenants use of seats, slots and the host store, by hour, kept in the data directory)
 from sidecar.adapters.disk import DiskTier
 from sidecar.adapters.origins.allowing import AllowList
 from sidecar.adapters.origins.limits import Limits
@@ -38,6 +42,7 @@ from sidecar.shell.gateway import Gateway
 from sidecar.shell.metrics import Metrics
 from sidecar.shell.request_log import RequestLog
 from sidecar.shell.sources import Sources
+from sidecar.shell.usage import UsageObserver
 from sidecar.state.registry import REGISTRY_FILE, Registry, SqliteRegistry, lock_data_directory
 
 if TYPE_CHECKING:
@@ -100,6 +105,9 @@ class Sidecar:
         self.metrics.set_aside = lambda: len(self.gateway.catalogue.set_aside)
         self.gateway.observe(self.metrics, of_refused=True)
         self.gateway.observe(RequestLog(), of_refused=True)
+        self.usage = UsageKeeper(data, config.access.usage) if config.access.usage.enabled else None
+        if self.usage is not None:
+            self.gateway.observe(UsageObserver(self.gateway.core, self.usage), of_refused=True)
         if data is not None and config.journal.enabled:
             journal = config.journal
             self._journal = Journal(self.gateway.core, data / "journal", journal.segment_bytes, journal.segments_max)
@@ -186,6 +194,8 @@ class Sidecar:
         if self._journal is not None:
             self._journal.start()
         await self.registry.start()
+        if self.usage is not None:
+            await self.usage.start()
         if self.config.state.url is not None:
             self._warn_of_unread_names()
         if self._link is not None and self.config.replicas.address is not None:
@@ -355,6 +365,8 @@ class Sidecar:
             await self.replica.stop()
         await self.registry.close()  # before the gateway, which takes no changes once it has stopped
         await self.gateway.stop()
+        if self.usage is not None:
+            await self.usage.stop()
         await self._loader.close()
         if self._memory.mount is not None:
             self._memory.mount.close()
