@@ -10,11 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-<<<<<<< HEAD
 from sidecar.access.access import Access
-=======
 from sidecar.access.usage.keeper import UsageKeeper
->>>>>>> 041ede8 (Usage: what tenants use of seats, slots and the host store, by hour, kept in the data directory)
 from sidecar.adapters.disk import DiskTier
 from sidecar.adapters.origins.allowing import AllowList
 from sidecar.adapters.origins.limits import Limits
