@@ -15,7 +15,12 @@ from dataclasses import dataclass
 from time import time
 from typing import Any, NoReturn, Protocol
 
-from sidecar.access.principal import SYSTEM, Action, Decision, Policy, Presented, Principal, Proof, Resource, Sort
+from sidecar.access.budgets.budgets import Budgets, Reservation, Standing
+from sidecar.access.certificates import principal_of
+from sidecar.access.deciding import CachedPolicy
+from sidecar.access.forwarded import names_in
+from sidecar.access.policy import Open, Roles
+from sidecar.access.principal import SYSTEM, Action, Decision, Presented, Principal, Proof, Resource, Sort
 from sidecar.access.resources import adapter_resource, version_resource
 from sidecar.config.identities import clipped
 from sidecar.config.identity import Identity
@@ -44,14 +49,6 @@ class Keys(Protocol):
 class Tokens(Protocol):
     async def verify(self, token: str) -> Principal:
         """Return whose token it is. Raises Misused(UNAUTHENTICATED)."""
-
-
-class Certificates(Protocol):
-    def of_certificate(self, names: Sequence[str]) -> Principal | None:
-        """Return whose certificate it is; None if its name is not of the configured form."""
-
-    def of_forwarded(self, headers: Sequence[str]) -> Principal:
-        """Return whose certificate a mesh has forwarded. Raises Misused(UNAUTHENTICATED)."""
 
 
 class Recorder(Protocol):
@@ -103,13 +100,6 @@ class Caller:
     doubt: str = ""
 
 
-class _NoPolicy:
-    """Allows everything: without identity nothing is decided by a policy."""
-
-    def decide(self, principal: Principal, action: Action, resource: Resource) -> Decision:
-        return Decision(True, "there is no policy without identity")
-
-
 class _NoRecord:
     async def changed(self, *what: Any, **more: Any) -> bool:
         """Do nothing."""
@@ -130,6 +120,21 @@ class Permit:
     versions: tuple[int, ...] | None = None
 
 
+class Charge:
+    """What a request has reserved of its budgets, as its ticket settles it."""
+
+    def __init__(self, reservation: Reservation, input_tokens: int | None) -> None:
+        self._reservation = reservation
+        self._input_tokens = input_tokens
+
+    def dispatched(self) -> None:
+        self._reservation.dispatched()
+
+    def settle(self, output_tokens: int, delivered: int, ran: bool) -> None:
+        """Settle. If its client left, or another replica ended, only the replies tell how much was generated."""
+        self._reservation.settle(self._input_tokens, max(output_tokens, delivered) if ran else 0, ran)
+
+
 class Access:
     """Decides for one process. `record_of` returns a name's record, `proofs` are None where nothing is configured."""
 
@@ -138,15 +143,19 @@ class Access:
         identity: Identity,
         tenant_from: str,
         record_of: Callable[[str], Record | None],
-        policy: Policy,
+        policy: CachedPolicy,
         audit: Recorder,
         *,
         by_version: bool = False,
         keys: Keys | None = None,
         tokens: Tokens | None = None,
-        certificates: Certificates | None = None,
+        budgets: Budgets | None = None,
+        change_of: Callable[[], int] = lambda: 0,
         clock: Callable[[], float] = time,
     ) -> None:
+        self._change_of = change_of
+        self._listed: tuple[int, Sequence[Resource]] = (-1, ())
+        """All names as resources at a change of the registry."""
         self.mode = identity.mode
         self.ends_revoked = identity.on_revoked == "end"
         self._identity = identity
@@ -157,13 +166,13 @@ class Access:
         self._by_version = by_version
         self._keys = keys
         self._tokens = tokens
-        self._certificates = certificates
+        self.budgets = budgets
         self._clock = clock
 
     @classmethod
     def off(cls, record_of: Callable[[str], Record | None], tenant_from: str = "metadata") -> Access:
         """Return one that believes every client."""
-        return cls(Identity(), tenant_from, record_of, _NoPolicy(), _NoRecord())
+        return cls(Identity(), tenant_from, record_of, CachedPolicy(Open(Roles({}), "/")), _NoRecord())
 
     # Who calls.
 
@@ -195,14 +204,16 @@ class Access:
     async def _prove(self, presented: Presented) -> Principal:
         """Return the principal of the first credential that applies. One that applies and is faulty ends the search."""
         wanted = self._identity.certificates
-        if wanted.enabled and presented.certificate and self._certificates is not None:
-            found = self._certificates.of_certificate(presented.certificate)
-            if found is not None:
-                return found
+        if wanted.enabled and presented.certificate:
+            try:
+                return principal_of(presented.certificate, wanted.tenant_pattern, Proof.CERTIFICATE)
+            except Misused:
+                if not presented.authorization:  # else it is an ingress's, which passes its client's credential on
+                    raise
         if presented.authorization:
             return await self._of_authorization(presented.authorization)
-        if wanted.forwarded is not None and presented.forwarded and self._certificates is not None:
-            return self._certificates.of_forwarded(presented.forwarded)
+        if wanted.forwarded is not None and presented.forwarded:
+            return principal_of(names_in(presented.forwarded), wanted.tenant_pattern, Proof.FORWARDED)
         raise _unauthenticated(f"the call has no credential; {_WAY}")
 
     async def _of_authorization(self, values: Sequence[str]) -> Principal:
@@ -343,6 +354,43 @@ class Access:
         action = Action.INFER_VERSION if is_selected and not is_current else Action.INFER
         return self._policy.decide(principal, action, version_resource(record, ordinal)).allowed
 
+    def reserve(
+        self,
+        caller: Caller,
+        tenant: str,
+        klass: str,
+        adapter: str,
+        input_tokens: int,
+        output_tokens_max: int | None,
+        is_estimated: bool,
+        sequences: int,
+    ) -> Charge | None:
+        """Take a permitted request from its tenant's budgets; return what is to be settled at its end.
+
+        Raises Refused if too little remains, or if the request is larger than it may be.
+        """
+        if self.budgets is None or caller is OURSELVES:
+            return None
+        name = adapter.partition("@")[0]
+        try:
+            reservation = self.budgets.reserve(
+                tenant, klass, name, input_tokens, output_tokens_max, is_estimated=is_estimated, sequences=sequences
+            )
+        except Refused as refused:
+            self.denied(caller, Action.INFER, _named(adapter), refused.message, "")
+            raise
+        return Charge(reservation, None if is_estimated else input_tokens)
+
+    def standing(self, tenant: str, klass: str, adapter: str) -> Standing:
+        """Return what remains of the budgets for requests like this one."""
+        return Standing() if self.budgets is None else self.budgets.standing(tenant, klass, adapter.partition("@")[0])
+
+    def default_max_tokens(self, tenant: str, klass: str, adapter: str) -> int | None:
+        """Return the length of a request that names none; None if no limit says."""
+        if self.budgets is None:
+            return None
+        return self.budgets.default_max_tokens(tenant, klass, adapter.partition("@")[0])
+
     def may(self, caller: Caller, action: Action, resource: Resource = SYSTEM) -> Decision:
         """Return whether a caller may do something other than infer. In observe mode everything is allowed."""
         if self.mode != "enforce" or caller is OURSELVES:
@@ -350,7 +398,12 @@ class Access:
         return self._policy.decide(caller.principal, action, resource)
 
     async def visible(self, caller: Caller, tenant: str, records: Sequence[Record]) -> Collection[str]:
-        """Return the names of those records that a list may show."""
+        """Return the names of those records that a list may show; without delaying others for long."""
+        if self.mode == "enforce":
+            change = self._change_of()
+            if self._listed[0] != change:
+                self._listed = change, [adapter_resource(record) for record in records]
+            return await self._policy.visible(caller.principal, self._listed[1], change)
         return {record.name for record in records if self.may_see(caller, tenant, record)}
 
     def may_see_base(self, caller: Caller, name: str) -> bool:

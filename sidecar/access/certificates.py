@@ -14,14 +14,13 @@ SPIFFE = "spiffe://"
 
 
 def names_of(alternative: Sequence[str], common: Sequence[str]) -> tuple[str, ...]:
-    """Return the names that can prove a certificate's owner, the one that counts first.
+    """Return the names that can prove a certificate's owner: the alternative ones in their order, else the common one.
 
-    They are the SPIFFE ids, then the other alternative names in their order, and the common name if there is no
-    alternative one. A subject with several common names names nobody.
+    A subject with several common names names nobody.
     """
     if not alternative:
         return tuple(common) if len(common) == 1 else ()
-    return tuple(sorted(alternative, key=lambda name: not name.startswith(SPIFFE)))
+    return tuple(alternative)
 
 
 def names_of_grpc(context: Mapping[str, Iterable[bytes]]) -> tuple[str, ...]:
@@ -43,9 +42,10 @@ def names_of_tls(certificate: Mapping[str, Any] | None) -> tuple[str, ...]:
 
 
 def principal_of(names: Sequence[str], pattern: str | None, proof: Proof) -> Principal:
-    """Return whom a certificate's names name: the first counts. Raises Misused(UNAUTHENTICATED)."""
+    """Return whom a certificate's names name: a SPIFFE id, else the first counts. Raises Misused(UNAUTHENTICATED)."""
     if not names:
         raise _refused("it has no name")
+    names = sorted(names, key=lambda name: not name.startswith(SPIFFE))
     if len(names) > 1 and names[1].startswith(SPIFFE):
         raise _refused("it has more than one SPIFFE id")
     try:

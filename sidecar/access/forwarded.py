@@ -34,7 +34,7 @@ Pair = tuple[str, str]
 
 
 def names_in(headers: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of the nearest proxy's peer, as `certificates.names_of` orders them; () if it has none.
+    """Return the names of the nearest proxy's peer, as `certificates.names_of` has them; () if it has none.
 
     Raises Misused(UNAUTHENTICATED) for a header that is not well-formed, and for more than one.
     """

@@ -116,6 +116,15 @@ class Reply:
         return self._message
 
 
+class Charged(Protocol):
+    """What a request costs its tenant."""
+
+    def dispatched(self) -> None: ...
+
+    def settle(self, output_tokens: int, delivered: int, ran: bool) -> None:
+        """Charge what was taken; `delivered` replies have come, whose tokens count if nothing else is known."""
+
+
 class Ticket:
     """One request between its front, the shell and its backend, all on one event loop.
 
@@ -134,11 +143,13 @@ class Ticket:
         "caller",
         "came",
         "client_id",
+        "delivered",
         "dispatch",
         "payload",
         "rejected_with",
         "replies",
         "request",
+        "reservation",
         "settled",
         "settled_ns",
         "trip",
@@ -162,6 +173,10 @@ class Ticket:
         """The gRPC status code of an engine's unary error, or an `HttpRejection`: passed on to the client unchanged."""
         self.caller: Any = None
         """Who sent it (`access.Caller`); None for a request that another replica has passed on."""
+        self.reservation: Charged | None = None
+        """What it has taken of its tenant's budgets until it is settled."""
+        self.delivered = 0
+        """The number of replies that have come."""
         self.trip: Any = None
         """The router's own record of the request, if there are other replicas."""
         self._reader: asyncio.Future[None] | None = None
@@ -173,9 +188,12 @@ class Ticket:
     def dispatched(self, effect: Dispatch) -> None:
         """Note that the request is being given to an engine."""
         self.dispatch = effect
+        if self.reservation is not None:
+            self.reservation.dispatched()
 
     def deliver(self, reply: Reply) -> None:
         """Hand a reply to the front; it is dropped if the client has left."""
+        self.delivered += 1
         if self._is_dropped:
             return
         self.came = reply
@@ -187,6 +205,8 @@ class Ticket:
     def settle(self, effect: Settle) -> None:
         self.settled = effect
         self.settled_ns = monotonic_ns()
+        if self.reservation is not None:
+            self.reservation.settle(effect.output_tokens, self.delivered, self.dispatch is not None)
         self.payload = self.payload.spent()  # the answer, or a refusal, may wait for its client for long
         self._wake()
         self._open_room()

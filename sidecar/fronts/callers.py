@@ -8,6 +8,7 @@ from secrets import token_hex
 from typing import Any
 
 from sidecar.access.access import Caller
+from sidecar.access.certificates import names_of_grpc
 from sidecar.access.principal import Presented
 from sidecar.config.identities import REQUEST_ID, checked, clipped, is_fit
 from sidecar.errors import Reason, Refused
@@ -32,12 +33,10 @@ def presented(context: Any) -> Presented:
     for key, value in context.invocation_metadata() or ():
         if key in found:
             found[key].append(value if isinstance(value, str) else value.decode(errors="replace"))
-    proven = context.auth_context()
-    names = (*proven.get("x509_subject_alternative_name", ()), *proven.get("x509_common_name", ()))
     peer = str(context.peer())
     return Presented(
         tuple(found[AUTHORIZATION]),
-        tuple(name.decode(errors="replace") for name in names),
+        names_of_grpc(context.auth_context()),
         tuple(found[FORWARDED]),
         peer,
         peer.startswith(LOCAL),

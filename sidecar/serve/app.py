@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from sidecar.access.access import Access
 from sidecar.access.usage.keeper import UsageKeeper
 from sidecar.adapters.disk import DiskTier
 from sidecar.adapters.origins.allowing import AllowList
@@ -28,6 +27,7 @@ from sidecar.journal.writer import Journal
 from sidecar.kubernetes.placement import Seen, seen_here
 from sidecar.replicas.board import SERVING
 from sidecar.replicas.replica import Replica
+from sidecar.serve.access_parts import AccessParts
 from sidecar.serve.discovered import BackendMaker, DiscoveredPools, finder_of
 from sidecar.serve.listening import Listening
 from sidecar.serve.membership import figures_of, join, link_of, member_of
@@ -78,6 +78,7 @@ class Sidecar:
         self._draining: asyncio.Task[None] | None = None
         self._pools: DiscoveredPools | None = None
         self._declared: DeclaredAdapters | None = None
+        self.access = AccessParts(config, data, self.registry)
         core = replace(config.core(), pools=pools_of(self.entries))
         self._memory = shared_memory_for(self.entries, config.store.memory_bytes)
         self.gateway = Gateway(
@@ -94,7 +95,7 @@ class Sidecar:
             stagings=stagings_of(self.entries),
             crash=self.crash,
             answers=AnswerBuffers(config.queue.answer_bytes_max, config.queue.answers_bytes_max),
-            access=Access.off(self.registry.get, config.tenant_from),
+            access=self.access.access,
         )
         self.metrics = Metrics(self.gateway, config.adapter_labels_max)
         self.restarts = Restarts(self.gateway, config.drain_timeout_s)
@@ -191,6 +192,7 @@ class Sidecar:
         if self._journal is not None:
             self._journal.start()
         await self.registry.start()
+        await self.access.start()
         if self.usage is not None:
             await self.usage.start()
         if self.config.state.url is not None:
@@ -362,6 +364,7 @@ class Sidecar:
             await self.replica.stop()
         await self.registry.close()  # before the gateway, which takes no changes once it has stopped
         await self.gateway.stop()
+        await self.access.stop()
         if self.usage is not None:
             await self.usage.stop()
         await self._loader.close()

@@ -23,7 +23,7 @@ from sidecar.adapters.origins.allowing import AllowList
 from sidecar.adapters.packed import PackReport
 from sidecar.adapters.shared_memory import Mount
 from sidecar.adapters.staging import Staging
-from sidecar.backends.api import Backend, Payload, Ticket
+from sidecar.backends.api import Backend, Charged, Payload, Ticket
 from sidecar.backends.buffers import AnswerBuffers
 from sidecar.config import identities
 from sidecar.config.identities import checked
@@ -98,6 +98,8 @@ class Gateway:
         )
         self.answers = answers or AnswerBuffers()
         self.tickets: dict[int, Ticket] = {}
+        self._left: dict[int, Ticket] = {}
+        """Requests whose clients have left, until the core tells what they have cost."""
         self._numbers = itertools.count(1)
         self._asks: dict[int, asyncio.Future[do.Answer]] = {}
         self._client_stall_ns = int(client_stall_s * 1e9)
@@ -210,7 +212,25 @@ class Gateway:
             raise
         ticket = Ticket(next(self._numbers), payload, client_id, self.answers)
         ticket.caller = caller
-        return self._take(facts, ticket, self.admit if self.elsewhere is None else self.elsewhere.submit)
+        ticket.reservation = self._reserved(facts, caller)
+        try:
+            return self._take(facts, ticket, self.admit if self.elsewhere is None else self.elsewhere.submit)
+        except SidecarError:
+            if ticket.reservation is not None:
+                ticket.reservation.settle(0, 0, ran=False)
+            raise
+
+    def _reserved(self, facts: RequestFacts, caller: Caller) -> Charged | None:
+        """Reserve what a request may cost. Raises Refused if its tenant has spent its budget."""
+        length = facts.output_tokens_max if facts.has_length else None
+        try:
+            return self.access.reserve(
+                caller, facts.tenant, facts.klass, facts.adapter, facts.input_tokens, length, facts.is_estimated,
+                facts.sequences,
+            )  # fmt: skip
+        except Refused as refused:
+            self._show_refused(facts, refused)
+            raise
 
     def _permitted(self, facts: RequestFacts, client_id: str, caller: Caller) -> RequestFacts:
         """Return a request as the caller may make it. Raises Refused, Misused(UNAUTHENTICATED)."""
@@ -277,6 +297,8 @@ class Gateway:
         """Release a ticket. If its request has not ended, its client has left, or (`moved`) another replica has it."""
         ticket.drop()
         if self.tickets.pop(ticket.request, None) is not None and ticket.settled is None:
+            if ticket.reservation is not None:
+                self._left[ticket.request] = ticket
             self._end(ticket, ev.ClientLeft(ticket.request, moved), Reason.CANCELLED)
 
     def cancel(self, ticket: Ticket) -> None:
@@ -286,6 +308,8 @@ class Gateway:
     def _end(self, ticket: Ticket, event: ev.Event, reason: Reason) -> None:
         if self.elsewhere is None or not self.elsewhere.end(ticket, reason):
             self.driver.post(event)
+        else:
+            self._left.pop(ticket.request, None)
 
     async def _sweep(self) -> None:
         """Cancel requests whose clients have been too far behind for too long, and drop sources that are not needed."""
@@ -366,6 +390,8 @@ class Gateway:
     def _settle(self, effect: do.Settle) -> None:
         ticket = self.tickets.get(effect.request)
         if ticket is None:
+            if (left := self._left.pop(effect.request, None)) is not None:
+                left.settle(effect)
             return
         if effect.reason is not Reason.NOT_OWNER or self.elsewhere is None or not self.elsewhere.given_back(ticket):
             ticket.settle(self._for_client(effect, ticket))

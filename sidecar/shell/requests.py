@@ -38,6 +38,10 @@ class RequestFacts:
     """The number of sequences that the engine runs for it."""
     versions: tuple[int, ...] | None = None
     """The ordinals that the policy lets answer it; None for any."""
+    has_length: bool = True
+    """False if the client has set no `output_tokens_max`: then that is an assumption."""
+    is_estimated: bool = False
+    """True if `input_tokens` are the bytes of a text, whose tokens nothing has counted."""
 
     def __post_init__(self) -> None:
         for name in ("input_tokens", "output_tokens_max", "sequences"):

@@ -68,6 +68,8 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
             session=fields.session,
             size_bytes=request.ByteSize(),
             only=self._eligible(request, payload.kinds),
+            has_length=request.max_tokens > 0,
+            is_estimated=request.WhichOneof("prompt") == "text",
         )
         return self._gateway.submit(facts, payload, request_id, caller)
 

@@ -15,6 +15,8 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from sidecar.access.certificates import names_of_tls
+
 CONNECTIONS_MAX = 4096
 SPARE_CONNECTIONS = 64
 """Connections above the limit, so that probes still get in; the OpenAI API answers them with a short refusal."""
@@ -209,11 +211,6 @@ def _without_upgrade(data: bytes) -> bytes:
 
 
 def _peer_names(transport: asyncio.Transport) -> tuple[str, ...]:
-    """Return the names in the client's certificate: its subject alternative names, then its common name."""
+    """Return the names in the client's certificate."""
     tls = transport.get_extra_info("ssl_object")
-    certificate = tls.getpeercert() if tls is not None else None
-    if not certificate:
-        return ()
-    names = [value for _, value in certificate.get("subjectAltName", ())]
-    names += [value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"]
-    return tuple(map(str, names))
+    return () if tls is None else names_of_tls(tls.getpeercert())

@@ -129,6 +129,8 @@ class KServe:
             deadline_s=callers.earliest(facts.deadline_s, callers.remaining_s(context)),
             input_tokens=text_tokens_max(self.gateway.state, tokens) if asked.is_text else tokens,
             only=only,
+            has_length=facts.output_tokens_max > 0,
+            is_estimated=asked.is_text,
         )
         return replace(asked, facts=facts, payload=payload)
 

@@ -119,7 +119,9 @@ class Answering:
         destination: Destination,
         tickets: Sequence[Ticket],
         hide_backend: bool,
+        limits: Headers = (),
     ) -> None:
+        self._limits = limits
         self._gateway = gateway
         self._asked = asked
         self._destination = destination
@@ -240,6 +242,7 @@ class Answering:
             await self._write(send, b"data: " + failed.body.replace(b"\n", b" ") + b"\n\n", True)
 
     def _origin(self) -> Headers:
+        yield from self._limits
         for name, value in relay.origin_of_all(self._tickets, self._hide_backend).items():
             if value != "":
                 yield b"x-" + name.replace("_", "-").encode(), str(value).encode("latin-1", "replace")

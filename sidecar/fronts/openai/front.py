@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from starlette.datastructures import QueryParams
@@ -35,9 +35,10 @@ from sidecar.fronts.openai.body import read_body
 from sidecar.fronts.openai.candidates import Destination, Destinations
 from sidecar.fronts.openai.chat_templates import ChatTemplate
 from sidecar.fronts.openai.errors import Failure, failure, failure_of_error
-from sidecar.fronts.openai.large import LARGE_BYTES, LargeBodies
+from sidecar.fronts.openai.large import LARGE_BYTES, LargeBodies, Refusal
 from sidecar.fronts.openai.load_calls import LoadCalls
 from sidecar.fronts.openai.models import Models
+from sidecar.fronts.openai.rate_limits import headers_of
 from sidecar.fronts.openai.request import (
     CHAT,
     COMPLETIONS,
@@ -50,11 +51,13 @@ from sidecar.fronts.openai.request import (
     read_request,
     request_id_of,
 )
+from sidecar.fronts.openai.text_forms import TextRequest
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.request_log import log_refused
 from sidecar.shell.requests import RequestFacts
 
 MODELS = "/v1/models"
+Place = Callable[[OpenAiRequest, Sequence[TextRequest | Refusal] | None], Destination]
 CLOSE = (b"connection", b"close")
 METHODS = {COMPLETIONS: ("POST",), CHAT: ("POST",), MODELS: ("GET", "HEAD")}
 
@@ -150,11 +153,12 @@ class OpenAiFront:
                 check_request_id(scope["headers"])
                 caller = read_caller(scope["headers"])
                 tenant = self._gateway.access.tenant_of(sender, _claims(caller), request_id)
+                caller = replace(caller, klass=self._gateway.access.class_of(sender, caller.klass))
                 declared_bytes = declared_size(scope["headers"], self._body_bytes_max)
                 async with self._intake.body(declared_bytes) as arrival:
                     pieces, size_bytes = await body_of(receive, self._body_bytes_max, arrival)
-                    length_max = self._length_max(tenant, caller.klass)
-                    requests = await self._read(path, pieces, size_bytes, tenant, length_max, sender, request_id)
+                    place = self._placing(tenant, caller.klass)
+                    requests = await self._read(path, pieces, size_bytes, place, sender, request_id)
                 if len(requests) > 1:
                     caller = _of_one_session(caller, requests[0][0])
                 for asked, destination in requests:
@@ -163,10 +167,14 @@ class OpenAiFront:
                 return
             except SidecarError as error:
                 log_refused(request_id, error)
-                await send_failure(send, _failure_of(error), request_id)
+                failed = _failure_of(error)
+                if error.reason is Reason.RATE_LIMITED:
+                    failed = replace(failed, headers=(*failed.headers, *self._limits(tenant, caller, requests[0][0])))
+                await send_failure(send, failed, request_id)
                 return
             asked, destination = requests[0]
-            await Answering(self._gateway, asked, destination, tickets, self._hide_backend).serve(receive, send)
+            limits = self._limits(tenant, caller, asked)
+            await Answering(self._gateway, asked, destination, tickets, self._hide_backend, limits).serve(receive, send)
         finally:
             for ticket in reversed(tickets):  # queued ones first, as in `Answering`
                 self._gateway.close(ticket)
@@ -176,8 +184,7 @@ class OpenAiFront:
         path: str,
         pieces: list[bytes],
         size_bytes: int,
-        tenant: str,
-        length_max: int | None,
+        place: Place,
         sender: access.Caller,
         request_id: str,
     ) -> list[tuple[OpenAiRequest, Destination]]:
@@ -186,10 +193,10 @@ class OpenAiFront:
         if size_bytes <= LARGE_BYTES:
             parts = parts_of(read_request(path, read_body(b"".join(pieces))), *bounds)
             self._permit(sender, parts[0].model, request_id)
-            return [(asked, self._destinations.place(asked, tenant, length_max)) for asked in parts]
+            return [(asked, place(asked, None)) for asked in parts]
         found = await self.large_bodies.read(pieces, self._destinations.order(path, size_bytes, *bounds))
         self._permit(sender, found[0].asked.model, request_id)
-        return [(each.asked, self._destinations.place(each.asked, tenant, length_max, each.texts)) for each in found]
+        return [(each.asked, place(each.asked, each.texts)) for each in found]
 
     def _permit(self, sender: access.Caller, model: str, request_id: str) -> Permit:
         """Ask before engines are looked for: what they can answer would tell that a name is there."""
@@ -220,13 +227,32 @@ class OpenAiFront:
             size_bytes=asked.size_bytes,
             only=destination.only,
             sequences=asked.answers,
+            has_length=asked.has_length,
+            is_estimated=text_tokens > 0,
         )
         return self._gateway.submit(facts, destination.payload, request_id, sender)
 
-    def _length_max(self, tenant: str, klass: str) -> int | None:
+    def _limits(self, tenant: str, caller: Caller, asked: OpenAiRequest) -> tuple[tuple[bytes, bytes], ...]:
+        """Return the headers that say what remains of the tenant's budgets."""
+        return headers_of(self._gateway.access.standing(tenant, caller.klass, asked.model))
+
+    def _placing(self, tenant: str, klass: str) -> Place:
+        """Return what places the requests of a tenant and class."""
+
+        def place(asked: OpenAiRequest, texts: Sequence[TextRequest | Refusal] | None) -> Destination:
+            length_max = self._length_max(tenant, klass, asked.model)
+            return self._destinations.place(asked, tenant, length_max, texts)
+
+        return place
+
+    def _length_max(self, tenant: str, klass: str, model: str) -> int | None:
         """Return how many tokens a request without a length gets where the engine has no bound of its own."""
         of_class = self._queue.classes.get(klass)
-        bounds = (self._queue.tenant_max_tokens.get(tenant), None if of_class is None else of_class.max_tokens)
+        bounds = (
+            self._queue.tenant_max_tokens.get(tenant),
+            None if of_class is None else of_class.max_tokens,
+            self._gateway.access.default_max_tokens(tenant, klass, model),
+        )
         return min((bound for bound in bounds if bound is not None), default=None)
 
     def _may_stream(self, kind: str) -> bool:

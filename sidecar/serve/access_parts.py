@@ -1,0 +1,75 @@
+"""The parts of access in one process: made from the configuration, started and stopped together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+from time import time
+
+from sidecar.access.access import Access
+from sidecar.access.audit import Audit
+from sidecar.access.budgets.budgets import Budgets
+from sidecar.access.deciding import policy_of
+from sidecar.access.tokens import Tokens
+from sidecar.config import Config
+from sidecar.config.listeners import is_local
+from sidecar.state.registry import Registry
+
+logger = logging.getLogger(__name__)
+
+ACCESS_FOLDER = "access"
+"""The folder of a data directory that has keys, copies of issuers' keys, and usage."""
+
+
+class AccessParts:
+    """What decides who may use this process. `data` is the data directory, None without one."""
+
+    def __init__(self, config: Config, data: Path | None, registry: Registry) -> None:
+        identity, access = config.identity, config.access
+        folder = None if data is None else data / ACCESS_FOLDER
+        self.config = config
+        self.audit = Audit.configured(access.audit, data)
+        self.policy = policy_of(access.policies)
+        self.tokens = Tokens(identity.issuers, folder) if identity.issuers else None
+        self.budgets = Budgets(access.limits, time)
+        self.access = Access(
+            identity,
+            config.tenant_from,
+            registry.get,
+            self.policy,
+            self.audit,
+            by_version=access.policies.cedar is not None or access.policies.ready == "roles",
+            tokens=self.tokens,
+            budgets=self.budgets,
+            change_of=lambda: registry.last_change,
+        )
+
+    async def start(self) -> None:
+        self._warn()
+        self.audit.start()
+        if self.tokens is not None:
+            self.tokens.start()
+
+    async def stop(self) -> None:
+        if self.tokens is not None:
+            await self.tokens.stop()
+        await asyncio.to_thread(self.audit.stop)
+
+    def _warn(self) -> None:
+        """Say loudly who is believed where other machines come in."""
+        listeners = self.config.listeners
+        public = [
+            f"listeners.{name} ({listener.address})"
+            for name, listener in (("data", listeners.data), ("http", listeners.http))
+            if not (is_local(listener.address) or listener.address.startswith("unix:"))
+        ]
+        if public and self.config.identity.mode == "off":
+            logger.warning(
+                "identity.mode is off: who reaches %s is believed to be the tenant that it names, may use every "
+                "adapter that admits that tenant, and is not asked for a credential; set identity.mode: observe to see "
+                "who would be denied, then enforce",
+                " and ".join(public),
+            )
+        elif public and self.config.identity.mode == "observe":
+            logger.warning("identity.mode is observe: nobody is denied at %s", " and ".join(public))
