@@ -7,11 +7,13 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from time import perf_counter
 
 from sidecar.access.policy import READY, Roles
 from sidecar.access.principal import Action, Decision, Policy, Principal, Proof, Resource
 from sidecar.config.access import Policies
+from sidecar.errors import Misused, Reason
 
 DECISIONS_MAX = 1 << 15
 """The most decisions that are kept; beyond it, those that were not asked for longest go."""
@@ -73,9 +75,14 @@ class Listing:
 
 
 class CachedPolicy:
-    """A policy with a cache. `epoch` rises when the policy is replaced, which empties the cache."""
+    """A policy with a cache. `epoch` rises when the policy is replaced, which empties the cache.
 
-    def __init__(self, policy: Policy) -> None:
+    `source` names the ready set or the file, `fault` says why the file, as it is now, does not decide; "" if it does.
+    """
+
+    def __init__(self, policy: Policy, source: str) -> None:
+        self.source = source
+        self.fault = ""
         self.epoch = 0
         self._listing = Listing()
         self._visible: OrderedDict[Standing, _Visible] = OrderedDict()
@@ -102,6 +109,9 @@ class CachedPolicy:
             return policy.decide(Principal(tenant, proof, "", groups, roles), action, resource)
 
         self._decide = decide
+
+    async def watch(self) -> None:
+        """Replace the policy whenever its source changes, until cancelled. A ready set does not change: return."""
 
     def decide(self, principal: Principal, action: Action, resource: Resource) -> Decision:
         """Return the policy's decision, by the tenant, groups, roles and proof of the principal."""
@@ -156,6 +166,18 @@ class CachedPolicy:
 
 
 def policy_of(config: Policies) -> CachedPolicy:
-    """Return the policy that the configuration names. Raises Misused for a faulty file of Cedar policies."""
+    """Return the policy that the configuration names; let a task run its `watch`.
+
+    Raises Misused for a file of Cedar policies that cannot be read, parsed or checked.
+    """
     roles = Roles(config.roles)
-    return CachedPolicy(READY[config.ready](roles, config.separator))
+    if config.cedar is None:
+        return CachedPolicy(READY[config.ready](roles, config.separator), config.ready)
+    try:
+        from sidecar.access.policy_file import FilePolicy
+    except ImportError as error:
+        raise Misused(
+            Reason.CONFIG_INVALID,
+            'access.policies.cedar needs Cedar; install it with pip install "lora-sidecar[cedar]"',
+        ) from error
+    return FilePolicy(Path(config.cedar).expanduser(), roles, config.separator)

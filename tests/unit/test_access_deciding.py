@@ -37,7 +37,7 @@ def named(*names: str) -> list[Resource]:
 
 def test_a_question_is_decided_once_per_standing_and_epoch() -> None:
     policy = Counting()
-    cached = CachedPolicy(policy)
+    cached = CachedPolicy(policy, "test")
     (resource,) = named("a1")
     assert cached.decide(ANN, Action.INFER, resource).allowed
     assert cached.decide(replace(ANN, subject="key 2", expires_at=5.0), Action.INFER, replace(resource)).allowed
@@ -55,7 +55,7 @@ def test_a_question_is_decided_once_per_standing_and_epoch() -> None:
 
 async def test_a_listing_is_decided_once_and_after_a_change_only_what_differs() -> None:
     policy = Counting()
-    cached = CachedPolicy(policy)
+    cached = CachedPolicy(policy, "test")
     first = named("a1", "a2", "b1")
     assert await cached.visible(ANN, first, 1) == {"a1", "a2"}
     assert await cached.visible(replace(ANN, subject="key 2"), first, 1) == {"a1", "a2"}
@@ -68,7 +68,7 @@ async def test_a_listing_is_decided_once_and_after_a_change_only_what_differs() 
 
 async def test_those_who_ask_at_once_share_the_work_and_one_that_leaves_does_not_end_it() -> None:
     policy = Counting()
-    cached = CachedPolicy(policy)
+    cached = CachedPolicy(policy, "test")
     resources = named(*(f"a{number}" for number in range(100)))
     asks = [asyncio.create_task(cached.visible(ANN, resources, 1)) for _ in range(3)]
     await asyncio.sleep(0)
@@ -79,7 +79,7 @@ async def test_those_who_ask_at_once_share_the_work_and_one_that_leaves_does_not
 
 async def test_a_set_of_a_former_policy_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deciding, "SLICE_S", -1.0)  # give way after each name
-    cached = CachedPolicy(Counting())
+    cached = CachedPolicy(Counting(), "test")
     resources = named("a1", "a2")
     asked = asyncio.create_task(cached.visible(ANN, resources, 1))
     await asyncio.sleep(0)
@@ -92,7 +92,7 @@ async def test_a_set_of_a_former_policy_is_not_kept(monkeypatch: pytest.MonkeyPa
 async def test_the_kept_sets_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deciding, "VISIBLE_NAMES_MAX", 200)
     policy = Counting()
-    cached = CachedPolicy(policy)
+    cached = CachedPolicy(policy, "test")
     resources = named("a1", "a2")
     for number in range(50):
         await cached.visible(Principal(f"a{number}"), resources, 1)
