@@ -80,7 +80,7 @@ class CachedPolicy:
     `source` names the ready set or the file, `fault` says why the file, as it is now, does not decide; "" if it does.
     """
 
-    def __init__(self, policy: Policy, source: str) -> None:
+    def __init__(self, policy: Policy, source: str = "") -> None:
         self.source = source
         self.fault = ""
         self.epoch = 0
