@@ -63,13 +63,14 @@ def migrate(
             )
         )
     names = len(contents.records)
+    versions = sum(len(record.versions) for _, record in contents.records)
     if as_json:
         print_json(
             {
                 "from": redis_address.without_users(source),
                 "to": redis_address.without_users(target),
                 "adapters": names,
-                "versions": contents.versions,
+                "versions": versions,
                 "changes": len(contents.changes),
                 "last_change": contents.last_change,
                 "dry_run": dry_run,
@@ -78,7 +79,7 @@ def migrate(
         return
     done = "would copy" if dry_run else "copied"
     print(
-        f"{done} {count(names, 'adapter')} with {count(contents.versions, 'version')} and "
+        f"{done} {count(names, 'adapter')} with {count(versions, 'version')} and "
         f"{count(len(contents.changes), 'change')}; the last change is {contents.last_change}"
     )
 

@@ -16,15 +16,15 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Generic, Protocol
 
 from sidecar.errors import Misused, Reason, Refused
-from sidecar.state.records import Record
+from sidecar.state.codec import Codec, R, UnreadableRecord
 from sidecar.state.sqlite_faults import translated_errors
-from sidecar.state.written import UnreadableRecord, from_json, to_json
+from sidecar.state.written import ADAPTERS
 
 SCHEMA = """
-CREATE TABLE IF NOT EXISTS adapters (name TEXT PRIMARY KEY, record TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS {table} (name TEXT PRIMARY KEY, record TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS changes (
     number INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, record TEXT
 ) STRICT;
@@ -36,26 +36,26 @@ CHANGES_MAX = 10_000
 
 
 @dataclass(frozen=True)
-class Change:
+class Change(Generic[R]):
     """One change of a name; `record` is None if the name was forgotten. `number` is the token to resume after."""
 
     number: int
     name: str
-    record: Record | None
+    record: R | None
 
 
-class Registry(Protocol):
-    """A store of registered names."""
+class Registry(Protocol[R]):
+    """A store of named records."""
 
     async def start(self) -> None:
         """Load the stored records into memory. Call it before any read or write."""
 
-    def all(self) -> list[Record]:
+    def all(self) -> list[R]:
         """Return every record, by name."""
 
-    def get(self, name: str) -> Record | None: ...
+    def get(self, name: str) -> R | None: ...
 
-    async def put(self, record: Record, before: Record | None) -> int:
+    async def put(self, record: R, before: R | None) -> int:
         """Store a record in place of `before` (None: a new name); return the change's number.
 
         When the call returns, every subscriber of every live replica has received the change. Raises
@@ -63,13 +63,13 @@ class Registry(Protocol):
         Refused(STATE_UNAVAILABLE) if the write failed, or succeeded but not every replica is known to have it.
         """
 
-    async def delete(self, name: str, before: Record) -> int:
+    async def delete(self, name: str, before: R) -> int:
         """Forget a name; otherwise like `put`."""
 
     async def acknowledged(self, number: int) -> None:
         """Wait until every live replica has a change. Raises Refused(STATE_UNAVAILABLE) naming those that do not."""
 
-    async def changes_after(self, number: int) -> list[Change]:
+    async def changes_after(self, number: int) -> list[Change[R]]:
         """Return the changes after a number, up to `last_change`. Raises Refused(TOKEN_TOO_OLD) if some are dropped."""
 
     @property
@@ -87,36 +87,37 @@ class Registry(Protocol):
     def away_since(self) -> float | None:
         """The time (Unix seconds) since which the store has not answered, or None while it answers."""
 
-    def subscribe(self, tell: Callable[[Change], None]) -> Callable[[], None]:
+    def subscribe(self, tell: Callable[[Change[R]], None]) -> Callable[[], None]:
         """Call `tell` with each further change, once and in order; return a function that ends the subscription."""
 
     async def close(self) -> None: ...
 
 
-class Subscribers:
+class Subscribers(Generic[R]):
     """The subscribers to changes."""
 
     def __init__(self) -> None:
-        self._listeners: list[Callable[[Change], None]] = []
+        self._listeners: list[Callable[[Change[R]], None]] = []
 
-    def add(self, tell: Callable[[Change], None]) -> Callable[[], None]:
+    def add(self, tell: Callable[[Change[R]], None]) -> Callable[[], None]:
         self._listeners.append(tell)
         return lambda: self._listeners.remove(tell)
 
-    def tell(self, change: Change) -> None:
+    def tell(self, change: Change[R]) -> None:
         for tell in list(self._listeners):
             tell(change)
 
 
-class SqliteRegistry:
+class SqliteRegistry(Generic[R]):
     """A registry in one SQLite file; records are also in memory, so that a lookup costs nothing."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, codec: Codec[R] = ADAPTERS) -> None:  # type: ignore[assignment]
         """Open or create the file; None keeps the registry in memory only.
 
         This and all methods that read or write raise Refused(STATE_UNAVAILABLE) if the file cannot be used.
         """
         self._path = path
+        self._codec = codec
         with translated_errors(path):
             # Do not wait for locks: that would block the event loop, and no other process should use the file.
             self._database = sqlite3.connect(path or ":memory:", isolation_level=None, timeout=0)
@@ -125,52 +126,52 @@ class SqliteRegistry:
             except sqlite3.Error:
                 self._database.close()
                 raise
-        self._records: dict[str, Record] = {}
+        self._records: dict[str, R] = {}
         self.set_aside: dict[str, str] = {}
         for name, text in rows:
             try:
-                self._records[name] = from_json(name, text)
+                self._records[name] = codec.from_json(name, text)
             except UnreadableRecord as error:
                 self.set_aside[name] = str(error)
-        self._subscribers = Subscribers()
+        self._subscribers: Subscribers[R] = Subscribers()
 
     def _opened(self) -> list[tuple[str, str]]:
         """Create missing tables, and return the rows of names."""
         self._database.execute("PRAGMA journal_mode=WAL")
-        self._database.executescript(SCHEMA)
-        return self._database.execute("SELECT name, record FROM adapters ORDER BY name").fetchall()
+        self._database.executescript(SCHEMA.format(table=self._codec.table))
+        return self._database.execute(f"SELECT name, record FROM {self._codec.table} ORDER BY name").fetchall()
 
     async def start(self) -> None:
         """Do nothing: opening the file read everything."""
 
-    def all(self) -> list[Record]:
+    def all(self) -> list[R]:
         return [self._records[name] for name in sorted(self._records)]
 
-    def get(self, name: str) -> Record | None:
+    def get(self, name: str) -> R | None:
         return self._records.get(name)
 
-    async def put(self, record: Record, before: Record | None) -> int:
-        self._expect(record.name, before)
-        text = to_json(record)
+    async def put(self, record: R, before: R | None) -> int:
+        name, text = self._codec.name_of(record), self._codec.to_json(record)
+        self._expect(name, before)
         number = self._write(
-            "INSERT INTO adapters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET record = excluded.record",
-            (record.name, text),
-            record.name,
+            f"INSERT INTO {self._codec.table} VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET record = excluded.record",
+            (name, text),
+            name,
             text,
         )
-        self._records[record.name] = record
-        self.set_aside.pop(record.name, None)
-        self._subscribers.tell(Change(number, record.name, record))
+        self._records[name] = record
+        self.set_aside.pop(name, None)
+        self._subscribers.tell(Change(number, name, record))
         return number
 
-    async def delete(self, name: str, before: Record) -> int:
+    async def delete(self, name: str, before: R) -> int:
         self._expect(name, before)
-        number = self._write("DELETE FROM adapters WHERE name = ?", (name,), name, None)
+        number = self._write(f"DELETE FROM {self._codec.table} WHERE name = ?", (name,), name, None)
         del self._records[name]
         self._subscribers.tell(Change(number, name, None))
         return number
 
-    def _expect(self, name: str, before: Record | None) -> None:
+    def _expect(self, name: str, before: R | None) -> None:
         if self._records.get(name) != before:
             raise changed_meanwhile(name)
 
@@ -196,7 +197,7 @@ class SqliteRegistry:
     lag = 0
     away_since = None
 
-    async def changes_after(self, number: int) -> list[Change]:
+    async def changes_after(self, number: int) -> list[Change[R]]:
         with translated_errors(self._path):
             (first,) = self._database.execute("SELECT coalesce(min(number), 1) FROM changes").fetchone()
             if number + 1 < first or number > self.last_change:
@@ -204,21 +205,13 @@ class SqliteRegistry:
             rows = self._database.execute(
                 "SELECT number, name, record FROM changes WHERE number > ? ORDER BY number", (number,)
             ).fetchall()
-        return [Change(at, name, read_or_forget(name, text)) for at, name, text in rows]
+        return [Change(at, name, self._codec.read_or_forget(name, text)) for at, name, text in rows]
 
-    def subscribe(self, tell: Callable[[Change], None]) -> Callable[[], None]:
+    def subscribe(self, tell: Callable[[Change[R]], None]) -> Callable[[], None]:
         return self._subscribers.add(tell)
 
     async def close(self) -> None:
         self._database.close()
-
-
-def read_or_forget(name: str, text: str | None) -> Record | None:
-    """Return the record that a change wrote, or None if it is unreadable or the name was forgotten."""
-    try:
-        return None if text is None else from_json(name, text)
-    except UnreadableRecord:
-        return None
 
 
 def changed_meanwhile(name: str) -> Refused:

@@ -7,11 +7,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 from sidecar.adapters.names import shown
 from sidecar.core.facts import Adapter, Row
 from sidecar.errors import SidecarError
+from sidecar.state.codec import Codec, UnreadableRecord
 from sidecar.state.records import Declared, Record, Version
 
 LAYERS_MAX = 10_000
@@ -50,10 +52,6 @@ def _version_to_json(version: Version) -> dict[str, Any]:
         "labels": dict(version.labels),
         "registered_at": version.registered_at,
     }
-
-
-class UnreadableRecord(ValueError):
-    """A stored record is damaged, or from a newer release with fields that this one cannot read."""
 
 
 def from_json(name: str, text: str) -> Record:
@@ -171,3 +169,6 @@ def _alike(layers: int, each: tuple[tuple[Any, ...], ...]) -> tuple[Row, ...]:
         for layer in range(layers)
         for module, module_id, rank, in_dim, out_dim in each
     )
+
+
+ADAPTERS: Codec[Record] = Codec(attrgetter("name"), to_json, from_json)

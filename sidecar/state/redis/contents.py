@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Awaitable, Iterator
 from secrets import token_hex
 from time import time
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from sidecar.errors import Misused, Reason
+from sidecar.state.codec import Codec, R
 from sidecar.state.contents import Contents, Progress, unreadable
-from sidecar.state.records import Record
 from sidecar.state.redis.entries import Entry, Head, entry_of, value_of
 from sidecar.state.redis.history import SCHEMA, Position, look
 from sidecar.state.redis.link import FAULTS, Announced, Link, is_final
@@ -25,16 +25,16 @@ WRITTEN_AT_ONCE = 500
 NUMBER_MAX = 2**53
 
 
-class RedisRegistryStore:
+class RedisRegistryStore(Generic[R]):
     """A registry in Redis. Entering the context raises Misused while live replicas use it."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link[R]) -> None:
         self._link = link
 
     def __str__(self) -> str:
         return f"Redis at {self._link}"
 
-    async def __aenter__(self) -> RedisRegistryStore:
+    async def __aenter__(self) -> RedisRegistryStore[R]:
         live = await self._asked(self._link.run(LAGGING, NUMBER_MAX, int(MEMBER_TTL_S * 1e6), ""))
         if live:
             await self._link.close()
@@ -47,7 +47,7 @@ class RedisRegistryStore:
     async def is_empty(self) -> bool:
         return await self._asked(self._link.schema()) is None
 
-    async def read(self) -> Contents:
+    async def read(self) -> Contents[R]:
         if await self.is_empty():
             raise Misused(
                 Reason.CONFIG_INVALID, f"{self} holds no registry under the prefix {self._link.place.key_prefix}"
@@ -55,41 +55,44 @@ class RedisRegistryStore:
         view = await self._asked(look(self._link, Position()))
         return await self._asked(self._read(view.revision))
 
-    async def _read(self, last: int) -> Contents:
-        records: dict[str, tuple[int, Record]] = {}
+    async def _read(self, last: int) -> Contents[R]:
+        records: dict[str, tuple[int, R]] = {}
         async for values in self._link.entries():
             for name, value in values.items():
-                entry = entry_of(name, value)
+                entry = entry_of(name, value, self._link.codec)
                 if entry.unread:
                     raise unreadable(name, str(self), entry.why)
                 if entry.record is not None:
                     records[name] = (entry.head.revision, entry.record)
-        changes: list[Change] = []
+        changes: list[Change[R]] = []
         number = 0
         while some := await self._link.changes(number + 1, last):
             number = some[-1].number
             changes += [
-                Change(announced.number, announced.name, entry_of(announced.name, announced.value).record)
+                Change(announced.number, announced.name, self._record(announced))
                 for announced in some
                 if announced.name
             ]
         return Contents(tuple(records[name] for name in sorted(records)), tuple(changes), last)
 
-    async def write(self, contents: Contents, progress: Progress) -> None:
+    def _record(self, announced: Announced) -> R | None:
+        return entry_of(announced.name, announced.value, self._link.codec).record
+
+    async def write(self, contents: Contents[R], progress: Progress) -> None:
         await self._asked(self._write(contents, progress))
 
-    async def _write(self, contents: Contents, progress: Progress) -> None:
+    async def _write(self, contents: Contents[R], progress: Progress) -> None:
         link = self._link
         await link.erase()
         await link.set_meta(schema=UNFINISHED)
         done = 0
-        entries = list(_entries(contents))
+        entries = list(_entries(contents, link.codec))
         for start in range(0, len(entries), WRITTEN_AT_ONCE):
             page = entries[start : start + WRITTEN_AT_ONCE]
             await link.put_entries(page)
             done += len(page)
             progress(done, len(entries) + len(contents.changes))
-        changes = list(_announced(contents))
+        changes = list(_announced(contents, link.codec))
         for start in range(0, len(changes), WRITTEN_AT_ONCE):
             announced = changes[start : start + WRITTEN_AT_ONCE]
             await link.put_changes(announced)
@@ -110,23 +113,23 @@ class RedisRegistryStore:
             raise self._link.refused(error) from error
 
 
-def _entries(contents: Contents) -> Iterator[tuple[str, Entry]]:
+def _entries(contents: Contents[R], codec: Codec[R]) -> Iterator[tuple[str, Entry[R]]]:
     """Yield the entry of each name, forgotten names of the change log included."""
     now_ms = int(time() * 1000)
-    live = {record.name for _, record in contents.records}
+    live = {codec.name_of(record) for _, record in contents.records}
     for number, record in contents.records:
-        yield record.name, Entry(Head(number, token_hex(8), number, now_ms), record)
+        yield codec.name_of(record), Entry(Head(number, token_hex(8), number, now_ms), record)
     last = {change.name: change for change in contents.changes}
     for change in last.values():
         if change.name not in live:
             yield change.name, Entry(Head(change.number, token_hex(8), change.number, now_ms), None)
 
 
-def _announced(contents: Contents) -> Iterator[Announced]:
+def _announced(contents: Contents[R], codec: Codec[R]) -> Iterator[Announced]:
     before, after = max(0, contents.changes[0].number - 1) if contents.changes else 0, ""
     now_ms = int(time() * 1000)
     for change in contents.changes:
         token = token_hex(8)
         entry = Entry(Head(change.number, token, change.number, now_ms), change.record)
-        yield Announced(change.number, before, after, token, change.name, value_of(entry))
+        yield Announced(change.number, before, after, token, change.name, value_of(entry, codec))
         before, after = change.number, token

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
+from typing import Generic
 
-from sidecar.state.records import Record
+from sidecar.state.codec import R
 from sidecar.state.redis.entries import NOTHING, Entry, Head, newer
 from sidecar.state.registry import Change
 
@@ -18,11 +19,11 @@ TOMBSTONES_MS = 7 * 24 * 3600 * 1000
 """How many forgotten names are kept as tombstones, and for how long, so that no old copy restores one."""
 
 
-class Copy:
+class Copy(Generic[R]):
     """Entries by name, forgotten names included."""
 
     def __init__(self) -> None:
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, Entry[R]] = {}
         self._buried: dict[str, None] = {}
         self.set_aside: dict[str, str] = {}
         """Names whose records cannot be read, and why."""
@@ -30,11 +31,11 @@ class Copy:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def records(self) -> list[Record]:
+    def records(self) -> list[R]:
         """Return every record, by name."""
         return [entry.record for _, entry in sorted(self._entries.items()) if entry.record is not None]
 
-    def get(self, name: str) -> Record | None:
+    def get(self, name: str) -> R | None:
         entry = self._entries.get(name)
         return entry.record if entry is not None else None
 
@@ -47,7 +48,7 @@ class Copy:
         """Return the revision of a name's record, readable or not, or 0 if it has none."""
         return self.head(name).revision if self.get(name) is not None or name in self.set_aside else 0
 
-    def take(self, name: str, entry: Entry) -> Change | None:
+    def take(self, name: str, entry: Entry[R]) -> Change[R] | None:
         """Take an entry if it is newer; return the change to announce, or None if nothing changed."""
         if not newer(entry.head, self.head(name)):
             return None
@@ -63,14 +64,14 @@ class Copy:
             return None
         return Change(entry.head.number, name, entry.record)
 
-    def drop(self, name: str, number: int) -> Change | None:
+    def drop(self, name: str, number: int) -> Change[R] | None:
         """Drop a name that Redis no longer has, not even as a tombstone."""
         had = self._entries.pop(name).record
         self._buried.pop(name, None)
         self.set_aside.pop(name, None)
         return Change(number, name, None) if had is not None else None
 
-    def newer_than(self, stored: dict[str, Head]) -> Iterator[tuple[str, Entry]]:
+    def newer_than(self, stored: dict[str, Head]) -> Iterator[tuple[str, Entry[R]]]:
         """Yield the entries that are newer here than in Redis, oldest first."""
         mine = [pair for pair in self._entries.items() if newer(pair[1].head, stored.get(pair[0], NOTHING))]
         yield from sorted(mine, key=lambda pair: pair[1].head)

@@ -10,10 +10,10 @@ twice count once, and orders two contents of one revision.
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Generic, NamedTuple
 
-from sidecar.state.records import Record
-from sidecar.state.written import UnreadableRecord, from_json, to_json
+from sidecar.state.codec import Codec, R, UnreadableRecord
+from sidecar.state.written import ADAPTERS
 
 _HEAD = re.compile(r"(\d+):(\w+):(\d+):(\d+):")
 
@@ -27,7 +27,7 @@ class Head(NamedTuple):
     time_ms: int
 
 
-class Entry(NamedTuple):
+class Entry(NamedTuple, Generic[R]):
     """A name's record and head; `record` is None for a forgotten name.
 
     `record` is None for an unreadable record too: `unread` is then its text, which is kept as it is, and `why` the
@@ -35,7 +35,7 @@ class Entry(NamedTuple):
     """
 
     head: Head
-    record: Record | None
+    record: R | None
     unread: str = ""
     why: str = ""
 
@@ -57,18 +57,18 @@ def head_of(value: str) -> Head:
     return Head(int(revision), token, int(number), int(time_ms))
 
 
-def entry_of(name: str, value: str) -> Entry:
+def entry_of(name: str, value: str, codec: Codec[R] = ADAPTERS) -> Entry[R]:  # type: ignore[assignment]
     match = _HEAD.match(value)
     if match is None:
         return Entry(NOTHING, None, value, "it does not begin with its number")
     text = value[match.end() :]
     try:
-        return Entry(head_of(value), from_json(name, text) if text else None)
+        return Entry(head_of(value), codec.from_json(name, text) if text else None)
     except UnreadableRecord as error:
         return Entry(head_of(value), None, text, str(error))
 
 
-def value_of(entry: Entry) -> str:
+def value_of(entry: Entry[R], codec: Codec[R] = ADAPTERS) -> str:  # type: ignore[assignment]
     head = entry.head
-    text = to_json(entry.record) if entry.record is not None else entry.unread
+    text = codec.to_json(entry.record) if entry.record is not None else entry.unread
     return f"{head.revision}:{head.token}:{head.number}:{head.time_ms}:{text}"

@@ -10,8 +10,10 @@ import logging
 import random
 from collections.abc import Callable
 from time import monotonic, time
+from typing import Generic
 
 from sidecar.errors import Misused, Reason, SidecarError
+from sidecar.state.codec import R
 from sidecar.state.redis.copy import Copy
 from sidecar.state.redis.entries import entry_of
 from sidecar.state.redis.history import Position, look, reread
@@ -28,13 +30,13 @@ DELAY_S, DELAY_S_MAX = 0.05, 1.0
 CANCEL_S = 0.05
 
 
-class Feed:
+class Feed(Generic[R]):
     """Reads the changes for this replica. It reports its progress under the name `member`."""
 
-    def __init__(self, link: Link, member: str = "") -> None:
-        self.copy = Copy()
+    def __init__(self, link: Link[R], member: str = "") -> None:
+        self.copy: Copy[R] = Copy()
         self.position = Position()
-        self.subscribers = Subscribers()
+        self.subscribers: Subscribers[R] = Subscribers()
         self.revision = 0
         """The last change known to be written, read or not."""
         self.trouble = "it has not been reached yet"
@@ -138,13 +140,13 @@ class Feed:
         for announced in changes:
             self.position = Position(self.position.incarnation, announced.number, announced.mark)
             if announced.name:
-                change = self.copy.take(announced.name, entry_of(announced.name, announced.value))
+                change = self.copy.take(announced.name, entry_of(announced.name, announced.value, self._link.codec))
                 if change is not None:
                     self._publish(change)
         self.revision = max(self.revision, self.position.applied)
         self._wake()
 
-    def _publish(self, change: Change) -> None:
+    def _publish(self, change: Change[R]) -> None:
         try:
             self.subscribers.tell(change)
         except Exception:  # a faulty subscriber must not keep changes from the others

@@ -16,6 +16,7 @@ from secrets import token_hex
 from typing import NamedTuple
 
 from sidecar.errors import Misused, Reason
+from sidecar.state.codec import R
 from sidecar.state.redis.copy import TOMBSTONES_MAX, TOMBSTONES_MS, Copy
 from sidecar.state.redis.entries import NOTHING, Entry, Head, entry_of, head_of, newer, value_of
 from sidecar.state.redis.link import Link
@@ -52,7 +53,7 @@ class View:
         return Position(self.incarnation, self.revision, self.mark)
 
 
-async def look(link: Link, position: Position) -> View:
+async def look(link: Link[R], position: Position) -> View:
     """Run LOOK, which creates the state if there is none. Raises FAULTS, Misused(STATE_INCOMPATIBLE)."""
     found = await link.run(LOOK, SCHEMA, token_hex(8), *position)
     if found[0] != SCHEMA:
@@ -65,7 +66,7 @@ async def look(link: Link, position: Position) -> View:
     return View(incarnation, int(revision), int(last), mark, bool(lost))
 
 
-async def reread(link: Link, copy: Copy, position: Position, tell: Callable[[Change], None]) -> Position:
+async def reread(link: Link[R], copy: Copy[R], position: Position, tell: Callable[[Change[R]], None]) -> Position:
     """Read everything, restore entries that only this replica has, and return the position to follow changes from.
 
     Raises FAULTS, Misused(STATE_INCOMPATIBLE); a retry is safe.
@@ -90,10 +91,10 @@ async def reread(link: Link, copy: Copy, position: Position, tell: Callable[[Cha
     return view.position
 
 
-async def _read_all(link: Link, copy: Copy) -> tuple[dict[str, Head], dict[str, Entry]]:
+async def _read_all(link: Link[R], copy: Copy[R]) -> tuple[dict[str, Head], dict[str, Entry[R]]]:
     """Return the head of each name in Redis, and the entries that are newer than here."""
     stored: dict[str, Head] = {}
-    found: dict[str, Entry] = {}
+    found: dict[str, Entry[R]] = {}
     read = 0
     async for values in link.entries():
         for name, value in values.items():
@@ -102,18 +103,18 @@ async def _read_all(link: Link, copy: Copy) -> tuple[dict[str, Head], dict[str, 
                 continue
             stored[name] = head
             if head == NOTHING and copy.get(name) is None:
-                copy.set_aside[name] = entry_of(name, value).why
+                copy.set_aside[name] = entry_of(name, value, link.codec).why
             if newer(head, copy.head(name)):
-                found[name] = entry_of(name, value)
+                found[name] = entry_of(name, value, link.codec)
                 read += 1
                 if read % READ_AT_ONCE == 0:
                     await asyncio.sleep(0)
     return stored, found
 
 
-async def _restore(link: Link, incarnation: str, applied: int, entries: list[tuple[str, Entry]]) -> None:
+async def _restore(link: Link[R], incarnation: str, applied: int, entries: list[tuple[str, Entry[R]]]) -> None:
     for start in range(0, len(entries) or 1, RESTORED_AT_ONCE):
         page = entries[start : start + RESTORED_AT_ONCE]
-        values = [text for name, entry in page for text in (name, value_of(entry))]
+        values = [text for name, entry in page for text in (name, value_of(entry, link.codec))]
         await link.run(RESTORE, incarnation, applied, token_hex(8), *LIMITS, *values)
         await asyncio.sleep(0)

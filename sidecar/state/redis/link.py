@@ -9,7 +9,7 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 from redis.asyncio import Redis, RedisCluster, Sentinel
 from redis.asyncio.cluster import ClusterNode
@@ -20,8 +20,10 @@ from redis.exceptions import AuthenticationError, NoPermissionError, NoScriptErr
 
 from sidecar.config.redis_address import RedisLocation
 from sidecar.errors import Misused, Reason, Refused
+from sidecar.state.codec import Codec, R
 from sidecar.state.redis.entries import Entry, value_of
 from sidecar.state.redis.scripts import Script
+from sidecar.state.written import ADAPTERS
 
 FAULTS = (RedisError, OSError, asyncio.TimeoutError, RuntimeError)
 """The errors that a command may raise when Redis is unreachable or refuses it.
@@ -31,6 +33,8 @@ The last one is uvloop's, for a write to a connection that was just closed; the 
 CONNECT_S, ANSWER_S = 2.0, 3.0
 """The timeouts of a connection and of an answer; a blocking read blocks for less."""
 SCANNED_AT_ONCE = 500
+REGISTRY_KEYS = frozenset(("meta", "adapters", "changes", "tombstones", "applied"))
+"""The names in scripts of the keys that each registry has for itself."""
 
 
 class Announced(NamedTuple):
@@ -64,11 +68,12 @@ class PasswordFile(CredentialProvider):
         return (self._user, self.password()) if self._user else (self.password(),)
 
 
-class Link:
-    """A Redis and our keys in it."""
+class Link(Generic[R]):
+    """A Redis and the keys of a registry in it; those of members and leases are the same in each link."""
 
-    def __init__(self, place: RedisLocation) -> None:
+    def __init__(self, place: RedisLocation, codec: Codec[R] = ADAPTERS) -> None:  # type: ignore[assignment]
         self.place = place
+        self.codec = codec
         self._credentials = PasswordFile(place.address.user, place.password_file)
         self._client, *self._others = _clients(place, self._credentials)
 
@@ -76,6 +81,8 @@ class Link:
         return str(self.place.address)
 
     def key(self, name: str) -> str:
+        if name in REGISTRY_KEYS:
+            name = self.codec.prefix + (self.codec.table if name == "adapters" else name)
         return f"{{{self.place.key_prefix}}}:{name}"
 
     async def run(self, script: Script, *arguments: str | int) -> Any:
@@ -121,9 +128,11 @@ class Link:
     async def set_meta(self, **fields: str) -> None:
         await self._client.hset(self.key("meta"), mapping=fields)
 
-    async def put_entries(self, entries: list[tuple[str, Entry]]) -> None:
+    async def put_entries(self, entries: list[tuple[str, Entry[R]]]) -> None:
         """Write entries into a state that nobody else uses. Raises FAULTS."""
-        await self._client.hset(self.key("adapters"), mapping={name: value_of(entry) for name, entry in entries})
+        await self._client.hset(
+            self.key("adapters"), mapping={name: value_of(entry, self.codec) for name, entry in entries}
+        )
         buried = {name: entry.head.time_ms for name, entry in entries if entry.record is None}
         if buried:
             await self._client.zadd(self.key("tombstones"), buried)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from sidecar.state.redis.scripts import Script
 
-_KEYS = ("meta", "ownership", "members", "applied", "beats", "leases")
+_KEYS = ("meta", "ownership", "members", "applied", "beats", "leases", "access-applied")
 
 _COMMON = """
 local META, OWNERSHIP, MEMBERS, APPLIED, BEATS, LEASES = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
@@ -39,6 +39,7 @@ end
 local function forget(member)
   redis.call('HDEL', MEMBERS, member)
   redis.call('HDEL', APPLIED, member)
+  redis.call('HDEL', KEYS[7], member)
   redis.call('ZREM', BEATS, member)
 end
 

@@ -10,10 +10,10 @@ import asyncio
 from collections.abc import Callable, Mapping
 from secrets import token_hex
 from time import gmtime, monotonic, strftime
-from typing import Any
+from typing import Any, Generic
 
 from sidecar.errors import Reason, Refused
-from sidecar.state.records import Record
+from sidecar.state.codec import R
 from sidecar.state.redis.entries import Head, entry_of, newer
 from sidecar.state.redis.feed import Feed
 from sidecar.state.redis.history import LIMITS
@@ -22,7 +22,6 @@ from sidecar.state.redis.member_scripts import LAGGING
 from sidecar.state.redis.members import MEMBER_TTL_S
 from sidecar.state.redis.scripts import WRITE, Script
 from sidecar.state.registry import Change, changed_meanwhile, token_too_old
-from sidecar.state.written import to_json
 
 WRITE_S = 10.0
 """How long a write waits to read its own change from the stream."""
@@ -31,13 +30,13 @@ ATTEMPTS_MAX = 3
 """How many times a write is attempted while lost data is being restored."""
 
 
-class RedisRegistry:
+class RedisRegistry(Generic[R]):
     """The registry in Redis. `member` is this replica's id among those that wait for each other.
 
     Writes do not wait for a member whose last beat is older than `member_ttl_s` (see `members`).
     """
 
-    def __init__(self, link: Link, member: str = "", member_ttl_s: float = MEMBER_TTL_S) -> None:
+    def __init__(self, link: Link[R], member: str = "", member_ttl_s: float = MEMBER_TTL_S) -> None:
         self._link = link
         self._member = member
         self._member_ttl_s = member_ttl_s
@@ -53,10 +52,10 @@ class RedisRegistry:
 
     # Reading.
 
-    def all(self) -> list[Record]:
+    def all(self) -> list[R]:
         return self._feed.copy.records()
 
-    def get(self, name: str) -> Record | None:
+    def get(self, name: str) -> R | None:
         return self._feed.copy.get(name)
 
     @property
@@ -82,18 +81,18 @@ class RedisRegistry:
         """The number of changes known to be written that this replica has not read."""
         return max(0, self._feed.revision - self.last_change)
 
-    def subscribe(self, tell: Callable[[Change], None]) -> Callable[[], None]:
+    def subscribe(self, tell: Callable[[Change[R]], None]) -> Callable[[], None]:
         return self._feed.subscribers.add(tell)
 
-    async def changes_after(self, number: int) -> list[Change]:
+    async def changes_after(self, number: int) -> list[Change[R]]:
         last = self.last_change
-        changes: list[Change] = []
+        changes: list[Change[R]] = []
         while number < last:
             some = await self._asked(self._link.changes(number + 1, last))
             if not some or some[0].before > number:
                 raise token_too_old(number, await self._asked(self._link.first_change()), last)
             number = some[-1].number
-            changes += [_change(announced) for announced in some if announced.name]
+            changes += [self._change(announced) for announced in some if announced.name]
             await asyncio.sleep(0)
         if number > last:
             raise token_too_old(number, await self._asked(self._link.first_change()), last)
@@ -101,13 +100,13 @@ class RedisRegistry:
 
     # Writing.
 
-    async def put(self, record: Record, before: Record | None) -> int:
-        return await self._write(record.name, to_json(record), before)
+    async def put(self, record: R, before: R | None) -> int:
+        return await self._write(self._link.codec.name_of(record), self._link.codec.to_json(record), before)
 
-    async def delete(self, name: str, before: Record) -> int:
+    async def delete(self, name: str, before: R) -> int:
         return await self._write(name, "", before)
 
-    async def _write(self, name: str, text: str, before: Record | None) -> int:
+    async def _write(self, name: str, text: str, before: R | None) -> int:
         token = token_hex(8)
         for _ in range(ATTEMPTS_MAX):
             if self.away_since is not None:
@@ -167,9 +166,10 @@ class RedisRegistry:
             trouble = trouble or self._feed.trouble
             since = f", which is away since {strftime('%Y-%m-%d %H:%M:%S', gmtime(self.away_since))} UTC"
         return Refused(
-            Reason.STATE_UNAVAILABLE, f"changing an adapter needs Redis at {self._link}{since}: {trouble}; try again"
+            Reason.STATE_UNAVAILABLE,
+            f"changing {self._link.codec.what} needs Redis at {self._link}{since}: {trouble}; try again",
         )
 
-
-def _change(announced: Announced) -> Change:
-    return Change(announced.number, announced.name, entry_of(announced.name, announced.value).record)
+    def _change(self, announced: Announced) -> Change[R]:
+        entry = entry_of(announced.name, announced.value, self._link.codec)
+        return Change(announced.number, announced.name, entry.record)
