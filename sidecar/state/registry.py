@@ -87,6 +87,10 @@ class Registry(Protocol[R]):
     def away_since(self) -> float | None:
         """The time (Unix seconds) since which the store has not answered, or None while it answers."""
 
+    @property
+    def answered_at(self) -> float | None:
+        """The time (Unix seconds) of the last answer of a store that can be away, to an earlier process too."""
+
     def subscribe(self, tell: Callable[[Change[R]], None]) -> Callable[[], None]:
         """Call `tell` with each further change, once and in order; return a function that ends the subscription."""
 
@@ -196,6 +200,7 @@ class SqliteRegistry(Generic[R]):
 
     lag = 0
     away_since = None
+    answered_at = None
 
     async def changes_after(self, number: int) -> list[Change[R]]:
         with translated_errors(self._path):

@@ -31,6 +31,9 @@ class Copy(Generic[R]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    def entries(self) -> list[tuple[str, Entry[R]]]:
+        return list(self._entries.items())
+
     def records(self) -> list[R]:
         """Return every record, by name."""
         return [entry.record for _, entry in sorted(self._entries.items()) if entry.record is not None]

@@ -17,6 +17,7 @@ from sidecar.state.codec import R
 from sidecar.state.redis.copy import Copy
 from sidecar.state.redis.entries import entry_of
 from sidecar.state.redis.history import Position, look, reread
+from sidecar.state.redis.kept import Kept
 from sidecar.state.redis.link import FAULTS, Announced, Link, is_final
 from sidecar.state.registry import Change, Subscribers
 
@@ -47,12 +48,25 @@ class Feed(Generic[R]):
         self._look_at = 0.0
         self.away_since: float | None = time()
         """The time (Unix seconds) since which Redis has not answered, or None while it answers."""
+        self.answered_at = 0.0
+        """The time (Unix seconds) of Redis' last answer."""
+
+    def resume(self, kept: Kept[R]) -> None:
+        """Go on from a copy on disk. `start` then returns without Redis too."""
+        for name, entry in kept.entries:
+            self.copy.take(name, entry)
+        self.position, self.revision = kept.position, kept.position.applied
+        self.away_since = self.answered_at = kept.answered_at
+
+    def kept(self) -> Kept[R]:
+        """Return what a later process can resume from."""
+        return Kept(self._link.label, self.answered_at, self.position, tuple(self.copy.entries()))
 
     async def start(self) -> None:
         """Read everything, then follow the changes.
 
         Raises Misused(STATE_INCOMPATIBLE), Misused(CONFIG_INVALID) if Redis rejects the credentials, and
-        Refused(STATE_UNAVAILABLE) if it stays unreachable for `START_S`.
+        Refused(STATE_UNAVAILABLE) if it stays unreachable for `START_S` and there is nothing to resume from.
         """
         until, delay_s = monotonic() + START_S, DELAY_S
         while self.away_since is not None:
@@ -66,12 +80,15 @@ class Feed(Generic[R]):
                         f"state: Redis at {self._link} rejects the connection: {self._link.describe(error)}; see "
                         "the user in state.url, state.password_file and state.tls",
                     ) from error
+                self._is_away(error)
+                if self.answered_at:
+                    break
                 if monotonic() > until:
                     raise self._link.refused(error) from error
-                self._is_away(error)
                 await asyncio.sleep(delay_s)
                 delay_s = min(2 * delay_s, DELAY_S_MAX)
-        await self._report()
+        if self.away_since is None:
+            await self._report()
         self._task = asyncio.create_task(self._follow())
 
     async def close(self) -> None:
@@ -118,6 +135,7 @@ class Feed(Generic[R]):
                 await self._reread()
             self._is_here()
         changes = await self._link.read(self.position.applied, BLOCK_MS)
+        self.answered_at = time()
         if changes and (changes[0].before, changes[0].after) != self.position[1:]:
             logger.warning("change %d does not follow on what was read; all names are read anew", changes[0].number)
             await self._reread()
@@ -161,7 +179,7 @@ class Feed(Generic[R]):
         self._look_at = monotonic() + LOOK_EVERY_S
         if self.away_since is not None and self._task is not None:
             logger.info("Redis at %s is back after %.1f s", self._link, time() - self.away_since)
-        self.away_since = None
+        self.away_since, self.answered_at = None, time()
 
     def _is_away(self, error: Exception) -> None:
         self.trouble = self._link.describe(error)

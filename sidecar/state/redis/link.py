@@ -80,6 +80,11 @@ class Link(Generic[R]):
     def __str__(self) -> str:
         return str(self.place.address)
 
+    @property
+    def label(self) -> str:
+        """The address and the keys' prefix, for people and to tell one place from another."""
+        return f"{self} {self.key('')}"
+
     def key(self, name: str) -> str:
         if name in REGISTRY_KEYS:
             name = self.codec.prefix + (self.codec.table if name == "adapters" else name)
@@ -148,6 +153,14 @@ class Link(Generic[R]):
     async def erase(self) -> None:
         """Remove all our keys except those of members and leases. Raises FAULTS."""
         await self._client.delete(*(self.key(name) for name in ("meta", "adapters", "changes", "tombstones")))
+
+    async def raise_times(self, name: str, times: Mapping[str, float]) -> None:
+        """Store times by name in a sorted set; a stored time that is later stays. Raises FAULTS."""
+        await self._client.zadd(self.key(name), dict(times), gt=True)
+
+    async def times(self, name: str) -> dict[str, float]:
+        """Return the stored times by name. Raises FAULTS."""
+        return dict(await self._client.zrange(self.key(name), 0, -1, withscores=True))
 
     async def close(self) -> None:
         for client in (self._client, *self._others):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from secrets import token_hex
 from time import gmtime, monotonic, strftime
 from typing import Any, Generic
@@ -17,6 +18,7 @@ from sidecar.state.codec import R
 from sidecar.state.redis.entries import Head, entry_of, newer
 from sidecar.state.redis.feed import Feed
 from sidecar.state.redis.history import LIMITS
+from sidecar.state.redis.keeper import Keeper
 from sidecar.state.redis.link import FAULTS, Announced, Link
 from sidecar.state.redis.member_scripts import LAGGING
 from sidecar.state.redis.members import MEMBER_TTL_S
@@ -33,21 +35,31 @@ ATTEMPTS_MAX = 3
 class RedisRegistry(Generic[R]):
     """The registry in Redis. `member` is this replica's id among those that wait for each other.
 
-    Writes do not wait for a member whose last beat is older than `member_ttl_s` (see `members`).
+    Writes do not wait for a member whose last beat is older than `member_ttl_s` (see `members`). `kept` is the file of
+    a copy on disk, from which the registry starts while Redis is away.
     """
 
-    def __init__(self, link: Link[R], member: str = "", member_ttl_s: float = MEMBER_TTL_S) -> None:
+    def __init__(
+        self, link: Link[R], member: str = "", member_ttl_s: float = MEMBER_TTL_S, kept: Path | None = None
+    ) -> None:
         self._link = link
         self._member = member
         self._member_ttl_s = member_ttl_s
         self._feed = Feed(link, member)
+        self._keeper = None if kept is None else Keeper(kept, self._feed, link)
 
     async def start(self) -> None:
         """Read everything, then follow the changes. Raises the errors of `Feed.start`."""
+        if self._keeper is not None:
+            await self._keeper.resume()
         await self._feed.start()
+        if self._keeper is not None:
+            self._keeper.start()
 
     async def close(self) -> None:
         await self._feed.close()
+        if self._keeper is not None:
+            await self._keeper.close()
         await self._link.close()
 
     # Reading.
@@ -75,6 +87,11 @@ class RedisRegistry(Generic[R]):
     def away_since(self) -> float | None:
         """The time (Unix seconds) since which Redis has not answered, or None while it answers."""
         return self._feed.away_since
+
+    @property
+    def answered_at(self) -> float | None:
+        """The time (Unix seconds) of Redis' last answer; that of an earlier process counts."""
+        return self._feed.answered_at
 
     @property
     def lag(self) -> int:

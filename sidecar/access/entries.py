@@ -1,0 +1,109 @@
+"""What the access registry keeps: API keys and the limits that were set at run time. No I/O.
+
+A key is stored as `key/<id>`, a limit as `limit/<tenant>/<class>/<adapter>`. An entry with a field that this release
+does not know is unreadable: the field may restrict what a key is good for. The registry sets it aside and keeps it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, TypeAlias
+from urllib.parse import quote
+
+from pydantic import AfterValidator, Field, ValidationError
+
+from sidecar.config.access import Limit, Role
+from sidecar.config.identities import CLASS, TENANT, Shape, problem_of
+from sidecar.config.section import Section, problems
+from sidecar.state.codec import Codec, UnreadableRecord
+
+KEY, LIMIT = "key/", "limit/"
+WHY_LENGTH_MAX = 300
+NOTE = Shape("the note", 512, 2048)
+GROUP = Shape("the group", 256, 1024)
+
+
+def _fit(shape: Shape) -> AfterValidator:
+    def check(text: str) -> str:
+        if problem := problem_of(shape, text):
+            raise ValueError(f"{shape.noun} {problem}")
+        return text
+
+    return AfterValidator(check)
+
+
+Tenant = Annotated[str, Field(min_length=1), _fit(TENANT)]
+Group = Annotated[str, Field(min_length=1), _fit(GROUP)]
+Class = Annotated[str, _fit(CLASS)]
+Note = Annotated[str, _fit(NOTE)]
+
+
+class Key(Section):
+    """An API key without its secret, of which only the SHA-256 is kept. Times are in Unix seconds."""
+
+    id: str = Field(pattern=r"^(file-)?[0-9a-f]{12}$")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    tenant: Tenant
+    roles: tuple[Role, ...] = ()
+    groups: tuple[Group, ...] = ()
+    klass: Class = ""
+    note: Note = ""
+    created_by: str = ""
+    created_at: float = 0.0
+    expires_at: float | None = None
+    revoked_at: float | None = None
+
+    @property
+    def name(self) -> str:
+        return KEY + self.id
+
+    def state(self, now: float) -> str:
+        """Return "revoked", "expired" or "active"."""
+        if self.revoked_at is not None:
+            return "revoked"
+        return "active" if self.expires_at is None or now < self.expires_at else "expired"
+
+
+@dataclass(frozen=True)
+class LimitEntry:
+    """A limit that was set at run time; its tenant, class and adapter identify it."""
+
+    limit: Limit
+
+    @property
+    def name(self) -> str:
+        parts = (self.limit.tenant, self.limit.class_name, self.limit.adapter)
+        return LIMIT + "/".join(quote(part or "", safe="*") for part in parts)
+
+
+AccessEntry: TypeAlias = Key | LimitEntry
+
+
+def to_json(entry: AccessEntry) -> str:
+    written: Section = entry if isinstance(entry, Key) else entry.limit
+    return written.model_dump_json(exclude_defaults=True)
+
+
+def from_json(name: str, text: str) -> AccessEntry:
+    """Return a stored entry. Raises UnreadableRecord with the fault."""
+    model = Key if name.startswith(KEY) else Limit
+    try:
+        if model is Limit and not name.startswith(LIMIT):
+            raise ValueError("it is of a kind that this release does not know")
+        found = model.model_validate_json(text, strict=True)
+        entry = LimitEntry(found) if isinstance(found, Limit) else found
+        if entry.name != name:
+            raise ValueError(f"it says that it is {entry.name}")
+    except ValidationError as error:
+        raise UnreadableRecord("; ".join(problems(error, model))[:WHY_LENGTH_MAX]) from error
+    except ValueError as error:
+        raise UnreadableRecord(str(error)[:WHY_LENGTH_MAX]) from error
+    assert isinstance(entry, Key | LimitEntry)
+    return entry
+
+
+def _name_of(entry: AccessEntry) -> str:
+    return entry.name
+
+
+CODEC: Codec[AccessEntry] = Codec(_name_of, to_json, from_json, "entries", "access-", "a key or a limit")

@@ -1,0 +1,131 @@
+"""The keys and limits of all replicas: in the data directory for one process, in Redis for several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from time import time
+
+from sidecar.access.entries import CODEC, KEY, AccessEntry, Key, LimitEntry
+from sidecar.access.uses import Uses, UsesInFile, UseStore
+from sidecar.config.access import Limit
+from sidecar.config.redis_address import RedisLocation
+from sidecar.errors import Misused, Reason, Refused
+from sidecar.state.registry import Change, Registry, SqliteRegistry
+
+FOLDER, FILE, COPY, USES = "access", "access.sqlite", "copy.json", "used.sqlite"
+"""The folder in the data directory, and its files."""
+USED_IN_REDIS = "access-used"
+
+Tell = Callable[[str, AccessEntry | None], None]
+"""Takes an entry's name, and the entry; None if it was removed or cannot be read."""
+
+
+class AccessStore:
+    """Keys and limits. Reads are answered from memory; a write returns once every live replica has it.
+
+    With `redis`, `member` and `member_ttl_s` are those of this replica's registry of names, and a copy in the data
+    directory lets it start while Redis is away. Methods that write raise Refused(STATE_UNAVAILABLE) if that fails, and
+    Refused(CHANGED_MEANWHILE) if another caller changed the same entry.
+    """
+
+    def __init__(
+        self,
+        data: Path | None,
+        redis: RedisLocation | None = None,
+        member: str = "",
+        member_ttl_s: float = 10.0,
+        clock: Callable[[], float] = time,
+    ) -> None:
+        self.clock = clock
+        folder = None if data is None else data / FOLDER
+        if folder is not None:
+            try:
+                folder.mkdir(mode=0o700, exist_ok=True)
+            except OSError as error:
+                raise Misused(Reason.CONFIG_INVALID, f"data_directory: {folder}: {error.strerror}") from error
+        self._registry: Registry[AccessEntry]
+        uses: UseStore | None = None
+        if redis is None:
+            self._registry = SqliteRegistry(None if folder is None else folder / FILE, CODEC)
+            uses = None if folder is None else UsesInFile(folder / USES)
+        else:
+            from sidecar.state.redis.link import Link  # the client is imported only if there is a Redis
+            from sidecar.state.redis.registry import RedisRegistry
+            from sidecar.state.redis.times import RedisTimes
+
+            link = Link(redis, CODEC)
+            kept = None if folder is None else folder / COPY
+            self._registry = RedisRegistry(link, member, member_ttl_s, kept)
+            uses = RedisTimes(link, USED_IN_REDIS)
+        self.uses = Uses(uses)
+
+    async def start(self) -> None:
+        """Read everything, then follow the changes of other replicas. Raises the errors of `Registry.start`."""
+        await self._registry.start()
+        self.uses.start()
+
+    async def close(self) -> None:
+        await self.uses.close()
+        await self._registry.close()
+
+    def keys(self) -> list[Key]:
+        """Return every key, ended and revoked ones included, by id."""
+        return [entry for entry in self._registry.all() if isinstance(entry, Key)]
+
+    def limits(self) -> list[Limit]:
+        """Return the limits that were set at run time."""
+        return [entry.limit for entry in self._registry.all() if isinstance(entry, LimitEntry)]
+
+    def get(self, name: str) -> AccessEntry | None:
+        """Return an entry by its name, as `Key.name` and `LimitEntry.name` have it."""
+        return self._registry.get(name)
+
+    @property
+    def set_aside(self) -> Mapping[str, str]:
+        """Names of entries that cannot be read, and the reasons."""
+        return self._registry.set_aside
+
+    @property
+    def away_since(self) -> float | None:
+        """The time (Unix seconds) since which Redis has not answered, or None while it answers."""
+        return self._registry.away_since
+
+    @property
+    def answered_at(self) -> float | None:
+        """The time (Unix seconds) of Redis' last answer, to an earlier process too; None without Redis."""
+        return self._registry.answered_at
+
+    def subscribe(self, tell: Tell) -> Callable[[], None]:
+        """Call `tell` with each further change, this process's included; return a function that ends that."""
+
+        def changed(change: Change[AccessEntry]) -> None:
+            tell(change.name, change.record)
+
+        return self._registry.subscribe(changed)
+
+    async def put(self, entry: AccessEntry) -> None:
+        """Store an entry in place of the one of the same name."""
+        await self._registry.put(entry, self.get(entry.name))
+
+    async def remove(self, name: str) -> AccessEntry | None:
+        """Remove an entry and return it; None if there is none."""
+        entry = self.get(name)
+        if entry is not None:
+            await self._registry.delete(name, entry)
+        return entry
+
+    async def revoke(self, key_id: str) -> Key:
+        """End a key for good and return it; a key that is revoked already stays as it is.
+
+        Raises Refused(INVALID_REQUEST) for an unknown id.
+        """
+        key = self.get(KEY + key_id)
+        if not isinstance(key, Key):
+            raise Refused(Reason.INVALID_REQUEST, f'there is no key "{key_id}"; sidecar keys list shows the ids')
+        if key.revoked_at is not None:  # a former call may have ended before every replica had it
+            await self._registry.acknowledged(self._registry.last_change)
+            return key
+        revoked = key.model_copy(update={"revoked_at": self.clock()})
+        await self.put(revoked)
+        return revoked

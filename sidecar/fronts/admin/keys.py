@@ -1,0 +1,88 @@
+"""Answer `Access.CreateKey`, `Access.ListKeys` and `Access.RevokeKey`."""
+
+from __future__ import annotations
+
+from math import isfinite
+from typing import Any
+
+from pydantic import ValidationError
+
+from sidecar.access.entries import Key
+from sidecar.access.keys import KeyBook, new_secret
+from sidecar.access.store import AccessStore
+from sidecar.config.section import problems
+from sidecar.errors import Reason, Refused
+from sidecar.fronts import callers
+from sidecar.fronts.status import answers_errors
+from sidecar.proto import admin_pb2
+
+
+class KeyCalls:
+    """Makes, lists and revokes keys; a part of `AccessService`."""
+
+    def __init__(self, store: AccessStore, book: KeyBook) -> None:
+        self._store = store
+        self._book = book
+
+    @answers_errors
+    async def CreateKey(self, request: Any, context: Any) -> Any:  # noqa: N802 — gRPC's names, here and below
+        key_id, secret, digest = new_secret()
+        key = self._key(request, key_id, digest)
+        try:
+            await self._store.put(key)
+        except Refused:
+            if self._store.get(key.name) != key:
+                raise
+            # It is stored, and a replica that has not heard of it yet will. Nobody else knows its secret.
+        return admin_pb2.CreateKeyResponse(secret=secret, key=self._message(key, 0.0))
+
+    def _key(self, request: Any, key_id: str, digest: str) -> Key:
+        """Return the key that is asked for. Raises Refused(INVALID_REQUEST)."""
+        now, expires_s = self._store.clock(), request.expires_s
+        if not (isfinite(expires_s) and expires_s >= 0):
+            raise Refused(
+                Reason.INVALID_REQUEST, f"expires_s is {expires_s}; it is the key's time in seconds, 0 for ever"
+            )
+        try:
+            return Key(
+                id=key_id,
+                sha256=digest,
+                tenant=request.tenant,
+                roles=tuple(request.roles),
+                groups=tuple(request.groups),
+                klass=getattr(request, "class"),
+                note=request.note,
+                created_by=callers.CALLER.get().principal.subject,
+                created_at=now,
+                expires_at=now + expires_s if expires_s else None,
+            )
+        except ValidationError as error:
+            raise Refused(Reason.INVALID_REQUEST, "; ".join(problems(error, Key))) from None
+
+    @answers_errors
+    async def ListKeys(self, request: Any, context: Any) -> Any:  # noqa: N802
+        used = await self._store.uses.all()
+        listed = [key for key in self._book.all() if not request.tenant or key.tenant == request.tenant]
+        return admin_pb2.ListKeysResponse(keys=[self._message(key, used.get(key.id, 0.0)) for key in listed])
+
+    @answers_errors
+    async def RevokeKey(self, request: Any, context: Any) -> Any:  # noqa: N802
+        key = await self._book.revoke(request.id)
+        return self._message(key, (await self._store.uses.all()).get(key.id, 0.0))
+
+    def _message(self, key: Key, used_at: float) -> Any:
+        message = admin_pb2.Key(
+            id=key.id,
+            tenant=key.tenant,
+            roles=key.roles,
+            groups=key.groups,
+            note=key.note,
+            created_by=key.created_by,
+            created_at=key.created_at,
+            expires_at=key.expires_at or 0.0,
+            revoked_at=key.revoked_at or 0.0,
+            used_at=used_at,
+            state=key.state(self._store.clock()),
+        )
+        setattr(message, "class", key.klass)  # a keyword of Python's
+        return message
