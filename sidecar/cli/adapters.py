@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import Annotated, Any
 
 import typer
@@ -65,6 +66,7 @@ def _notes(adapter: Any) -> str | Text:
         return bad("quarantined")
     unfit = sum(bool(place.unfit) for place in adapter.backends)
     notes = [
+        paused_phrase(adapter.paused_s) if adapter.paused_s else "",
         "pinned" if adapter.pinned else "",
         f"for {', '.join(adapter.allow)}" if adapter.allow else "",
         f"held for {duration(adapter.held_s)}" if adapter.held_s else "",
@@ -89,6 +91,7 @@ def _shown(adapter: Any) -> list[Any]:
         (
             ("adapter", adapter.version),
             ("quarantined", bad(adapter.quarantined) if adapter.quarantined else ""),
+            ("paused", bad(paused_phrase(adapter.paused_s)) if adapter.paused_s else ""),
             ("digest", adapter.digest),
             ("base model", adapter.base_model),
             ("path", adapter.path),
@@ -183,6 +186,31 @@ def unpin(client: Client, name: Name, as_json: AsJson = False) -> None:
 def release(client: Client, name: Name, as_json: AsJson = False) -> None:
     """Lift a quarantine: the adapter's next load is tried alone in the whole pool."""
     _print_done(client.ask(client.adapters.Release, pb.AdapterRequest(name=name)), "is served again", as_json)
+
+
+@admin_command
+def pause(
+    client: Client,
+    name: Name,
+    for_time: Annotated[
+        str, typer.Option("--for", metavar="TIME", help="How long (30m, 2h). Default: until it is resumed.")
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Refuse new requests for a name for a while, or until it is resumed; its running ones end as usual."""
+    seconds = versions.seconds_of(for_time, "--for")
+    adapter = client.ask(client.adapters.Pause, pb.PauseRequest(name=name, for_s=seconds))
+    _print_done(adapter, f"is {paused_phrase(adapter.paused_s)}", as_json)
+
+
+@admin_command
+def resume(client: Client, name: Name, as_json: AsJson = False) -> None:
+    """End a pause: requests for the name are taken again."""
+    _print_done(client.ask(client.adapters.Resume, pb.AdapterRequest(name=name)), "takes requests", as_json)
+
+
+def paused_phrase(paused_s: float) -> str:
+    return "paused until it is resumed" if paused_s == inf else f"paused for {duration(paused_s)}"
 
 
 def _print_done(adapter: Any, done: str, as_json: bool) -> None:

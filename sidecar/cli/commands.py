@@ -108,6 +108,14 @@ COMMANDS = {
         "sidecar.cli.adapters:release",
         "Lift a quarantine: the adapter's next load is tried alone in the whole pool.",
     ),
+    "adapters pause": (
+        "sidecar.cli.adapters:pause",
+        "Refuse new requests for a name for a while, or until it is resumed; its running ones end as usual.",
+    ),
+    "adapters resume": (
+        "sidecar.cli.adapters:resume",
+        "End a pause: requests for the name are taken again.",
+    ),
     "adapters inspect": (
         "sidecar.cli.folders:inspect",
         "Show the contents of a PEFT folder, its loss in each engine dtype, and which backends could serve it.",
@@ -135,6 +143,14 @@ COMMANDS = {
     "backends undrain": (
         "sidecar.cli.backends:undrain",
         "Return a drained backend to service.",
+    ),
+    "requests list": (
+        "sidecar.cli.requests:list_requests",
+        "List the requests that wait and run, the oldest first.",
+    ),
+    "requests cancel": (
+        "sidecar.cli.requests:cancel",
+        "Cancel a request by its id, or all of an adapter or tenant; their clients are told that an operator did.",
     ),
     "replicas list": (
         "sidecar.cli.replicas:list_replicas",
@@ -164,6 +180,7 @@ function's docstring (a test compares the two), so that the help needs no import
 GROUPS = {
     "adapters": "Register adapters, see where they are, move and forget them.",
     "backends": "See backends, drain them and take them back.",
+    "requests": "See the open requests, and cancel some.",
     "replicas": "See the replicas of the pool.",
     "config": "Check a configuration.",
     "policies": "Check a policy.",

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import isfinite
 from typing import Annotated, Any, Literal
 
 import typer
@@ -53,7 +54,7 @@ def _value(value: Any) -> Any:
     if isinstance(value, Message):
         return record_of(value)
     if isinstance(value, float):
-        return round(value, 6)
+        return round(value, 6) if isfinite(value) else "Infinity"  # as protobuf's JSON has it: JSON has no such number
     if isinstance(value, (str, int)):
         return value
     if isinstance(value, Mapping):

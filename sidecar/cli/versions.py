@@ -27,13 +27,13 @@ Hold = Annotated[
 ]
 
 
-def seconds_of(hold: str) -> int:
+def seconds_of(time: str, option: str = "--hold") -> int:
     """Return the seconds in "30m" or "2h", or 0 for "". Raises CommandError for anything else."""
-    if not hold:
+    if not time:
         return 0
-    found = _DURATION.match(hold)
+    found = _DURATION.match(time)
     if found is None:
-        raise CommandError(f'--hold wants a duration like 90s, 30m, 2h or 1d, and "{hold}" is none', Exit.MISUSED)
+        raise CommandError(f'{option} wants a duration like 90s, 30m, 2h or 1d, and "{time}" is none', Exit.MISUSED)
     return int(found[1]) * _UNITS_S[found[2]]
 
 

@@ -183,9 +183,11 @@ def _client_left(step: Step, event: ev.ClientLeft) -> None:
     if event.moved:
         running.cancel(step, request, Reason.NOT_OWNER, "another replica sees to the request")
     else:
-        running.cancel(step, request, Reason.CANCELLED, "the client cancelled the request or went away")
+        running.cancel(step, request, Reason.CANCELLED, BY_OPERATOR if event.by_operator else LEFT)
 
 
+LEFT = "the client cancelled the request or went away"
+BY_OPERATOR = "an operator cancelled the request"
 STALLED = "for longer than client_stall_s more of the answer waited for the client than is kept; read it as it comes"
 
 

@@ -38,10 +38,14 @@ class Received:
 
 @dataclass(frozen=True, slots=True)
 class ClientLeft:
-    """The client cancelled or disconnected; or, with `moved`, another replica serves the request."""
+    """The client cancelled or disconnected; or, with `moved`, another replica serves the request.
+
+    With `by_operator` it is an operator who cancelled, and the client hears so.
+    """
 
     request: int
     moved: bool = False
+    by_operator: bool = False
 
 
 @dataclass(frozen=True, slots=True)

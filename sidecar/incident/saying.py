@@ -56,6 +56,8 @@ LEFT = "its client cancelled it or went away"
 def own_event(event: ev.Event, request: int, attempt: int) -> tuple[str, str] | None:
     """Return the kind and the sentence of an event of the request itself, or None for any other event."""
     if isinstance(event, ev.ClientLeft) and event.request == request:
+        if event.by_operator:
+            return "cancelled", "an operator cancelled it"
         return ("moved", "it moved to another replica") if event.moved else ("client_left", LEFT)
     if isinstance(event, ev.ClientStalled) and event.request == request:
         return "client_stalled", "its client was too far behind for too long"

@@ -90,7 +90,7 @@ WRITTEN: dict[type, Form] = {
         "request adapter tenant klass input_tokens output_tokens_max deadline_ns session size_bytes only sequences "
         "client_id versions",
     ),
-    ev.ClientLeft: Form("ClientLeft", "request moved"),
+    ev.ClientLeft: Form("ClientLeft", "request moved by_operator"),
     ev.ClientStalled: Form("ClientStalled", "request"),
     ev.OtherVersion: Form("OtherVersion", "ordinal adapter origin generation kept"),
     ev.AdapterRegistered: Form(
@@ -154,7 +154,7 @@ WRITTEN: dict[type, Form] = {
         "BACKEND_FAILED BACKEND_REJECTED CLIENT_STALLED DEADLINE_EXCEEDED SIDECAR_FAILED POISONOUS ADAPTER_MALFORMED "
         "ADAPTER_UNSUPPORTED ADAPTER_MISMATCH ADAPTER_TOO_LARGE ORIGIN_NOT_ALLOWED ORIGIN_UNREADABLE INVALID_NAME "
         "NO_PREVIOUS_VERSION MANAGED_ELSEWHERE CONFIG_INVALID DATA_DIRECTORY_IN_USE PORT_IN_USE BACKEND_UNREACHABLE "
-        "UNKNOWN_BACKEND UNAUTHENTICATED NOT_A_JOURNAL STATE_INCOMPATIBLE STATE_NOT_EMPTY RATE_LIMITED",
+        "UNKNOWN_BACKEND UNAUTHENTICATED NOT_A_JOURNAL STATE_INCOMPATIBLE STATE_NOT_EMPTY RATE_LIMITED PAUSED",
     ),
     enums.Fault: Form(
         "Fault",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 from time import monotonic
 
 from sidecar.backends.api import Ticket
 from sidecar.core import admission
-from sidecar.core.core import STALLED
+from sidecar.core.core import BY_OPERATOR, LEFT, STALLED
 from sidecar.errors import Reason, Refused
 from sidecar.replicas.board import JOINING, SERVING, Board
 from sidecar.replicas.call import ForwardCall
@@ -27,10 +27,7 @@ AGAIN_S, AGAIN_S_MAX = 0.02, 0.5
 """The pause between two attempts to find an owner, which grows."""
 LEAVING_S = 5.0
 """How long a draining replica looks for an owner: if all replicas leave, there will be none."""
-MESSAGES = {
-    Reason.CANCELLED: "the client cancelled the request or went away",
-    Reason.CLIENT_STALLED: STALLED,
-}
+MESSAGES = {Reason.CANCELLED: LEFT, Reason.CLIENT_STALLED: STALLED}
 
 
 @dataclass
@@ -119,14 +116,21 @@ class Router:
         self._start_forwarding(ticket, ticket.trip, AGAIN_S)
         return True
 
-    def end(self, ticket: Ticket, reason: Reason) -> bool:
+    def end(self, ticket: Ticket, reason: Reason, by_operator: bool = False) -> bool:
         trip: Trip | None = ticket.trip
         if trip is None or trip.task is None:
             return False
         trip.task.cancel()
         if ticket.settled is None:
-            ticket.settle(ended(ticket.request, trip.facts, reason, MESSAGES[reason]))
+            message = BY_OPERATOR if by_operator else MESSAGES[reason]
+            ticket.settle(ended(ticket.request, trip.facts, reason, message))
         return True
+
+    def passed_on(self) -> Iterator[tuple[Ticket, RequestFacts, float]]:
+        for ticket in self._gateway.tickets.values():
+            trip: Trip | None = ticket.trip
+            if trip is not None and trip.task is not None and ticket.settled is None:
+                yield ticket, trip.facts, monotonic() - trip.came_s
 
     def ended_with(self, ticket: Ticket) -> Sequence[str]:
         trip: Trip | None = ticket.trip

@@ -233,6 +233,13 @@ class Catalogue:
 
         return await self._change(name, pinned_or_not)
 
+    async def set_pause(self, name: str, until: float) -> Record:
+        """Refuse requests for a name until a time (Unix seconds, infinite until it is resumed); 0 resumes it.
+
+        An operator may do so whoever manages the name.
+        """
+        return await self._change(name, lambda record: replace(record, paused_until=until))
+
     async def unregister(self, name: str, hold_s: float = 0.0, managed_by: str = "cli") -> None:
         """Remove a name, and wait until the requests for it that are here have ended."""
         await self.remove(name, Wanted(hold_s=hold_s, managed_by=managed_by))

@@ -301,12 +301,13 @@ class Gateway:
                 self._left[ticket.request] = ticket
             self._end(ticket, ev.ClientLeft(ticket.request, moved), Reason.CANCELLED)
 
-    def cancel(self, ticket: Ticket) -> None:
-        """End a request as its client asks; the ending comes through the ticket."""
-        self._end(ticket, ev.ClientLeft(ticket.request), Reason.CANCELLED)
+    def cancel(self, ticket: Ticket, by_operator: bool = False) -> None:
+        """End a request as its client or an operator asks; the ending comes through the ticket."""
+        event = ev.ClientLeft(ticket.request, by_operator=by_operator)
+        self._end(ticket, event, Reason.CANCELLED, by_operator)
 
-    def _end(self, ticket: Ticket, event: ev.Event, reason: Reason) -> None:
-        if self.elsewhere is None or not self.elsewhere.end(ticket, reason):
+    def _end(self, ticket: Ticket, event: ev.Event, reason: Reason, by_operator: bool = False) -> None:
+        if self.elsewhere is None or not self.elsewhere.end(ticket, reason, by_operator):
             self.driver.post(event)
         else:
             self._left.pop(ticket.request, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -82,8 +82,11 @@ class Elsewhere(Protocol):
     def given_back(self, ticket: Ticket) -> bool:
         """Return True if it takes care of a request that this replica's core has given back without a token."""
 
-    def end(self, ticket: Ticket, reason: Reason) -> bool:
+    def end(self, ticket: Ticket, reason: Reason, by_operator: bool = False) -> bool:
         """End a request that is at another replica, through its ticket; return False if it is here."""
+
+    def passed_on(self) -> Iterator[tuple[Ticket, RequestFacts, float]]:
+        """Yield the open requests that are at another replica, or looking for one, with their age in seconds."""
 
     def ended_with(self, ticket: Ticket) -> Sequence[str]:
         """Return the replicas that ended while they had a request."""

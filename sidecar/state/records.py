@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 
 from sidecar.config.openai import LOADS
 from sidecar.core.events import AdapterRegistered, OtherVersion
@@ -16,6 +17,11 @@ from sidecar.errors import Invalid, Reason, Refused
 
 VERSIONS_MAX = 10
 """The most versions of a name. Beyond it, the oldest one that is neither current, previous nor canary is dropped."""
+
+ENDLESS_S = 10 * 366 * 86400.0
+"""A pause that is longer has no end worth telling."""
+RETRY_S_MAX = 60.0
+"""Requests for a paused name are told to try again after this time at most: it may be resumed before its time."""
 
 UNSEEN = (LOADS,)
 """The allow list of a new name that is not to be seen yet: no client is this tenant."""
@@ -56,7 +62,8 @@ class Record:
 
     `current` and `previous` are ordinals; `canary` is (ordinal, percent). `managed_by` is the name's owner: "cli",
     "config", "push", or a cluster object, whose declaration is `declared`. Until `held_until` (Unix seconds), a change
-    made by somebody else overrides the owner.
+    made by somebody else overrides the owner. Until `paused_until` (Unix seconds, infinite until it is resumed),
+    requests for the name are refused.
     """
 
     name: str
@@ -69,6 +76,7 @@ class Record:
     managed_by: str = "cli"
     held_until: float = 0.0
     declared: Declared | None = None
+    paused_until: float = 0.0
 
     @property
     def is_unseen(self) -> bool:
@@ -120,6 +128,29 @@ class Record:
             ),
             canary=self.canary,
         )
+
+
+def paused_for(record: Record, now: float) -> float | None:
+    """Return for how many seconds a name is still paused, infinite until it is resumed; None if it is not."""
+    left_s = record.paused_until - now
+    return left_s if left_s > 0 else None
+
+
+def check_not_paused(record: Record, now: float) -> None:
+    """Raise Refused(PAUSED) if requests for a name are refused at the time `now` (Unix seconds)."""
+    left_s = paused_for(record, now)
+    if left_s is None:
+        return
+    until = "until they resume it"
+    if left_s < ENDLESS_S:
+        until = f"until {datetime.fromtimestamp(record.paused_until, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    whom = dict(record.version.labels).get("owner") or "your operator"
+    raise Refused(
+        Reason.PAUSED,
+        f'the operators have paused adapter "{record.name}" {until}; send the request again then, or ask {whom}',
+        retry_after_s=min(left_s, RETRY_S_MAX),
+        adapter=record.name,
+    )
 
 
 def added(

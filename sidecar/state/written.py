@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import lru_cache
+from math import inf
 from operator import attrgetter
 from typing import Any
 
@@ -36,6 +37,8 @@ def to_json(record: Record) -> str:
     }
     if record.declared is not None:
         fields["declared"] = asdict(record.declared)
+    if record.paused_until:  # JSON has no infinity
+        fields["paused_until"] = None if record.paused_until == inf else record.paused_until
     return json.dumps(fields)
 
 
@@ -76,6 +79,7 @@ def _record(name: str, fields: dict[str, Any]) -> Record:
         managed_by=fields["managed_by"],
         held_until=fields["held_until"],
         declared=_declared_from_json(fields.get("declared")),
+        paused_until=inf if (until := fields.get("paused_until", 0.0)) is None else until,
     )
 
 
@@ -123,6 +127,7 @@ def check_sound(record: Record) -> None:
         raise ValueError(f"its canary has {record.canary[1]} percent")
     for value, kind in (
         (record.name, str), (record.pinned, bool), (record.managed_by, str), (record.held_until, (int, float)),
+        (record.paused_until, (int, float)),
         *((name, str) for name in record.allow or ()),
         *((part, kind) for version in record.versions for part, kind in _parts_of(version)),
     ):  # fmt: skip

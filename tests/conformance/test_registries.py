@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 from random import Random
 
@@ -159,7 +160,7 @@ async def test_only_the_last_changes_are_kept(home: Home, monkeypatch: pytest.Mo
 
 
 async def test_every_part_of_a_record_comes_back(home: Home) -> None:
-    """Versions, their labels and generations, shares, holds and owners."""
+    """Versions, their labels and generations, shares, holds, pauses and owners."""
     registry = await home.open()
     written: Record | None = None
     for seed in range(3):
@@ -170,6 +171,7 @@ async def test_every_part_of_a_record_comes_back(home: Home) -> None:
         written = grown
     assert written is not None
     last = replace(records.refreshed(records.promoted(written, 1, 20), 2), held_until=2e9, managed_by="config")
+    last = replace(last, paused_until=inf)
     await registry.put(last, written)
     await registry.close()
     assert (await home.open()).get("ü/sql") == last

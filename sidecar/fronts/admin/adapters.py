@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from math import inf
 from time import monotonic_ns, time
 from typing import Any
 
@@ -17,7 +18,7 @@ from sidecar.fronts.status import abort, answers_errors
 from sidecar.proto import admin_pb2, admin_pb2_grpc
 from sidecar.shell.catalogue import Entered, Wanted
 from sidecar.shell.gateway import Gateway
-from sidecar.state.records import Record
+from sidecar.state.records import Record, paused_for
 from sidecar.state.registry import Change
 
 LISTED_A_STEP = 50
@@ -120,6 +121,18 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
         await self._catalogue.refresh(request.name, request.version)
         return self._adapter(request.name)
 
+    @answers_errors
+    async def Pause(self, request: Any, context: Any) -> Any:  # noqa: N802
+        if not request.for_s >= 0:  # not a number neither
+            raise Refused(Reason.INVALID_REQUEST, f"for_s is {request.for_s:g}; it must be 0 or more seconds")
+        await self._catalogue.set_pause(request.name, time() + request.for_s if request.for_s else inf)
+        return self._adapter(request.name)
+
+    @answers_errors
+    async def Resume(self, request: Any, context: Any) -> Any:  # noqa: N802
+        await self._catalogue.set_pause(request.name, 0.0)
+        return self._adapter(request.name)
+
     async def Verify(self, request: Any, context: Any) -> None:  # noqa: N802
         """Stream the findings of a verification as they are made."""
         try:
@@ -180,6 +193,7 @@ def adapter_message(view: queries.AdapterView, record: Record | None) -> Any:
         message.versions.extend(_version_messages(record))
         message.managed_by = record.managed_by
         message.held_s = max(0.0, record.held_until - time())
+        message.paused_s = paused_for(record, time()) or 0.0
         if record.canary is not None:
             message.canary_version, message.canary_weight = f"v{record.canary[0]}", record.canary[1]
     return message

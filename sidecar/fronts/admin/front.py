@@ -12,6 +12,7 @@ from sidecar.ownership.facts import Member
 from sidecar.proto import admin_pb2, admin_pb2_grpc
 from sidecar.replicas.replica import Replica
 from sidecar.shell.gateway import Gateway
+from sidecar.shell.open_requests import Chosen, OpenRequest, cancel, open_requests
 
 LISTED_DEFAULT = 100
 LISTED_MAX = waiting.EXAMINED_MAX
@@ -69,7 +70,7 @@ class BackendsService(admin_pb2_grpc.BackendsServicer):
 
 
 class QueuesService(admin_pb2_grpc.QueuesServicer):
-    """Show the waiting requests, and for each the reason."""
+    """Show the waiting requests, and for each the reason; list and cancel open ones."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -84,6 +85,20 @@ class QueuesService(admin_pb2_grpc.QueuesServicer):
         return queue_message(
             waiting.queue_view(self._gateway.state, monotonic_ns(), request.adapter, request.backend, limit)
         )
+
+    @answers_errors
+    async def List(self, request: Any, context: Any) -> Any:  # noqa: N802
+        if request.backend:
+            self._gateway.known_backend(request.backend)
+        chosen = Chosen(adapter=request.adapter, tenant=request.tenant, backend=request.backend)
+        found = list(open_requests(self._gateway, chosen))
+        shown = found[: min(request.limit or LISTED_DEFAULT, LISTED_MAX)]
+        return admin_pb2.ListRequestsResponse(requests=map(_open_request_message, shown), total=len(found))
+
+    @answers_errors
+    async def Cancel(self, request: Any, context: Any) -> Any:  # noqa: N802
+        chosen = Chosen(request.request_id, request.adapter, request.tenant)
+        return admin_pb2.CancelResponse(cancelled=cancel(self._gateway, chosen))
 
 
 def backend_message(view: queries.BackendView) -> Any:
@@ -150,6 +165,23 @@ def queue_message(view: waiting.QueueView) -> Any:
             **fields,
         )
     return message
+
+
+def _open_request_message(request: OpenRequest) -> Any:
+    fields = {"class": request.klass}  # a keyword of Python's
+    return admin_pb2.OpenRequest(
+        request=request.request,
+        request_id=request.client_id,
+        adapter=request.adapter,
+        version=request.version,
+        tenant=request.tenant,
+        backend=request.backend,
+        state=request.state,
+        age_s=request.age_s,
+        input_tokens=request.input_tokens,
+        output_tokens_max=request.output_tokens_max,
+        **fields,
+    )
 
 
 class ReplicasService(admin_pb2_grpc.ReplicasServicer):

@@ -33,7 +33,12 @@ STATUSES = {
 """HTTP statuses by the gRPC codes in the table of reasons; other codes, which only engines send, are 500."""
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 CODES = {Reason.UNKNOWN_ADAPTER: "model_not_found"}
-PARAMS = {Reason.UNKNOWN_ADAPTER: "model", Reason.NOT_ALLOWED: "model", Reason.QUARANTINED: "model"}
+PARAMS = {
+    Reason.UNKNOWN_ADAPTER: "model",
+    Reason.NOT_ALLOWED: "model",
+    Reason.QUARANTINED: "model",
+    Reason.PAUSED: "model",
+}
 TOO_LONG = ("exceeds maximum input length", "exceeds the maximum input length")
 """TensorRT-LLM's messages for a prompt that is too long. It has no code for them."""
 

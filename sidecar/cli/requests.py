@@ -1,0 +1,83 @@
+"""`sidecar requests`: list the open requests, and cancel some."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from sidecar.cli import completing
+from sidecar.cli.client import Client
+from sidecar.cli.endpoint import admin_command
+from sidecar.cli.exits import CommandError, Exit
+from sidecar.cli.show import AsJson, console, count, duration, print_json, table
+from sidecar.proto import admin_pb2 as pb
+
+Adapter = Annotated[
+    str,
+    typer.Option(help="Only requests for this adapter.", show_default=False, autocompletion=completing.adapter_names),
+]
+Tenant = Annotated[str, typer.Option(help="Only this tenant's requests.", show_default=False)]
+
+
+@admin_command
+def list_requests(
+    client: Client,
+    adapter: Adapter = "",
+    tenant: Tenant = "",
+    backend: Annotated[
+        str,
+        typer.Option(help="Only requests at this backend.", show_default=False, autocompletion=completing.backend_ids),
+    ] = "",
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="Requests listed, oldest first.")] = 100,
+    as_json: AsJson = False,
+) -> None:
+    """List the requests that wait and run, the oldest first."""
+    request = pb.ListRequestsRequest(adapter=adapter, tenant=tenant, backend=backend, limit=limit)
+    answer = client.ask(client.queues.List, request)
+    if as_json:
+        print_json(answer)
+        return
+    if not answer.requests:
+        print("no request is open")
+        return
+    columns = ("ID", "STATE", ">AGE", "ADAPTER", "TENANT", "CLASS", "BACKEND", ">TOKENS")
+    console().print(table(columns, [_row(each) for each in answer.requests]))
+    if answer.total > len(answer.requests):
+        print(f"and {answer.total - len(answer.requests)} more")
+
+
+def _row(request: Any) -> tuple[str, ...]:
+    version = f"{request.adapter}@{request.version}" if request.version else request.adapter
+    return (
+        request.request_id or "-",
+        request.state,
+        duration(request.age_s),
+        version or "base model",
+        request.tenant or "-",
+        getattr(request, "class"),
+        request.backend or "-",
+        f"{request.input_tokens}+{request.output_tokens_max}",
+    )
+
+
+@admin_command
+def cancel(
+    client: Client,
+    request_id: Annotated[
+        str, typer.Argument(metavar="[ID]", help="The request's id, as its client knows it.", show_default=False)
+    ] = "",
+    adapter: Adapter = "",
+    tenant: Tenant = "",
+    as_json: AsJson = False,
+) -> None:
+    """Cancel a request by its id, or all of an adapter or tenant; their clients are told that an operator did."""
+    if not (request_id or adapter or tenant):
+        raise CommandError("say which requests: an ID, --adapter or --tenant", Exit.MISUSED)
+    answer = client.ask(client.queues.Cancel, pb.CancelRequest(request_id=request_id, adapter=adapter, tenant=tenant))
+    if as_json:
+        print_json(answer)
+    elif answer.cancelled:
+        print(f"{count(answer.cancelled, 'request')} cancelled")
+    else:
+        raise CommandError("no open request matches; it may have ended already (sidecar requests list)")

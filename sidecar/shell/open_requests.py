@@ -1,0 +1,97 @@
+"""The open requests of this process, for operators: list them, and cancel some of them.
+
+These are the requests in its own core, those that other replicas have passed on to it included, and those that it has
+passed on itself. A request that was passed on is listed by both replicas, and either can cancel it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from time import monotonic_ns
+
+from sidecar.core.state import Request
+from sidecar.errors import Reason, Refused
+from sidecar.shell.gateway import Gateway
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Which requests are meant: those that match everything that is not empty."""
+
+    client_id: str = ""
+    adapter: str = ""
+    tenant: str = ""
+    backend: str = ""
+
+    def takes(self, client_id: str, adapter: str, tenant: str, backend: str) -> bool:
+        return (
+            self.client_id in ("", client_id)
+            and self.adapter in ("", adapter)
+            and self.tenant in ("", tenant)
+            and self.backend in ("", backend)
+        )
+
+
+@dataclass(frozen=True)
+class OpenRequest:
+    """A request that has not ended. `state` is "waiting", "running", or "passed on" to another replica."""
+
+    request: int
+    client_id: str
+    adapter: str
+    version: str
+    tenant: str
+    klass: str
+    backend: str
+    state: str
+    age_s: float
+    input_tokens: int
+    output_tokens_max: int
+
+
+def open_requests(gateway: Gateway, chosen: Chosen) -> Iterator[OpenRequest]:
+    """Yield the chosen requests, the oldest of this replica's own first. Read them between two steps of the core."""
+    now_ns = monotonic_ns()
+    for request in gateway.state.requests.values():
+        view = request.view
+        if not request.settled and chosen.takes(request.client_id, view.name, view.tenant, request.backend or ""):
+            yield _own(request, now_ns)
+    for ticket, facts, age_s in gateway.elsewhere.passed_on() if gateway.elsewhere is not None else ():
+        name, _, version = facts.adapter.partition("@")
+        if chosen.takes(ticket.client_id, name, facts.tenant, ""):
+            yield OpenRequest(
+                ticket.request, ticket.client_id, name, version, facts.tenant, facts.klass, "", "passed on", age_s,
+                facts.input_tokens, facts.output_tokens_max,
+            )  # fmt: skip
+
+
+def _own(request: Request, now_ns: int) -> OpenRequest:
+    view = request.view
+    return OpenRequest(
+        request=request.id,
+        client_id=request.client_id,
+        adapter=view.name,
+        version=f"v{request.ordinal}" if view.name else "",
+        tenant=view.tenant,
+        klass=view.klass,
+        backend=request.backend or "",
+        state="running" if request.running else "waiting",
+        age_s=(now_ns - view.arrived_ns) / 1e9,
+        input_tokens=view.input_tokens,
+        output_tokens_max=view.output_tokens_max,
+    )
+
+
+def cancel(gateway: Gateway, chosen: Chosen) -> int:
+    """Cancel the chosen requests and return how many; their clients are told that an operator did.
+
+    Raises Refused(INVALID_REQUEST) if nothing is chosen: nobody cancels everything by leaving a word out.
+    """
+    if chosen == Chosen():
+        raise Refused(Reason.INVALID_REQUEST, "say which requests: a request's id, an adapter or a tenant")
+    numbers = [request.request for request in open_requests(gateway, chosen)]
+    tickets = [gateway.tickets[number] for number in numbers if number in gateway.tickets]
+    for ticket in tickets:
+        gateway.cancel(ticket, by_operator=True)
+    return len(tickets)
