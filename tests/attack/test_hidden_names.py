@@ -1,0 +1,185 @@
+"""A client cannot tell a name that it may not use from one that does not exist.
+
+Each round makes a random registry, asks for a hidden name in every way that clients have, forgets the name and asks the
+same again. What comes back is compared byte for byte, and so is what happens inside.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import httpx
+import pytest
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from sidecar.proto import gateway_pb2
+from sidecar.state.records import Record, added
+from tests.kit.emulated import running_engine
+from tests.kit.kserve_clients import DUMMY
+from tests.kit.registries import adapter, record
+from tests.kit.serving import Serving, serving
+from tests.kit.tokens import TokenMaker
+
+TENANTS = ("acme", "acme-evil", "blue", "b")
+WORDS = ("sql", "sqI", "math", "chat", "s", "sql2")
+ID = "the-same-id"
+VOLATILE = ("date", "x-ratelimit-reset-tokens")
+
+
+def a_record(rng: random.Random, name: str) -> Record:
+    """Return a name with one to three versions, perhaps a canary, labels and an allow list."""
+    made = record(name, rng.randrange(1, 1 << 30))
+    for _ in range(rng.randrange(3)):
+        labels = (("team", rng.choice(WORDS)),) if rng.random() < 0.3 else ()
+        made, _ = added(made, name, adapter(rng.randrange(1, 1 << 30)), f"/adapters/{name}", now=2.0, labels=labels)
+    if len(made.versions) > 1 and rng.random() < 0.5:
+        made = replace(made, canary=(made.versions[0].ordinal, rng.randrange(1, 100)))
+    if rng.random() < 0.6:
+        made = replace(made, allow=tuple(rng.sample(TENANTS, rng.randrange(1, 3))))
+    return made
+
+
+def a_name(rng: random.Random) -> str:
+    word = rng.choice(WORDS)
+    return f"{rng.choice(TENANTS)}/{word}" if rng.random() < 0.7 else word
+
+
+def is_hidden(policy: str, tenant: str, wanted: Record) -> bool:
+    """Say by the documented rules, written again here, whether a tenant without roles may use a name."""
+    if wanted.allow is not None and tenant not in wanted.allow:
+        return True
+    return policy == "tenant_prefix" and wanted.allow is None and not wanted.name.startswith(f"{tenant}/")
+
+
+class Client:
+    """One tenant's client of every API."""
+
+    def __init__(self, served: Serving, http: httpx.AsyncClient, authorization: str) -> None:
+        self._served = served
+        self._http = http
+        self._metadata = (("authorization", authorization), ("x-request-id", ID))
+        self._headers = {"authorization": authorization, "x-request-id": ID}
+        self._kserve: Any = service_pb2_grpc.GRPCInferenceServiceStub(served.channel)
+
+    async def everything(self, wanted: Record, typo: str) -> list[Any]:
+        """Return all that a client can see of a name, in every API."""
+        seen: list[Any] = []
+        digest = wanted.version.adapter.digest
+        for model in (wanted.name, f"{wanted.name}@v1", f"{wanted.name}@v7", f"{wanted.name}@{digest}", typo):
+            seen.append(await self._post("/v1/completions", {"model": model, "prompt": "hello", "max_tokens": 2}))
+            chat = [{"role": "user", "content": "hello"}]
+            seen.append(await self._post("/v1/chat/completions", {"model": model, "messages": chat}))
+            seen.append(await self._get(f"/v1/models/{model}"))
+            seen.append(await self._generate(model))
+            seen += [await self._infer(model), await self._stream(model)]
+        return [*seen, await self._get("/v1/models"), await self._get("/v1/models?versions=true")]
+
+    async def _post(self, path: str, body: dict[str, Any]) -> Any:
+        return _shown(await self._http.post(path, json=body, headers=self._headers))
+
+    async def _get(self, path: str) -> Any:
+        return _shown(await self._http.get(path, headers=self._headers))
+
+    async def _generate(self, model: str) -> Any:
+        request = gateway_pb2.GenerateRequest(adapter=model, tokens=gateway_pb2.TokenIds(ids=[1, 2]), max_tokens=2)
+        try:
+            return [answer async for answer in self._served.gateway.Generate(request, metadata=self._metadata)]
+        except grpc.aio.AioRpcError as error:
+            return _status(error)
+
+    def _request(self, model: str) -> Any:
+        request = service_pb2.ModelInferRequest(model_name="tensorrt_llm", id="7")
+        request.parameters["lora_name"].string_param = model
+        for name, values in (("input_ids", [1, 2]), ("input_lengths", [2]), ("request_output_len", [2])):
+            tensor = request.inputs.add(name=name, datatype="INT32", shape=[1, len(values)])
+            tensor.contents.int_contents.extend(values)
+        return request
+
+    async def _infer(self, model: str) -> Any:
+        try:
+            return await self._kserve.ModelInfer(self._request(model), metadata=self._metadata)
+        except grpc.aio.AioRpcError as error:
+            return _status(error)
+
+    async def _stream(self, model: str) -> Any:
+        call = self._kserve.ModelStreamInfer(iter([self._request(model)]), metadata=self._metadata)
+        return [message.SerializeToString(deterministic=True) async for message in call]
+
+
+def _shown(response: httpx.Response) -> Any:
+    headers = sorted(item for item in response.headers.multi_items() if item[0] not in VOLATILE)
+    return response.status_code, headers, response.content
+
+
+def _status(error: grpc.aio.AioRpcError) -> Any:
+    return error.code(), error.details(), sorted(map(tuple, error.trailing_metadata() or ()))
+
+
+async def metrics_of(http: httpx.AsyncClient) -> dict[str, float]:
+    text = (await http.get("/metrics")).text
+    lines = [line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#")]
+    counted = ("_total", "_count", "_bucket")
+    return {name: float(value) for name, value in lines if name.partition("{")[0].endswith(counted)}
+
+
+def moved(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """Return the counters that rose, without those that count time."""
+    rose = {name: value - before.get(name, 0.0) for name, value in after.items()}
+    return {name: by for name, by in rose.items() if by and "requests" in name}
+
+
+@pytest.mark.parametrize("policy", ["open", "tenant_prefix"])
+@pytest.mark.parametrize("rounds", [20, pytest.param(500, marks=pytest.mark.slow)])
+async def test_a_hidden_name_looks_like_none(tmp_path: Path, policy: str, rounds: int) -> None:
+    seed = time.time_ns() % 1_000_000
+    rng = random.Random(seed)
+    maker = TokenMaker(tmp_path)
+    settings = {
+        "identity": {"mode": "enforce", "issuers": [maker.entry]},
+        "access": {"policies": {"ready": policy}},
+    }
+    compared = 0
+    async with (
+        running_engine(**DUMMY) as engine,
+        serving([engine], **settings) as served,
+        httpx.AsyncClient(base_url=f"http://{served.sidecar.http_address}", trust_env=False, timeout=60) as http,
+    ):
+        registry = served.sidecar.registry
+        while compared < rounds:
+            names = {a_name(rng) for _ in range(rng.randrange(1, 6))}
+            records = [a_record(rng, name) for name in sorted(names)]
+            for each in records:
+                await registry.put(each, None)
+            tenant = rng.choice(TENANTS)
+            hidden = [each for each in records if is_hidden(policy, tenant, each)]
+            if hidden:
+                wanted = rng.choice(hidden)
+                typo = wanted.name[:-1] + rng.choice("lx1")
+                client = Client(served, http, maker.bearer(tenant))
+                told, inside = [], []
+                for _ in range(2):
+                    served.recorder.events.clear()
+                    served.recorder.effects.clear()
+                    counted = await metrics_of(http)
+                    told.append(await client.everything(wanted, typo))
+                    rose = moved(counted, await metrics_of(http))
+                    happened = [type(event).__name__ for event in served.recorder.events if "Received" in repr(event)]
+                    inside.append((happened, served.recorder.effects.copy(), rose))
+                    if registry.get(wanted.name) is not None:
+                        await registry.delete(wanted.name, wanted)
+                        records.remove(wanted)
+                assert told[0][0][0] == 404 and b"unknown or not permitted" in told[0][0][2]
+                assert told[0][3][0] is grpc.StatusCode.NOT_FOUND
+                for one, other in zip(*told, strict=True):
+                    assert one == other, f"seed {seed}"
+                assert [each[0] for each in inside] == [inside[0][0]] * 2, f"seed {seed}"
+                assert inside[0][2] == inside[1][2], f"seed {seed}"
+                compared += 1
+            for each in records:
+                await registry.delete(each.name, each)
+    print(f"{compared} hidden names under {policy} look like none (seed {seed})")
