@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -82,6 +82,7 @@ class CachedPolicy:
 
     def __init__(self, policy: Policy, source: str = "") -> None:
         self.source = source
+        self.on_replaced: Callable[[], None] = lambda: None
         self.fault = ""
         self.epoch = 0
         self._listing = Listing()
@@ -93,6 +94,7 @@ class CachedPolicy:
     def replace(self, policy: Policy) -> None:
         """Decide by another policy from now on."""
         self.epoch += 1
+        self.on_replaced()
         self._policy = policy
         self._visible.clear()
         self._weight = 0

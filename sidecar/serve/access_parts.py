@@ -7,10 +7,11 @@ import logging
 from pathlib import Path
 from time import time
 
-from sidecar.access.access import Access
+from sidecar.access.access import OURSELVES, Access
 from sidecar.access.audit import Audit
 from sidecar.access.budgets.budgets import Budgets
 from sidecar.access.deciding import policy_of
+from sidecar.access.principal import SYSTEM, Action
 from sidecar.access.tokens import Tokens
 from sidecar.config import Config
 from sidecar.config.listeners import is_local
@@ -29,6 +30,8 @@ class AccessParts:
         identity, access = config.identity, config.access
         folder = None if data is None else data / ACCESS_FOLDER
         self.config = config
+        self._watching: asyncio.Task[None] | None = None
+        self._recording: set[asyncio.Task[None]] = set()
         self.audit = Audit.configured(access.audit, data)
         self.policy = policy_of(access.policies)
         self.tokens = Tokens(identity.issuers, folder) if identity.issuers else None
@@ -50,8 +53,20 @@ class AccessParts:
         self.audit.start()
         if self.tokens is not None:
             self.tokens.start()
+        self.policy.on_replaced = self._record_policy
+        self._watching = asyncio.create_task(self.policy.watch())
+
+    def _record_policy(self) -> None:
+        before, after = {"epoch": self.policy.epoch - 1}, {"epoch": self.policy.epoch}
+        task = asyncio.create_task(
+            self.access.changed(OURSELVES, "policy file", Action.MANAGE, SYSTEM, before, after, self.policy.source)
+        )
+        self._recording.add(task)
+        task.add_done_callback(self._recording.discard)
 
     async def stop(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
         if self.tokens is not None:
             await self.tokens.stop()
         await asyncio.to_thread(self.audit.stop)

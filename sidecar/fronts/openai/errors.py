@@ -60,6 +60,8 @@ def failure(
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     error = {"message": message, "type": kind, "param": param, "code": code}
     headers = [(b"x-should-retry", b"true" if retry else b"false")]
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
     if retry_ms is not None:
         headers.append((b"retry-after", str(-(-retry_ms // 1000)).encode()))
         headers.append((b"retry-after-ms", str(retry_ms).encode()))
