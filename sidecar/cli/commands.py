@@ -40,6 +40,10 @@ COMMANDS = {
         "sidecar.cli.queue:queue",
         "Show which requests wait, how long, their bounds, and why. The first line is the verdict.",
     ),
+    "usage": (
+        "sidecar.cli.usage:usage",
+        "Show what tenants have used: requests, tokens, hours of seats and slots, loads, and what it costs.",
+    ),
     "replay": (
         "sidecar.cli.incidents:replay",
         "Replay a journal; exit 1 if any step gives other effects than the recorded ones.",

@@ -33,6 +33,7 @@ def forwarded(member: str, backend: str, facts: RequestFacts, payload: Payload, 
         sequences=facts.sequences,
         client_id=client_id,
         versions=None if facts.versions is None else peers_pb2.Ordinals(ordinals=facts.versions),
+        is_estimated=facts.is_estimated,
         payload=peers_pb2.ForwardedPayload(
             model=payload.model,
             kind=payload.kind,
@@ -60,6 +61,7 @@ def facts_of(request: Any) -> RequestFacts:
         (request.backend,),
         max(1, request.sequences),  # an older replica omits it
         tuple(request.versions.ordinals) if request.HasField("versions") else None,
+        is_estimated=request.is_estimated,
     )
 
 

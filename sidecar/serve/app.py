@@ -105,7 +105,7 @@ class Sidecar:
         self.gateway.observe(RequestLog(), of_refused=True)
         self.usage = UsageKeeper(data, config.access.usage) if config.access.usage.enabled else None
         if self.usage is not None:
-            self.gateway.observe(UsageObserver(self.gateway.core, self.usage), of_refused=True)
+            self.gateway.observe(UsageObserver(self.gateway.core, self.usage, self.gateway.estimated), of_refused=True)
         if data is not None and config.journal.enabled:
             journal = config.journal
             self._journal = Journal(self.gateway.core, data / "journal", journal.segment_bytes, journal.segments_max)

@@ -98,6 +98,8 @@ class Gateway:
         )
         self.answers = answers or AnswerBuffers()
         self.tickets: dict[int, Ticket] = {}
+        self.estimated: set[int] = set()
+        """The requests of this replica's core whose prompts nothing has counted."""
         self._left: dict[int, Ticket] = {}
         """Requests whose clients have left, until the core tells what they have cost."""
         self._numbers = itertools.count(1)
@@ -276,6 +278,8 @@ class Gateway:
         """Give a request to this replica's core. Raises Refused if the queue is full."""
         deadline_ns = None if facts.deadline_s is None else monotonic_ns() + int(facts.deadline_s * 1e9)
         self.driver.post(facts.received(ticket.request, deadline_ns, ticket.client_id))
+        if facts.is_estimated:
+            self.estimated.add(ticket.request)
 
     def admit_again(self, ticket: Ticket, facts: RequestFacts) -> None:
         """Admit a request that was given back. The core gets it under a new number."""
@@ -389,6 +393,7 @@ class Gateway:
         self.backends[effect.backend].probe(effect.within_ns / 1e9)
 
     def _settle(self, effect: do.Settle) -> None:
+        self.estimated.discard(effect.request)
         ticket = self.tickets.get(effect.request)
         if ticket is None:
             if (left := self._left.pop(effect.request, None)) is not None:

@@ -6,7 +6,7 @@ steps that can change them, so that a step of a running request costs no more th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any
 
 from policies.views import BASE as BASE_VERSION
@@ -25,8 +25,10 @@ from sidecar.errors import Reason
 class UsageObserver:
     """An observer of the core's steps, and of the requests that are refused before."""
 
-    def __init__(self, core: Core, keeper: UsageKeeper) -> None:
+    def __init__(self, core: Core, keeper: UsageKeeper, estimated: Collection[int] = ()) -> None:
+        """`estimated` has, until they are settled, the requests whose prompts nothing has counted."""
         self._state = core.state
+        self._estimated = estimated
         self._keeper = keeper
         self._meter = keeper.meter
         self._keys: dict[int, Key] = {}
@@ -46,7 +48,8 @@ class UsageObserver:
             note = _EFFECTS.get(type(effect))
             if note is not None:
                 note(self, effect, now_ns)
-        keeper.last_ns = now_ns
+        if now_ns > keeper.last_ns:  # endings that the core did not make come with the time of its last step
+            keeper.last_ns = now_ns
 
     # Events.
 
@@ -122,9 +125,10 @@ class UsageObserver:
             return
         is_sent = key is not None
         if key is None:
-            key = (tenant_shown(effect.tenant), *self._named(effect.name, effect.version), "")
+            named = self._named(effect.name, effect.version) if effect.request else (UNKNOWN, "")
+            key = (tenant_shown(effect.tenant), *named, "")
         inputs, outputs = (effect.input_tokens, effect.output_tokens) if is_sent else (0, 0)
-        self._meter.settled(key, effect.outcome.value, inputs, outputs, False)
+        self._meter.settled(key, effect.outcome.value, inputs, outputs, effect.request in self._estimated)
 
     def _drop(self, effect: do.Drop, now_ns: int) -> None:
         self._meter.gone(effect.key, now_ns)

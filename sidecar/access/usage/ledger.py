@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sidecar.access.usage.meter import OUTCOMES, Rows, Used
+from sidecar.access.usage.meter import NOBODY, OUTCOMES, Rows, Used
 
 HOUR_S, DAY_S = 3600, 86_400
 KEYS = ("tenant", "adapter", "version", "backend")
@@ -140,9 +140,12 @@ class Ledger:
         self._database.execute(f"DELETE FROM periods WHERE {which}", values)
 
     def lines(self, question: Question) -> list[Line]:
-        """Return what was used in every period that overlaps the question's time, by what it names."""
+        """Return what was used in every period that overlaps the question's time, by what it names.
+
+        Idle time has lines of its own in any case.
+        """
         when = next((_WHEN[each] for each in ("hour", "day", "month") if each in question.by), "0")
-        keys = [name if name in question.by else "''" for name in KEYS]
+        keys = [_key(name, question.by) for name in KEYS]
         where = _OVERLAPS
         values: list[float | str] = [question.since, question.until]
         for name, value in (("tenant", question.tenant), ("adapter", question.adapter)):
@@ -174,6 +177,15 @@ class Ledger:
 
     def close(self) -> None:
         self._database.close()
+
+
+def _key(name: str, by: tuple[str, ...]) -> str:
+    """Return the expression of one key of a line."""
+    if name == "tenant" and name not in by:
+        return f"CASE tenant WHEN '{NOBODY}' THEN tenant ELSE '' END"
+    if name in ("adapter", "version") and name in by and "tenant" not in by:
+        return f"CASE tenant WHEN '{NOBODY}' THEN '' ELSE {name} END"
+    return name if name in by else "''"
 
 
 def _figures(used: Used) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""Answer `Access.GetUsage`."""
+"""The part of `lorasidecar.v1.Access` that answers for usage."""
 
 from __future__ import annotations
 
@@ -10,35 +10,40 @@ from sidecar.access.usage.keeper import UsageKeeper
 from sidecar.access.usage.ledger import BY, Line, Question
 from sidecar.access.usage.meter import OUTCOMES
 from sidecar.errors import Misused, Reason, Refused
+from sidecar.fronts.status import answers_errors
 from sidecar.proto import admin_pb2
 
 DAY_S = 86_400.0
 
 
-async def get_usage(usage: UsageKeeper | None, request: Any) -> Any:
-    """Return an `admin_pb2.UsageResponse`.
+class UsagePart:
+    """Shows what tenants have used. `usage` is None where none is kept."""
 
-    Raises Misused if usage is not kept, Refused for an unknown group or if the file cannot be read.
-    """
-    if usage is None:
-        raise Misused(
-            Reason.CONFIG_INVALID, "no usage is kept (access.usage.enabled: false); set it to true and restart"
+    def __init__(self, usage: UsageKeeper | None) -> None:
+        self._usage = usage
+
+    @answers_errors
+    async def GetUsage(self, request: Any, context: Any) -> Any:  # noqa: N802
+        if self._usage is None:
+            raise Misused(
+                Reason.CONFIG_INVALID, "no usage is kept (access.usage.enabled: false); set it to true and restart"
+            )
+        unknown = [name for name in request.by if name not in BY]
+        if unknown:
+            raise Refused(Reason.INVALID_REQUEST, f'usage is not kept by "{unknown[0][:80]}"; it is by {", ".join(BY)}')
+        until = request.until or time()
+        since = request.since or until - DAY_S
+        question = Question(since, until, tuple(request.by), request.tenant, request.adapter)
+        try:
+            report = await self._usage.report(question)
+        except sqlite3.Error as error:
+            raise Refused(
+                Reason.STATE_UNAVAILABLE,
+                f"the file of usage cannot be read ({error}); move it away and restart, which begins a new one",
+            ) from error
+        return admin_pb2.UsageResponse(
+            rows=[_row(line) for line in report.lines], incomplete=report.incomplete, note=report.note
         )
-    unknown = [name for name in request.by if name not in BY]
-    if unknown:
-        raise Refused(Reason.INVALID_REQUEST, f'usage is not kept by "{unknown[0][:80]}"; it is by {", ".join(BY)}')
-    until = request.until or time()
-    since = request.since or until - DAY_S
-    question = Question(since, until, tuple(request.by), request.tenant, request.adapter)
-    try:
-        report = await usage.report(question)
-    except sqlite3.Error as error:
-        raise Refused(
-            Reason.STATE_UNAVAILABLE, f"the usage file cannot be read ({error}); look into the log"
-        ) from error
-    return admin_pb2.UsageResponse(
-        rows=[_row(line) for line in report.lines], incomplete=report.incomplete, note=report.note
-    )
 
 
 def _row(line: Line) -> Any:
