@@ -21,7 +21,7 @@ class Prices(Section):
 
     currency: str = Field("", max_length=8)
     gpu_hour: float = Field(ge=0)
-    backends: dict[str, float] = {}
+    backends: dict[str, float] = Field(default_factory=dict)
     slots: float = Field(0.5, ge=0, le=1)
 
     def of(self, backend: str) -> float:
