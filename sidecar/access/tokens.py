@@ -37,6 +37,7 @@ KNOWN_S_MAX = 300.0
 KNOWN_MAX = 10_000
 KNOWN_BYTES_MAX = 16 << 20
 """The limits of the tokens that are known to be valid: for how long, how many, and how long all are together."""
+TIMES = ("exp", "nbf", "iat")
 TIME_MAX = 253_402_300_799
 """The last second of the year 9999."""
 
@@ -67,24 +68,24 @@ class _Verifier:
 
     def principal_of(self, claims: dict[str, Any]) -> Principal:
         """Return whom the claims of a verified token name. Raises Misused."""
+        for name in TIMES:
+            if isinstance(time := claims.get(name, 0), int | float) and not 0 <= time < TIME_MAX:
+                raise _refused(f"its claim {name} is no time")
         try:
             self._claims.validate(claims)
         except ExpiredTokenError:
-            raise _refused(f"it expired at {_shown_time(claims['exp'])}; get a new one from its issuer") from None
+            raise _refused(f"it expired at {_shown(claims['exp'])}; get a new one from its issuer") from None
         except MissingClaimError as error:
             raise _refused(f"it has no claim {error.claim}") from None
         except InvalidClaimError as error:
             raise _refused(_what_is_wrong(error.claim, claims)) from None
-        expires_at = claims["exp"]
-        if not 0 < expires_at < TIME_MAX:
-            raise _refused("its claim exp is no time")
         return Principal(
             tenant=self._tenant(claims),
             proof=Proof.TOKEN,
             subject=_word(claims, "sub"),
             groups=self._groups(claims),
             klass=self._class(claims),
-            expires_at=float(expires_at),
+            expires_at=float(claims["exp"]),
         )
 
     def _tenant(self, claims: dict[str, Any]) -> str:
@@ -211,20 +212,31 @@ class _Registry(JWSRegistry):
         return self.algorithms[name]
 
 
+_READING = _Registry()
+_READING.max_header_length = TOKEN_BYTES_MAX  # some issuers put their certificates there, which are not looked at
+
+
 def _read(raw: bytes) -> tuple[jws.CompactSignature, dict[str, Any]]:
     """Take a token apart, nothing of which is verified. Raises Misused."""
     try:
-        signed = jws.extract_compact(raw)
-        # The library takes the last of two equal keys, and others may take the first.
-        header = parse_object(urlsafe_b64decode(signed.segments["header"]))
-        claims = parse_object(signed.payload)
-    except (JoseError, ValueError, TypeError, RecursionError):
-        raise _refused("it is not a signed JWT: three parts in base64url, of which the first two are JSON") from None
+        signed = jws.extract_compact(raw, registry=_READING)
+    except (JoseError, ValueError, TypeError):
+        raise _refused("it is not a signed JWT: three parts in base64url with dots between") from None
+    # The library takes the last of two equal keys where others may take the first; this parser refuses them.
+    header = _parsed("header", urlsafe_b64decode(signed.segments["header"]))
+    claims = _parsed("payload", signed.payload)
     if "crit" in header or "b64" in header:
         raise _refused("its header has crit or b64, which are not supported")
     if not isinstance(header.get("alg"), str) or not isinstance(header.get("kid", ""), str):
         raise _refused("alg or kid in its header is not text")
     return signed, claims
+
+
+def _parsed(part: str, text: bytes) -> dict[str, Any]:
+    try:
+        return parse_object(text)
+    except ValueError as error:
+        raise _refused(f"its {part} cannot be read: {error}") from None
 
 
 def _is_signed(signed: jws.CompactSignature, key: PublicKey, registry: JWSRegistry) -> bool:
@@ -265,18 +277,16 @@ def _word(claims: dict[str, Any], name: str) -> str:
 
 
 def _what_is_wrong(claim: str, claims: dict[str, Any]) -> str:
-    value = claims[claim]
     if claim == "aud":
         return "it is meant for another audience; ask its issuer for one with the audience of this service"
-    if claim in ("nbf", "iat") and isinstance(value, int | float) and not isinstance(value, bool):
-        return f"it is not valid before {_shown_time(value)}; compare the clocks"
+    value = claims[claim]
+    if claim in TIMES and isinstance(value, int | float) and not isinstance(value, bool):
+        return f"it is not valid before {_shown(value)}; compare the clocks"
     return f"its claim {claim} is malformed"
 
 
-def _shown_time(value: float) -> str:
-    if not 0 < value < TIME_MAX:
-        return "a time that is none"
-    return f"{datetime.fromtimestamp(value, UTC):%Y-%m-%dT%H:%M:%SZ}"
+def _shown(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
 def _refused(what: str) -> Misused:
