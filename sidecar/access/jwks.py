@@ -149,7 +149,7 @@ class Jwks:
             text = await self._fetch(self._issuer)
             self._take(text, self._begun_at)
         except Exception as error:  # noqa: BLE001 — whatever an issuer does, its keys stay and the next fetch comes
-            self._report(f"{error or type(error).__name__}")
+            self._report(str(error) or type(error).__name__)
         else:
             self._report("")
             await asyncio.to_thread(self._write_copy, text)
@@ -234,6 +234,8 @@ def _usable(entry: Any) -> PublicKey:
         raise ValueError("it is not an object")
     if entry.get("kty") not in ("RSA", "EC", "OKP"):
         raise ValueError("its type (kty) is not RSA, EC or OKP; symmetric keys prove nothing")
+    if entry.get("use", "sig") != "sig":
+        raise ValueError("its use is not sig")
     if "d" in entry:
         raise ValueError("it is a private key; the issuer has to replace it")
     if entry["kty"] == "RSA" and 6 * len(entry.get("n", "")) < RSA_BITS_MIN:
