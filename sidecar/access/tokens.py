@@ -67,7 +67,7 @@ class _Verifier:
         )
 
     def principal_of(self, claims: dict[str, Any]) -> Principal:
-        """Return whom the claims of a verified token name. Raises Misused."""
+        """Return whom the claims of a verified token name; it ends with the leeway. Raises Misused."""
         for name in TIMES:
             if isinstance(time := claims.get(name, 0), int | float) and not 0 <= time < TIME_MAX:
                 raise _refused(f"its claim {name} is no time")
@@ -85,7 +85,7 @@ class _Verifier:
             subject=_word(claims, "sub"),
             groups=self._groups(claims),
             klass=self._class(claims),
-            expires_at=float(claims["exp"]),
+            expires_at=claims["exp"] + self.issuer.leeway_s,
         )
 
     def _tenant(self, claims: dict[str, Any]) -> str:
@@ -160,7 +160,7 @@ class Tokens:
         verifier, key, claims = await self._verified(raw)
         principal = verifier.principal_of(claims)
         assert principal.expires_at is not None
-        until = min(principal.expires_at + verifier.issuer.leeway_s, self._clock() + KNOWN_S_MAX)
+        until = min(principal.expires_at, self._clock() + KNOWN_S_MAX)
         self._remember(digest, _Known(principal, until, key, verifier.jwks, len(raw)))
         return principal
 

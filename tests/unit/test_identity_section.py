@@ -1,0 +1,46 @@
+"""What the configuration of issuers and certificates refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from sidecar.config.identity import Certificates, Issuer
+
+GOOD = {"issuer": "https://issuer.example", "audience": "lora-sidecar", "jwks": "https://issuer.example/jwks"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"jwks": "http://issuer.example/jwks"}, "jwks over http can be forged on its way"),
+        ({"jwks": "ftp://issuer.example/jwks"}, "jwks must be an https URL or a file"),
+        ({"jwks": "https://user:secret@issuer.example/jwks"}, "jwks holds a password"),
+        (
+            {"jwks": "/etc/jwks.json", "jwks_ca": "/etc/ca.pem"},
+            "jwks is a file; jwks_ca and jwks_token_file are for a URL",
+        ),
+        ({"jwks": "/etc/jwks.json", "jwks_token_file": "/etc/token"}, "jwks is a file"),
+        ({"algorithms": ["HS256"]}, "Input should be 'RS256'"),
+        ({"algorithms": ["none"]}, "Input should be 'RS256'"),
+        ({"algorithms": []}, "at least 1 item"),
+        ({"leeway_s": 3600}, "less than or equal to 300"),
+        ({"tenant_pattern": "acme"}, "it must contain {tenant} once"),
+        ({"tenant_pattern": "{tenant}/{tenant}"}, "it must contain {tenant} once"),
+        ({"tenant_pattern": "{tenant}-*"}, "the tenant would be a guess"),
+        ({"tenant_pattern": "spiffe://*.{tenant}/sa"}, "the tenant would be a guess"),
+    ],
+)
+def test_what_cannot_be_trusted_is_refused(changed: dict[str, Any], said: str) -> None:
+    assert Issuer(**GOOD)
+    with pytest.raises(ValidationError) as caught:
+        Issuer(**GOOD | changed)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("asserted", [False, "yes", None])
+def test_a_forwarded_certificate_needs_the_assertion(asserted: object) -> None:
+    with pytest.raises(ValidationError, match="strict_mutual_tls"):
+        Certificates.model_validate({"forwarded": {"strict_mutual_tls": asserted}})
