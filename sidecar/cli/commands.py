@@ -160,6 +160,18 @@ COMMANDS = {
         "sidecar.cli.replicas:list_replicas",
         "List the replicas that this one knows: the backends that each owns, and the leader.",
     ),
+    "keys create": (
+        "sidecar.cli.keys:create",
+        "Make an API key and show it, once. The sidecar keeps only its SHA-256.",
+    ),
+    "keys list": (
+        "sidecar.cli.keys:list_keys",
+        "List the API keys with their last use, ended and revoked ones included; never their secrets.",
+    ),
+    "keys revoke": (
+        "sidecar.cli.keys:revoke",
+        "Revoke an API key for good, at once and on every replica that answers.",
+    ),
     "config check": (
         "sidecar.cli.checking:check_config",
         "Print the effective configuration, defaults and environment included; exit 2 with the fault.",
@@ -186,6 +198,7 @@ GROUPS = {
     "backends": "See backends, drain them and take them back.",
     "requests": "See the open requests, and cancel some.",
     "replicas": "See the replicas of the pool.",
+    "keys": "Make, list and revoke API keys.",
     "config": "Check a configuration.",
     "policies": "Check a policy.",
     "state": "Where registered names are kept.",

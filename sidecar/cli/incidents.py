@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sidecar.cli.durations import seconds_in
 from sidecar.cli.endpoint import CA_VARIABLE, PANEL
 from sidecar.cli.exits import CommandError, Exit
 from sidecar.cli.serving import resolve
@@ -19,9 +19,6 @@ from sidecar.errors import Misused, Reason
 
 if TYPE_CHECKING:
     from sidecar.config import Config
-
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
-_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def capture(
@@ -63,7 +60,9 @@ def capture(
     out = out or Path(f"incident-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.tgz")
     files = (("ca", ca), ("certificate", certificate), ("key", key))
     tls = {name: str(path) for name, path in files if path is not None}
-    wanted = replace(_wanted(_duration(last), config, data, http, tls), redact_ids=redact_ids)
+    wanted = replace(
+        _wanted(timedelta(seconds=seconds_in(last, "--last")), config, data, http, tls), redact_ids=redact_ids
+    )
     with bar(f"writing {out}") as progress:
         manifest = write(wanted, out, progress)
     if as_json:
@@ -72,13 +71,6 @@ def capture(
     print(_captured(out, manifest))
     for item in manifest["missing"]:
         print(f"left out: {item['what']}: {item['why']}", file=sys.stderr)
-
-
-def _duration(text: str) -> timedelta:
-    parts = _DURATION.findall(text)
-    if not parts or "".join(number + unit for number, unit in parts) != text:
-        raise CommandError(f'--last wants a duration such as 30s, 10m or 1h30m, and "{text}" is none', Exit.MISUSED)
-    return timedelta(seconds=sum(float(number) * _UNITS_S[unit] for number, unit in parts))
 
 
 def _wanted(last: timedelta, path: Path | None, data: Path | None, http: str | None, tls: dict[str, str]) -> Any:

@@ -11,10 +11,13 @@ from sidecar.access.access import OURSELVES, Access
 from sidecar.access.audit import Audit
 from sidecar.access.budgets.budgets import Budgets
 from sidecar.access.deciding import policy_of
+from sidecar.access.keys import KeyBook
 from sidecar.access.principal import SYSTEM, Action
+from sidecar.access.store import AccessStore
 from sidecar.access.tokens import Tokens
 from sidecar.config import Config
 from sidecar.config.listeners import is_local
+from sidecar.fronts.admin.keys import KeyCalls
 from sidecar.state.registry import Registry
 
 logger = logging.getLogger(__name__)
@@ -24,9 +27,14 @@ ACCESS_FOLDER = "access"
 
 
 class AccessParts:
-    """What decides who may use this process. `data` is the data directory, None without one."""
+    """What decides who may use this process. `data` is the data directory, None without one.
 
-    def __init__(self, config: Config, data: Path | None, registry: Registry) -> None:
+    `member` and `member_ttl_s` are those of the registry.
+    """
+
+    def __init__(
+        self, config: Config, data: Path | None, registry: Registry, member: str = "", member_ttl_s: float = 10.0
+    ) -> None:
         identity, access = config.identity, config.access
         folder = None if data is None else data / ACCESS_FOLDER
         self.config = config
@@ -34,6 +42,12 @@ class AccessParts:
         self._recording: set[asyncio.Task[None]] = set()
         self.audit = Audit.configured(access.audit, data)
         self.policy = policy_of(access.policies)
+        place = None if config.state.url is None else config.state.location
+        self.store = AccessStore(data, place, member, member_ttl_s)
+        keys_file = None if identity.keys_file is None else Path(identity.keys_file).expanduser()
+        self.keys = KeyBook(self.store, keys_file, identity.stale_max_s)
+        self.calls = (KeyCalls(self.store, self.keys),)
+        """The parts of the admin service Access."""
         self.tokens = Tokens(identity.issuers, folder) if identity.issuers else None
         self.budgets = Budgets(access.limits, time)
         self.access = Access(
@@ -43,6 +57,7 @@ class AccessParts:
             self.policy,
             self.audit,
             by_version=access.policies.cedar is not None or access.policies.ready == "roles",
+            keys=self.keys if identity.keys else None,
             tokens=self.tokens,
             budgets=self.budgets,
             change_of=lambda: registry.last_change,
@@ -51,6 +66,8 @@ class AccessParts:
     async def start(self) -> None:
         self._warn()
         self.audit.start()
+        await self.store.start()
+        self.keys.start()
         if self.tokens is not None:
             self.tokens.start()
         self.policy.on_replaced = self._record_policy
@@ -69,6 +86,8 @@ class AccessParts:
             self._watching.cancel()
         if self.tokens is not None:
             await self.tokens.stop()
+        await self.keys.close()
+        await self.store.close()
         await asyncio.to_thread(self.audit.stop)
 
     def _warn(self) -> None:

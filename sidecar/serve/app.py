@@ -78,7 +78,7 @@ class Sidecar:
         self._draining: asyncio.Task[None] | None = None
         self._pools: DiscoveredPools | None = None
         self._declared: DeclaredAdapters | None = None
-        self.access = AccessParts(config, data, self.registry)
+        self.access = AccessParts(config, data, self.registry, self._owner, self._member_ttl_s)
         core = replace(config.core(), pools=pools_of(self.entries))
         self._memory = shared_memory_for(self.entries, config.store.memory_bytes)
         self.gateway = Gateway(
@@ -113,7 +113,7 @@ class Sidecar:
             self.metrics.journal = self._journal
             self.crash.then(self._journal.ended)
         self.crash.then(self._on_crash)
-        self.listening = Listening(config, self.entries, self.gateway, self.metrics, self.drain)
+        self.listening = Listening(config, self.entries, self.gateway, self.metrics, self.drain, self.access.calls)
         self.served = ServedFolders(config.adapters, self.gateway.catalogue)
 
     @property
@@ -133,6 +133,11 @@ class Sidecar:
         """The name of this replica in its engines' logs; "" if it is the only one."""
         return "" if self.config.replicas.address is None else self._member.id
 
+    @property
+    def _member_ttl_s(self) -> float:
+        replicas = self.config.replicas
+        return self.config.state.member_ttl_s if replicas.address is None else replicas.lease_s
+
     def _data_directory(self) -> Path | None:
         if self.config.data_directory is None:
             return None
@@ -146,9 +151,7 @@ class Sidecar:
             return SqliteRegistry(None if data is None else data / REGISTRY_FILE)
         from sidecar.state.redis.registry import RedisRegistry
 
-        replicas, state = self.config.replicas, self.config.state
-        ttl_s = state.member_ttl_s if replicas.address is None else replicas.lease_s
-        return RedisRegistry(self._link, self._owner, ttl_s)
+        return RedisRegistry(self._link, self._owner, self._member_ttl_s)
 
     def _warn_of_unread_names(self) -> None:
         """Warn of names in the data directory if the Redis has none: they are not moved by themselves."""

@@ -63,7 +63,9 @@ class Listening:
         gateway: Gateway,
         metrics: Metrics,
         drain: Callable[[], Awaitable[None]],
+        access: Sequence[object] = (),
     ) -> None:
+        """`access` has the parts of the admin service Access."""
         self.data = self.admin = self.http = self.probes = self.drain = ""
         self.streams: Lifetimes | None = None
         """Lifetimes of clients' KServe streams."""
@@ -75,6 +77,7 @@ class Listening:
         self._gateway = gateway
         self._metrics = metrics
         self._drain = drain
+        self._access = access
         self._servers: list[grpc.aio.Server] = []
         limits = config.listeners
         self.intake = Intake(IntakeLimits(limits.arriving_bytes_max, limits.arrival_s, limits.data.message_bytes_max))
@@ -129,7 +132,7 @@ class Listening:
         operators = Operators(self._gateway.access, tokens, self._config.identity.local_admin)
         calls = self._calls(wanted, operators.identify)
         admin = self._server([calls, CheckedMessages()], _bounds(wanted, wanted.message_bytes_max))
-        add_admin(admin, self._gateway, replica)
+        add_admin(admin, self._gateway, replica, self._access)
         add_kserve_admin(admin, self._gateway)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, admin)
         names = [d.full_name for pb in (gateway_pb2, admin_pb2) for d in pb.DESCRIPTOR.services_by_name.values()]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import monotonic_ns
 from typing import Any
 
 from sidecar.core import queries, waiting
+from sidecar.fronts.admin.access import AccessService
 from sidecar.fronts.admin.adapters import AdaptersService
 from sidecar.fronts.status import answers_errors
 from sidecar.ownership.facts import Member
@@ -18,13 +20,14 @@ LISTED_DEFAULT = 100
 LISTED_MAX = waiting.EXAMINED_MAX
 
 
-def add_admin(server: Any, gateway: Gateway, replica: Replica | None = None) -> None:
-    """Add the admin services to a gRPC server."""
+def add_admin(server: Any, gateway: Gateway, replica: Replica | None = None, access: Sequence[object] = ()) -> None:
+    """Add the admin services to a gRPC server. `access` has the parts of the service Access."""
     services: Any = admin_pb2_grpc
     services.add_AdaptersServicer_to_server(AdaptersService(gateway), server)
     services.add_BackendsServicer_to_server(BackendsService(gateway, replica), server)
     services.add_ReplicasServicer_to_server(ReplicasService(replica), server)
     services.add_QueuesServicer_to_server(QueuesService(gateway), server)
+    services.add_AccessServicer_to_server(AccessService(*access), server)
 
 
 class BackendsService(admin_pb2_grpc.BackendsServicer):

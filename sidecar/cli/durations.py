@@ -1,0 +1,20 @@
+"""Durations in options, as in 90d, 12h or 1h30m."""
+
+from __future__ import annotations
+
+import re
+
+from sidecar.cli.exits import CommandError, Exit
+
+_PART = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def seconds_in(text: str, option: str) -> float:
+    """Return the seconds of a duration. Raises CommandError, which names the option, for any other text."""
+    parts = _PART.findall(text)
+    if not parts or "".join(number + unit for number, unit in parts) != text:
+        raise CommandError(
+            f'{option} wants a duration such as 30s, 10m, 1h30m or 90d, and "{text}" is none', Exit.MISUSED
+        )
+    return sum(float(number) * _UNITS_S[unit] for number, unit in parts)

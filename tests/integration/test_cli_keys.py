@@ -1,0 +1,112 @@
+"""API keys from the command line, and the clients that present them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+
+from sidecar.proto import gateway_pb2
+from tests.kit.emulated import running_engine
+from tests.kit.forked import python
+from tests.kit.serving import Serving, serving, write_adapters
+
+DUMMY = {"compute": "none", "shape": "tiny"}
+ENFORCED = {"identity": {"mode": "enforce"}}
+
+
+async def sidecar(served: Serving, *arguments: str) -> tuple[int, str, str]:
+    """Run a command against the served sidecar's admin listener."""
+    process = await python(
+        "-m", "sidecar", *arguments, "--admin", served.sidecar.admin_address,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    out, error = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, out.decode(), error.decode()
+
+
+async def said_over_http(served: Serving, key: str) -> httpx.Response:
+    async with httpx.AsyncClient(base_url=f"http://{served.sidecar.http_address}") as client:
+        return await client.get("/v1/models", headers={"authorization": f"Bearer {key}"})
+
+
+async def said_over_grpc(served: Serving, key: str) -> str:
+    """Return OK, or the status of a refusal."""
+    try:
+        request = gateway_pb2.GenerateRequest(adapter="a00", tokens=gateway_pb2.TokenIds(ids=[1, 2]), max_tokens=1)
+        async for _ in served.gateway.Generate(request, metadata=(("authorization", f"Bearer {key}"),)):
+            pass
+    except grpc.aio.AioRpcError as error:
+        return error.code().name
+    return "OK"
+
+
+async def test_a_keys_life_from_the_command_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    write_adapters(tmp_path / "adapters", 1)
+    data = str(tmp_path / "data")
+    async with (
+        running_engine(**DUMMY) as engine,
+        serving([engine], tmp_path / "adapters", data_directory=data, **ENFORCED) as served,
+    ):
+        code, out, error = await sidecar(
+            served, "keys", "create", "--tenant", "acme", "--expires", "90d", "--role", "viewer", "--role", "publisher",
+            "--group", "red", "--class", "default", "--note", "of the CI",
+        )  # fmt: skip
+        assert code == 0, error
+        first, _, secret, *rest = out.splitlines()
+        assert first.startswith("key ")
+        assert "of tenant acme, good until 20" in first
+        assert "only time that it is shown" in rest[1]
+        assert "api_key=KEY), or OPENAI_API_KEY=KEY" in out
+        assert '("authorization", "Bearer KEY")' in out
+        assert (await said_over_http(served, secret)).status_code == 200
+        assert await said_over_grpc(served, secret) == "OK"
+        code, out, error = await sidecar(served, "keys", "create", "--tenant", "other", "--json")
+        other: dict[str, Any] = json.loads(out)
+        assert (other["key"]["expires_at"], other["key"]["state"]) == (0.0, "active")
+        code, out, error = await sidecar(served, "keys", "list", "--tenant", "acme", "--json")
+        (listed,) = json.loads(out)
+        assert listed["id"] == first.split()[1]
+        assert (listed["roles"], listed["groups"], listed["class"]) == (["viewer", "publisher"], ["red"], "default")
+        assert listed["expires_at"] - listed["created_at"] == pytest.approx(90 * 24 * 3600)
+        assert listed["used_at"] >= listed["created_at"]
+        code, out, error = await sidecar(served, "keys", "revoke", listed["id"])
+        assert out == f"key {listed['id']} of tenant acme is revoked; no replica that answers takes it any more\n"
+        refused = await said_over_http(served, secret)
+        assert refused.status_code == 401
+        assert f"{listed['id']} was revoked at" in refused.text
+        assert await said_over_grpc(served, secret) == "UNAUTHENTICATED"
+        assert await said_over_grpc(served, other["secret"]) == "OK"
+        code, out, error = await sidecar(served, "keys", "list")
+        assert [line.split()[2] for line in out.splitlines()[1:] if line.startswith(listed["id"])] == ["revoked"]
+        assert secret not in out
+        for arguments, says in (
+            (("revoke", "nobody"), 'there is no key "nobody"; sidecar keys list shows the ids'),
+            (("create", "--tenant", ""), "tenant"),
+            (("create", "--tenant", "a", "--expires", "soon"), "--expires wants a duration such as"),
+            (("create", "--tenant", "a", "--role", "king"), "roles"),
+            (("create", "--tenant", "a", "--note", "two\nlines"), "one line of printable characters"),
+        ):
+            code, out, error = await sidecar(served, "keys", *arguments)
+            assert (code > 0, out) == (True, "")
+            assert says in error
+    assert secret not in caplog.text
+    async with (
+        running_engine(**DUMMY) as engine,
+        serving([engine], tmp_path / "adapters", data_directory=data, **ENFORCED) as served,
+    ):
+        assert await said_over_grpc(served, other["secret"]) == "OK"
+        assert await said_over_grpc(served, secret) == "UNAUTHENTICATED"
+        code, out, error = await sidecar(served, "keys", "list", "--json")
+        assert {key["id"]: key["state"] for key in json.loads(out)} == {
+            listed["id"]: "revoked",
+            other["key"]["id"]: "active",
+        }
