@@ -1,0 +1,288 @@
+"""The RPCs of the admin listener: what each asks for, of what, and what the audit says of it.
+
+The listener's interceptor reads this table before a call and after it; an RPC that is not in it is refused. The
+message is the call's only one, or the first of a stream that a client sends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from time import monotonic_ns, time
+from typing import Any, NamedTuple
+
+from sidecar.access.entries import KEY, Key
+from sidecar.access.principal import SYSTEM, Action, Resource, Sort
+from sidecar.access.resources import adapter_resource, summary, version_resource
+from sidecar.access.store import AccessStore
+from sidecar.core import queries
+from sidecar.errors import Refused
+from sidecar.fronts.kserve.front import NOT_ON_ADMIN
+from sidecar.fronts.kserve.verbs import SERVICE as KSERVE
+from sidecar.shell.gateway import Gateway
+from sidecar.shell.open_requests import Chosen, open_requests
+from sidecar.state.records import paused_for
+
+API = "lorasidecar.v1"
+
+
+class Sight(NamedTuple):
+    """What the table looks at; `store` is None where no keys and limits are kept."""
+
+    gateway: Gateway
+    store: AccessStore | None = None
+
+
+Facts = dict[str, Any]
+
+
+def _nothing(message: Any, sight: Sight) -> Facts:
+    return {}
+
+
+def _of_system(message: Any, sight: Sight) -> Resource:
+    return SYSTEM
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One RPC. `action` None admits every caller that is identified.
+
+    `resource(message, sight)` is what the policy is asked about. With `each` the handler shows only what the caller may
+    see, name by name, so the policy is not asked about the whole. `changes(message)` tells whether the call changes
+    something; `facts(message, sight)` are then what the audit says before and after it, and `outcome(reply)` is what
+    only the reply tells.
+    """
+
+    action: Action | None
+    resource: Callable[[Any, Sight], Resource] = _of_system
+    changes: Callable[[Any], bool] = lambda message: False
+    facts: Callable[[Any, Sight], Facts] = _nothing
+    outcome: Callable[[Any], Facts] = lambda reply: {}
+    each: bool = False
+
+
+def _always(message: Any) -> bool:
+    return True
+
+
+# Adapters.
+
+
+def _name_in(message: Any) -> str:
+    """Return the name in a message without its version; the start of a push has it one level deeper."""
+    name: str = message.start.name if message.DESCRIPTOR.name == "PushRequest" else message.name
+    return name.partition("@")[0]
+
+
+def _adapter(message: Any, sight: Sight) -> Resource:
+    name = _name_in(message)
+    record = sight.gateway.catalogue.registry.get(name)
+    return Resource(Sort.ADAPTER, name) if record is None else adapter_resource(record)
+
+
+def _version(message: Any, sight: Sight) -> Resource:
+    """Return the version that a message selects by its ordinal, else the name."""
+    name, _, selector = message.name.partition("@")
+    record = sight.gateway.catalogue.registry.get(name)
+    if record is not None and selector.removeprefix("v").isdecimal():
+        try:
+            return version_resource(record, int(selector.removeprefix("v")))
+        except Refused:
+            pass  # the handler says that there is no such version
+    return _adapter(message, sight)
+
+
+def _record(message: Any, sight: Sight) -> Facts:
+    record = sight.gateway.catalogue.registry.get(_name_in(message))
+    if record is None:
+        return {}
+    now = time()
+    more = {
+        "versions": len(record.versions),
+        "generation": record.version.generation,
+        "managed_by": record.managed_by,
+        "held_s": max(0.0, record.held_until - now),
+        "paused_s": paused_for(record, now),
+    }
+    return summary(record) | {key: value for key, value in more.items() if value}
+
+
+def _weights(message: Any, sight: Sight) -> Facts:
+    """Return where an adapter's weights are, and whether it is quarantined."""
+    name, state = _name_in(message), sight.gateway.state
+    if name not in state.names:
+        return {}
+    view = queries.adapter_view(state, name, monotonic_ns())
+    found: Facts = {
+        "store": [copy.tier for copy in view.store],
+        "backends": [each.backend for each in view.backends if each.tier != "absent"],
+    }
+    return found | ({"quarantined": view.quarantined} if view.quarantined else {})
+
+
+def _change(action: Action, facts: Callable[[Any, Sight], Facts] = _record) -> Verb:
+    return Verb(action, _adapter, _always, facts)
+
+
+ADAPTERS = {
+    "Register": _change(Action.REGISTER),
+    "Push": _change(Action.REGISTER),
+    "Unregister": _change(Action.REGISTER),
+    "Promote": _change(Action.PROMOTE),
+    "Rollback": _change(Action.PROMOTE),
+    "Pin": _change(Action.EVICT),
+    "Unpin": _change(Action.EVICT),
+    "Refresh": _change(Action.EVICT),
+    "Evict": _change(Action.EVICT, _weights),
+    "Prefetch": _change(Action.EVICT, _weights),
+    "Release": _change(Action.EVICT, _weights),
+    "Pause": _change(Action.PAUSE),
+    "Resume": _change(Action.PAUSE),
+    "Get": Verb(Action.SHOW, _adapter),
+    "Verify": Verb(Action.INFER_VERSION, _version),
+    "List": Verb(Action.LIST, each=True),
+    "Watch": Verb(Action.LIST, each=True),
+}
+
+
+# Backends, requests, replicas.
+
+
+def _backend(message: Any, sight: Sight) -> Resource:
+    return Resource(Sort.BACKEND, message.backend)
+
+
+def _backend_state(message: Any, sight: Sight) -> Facts:
+    known = sight.gateway.state.backends.get(message.backend)
+    if known is None:
+        return {}
+    return {"state": queries.backend_view(sight.gateway.state, message.backend, monotonic_ns()).state}
+
+
+BACKENDS = {
+    "List": Verb(Action.LIST),
+    "Get": Verb(Action.SHOW, _backend),
+    "Drain": Verb(Action.DRAIN, _backend, _always, _backend_state),
+    "Undrain": Verb(Action.DRAIN, _backend, _always, _backend_state),
+}
+
+
+def _tenant(message: Any, sight: Sight) -> Resource:
+    return Resource(Sort.TENANT, message.tenant) if message.tenant else SYSTEM
+
+
+def _chosen_tenant(message: Any, sight: Sight) -> Resource:
+    """Return the tenant whose requests are to be cancelled. Of an id alone it is the one tenant that uses it.
+
+    That tenant is then written into the message: another tenant may send a request of the same id before this one is
+    carried out.
+    """
+    if message.request_id and not message.tenant:
+        chosen = Chosen(message.request_id, message.adapter)
+        tenants = {request.tenant for request in open_requests(sight.gateway, chosen)}
+        if len(tenants) == 1:
+            (message.tenant,) = tenants
+    return _tenant(message, sight)
+
+
+def _asked(message: Any, sight: Sight) -> Facts:
+    return _facts_of(message)
+
+
+QUEUES = {
+    "Get": Verb(Action.SEE_QUEUE),
+    "List": Verb(Action.SEE_QUEUE, _tenant),
+    "Cancel": Verb(Action.CANCEL, _chosen_tenant, _always, _asked, lambda reply: {"cancelled": reply.cancelled}),
+}
+REPLICAS = {"List": Verb(Action.LIST)}
+
+
+# Access.
+
+
+def _facts_of(message: Any) -> Facts:
+    """Return the fields of a message that are set."""
+    return {field.name: list(value) if field.is_repeated else value for field, value in message.ListFields()}
+
+
+def _limit(message: Any, sight: Sight) -> Facts:
+    """Return the limit of a message's tenant, class and adapter that was set at run time."""
+    words = (message.tenant, getattr(message, "class"), message.adapter)
+    for limit in () if sight.store is None else sight.store.limits():
+        if (limit.tenant or "", limit.class_name or "", limit.adapter or "") == words:
+            return limit.model_dump(exclude_none=True, exclude_unset=True)
+    return {}
+
+
+def _found_key(message: Any, sight: Sight) -> Key | None:
+    found = None if sight.store is None else sight.store.get(KEY + message.id)
+    return found if isinstance(found, Key) else None
+
+
+def _tenant_of_key(message: Any, sight: Sight) -> Resource:
+    key = _found_key(message, sight)
+    return SYSTEM if key is None else Resource(Sort.TENANT, key.tenant)
+
+
+def _key(message: Any, sight: Sight) -> Facts:
+    key = _found_key(message, sight)
+    return {"id": message.id} if key is None else {"id": key.id, "tenant": key.tenant, "state": key.state(time())}
+
+
+ACCESS = {
+    "CreateKey": Verb(Action.MANAGE, _tenant, _always, outcome=lambda reply: _facts_of(reply.key)),
+    "RevokeKey": Verb(Action.MANAGE, _tenant_of_key, _always, _key),
+    "SetLimit": Verb(Action.MANAGE, _tenant, _always, _limit),
+    "RemoveLimit": Verb(Action.MANAGE, _tenant, _always, _limit),
+    "ListKeys": Verb(Action.MANAGE, _tenant),
+    "ListLimits": Verb(Action.MANAGE, _tenant),
+    "Check": Verb(Action.MANAGE),
+    "WhoAmI": Verb(None),
+    "GetUsage": Verb(Action.MANAGE, _tenant),
+    "ReadAudit": Verb(Action.MANAGE, _tenant),
+}
+
+
+# Triton's own verbs, sent to every engine, and the services that gRPC's tools ask.
+
+TRITON = Resource(Sort.BACKEND, "*")
+
+
+def _engines(message: Any, sight: Sight) -> Resource:
+    return TRITON
+
+
+def _sets(message: Any) -> bool:
+    """Return True if a message sets something; without settings it only reads them."""
+    return bool(message.settings)
+
+
+def _model(message: Any, sight: Sight) -> Facts:
+    return {"model": message.model_name}
+
+
+ON_ENGINES = {
+    "RepositoryIndex": Verb(Action.LIST),
+    "RepositoryModelLoad": Verb(Action.DRAIN, _engines, _always, _model),
+    "RepositoryModelUnload": Verb(Action.DRAIN, _engines, _always, _model),
+    "TraceSetting": Verb(Action.DRAIN, _engines, _sets, outcome=lambda reply: {"settings": sorted(reply.settings)}),
+    "LogSettings": Verb(Action.DRAIN, _engines, _sets, outcome=lambda reply: {"settings": sorted(reply.settings)}),
+}
+
+ANYBODY = Verb(None)
+
+_SERVICES: Mapping[str, Mapping[str, Verb]] = {
+    f"{API}.Adapters": ADAPTERS,
+    f"{API}.Backends": BACKENDS,
+    f"{API}.Queues": QUEUES,
+    f"{API}.Replicas": REPLICAS,
+    f"{API}.Access": ACCESS,
+    KSERVE: ON_ENGINES | dict.fromkeys(NOT_ON_ADMIN, ANYBODY),
+    "grpc.health.v1.Health": {"Check": ANYBODY, "Watch": ANYBODY},
+    "grpc.reflection.v1alpha.ServerReflection": {"ServerReflectionInfo": ANYBODY},
+}
+VERBS: Mapping[str, Verb] = {
+    f"/{service}/{name}": verb for service, verbs in _SERVICES.items() for name, verb in verbs.items()
+}
+"""By the path of the method, as gRPC's `handler_call_details.method` has it."""
