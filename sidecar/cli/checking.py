@@ -39,9 +39,11 @@ def check_config(
 
     With --connect, check each engine, as `backends check URL` does; exit 1 if a check fails.
     """
+    from sidecar.access.deciding import policy_of
     from sidecar.backends.registry import entries_of, full_record
 
     config = resolve(file)
+    policy_of(config.access.policies)
     entries = entries_of(config)
     _check_files(config, entries)
     _check_addresses(entries)

@@ -172,6 +172,10 @@ COMMANDS = {
         "sidecar.cli.keys:revoke",
         "Revoke an API key for good, at once and on every replica that answers.",
     ),
+    "access check": (
+        "sidecar.cli.access:check",
+        "Tell whether somebody may do something: exit 0 if allowed, 1 if denied.",
+    ),
     "config check": (
         "sidecar.cli.checking:check_config",
         "Print the effective configuration, defaults and environment included; exit 2 with the fault.",
@@ -199,6 +203,7 @@ GROUPS = {
     "requests": "See the open requests, and cancel some.",
     "replicas": "See the replicas of the pool.",
     "keys": "Make, list and revoke API keys.",
+    "access": "Ask who may do what.",
     "config": "Check a configuration.",
     "policies": "Check a policy.",
     "state": "Where registered names are kept.",

@@ -22,6 +22,7 @@ from sidecar.backends.triton.loads import LoaderProcess
 from sidecar.config import Config, plugins
 from sidecar.config.discover import Discover
 from sidecar.discovery.found import Finder
+from sidecar.fronts.admin.checks import Checks
 from sidecar.journal.raised import Raised
 from sidecar.journal.writer import Journal
 from sidecar.kubernetes.placement import Seen, seen_here
@@ -113,7 +114,8 @@ class Sidecar:
             self.metrics.journal = self._journal
             self.crash.then(self._journal.ended)
         self.crash.then(self._on_crash)
-        self.listening = Listening(config, self.entries, self.gateway, self.metrics, self.drain, self.access.calls)
+        calls = (*self.access.calls, Checks(self.access.policy, self.gateway))
+        self.listening = Listening(config, self.entries, self.gateway, self.metrics, self.drain, calls)
         self.served = ServedFolders(config.adapters, self.gateway.catalogue)
 
     @property

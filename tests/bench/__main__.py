@@ -14,6 +14,7 @@ from time import perf_counter
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else each process that ends is told of between the lines
 
 from tests.bench import (
+    access,
     command_line,
     core,
     eviction,
@@ -34,6 +35,7 @@ from tests.bench import (
 from tests.bench.figures import Figure, machine, print_table
 
 BENCHES = {
+    "access": access.bench,
     "core": core.bench,
     "command-line": command_line.bench,
     "eviction": eviction.bench,

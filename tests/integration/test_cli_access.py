@@ -1,0 +1,66 @@
+"""`sidecar access check` against a running sidecar."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+from tests.integration.test_cli_keys import DUMMY, sidecar
+from tests.kit.emulated import running_engine
+from tests.kit.serving import serving, write_adapters
+
+BY_ROLE = {"ready": "roles", "roles": {"eve": ["viewer"]}}
+
+
+async def test_a_running_sidecar_tells_who_may_do_what(tmp_path: Path) -> None:
+    write_adapters(tmp_path / "adapters", 1)
+    async with (
+        running_engine(**DUMMY) as engine,
+        serving([engine], tmp_path / "adapters", identity={"mode": "enforce"}, access={"policies": BY_ROLE}) as served,
+    ):
+
+        async def ask(*arguments: str) -> tuple[int, str]:
+            code, out, error = await sidecar(served, "access", "check", *arguments)
+            return code, (out or error).strip()
+
+        assert await ask("--as", "zoe", "--may", "infer", "a00") == (0, "allowed")
+        assert await ask("--as", "zoe", "--may", "list", "a00") == (1, "denied")
+        why = "allowed by roles: a viewer may see and select what the allow list admits"
+        assert await ask("--as", "eve", "--may", "list", "a00", "--explain") == (0, why)
+        assert await ask("--as", "zoe", "--role", "viewer", "--may", "list", "a00") == (0, "allowed")
+        assert (await ask("--may", "drain", "gpu-0", "--explain"))[1].endswith("an operator may do everything")
+        code, out = await ask("--as", "zoe", "a00@v7")
+        assert (code, "has no version 'v7'; it has v1" in out) == (1, True)
+        code, out = await ask("--as", "zoe", "--json", "base")
+        assert json.loads(out) == {
+            "allowed": True,
+            "by": "roles: everybody may use the base model",
+            "source": "roles",
+            "fault": "",
+        }
+
+
+async def test_a_policy_file_that_has_become_faulty_is_told(tmp_path: Path) -> None:
+    write_adapters(tmp_path / "adapters", 1)
+    policies = tmp_path / "policies.cedar"
+    operators = 'permit(principal in Role::"operator", action, resource);'
+    policies.write_text(f'@id("zoe") permit(principal == Tenant::"zoe", action, resource); {operators}')
+    configured = {"policies": {"cedar": str(policies)}}
+    async with (
+        running_engine(**DUMMY) as engine,
+        serving([engine], tmp_path / "adapters", identity={"mode": "enforce"}, access=configured) as served,
+    ):
+        asked = ("access", "check", "--as", "zoe", "--may", "infer", "a00", "--explain")
+        code, out, _ = await sidecar(served, *asked)
+        assert (code, out) == (0, "allowed by cedar: zoe (line 1)\n")
+        await asyncio.to_thread(policies.write_text, "permit(")
+        async with asyncio.timeout(60):
+            while not served.sidecar.access.policy.fault:
+                await asyncio.sleep(0.05)
+        code, out, _ = await sidecar(served, *asked)
+        assert code == 0
+        assert out == (
+            "allowed by cedar: zoe (line 1)\n"
+            f"{policies} has changed since and does not decide: line 1: unexpected end of input\n"
+        )

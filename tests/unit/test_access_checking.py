@@ -1,0 +1,153 @@
+"""`access check`: the words of a question become the questions that a request would be asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sidecar.access.access import Access, Caller
+from sidecar.access.checking import Known, check, principal_asked
+from sidecar.access.deciding import CachedPolicy, policy_of
+from sidecar.access.principal import Decision, Principal
+from sidecar.cli import run
+from sidecar.config.access import Policies
+from sidecar.config.identity import Identity
+from sidecar.errors import Refused
+from sidecar.state.records import Record, added, promoted
+from tests.kit.corekit import adapter_of
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "access"
+
+
+def record() -> Record:
+    first, _ = added(None, "acme/sql", adapter_of("one"), "/a", now=0.0)
+    second, _ = added(first, "acme/sql", adapter_of("two"), "/b", now=0.0)
+    return promoted(second, 2)
+
+
+RECORD = record()
+KNOWN = Known({"acme/sql": RECORD}.get, {"base", "llama"}.__contains__)
+ROLES = policy_of(Policies(ready="roles", roles={"eve": ("viewer",), "acme": ("publisher",)}))
+
+
+def asked(action: str, name: str, tenant: str = "zoe", policy: CachedPolicy = ROLES) -> Decision:
+    return check(policy, KNOWN, principal_asked(tenant, (), ()), action, name)
+
+
+@pytest.mark.parametrize(
+    ("tenant", "action", "name", "allowed"),
+    [
+        ("zoe", "infer", "acme/sql", True),
+        ("zoe", "infer", "acme/sql@v2", True),  # the current one
+        ("zoe", "infer", "acme/sql@v1", False),
+        ("eve", "infer", "acme/sql@v1", True),
+        ("eve", "infer_version", "acme/sql@v1", True),
+        ("eve", "infer", f"acme/sql@{RECORD.versions[0].adapter.digest[:8]}", True),
+        ("zoe", "infer", f"acme/sql@{RECORD.versions[0].adapter.digest[:8]}", False),
+        ("zoe", "infer", "llama", True),
+        ("zoe", "infer", "base", True),
+        ("zoe", "list", "acme/sql", False),
+        ("eve", "list", "acme/sql", True),
+        ("eve", "register", "new/name", False),
+        ("acme", "register", "new/name", True),
+        ("acme", "drain", "gpu-0", False),
+        ("acme", "cancel", "acme", True),
+        ("acme", "cancel", "eve", False),
+        ("acme", "cancel", "", False),
+        ("eve", "see_queue", "eve", True),
+        ("acme", "manage", "", False),
+    ],
+)
+def test_a_question_in_words(tenant: str, action: str, name: str, allowed: bool) -> None:
+    assert asked(action, name, tenant).allowed is allowed
+
+
+@pytest.mark.parametrize(
+    ("action", "name", "words"),
+    [
+        ("fly", "acme/sql", "there are infer, "),
+        ("infer", "", "needs a name"),
+        ("infer_version", "acme/sql", '"acme/sql@v8"'),
+        ("infer", "acme/sql@v3", "it has v1, v2"),
+        ("infer", "acme/sql@", None),
+        ("infer", "acme/sql@\n", r"'\\n'"),
+    ],
+)
+def test_a_question_that_has_no_answer_says_why(action: str, name: str, words: str | None) -> None:
+    if words is None:
+        assert asked(action, name).allowed
+        return
+    with pytest.raises(Refused, match=words):
+        asked(action, name)
+
+
+class NoRecord:
+    async def changed(self, *what: object, **more: object) -> bool:
+        return True
+
+    def denied(self, *what: object, **more: object) -> None:
+        """Do nothing."""
+
+
+@pytest.mark.parametrize("reference", ["acme/sql", "acme/sql@v1", "acme/sql@v2"])
+@pytest.mark.parametrize("tenant", ["zoe", "eve", "acme"])
+def test_it_answers_as_a_request_is_answered(tenant: str, reference: str) -> None:
+    """The way of a request decides: what it may not have is refused, or no version may answer."""
+    principal = principal_asked(tenant, (), ())
+    access = Access(Identity(mode="enforce"), "none", KNOWN.record_of, ROLES, NoRecord(), by_version=True)
+    _, _, selector = reference.partition("@")
+    wanted = int(selector[1:]) if selector else RECORD.current
+    permit = access.permit(Caller(principal, proven=principal), reference, "id")
+    assert asked("infer", reference, tenant).allowed is (permit.versions is None or wanted in permit.versions)
+
+
+def shell(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    code = run(["access", "check", *arguments])
+    return code, capsys.readouterr().out.strip()
+
+
+def test_a_configuration_is_asked_without_a_sidecar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "sidecar.yaml"
+    policies = {"ready": "tenant_prefix", "roles": {"acme": ["publisher"], "group:ops": ["operator"]}}
+    path.write_text(json.dumps({"access": {"policies": policies}, "adapters": {"allow": {"shared": ["zoe"]}}}))
+    ask = ("--config", str(path), "--as")
+    assert shell(capsys, *ask, "acme", "--may", "infer", "acme/sql") == (0, "allowed")
+    explained = (0, "allowed by tenant_prefix: acme/ belongs to acme")
+    assert shell(capsys, *ask, "acme", "--may", "promote", "acme/sql@v8", "--explain") == explained
+    assert shell(capsys, *ask, "zoe", "--may", "infer", "acme/sql") == (1, "denied")
+    assert shell(capsys, *ask, "zoe", "shared") == (0, "allowed")
+    assert shell(capsys, *ask, "acme", "shared")[0] == 1
+    assert shell(capsys, *ask, "zoe", "--group", "ops", "--may", "drain", "gpu-0") == (0, "allowed")
+    assert shell(capsys, *ask, "zoe", "--role", "operator", "--may", "manage") == (0, "allowed")
+    code, out = shell(capsys, *ask, "zoe", "--may", "list", "acme/sql", "--json")
+    assert (code, json.loads(out)["allowed"], json.loads(out)["source"]) == (1, False, "tenant_prefix")
+
+
+def test_labels_are_given_where_no_registry_has_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cedar = tmp_path / "policies.cedar"
+    cedar.write_text(
+        '@id("ml") permit(principal, action, resource is Adapter)'
+        'when { resource.hasTag("team") && resource.getTag("team") == "ml" && resource has owner };'
+    )
+    path = tmp_path / "sidecar.yaml"
+    path.write_text(json.dumps({"access": {"policies": {"cedar": str(cedar)}}}))
+    ask = ("--config", str(path), "--as", "zoe", "--may", "list", "sql", "--explain")
+    assert shell(capsys, *ask) == (1, "denied by cedar: no policy permits it")
+    labels = ("--label", "team=ml", "--label", "owner=ann")
+    assert shell(capsys, *ask, *labels) == (0, "allowed by cedar: ml (line 1)")
+
+
+def test_a_faulty_file_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cedar = tmp_path / "policies.cedar"
+    cedar.write_text("\npermit(principal, action, resource) when { resource.size > 1 };")
+    path = tmp_path / "sidecar.yaml"
+    path.write_text(json.dumps({"access": {"policies": {"cedar": str(cedar)}}}))
+    assert run(["access", "check", "--config", str(path), "--as", "zoe", "sql"]) == 2
+    assert f"{cedar}: line 2: attribute `size`" in capsys.readouterr().err
+
+
+def test_the_caller_itself_has_its_own_principal() -> None:
+    mine = Principal("eve")
+    assert not check(ROLES, KNOWN, mine, "list", "acme/sql").allowed, "nothing proves it"
