@@ -187,6 +187,11 @@ class Audit:
                 more = {"time": _time(now), "count": again, "since": _time(since)}
                 self.log.put(AuditRecord("denial", json.dumps(known.line | more)))
 
+    @property
+    def is_readable(self) -> bool:
+        """True if the lines are in files, which `read` finds."""
+        return self._file is not None
+
     def read(self, since: float, adapter: str = "", tenant: str = "", kind: str = "") -> Iterator[str]:
         """Yield the JSON lines of this process since a time (Unix seconds), the newest last. Blocks while it reads.
 

@@ -175,6 +175,10 @@ class AuditLog:
         with self._changed:
             return self._changed.wait_for(lambda: not self._lines and not self._is_writing, timeout_s)
 
+    def figures(self) -> dict[str, tuple[int, int]]:
+        """Return how many lines were written and lost since the start, by kind."""
+        return {kind: (self.written[kind], self.lost[kind]) for kind in KINDS}
+
     def put(self, line: AuditRecord) -> None:
         """Queue a line, or lose it if the queue is full. Never waits."""
         with self._changed:

@@ -148,6 +148,10 @@ COMMANDS = {
         "sidecar.cli.backends:undrain",
         "Return a drained backend to service.",
     ),
+    "audit": (
+        "sidecar.cli.audit:audit",
+        "Show who changed what and who was denied what, as the asked replica recorded it; the newest come last.",
+    ),
     "requests list": (
         "sidecar.cli.requests:list_requests",
         "List the requests that wait and run, the oldest first.",

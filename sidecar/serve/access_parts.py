@@ -17,6 +17,7 @@ from sidecar.access.store import AccessStore
 from sidecar.access.tokens import Tokens
 from sidecar.config import Config
 from sidecar.config.listeners import is_local
+from sidecar.fronts.admin.audit import AuditCalls
 from sidecar.fronts.admin.keys import KeyCalls
 from sidecar.state.registry import Registry
 
@@ -46,7 +47,7 @@ class AccessParts:
         self.store = AccessStore(data, place, member, member_ttl_s)
         keys_file = None if identity.keys_file is None else Path(identity.keys_file).expanduser()
         self.keys = KeyBook(self.store, keys_file, identity.stale_max_s)
-        self.calls = (KeyCalls(self.store, self.keys),)
+        self.calls = (KeyCalls(self.store, self.keys), AuditCalls(self.audit))
         """The parts of the admin service Access."""
         self.tokens = Tokens(identity.issuers, folder) if identity.issuers else None
         self.budgets = Budgets(access.limits, time)

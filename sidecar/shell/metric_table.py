@@ -145,6 +145,8 @@ METRICS: tuple[Metric, ...] = (
     _counter("journal_bytes_total", "Bytes written to the journal."),
     _counter("journal_gaps_total", "Times that the journal left out steps and began a new segment."),
     _counter("journal_errors_total", "Failures to write the journal."),
+    _counter("audit_lines_total", "Lines written to the audit, by kind: change or denial.", "kind"),
+    _counter("audit_lost_total", "Changes and denials that could not be recorded in the audit.", "kind"),
     _gauge("build_info", "Always 1; the label is the running version.", "version"),
 )
 BY_SHORT: dict[str, Metric] = {metric.short: metric for metric in METRICS}

@@ -17,6 +17,7 @@ from prometheus_client.core import Metric as Family
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from sidecar.access.audit_log import KINDS
 from sidecar.adapters.packed import PackReport
 from sidecar.backends.api import Wear
 from sidecar.core import effects as do
@@ -145,6 +146,8 @@ class Metrics:
         """Source of what engines keep until they are restarted; set by the owner of the backends."""
         self.set_aside: Callable[[], int] = int
         """Source of the number of names set aside; set by the owner of a registry."""
+        self.audit: Callable[[], Mapping[str, tuple[int, int]]] = lambda: dict.fromkeys(KINDS, (0, 0))
+        """Source of the audit's written and lost lines by kind; set by its starter."""
         self.registry = CollectorRegistry()
         self._standing = _Standing()
         self.registry.register(self._standing)
@@ -222,6 +225,8 @@ class Metrics:
             *families_of(self._core.state, self._clock()),
             family("ownership_changes_total", changes),
             family("arrivals_refused_total", [((why,), count) for why, count in arrivals.refused.items()]),
+            family("audit_lines_total", [((kind,), written) for kind, (written, _) in self.audit().items()]),
+            family("audit_lost_total", [((kind,), lost) for kind, (_, lost) in self.audit().items()]),
             *_declared_families(self.declared()),
             *_wear_families(self.wear()),
             *found,
