@@ -59,9 +59,9 @@ def test_the_version_is_the_package_s(sidecar: Callable[..., Ended]) -> None:
 
 def test_the_commands_are_those_that_are_promised() -> None:
     """No command is missing, and none stands there without its mechanism."""
-    groups = {"adapters", "backends", "config", "debug", "policies", "replicas", "requests", "state"}
+    groups = {"adapters", "backends", "config", "debug", "keys", "policies", "replicas", "requests", "state"}
     assert sorted(" ".join(path) for path in commands() if path and path[0] not in groups) == [
-        "calibrate", "demo", "emulate", "generate", "plan", "queue", "replay", "serve", "simulate",
+        "audit", "calibrate", "demo", "emulate", "generate", "plan", "queue", "replay", "serve", "simulate", "usage",
     ]  # fmt: skip
     assert sorted(path[1] for path in commands() if path[:1] == ("adapters",) and len(path) == 2) == [
         "convert", "evict", "inspect", "list", "pause", "pin", "prefetch", "promote", "refresh", "register", "release",
