@@ -30,6 +30,7 @@ from tests.bench import (
     state,
     trainer,
     truth,
+    usage,
     wire,
 )
 from tests.bench.figures import Figure, machine, print_table
@@ -52,6 +53,7 @@ BENCHES = {
     "restart": restart.bench,
     "trainer": trainer.bench,
     "truth": truth.bench,
+    "usage": usage.bench,
 }
 
 
