@@ -16,10 +16,10 @@ import typer
 
 from sidecar.cli import completing
 from sidecar.cli.client import Client
+from sidecar.cli.durations import seconds_in
 from sidecar.cli.endpoint import admin_command
 from sidecar.cli.exits import CommandError, Exit
 from sidecar.cli.show import AsJson, console, print_json, size, table
-from sidecar.cli.versions import seconds_of
 from sidecar.proto import admin_pb2 as pb
 
 KEYS = ("tenant", "adapter", "version", "backend")
@@ -107,12 +107,12 @@ def usage(
 def _moment(text: str, option: str) -> float:
     """Return the Unix seconds of a date, or of so long ago."""
     if "-" not in text:
-        return time() - seconds_of(text)
+        return time() - seconds_in(text, option)
     try:
         at = datetime.fromisoformat(text)
     except ValueError as error:
         raise CommandError(
-            f'{option} wants a time like 24h, 7d, 2026-11-01 or 2026-11-01T12:00, and "{text}" is none', Exit.MISUSED
+            f'{option} wants a time such as 24h, 7d, 2026-11-01 or 2026-11-01T12:00, and "{text}" is none', Exit.MISUSED
         ) from error
     return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
 

@@ -23,6 +23,7 @@ from sidecar.config import Config, plugins
 from sidecar.config.discover import Discover
 from sidecar.discovery.found import Finder
 from sidecar.fronts.admin.checks import Checks
+from sidecar.fronts.admin.usage import UsageCalls
 from sidecar.journal.raised import Raised
 from sidecar.journal.writer import Journal
 from sidecar.kubernetes.placement import Seen, seen_here
@@ -115,7 +116,7 @@ class Sidecar:
             self.metrics.journal = self._journal
             self.crash.then(self._journal.ended)
         self.crash.then(self._on_crash)
-        calls = (*self.access.calls, Checks(self.access.policy, self.gateway))
+        calls = (*self.access.calls, Checks(self.access.policy, self.gateway), UsageCalls(self.usage))
         self.listening = Listening(config, self.entries, self.gateway, self.metrics, self.drain, calls)
         self.served = ServedFolders(config.adapters, self.gateway.catalogue)
 

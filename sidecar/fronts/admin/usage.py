@@ -1,4 +1,4 @@
-"""The part of `lorasidecar.v1.Access` that answers for usage."""
+"""The RPC `Access.GetUsage`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from sidecar.proto import admin_pb2
 DAY_S = 86_400.0
 
 
-class UsagePart:
-    """Shows what tenants have used. `usage` is None where none is kept."""
+class UsageCalls:
+    """Shows what tenants have used; a part of `AccessService`. `usage` is None where none is kept."""
 
     def __init__(self, usage: UsageKeeper | None) -> None:
         self._usage = usage
