@@ -192,6 +192,14 @@ COMMANDS = {
         "sidecar.cli.state:migrate",
         "Copy all names, with their versions, pins and changes, from a file to Redis or back.",
     ),
+    "state backup": (
+        "sidecar.cli.backing_up:backup",
+        "Write names, keys, limits and the usage of the data directory into one file. Sidecars may run meanwhile.",
+    ),
+    "state restore": (
+        "sidecar.cli.backing_up:restore",
+        "Put a backup into the data directory, or into the configuration's Redis. No sidecar may run on them.",
+    ),
     "debug capture": (
         "sidecar.cli.incidents:capture",
         "Write journal, redacted configuration, engines' configs, metrics and versions into one file; never a prompt.",
@@ -210,7 +218,7 @@ GROUPS = {
     "access": "Ask who may do what.",
     "config": "Check a configuration.",
     "policies": "Check a policy.",
-    "state": "Where registered names are kept.",
+    "state": "Where names, keys and limits are kept.",
     "debug": "Keep what is needed to find out what went wrong.",
 }
 

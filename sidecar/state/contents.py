@@ -38,6 +38,9 @@ class RegistryStore(Protocol[R]):
 
     async def __aexit__(self, *error: object) -> None: ...
 
+    async def close(self) -> None:
+        """Let go of the store; leaving its context does so too."""
+
     async def read(self) -> Contents[R]:
         """Return the store's contents. Raises Misused if it holds no registry."""
 
@@ -63,6 +66,9 @@ class SqliteFile(Generic[R]):
         return self
 
     async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
         if self._lock is not None:
             self._lock.close()
 

@@ -76,6 +76,7 @@ async def test_a_keys_life_from_the_command_line(tmp_path: Path, caplog: pytest.
         (listed,) = json.loads(out)
         assert listed["id"] == first.split()[1]
         assert (listed["roles"], listed["groups"], listed["class"]) == (["viewer", "publisher"], ["red"], "default")
+        assert listed["created_by"] == "local"
         assert listed["expires_at"] - listed["created_at"] == pytest.approx(90 * 24 * 3600)
         assert listed["used_at"] >= listed["created_at"]
         code, out, error = await sidecar(served, "keys", "revoke", listed["id"])

@@ -38,6 +38,7 @@ class KeyCalls:
 
     def _key(self, request: Any, key_id: str, digest: str) -> Key:
         """Return the key that is asked for. Raises Refused(INVALID_REQUEST)."""
+        maker = callers.CALLER.get().principal
         now, expires_s = self._store.clock(), request.expires_s
         if not (isfinite(expires_s) and expires_s >= 0):
             raise Refused(
@@ -52,7 +53,7 @@ class KeyCalls:
                 groups=tuple(request.groups),
                 klass=getattr(request, "class"),
                 note=request.note,
-                created_by=callers.CALLER.get().principal.subject,
+                created_by=maker.subject or maker.proof.value,
                 created_at=now,
                 expires_at=now + expires_s if expires_s else None,
             )

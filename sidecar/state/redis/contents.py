@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Iterator
 from secrets import token_hex
 from time import time
 from typing import Generic, TypeVar
 
-from sidecar.errors import Misused, Reason
+from sidecar.errors import Misused, Reason, Refused
 from sidecar.state.codec import Codec, R
 from sidecar.state.contents import Contents, Progress, unreadable
 from sidecar.state.redis.entries import Entry, Head, entry_of, value_of
@@ -23,6 +24,9 @@ UNFINISHED = "unfinished"
 """The schema number during a write: it keeps replicas from starting on an incomplete registry."""
 WRITTEN_AT_ONCE = 500
 NUMBER_MAX = 2**53
+ATTEMPTS_MAX = 10
+"""How many times a registry is read that replicas change meanwhile."""
+PAUSE_S = 0.05
 
 
 class RedisRegistryStore(Generic[R]):
@@ -42,6 +46,9 @@ class RedisRegistryStore(Generic[R]):
         return self
 
     async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
         await self._link.close()
 
     async def is_empty(self) -> bool:
@@ -52,8 +59,13 @@ class RedisRegistryStore(Generic[R]):
             raise Misused(
                 Reason.CONFIG_INVALID, f"{self} holds no registry under the prefix {self._link.place.key_prefix}"
             )
-        view = await self._asked(look(self._link, Position()))
-        return await self._asked(self._read(view.revision))
+        for attempt in range(ATTEMPTS_MAX):
+            await asyncio.sleep(attempt * PAUSE_S)
+            view = await self._asked(look(self._link, Position()))
+            contents = await self._asked(self._read(view.revision))
+            if (await self._asked(look(self._link, Position()))).position == view.position:
+                return contents
+        raise Refused(Reason.STATE_UNAVAILABLE, f"{self} is changed all the time; try again")
 
     async def _read(self, last: int) -> Contents[R]:
         records: dict[str, tuple[int, R]] = {}
