@@ -60,7 +60,7 @@ class Reservation:
     def dispatched(self) -> None:
         """Note that the request went to an engine: its tokens no longer wait. Further calls do nothing."""
         for charge in self._charges:
-            charge.dispatched()
+            charge.dispatched(self._clock())
 
     def settle(self, input_tokens: int | None, output_tokens: int, ran: bool) -> None:
         """Charge what was taken instead of what was reserved. Further calls do nothing.
@@ -73,15 +73,14 @@ class Reservation:
         self.is_settled = True
         if input_tokens is not None:
             self.input_tokens, self.is_estimated = input_tokens, False
-        now_s = self._clock()
+        now_s, took_s = self._clock(), 0.0
         for charge in self._charges:
-            charge.settle(input_tokens, output_tokens, ran, now_s)
+            took_s = charge.settle(input_tokens, output_tokens, ran, now_s)
+            if ran:
+                for expected in (charge.budget.expected, charge.budget.rule.expected):
+                    self._asked.learn(expected, input_tokens, output_tokens, took_s)
         if ran:
-            learners = [self._expected]
-            for charge in self._charges:
-                learners += (charge.budget.expected, charge.budget.rule.expected)
-            for expected in learners:
-                self._asked.learn(expected, input_tokens, output_tokens)
+            self._asked.learn(self._expected, input_tokens, output_tokens, took_s)
 
 
 class Budgets:
@@ -194,20 +193,24 @@ class Budgets:
                 yield rule, (own[0], own[1], own[2])
 
     def _of(self, tenant: str, klass: str, adapter: str, now_s: float) -> list[Budget]:
+        places = [
+            ((rule.words, rule.limit.tokens, words), rule) for rule, words in self._matching((tenant, klass, adapter))
+        ]
+        new = sum(place not in self._budgets for place, _ in places)
+        if new:  # before any is made: one that is new looks idle
+            self._forget_idle(2 * new, now_s)
         found = []
-        for rule, words in self._matching((tenant, klass, adapter)):
-            place = rule.words, rule.limit.tokens, words
+        for place, rule in places:
             budget = self._budgets.get(place)
             if budget is None:
-                self._forget_idle(now_s)
-                budget = self._budgets[place] = Budget(rule, words, self._sharing, now_s)
+                budget = self._budgets[place] = Budget(rule, place[-1], self._sharing, now_s)
             budget.turn(now_s)
             found.append(budget)
         return found
 
-    def _forget_idle(self, now_s: float) -> None:
+    def _forget_idle(self, count: int, now_s: float) -> None:
         """Look at two old budgets for each new one, so that what is kept follows what is used."""
-        for _ in range(min(2, len(self._budgets))):
+        for _ in range(min(count, len(self._budgets))):
             place, budget = next(iter(self._budgets.items()))
             if budget.is_idle(now_s) or (len(self._budgets) >= BUDGETS_MAX and not budget.running):
                 del self._budgets[place]

@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from sidecar.access.budgets.expected import Expected
+from sidecar.access.budgets.expected import Expected, UnderWay
 from sidecar.access.budgets.meters import NUMBERS, Meter, Number, Sharing
 from sidecar.config.access import Limit
 from sidecar.errors import Reason, Refused
 
 SOON_S = 1.0
 """When to try again for what does not wait for a window to turn."""
+LEASED_S = 0.2
+"""When to try again for what another replica could use: by then this one has asked for it."""
 
 Words = tuple[str | None, str | None, str | None]
 """A tenant, a class and an adapter; None stands for all of them, and in a limit "*" for each."""
@@ -61,7 +63,12 @@ class Asked:
         mean = expected.outputs.expect(self.sequences)
         return mean if default is None else min(mean, default * self.sequences)
 
-    def learn(self, expected: Expected, input_tokens: int | None, output_tokens: int) -> None:
+    def learn(self, expected: Expected, input_tokens: int | None, output_tokens: int, took_s: float) -> None:
+        """Note what it has taken, and in what time."""
+        if took_s > 0:
+            # Twice, because at a random moment an answer is half done. Weighted, because long ones are then more often
+            # met. By what is expected now: what was reserved when nothing was known says nothing of later answers.
+            expected.growth.learn(2 * (output_tokens - self.outputs(expected, None)), took_s, took_s)
         if self.is_estimated and input_tokens is not None and self.input_tokens:
             expected.texts.learn(input_tokens, self.input_tokens)
         if self.output_tokens_max is None:
@@ -73,7 +80,7 @@ class Asked:
 class Budget:
     """What the requests of one scope may take by one limit, and take now."""
 
-    __slots__ = ("_key", "_sharing", "expected", "meters", "queued_tokens", "rule", "running", "words")
+    __slots__ = ("_key", "_sharing", "expected", "meters", "queued_tokens", "rule", "running", "under_way", "words")
 
     def __init__(self, rule: Rule, words: Words, sharing: Sharing, now_s: float) -> None:
         self.rule = rule
@@ -83,6 +90,7 @@ class Budget:
         self._key = blake2b(named.encode(), digest_size=12).hexdigest()
         self.expected = rule.expected.heir()
         self.running = self.queued_tokens = 0
+        self.under_way = UnderWay()
         self.meters: dict[str, Meter] = {}
         self.fit(now_s)
 
@@ -95,8 +103,13 @@ class Budget:
             self.meters[number.name] = meter
 
     def turn(self, now_s: float) -> None:
+        """Bring its meters to this time."""
+        counts_outputs = self.rule.limit.tokens != "input"
+        excess = self.under_way.excess(self.expected, now_s) if counts_outputs else 0
         for meter in self.meters.values():
             meter.turn(now_s)
+            if meter.number.unit == "tokens":
+                meter.pending = excess
 
     def is_idle(self, now_s: float) -> bool:
         """Return True if forgetting the budget changes nothing."""
@@ -135,7 +148,7 @@ class Budget:
 class Charge:
     """What one request takes from one budget."""
 
-    __slots__ = ("_amounts", "_input_tokens", "_is_queued", "budget", "tokens")
+    __slots__ = ("_amounts", "_began_s", "_input_tokens", "budget", "tokens")
 
     def __init__(self, budget: Budget, asked: Asked) -> None:
         self.budget = budget
@@ -144,7 +157,7 @@ class Charge:
         default = min((each for each in (limit.default_max_tokens, limit.max_tokens) if each), default=None)
         self.tokens = self._counted(self._input_tokens, asked.outputs(budget.expected, default))
         self._amounts: list[tuple[Meter, int, int]] = []
-        self._is_queued = True
+        self._began_s: float | None = None
 
     def _counted(self, input_tokens: int, output_tokens: int) -> int:
         """Return the tokens that the limit counts."""
@@ -193,22 +206,28 @@ class Charge:
             )  # fmt: skip
         for meter in budget.meters.values():
             amount = self._amount(meter)
-            if meter.taken + amount <= meter.allowance:
+            if meter.taken + meter.pending + amount <= meter.allowance:
                 continue
-            meter.sharing.touched(meter, amount)
-            number, resets_s = meter.number, meter.resets_s(now_s)
-            if meter.taken_by_all + amount <= meter.limit:
-                yield self._refused(
-                    number.name, f"may use {meter.limit:,} {number.unit} a {number.word}; some remain, but not yet at "
-                    "this replica; send it again", min(SOON_S, resets_s),
-                )  # fmt: skip
-                continue
-            needs = f"this request needs about {amount:,}" if number.unit == "tokens" else "this is one more"
-            yield self._refused(
-                number.name, f"may use {meter.limit:,} {number.unit} a {number.word} and has used "
-                f"{meter.taken_by_all:,}; {needs}; send it again in {resets_s:.0f} s, when the next {number.word} "
-                f"begins, or have your operator raise {number.name}", resets_s,
-            )  # fmt: skip
+            remains = meter.taken_by_all + amount <= meter.limit
+            meter.sharing.touched(meter, amount if remains else 0)
+            yield self._used_up(meter, amount, remains, now_s)
+
+    def _used_up(self, meter: Meter, amount: int, remains: bool, now_s: float) -> Refused:
+        number, resets_s = meter.number, meter.resets_s(now_s)
+        verb = "send" if number.unit == "requests" else "use"
+        may = f"may {verb} {meter.limit:,} {number.unit if meter.limit > 1 else number.unit[:-1]} a {number.word}"
+        if remains and meter.sharing.gets_more:
+            text = f"{may}; some of them are left, but not yet at this replica; send it again"
+            return self._refused(number.name, text, min(LEASED_S, resets_s))
+        so_far = f"{'sent' if number.unit == 'requests' else 'used'} so far: {meter.taken_by_all:,}"
+        if remains:
+            so_far += f", and this one of {self.budget.replicas} replicas has given its share, for Redis is away"
+        needs = f"; this request needs about {amount:,}" if number.unit == "tokens" else ""
+        text = (
+            f"{may}; {so_far}{needs}; send it again in {_in_words(resets_s)}, when the next {number.word} begins, "
+            f"or have your operator raise {number.name}"
+        )
+        return self._refused(number.name, text, resets_s)
 
     def _refused(self, name: str, text: str, after_s: float) -> Refused:
         scope = self.budget.scope
@@ -230,17 +249,29 @@ class Charge:
             meter.take(amount)
             self._amounts.append((meter, meter.window, amount))
 
-    def dispatched(self) -> None:
-        if self._is_queued:
-            self._is_queued = False
+    def dispatched(self, now_s: float) -> None:
+        if self._began_s is None:
+            self._began_s = now_s
             self.budget.queued_tokens -= self.tokens
+            self.budget.under_way.begin(self.tokens, now_s)
 
-    def settle(self, input_tokens: int | None, output_tokens: int, ran: bool, now_s: float) -> None:
-        self.dispatched()
+    def settle(self, input_tokens: int | None, output_tokens: int, ran: bool, now_s: float) -> float:
+        """Charge what was taken. Return how long it was under way, in seconds."""
+        self.dispatched(now_s)
+        assert self._began_s is not None
         self.budget.running -= 1
+        self.budget.under_way.end(self.tokens, self._began_s)
         known = self._input_tokens if input_tokens is None else input_tokens
         tokens = self._counted(known, output_tokens)
         for meter, window, amount in self._amounts:
             meter.turn(now_s)
             took = 0 if not ran else 1 if meter.number.unit == "requests" else tokens
             meter.correct(window, took - amount)
+        return now_s - self._began_s
+
+
+def _in_words(seconds: float) -> str:
+    for unit, each_s in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * each_s:
+            return f"{seconds / each_s:.0f} {unit}"
+    return f"{max(1, seconds):.0f} s"

@@ -26,8 +26,13 @@ NUMBERS = tuple(
 class Sharing(Protocol):
     """Says how much of each budget this replica may take."""
 
-    replicas: int
-    """How many replicas share the budgets; this one counts."""
+    @property
+    def replicas(self) -> int:
+        """How many replicas share the budgets, with this one."""
+
+    @property
+    def gets_more(self) -> bool:
+        """True if this replica may get more of a budget before its window turns."""
 
     def allowance(self, meter: Meter) -> int:
         """Return how much this replica may take in the meter's window."""
@@ -35,14 +40,18 @@ class Sharing(Protocol):
     def cleared(self, meter: Meter) -> int:
         """Return how much of what was taken in the meter's window, which is over, is no debt."""
 
-    def touched(self, meter: Meter, short: int = 0) -> None:
-        """Note that a meter was used, or that `short` more could not be taken."""
+    def held_by_others(self, meter: Meter) -> int:
+        """Return what other replicas have taken or leased, as far as this one knows."""
+
+    def touched(self, meter: Meter, missed: int = 0) -> None:
+        """Note that a meter was used, or that `missed` of what remains could not be taken here."""
 
 
 class Alone:
     """There is one replica: the whole limit is its own."""
 
     replicas = 1
+    gets_more = False
 
     def allowance(self, meter: Meter) -> int:
         return meter.limit
@@ -50,17 +59,20 @@ class Alone:
     def cleared(self, meter: Meter) -> int:
         return meter.ceiling
 
-    def touched(self, meter: Meter, short: int = 0) -> None:
-        pass
+    def held_by_others(self, meter: Meter) -> int:
+        return 0
+
+    def touched(self, meter: Meter, missed: int = 0) -> None:
+        """Do nothing: nobody else is told."""
 
 
 @dataclass(slots=True)
 class Lease:
     """What a replica knows of a shared budget in the meter's window.
 
-    `total` is what all replicas had leased when Redis was last asked, None before that. `recent` is what was taken
-    within about the last second, up to `asked_s`, `counted` what `taken` was then, and `short` the largest amount that
-    could not be taken since.
+    It `held` so much of it, and all replicas `total`, when Redis last answered; None if it has not yet. `recent` is
+    what was wanted within about the last second before `asked_s`, of which `counted` was then taken. `missed` could not
+    be taken since, and the largest such amount is kept until `largest_until_s`.
     """
 
     held: int = 0
@@ -68,7 +80,9 @@ class Lease:
     recent: float = 0.0
     counted: int = 0
     asked_s: float = 0.0
-    short: int = 0
+    missed: int = 0
+    largest: int = 0
+    largest_until_s: float = 0.0
 
 
 class Meter:
@@ -78,7 +92,19 @@ class Meter:
     is taken above the limit is a debt: the next window begins with it.
     """
 
-    __slots__ = ("carried", "ceiling", "key", "lease", "limit", "number", "sharing", "taken", "window")
+    __slots__ = (
+        "__weakref__",
+        "carried",
+        "ceiling",
+        "key",
+        "lease",
+        "limit",
+        "number",
+        "pending",
+        "sharing",
+        "taken",
+        "window",
+    )
 
     def __init__(self, number: Number, key: str, limit: int, sharing: Sharing, now_s: float) -> None:
         self.number = number
@@ -88,7 +114,9 @@ class Meter:
         self.sharing = sharing
         self.window = int(now_s // number.seconds)
         self.taken = self.carried = 0
-        self.lease: Lease | None = None
+        self.pending = 0
+        """What the answers under way will take beyond what they have reserved."""
+        self.lease = Lease()
 
     def set(self, limit: int) -> None:
         """Change the limit at once. What was allowed before the change is no debt after it."""
@@ -105,8 +133,7 @@ class Meter:
         self.taken = self.carried = max(0, debt - unused)
         self.window = window
         self.ceiling = self.limit
-        if self.lease is not None:
-            self.lease = Lease(recent=self.lease.recent, counted=self.taken, asked_s=self.lease.asked_s)
+        self.lease = Lease(recent=self.lease.recent, counted=self.taken, asked_s=self.lease.asked_s)
 
     def resets_s(self, now_s: float) -> float:
         """Return the seconds until the window turns."""
@@ -125,9 +152,7 @@ class Meter:
     @property
     def taken_by_all(self) -> int:
         """What all replicas have taken or leased, as far as this one knows."""
-        if self.lease is None or self.lease.total is None:
-            return self.taken
-        return max(self.taken, self.lease.total - self.lease.held + self.taken)
+        return self.taken + self.pending + self.sharing.held_by_others(self)
 
     def take(self, amount: int) -> None:
         self.taken += amount

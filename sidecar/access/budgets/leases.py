@@ -1,0 +1,205 @@
+"""Share budgets among replicas: each leases from Redis, in the background, about a second of its use ahead.
+
+Requests never wait for Redis. A replica may take what it holds and, between two answers of Redis, its part of what was
+left at the last one; what then turns out too much is a debt in the next window. While Redis is away that part is all it
+gets, and never more than its share of the limit. Before it hears of a window, all of it counts as left.
+
+What is leased counts as taken until it is given back. So a replica that is killed costs its tenants up to a second of
+use, and gives them nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from secrets import token_hex
+from weakref import WeakSet
+
+from sidecar.access.budgets.meters import Meter
+from sidecar.state.redis.link import FAULTS, Link
+from sidecar.state.redis.scripts import Script
+
+logger = logging.getLogger(__name__)
+
+EACH_S = 0.25
+"""How often Redis is asked about budgets in use."""
+GATHER_S = 0.02
+"""How long questions are gathered before Redis is asked sooner, because a lease is nearly used up."""
+ANSWER_S = 1.0
+"""A Redis that has not answered within this time is away."""
+LARGEST_S = 3.0
+"""How long the room for a request that was refused is kept ahead: its client tries again."""
+BUDGETS_AT_ONCE = 200
+
+LEASE = Script(
+    ("budgets",),
+    """
+local function number(key, field) return tonumber(redis.call('HGET', key, field) or '0') end
+local function digits(value) return string.format('%.0f', value) end
+
+redis.call('SET', KEYS[1], ARGV[2], 'NX')
+local answer = {redis.call('GET', KEYS[1])}
+for index = 2, #KEYS do
+  local key, at = KEYS[index], 4 * index - 5
+  local limit, spent, want = tonumber(ARGV[at]), tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2])
+  local mine = number(key, ARGV[1])
+  local others = number(key, 'total') - mine
+  local held = math.max(spent, math.min(want, math.max(mine, limit - others)))
+  redis.call('HSET', key, ARGV[1], digits(held), 'total', digits(others + held))
+  redis.call('EXPIRE', key, ARGV[at + 3])
+  answer[#answer + 1] = held
+  answer[#answer + 1] = others + held
+end
+return answer
+""",
+)
+"""Lease parts of budgets, or give parts back. The keys after the first are one budget's window each.
+
+The arguments are the replica, a mark, and for each budget its limit, what the replica has rightly spent, what it wants
+to hold in all, and the seconds until the window can be forgotten. These are totals, so that a repeated call changes
+nothing. Return the mark, which differs after a loss of data, and for each budget what the replica holds and what all
+hold. A replica's claim to what it has spent restores lost data.
+"""
+
+
+class Leases:
+    """Implements `meters.Sharing` for replica `member`. `replicas` returns how many there are, with this one.
+
+    `run` asks Redis until it is cancelled. While Redis is away `replicas` may return fewer than there are: the number
+    at the last answer stands then.
+    """
+
+    def __init__(self, link: Link, member: str, replicas: Callable[[], int], clock: Callable[[], float]) -> None:
+        self._link = link
+        self._field = f"of:{member}"
+        self._count = replicas
+        self._counted = 1
+        self._clock = clock
+        self._mark = token_hex(8)
+        self._known: WeakSet[Meter] = WeakSet()
+        self._used: dict[str, Meter] = {}
+        self._woken = asyncio.Event()
+        self.is_away = False
+
+    # For meters.
+
+    @property
+    def gets_more(self) -> bool:
+        return not self.is_away
+
+    @property
+    def replicas(self) -> int:
+        now = max(1, self._count())
+        return max(now, self._counted) if self.is_away else now
+
+    def allowance(self, meter: Meter) -> int:
+        lease, replicas = meter.lease, self.replicas
+        part = max(0, meter.limit - (lease.total or 0)) // replicas
+        if self.is_away:
+            return max(lease.held, min(meter.limit // replicas, lease.held + part))
+        return min(meter.limit, lease.held + part)
+
+    def cleared(self, meter: Meter) -> int:
+        return self.allowance(meter) if self.is_away else meter.lease.held
+
+    def held_by_others(self, meter: Meter) -> int:
+        return max(0, (meter.lease.total or 0) - meter.lease.held)
+
+    def touched(self, meter: Meter, missed: int = 0) -> None:
+        lease = meter.lease
+        self._used[meter.key] = meter
+        if missed:
+            lease.missed += missed
+            lease.largest = max(lease.largest, missed)
+            lease.largest_until_s = self._clock() + LARGEST_S
+        if (
+            missed
+            or lease.total is None
+            or (lease.total < meter.limit and meter.taken + meter.pending + lease.recent / 2 > lease.held)
+        ):
+            self._woken.set()
+
+    # For Redis.
+
+    async def run(self) -> None:
+        """Ask Redis about the budgets in use, until cancelled."""
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(EACH_S):
+                    await self._woken.wait()
+            await asyncio.sleep(EACH_S if self.is_away else GATHER_S)
+            self._woken.clear()
+            await self.ask()
+
+    async def ask(self) -> None:
+        """Ask Redis about the budgets in use, once."""
+        used, self._used = list(self._used.values()), {}
+        for start in range(0, len(used), BUDGETS_AT_ONCE):
+            await self._ask(used[start : start + BUDGETS_AT_ONCE])
+
+    async def _ask(self, meters: Sequence[Meter]) -> None:
+        now_s = self._clock()
+        keys = ["budgets"]
+        arguments: list[str | int] = [self._field, self._mark]
+        asked = []
+        for meter in meters:
+            meter.turn(now_s)
+            spent, want = min(meter.taken, self.cleared(meter)), self._want(meter, now_s)
+            # Given back before Redis is asked: what is taken meanwhile must not be what it then gives to another.
+            meter.lease.held = min(meter.lease.held, max(spent, want))
+            self._known.add(meter)
+            keys.append(f"budget:{meter.key}:{meter.window}")
+            arguments += (meter.limit, spent, want, 2 * meter.number.seconds)
+            asked.append((meter, meter.window, want))
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                mark, *answers = await self._link.run(replace(LEASE, keys=tuple(keys)), *arguments)
+        except FAULTS as error:
+            self._missing(meters, error)
+            return
+        for (meter, window, want), held, total in zip(asked, answers[::2], answers[1::2], strict=True):
+            if meter.window == window:
+                meter.lease.held, meter.lease.total = held, total
+            if want > meter.taken or meter.taken > held:  # there is a lease to give back, or one to get
+                self._used.setdefault(meter.key, meter)
+        self._answered(mark)
+
+    def _want(self, meter: Meter, now_s: float) -> int:
+        """Return what a replica wants to hold of a budget: what it has taken, and about a second of use."""
+        lease = meter.lease
+        used = max(0, meter.taken - lease.counted) + lease.missed
+        lease.recent = lease.recent * math.exp(min(0.0, lease.asked_s - now_s)) + used
+        lease.counted, lease.asked_s, lease.missed = meter.taken, now_s, 0
+        if now_s >= lease.largest_until_s:
+            lease.largest = 0
+        return min(meter.limit, meter.taken + meter.pending + max(round(lease.recent), lease.largest))
+
+    def _missing(self, meters: Sequence[Meter], error: BaseException) -> None:
+        for meter in meters:
+            self._used.setdefault(meter.key, meter)
+        if not self.is_away:
+            self._counted = self.replicas
+            self.is_away = True
+            logger.warning(
+                "%s does not answer: each of %d replicas goes on with its share of what is left of each budget: %s",
+                self._link, self._counted, self._link.describe(error),
+            )  # fmt: skip
+
+    def _answered(self, mark: str) -> None:
+        if not self.is_away and mark == self._mark:
+            return
+        if self.is_away:
+            logger.info("%s answers again: budgets are shared by use", self._link)
+        # Redis may have lost what was leased: say again what is spent, for budgets that are not in use now, too.
+        for meter in list(self._known):
+            meter.turn(self._clock())
+            meter.lease.held = max(meter.lease.held, min(meter.taken, self.cleared(meter)))
+            if meter.taken:
+                self._used[meter.key] = meter
+        self._woken.set()
+        self._mark = mark
+        self.is_away = False

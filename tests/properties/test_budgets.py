@@ -1,0 +1,109 @@
+"""Budgets against a model that knows only a list of what happened, and counts it anew for each question."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sidecar.access.budgets.budgets import Budgets, Reservation
+from sidecar.config.access import Limit
+from sidecar.errors import Refused
+from tests.kit.tenant_load import Time
+
+WINDOW_S = 60
+
+
+@dataclass
+class Asked:
+    """A request of known size: its window, what was reserved, and what it took, once that is known."""
+
+    window: int
+    reserved: int
+    took: int | None = None
+    ended: int = 0
+
+
+class Model:
+    """One budget of input tokens a minute. It answers from the list of requests and the limits in force."""
+
+    def __init__(self, first_window: int, limit: int) -> None:
+        self.first = first_window
+        self.limits = {first_window: [limit]}
+        self.asked: list[Asked] = []
+
+    def _limit(self, window: int) -> int:
+        """Return the greatest limit in force within a window."""
+        past = [each for each in self.limits if each <= window]
+        latest = max(past)
+        return max(self.limits[latest]) if latest == window else self.limits[latest][-1]
+
+    def _charged(self, window: int) -> int:
+        """Return what counts in a window, without debts of former ones."""
+        total = 0
+        for each in self.asked:
+            if each.took is None:
+                total += each.reserved if each.window == window else 0
+            elif each.ended == each.window:
+                total += each.took if each.window == window else 0
+            else:  # in its window what was reserved, or less if it is known in time; later what went beyond that
+                known = min(each.reserved, each.took) if each.ended == each.window + 1 else each.reserved
+                total += known if each.window == window else 0
+                total += max(0, each.took - each.reserved) if each.ended == window else 0
+        return total
+
+    def taken(self, now_window: int) -> int:
+        debt = 0
+        for window in range(self.first, now_window):
+            debt = max(0, debt + self._charged(window) - self._limit(window))
+        return debt + self._charged(now_window)
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("ask"), st.integers(0, 120)),
+        st.tuples(st.just("end"), st.integers(0, 5), st.integers(0, 300)),
+        st.tuples(st.just("lose"), st.integers(0, 5)),
+        st.tuples(st.just("wait"), st.sampled_from([1, 13, 59, 60, 61, 200])),
+        st.tuples(st.just("limit"), st.integers(50, 200)),
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(STEPS)
+def test_a_budget_counts_as_the_model_does(steps: list[tuple[str, int] | tuple[str, int, int]]) -> None:
+    clock = Time()
+    limit = Limit(tenant="*", tokens="input", tokens_per_minute=100)
+    budgets = Budgets([limit], clock)
+    budgets.reserve("acme", "default", "sql", 0, None).settle(None, 0, ran=True)  # a budget knows the limits since then
+    model = Model(int(clock.now_s) // WINDOW_S, 100)
+    most = 100
+    going: list[tuple[Reservation, Asked]] = []
+    for what, number, *more in steps:
+        window = int(clock.now_s) // WINDOW_S
+        if what == "ask":
+            has_room = number <= most and model.taken(window) + number <= most
+            try:
+                reservation = budgets.reserve("acme", "default", "sql", number, None)
+            except Refused:
+                assert not has_room
+            else:
+                assert has_room
+                asked = Asked(window, number)
+                model.asked.append(asked)
+                going.append((reservation, asked))
+        elif what in ("end", "lose") and going:
+            reservation, asked = going.pop(number % len(going))
+            asked.took, asked.ended = more[0] if more else 0, window
+            reservation.settle(asked.took, 7, ran=bool(more))
+        elif what == "wait":
+            clock.now_s += number
+        elif what == "limit":
+            most = number
+            model.limits.setdefault(window, [model._limit(window)]).append(most)
+            budgets.set_limits([Limit(tenant="*", tokens="input", tokens_per_minute=most)])
+        now = int(clock.now_s) // WINDOW_S
+        assert budgets.taken(limit, "acme").get("tokens_per_minute", 0) == model.taken(now)
