@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import grpc
 
+from sidecar.cli import credentials
 from sidecar.cli.endpoint import Endpoint
 from sidecar.cli.exits import CommandError, Exit
 from sidecar.errors import Reason
@@ -18,12 +20,15 @@ ANSWER_TIMEOUT_S = 30.0
 
 
 class Client:
-    """A connection to a sidecar; `ask` makes one call and waits for the answer."""
+    """A connection to a sidecar; `ask` makes one call and waits for the answer.
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    It sends `secret`, else what the endpoint's token file or a login has for its address.
+    """
+
+    def __init__(self, endpoint: Endpoint, secret: str | None = None) -> None:
         self.endpoint = endpoint
         self._channel = _channel(endpoint)
-        self._metadata = _metadata(endpoint)
+        self._secret = secret
         stubs: Any = admin_pb2_grpc
         self.adapters: Any = stubs.AdaptersStub(self._channel)
         self.backends: Any = stubs.BackendsStub(self._channel)
@@ -35,6 +40,10 @@ class Client:
 
     def ask(self, method: Any, request: Any, timeout_s: float | None = ANSWER_TIMEOUT_S) -> Any:
         return method(request, timeout=timeout_s, metadata=self._metadata)
+
+    @cached_property
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        return _metadata(self.endpoint, self._secret)  # with the first call: a login that has ended hinders no new one
 
     def close(self) -> None:
         self._channel.close()
@@ -48,20 +57,30 @@ def _channel(endpoint: Endpoint) -> grpc.Channel:
     return grpc.secure_channel(endpoint.address, credentials, options)
 
 
-def _metadata(endpoint: Endpoint) -> tuple[tuple[str, str], ...]:
-    token = _read(endpoint.token_file)
-    if token is None:
+def _metadata(endpoint: Endpoint, secret: str | None) -> tuple[tuple[str, str], ...]:
+    """Return the credential to send: the given one, that of the token file, or that of `sidecar login`."""
+    what = "your login's credential"
+    if secret is None and endpoint.token_file is not None:
+        secret, what = _token_in(endpoint.token_file), f"the token in {endpoint.token_file}"
+    if secret is None:
+        secret = credentials.secret_for(endpoint.address)
+    if secret is None:
         return ()
-    lines = token.decode(errors="replace").split()
-    if not lines:
-        raise CommandError(f"{endpoint.token_file}: the token file is empty", Exit.MISUSED, Reason.CONFIG_INVALID.value)
     if not (endpoint.speaks_tls or endpoint.allow_cleartext or _is_local(endpoint.address)):
         raise CommandError(
-            f"the token in {endpoint.token_file} would go to {endpoint.address} in clear text; name the CA that signed "
-            "the listener with --ca, which turns TLS on, or say --allow-cleartext where the network encrypts",
+            f"{what} would go to {endpoint.address} in clear text; name the CA that signed the listener with --ca, "
+            "which turns TLS on, or say --allow-cleartext where the network encrypts",
             Exit.MISUSED,
         )
-    return (("authorization", f"Bearer {lines[0]}"),)
+    return (("authorization", f"Bearer {secret}"),)
+
+
+def _token_in(file: Path) -> str:
+    token = _read(file)
+    lines = (token or b"").decode(errors="replace").split()
+    if not lines:
+        raise CommandError(f"{file}: the token file is empty", Exit.MISUSED, Reason.CONFIG_INVALID.value)
+    return lines[0]
 
 
 def _is_local(address: str) -> bool:
@@ -80,9 +99,9 @@ def _read(path: Path | None) -> bytes | None:
 
 
 @contextmanager
-def connected(endpoint: Endpoint) -> Iterator[Client]:
+def connected(endpoint: Endpoint, secret: str | None = None) -> Iterator[Client]:
     """Yield a client; failed calls raise CommandError."""
-    client = Client(endpoint)
+    client = Client(endpoint, secret)
     try:
         yield client
     except grpc.RpcError as error:

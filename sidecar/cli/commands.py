@@ -148,6 +148,18 @@ COMMANDS = {
         "sidecar.cli.backends:undrain",
         "Return a drained backend to service.",
     ),
+    "login": (
+        "sidecar.cli.login:login",
+        "Keep a credential for the admin listener; later commands send it there, and the audit names you.",
+    ),
+    "logout": (
+        "sidecar.cli.login:logout",
+        "Forget the credential that is kept for the admin listener. A key stays good until it is revoked.",
+    ),
+    "whoami": (
+        "sidecar.cli.login:whoami",
+        "Show who the sidecar takes you for, and how that is proven.",
+    ),
     "audit": (
         "sidecar.cli.audit:audit",
         "Show who changed what and who was denied what, as the asked replica recorded it; the newest come last.",

@@ -61,7 +61,8 @@ def test_the_commands_are_those_that_are_promised() -> None:
     """No command is missing, and none stands there without its mechanism."""
     groups = {"adapters", "backends", "config", "debug", "keys", "policies", "replicas", "requests", "state"}
     assert sorted(" ".join(path) for path in commands() if path and path[0] not in groups) == [
-        "audit", "calibrate", "demo", "emulate", "generate", "plan", "queue", "replay", "serve", "simulate", "usage",
+        "audit", "calibrate", "demo", "emulate", "generate", "login", "logout", "plan", "queue", "replay", "serve",
+        "simulate", "usage", "whoami",
     ]  # fmt: skip
     assert sorted(path[1] for path in commands() if path[:1] == ("adapters",) and len(path) == 2) == [
         "convert", "evict", "inspect", "list", "pause", "pin", "prefetch", "promote", "refresh", "register", "release",
