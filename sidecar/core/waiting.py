@@ -52,15 +52,17 @@ class QueueView:
     examined: int
 
 
-def queue_view(state: State, now_ns: int, adapter: str = "", backend: str = "", limit: int = 100) -> QueueView:
-    """Return the queue, or the part of it for one adapter or backend.
+def queue_view(
+    state: State, now_ns: int, adapter: str = "", backend: str = "", limit: int = 100, tenant: str | None = None
+) -> QueueView:
+    """Return the queue, or the part of it for one adapter, backend or tenant.
 
     Lists at most `limit` requests and examines at most `EXAMINED_MAX`, oldest first.
     """
-    waiting, running = _counts(state, adapter, backend)
+    waiting, running = _counts(state, adapter, backend, tenant)
     oldest = [
         _waiting_view(state, request, now_ns)
-        for request in at_most(EXAMINED_MAX, _matching(state, adapter, backend, running=False))
+        for request in at_most(EXAMINED_MAX, _matching(state, adapter, backend, tenant, running=False))
     ]
     why: dict[Why, int] = {}
     for view in oldest:
@@ -89,21 +91,23 @@ def reasons(state: State, now_ns: int) -> dict[Why, int]:
     return counts
 
 
-def _counts(state: State, adapter: str, backend: str) -> tuple[int, int]:
-    """Return how many requests wait and run. Only the counts for one adapter walk over all requests."""
-    if adapter:
-        waiting = sum(1 for _ in _matching(state, adapter, backend, running=False))
-        return waiting, sum(1 for _ in _matching(state, adapter, backend, running=True))
+def _counts(state: State, adapter: str, backend: str, tenant: str | None) -> tuple[int, int]:
+    """Return how many requests wait and run. Only the counts for one adapter or tenant walk over all requests."""
+    if adapter or tenant is not None:
+        waiting = sum(1 for _ in _matching(state, adapter, backend, tenant, running=False))
+        return waiting, sum(1 for _ in _matching(state, adapter, backend, tenant, running=True))
     if backend:
         chosen = state.backends[backend]
         return len(chosen.queued), len(chosen.running)
     return state.queued, sum(len(each.running) for each in state.backends.values())
 
 
-def _matching(state: State, adapter: str, backend: str, running: bool) -> Iterator[Request]:
+def _matching(state: State, adapter: str, backend: str, tenant: str | None, running: bool) -> Iterator[Request]:
     """Yield requests in order of arrival, which is the order of their dict."""
     for request in state.requests.values():
         if request.running is not running:
+            continue
+        if tenant is not None and request.view.tenant != tenant:
             continue
         if (not adapter or request.view.name == adapter) and (not backend or request.backend == backend):
             yield request

@@ -116,8 +116,8 @@ class Sidecar:
             self.metrics.journal = self._journal
             self.crash.then(self._journal.ended)
         self.crash.then(self._on_crash)
-        calls = (*self.access.calls, Checks(self.access.policy, self.gateway), UsageCalls(self.usage))
-        self.listening = Listening(config, self.entries, self.gateway, self.metrics, self.drain, calls)
+        self.access.calls += (Checks(self.access.policy, self.gateway), UsageCalls(self.usage))
+        self.listening = Listening(config, self.entries, self.gateway, self.metrics, self.drain, self.access)
         self.served = ServedFolders(config.adapters, self.gateway.catalogue)
 
     @property

@@ -23,6 +23,7 @@ from sidecar.config.listeners import GrpcListener, Listener
 from sidecar.config.section import Tls
 from sidecar.errors import Misused, Reason
 from sidecar.fronts.admin.front import add_admin
+from sidecar.fronts.admin.guard import Guard
 from sidecar.fronts.calls import PENDING_OPTIONS, BoundedCalls
 from sidecar.fronts.checked_messages import CheckedMessages
 from sidecar.fronts.generate.front import GatewayService
@@ -38,6 +39,7 @@ from sidecar.fronts.openai.front import OpenAiFront
 from sidecar.fronts.openai.load_calls import LoadCalls
 from sidecar.proto import admin_pb2, gateway_pb2, gateway_pb2_grpc
 from sidecar.replicas.replica import Replica
+from sidecar.serve.access_parts import AccessParts
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.metrics import ArrivalFigures, Metrics
 
@@ -63,9 +65,8 @@ class Listening:
         gateway: Gateway,
         metrics: Metrics,
         drain: Callable[[], Awaitable[None]],
-        access: Sequence[object] = (),
+        access: AccessParts,
     ) -> None:
-        """`access` has the parts of the admin service Access."""
         self.data = self.admin = self.http = self.probes = self.drain = ""
         self.streams: Lifetimes | None = None
         """Lifetimes of clients' KServe streams."""
@@ -131,8 +132,9 @@ class Listening:
         tokens = None if wanted.token_file is None else Path(wanted.token_file)
         operators = Operators(self._gateway.access, tokens, self._config.identity.local_admin)
         calls = self._calls(wanted, operators.identify)
-        admin = self._server([calls, CheckedMessages()], _bounds(wanted, wanted.message_bytes_max))
-        add_admin(admin, self._gateway, replica, self._access)
+        guard = Guard(self._gateway, self._access.store)
+        admin = self._server([calls, CheckedMessages(), guard], _bounds(wanted, wanted.message_bytes_max))
+        add_admin(admin, self._gateway, replica, self._access.calls)
         add_kserve_admin(admin, self._gateway)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, admin)
         names = [d.full_name for pb in (gateway_pb2, admin_pb2) for d in pb.DESCRIPTOR.services_by_name.values()]

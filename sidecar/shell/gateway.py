@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from time import monotonic_ns
+from time import monotonic_ns, time
 from typing import Any
 
-from sidecar.access.access import Access, Caller
+from sidecar.access.access import OURSELVES, Access, Caller
 from sidecar.adapters.base_model import BaseModel
 from sidecar.adapters.disk import DiskTier
 from sidecar.adapters.origins.allowing import AllowList
@@ -45,6 +45,7 @@ from sidecar.shell.requests import Elsewhere, RequestFacts
 from sidecar.shell.sources import Sources
 from sidecar.shell.store import BlobStore
 from sidecar.shell.trial import Trial
+from sidecar.state.records import check_not_paused
 from sidecar.state.registry import Registry
 
 logger = logging.getLogger(__name__)
@@ -240,6 +241,9 @@ class Gateway:
         klass = access.class_of(caller, facts.klass)
         is_base = name in admission.BASE_NAMES and name not in self.state.names
         permit = access.permit(caller, name, client_id, is_base)
+        record = self.catalogue.registry.get(name.partition("@")[0])
+        if record is not None and record.is_for(facts.tenant) and caller is not OURSELVES:
+            check_not_paused(record, time())
         return replace(facts, klass=klass, versions=permit.versions)
 
     def _show_refused(self, facts: RequestFacts, error: SidecarError) -> None:

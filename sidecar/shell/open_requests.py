@@ -83,13 +83,14 @@ def _own(request: Request, now_ns: int) -> OpenRequest:
     )
 
 
-def cancel(gateway: Gateway, chosen: Chosen) -> int:
-    """Cancel the chosen requests and return how many; their clients are told that an operator did.
-
-    Raises Refused(INVALID_REQUEST) if nothing is chosen: nobody cancels everything by leaving a word out.
-    """
+def check_chosen(chosen: Chosen) -> None:
+    """Raise Refused(INVALID_REQUEST) if nothing is chosen: nobody cancels everything by leaving a word out."""
     if chosen == Chosen():
         raise Refused(Reason.INVALID_REQUEST, "say which requests: a request's id, an adapter or a tenant")
+
+
+def cancel(gateway: Gateway, chosen: Chosen) -> int:
+    """Cancel the chosen requests and return how many; their clients are told that an operator did."""
     numbers = [request.request for request in open_requests(gateway, chosen)]
     tickets = [gateway.tickets[number] for number in numbers if number in gateway.tickets]
     for ticket in tickets:

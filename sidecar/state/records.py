@@ -78,6 +78,10 @@ class Record:
     declared: Declared | None = None
     paused_until: float = 0.0
 
+    def is_for(self, tenant: str) -> bool:
+        """Return True if the allow list admits a tenant."""
+        return self.allow is None or tenant in self.allow
+
     @property
     def is_unseen(self) -> bool:
         """True for a new name that has not been published yet."""

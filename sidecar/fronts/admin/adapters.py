@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Collection
 from math import inf
 from time import monotonic_ns, time
 from typing import Any
@@ -12,6 +13,7 @@ from sidecar.config.identities import clipped
 from sidecar.core import queries
 from sidecar.core.effects import Answer
 from sidecar.errors import Reason, Refused, SidecarError
+from sidecar.fronts import callers
 from sidecar.fronts.admin.push import Pushes
 from sidecar.fronts.admin.verify import Verifier
 from sidecar.fronts.status import abort, answers_errors
@@ -59,12 +61,27 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
 
     @answers_errors
     async def List(self, request: Any, context: Any) -> Any:  # noqa: N802
-        response = admin_pb2.ListAdaptersResponse()
+        response, shown = admin_pb2.ListAdaptersResponse(), await self._shown()
         for number, view in enumerate(queries.adapter_views(self._gateway.state, monotonic_ns()), 1):
-            response.adapters.append(adapter_message(view, self._catalogue.registry.get(view.name)))
+            if view.name in shown:
+                response.adapters.append(adapter_message(view, self._catalogue.registry.get(view.name)))
             if number % LISTED_A_STEP == 0:
                 await asyncio.sleep(0)  # thousands of adapters must not delay the tokens of running requests
         return response
+
+    async def _shown(self) -> Collection[str]:
+        """Return the names that the caller may see."""
+        caller, access, records = callers.CALLER.get(), self._gateway.access, self._catalogue.registry.all()
+        if access.is_operator(caller):
+            return self._gateway.state.names
+        return await access.visible(caller, caller.principal.tenant, records)
+
+    def _may_see(self, change: Change) -> bool:
+        """Return True if the caller may hear of a change. Of a name that is forgotten only operators do."""
+        caller, access = callers.CALLER.get(), self._gateway.access
+        if access.is_operator(caller):
+            return True
+        return change.record is not None and access.may_see(caller, caller.principal.tenant, change.record)
 
     def _registered(self, entered: Entered) -> Any:
         """Return the result of a registration: the name as it is now, the content's version, and warnings."""
@@ -147,11 +164,11 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
         try:
             caught_up = await self._catch_up(request.token)
             sent = {change.number for change in caught_up} if request.token else ()
-            for change in caught_up:
+            for change in filter(self._may_see, caught_up):
                 await context.write(self._change_message(change))
             while not changes.full():
                 change = await changes.get()
-                if change.number not in sent:  # a change made during the catch-up is in both
+                if change.number not in sent and self._may_see(change):  # a change made during the catch-up is in both
                     await context.write(self._change_message(change))
             raise Refused(Reason.QUEUE_FULL, "the watcher fell behind; watch again with its last token")
         except SidecarError as error:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from time import monotonic_ns
 from typing import Any
 
+from sidecar.access.principal import Action, Resource, Sort
+from sidecar.config.identities import clipped
 from sidecar.core import queries, waiting
+from sidecar.errors import Reason, Refused
+from sidecar.fronts import callers
 from sidecar.fronts.admin.access import AccessService
 from sidecar.fronts.admin.adapters import AdaptersService
 from sidecar.fronts.status import answers_errors
@@ -14,7 +19,7 @@ from sidecar.ownership.facts import Member
 from sidecar.proto import admin_pb2, admin_pb2_grpc
 from sidecar.replicas.replica import Replica
 from sidecar.shell.gateway import Gateway
-from sidecar.shell.open_requests import Chosen, OpenRequest, cancel, open_requests
+from sidecar.shell.open_requests import Chosen, OpenRequest, cancel, check_chosen, open_requests
 
 LISTED_DEFAULT = 100
 LISTED_MAX = waiting.EXAMINED_MAX
@@ -80,28 +85,53 @@ class QueuesService(admin_pb2_grpc.QueuesServicer):
 
     @answers_errors
     async def Get(self, request: Any, context: Any) -> Any:  # noqa: N802
-        if request.adapter:
+        tenant = self._only(Action.SEE_QUEUE, "", context)
+        if request.adapter and tenant is None:
             self._gateway.catalogue.known(request.adapter)
-        if request.backend:
+        if request.backend and tenant is None:
             self._gateway.known_backend(request.backend)
         limit = min(request.limit or LISTED_DEFAULT, LISTED_MAX)
-        return queue_message(
-            waiting.queue_view(self._gateway.state, monotonic_ns(), request.adapter, request.backend, limit)
-        )
+        view = waiting.queue_view(self._gateway.state, monotonic_ns(), request.adapter, request.backend, limit, tenant)
+        return queue_message(view)
 
     @answers_errors
     async def List(self, request: Any, context: Any) -> Any:  # noqa: N802
-        if request.backend:
+        tenant = self._only(Action.SEE_QUEUE, request.tenant, context)
+        if request.backend and tenant is None:
             self._gateway.known_backend(request.backend)
-        chosen = Chosen(adapter=request.adapter, tenant=request.tenant, backend=request.backend)
+        chosen = Chosen(adapter=request.adapter, tenant=tenant or request.tenant, backend=request.backend)
         found = list(open_requests(self._gateway, chosen))
         shown = found[: min(request.limit or LISTED_DEFAULT, LISTED_MAX)]
         return admin_pb2.ListRequestsResponse(requests=map(_open_request_message, shown), total=len(found))
 
     @answers_errors
     async def Cancel(self, request: Any, context: Any) -> Any:  # noqa: N802
-        chosen = Chosen(request.request_id, request.adapter, request.tenant)
+        tenant = self._only(Action.CANCEL, request.tenant, context)
+        asked = Chosen(request.request_id, request.adapter, request.tenant)
+        check_chosen(asked)
+        chosen = replace(asked, tenant=tenant or request.tenant)
         return admin_pb2.CancelResponse(cancelled=cancel(self._gateway, chosen))
+
+    def _only(self, action: Action, asked: str, context: Any) -> str | None:
+        """Return the tenant whose requests the caller is confined to, None for any.
+
+        Raises Refused(NOT_ALLOWED) if the caller may not act on the tenant that it asks for.
+        """
+        caller, access = callers.CALLER.get(), self._gateway.access
+        if access.may(caller, action).allowed:
+            return None
+        own: str = caller.principal.tenant
+        resource = Resource(Sort.TENANT, asked or own)
+        decision = access.may(caller, action, resource)
+        if not decision.allowed or not resource.name:
+            request_id = callers.id_of_call(context)
+            access.denied(caller, action, resource, decision.by, request_id)
+            raise Refused(
+                Reason.NOT_ALLOWED,
+                f'you may not {action.value.replace("_", " ")} of "{clipped(resource.name)}"; ask your operator with '
+                f'id "{request_id}"',
+            )
+        return resource.name
 
 
 def backend_message(view: queries.BackendView) -> Any:

@@ -13,14 +13,12 @@ from typing import Any, NamedTuple
 
 from sidecar.access.entries import KEY, Key
 from sidecar.access.principal import SYSTEM, Action, Resource, Sort
-from sidecar.access.resources import adapter_resource, summary, version_resource
+from sidecar.access.resources import adapter_resource, summary
 from sidecar.access.store import AccessStore
 from sidecar.core import queries
-from sidecar.errors import Refused
 from sidecar.fronts.kserve.front import NOT_ON_ADMIN
 from sidecar.fronts.kserve.verbs import SERVICE as KSERVE
 from sidecar.shell.gateway import Gateway
-from sidecar.shell.open_requests import Chosen, open_requests
 from sidecar.state.records import paused_for
 
 API = "lorasidecar.v1"
@@ -51,7 +49,7 @@ class Verb:
     `resource(message, sight)` is what the policy is asked about. With `each` the handler shows only what the caller may
     see, name by name, so the policy is not asked about the whole. `changes(message)` tells whether the call changes
     something; `facts(message, sight)` are then what the audit says before and after it, and `outcome(reply)` is what
-    only the reply tells.
+    only the reply tells. With `creates` the name need not exist.
     """
 
     action: Action | None
@@ -60,6 +58,7 @@ class Verb:
     facts: Callable[[Any, Sight], Facts] = _nothing
     outcome: Callable[[Any], Facts] = lambda reply: {}
     each: bool = False
+    creates: bool = False
 
 
 def _always(message: Any) -> bool:
@@ -79,18 +78,6 @@ def _adapter(message: Any, sight: Sight) -> Resource:
     name = _name_in(message)
     record = sight.gateway.catalogue.registry.get(name)
     return Resource(Sort.ADAPTER, name) if record is None else adapter_resource(record)
-
-
-def _version(message: Any, sight: Sight) -> Resource:
-    """Return the version that a message selects by its ordinal, else the name."""
-    name, _, selector = message.name.partition("@")
-    record = sight.gateway.catalogue.registry.get(name)
-    if record is not None and selector.removeprefix("v").isdecimal():
-        try:
-            return version_resource(record, int(selector.removeprefix("v")))
-        except Refused:
-            pass  # the handler says that there is no such version
-    return _adapter(message, sight)
 
 
 def _record(message: Any, sight: Sight) -> Facts:
@@ -126,8 +113,8 @@ def _change(action: Action, facts: Callable[[Any, Sight], Facts] = _record) -> V
 
 
 ADAPTERS = {
-    "Register": _change(Action.REGISTER),
-    "Push": _change(Action.REGISTER),
+    "Register": Verb(Action.REGISTER, _adapter, _always, _record, creates=True),
+    "Push": Verb(Action.REGISTER, _adapter, _always, _record, creates=True),
     "Unregister": _change(Action.REGISTER),
     "Promote": _change(Action.PROMOTE),
     "Rollback": _change(Action.PROMOTE),
@@ -140,7 +127,7 @@ ADAPTERS = {
     "Pause": _change(Action.PAUSE),
     "Resume": _change(Action.PAUSE),
     "Get": Verb(Action.SHOW, _adapter),
-    "Verify": Verb(Action.INFER_VERSION, _version),
+    "Verify": Verb(Action.PROMOTE, _adapter),
     "List": Verb(Action.LIST, each=True),
     "Watch": Verb(Action.LIST, each=True),
 }
@@ -172,28 +159,14 @@ def _tenant(message: Any, sight: Sight) -> Resource:
     return Resource(Sort.TENANT, message.tenant) if message.tenant else SYSTEM
 
 
-def _chosen_tenant(message: Any, sight: Sight) -> Resource:
-    """Return the tenant whose requests are to be cancelled. Of an id alone it is the one tenant that uses it.
-
-    That tenant is then written into the message: another tenant may send a request of the same id before this one is
-    carried out.
-    """
-    if message.request_id and not message.tenant:
-        chosen = Chosen(message.request_id, message.adapter)
-        tenants = {request.tenant for request in open_requests(sight.gateway, chosen)}
-        if len(tenants) == 1:
-            (message.tenant,) = tenants
-    return _tenant(message, sight)
-
-
 def _asked(message: Any, sight: Sight) -> Facts:
     return _facts_of(message)
 
 
 QUEUES = {
-    "Get": Verb(Action.SEE_QUEUE),
-    "List": Verb(Action.SEE_QUEUE, _tenant),
-    "Cancel": Verb(Action.CANCEL, _chosen_tenant, _always, _asked, lambda reply: {"cancelled": reply.cancelled}),
+    "Get": Verb(Action.SEE_QUEUE, each=True),
+    "List": Verb(Action.SEE_QUEUE, each=True),
+    "Cancel": Verb(Action.CANCEL, _tenant, _always, _asked, lambda reply: {"cancelled": reply.cancelled}, each=True),
 }
 REPLICAS = {"List": Verb(Action.LIST)}
 
@@ -236,10 +209,10 @@ ACCESS = {
     "SetLimit": Verb(Action.MANAGE, _tenant, _always, _limit),
     "RemoveLimit": Verb(Action.MANAGE, _tenant, _always, _limit),
     "ListKeys": Verb(Action.MANAGE, _tenant),
-    "ListLimits": Verb(Action.MANAGE, _tenant),
+    "ListLimits": Verb(Action.SHOW, _tenant),
     "Check": Verb(Action.MANAGE),
     "WhoAmI": Verb(None),
-    "GetUsage": Verb(Action.MANAGE, _tenant),
+    "GetUsage": Verb(Action.SHOW, _tenant),
     "ReadAudit": Verb(Action.MANAGE, _tenant),
 }
 
