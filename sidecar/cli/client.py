@@ -34,6 +34,7 @@ class Client:
         self.backends: Any = stubs.BackendsStub(self._channel)
         self.queues: Any = stubs.QueuesStub(self._channel)
         self.replicas: Any = stubs.ReplicasStub(self._channel)
+        self.access: Any = stubs.AccessStub(self._channel)
         data: Any = gateway_pb2_grpc
         self.gateway: Any = data.GatewayStub(self._channel)
 

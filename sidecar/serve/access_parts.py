@@ -47,7 +47,7 @@ class AccessParts:
         self.store = AccessStore(data, place, member, member_ttl_s)
         keys_file = None if identity.keys_file is None else Path(identity.keys_file).expanduser()
         self.keys = KeyBook(self.store, keys_file, identity.stale_max_s)
-        self.calls = (KeyCalls(self.store, self.keys), AuditCalls(self.audit))
+        self.calls: tuple[object, ...] = (KeyCalls(self.store, self.keys), AuditCalls(self.audit))
         """The parts of the admin service Access."""
         self.tokens = Tokens(identity.issuers, folder) if identity.issuers else None
         self.budgets = Budgets(access.limits, time)

@@ -21,7 +21,6 @@ from sidecar.core.effects import Dispatch
 from sidecar.core.events import FirstToken, RunEnded
 from sidecar.core.facts import EngineFacts
 from sidecar.fronts.admin.front import add_admin
-from sidecar.fronts.admin.guard import Guard
 from sidecar.fronts.calls import BoundedCalls
 from sidecar.fronts.checked_messages import CheckedMessages
 from sidecar.fronts.generate.front import GatewayService
@@ -84,7 +83,7 @@ def guarded(gateway: Gateway, token_file: Path | None = None) -> tuple[Any, ...]
         caller = await operators.identify(presented)
         return caller if token_file is not None else await gateway.access.identify(presented)
 
-    return BoundedCalls(Intake(), 1000, identify), CheckedMessages(), Guard(gateway)
+    return BoundedCalls(Intake(), 1000, identify), CheckedMessages()
 
 
 async def serve_here(
