@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from sidecar.config.section import Section
 
@@ -25,6 +25,13 @@ def _is_pattern(text: str) -> str:
 
 
 Pattern = Annotated[str, AfterValidator(_is_pattern)]
+
+
+def _mode(written: object) -> object:
+    return "off" if written is False else written  # as YAML reads a bare off
+
+
+Mode = Annotated[Literal["off", "observe", "enforce"], BeforeValidator(_mode)]
 
 
 class Issuer(Section):
@@ -106,7 +113,7 @@ class Identity(Section):
     processes of this machine use an admin listener on loopback as operators without a credential.
     """
 
-    mode: Literal["off", "observe", "enforce"] = "off"
+    mode: Mode = "off"
     certificates: Certificates = Certificates()
     keys: bool = True
     keys_file: str | None = None
