@@ -27,6 +27,7 @@ OF_THE_CHART = {
     "HttpListener": {"address", "tls"},
     "ProbesListener": {"address", "tls"},
     "Listeners": {"drain"},
+    "Identity": {"mode", "keys_file"},
     "State": {"url", "password_file", "tls"},
     "Replicas": {"address", "advertise", "name", "tls"},
 }

@@ -96,7 +96,9 @@ async def run(secret: str, labels: dict[str, str], config_map: str) -> str:
         made = await make(api, secret, labels)
     finally:
         await api.close()
-    return f"Secret {secret}: {'made, with a key for operators and one for an application' if made else 'there already'}"
+    return (
+        f"Secret {secret}: {'made, with a key for operators and one for an application' if made else 'there already'}"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,14 +12,33 @@ from typing import Any
 
 TRITON = {"url": "triton://triton.models.svc:8001", "metrics": "http://triton.models.svc:8002/metrics"}
 REDIS = {"url": "rediss://redis.infra.svc:6379/0", "tlsSecret": "redis-ca", "passwordSecret": {"name": "redis"}}
+ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
+ISSUER = {
+    "issuer": "https://kubernetes.default.svc.cluster.local",
+    "audience": "lora-sidecar",
+    "jwks": "https://kubernetes.default.svc/openid/v1/jwks",
+    "jwks_ca": f"{ACCOUNT}/ca.crt",
+    "jwks_token_file": f"{ACCOUNT}/token",
+    "tenant_pattern": "system:serviceaccount:{tenant}:*",
+}
 OFF: dict[str, Any] = {}
 
 Options = dict[str, list[dict[str, Any]]]
 OPTIONS: Options = {
+    "identity": [
+        OFF,
+        {"identity": {"mode": "observe", "existingSecret": "api-keys"}},
+        {"identity": {"mode": False}},
+        {"config": {"identity": {"keys": False, "issuers": [ISSUER]}}},
+    ],
     "replicas": [
         OFF,
-        {"replicaCount": 3, "redis": {"bundled": {"enabled": True}}},
-        {"autoscaling": {"enabled": True, "openStreams": {"target": 100}}, "redis": REDIS},
+        {"replicaCount": 3, "redis": {"bundled": {"enabled": True}}, "identity": {"mode": "observe"}},
+        {
+            "autoscaling": {"enabled": True, "openStreams": {"target": 100}},
+            "redis": REDIS,
+            "tls": {"replicas": {"secretName": "replicas-tls"}},
+        },
     ],
     "disk": [OFF, {"persistence": {"enabled": True}}],
     "backends": [
@@ -64,7 +83,15 @@ OPTIONS: Options = {
             }
         },
     ],
-    "account": [OFF, {"serviceAccount": {"create": False, "name": "own"}, "rbac": {"create": False}}],
+    "account": [
+        OFF,
+        {
+            "serviceAccount": {"create": False, "name": "own"},
+            "rbac": {"create": False},
+            "identity": {"mode": "observe", "existingSecret": "api-keys"},
+            "config": {"identity": {"keys": True}},
+        },
+    ],
     "scheduling": [
         OFF,
         {

@@ -78,10 +78,16 @@ def one(objects: list[Object], kind: str, name: str = "") -> Object:
     return found[0]
 
 
+def hooks(found: Object) -> list[str]:
+    """Return the moments of a release at which an object is made; none for what is there all the time."""
+    named: str = found["metadata"].get("annotations", {}).get("helm.sh/hook", "")
+    return named.split(",") if named else []
+
+
 def pods(objects: list[Object]) -> Iterator[Object]:
     """Yield the pod templates of all workloads, and pods."""
     for found in objects:
-        if found["kind"] in ("Deployment", "StatefulSet"):
+        if found["kind"] in ("Deployment", "StatefulSet", "Job"):
             yield found["spec"]["template"]
         elif found["kind"] == "Pod":
             yield found

@@ -77,4 +77,8 @@ def test_notes(tools: HelmInstalled, path: Path) -> None:
     made = done.stdout.lower()
     assert f"kind: {kind}" in made
     assert f"\n  name: {name}\n" in made
-    assert notes.count("kubectl -n lora") == 3
+    makes_keys = "--secret=" in done.stdout
+    assert notes.count("kubectl -n lora") == (4 if makes_keys else 3)
+    if makes_keys:
+        secret = notes.partition("get secret ")[2].split()[0]
+        assert f"--secret={secret}\n" in done.stdout

@@ -28,6 +28,7 @@ def test_data_is_apart_from_admin(newest: Renderer) -> None:
     values = {
         "redis": {"bundled": {"enabled": True}},
         "replicaCount": 2,
+        "identity": {"mode": "observe"},
         "admin": {"tokenSecret": {"name": "token"}},
         "tls": {"admin": {"secretName": "admin"}},
         "networkPolicy": {"clients": CLIENTS, "operators": OPERATORS},
@@ -101,6 +102,7 @@ def test_ways_out(newest: Renderer) -> None:
     """Ways out are closed only where some are named; names, replicas and the bundled Redis stay open then."""
     egress = [{"to": [{"namespaceSelector": {}}], "ports": [{"port": 8001}]}]
     values = {"networkPolicy": {"egress": egress}, "redis": {"bundled": {"enabled": True}}}
+    values["identity"] = {"mode": "observe"}
     policy = one(newest.objects(values), "NetworkPolicy", "lora-sidecar")
     ports = [port["port"] for rule in policy["spec"]["egress"] for port in rule["ports"]]
     assert ports == [53, 53, REPLICAS, 6379, 8001]

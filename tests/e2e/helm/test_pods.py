@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.e2e.helm.rendering import Object, Renderer, configuration, containers, one, pods
+from tests.e2e.helm.rendering import Object, Renderer, configuration, containers, hooks, one, pods
 
 GIB = 1 << 30
 
@@ -93,14 +93,17 @@ def test_probes(rendered: dict[str, list[Object]]) -> None:
 
 
 def test_account_token_only_where_it_is_used(rendered: dict[str, list[Object]]) -> None:
-    """A pod has a token for the Kubernetes API only if it reads declared adapters or EndpointSlices."""
+    """A pod has a token for the Kubernetes API only if it asks it: for adapters, EndpointSlices or its keys."""
     seen = set()
     for name, objects in rendered.items():
         record = yaml.safe_load(configuration(objects))
         asks = "kubernetes" in record or "endpoint_slices" in str(record["backends"])
+        asks |= "/var/run/secrets/kubernetes.io/serviceaccount/token" in str(record["identity"])
         for pod in pods(objects):
-            ours = any(container["name"] == "lora-sidecar" for container in containers(pod))
-            assert pod["spec"]["automountServiceAccountToken"] == (asks and ours), name
+            names = {container["name"] for container in containers(pod)}
+            assert pod["spec"]["automountServiceAccountToken"] == (
+                "keys" in names or (asks and "lora-sidecar" in names)
+            ), name
         seen.add(asks)
     assert seen == {True, False}
 
@@ -110,7 +113,7 @@ def test_rights(newest: Renderer) -> None:
     engines = {"discover": {"endpoint_slices": {"service": "t", "port": 8001}}, "id": "t", "kind": "triton"}
     there = {"discover": {"endpoint_slices": {"service": "u", "port": 8001, "namespace": "models"}}, "id": "u"}
     values = {"backends": [engines, {**there, "kind": "triton"}], "declared": {"customResources": True}}
-    roles = [found for found in newest.objects(values) if found["kind"] == "Role"]
+    roles = [found for found in newest.objects(values) if found["kind"] == "Role" and not hooks(found)]
     rules = {(role["metadata"]["namespace"], role["metadata"]["name"]): role["rules"] for role in roles}
     reading = ["get", "list", "watch"]
     slices = [{"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": reading}]
@@ -123,7 +126,8 @@ def test_rights(newest: Renderer) -> None:
             {"apiGroups": ["events.k8s.io"], "resources": ["events"], "verbs": ["create"]},
         ],
     }
-    assert not [found for found in newest.objects({}) if found["kind"] in ("Role", "RoleBinding")]
+    usual = [found for found in newest.objects({}) if not hooks(found)]
+    assert not [found for found in usual if found["kind"] in ("Role", "RoleBinding")]
 
 
 def test_rights_to_restart_engines(newest: Renderer) -> None:

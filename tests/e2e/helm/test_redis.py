@@ -21,7 +21,9 @@ from tests.e2e.helm.rendering import NAMESPACE, RELEASE, Object, Renderer, confi
 from tests.kit.ports import free_port
 from tests.kit.redis_servers import PATIENCE_S, program
 
-BUNDLED: dict[str, Any] = {"replicaCount": 2, "redis": {"bundled": {"enabled": True}}}
+BUNDLED: dict[str, Any] = {
+    "replicaCount": 2, "redis": {"bundled": {"enabled": True}}, "identity": {"mode": "observe"}
+}  # fmt: skip
 NAME = f"{RELEASE}-lora-sidecar-redis"
 PATH = f"/api/v1/namespaces/{NAMESPACE}/secrets/{NAME}"
 PASSWORD = 'it\'s "quoted" #1 \\ ünd $HOME'
@@ -56,7 +58,10 @@ def test_redis_and_replicas_have_the_same(newest: Renderer) -> None:
     ):
         objects = newest.objects(values)
         assert secrets_of(objects, "Deployment", "-redis") == {"/etc/redis-password": secret}
-        assert secrets_of(objects, "Deployment", "lora-sidecar") == {"/etc/lora-sidecar/redis-password": secret}
+        assert secrets_of(objects, "Deployment", "lora-sidecar") == {
+            "/etc/lora-sidecar/redis-password": secret,
+            "/etc/lora-sidecar/identity-keys": f"{RELEASE}-lora-sidecar-keys",
+        }
         state = yaml.safe_load(configuration(objects))["state"]
         assert state["password_file"] == f"/etc/lora-sidecar/redis-password/{key}"
         assert (

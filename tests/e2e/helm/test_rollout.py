@@ -74,6 +74,7 @@ async def test_rollout(newest: Renderer, tmp_path: Path) -> None:
         objects = newest.objects(
             {
                 "replicaCount": REPLICAS,
+                "identity": {"mode": "off"},
                 "preStopSeconds": 1,
                 "backends": [{"url": f"triton://{engine.grpc_address}"} for engine in engines],
                 "redis": {"url": f"{redis.url}/0"},

@@ -48,6 +48,7 @@
 {{- else if .Values.sidecar.engine.enabled -}}
 {{- fail "sidecar.engine.enabled is set and mode is gateway: set mode: sidecar, or name the engines under backends" -}}
 {{- end -}}
+{{- include "lora-sidecar.checkIdentity" . -}}
 {{- $names := list -}}
 {{- range .Values.adapters -}}
 {{- if has .name $names -}}

@@ -42,6 +42,11 @@ listeners:
   drain:
     address: 127.0.0.1:9004
   {{- end }}
+identity:
+  mode: {{ include "lora-sidecar.identityMode" . | quote }}
+  {{- if include "lora-sidecar.keysSecret" . }}
+  keys_file: {{ include "lora-sidecar.etc" . }}/identity-keys/keys.yaml
+  {{- end }}
 {{- if .Values.persistence.enabled }}
 data_directory: /var/lib/lora-sidecar
 {{- end }}

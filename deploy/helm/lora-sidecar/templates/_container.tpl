@@ -105,6 +105,10 @@ secrets:
 {{- with .Values.admin.tokenSecret.name }}
   - {name: admin-token, secret: {{ . }}}
 {{- end }}
+{{- /* Not the Secret's other keys: a Job puts the API keys themselves beside the file of their hashes. */}}
+{{- with include "lora-sidecar.keysSecret" . }}
+  - {name: identity-keys, secret: {{ . }}, key: keys.yaml}
+{{- end }}
 {{- range .Values.secretMounts }}
   - {name: {{ .name }}, secret: {{ .secretName }}}
 {{- end }}
@@ -134,7 +138,7 @@ secrets:
   emptyDir: {sizeLimit: {{ .Values.temporary.sizeLimit }}}
 {{- range (include "lora-sidecar.secrets" . | fromYaml).secrets }}
 - name: {{ include "lora-sidecar.volumePrefix" $ }}{{ .name }}
-  secret: {secretName: {{ .secret }}, defaultMode: 0440}
+  secret: {secretName: {{ .secret }}, defaultMode: 0440{{ with .key }}, items: [{key: {{ . }}, path: {{ . }}}]{{ end }}}
 {{- end }}
 {{- if eq .Values.mode "sidecar" }}
 {{ include "lora-sidecar.sidecar.sharedVolumes" . }}

@@ -17,7 +17,14 @@
 
 {{/* Whether the process asks the Kubernetes API. */}}
 {{- define "lora-sidecar.asksKubernetes" -}}
-{{- if or (include "lora-sidecar.reconciles" .) (include "lora-sidecar.slices" .) -}}true{{- end -}}
+{{- if or (include "lora-sidecar.reconciles" .) (include "lora-sidecar.slices" .) (include "lora-sidecar.asksForKeys" .) -}}true{{- end -}}
+{{- end }}
+
+{{/* Whether an issuer's keys are fetched as the pod's service account, as those of the API server are. */}}
+{{- define "lora-sidecar.asksForKeys" -}}
+{{- range dig "identity" "issuers" list .Values.config -}}
+{{- if hasPrefix "/var/run/secrets/kubernetes.io/serviceaccount/" (.jwks_token_file | default "") -}}true{{- end -}}
+{{- end -}}
 {{- end }}
 
 {{- define "lora-sidecar.reconciles" -}}

@@ -39,20 +39,9 @@ spec:
 {{- end }}
 
 {{- define "lora-sidecar.scheduling" -}}
-{{- with .Values.imagePullSecrets }}
-imagePullSecrets:
-  {{- toYaml . | nindent 2 }}
-{{- end }}
+{{- include "lora-sidecar.nodes" . }}
 {{- with include "lora-sidecar.priorityClassName" . }}
 priorityClassName: {{ . }}
-{{- end }}
-{{- with .Values.nodeSelector }}
-nodeSelector:
-  {{- toYaml . | nindent 2 }}
-{{- end }}
-{{- with .Values.tolerations }}
-tolerations:
-  {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- with .Values.affinity }}
 affinity:
@@ -68,5 +57,21 @@ topologySpreadConstraints:
       matchLabels:
         {{- include "lora-sidecar.podSelector" $ | nindent 8 }}
   {{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Which nodes may run a pod of ours, and how they get the image. */}}
+{{- define "lora-sidecar.nodes" -}}
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end }}
