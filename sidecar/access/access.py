@@ -21,7 +21,7 @@ from sidecar.access.deciding import CachedPolicy
 from sidecar.access.forwarded import names_in
 from sidecar.access.policy import Open, Roles
 from sidecar.access.principal import SYSTEM, Action, Decision, Presented, Principal, Proof, Resource, Sort
-from sidecar.access.resources import adapter_resource, version_resource
+from sidecar.access.resources import Resources, adapter_resource, version_resource
 from sidecar.config.identities import clipped
 from sidecar.config.identity import Identity
 from sidecar.config.openai import LOADS
@@ -154,6 +154,7 @@ class Access:
         clock: Callable[[], float] = time,
     ) -> None:
         self._change_of = change_of
+        self._resources = Resources()
         self._listed: tuple[int, Sequence[Resource]] = (-1, ())
         """All names as resources at a change of the registry."""
         self.mode = identity.mode
@@ -406,7 +407,7 @@ class Access:
         if self.mode == "enforce":
             change = self._change_of()
             if self._listed[0] != change:
-                self._listed = change, [adapter_resource(record) for record in records]
+                self._listed = change, self._resources.of(records)
             return await self._policy.visible(caller.principal, self._listed[1], change)
         return {record.name for record in records if self.may_see(caller, tenant, record)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from sidecar.access.principal import Resource, Sort
@@ -19,6 +20,24 @@ def adapter_resource(record: Record) -> Resource:
 def version_resource(record: Record, ordinal: int) -> Resource:
     """Return a version as a resource. Raises Refused(UNKNOWN_ADAPTER) if the name has no such version."""
     return _resource(record, Sort.VERSION, ordinal)
+
+
+class Resources:
+    """All names as resources. A record is never altered, so its resource is made once."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, tuple[Record, Resource]] = {}
+
+    def of(self, records: Iterable[Record]) -> list[Resource]:
+        """Return the resources of the records, and forget those of others."""
+        made = {}
+        for record in records:
+            held = self._made.get(record.name)
+            if held is None or held[0] is not record:
+                held = record, adapter_resource(record)
+            made[record.name] = held
+        self._made = made
+        return [resource for _, resource in made.values()]
 
 
 def _resource(record: Record, sort: Sort, ordinal: int | None) -> Resource:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import Awaitable, Callable
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from time import perf_counter, process_time_ns
@@ -15,14 +16,19 @@ from sidecar.access.access import Access
 from sidecar.access.cedar import SCHEMA, CedarPolicy
 from sidecar.access.cedar_text import statements_of
 from sidecar.access.deciding import CachedPolicy, policy_of
+from sidecar.access.entries import Key
+from sidecar.access.keys import KeyBook, new_secret
 from sidecar.access.policy import READY, Roles
 from sidecar.access.principal import Action, Policy, Presented, Principal, Proof, Resource, Sort
 from sidecar.access.resources import adapter_resource
+from sidecar.access.store import AccessStore
+from sidecar.access.tokens import Tokens
 from sidecar.config.access import Policies
 from sidecar.config.identity import Identity
 from sidecar.state.records import Record, added
 from tests.bench.figures import Figure, middle
 from tests.kit.corekit import adapter_of
+from tests.kit.tokens import TokenMaker
 
 ROUNDS, QUESTIONS = 5, 2_000
 NAMES, TENANTS = 5_000, 1_000_000
@@ -57,7 +63,8 @@ async def bench(folder: Path) -> list[Figure]:
         figures.append(Figure(f"access: {name}", value_us, "µs", machine_us, beside, "value", goal))
 
     record, _ = added(None, "acme/sql", adapter_of("one"), "/a", now=0.0)
-    add("identity and policy, kept", await _whole_us(record), GOAL_US)
+    for name, value_us in (await _whole(folder, record)).items():
+        add(f"identity by {name} and policy, kept", value_us, GOAL_US)
     resource = adapter_resource(record)
     cached = policy_of(Policies(ready="tenant_prefix"))
     add("policy, kept", _decision_us(cached, resource))
@@ -79,18 +86,43 @@ def _machine_us() -> float:
     return (process_time_ns() - began) / QUESTIONS / 1e3
 
 
-async def _whole_us(record: Record) -> float:
-    """Return what one request costs: its client's certificate becomes a principal, which may use the name."""
-    certificates = {"enabled": True, "tenant_pattern": "spiffe://*/ns/{tenant}/sa/*"}
-    identity = Identity.model_validate({"mode": "enforce", "certificates": certificates})
+async def _whole(folder: Path, record: Record) -> dict[str, float]:
+    """Return by the kind of credential what one request costs: it becomes a principal, which may use the name."""
+    issuer = TokenMaker(folder)
+    identity = Identity.model_validate(
+        {
+            "mode": "enforce",
+            "certificates": {"enabled": True, "tenant_pattern": "spiffe://*/ns/{tenant}/sa/*"},
+            "issuers": [issuer.entry],
+        }
+    )
+    store = AccessStore(folder)
+    key_id, secret, digest = new_secret()
+    await store.start()
+    await store.put(Key(id=key_id, sha256=digest, tenant="acme", roles=(), groups=(), klass="", created_at=0.0))
+    keys, tokens = KeyBook(store, None, 3600.0), Tokens(identity.issuers, folder)
+    keys.start()
+    tokens.start()
     policy = policy_of(Policies(ready="tenant_prefix"))
-    access = Access(identity, "none", {record.name: record}.get, policy, NoRecord())
-    presented = Presented(certificate=("spiffe://cluster.local/ns/acme/sa/default",))
+    access = Access(identity, "none", {record.name: record}.get, policy, NoRecord(), keys=keys, tokens=tokens)
+    presented = {
+        "a certificate": Presented(certificate=("spiffe://cluster.local/ns/acme/sa/default",)),
+        "an API key": Presented(authorization=(f"Bearer {secret}",)),
+        "a token": Presented(authorization=(f"Bearer {issuer.token('acme')}",)),
+    }
 
-    async def ask() -> None:
-        access.permit(await access.identify(presented), record.name, "id")
+    async def ask(credential: Presented) -> None:
+        access.permit(await access.identify(credential), record.name, "id")
 
-    return middle([await _round_us(ask) for _ in range(ROUNDS)])
+    try:
+        return {
+            name: middle([await _round_us(partial(ask, credential)) for _ in range(ROUNDS)])
+            for name, credential in presented.items()
+        }
+    finally:
+        await tokens.stop()
+        await keys.close()
+        await store.close()
 
 
 async def _round_us(ask: Callable[[], Awaitable[object]], count: int = QUESTIONS) -> float:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from sidecar.access.cedar import APPLIES, SCHEMA, TYPES, CedarPolicy
 from sidecar.access.cedar_text import DEPTH_MAX, OPERATORS_MAX, Faulty, statements_of
+from sidecar.access.deciding import CachedPolicy
 from sidecar.access.policy import CHANGE, READY, USE, Roles
 from sidecar.access.principal import SYSTEM, Action, Decision, Principal, Proof, Resource, Sort
 
@@ -83,6 +84,18 @@ def test_the_ready_sets_decide_alike_in_cedar(ready: str, separator: str) -> Non
         assert expected.allowed == found.allowed, (principal, action, resource, expected.by, found.by)
         allowed += found.allowed
     assert 300 < allowed < 1200, "neither is decided by chance"
+
+
+async def test_what_cedar_denies_is_not_visible() -> None:
+    rng = random.Random(7)
+    policy = cedar((EXAMPLES / "tenant_prefix.cedar").read_text(), Roles(ROLES))
+    cached = CachedPolicy(policy)
+    for change in range(100):
+        resources = {each.name: each for each in (resource_of(rng, Sort.ADAPTER, "/") for _ in range(20))}
+        principal = principal_of(rng)
+        seen = await cached.visible(principal, list(resources.values()), change)
+        allowed = {name for name, each in resources.items() if policy.decide(principal, Action.LIST, each).allowed}
+        assert seen == allowed
 
 
 def test_the_schema_has_each_action_and_each_kind_of_resource() -> None:

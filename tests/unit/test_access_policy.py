@@ -6,7 +6,7 @@ import pytest
 
 from sidecar.access.policy import READY, Roles, prefix_owner
 from sidecar.access.principal import SYSTEM, Action, Principal, Proof, Resource, Sort
-from sidecar.access.resources import adapter_resource, version_resource
+from sidecar.access.resources import Resources, adapter_resource, version_resource
 from sidecar.config.access import Policies
 from sidecar.state.records import added, promoted
 from tests.kit.corekit import adapter_of
@@ -167,3 +167,14 @@ def test_a_record_becomes_a_resource() -> None:
     old = version_resource(record, 1)
     assert (old.sort, old.owner, old.ordinal, old.is_current) == (Sort.VERSION, "ann", 1, False)
     assert version_resource(record, 2).is_current
+
+
+def test_a_record_that_stays_keeps_its_resource() -> None:
+    made = Resources()
+    stays, changes, goes = (added(None, name, adapter_of("one"), "/a", now=0.0)[0] for name in ("a", "b", "c"))
+    first = made.of([stays, changes, goes])
+    changed, _ = added(changes, "b", adapter_of("two"), "/b", now=1.0, labels=[("team", "ml")])
+    second = made.of([changed, stays])
+    assert second == [adapter_resource(changed), adapter_resource(stays)]
+    assert second[1] is first[0]
+    assert made.of([goes, stays])[1] is first[0]

@@ -165,6 +165,22 @@ async def test_the_same_text_again_ends_a_fault_and_no_epoch(policy: FilePolicy,
     assert (policy.fault, policy.epoch, who(policy)) == ("", epoch, {"ann"})
 
 
+async def test_a_mounted_config_map_is_followed(tmp_path: Path) -> None:
+    """Kubernetes writes a folder for each change, and replaces the link to it."""
+    for name, tenant in (("old", "ann"), ("new", "bob")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "policies.cedar").write_text(permit(tenant))
+    data, path = tmp_path / "..data", tmp_path / "policies.cedar"
+    data.symlink_to("old")
+    path.symlink_to("..data/policies.cedar")
+    policy = policy_of(Policies(cedar=str(path)))
+    assert isinstance(policy, FilePolicy)
+    (tmp_path / "link").symlink_to("new")
+    (tmp_path / "link").rename(data)
+    await settle(policy)
+    assert who(policy) == {"bob"}
+
+
 async def test_a_file_that_is_written_in_place_is_waited_for(policy: FilePolicy, path: Path) -> None:
     with path.open("w") as file:
         file.write("permit(principal, action, resource);\n")
