@@ -108,6 +108,9 @@ class Sidecar:
         self.gateway.observe(RequestLog(), of_refused=True)
         self.usage = UsageKeeper(data, config.access.usage) if config.access.usage.enabled else None
         if self.usage is not None:
+            usage = self.usage
+            usage.meter.on_use = self.metrics.used
+            self.metrics.usage_errors = lambda: usage.errors
             self.gateway.observe(UsageObserver(self.gateway.core, self.usage, self.gateway.estimated), of_refused=True)
         if data is not None and config.journal.enabled:
             journal = config.journal

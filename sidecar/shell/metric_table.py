@@ -54,6 +54,12 @@ METRICS: tuple[Metric, ...] = (
         "tenant",
         "direction",
     ),
+    _counter("tenant_requests_total", "Requests that ended, by tenant and outcome.", "tenant", "outcome"),
+    _counter(
+        "tenant_seat_seconds_total",
+        "Seconds from dispatch to end, times the sequences of a request; counted each minute while it runs.",
+        "tenant",
+    ),
     _histogram(
         "queue_wait_seconds", "Time from arrival to dispatch, or to the end of a request that was never sent.", "class"
     ),
@@ -147,6 +153,7 @@ METRICS: tuple[Metric, ...] = (
     _counter("journal_errors_total", "Failures to write the journal."),
     _counter("audit_lines_total", "Lines written to the audit, by kind: change or denial.", "kind"),
     _counter("audit_lost_total", "Changes and denials that could not be recorded in the audit.", "kind"),
+    _counter("usage_errors_total", "Writes of usage that failed; they are tried again."),
     _gauge("build_info", "Always 1; the label is the running version.", "version"),
 )
 BY_SHORT: dict[str, Metric] = {metric.short: metric for metric in METRICS}

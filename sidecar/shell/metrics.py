@@ -18,6 +18,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from sidecar.access.audit_log import KINDS
+from sidecar.access.usage.meter import OTHERS, tenant_of
 from sidecar.adapters.packed import PackReport
 from sidecar.backends.api import Wear
 from sidecar.core import effects as do
@@ -146,6 +147,8 @@ class Metrics:
         """Source of what engines keep until they are restarted; set by the owner of the backends."""
         self.set_aside: Callable[[], int] = int
         """Source of the number of names set aside; set by the owner of a registry."""
+        self.usage_errors: Callable[[], int] = int
+        """Source of the number of failed writes of usage; set by its starter."""
         self.audit: Callable[[], Mapping[str, tuple[int, int]]] = lambda: dict.fromkeys(KINDS, (0, 0))
         """Source of the audit's written and lost lines by kind; set by its starter."""
         self.registry = CollectorRegistry()
@@ -167,6 +170,8 @@ class Metrics:
         registry = self.registry
         self._requests = Series("requests_total", registry)
         self._adapter_requests = Series("adapter_requests_total", registry)
+        self._tenant_requests = Series("tenant_requests_total", registry)
+        self._tenant_seats = Series("tenant_seat_seconds_total", registry)
         self._tokens = Series("tokens_total", registry)
         self._queue_wait = Series("queue_wait_seconds", registry, WAIT_BUCKETS_S)
         self._wait_bound = Series("wait_bound_seconds", registry, BOUND_BUCKETS_S)
@@ -218,6 +223,7 @@ class Metrics:
             "adapters_set_aside": self.set_aside(),
             "state_lag_changes": between.state_lag,
             "state_away_seconds": between.state_away_s,
+            "usage_errors_total": self.usage_errors(),
         }
         changes = [(("taken",), between.taken), (("given_up",), between.given_up)]
         found = [family(short, [((), value)]) for short, value in counted.items()]
@@ -328,6 +334,7 @@ class Metrics:
         if effect.reason is not Reason.NOT_OWNER:  # else it goes on at another replica
             self._requests.add(1, outcome)
             self._adapter_requests.add(1, adapter, outcome)
+            self._tenant_requests.add(1, self._tenant_label(effect), outcome)
         if effect.request != self._refused_before_core:
             self._queue_wait.take(effect.queue_ns, effect.klass)
         if effect.request in self._waiting:  # it had no token, so its wait is known up to its dispatch
@@ -338,6 +345,17 @@ class Metrics:
             tenant = self._tenants.label(effect.tenant)
             self._tokens.add(effect.input_tokens, adapter, tenant, "input")
             self._tokens.add(effect.output_tokens, adapter, tenant, "output")
+
+    def _tenant_label(self, effect: do.Settle) -> str:
+        """Return the label of a request's tenant. One of which no request was sent gets none: it may be invented."""
+        if effect.request in self._dispatched or effect.tenant in self._tenants:
+            return self._tenants.label(effect.tenant)
+        return OTHER
+
+    def used(self, tenant: str, seat_ns: int) -> None:
+        """Record seat time of a tenant, by its name in the rows of usage."""
+        label = OTHER if tenant == OTHERS else self._tenants.label(tenant_of(tenant))
+        self._tenant_seats.add(seat_ns / 1e9, label)
 
     def _adapter_label(self, name: str) -> str:
         """Return the label of a name: the name itself only while it is registered, since clients may send anything."""

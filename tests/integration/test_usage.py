@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from sidecar.access.usage import keeper as keeping
 from sidecar.access.usage.keeper import WRITE_S
@@ -112,6 +113,14 @@ async def test_a_tenant_called_idle_pays_like_any_other(house: House) -> None:
     rows = {row["tenant"]: row for row in await house.rows("--by", "tenant")}
     assert rows["\\(idle)"]["ok"] == 1
     assert rows["(idle)"]["ok"] == 0
+
+
+async def test_metrics_show_the_same_seats(house: House) -> None:
+    rows = {row["tenant"]: row["seat_seconds"] for row in await house.rows("--by", "tenant")}
+    _, text = await house.served.sidecar.metrics.render()
+    families = {family.name: family for family in text_string_to_metric_families(text.decode())}
+    samples = {each.labels["tenant"]: each.value for each in families["lora_sidecar_tenant_seat_seconds"].samples}
+    assert samples == pytest.approx({tenant: rows[tenant] for tenant in ("acme", "globex")}, abs=1e-5)
 
 
 async def test_months_in_csv_and_what_they_cost(house: House, tmp_path: Path) -> None:

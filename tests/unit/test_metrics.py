@@ -76,6 +76,7 @@ async def busy() -> Measured:
     world.run()
     world.pack("key", PackReport(fetch_ns=3 * MS, pack_ns=700 * MS))
     world.metrics.wear = lambda: {"b0": Wear(3, 4)}
+    world.metrics.used("acme", 2 * SECOND)
     return world
 
 
@@ -316,6 +317,26 @@ async def test_tokens_by_adapter_tenant_and_direction() -> None:
         ("sql", "acme", "input"): 30, ("sql", "acme", "output"): 10,
         ("_base", "acme", "input"): 5, ("_base", "acme", "output"): 10,
     }  # fmt: skip
+
+
+async def test_requests_and_seats_by_tenant() -> None:
+    """A tenant of which nothing was sent to an engine has no label of its own: clients may invent any number."""
+    world = Measured()
+    world.register("sql")
+    world.send("nobody", tenant="invented")
+    world.send("sql", tenant="acme")
+    world.send("sql")
+    world.run()
+    world.send("nobody", tenant="acme")
+    world.run()
+    assert world.metrics is not None
+    for tenant, seat_ns in (("acme", SECOND), ("(none)", 2 * SECOND), ("(others)", 5 * SECOND), ("acme", SECOND)):
+        world.metrics.used(tenant, seat_ns)
+    samples = await scrape(world)
+    assert samples["lora_sidecar_tenant_requests_total"] == {
+        ("_other", "refused"): 1, ("acme", "ok"): 1, ("", "ok"): 1, ("acme", "refused"): 1,
+    }  # fmt: skip
+    assert samples["lora_sidecar_tenant_seat_seconds_total"] == {("acme",): 2, ("",): 2, ("_other",): 5}
 
 
 async def test_adapters_past_the_limit_are_other() -> None:

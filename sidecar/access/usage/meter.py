@@ -11,7 +11,7 @@ one period and begins the next.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 NOBODY, NO_TENANT, OTHERS = "(idle)", "(none)", "(others)"
@@ -29,6 +29,11 @@ def tenant_shown(tenant: str) -> str:
     if not tenant:
         return NO_TENANT
     return f"\\{tenant}" if tenant[0] in "(\\" else tenant
+
+
+def tenant_of(shown: str) -> str:
+    """Return the tenant of a row's name; OTHERS for those that share one."""
+    return "" if shown == NO_TENANT else shown.removeprefix("\\")
 
 
 @dataclass(slots=True)
@@ -147,6 +152,8 @@ class Meter:
     """The figures of the current period. Ids of runs, and of what holds stays, are the caller's."""
 
     def __init__(self) -> None:
+        self.on_use: Callable[[str, int], None] = lambda tenant, seat_ns: None
+        """Told of seat time by tenant as it is counted."""
         self._rows: Rows = {}
         self._engines: dict[str, Engine] = {}
         self._runs: dict[Hashable, Run] = {}
@@ -194,6 +201,7 @@ class Meter:
             if stay is not None:
                 stay.users[run.key] = stay.users.get(run.key, 0) + seat_ns
         run.since_ns = now_ns
+        self.on_use(run.key[0], seat_ns)
         return seat_ns
 
     def came(self, held: Hashable, backend: str, slots: int, key: Key, now_ns: int) -> None:
