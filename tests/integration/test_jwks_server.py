@@ -60,14 +60,24 @@ async def test_a_token_of_a_new_key_is_taken_once_it_is_published(tmp_path: Path
         assert len(server.heads) == 2
 
 
-async def test_a_server_that_hangs_keeps_nobody_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Known keys count meanwhile; who waits for a new one is refused after a bound."""
+async def test_a_wrong_signature_by_a_known_key_id_causes_no_fetch(tmp_path: Path) -> None:
+    async with issuing(tmp_path) as (server, made):
+        made.clock.now += 60
+        await made.refused(Signer(name="mallory").token(claims()), "its signature is invalid")
+        assert len(server.heads) == 1
+
+
+async def test_a_server_that_hangs_keeps_nobody_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Known keys count meanwhile; who waits for a new one is refused before the fetch is given up."""
     monkeypatch.setattr(jwks, "WAIT_S", 0.05)
     async with issuing(tmp_path) as (server, made):
         server.answer = server.hang
         made.clock.now += 60
         await made.refused(NEW.token(claims()), "its issuer publishes no such key")
         assert len(server.heads) == 2
+        assert caplog.text == ""
         assert await made.tokens.verify(KEY.token(claims(jti="another")))
         await made.refused(NEW.token(claims()), "its issuer publishes no such key")
         assert len(server.heads) == 2

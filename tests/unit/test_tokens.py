@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sidecar.access import tokens
 from sidecar.access.principal import Proof
 from sidecar.access.tokens import KNOWN_S_MAX
 from tests.kit.issuing import AUDIENCE, NAME, NOW, claims, house
@@ -105,6 +106,7 @@ async def test_claims_name_tenant_groups_and_class(tmp_path: Path) -> None:
         found = await made.tokens.verify(KEY.token(claims(**said | {"realm": None})))
         assert found.groups == ()
         await made.refused(KEY.token(claims(**said | {"plan": None})), "no claim plan.name with a text")
+        await made.refused(KEY.token(claims(**said | {"plan": {"name": "x" * 129}})), "at most 128 are taken")
         await made.refused(KEY.token(claims(**said | {"plan.name": "free"})), "two claims that are called plan.name")
         await made.refused(KEY.token(claims(**said | {"realm": {"groups": [1]}})), "is not a list of texts")
         await made.refused(KEY.token(claims(**said | {"realm": {"groups": ["a\n"]}})), "a group .* has U[+]000A")
@@ -197,6 +199,26 @@ async def test_keys_and_addresses_in_a_header_are_not_looked_at(tmp_path: Path) 
     async with house(tmp_path, KEY) as made:
         header = {"x5c": ["MII" + "A" * 2000], "jku": "https://issuer.example/jwks", "x5t": "AAAA", "own": {"x": 1}}
         assert await made.tokens.verify(KEY.token(claims(), header))
+
+
+async def test_a_token_without_a_key_id_is_tried_with_four_keys_at_most(tmp_path: Path) -> None:
+    keys = [Signer(kid=None, name=f"{count}") for count in range(5)]
+    async with house(tmp_path, *keys) as made:
+        assert await made.tokens.verify(keys[3].token(claims()))
+        await made.refused(keys[4].token(claims()), "its signature is invalid")
+
+
+async def test_known_tokens_are_bounded_in_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that was not used for longest is forgotten, and verified again when it comes."""
+    monkeypatch.setattr(tokens, "KNOWN_MAX", 2)
+    first, second, third = (KEY.token(claims(jti=f"{count}")) for count in range(3))
+    async with house(tmp_path, KEY) as made:
+        verify = made.tokens.verify
+        of_first, of_second = await verify(first), await verify(second)
+        assert await verify(first) is of_first
+        await verify(third)
+        assert await verify(first) is of_first
+        assert await verify(second) is not of_second
 
 
 async def test_known_tokens_are_bounded_in_bytes(tmp_path: Path) -> None:
