@@ -74,7 +74,7 @@ STEPS = st.lists(
 LATE: list[tuple[str, int] | tuple[str, int, int]] = [
     ("ask", 20), ("ask", 40), ("ask", 40), ("end", 0, 50), ("wait", 60), ("lose", 0), ("lose", 0), ("ask", 100),
 ]  # fmt: skip
-"""An answer that is too long by 30, and two that give back 40 each in the next window: only 30 of it make up for that."""
+"""An answer that is too long by 30, and two that give back 40 each in the next window, where 30 make up for it."""
 
 
 @settings(max_examples=200, deadline=None)

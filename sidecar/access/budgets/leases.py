@@ -98,10 +98,10 @@ class Leases:
 
     def allowance(self, meter: Meter) -> int:
         lease, replicas = meter.lease, self.replicas
-        part = max(0, meter.limit - (lease.total or 0)) // replicas
-        if self.is_away:
+        part = (meter.limit - (lease.total or 0)) // replicas
+        if self.is_away and part > 0:
             return max(lease.held, min(meter.limit // replicas, lease.held + part))
-        return min(meter.limit, lease.held + part)
+        return min(meter.limit, lease.held + part)  # of a limit that was lowered, less than what is held
 
     def cleared(self, meter: Meter) -> int:
         return self.allowance(meter) if self.is_away else meter.lease.held
@@ -149,8 +149,9 @@ class Leases:
         for meter in meters:
             meter.turn(now_s)
             spent, want = min(meter.taken, self.cleared(meter)), self._want(meter, now_s)
-            # Given back before Redis is asked: what is taken meanwhile must not be what it then gives to another.
-            meter.lease.held = min(meter.lease.held, max(spent, want))
+            if not self.is_away:
+                # Given back before Redis is asked: what is taken meanwhile must not be what it then gives to another.
+                meter.lease.held = min(meter.lease.held, max(spent, want))
             self._known.add(meter)
             keys.append(f"budget:{meter.key}:{meter.window}")
             arguments += (meter.limit, spent, want, 2 * meter.number.seconds)

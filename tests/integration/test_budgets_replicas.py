@@ -1,0 +1,232 @@
+"""Budgets that three replicas share through a real Redis: what they grant together, with Redis and without it.
+
+Time is virtual, but for Redis' own. A replica that is killed is one that is not heard of again: it writes nothing down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from pathlib import Path
+from time import time
+
+import pytest
+
+from sidecar.access.budgets.budgets import Budgets
+from sidecar.access.budgets.leases import LEASE, Leases
+from sidecar.config.access import Limit
+from sidecar.errors import Reason, Refused
+from sidecar.state.redis.link import Link
+from sidecar.state.redis.scripts import Script
+from tests.kit.redis_servers import PATIENCE_S, Server, running
+from tests.kit.registries import link_to
+from tests.kit.tenant_load import WHO, Pool
+
+LIMIT = 200_000
+BOTH = Limit(tenant="*", tokens_per_minute=LIMIT)
+INPUT = Limit(tenant="*", tokens="input", tokens_per_minute=LIMIT)
+"""What a request takes of it is known when it comes: then nothing may be granted above the limit."""
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[Server]:
+    async with running(tmp_path / "server") as server:
+        yield server
+
+
+@pytest.fixture
+async def links(server: Server) -> AsyncIterator[list[Link]]:
+    links = [link_to(server.url) for _ in range(3)]
+    yield links
+    for link in links:
+        await link.close()
+
+
+def say(what: str, pool: Pool, windows: int) -> None:
+    """Print the figures that a test has measured."""
+    parts = [f"{pool.granted(60 * window, 60 * window + 60) / pool.limit:.4f}" for window in range(windows)]
+    total = pool.granted(0, 60 * windows) / pool.limit / windows
+    print(f"{what}: granted {total:.4f} of the limit, by minute {' '.join(parts)}")
+
+
+@pytest.mark.parametrize("weights", [(1, 1, 1), (8, 1, 1), (1, 0, 0)], ids=["evenly", "unevenly", "to one"])
+async def test_four_times_the_limit_for_two_minutes(weights: tuple[float, ...], links: list[Link]) -> None:
+    """The answers' lengths are not known before; a block is a second of a replica's use."""
+    pool = Pool(BOTH, links, 4, weights)
+    await pool.run(120)
+    say(f"answers of unknown length, load {weights}", pool, 2)
+    blocks = 4 * LIMIT / 60
+    assert abs(pool.granted() - 2 * LIMIT) <= 0.02 * 2 * LIMIT + blocks
+    assert sum((replica.refused for replica in pool.all), start=type(pool.all[0].refused)()).keys() == {
+        Reason.RATE_LIMITED
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+async def test_over_eight_minutes_debts_make_up_for_what_was_too_much(seed: int, links: list[Link]) -> None:
+    pool = Pool(BOTH, links, 4, seed=seed)
+    await pool.run(480)
+    say("eight minutes", pool, 8)
+    assert pool.granted() == pytest.approx(8 * LIMIT, rel=0.01)
+
+
+@pytest.mark.parametrize("weights", [(1, 1, 1), (8, 1, 1)], ids=["evenly", "unevenly"])
+async def test_what_is_known_is_never_granted_above_the_limit(weights: tuple[float, ...], links: list[Link]) -> None:
+    pool = Pool(INPUT, links, 4, weights)
+    await pool.run(120)
+    say(f"prompts only, load {weights}", pool, 2)
+    for window in range(2):
+        assert 0.98 * LIMIT <= pool.granted(60 * window, 60 * window + 60) <= LIMIT
+
+
+@pytest.mark.parametrize("killed_s", [5, 60, 65], ids=["with much left", "between windows", "in the second"])
+async def test_without_redis_no_more_than_the_shares(killed_s: float, server: Server, links: list[Link]) -> None:
+    """Each replica goes on with its share, less what it has taken; the shares' sum is the limit."""
+    pool = Pool(INPUT, links)
+    await pool.run(killed_s)
+    await server.kill()
+    await pool.run(180)
+    say(f"Redis killed at {killed_s} s", pool, 3)
+    assert all(replica.leases.is_away for replica in pool.all)
+    for window in range(3):
+        assert 0.95 * LIMIT <= pool.granted(60 * window, 60 * window + 60) <= LIMIT
+        for replica in pool.all:
+            if 60 * window >= killed_s:
+                assert pool.granted(60 * window, 60 * window + 60, [replica]) <= LIMIT / 3
+
+
+async def test_redis_comes_back_without_its_data(server: Server, links: list[Link]) -> None:
+    """Replicas say again what they have spent, those too that have no requests now."""
+    pool = Pool(INPUT, links, weights=(1, 1, 1))
+    await pool.run(5)
+    await server.kill()
+    await pool.run(8)
+    pool.weights = (1, 0, 0)
+    await server.start()
+    await pool.run(120)
+    say("Redis restarted empty", pool, 2)
+    assert not any(replica.leases.is_away for replica in pool.all)
+    for window in range(2):
+        assert 0.98 * LIMIT <= pool.granted(60 * window, 60 * window + 60) <= LIMIT
+
+
+async def test_a_killed_replica_forgets_a_second_at_most_and_in_nobodys_favour(links: list[Link]) -> None:
+    """What it had leased counts as taken until the window turns."""
+    pool = Pool(INPUT, links)
+    await pool.run(7)
+    victim = pool.all[1]
+    forgotten = victim.meter.lease.held - victim.meter.taken
+    last_second = pool.granted(6, 7, [victim])
+    print(f"a killed replica forgot {forgotten:,} tokens; it had granted {last_second:,} in its last second")
+    assert 0 <= forgotten <= 1.5 * last_second
+    pool.alive.remove(victim)
+    await pool.run(120)
+    say("one of three replicas killed at 7 s", pool, 2)
+    assert 0.98 * LIMIT - forgotten <= pool.granted(0, 60) <= LIMIT - forgotten
+    assert 0.98 * LIMIT <= pool.granted(60, 120) <= LIMIT
+
+
+async def test_what_a_replica_does_not_use_goes_to_the_others(links: list[Link]) -> None:
+    pool = Pool(INPUT, links, times=2, weights=(1, 0, 0))
+    await pool.run(15)
+    pool.weights = (0, 1, 0)
+    await pool.run(60)
+    say("load that moves from one replica to another", pool, 1)
+    assert 0.99 * LIMIT <= pool.granted() <= LIMIT
+
+
+async def test_a_replica_that_has_old_news_pays_in_the_next_window(links: list[Link]) -> None:
+    """It believes what it last heard until Redis answers, so a burst is not refused. That is a debt, not a gift."""
+    pool = Pool(INPUT, links, weights=(1, 0, 0))
+    idle = pool.all[1]
+    idle.budgets.reserve(*WHO, 100, 0).settle(None, 0, ran=True)
+    await pool.run(30)
+    assert pool.granted() + 100 == pytest.approx(LIMIT, abs=400)
+    granted = 100
+    with suppress(Refused):
+        while True:
+            idle.budgets.reserve(*WHO, 100, 0).settle(None, 0, ran=True)
+            granted += 100
+    assert granted <= LIMIT / 3
+    await pool.run(120)
+    total = pool.granted() + granted
+    print(f"a burst on old news: {granted / LIMIT:.4f} too much, over two minutes {total / LIMIT / 2:.4f}")
+    assert 0.98 * 2 * LIMIT <= total <= 2 * LIMIT + 100
+
+
+async def test_a_limit_that_is_changed_counts_at_all_replicas(links: list[Link]) -> None:
+    pool = Pool(INPUT, links)
+    await pool.run(10)
+    for replica in pool.all:
+        replica.budgets.set_limits([Limit(tenant="*", tokens="input", tokens_per_minute=LIMIT // 2)])
+    before = pool.granted()
+    await pool.run(60)
+    assert pool.granted() == before > LIMIT / 2
+    await pool.run(120)
+    assert 0.98 * LIMIT / 2 <= pool.granted(60, 120) <= LIMIT / 2, "what was within the former limit is no debt"
+
+
+async def test_requests_at_once_are_divided_among_replicas(links: list[Link]) -> None:
+    leases = Leases(links[0], "a", lambda: 3, time)
+    budgets = Budgets([Limit(concurrent=7), Limit(tenant="acme", concurrent=2)], time, leases)
+    budgets.reserve("zeta", "", "", 1, 1)
+    budgets.reserve(*WHO, 1, 1)
+    with pytest.raises(Refused, match=r"may have 7 requests at once, 2 at each of 3 replicas, and has 2;"):
+        budgets.reserve("zeta", "", "", 1, 1)
+
+
+def _script(*budgets: str) -> Script:
+    return Script(("budgets", *budgets), LEASE.text)
+
+
+async def test_a_repeated_question_changes_nothing(links: list[Link]) -> None:
+    """The client sends one again that got no answer. A budget's values: limit, spent, wanted, seconds to keep it."""
+    link = links[0]
+
+    async def ask(member: str, *values: int) -> list[int]:
+        _, *answer = await link.run(_script("b"), member, "mark", *values)
+        return list(answer)
+
+    assert await ask("of:a", 100, 0, 60, 60) == [60, 60]
+    assert await ask("of:a", 100, 0, 60, 60) == [60, 60]
+    assert await ask("of:b", 100, 0, 60, 60) == [40, 100]
+    assert await ask("of:b", 100, 0, 60, 60) == [40, 100]
+    assert await ask("of:a", 100, 10, 20, 60) == [20, 60], "given back"
+    assert await ask("of:b", 100, 0, 60, 60) == [60, 80]
+    assert await ask("of:c", 100, 90, 95, 60) == [90, 170], "what is spent is a claim, and nothing is added to it"
+    assert await ask("of:b", 50, 0, 80, 60) == [60, 170], "what is leased stays when the limit is lowered"
+    async with asyncio.timeout(PATIENCE_S):
+        assert 0 < await link._client.ttl(link.key("b")) <= 60
+
+
+async def _until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not holds():
+            await asyncio.sleep(0.01)
+
+
+async def test_in_the_background(server: Server, links: list[Link]) -> None:
+    """A request is answered before Redis is asked; a Redis that stops to answer and comes back is noticed."""
+    leases = Leases(links[0], "a", lambda: 2, time)
+    budgets = Budgets([Limit(tenant="*", tokens_per_day=100_000)], time, leases)
+    running_ = asyncio.create_task(leases.run())
+    try:
+        budgets.reserve(*WHO, 500, 0).settle(None, 0, ran=True)
+        [budget] = budgets._budgets.values()
+        meter = budget.meters["tokens_per_day"]
+        assert meter.lease.total is None
+        await _until(lambda: meter.lease.held >= 500)
+        async with server.client() as client:
+            keys = [key async for key in client.scan_iter("*:budget:*")]
+            assert int((await client.hgetall(keys[0]))["total"]) >= 500
+        await server.kill()
+        budgets.reserve(*WHO, 500, 0).settle(None, 0, ran=True)
+        await _until(lambda: leases.is_away)
+        await server.start()
+        await _until(lambda: not leases.is_away and meter.lease.held >= 1000)
+    finally:
+        running_.cancel()
+        with suppress(asyncio.CancelledError):
+            await running_
