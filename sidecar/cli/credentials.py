@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -98,6 +97,8 @@ def _read() -> dict[str, Credential]:
 
 def _write(kept: dict[str, Credential]) -> None:
     """Replace the file as a whole. The temporary file is made with mode 0600."""
+    import tempfile  # slow to import, and every command reads the file
+
     file = credentials_file()
     descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=file.name)
     made = Path(name)
