@@ -21,7 +21,7 @@ from time import time
 from typing import Any
 
 from sidecar.access.entries import CODEC, KEY, LIMIT
-from sidecar.access.store import COPY, FILE, FOLDER, USES
+from sidecar.access.store import FILE, FOLDER, USES
 from sidecar.access.usage.keeper import USAGE_FILE
 from sidecar.config.redis_address import RedisLocation
 from sidecar.errors import Misused, Reason
@@ -140,8 +140,6 @@ async def restore(place: Place, path: Path, force: bool = False) -> Summary:
             for part in files:
                 assert place.data is not None
                 _copy(folder / part, place.data / FILES[part])
-            if place.data is not None:  # else a replica would bring its newer entries back
-                (place.data / FOLDER / COPY).unlink(missing_ok=True)
     return summary
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import time
@@ -13,7 +14,9 @@ from sidecar.config.redis_address import RedisLocation
 from sidecar.errors import Misused, Reason, Refused
 from sidecar.state.registry import Change, Registry, SqliteRegistry
 
-FOLDER, FILE, COPY, USES = "access", "access.sqlite", "copy.json", "used.sqlite"
+logger = logging.getLogger(__name__)
+
+FOLDER, FILE, COPY, USES = "access", "access.sqlite", "copy.sqlite", "used.sqlite"
 """The folder in the data directory, and its files."""
 USED_IN_REDIS = "access-used"
 
@@ -45,6 +48,7 @@ class AccessStore:
             except OSError as error:
                 raise Misused(Reason.CONFIG_INVALID, f"data_directory: {folder}: {error.strerror}") from error
         self._registry: Registry[AccessEntry]
+        self._unread = None if redis is None or folder is None else folder / FILE
         uses: UseStore | None = None
         if redis is None:
             self._registry = SqliteRegistry(None if folder is None else folder / FILE, CODEC)
@@ -64,6 +68,8 @@ class AccessStore:
         """Read everything, then follow the changes of other replicas. Raises the errors of `Registry.start`."""
         await self._registry.start()
         self.uses.start()
+        if self._unread is not None and self._unread.exists() and not self._registry.all():
+            logger.warning("keys in %s are not read: state.url is set. sidecar state backup moves them", self._unread)
 
     async def close(self) -> None:
         await self.uses.close()

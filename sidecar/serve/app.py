@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+REGISTRY_COPY = "registry-copy.sqlite"
+"""The file in a data directory that has a copy of the names in Redis."""
 TELL_S = 0.5
 """How long a listener's calls may take to end: after a drain or a crash their last answers are on the way."""
 
@@ -158,7 +160,8 @@ class Sidecar:
             return SqliteRegistry(None if data is None else data / REGISTRY_FILE)
         from sidecar.state.redis.registry import RedisRegistry
 
-        return RedisRegistry(self._link, self._owner, self._member_ttl_s)
+        kept = None if data is None else data / REGISTRY_COPY
+        return RedisRegistry(self._link, self._owner, self._member_ttl_s, kept)
 
     def _warn_of_unread_names(self) -> None:
         """Warn of names in the data directory if the Redis has none: they are not moved by themselves."""

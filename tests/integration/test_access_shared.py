@@ -6,17 +6,19 @@ import asyncio
 import logging
 import os
 import signal
+import sqlite3
 import stat
 import sys
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from sidecar.access.entries import CODEC, LimitEntry
+from sidecar.access.backup import Place, backup, restore
+from sidecar.access.entries import CODEC, AccessEntry, LimitEntry
 from sidecar.access.keys import KeyBook
 from sidecar.access.store import COPY, FOLDER, AccessStore
 from sidecar.config.access import Limit
@@ -24,7 +26,7 @@ from sidecar.config.redis_address import RedisLocation, parse_address
 from sidecar.errors import Misused, Reason, Refused
 from sidecar.ownership.effects import SendBeat
 from sidecar.ownership.facts import Member
-from sidecar.state.redis.kept import read_kept
+from sidecar.state.redis.kept import Kept, KeptFile
 from sidecar.state.redis.link import Link
 from sidecar.state.redis.members import RedisMembers
 from sidecar.state.redis.registry import RedisRegistry
@@ -68,7 +70,7 @@ def copy_in(data: Path) -> Path:
 
 async def is_copied(data: Path, *names: str) -> None:
     """Wait until the copy on disk has these entries."""
-    await until(lambda: copy_in(data).exists() and all(name in copy_in(data).read_text() for name in names))
+    await until(lambda: copy_in(data).exists() and all(name.encode() in copy_in(data).read_bytes() for name in names))
 
 
 async def until_away(*replicas: Replica) -> None:
@@ -262,20 +264,16 @@ async def test_an_emptied_redis_is_filled_from_a_copy_on_disk(server: Server, tm
 
 
 WRITER = """
-import asyncio, os, sys
+import asyncio, sys
 from pathlib import Path
 from tests.kit.access_stores import access_store, new_key
 async def main(data, url):
     async with access_store(Path(data), url) as store:
-        first, second = new_key(), new_key()
-        await store.put(first[1])
-        while not (Path(data) / "access" / "copy.json").exists() or first[1].id not in (
-            Path(data) / "access" / "copy.json").read_text():
-            await asyncio.sleep(0.01)
-        os.mkfifo(Path(data) / "access" / "copy.json.new")  # whoever opens it to write waits for a reader
-        await store.put(second[1])
-        print(first[0], second[0], flush=True)
-        await asyncio.Event().wait()
+        for _ in range(2):
+            secret, key = new_key()
+            await store.put(key)
+            print(secret, key.id, flush=True)
+            await asyncio.to_thread(sys.stdin.readline)
 asyncio.run(main(*sys.argv[1:]))
 """
 
@@ -283,16 +281,20 @@ asyncio.run(main(*sys.argv[1:]))
 async def test_a_process_killed_between_the_write_and_the_copy(server: Server, tmp_path: Path) -> None:
     """Redis has the key. The copy on disk is the former one, whole; without Redis the key is unknown."""
     data = tmp_path / "data"
-    data.mkdir()
     writer = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", WRITER, str(data), server.url, stdout=asyncio.subprocess.PIPE, cwd=Path.cwd(),
-        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+        sys.executable, "-c", WRITER, str(data), server.url, stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE, cwd=Path.cwd(), env={**os.environ, "PYTHONPATH": str(Path.cwd())},
     )  # fmt: skip
     assert writer.stdout is not None
-    first, second = (await asyncio.wait_for(writer.stdout.readline(), 60)).decode().split()
-    writer.send_signal(signal.SIGKILL)
-    await writer.wait()
-    (data / FOLDER / f"{COPY}.new").unlink()
+    assert writer.stdin is not None
+    first, key_id = (await asyncio.wait_for(writer.stdout.readline(), 60)).decode().split()
+    await is_copied(data, key_id)
+    with closing(sqlite3.connect(copy_in(data), isolation_level=None)) as held:
+        held.execute("BEGIN EXCLUSIVE")  # whoever writes the copy waits
+        writer.stdin.write(b"\n")
+        second, _ = (await asyncio.wait_for(writer.stdout.readline(), 60)).decode().split()
+        writer.send_signal(signal.SIGKILL)
+        await writer.wait()
     kept = copy_in(data).read_bytes()
     async with AsyncExitStack() as stack:
         again = await replica(stack, server.url, data)
@@ -314,28 +316,89 @@ async def test_a_copy_that_is_damaged_old_or_of_another_redis_is_not_used(server
         _, key = new_key()
         await one.store.put(key)
     path, link = copy_in(data), Link(RedisLocation(parse_address(server.url)), CODEC)
-    text = path.read_text()
-    found = read_kept(path, link.label, CODEC)
+    await link.close()
+
+    def read(place: str = link.label) -> Kept[AccessEntry] | None:
+        return KeptFile(path, place, CODEC).read()
+
+    found = read()
     assert found is not None
-    assert [entry.record for _, entry in found.entries] == [key]
-    assert read_kept(path, link.label.replace("lora-sidecar", "another"), CODEC) is None
-    answered = f'"answered_at": {found.answered_at}'
-    assert answered in text
-    for bad in (
-        "",
-        text[: len(text) // 2],
-        "[]",
-        text.replace('"format": 1', '"format": 2'),
-        text.replace(answered, '"answered_at": 1000.5'),
-        text.replace(answered, '"answered_at": NaN'),
-    ):
-        path.write_text(bad)
-        assert read_kept(path, link.label, CODEC) is None
-    path.write_text(text.replace(answered, '"answered_at": 9e12'))
-    found = read_kept(path, link.label, CODEC)
+    assert [entry.record for entry in found.entries.values()] == [key]
+    assert read(link.label.replace("lora-sidecar", "another")) is None
+    sound = path.read_bytes()
+    for name, value in (("format", "2"), ("answered_at", "1000.5"), ("answered_at", "nan"), ("applied", "")):
+        with closing(sqlite3.connect(path)) as database, database:
+            database.execute("UPDATE meta SET value = ? WHERE name = ?", (value, name))
+        assert read() is None
+        path.write_bytes(sound)
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE meta SET value = '9e12' WHERE name = 'answered_at'")
+    found = read()
     assert found is not None
     assert found.answered_at < 9e11, "a time to come would never be too long ago"
-    await link.close()
+    for bad in (b"", sound[: len(sound) // 2], b"x" * 4096):
+        path.write_bytes(bad)
+        assert read() is None
+    async with AsyncExitStack() as stack:
+        await replica(stack, server.url, data)
+        await is_copied(data, key.id)
+    found = read()
+    assert found is not None
+
+
+async def test_a_copy_from_before_a_restore_is_dropped(server: Server, tmp_path: Path) -> None:
+    """The restored state has less than the replica knew, and an older content of what both have."""
+    (known, kept), (late, gone) = new_key(), new_key()
+    place = Place(None, RedisLocation(parse_address(server.url)))
+    async with AsyncExitStack() as stack:
+        proxy = await stack.enter_async_context(cuttable(server))
+        async with AsyncExitStack() as first:
+            one = await replica(first, proxy.url, tmp_path / "data")
+            await one.store.put(kept)
+            await backup(place, tmp_path / "backup.zip")
+            await one.store.put(gone)
+            await one.store.put(kept.model_copy(update={"note": "later"}))
+            assert (one.admits(known), one.admits(late)) == (True, True)
+        await proxy.cut()
+        again = await replica(stack, proxy.url, tmp_path / "data")
+        assert (again.admits(known), again.admits(late)) == (True, True)
+        await restore(place, tmp_path / "backup.zip", force=True)
+        await proxy.mend()
+        await until(lambda: not again.admits(late))
+        assert again.store.keys() == [kept]
+        assert again.admits(known)
+        other = await replica(stack, server.url)
+        assert other.store.keys() == [kept]
+        await other.store.put(new_key()[1])
+        await until(lambda: again.store.keys() == other.store.keys())
+    async with AsyncExitStack() as stack:  # the copy is that of the restored state by now
+        await server.kill()
+        again = await replica(stack, proxy.url, tmp_path / "data")
+        assert len(again.store.keys()) == 2
+
+
+async def test_names_are_known_to_a_registry_that_starts_without_redis(server: Server, tmp_path: Path) -> None:
+    def names() -> RedisRegistry:
+        return RedisRegistry(link_to(server.url), kept=tmp_path / "copy.sqlite")
+
+    registry = names()
+    await registry.start()
+    for name in ("a", "b", "c"):
+        await registry.put(record(name), None)
+    await registry.delete("b", record("b"))
+    await registry.close()
+    await server.kill()
+    registry = names()
+    await registry.start()
+    assert registry.all() == [record("a"), record("c")]
+    assert registry.last_change == 4
+    with pytest.raises(Refused, match="changing an adapter needs Redis at"):
+        await registry.put(record("d"), None)
+    await server.start()
+    await until(lambda: registry.away_since is None)
+    await registry.put(record("d"), None)
+    assert [found.name for found in registry.all()] == ["a", "c", "d"]
+    await registry.close()
 
 
 async def test_secrets_are_neither_in_redis_nor_in_the_copy_nor_in_the_log(

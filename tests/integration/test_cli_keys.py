@@ -15,7 +15,8 @@ import pytest
 from sidecar.proto import gateway_pb2
 from tests.kit.emulated import running_engine
 from tests.kit.forked import python
-from tests.kit.serving import Serving, serving, write_adapters
+from tests.kit.redis_servers import running
+from tests.kit.serving import Serving, serving, until, write_adapters
 
 DUMMY = {"compute": "none", "shape": "tiny"}
 ENFORCED = {"identity": {"mode": "enforce"}}
@@ -111,3 +112,27 @@ async def test_a_keys_life_from_the_command_line(tmp_path: Path, caplog: pytest.
             listed["id"]: "revoked",
             other["key"]["id"]: "active",
         }
+
+
+async def test_a_sidecar_starts_without_its_redis_and_knows_names_and_keys(tmp_path: Path) -> None:
+    write_adapters(tmp_path / "adapters", 1)
+    async with running(tmp_path / "server") as server, running_engine(**DUMMY) as engine:
+        config = {"data_directory": str(tmp_path / "data"), "state": {"url": server.url}, **ENFORCED}
+        async with serving([engine], tmp_path / "adapters", **config) as served:
+            _, out, error = await sidecar(served, "keys", "create", "--tenant", "acme", "--json")
+            key = json.loads(out)
+            _, out, error = await sidecar(served, "keys", "create", "--tenant", "acme", "--json")
+            revoked = json.loads(out)
+            assert (await sidecar(served, "keys", "revoke", revoked["key"]["id"]))[0] == 0
+            assert await said_over_grpc(served, key["secret"]) == "OK"
+        await server.kill()
+        async with serving([engine], roots=[tmp_path], **config) as served:
+            assert await said_over_grpc(served, key["secret"]) == "OK"
+            assert await said_over_grpc(served, revoked["secret"]) == "UNAUTHENTICATED"
+            code, _, error = await sidecar(served, "keys", "create", "--tenant", "acme")
+            assert code == 1
+            assert "changing a key or a limit needs Redis at" in error
+            await server.start()
+            await until(lambda: served.sidecar.access.store.away_since is None)
+            assert (await sidecar(served, "keys", "revoke", key["key"]["id"]))[0] == 0
+            assert await said_over_grpc(served, key["secret"]) == "UNAUTHENTICATED"

@@ -111,7 +111,11 @@ class RedisRegistryStore(Generic[R]):
             done += len(announced)
             progress(done, len(entries) + len(contents.changes))
         await link.set_meta(
-            revision=str(contents.last_change), entries=str(len(entries)), incarnation=token_hex(8), schema=SCHEMA
+            revision=str(contents.last_change),
+            entries=str(len(entries)),
+            incarnation=token_hex(8),
+            restored_at=repr(time()),  # copies on replicas' disks that are older are dropped
+            schema=SCHEMA,
         )
 
     async def _asked(self, question: Awaitable[T]) -> T:

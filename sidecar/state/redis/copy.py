@@ -31,8 +31,12 @@ class Copy(Generic[R]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def entries(self) -> list[tuple[str, Entry[R]]]:
-        return list(self._entries.items())
+    def entries(self) -> dict[str, Entry[R]]:
+        return dict(self._entries)
+
+    def names(self) -> list[str]:
+        """Return the names that have a record."""
+        return [name for name, entry in self._entries.items() if entry.record is not None]
 
     def records(self) -> list[R]:
         """Return every record, by name."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from time import monotonic, time
 from typing import Generic
 
@@ -50,17 +50,22 @@ class Feed(Generic[R]):
         """The time (Unix seconds) since which Redis has not answered, or None while it answers."""
         self.answered_at = 0.0
         """The time (Unix seconds) of Redis' last answer."""
+        self._resumed_at = 0.0
+        """The time of the copy on disk, until it was merged with Redis or dropped."""
+        self._dropped: Collection[str] = ()
+        """The names of a dropped copy, until those that Redis does not have were published as forgotten."""
 
     def resume(self, kept: Kept[R]) -> None:
         """Go on from a copy on disk. `start` then returns without Redis too."""
-        for name, entry in kept.entries:
+        for name, entry in kept.entries.items():
             self.copy.take(name, entry)
+        self._resumed_at = kept.answered_at
         self.position, self.revision = kept.position, kept.position.applied
         self.away_since = self.answered_at = kept.answered_at
 
     def kept(self) -> Kept[R]:
         """Return what a later process can resume from."""
-        return Kept(self._link.label, self.answered_at, self.position, tuple(self.copy.entries()))
+        return Kept(self.answered_at, self.position, self.copy.entries())
 
     async def start(self) -> None:
         """Read everything, then follow the changes.
@@ -81,7 +86,7 @@ class Feed(Generic[R]):
                         "the user in state.url, state.password_file and state.tls",
                     ) from error
                 self._is_away(error)
-                if self.answered_at:
+                if self._resumed_at:
                     break
                 if monotonic() > until:
                     raise self._link.refused(error) from error
@@ -127,7 +132,10 @@ class Feed(Generic[R]):
                 delay_s = min(2 * delay_s, DELAY_S_MAX)
 
     async def _take_some(self) -> None:
-        if self.away_since is not None or monotonic() >= self._look_at:
+        if self._resumed_at:
+            await self._reread()
+            self._is_here()
+        elif self.away_since is not None or monotonic() >= self._look_at:
             view = await look(self._link, self.position)
             self.revision = view.revision
             if view.lost:
@@ -150,7 +158,16 @@ class Feed(Generic[R]):
             await self._link.set_applied(self._member, self.position.applied)
 
     async def _reread(self) -> None:
+        if self._resumed_at and await self._link.restored_at() > self._resumed_at:
+            logger.warning("Redis at %s was restored since the copy on disk was written, which is dropped", self._link)
+            self._dropped, self._resumed_at = self.copy.names(), 0.0
+            self.copy, self.position = Copy(), Position()
         self.position = await reread(self._link, self.copy, self.position, self._publish)
+        self._resumed_at = 0.0
+        for name in self._dropped:
+            if self.copy.get(name) is None:
+                self._publish(Change(self.position.applied, name, None))
+        self._dropped = ()
         self.revision = max(self.revision, self.position.applied)
         self._wake()
 

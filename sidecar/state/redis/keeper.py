@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 from contextlib import suppress
 from pathlib import Path
 from typing import Generic
 
 from sidecar.state.codec import R
 from sidecar.state.redis.feed import Feed
-from sidecar.state.redis.kept import read_kept, write_kept
+from sidecar.state.redis.kept import KeptFile
 from sidecar.state.redis.link import Link
 
 logger = logging.getLogger(__name__)
@@ -24,8 +25,8 @@ class Keeper(Generic[R]):
 
     def __init__(self, path: Path, feed: Feed[R], link: Link[R]) -> None:
         self._path = path
+        self._file = KeptFile(path, link.label, link.codec)
         self._feed = feed
-        self._link = link
         self._changed = asyncio.Event()
         self._written_at = 0.0
         self._failed = self._closed = False
@@ -33,7 +34,7 @@ class Keeper(Generic[R]):
 
     async def resume(self) -> None:
         """Let the feed go on from the file, if there is one."""
-        kept = await asyncio.to_thread(read_kept, self._path, self._link.label, self._link.codec)
+        kept = await asyncio.to_thread(self._file.read)
         if kept is not None:
             self._feed.resume(kept)
             self._written_at = kept.answered_at
@@ -64,10 +65,10 @@ class Keeper(Generic[R]):
         if kept.answered_at == self._written_at:
             return  # Redis has not answered since, so nothing is new
         try:
-            await asyncio.to_thread(write_kept, self._path, kept, self._link.codec)
-        except OSError as error:
+            await asyncio.to_thread(self._file.write, kept)
+        except (OSError, sqlite3.Error) as error:
             if not self._failed:
-                logger.error("the copy %s of what Redis keeps cannot be written: %s", self._path, error.strerror)
+                logger.error("the copy %s of what Redis keeps cannot be written: %s", self._path, error)
             self._failed = True
             return
         self._written_at, self._failed = kept.answered_at, False

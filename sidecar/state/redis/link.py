@@ -130,6 +130,10 @@ class Link(Generic[R]):
         found = await self._client.hget(self.key("meta"), "schema")
         return None if found is None else str(found)
 
+    async def restored_at(self) -> float:
+        """Return the time (Unix seconds) at which the state was last written as a whole, or 0. Raises FAULTS."""
+        return float(await self._client.hget(self.key("meta"), "restored_at") or 0)
+
     async def set_meta(self, **fields: str) -> None:
         await self._client.hset(self.key("meta"), mapping=fields)
 
