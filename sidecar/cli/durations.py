@@ -6,7 +6,7 @@ import re
 
 from sidecar.cli.exits import CommandError, Exit
 
-_PART = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
+_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smhd])")
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -10,13 +9,11 @@ import typer
 
 from sidecar.cli import completing
 from sidecar.cli.client import Client
+from sidecar.cli.durations import seconds_in
 from sidecar.cli.endpoint import admin_command
 from sidecar.cli.exits import CommandError, Exit
 from sidecar.cli.show import AsJson, print_json, record_of, table
 from sidecar.proto import admin_pb2 as pb
-
-_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-_DURATION = re.compile(r"(\d+)([smhd])\Z")
 
 Hold = Annotated[
     str,
@@ -29,12 +26,7 @@ Hold = Annotated[
 
 def seconds_of(time: str, option: str = "--hold") -> int:
     """Return the seconds in "30m" or "2h", or 0 for "". Raises CommandError for anything else."""
-    if not time:
-        return 0
-    found = _DURATION.match(time)
-    if found is None:
-        raise CommandError(f'{option} wants a duration like 90s, 30m, 2h or 1d, and "{time}" is none', Exit.MISUSED)
-    return int(found[1]) * _UNITS_S[found[2]]
+    return int(seconds_in(time, option)) if time else 0
 
 
 def labels_of(labels: list[str] | None) -> dict[str, str]:
