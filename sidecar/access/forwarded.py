@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from cryptography.x509 import Name
 from cryptography.x509.oid import NameOID
@@ -79,12 +80,13 @@ def elements_of(header: str) -> list[list[Pair]]:
     return elements
 
 
-def _common_names(subject: str = "") -> list[str]:
+@lru_cache(maxsize=1024)  # 50 µs each, and there are as many as certificates
+def _common_names(subject: str = "") -> tuple[str, ...]:
     try:
         name = Name.from_rfc4514_string(subject, _ATTRIBUTES)
     except ValueError:
         raise _refused("its subject cannot be read") from None
-    return [str(attribute.value) for attribute in name.get_attributes_for_oid(NameOID.COMMON_NAME)]
+    return tuple(str(attribute.value) for attribute in name.get_attributes_for_oid(NameOID.COMMON_NAME))
 
 
 def _refused(what: str) -> Misused:
