@@ -146,6 +146,8 @@ def test_a_faulty_file_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture
     path.write_text(json.dumps({"access": {"policies": {"cedar": str(cedar)}}}))
     assert run(["access", "check", "--config", str(path), "--as", "zoe", "sql"]) == 2
     assert f"{cedar}: line 2: attribute `size`" in capsys.readouterr().err
+    assert run(["config", "check", str(path)]) == 2
+    assert f"{cedar}: line 2: attribute `size`" in capsys.readouterr().err
 
 
 def test_the_caller_itself_has_its_own_principal() -> None:

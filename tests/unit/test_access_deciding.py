@@ -53,6 +53,14 @@ def test_a_question_is_decided_once_per_standing_and_epoch() -> None:
     assert not cached.decide(ANN, Action.INFER, resource).allowed
 
 
+def test_a_name_that_is_too_long_to_be_one_is_not_kept() -> None:
+    policy = Counting()
+    cached = CachedPolicy(policy)
+    (long,) = named("a" * 5000)
+    assert cached.decide(ANN, Action.SHOW, long) == cached.decide(ANN, Action.SHOW, long) == Decision(True, "letters")
+    assert policy.asked[long.name] == 2
+
+
 async def test_a_listing_is_decided_once_and_after_a_change_only_what_differs() -> None:
     policy = Counting()
     cached = CachedPolicy(policy, "test")
@@ -64,6 +72,29 @@ async def test_a_listing_is_decided_once_and_after_a_change_only_what_differs() 
     assert await cached.visible(ANN, second, 2) == {"a1", "a2", "a3"}
     assert policy.asked == {"a1": 1, "a2": 2, "b1": 1, "a3": 1}
     assert await cached.visible(BOB, second, 2) == set()
+
+
+async def test_a_restored_registry_begins_anew() -> None:
+    """Its change numbers go back, and then mean other contents."""
+    cached = CachedPolicy(Counting())
+    (owned,) = named("a1")
+    assert await cached.visible(ANN, named("a1", "a2"), 7) == {"a1", "a2"}
+    assert await cached.visible(ANN, named("a3"), 3) == {"a3"}
+    assert await cached.visible(ANN, [replace(owned, owner="x")], 7) == {"a1"}
+
+
+async def test_a_change_while_it_is_decided_is_seen_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deciding, "SLICE_S", -1.0)  # give way after each name
+    cached = CachedPolicy(policy_of(Policies()))
+    open_to_all, (other,) = named("a1", "a2", "a3"), named("a4")
+    first = asyncio.create_task(cached.visible(ANN, open_to_all, 1))
+    await asyncio.sleep(0)
+    closed = [replace(each, allow=("bob",)) for each in open_to_all]
+    second = asyncio.create_task(cached.visible(ANN, [*closed, other], 2))
+    assert await first == {"a1", "a2", "a3"}
+    assert await second == {"a4"}
+    assert await cached.visible(ANN, [*closed, other], 2) == {"a4"}
+    assert await cached.visible(ANN, [closed[0], open_to_all[1], other], 3) == {"a2", "a4"}
 
 
 async def test_those_who_ask_at_once_share_the_work_and_one_that_leaves_does_not_end_it() -> None:
