@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -60,7 +60,8 @@ class Audit:
         self._aggregate_s = aggregate_s
         self._clock = clock
         self._lock = threading.Lock()
-        self._repeated: dict[tuple[Any, ...], _Repeated] = {}
+        self._repeated: OrderedDict[tuple[Any, ...], _Repeated] = OrderedDict()
+        """In the order of `since`."""
         self._kinds_of: Counter[tuple[Any, ...]] = Counter()
 
     @classmethod
@@ -172,13 +173,18 @@ class Audit:
     def tell_repeated(self, at_once: bool = False) -> None:
         """Write a line for each kind of denial that has come again and is due; forget those that have not."""
         now = self._clock()
-        for kind, known in list(self._repeated.items()):
-            if not at_once and 0 <= now - known.since < self._aggregate_s:  # below 0 the clock was set back
-                continue
+        while True:
             with self._lock:  # for one at a time: the event loop takes it for each denial
+                kind, known = next(iter(self._repeated.items()), (None, None))
+                if kind is None or known is None:
+                    return
+                if not at_once and 0 <= now - known.since < self._aggregate_s:  # below 0 the clock was set back
+                    return
                 again, since = known.again, known.since
-                known.again, known.since = 0, now
-                if not again:
+                if again:
+                    known.again, known.since = 0, now
+                    self._repeated.move_to_end(kind)
+                else:
                     del self._repeated[kind]
                     self._kinds_of[kind[0]] -= 1
                     if not self._kinds_of[kind[0]]:

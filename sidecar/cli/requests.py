@@ -75,9 +75,9 @@ def cancel(
     if not (request_id or adapter or tenant):
         raise CommandError("say which requests: an ID, --adapter or --tenant", Exit.MISUSED)
     answer = client.ask(client.queues.Cancel, pb.CancelRequest(request_id=request_id, adapter=adapter, tenant=tenant))
+    if not answer.cancelled:
+        raise CommandError("no open request matches; it may have ended already (sidecar requests list)")
     if as_json:
         print_json(answer)
-    elif answer.cancelled:
-        print(f"{count(answer.cancelled, 'request')} cancelled")
     else:
-        raise CommandError("no open request matches; it may have ended already (sidecar requests list)")
+        print(f"{count(answer.cancelled, 'request')} cancelled")
