@@ -12,6 +12,7 @@ from time import perf_counter
 
 from sidecar.access.policy import READY, Roles
 from sidecar.access.principal import Action, Decision, Policy, Principal, Proof, Resource
+from sidecar.adapters.names import BASE_NAME_LENGTH_MAX
 from sidecar.config.access import Policies
 from sidecar.errors import Misused, Reason
 
@@ -53,20 +54,16 @@ class Listing:
     """The resources as they were last seen, and since which change of the registry each is as it is."""
 
     def __init__(self) -> None:
-        self._change = -1
+        self.change = -1
         self._since: dict[str, tuple[Resource, int]] = {}
 
-    def take(self, resources: Sequence[Resource], change: int) -> bool:
-        """Take the resources, unless those of a later change were seen; then return False."""
-        if change <= self._change:
-            return change == self._change
+    def take(self, resources: Sequence[Resource], change: int) -> None:
         since = {}
         for resource in resources:
             held = self._since.get(resource.name)
             same = held is not None and (held[0] is resource or held[0] == resource)
             since[resource.name] = held if held is not None and same else (resource, change)
-        self._change, self._since = change, since
-        return True
+        self.change, self._since = change, since
 
     def is_unchanged(self, resource: Resource, change: int) -> bool:
         """Return True if the resource is as it was at that change."""
@@ -85,9 +82,8 @@ class CachedPolicy:
         self.on_replaced: Callable[[], None] = lambda: None
         self.fault = ""
         self.epoch = 0
-        self._listing = Listing()
-        self._visible: OrderedDict[Standing, _Visible] = OrderedDict()
-        self._weight = 0
+        self._forgotten = 0
+        self._forget()
         self._running: dict[tuple[Standing, int, int], asyncio.Task[frozenset[str]]] = {}
         self.replace(policy)
 
@@ -96,8 +92,7 @@ class CachedPolicy:
         self.epoch += 1
         self.on_replaced()
         self._policy = policy
-        self._visible.clear()
-        self._weight = 0
+        self._forget()
 
         @lru_cache(DECISIONS_MAX)
         def decide(
@@ -112,11 +107,20 @@ class CachedPolicy:
 
         self._decide = decide
 
+    def _forget(self) -> None:
+        """Forget what is visible to whom."""
+        self._forgotten += 1
+        self._listing = Listing()
+        self._visible: OrderedDict[Standing, _Visible] = OrderedDict()
+        self._weight = 0
+
     async def watch(self) -> None:
         """Replace the policy whenever its source changes, until cancelled. A ready set does not change: return."""
 
     def decide(self, principal: Principal, action: Action, resource: Resource) -> Decision:
         """Return the policy's decision, by the tenant, groups, roles and proof of the principal."""
+        if len(resource.name) > BASE_NAME_LENGTH_MAX:  # nothing is called so, and megabytes do not belong in a cache
+            return self._policy.decide(principal, action, resource)
         return self._decide(principal.tenant, principal.groups, principal.roles, principal.proof, action, resource)
 
     async def visible(self, principal: Principal, resources: Sequence[Resource], change: int) -> frozenset[str]:
@@ -125,12 +129,16 @@ class CachedPolicy:
         `change` is the registry's change number, which rises with each change of the resources. Only those that
         differ from what the principal was told of before are decided again.
         """
+        if change < self._listing.change:  # another registry, or one that was restored: the number tells nothing
+            self._forget()
+        if change != self._listing.change:
+            self._listing.take(resources, change)
         standing = standing_of(principal)
         known = self._visible.get(standing)
         if known is not None and known.change == change:
             self._visible.move_to_end(standing)
             return known.names
-        key = (standing, self.epoch, change)
+        key = (standing, self._forgotten, change)
         task = self._running.get(key)
         if task is None:
             task = self._running[key] = asyncio.create_task(self._see(principal, resources, change))
@@ -138,13 +146,12 @@ class CachedPolicy:
         return await asyncio.shield(task)  # others may wait for it too
 
     async def _see(self, principal: Principal, resources: Sequence[Resource], change: int) -> frozenset[str]:
-        standing, epoch, policy = standing_of(principal), self.epoch, self._policy
-        known = self._visible.get(standing)
-        is_latest = self._listing.take(resources, change)
+        standing, forgotten, policy = standing_of(principal), self._forgotten, self._policy
+        listing, known = self._listing, self._visible.get(standing)
         names = []
         began = perf_counter()
         for resource in resources:
-            if known is not None and self._listing.is_unchanged(resource, known.change):
+            if known is not None and listing.is_unchanged(resource, known.change):
                 allowed = resource.name in known.names
             else:
                 allowed = policy.decide(principal, Action.LIST, resource).allowed
@@ -154,7 +161,7 @@ class CachedPolicy:
                 await asyncio.sleep(0)
                 began = perf_counter()
         seen = frozenset(names)
-        if is_latest and epoch == self.epoch:
+        if forgotten == self._forgotten:
             self._keep(standing, _Visible(change, seen))
         return seen
 
