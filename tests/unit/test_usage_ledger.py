@@ -111,6 +111,11 @@ async def test_a_killed_process_loses_what_came_after_its_last_write(tmp_path: P
     killed.keeper._thread.shutdown()
 
 
+async def test_what_was_never_started_stops() -> None:
+    """As in a process that fails before."""
+    await UsageKeeper(None, Usage()).stop()
+
+
 # Clocks.
 
 
@@ -133,6 +138,17 @@ async def test_a_clock_that_is_set_loses_no_time_and_counts_none_twice(tmp_path:
         assert sum(line.figures["ok"] for line in lines) == 90
         hours = {int(at // HOUR) * HOUR for at in shown}
         assert {line.begins for line in lines} <= hours
+
+
+async def test_a_clock_that_is_years_ahead_for_an_hour_forgets_nothing(tmp_path: Path) -> None:
+    clocks = Clocks()
+    async with kept(tmp_path, clocks) as usage:
+        for by_s in (0, 3000 * DAY, -3000 * DAY):
+            clocks.set(by_s)
+            usage.pass_(HOUR)
+            await usage.keeper.write()
+        assert used_s(await usage.lines("tenant", until=1e12)) == 3 * HOUR
+        assert used_s(await usage.lines("tenant", until=NEW_YEAR + DAY)) == 2 * HOUR
 
 
 async def test_an_hour_ends_when_it_ends(tmp_path: Path) -> None:
@@ -254,6 +270,8 @@ async def test_what_cannot_be_written_is_written_later(tmp_path: Path, caplog: p
             usage.pass_(600)
             await usage.keeper.write()
             assert usage.keeper.errors == 2
+            unwritten = (await usage.keeper.report(EVER)).incomplete
+            assert unwritten == [NEW_YEAR + HOUR, NEW_YEAR + 2 * HOUR]
         assert len(caplog.records) == 1
         report = await usage.keeper.report(EVER)
         assert used_s(report.lines) == 2 * HOUR + 600

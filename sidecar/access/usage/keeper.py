@@ -13,13 +13,12 @@ import logging
 import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic_ns, time
 from typing import TypeVar
 
-from sidecar.access.usage.ledger import HOUR_S, Ledger, Line, Question
+from sidecar.access.usage.ledger import DAY_S, HOUR_S, Ledger, Line, Question
 from sidecar.access.usage.meter import Meter, Snapshot
 from sidecar.config.access import Usage
 
@@ -74,7 +73,7 @@ class UsageKeeper:
         self._path = None if data is None else data / USAGE_FILE
         self._wanted = wanted
         self._clock_ns, self._wall = clock_ns, wall
-        self._began = wall()
+        self._began, self._began_ns = wall(), self.last_ns
         self._period = Period(_hour_of(self._began), self._began)
         self._over: list[tuple[Period, Snapshot]] = []
         self._is_failing = False
@@ -136,21 +135,21 @@ class UsageKeeper:
 
     async def stop(self) -> None:
         """Close the current period and the file."""
-        if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
-        async with self._writing:
-            self._end(max(self.last_ns, self._clock_ns()))
-            over, self._over = self._over, []
-            await self._in_thread(lambda: self._write(over, None))
-            await self._in_thread(self._close)
+        async with self._writing:  # first: a write that is cancelled would lose what it could not write
+            if self._task is not None:
+                self._task.cancel()
+            if self._ledger is not None:
+                self._end(max(self.last_ns, self._clock_ns()))
+                over, self._over = self._over, []
+                await self._in_thread(lambda: self._write(over, None))
+                await self._in_thread(self._ledger.close)
         self._thread.shutdown()
 
     async def report(self, question: Question) -> Report:
         """Return usage up to now. Raises sqlite3.Error if the file cannot be read."""
         await self.write()
-        return await self._in_thread(lambda: self._report(question))
+        unwritten = [period.hour for period, _ in self._over]
+        return await self._in_thread(lambda: self._report(question, unwritten))
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
@@ -179,13 +178,17 @@ class UsageKeeper:
                 self._write_one(*left[0], is_over=True)
                 del left[0]
             if over:
-                self._ledger.roll(self._wall())
+                self._ledger.roll(min(self._wall(), self._latest()))
             if current is not None:
                 self._write_one(*current, is_over=False)
             self._is_failing = False
         except sqlite3.Error as error:
             self._failed(error)
         return left
+
+    def _latest(self) -> float:
+        """Return the latest time that it can be: a wall clock that is set forward by mistake forgets no usage."""
+        return self._began + (self._clock_ns() - self._began_ns) / 1e9 + DAY_S
 
     def _write_one(self, period: Period, snapshot: Snapshot, is_over: bool) -> None:
         assert self._ledger is not None
@@ -203,9 +206,9 @@ class UsageKeeper:
             )  # fmt: skip
         self._is_failing = True
 
-    def _report(self, question: Question) -> Report:
+    def _report(self, question: Question, unwritten: list[int]) -> Report:
         assert self._ledger is not None
-        incomplete = {*self._ledger.incomplete(question)}
+        incomplete = {*self._ledger.incomplete(question), *unwritten}
         if self._is_failing:
             incomplete.add(self._period.hour)
         return Report(self._ledger.lines(question), sorted(incomplete), self._note())
@@ -216,10 +219,6 @@ class UsageKeeper:
         if self.errors:
             return f"{self.errors} writes of usage to {self._path} have failed since this process started"
         return ""
-
-    def _close(self) -> None:
-        if self._ledger is not None:
-            self._ledger.close()
 
 
 def _hour_of(wall: float) -> int:
