@@ -6,20 +6,24 @@ import asyncio
 import os
 import sys
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import yaml
 
-from sidecar.access.keys_file import KeysFile
 from tests.e2e.helm.api import api_server
+from tests.e2e.helm.pods import Pod
 from tests.e2e.helm.rendering import NAMESPACE, RELEASE, Object, Refused, Renderer, configuration, hooks, one
 from tests.e2e.helm.test_config import the_container
+from tests.kit.emulated import EngineProcess
 from tests.kit.kubernetes_api import FakeServer, fake_server, write_kubeconfig
 from tests.kit.serving import PATIENCE_S
 
 NAME = f"{RELEASE}-lora-sidecar"
 KEYS = f"{NAME}-keys"
+HTTP = 2
+"""The last digit of the http listener's port."""
 FOLDER = "/etc/lora-sidecar/identity-keys"
 UPGRADE = ("--is-upgrade",)
 ENFORCE: dict[str, Any] = {"identity": {"mode": "enforce"}}
@@ -145,15 +149,14 @@ def test_the_jobs_rights(newest: Renderer) -> None:
     assert job(newest.objects({"identity": {"mode": "enforce", "existingSecret": "ours"}})) == []
 
 
-async def run_job(objects: list[Object], server: FakeServer, folder: Path) -> tuple[int | None, str]:
-    """Run the Job's command as its pod would."""
-    python, *arguments = job(objects)
+async def ended(*command: str, **variables: str) -> tuple[int | None, str]:
+    """Run a Python command of a pod; return its exit status and what it printed."""
+    python, *arguments = command
     assert python == "python"
-    kubeconfig = write_kubeconfig(folder / "kubeconfig", server.address)
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *arguments,
-        env=os.environ | {"KUBECONFIG": str(kubeconfig)},
+        env=os.environ | variables,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
@@ -162,19 +165,63 @@ async def run_job(objects: list[Object], server: FakeServer, folder: Path) -> tu
     return process.returncode, printed.decode()
 
 
-async def test_from_the_job_to_the_pod(newest: Renderer, tmp_path: Path) -> None:
-    """What the rendered Job makes is what the rendered pod mounts, and the sidecar takes the file."""
-    objects = newest.objects({})
-    async with fake_server() as server:
-        code, printed = await run_job(objects, server, tmp_path)
-        assert code == 0, printed
-        volume = mounted_keys(objects)
-        assert volume is not None
-        secret = server.objects.get(("", "ml", "secrets"), volume["secretName"])
-    assert secret["metadata"]["labels"]["app.kubernetes.io/instance"] == RELEASE
-    [item] = volume["items"]
-    (tmp_path / item["path"]).write_text(secret["stringData"][item["key"]])
-    assert len(KeysFile(tmp_path / item["path"]).keys) == 2
+async def run_job(objects: list[Object], server: FakeServer, folder: Path) -> tuple[int | None, str]:
+    """Run the Job's command as its pod would."""
+    return await ended(*job(objects), KUBECONFIG=str(write_kubeconfig(folder / "kubeconfig", server.address)))
+
+
+async def test_from_the_job_to_the_answer(newest: Renderer, tmp_path: Path) -> None:
+    """The pod takes the keys that the Job has made, refuses who has none, and lets operators in the pod in.
+
+    `helm test` sees all of it, and a key that is not good.
+    """
+    async with EngineProcess("--compute", "none") as engine:
+        objects = newest.objects({"backends": [{"url": f"triton://{engine.grpc_address}"}]})
+        async with fake_server() as server:
+            code, printed = await run_job(objects, server, tmp_path)
+            assert code == 0, printed
+            volume = mounted_keys(objects)
+            assert volume is not None
+            secret = server.objects.get(("", "ml", "secrets"), volume["secretName"])
+        assert secret["metadata"]["labels"]["app.kubernetes.io/instance"] == RELEASE
+        [item] = volume["items"]
+        (tmp_path / item["path"]).write_text(secret["stringData"][item["key"]])
+        random = Random()
+        address, ports = f"127.{random.randint(2, 250)}.{random.randint(2, 250)}.1", str(random.randint(2000, 2999))
+        text = configuration(objects).replace(FOLDER, str(tmp_path))
+        pod = Pod(one(objects, "Deployment")["spec"]["template"], text, address, ports, tmp_path / "pod")
+        try:
+            await pod.start()
+            admin = yaml.safe_load((tmp_path / "pod" / "config.yaml").read_text())["listeners"]["admin"]["address"]
+            listed = await ended("python", "-m", "sidecar", "adapters", "list", LORA_SIDECAR_ADMIN=admin)
+            tested = {}
+            for name in ("application", "operator", "nobody's"):
+                (tmp_path / "application").write_text(secret["stringData"].get(name, f"lsk_{'0' * 12}_{'0' * 64}"))
+                tested[name] = await ended(*helm_test(objects, pod.at(HTTP), tmp_path))
+            (tmp_path / "application").unlink()
+            tested["none"] = await ended(*helm_test(objects, pod.at(HTTP), tmp_path))
+        finally:
+            await pod.kill()
+    assert listed[0] == 0, listed[1]
+    assert {name: code for name, (code, _) in tested.items()} == {
+        "application": 0, "operator": 0, "nobody's": 1, "none": 0
+    }, tested  # fmt: skip
+    assert "with the key: 401" in tested["nobody's"][1]
+
+
+def helm_test(objects: list[Object], address: str, keys: Path) -> list[str]:
+    """Return the command of the pod of `helm test`, which asks an address and has its key in a folder."""
+    pod = one(objects, "Pod")["spec"]
+    [container] = pod["containers"]
+    assert container["volumeMounts"] == [{"name": "key", "mountPath": "/etc/key", "readOnly": True}]
+    assert pod["volumes"][0]["secret"] == {
+        "secretName": KEYS,
+        "defaultMode": 0o440,
+        "optional": True,
+        "items": [{"key": "application", "path": "application"}],
+    }
+    *python, script = container["command"]
+    return [*python, script.replace(f"{NAME}.{NAMESPACE}.svc:9002", address).replace("/etc/key", str(keys))]
 
 
 async def test_what_only_renders_does_not_enforce_by_surprise(newest: Renderer, tmp_path: Path) -> None:
