@@ -117,7 +117,8 @@ def test_the_job_comes_first_and_leaves_nothing(rendered: dict[str, list[Object]
             continue
         seen += 1
         assert [found["kind"] for found in parts].count("Job") == 1, name
-        assert {found["kind"] for found in parts} == {"ServiceAccount", "Role", "RoleBinding", "Job"}, name
+        kinds = {found["kind"] for found in parts}
+        assert kinds - {"NetworkPolicy"} == {"ServiceAccount", "Role", "RoleBinding", "Job"}, name
         weights = {}
         for found in parts:
             assert set(hooks(found)) == {"pre-install", "pre-upgrade"}, name
@@ -129,7 +130,11 @@ def test_the_job_comes_first_and_leaves_nothing(rendered: dict[str, list[Object]
         template = one(objects, "Job")["spec"]["template"]
         assert template["spec"]["serviceAccountName"] == one(objects, "ServiceAccount", "-keys")["metadata"]["name"]
         labels = template["metadata"]["labels"].items()
-        for found in objects:
+        if "NetworkPolicy" in kinds:
+            policy = one(parts, "NetworkPolicy")["spec"]
+            assert policy["podSelector"]["matchLabels"].items() <= labels, name
+            assert (policy["policyTypes"], policy.get("ingress", [])) == (["Ingress"], []), name
+        for found in (each for each in objects if each not in parts):
             selector = {"Service": "selector", "NetworkPolicy": "podSelector"}.get(found["kind"])
             chosen = found["spec"][selector] if selector else {"nobody": ""}
             assert not chosen.get("matchLabels", chosen).items() <= labels, name

@@ -47,7 +47,7 @@ def test_admin_is_this_pods_unless_it_asks_who_comes(newest: Renderer) -> None:
     """Without a token or certificates the admin listener has no port, no Service and no way in."""
     objects = newest.objects({"networkPolicy": {"operators": OPERATORS}})
     assert yaml.safe_load(configuration(objects))["listeners"]["admin"] == {"address": "127.0.0.1:9001"}
-    assert ADMIN not in allowed(one(objects, "NetworkPolicy"))
+    assert ADMIN not in allowed(one(objects, "NetworkPolicy", "lora-sidecar"))
     assert not [found for found in objects if found["metadata"]["name"].endswith("-admin")]
 
 
@@ -55,7 +55,7 @@ def test_clients_are_pods_with_a_label(newest: Renderer) -> None:
     """Not the whole namespace; the pod of `helm test` has the label."""
     objects = newest.objects({})
     client = {"lora-sidecar.io/client": "true"}
-    assert allowed(one(objects, "NetworkPolicy"))[DATA] == [{"podSelector": {"matchLabels": client}}]
+    assert allowed(one(objects, "NetworkPolicy", "lora-sidecar"))[DATA] == [{"podSelector": {"matchLabels": client}}]
     assert one(objects, "Pod")["metadata"]["labels"].items() >= client.items()
 
 
@@ -93,7 +93,7 @@ def test_a_token_goes_by_tls(newest: Renderer) -> None:
 
 def test_nobody_is_let_in_by_an_empty_list(newest: Renderer) -> None:
     """No clients means none: an empty `from` would mean everybody."""
-    policy = one(newest.objects({"networkPolicy": {"clients": [], "monitoring": []}}), "NetworkPolicy")
+    policy = one(newest.objects({"networkPolicy": {"clients": [], "monitoring": []}}), "NetworkPolicy", "lora-sidecar")
     assert not policy["spec"].get("ingress")
     assert policy["spec"]["policyTypes"] == ["Ingress"]
 
@@ -106,7 +106,7 @@ def test_ways_out(newest: Renderer) -> None:
     policy = one(newest.objects(values), "NetworkPolicy", "lora-sidecar")
     ports = [port["port"] for rule in policy["spec"]["egress"] for port in rule["ports"]]
     assert ports == [53, 53, REPLICAS, 6379, 8001]
-    assert "egress" not in one(newest.objects({}), "NetworkPolicy")["spec"]
+    assert "egress" not in one(newest.objects({}), "NetworkPolicy", "lora-sidecar")["spec"]
 
 
 def test_services_find_the_pods(rendered: dict[str, list[Object]]) -> None:
@@ -115,7 +115,7 @@ def test_services_find_the_pods(rendered: dict[str, list[Object]]) -> None:
         labels = [
             found["spec"]["template"]["metadata"]["labels"]
             for found in objects
-            if found["kind"] in ("Deployment", "StatefulSet")
+            if found["kind"] in ("Deployment", "StatefulSet", "Job")
         ]
         selectors = [found["spec"]["selector"] for found in objects if found["kind"] == "Service"]
         selectors += [
