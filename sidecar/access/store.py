@@ -67,9 +67,16 @@ class AccessStore:
     async def start(self) -> None:
         """Read everything, then follow the changes of other replicas. Raises the errors of `Registry.start`."""
         await self._registry.start()
+        self._registry.subscribe(lambda change: self._warn_of_unread(change.name))
+        for name in self.set_aside:
+            self._warn_of_unread(name)
         self.uses.start()
         if self._unread is not None and self._unread.exists() and not self._registry.all():
             logger.warning("keys in %s are not read: state.url is set. sidecar state backup moves them", self._unread)
+
+    def _warn_of_unread(self, name: str) -> None:
+        if name in self.set_aside:
+            logger.warning("%s cannot be read, is kept and has no effect: %s", name, self.set_aside[name])
 
     async def close(self) -> None:
         await self.uses.close()

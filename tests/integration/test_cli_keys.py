@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import httpx
 import pytest
 
 from sidecar.proto import gateway_pb2
+from tests.kit.authority import NEEDS_OPENSSL, Authority
 from tests.kit.emulated import running_engine
 from tests.kit.forked import python
 from tests.kit.redis_servers import running
+from tests.kit.replica_pool import CALM_S, replica, settled
 from tests.kit.serving import Serving, serving, until, write_adapters
 
 DUMMY = {"compute": "none", "shape": "tiny"}
@@ -136,3 +139,33 @@ async def test_a_sidecar_starts_without_its_redis_and_knows_names_and_keys(tmp_p
             await until(lambda: served.sidecar.access.store.away_since is None)
             assert (await sidecar(served, "keys", "revoke", key["key"]["id"]))[0] == 0
             assert await said_over_grpc(served, key["secret"]) == "UNAUTHENTICATED"
+
+
+@NEEDS_OPENSSL
+async def test_a_key_revoked_at_one_replica_is_refused_by_all_when_the_command_ends(tmp_path: Path) -> None:
+    write_adapters(tmp_path / "adapters", 1)
+    authority = Authority(tmp_path)
+    await authority.found()
+    key_file, certificate = await authority.sign("replica", "IP:127.0.0.1")
+    tls = {"ca": str(authority.ca), "certificate": str(certificate), "key": str(key_file)}
+    async with (
+        running(tmp_path / "server") as server,
+        running_engine(**DUMMY) as engine,
+        AsyncExitStack() as stack,
+    ):
+        pool = []
+        for number in range(3):
+            section = {"address": "127.0.0.1:0", "name": f"r{number}", "lease_s": CALM_S, "tls": tls}
+            starting = replica(number, server.url, [engine], tmp_path / "adapters", replicas=section, **ENFORCED)
+            pool.append(await stack.enter_async_context(starting))
+        await until(lambda: settled(pool))
+        made = [await sidecar(served, "keys", "create", "--tenant", "acme", "--json") for served in pool]
+        keys = [json.loads(out) for _, out, _ in made]
+        for key in keys:
+            assert [await said_over_grpc(served, key["secret"]) for served in pool] == ["OK"] * 3
+        for served, key in zip(pool, keys, strict=True):
+            code, _, error = await sidecar(served, "keys", "revoke", key["key"]["id"])
+            assert code == 0, error
+            said = await asyncio.gather(*(said_over_grpc(each, key["secret"]) for each in pool))
+            assert said == ["UNAUTHENTICATED"] * 3
+            assert {(await said_over_http(each, key["secret"])).status_code for each in pool} == {401}

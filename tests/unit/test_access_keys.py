@@ -120,7 +120,9 @@ async def test_keys_and_their_last_use_outlive_the_process_and_secrets_are_nowhe
     assert secret[-64:] not in caplog.text
 
 
-async def test_a_damaged_key_or_one_of_a_release_to_come_admits_nobody_and_is_kept(tmp_path: Path) -> None:
+async def test_a_damaged_key_or_one_of_a_release_to_come_admits_nobody_and_is_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     made = [new_key() for _ in range(5)]
     async with access_store(tmp_path) as store:
         for _, key in made:
@@ -147,6 +149,7 @@ async def test_a_damaged_key_or_one_of_a_release_to_come_admits_nobody_and_is_ke
         assert book.find(by_name[names[4]], NOW).tenant == "acme"
         assert store.set_aside.keys() == {*names[:3], "key/000000000000", "grant/x"}
         assert "networks" in store.set_aside[names[1]]
+        assert all(f"{name} cannot be read, is kept and has no effect" in caplog.text for name in store.set_aside)
     database = sqlite3.connect(tmp_path / "access" / "access.sqlite")
     assert {text for (text,) in database.execute("SELECT record FROM entries")} == {*bad, texts[4], "{}"}
     database.close()

@@ -142,6 +142,7 @@ class Feed(Generic[R]):
                 logger.warning("Redis at %s lost data; what this replica has is put back", self._link)
                 await self._reread()
             self._is_here()
+            await self._report()  # Redis may have forgotten this member, or all
         changes = await self._link.read(self.position.applied, BLOCK_MS)
         self.answered_at = time()
         if changes and (changes[0].before, changes[0].after) != self.position[1:]:
