@@ -177,7 +177,7 @@ async def test_a_pause_that_makes_no_sense(client: Client) -> None:
     wrong = await client.served.cli("adapters", "pause", "slow", "--for", "soon")
     assert (wrong.code, wrong.err) == (
         2,
-        'error: --for wants a duration like 90s, 30m, 2h or 1d, and "soon" is none\n',
+        'error: --for wants a duration such as 30s, 10m, 1h30m or 90d, and "soon" is none\n',
     )
     async with grpc.aio.insecure_channel(client.served.address) as channel:
         adapters = admin_pb2_grpc.AdaptersStub(channel)  # type: ignore[no-untyped-call]
