@@ -47,7 +47,7 @@ def _resource(record: Record, sort: Sort, ordinal: int | None) -> Resource:
         record.name,
         labels=version.labels,
         owner=dict(version.labels).get(OWNER, ""),
-        allow=record.allow,
+        allow=() if record.is_unseen else record.allow,  # for nobody, whatever a client's tenant is called
         ordinal=ordinal,
         is_current=ordinal is None or ordinal == record.current,
         base_model=version.adapter.base_model,

@@ -153,6 +153,10 @@ METRICS: tuple[Metric, ...] = (
     _counter("journal_errors_total", "Failures to write the journal."),
     _counter("audit_lines_total", "Lines written to the audit, by kind: change or denial.", "kind"),
     _counter("audit_lost_total", "Changes and denials that could not be recorded in the audit.", "kind"),
+    _gauge("policy_epoch", "Policies that have decided so far: 1, and 1 more for each change of their file."),
+    _gauge(
+        "policy_faulty", "1 while the file of policies is faulty, so that those that were read before still decide."
+    ),
     _counter("usage_errors_total", "Writes of usage that failed; they are tried again."),
     _gauge("build_info", "Always 1; the label is the running version.", "version"),
 )

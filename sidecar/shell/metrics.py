@@ -147,6 +147,8 @@ class Metrics:
         """Source of what engines keep until they are restarted; set by the owner of the backends."""
         self.set_aside: Callable[[], int] = int
         """Source of the number of names set aside; set by the owner of a registry."""
+        self.policy: Callable[[], tuple[int, str]] = lambda: (0, "")
+        """Source of the epoch of the policies and of what is wrong with their file; set by the owner of access."""
         self.usage_errors: Callable[[], int] = int
         """Source of the number of failed writes of usage; set by its starter."""
         self.audit: Callable[[], Mapping[str, tuple[int, int]]] = lambda: dict.fromkeys(KINDS, (0, 0))
@@ -207,6 +209,7 @@ class Metrics:
 
     def _families(self) -> list[Family]:
         between, arrivals = self.replica(), self.arrivals()
+        epoch, fault = self.policy()
         figures = self.journal.figures if self.journal is not None else JournalFigures(0, 0, 0, 0)
         counted = {
             "open_calls": len(self._gateway.tickets),
@@ -223,6 +226,8 @@ class Metrics:
             "adapters_set_aside": self.set_aside(),
             "state_lag_changes": between.state_lag,
             "state_away_seconds": between.state_away_s,
+            "policy_epoch": epoch,
+            "policy_faulty": int(bool(fault)),
             "usage_errors_total": self.usage_errors(),
         }
         changes = [(("taken",), between.taken), (("given_up",), between.given_up)]

@@ -6,6 +6,7 @@ import asyncio
 import json
 from pathlib import Path
 
+from tests.attack.test_damaged_registry import figure
 from tests.integration.test_cli_keys import DUMMY, sidecar
 from tests.kit.emulated import running_engine
 from tests.kit.serving import serving, write_adapters
@@ -58,6 +59,7 @@ async def test_a_policy_file_that_has_become_faulty_is_told(tmp_path: Path) -> N
         async with asyncio.timeout(60):
             while not served.sidecar.access.policy.fault:
                 await asyncio.sleep(0.05)
+        assert (await figure(served, "policy_faulty"), await figure(served, "policy_epoch")) == (1, 1)
         code, out, _ = await sidecar(served, *asked)
         assert code == 0
         assert out == (

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from sidecar.access.policy import READY, Roles, prefix_owner
 from sidecar.access.principal import SYSTEM, Action, Principal, Proof, Resource, Sort
 from sidecar.access.resources import Resources, adapter_resource, version_resource
 from sidecar.config.access import Policies
-from sidecar.state.records import added, promoted
+from sidecar.state.records import UNSEEN, added, promoted
 from tests.kit.corekit import adapter_of
 
 ROLES = {"acme": ("publisher",), "group:ops": ("operator",), "eve": ("viewer",)}
@@ -167,6 +169,12 @@ def test_a_record_becomes_a_resource() -> None:
     old = version_resource(record, 1)
     assert (old.sort, old.owner, old.ordinal, old.is_current) == (Sort.VERSION, "ann", 1, False)
     assert version_resource(record, 2).is_current
+
+
+def test_a_name_that_is_not_published_yet_is_for_nobody() -> None:
+    record, _ = added(None, "sql", adapter_of("one"), "/a", now=0.0)
+    unseen = adapter_resource(replace(record, allow=UNSEEN))
+    assert may("open", proven(UNSEEN[0]), unseen) == set()
 
 
 def test_a_record_that_stays_keeps_its_resource() -> None:
