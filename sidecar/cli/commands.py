@@ -188,6 +188,18 @@ COMMANDS = {
         "sidecar.cli.keys:revoke",
         "Revoke an API key for good, at once and on every replica that answers.",
     ),
+    "limits set": (
+        "sidecar.cli.limits:set_limit",
+        "Set a limit, at once and on every replica, in place of a former one of the same tenant, class and adapter.",
+    ),
+    "limits list": (
+        "sidecar.cli.limits:list_limits",
+        "List the limits in force, and what is taken of each now.",
+    ),
+    "limits remove": (
+        "sidecar.cli.limits:remove",
+        "Remove a limit that was set with limits set; one of the configuration for the same counts again.",
+    ),
     "access check": (
         "sidecar.cli.access:check",
         "Tell whether somebody may do something: exit 0 if allowed, 1 if denied.",
@@ -227,6 +239,7 @@ GROUPS = {
     "requests": "See the open requests, and cancel some.",
     "replicas": "See the replicas of the pool.",
     "keys": "Make, list and revoke API keys.",
+    "limits": "Set and see what requests may take.",
     "access": "Ask who may do what.",
     "config": "Check a configuration.",
     "policies": "Check a policy.",

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from time import time
+from typing import TYPE_CHECKING
 
 from sidecar.access.access import OURSELVES, Access
 from sidecar.access.audit import Audit
+from sidecar.access.budgets.book import LimitBook
 from sidecar.access.budgets.budgets import Budgets
 from sidecar.access.deciding import policy_of
 from sidecar.access.keys import KeyBook
@@ -19,7 +22,11 @@ from sidecar.config import Config
 from sidecar.config.listeners import is_local
 from sidecar.fronts.admin.audit import AuditCalls
 from sidecar.fronts.admin.keys import KeyCalls
+from sidecar.fronts.admin.limits import LimitCalls
 from sidecar.state.registry import Registry
+
+if TYPE_CHECKING:
+    from sidecar.access.budgets.leases import Leases
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +37,17 @@ ACCESS_FOLDER = "access"
 class AccessParts:
     """What decides who may use this process. `data` is the data directory, None without one.
 
-    `member` and `member_ttl_s` are those of the registry.
+    `member` and `member_ttl_s` are those of the registry; `me` names this process among those that share its budgets.
     """
 
     def __init__(
-        self, config: Config, data: Path | None, registry: Registry, member: str = "", member_ttl_s: float = 10.0
+        self,
+        config: Config,
+        data: Path | None,
+        registry: Registry,
+        member: str = "",
+        member_ttl_s: float = 10.0,
+        me: str = "",
     ) -> None:
         identity, access = config.identity, config.access
         folder = None if data is None else data / ACCESS_FOLDER
@@ -47,10 +60,20 @@ class AccessParts:
         self.store = AccessStore(data, place, member, member_ttl_s)
         keys_file = None if identity.keys_file is None else Path(identity.keys_file).expanduser()
         self.keys = KeyBook(self.store, keys_file, identity.stale_max_s)
-        self.calls: tuple[object, ...] = (KeyCalls(self.store, self.keys), AuditCalls(self.audit))
-        """The parts of the admin service Access."""
         self.tokens = Tokens(identity.issuers, folder) if identity.issuers else None
-        self.budgets = Budgets(access.limits, time)
+        self.count_replicas: Callable[[], int] = lambda: 1
+        leases: Leases | None = None
+        if place is not None:
+            from sidecar.access.budgets.leases import Leases  # the client is imported only if there is a Redis
+            from sidecar.state.redis.link import Link
+
+            leases = Leases(Link(place), me, lambda: self.count_replicas(), time)
+        self.budgets = Budgets(access.limits, time, leases)
+        self.limits = LimitBook(self.store, access.limits, self.budgets, leases)
+        self.calls: tuple[object, ...] = (
+            KeyCalls(self.store, self.keys), AuditCalls(self.audit), LimitCalls(self.limits),
+        )  # fmt: skip
+        """The parts of the admin service Access."""
         self.access = Access(
             identity,
             config.tenant_from,
@@ -69,6 +92,7 @@ class AccessParts:
         self.audit.start()
         await self.store.start()
         self.keys.start()
+        self.limits.start()
         if self.tokens is not None:
             self.tokens.start()
         self.policy.on_replaced = self._record_policy
@@ -87,6 +111,7 @@ class AccessParts:
             self._watching.cancel()
         if self.tokens is not None:
             await self.tokens.stop()
+        await self.limits.close()
         await self.keys.close()
         await self.store.close()
         await asyncio.to_thread(self.audit.stop)

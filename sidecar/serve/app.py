@@ -82,7 +82,7 @@ class Sidecar:
         self._draining: asyncio.Task[None] | None = None
         self._pools: DiscoveredPools | None = None
         self._declared: DeclaredAdapters | None = None
-        self.access = AccessParts(config, data, self.registry, self._owner, self._member_ttl_s)
+        self.access = AccessParts(config, data, self.registry, self._owner, self._member_ttl_s, self._member.id)
         core = replace(config.core(), pools=pools_of(self.entries))
         self._memory = shared_memory_for(self.entries, config.store.memory_bytes)
         self.gateway = Gateway(
@@ -237,6 +237,7 @@ class Sidecar:
     def _join(self, link: Link) -> None:
         replica = join(self.config, self.entries, self.gateway, self.registry, link, self._member, self.listening)
         self.replica = replica
+        self.access.count_replicas = lambda: len(replica.members())
         self.metrics.replica = lambda: figures_of(replica, self.registry)
 
     def _follow_cluster(self) -> None:

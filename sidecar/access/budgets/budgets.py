@@ -117,11 +117,11 @@ class Budgets:
         self._patterns = tuple({_pattern(words): None for words in self._rules})
         now_s = self._clock()
         for place, budget in list(self._budgets.items()):
-            if place[:2] in in_force:
+            if place[:2] not in in_force:
+                del self._budgets[place]
+            elif budget.rule.limit != budget.fits:
                 budget.turn(now_s)
                 budget.fit(now_s)
-            else:
-                del self._budgets[place]
 
     def reserve(
         self,
@@ -174,12 +174,20 @@ class Budgets:
 
         {} of a limit for each class or adapter, which has no single budget, and of a budget that nobody uses.
         """
-        words = words_of(limit)
-        budget = self._budgets.get((words, limit.tokens, (tenant if words[0] == "*" else words[0], *words[1:])))
+        budget = self._budgets.get(_single(limit, tenant))
         if budget is None:
             return {}
         budget.turn(self._clock())
         return budget.taken()
+
+    def look(self, limit: Limit, tenant: str = "") -> None:
+        """Have `sharing` ask what other replicas have taken of the budget that `taken` tells of."""
+        place = _single(limit, tenant)
+        rules = [rule for rule in self._rules.get(place[0], ()) if rule.limit.tokens == limit.tokens]
+        if rules and "*" not in place[2]:
+            budget = self._budgets.setdefault(place, Budget(rules[0], place[2], self._sharing, self._clock()))
+            for meter in budget.meters.values():
+                self._sharing.touched(meter)
 
     def _matching(self, words: Words) -> Iterator[tuple[Rule, Words]]:
         """Yield the limits that match a request, and the words of the budgets that it takes from."""
@@ -216,6 +224,12 @@ class Budgets:
                 del self._budgets[place]
             else:
                 self._budgets.move_to_end(place)
+
+
+def _single(limit: Limit, tenant: str) -> Place:
+    """Return the place of a limit's budget, or of the one that a tenant has."""
+    words = words_of(limit)
+    return words, limit.tokens, (tenant or "*" if words[0] == "*" else words[0], *words[1:])
 
 
 def _pattern(words: Words) -> Words:

@@ -80,7 +80,18 @@ class Asked:
 class Budget:
     """What the requests of one scope may take by one limit, and take now."""
 
-    __slots__ = ("_key", "_sharing", "expected", "meters", "queued_tokens", "rule", "running", "under_way", "words")
+    __slots__ = (
+        "_key",
+        "_sharing",
+        "expected",
+        "fits",
+        "meters",
+        "queued_tokens",
+        "rule",
+        "running",
+        "under_way",
+        "words",
+    )
 
     def __init__(self, rule: Rule, words: Words, sharing: Sharing, now_s: float) -> None:
         self.rule = rule
@@ -96,6 +107,7 @@ class Budget:
 
     def fit(self, now_s: float) -> None:
         """Have a meter for each number of the limit as it is now, with what is taken already."""
+        self.fits = self.rule.limit
         former, self.meters = self.meters, {}
         for number, most in self.rule.numbers():
             meter = former.get(number.name) or Meter(number, f"{self._key}:{number.name}", most, self._sharing, now_s)

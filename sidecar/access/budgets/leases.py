@@ -77,12 +77,13 @@ class Leases:
         self._link = link
         self._field = f"of:{member}"
         self._count = replicas
-        self._counted = 1
+        self._counted = max(1, replicas())
         self._clock = clock
         self._mark = token_hex(8)
         self._known: WeakSet[Meter] = WeakSet()
         self._used: dict[str, Meter] = {}
         self._woken = asyncio.Event()
+        self._asking = asyncio.Lock()
         self.is_away = False
 
     # For meters.
@@ -93,8 +94,7 @@ class Leases:
 
     @property
     def replicas(self) -> int:
-        now = max(1, self._count())
-        return max(now, self._counted) if self.is_away else now
+        return self._counted
 
     def allowance(self, meter: Meter) -> int:
         lease, replicas = meter.lease, self.replicas
@@ -135,11 +135,18 @@ class Leases:
             self._woken.clear()
             await self.ask()
 
+    async def close(self) -> None:
+        """Close the connection to Redis."""
+        await self._link.close()
+
     async def ask(self) -> None:
         """Ask Redis about the budgets in use, once."""
-        used, self._used = list(self._used.values()), {}
-        for start in range(0, len(used), BUDGETS_AT_ONCE):
-            await self._ask(used[start : start + BUDGETS_AT_ONCE])
+        count = max(1, self._count())
+        self._counted = max(count, self._counted) if self.is_away else count
+        async with self._asking:  # of two answers about one budget the older one could come last
+            used, self._used = list(self._used.values()), {}
+            for start in range(0, len(used), BUDGETS_AT_ONCE):
+                await self._ask(used[start : start + BUDGETS_AT_ONCE])
 
     async def _ask(self, meters: Sequence[Meter]) -> None:
         now_s = self._clock()
@@ -183,7 +190,6 @@ class Leases:
         for meter in meters:
             self._used.setdefault(meter.key, meter)
         if not self.is_away:
-            self._counted = self.replicas
             self.is_away = True
             logger.warning(
                 "%s does not answer: each of %d replicas goes on with its share of what is left of each budget: %s",

@@ -1,0 +1,77 @@
+"""Answer `Access.SetLimit`, `Access.ListLimits` and `Access.RemoveLimit`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from sidecar.access.budgets.book import LimitBook
+from sidecar.config.access import Limit
+from sidecar.config.section import problems
+from sidecar.errors import Reason, Refused
+from sidecar.fronts.status import answers_errors
+from sidecar.proto import admin_pb2
+
+NUMBERS = tuple(
+    field.name
+    for field in admin_pb2.Limit.DESCRIPTOR.fields
+    if field.type == field.TYPE_UINT64
+)  # fmt: skip
+
+
+class LimitCalls:
+    """Sets, lists and removes limits; a part of `AccessService`."""
+
+    def __init__(self, book: LimitBook) -> None:
+        self._book = book
+
+    @answers_errors
+    async def SetLimit(self, request: Any, context: Any) -> Any:  # noqa: N802 — gRPC's names, here and below
+        limit = _limit(request)
+        await self._book.set(limit)
+        return await self._message(limit, True, limit.tenant or "")
+
+    @answers_errors
+    async def ListLimits(self, request: Any, context: Any) -> Any:  # noqa: N802
+        tenant = request.tenant
+        listed = [
+            (limit, at_run_time)
+            for limit, at_run_time in self._book.in_force()
+            if not tenant or limit.tenant in (None, "*", tenant)
+        ]
+        taken = await self._book.taken([limit for limit, _ in listed], tenant)
+        found = [_message(limit, at_run_time, each) for (limit, at_run_time), each in zip(listed, taken, strict=True)]
+        return admin_pb2.ListLimitsResponse(limits=found)
+
+    @answers_errors
+    async def RemoveLimit(self, request: Any, context: Any) -> Any:  # noqa: N802
+        words = (request.tenant or None, getattr(request, "class") or None, request.adapter or None)
+        return _message(await self._book.remove(*words), True, {})
+
+    async def _message(self, limit: Limit, at_run_time: bool, tenant: str) -> Any:
+        [taken] = await self._book.taken([limit], tenant)
+        return _message(limit, at_run_time, taken)
+
+
+def _limit(request: Any) -> Limit:
+    """Return the limit of a message. Raises Refused(INVALID_REQUEST)."""
+    words = {"tenant": request.tenant, "class_name": getattr(request, "class"), "adapter": request.adapter}
+    given = {name: getattr(request, name) for name in ("tokens", *NUMBERS)} | words
+    try:
+        return Limit.model_validate({name: value for name, value in given.items() if value})
+    except ValidationError as error:
+        raise Refused(Reason.INVALID_REQUEST, "; ".join(problems(error, Limit))) from None
+
+
+def _message(limit: Limit, at_run_time: bool, taken: dict[str, int]) -> Any:
+    message = admin_pb2.Limit(
+        tenant=limit.tenant or "",
+        adapter=limit.adapter or "",
+        tokens=limit.tokens,
+        source="run time" if at_run_time else "config",
+        taken=taken,
+        **{name: getattr(limit, name) or 0 for name in NUMBERS},
+    )
+    setattr(message, "class", limit.class_name or "")  # a keyword of Python's
+    return message
