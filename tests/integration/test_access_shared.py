@@ -31,7 +31,7 @@ from sidecar.state.redis.link import Link
 from sidecar.state.redis.members import RedisMembers
 from sidecar.state.redis.registry import RedisRegistry
 from tests.kit.access_stores import STALE_MAX_S, access_store, key_book, new_key
-from tests.kit.redis_servers import Server, cuttable, running
+from tests.kit.redis_servers import Server, cluster, cuttable, running, watched
 from tests.kit.registries import link_to, record, shared_registry
 from tests.kit.serving import until
 
@@ -473,3 +473,26 @@ async def test_the_latest_use_of_any_replica_is_shown(server: Server) -> None:
         await until_back(one, two)
         await two.store.uses.flush()
         assert await one.store.uses.all() == {key.id: 1.2e9}
+
+
+@pytest.mark.parametrize("kind", ["cluster", "sentinel", "valkey"])
+async def test_keys_in_each_kind_of_redis(tmp_path: Path, kind: str) -> None:
+    async with AsyncExitStack() as stack:
+        if kind == "cluster":
+            nodes = await stack.enter_async_context(cluster(tmp_path))
+            url = f"redis+cluster://{','.join(node.address for node in nodes)}"
+        elif kind == "sentinel":
+            url = (await stack.enter_async_context(watched(tmp_path))).url
+        else:
+            url = (await stack.enter_async_context(running(tmp_path / "server", "valkey-server"))).url
+        one, two = [await replica(stack, url, tmp_path / f"data-{number}") for number in range(2)]
+        secret, key = new_key()
+        await one.store.put(key)
+        await until(lambda: two.admits(secret))
+        assert await one.store.uses.all() == {}
+        await two.store.uses.flush()
+        assert (await one.store.uses.all()).keys() == {key.id}
+        await two.store.revoke(key.id)
+        await until(lambda: not one.admits(secret))
+        await one.store.remove(key.name)
+        await until(lambda: two.store.keys() == [])
