@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sidecar.access.usage.meter import NOBODY, OUTCOMES
 from sidecar.cli import completing
 from sidecar.cli.client import Client
 from sidecar.cli.durations import seconds_in
@@ -26,8 +27,7 @@ KEYS = ("tenant", "adapter", "version", "backend")
 SPANS = {"hour": "%Y-%m-%d %H:%M", "day": "%Y-%m-%d", "month": "%Y-%m"}
 SINCE = {"month": "400d", "day": "30d"}
 """The default of `--since` by the span of the rows; else 24h."""
-IDLE, ALL = "(idle)", "(all)"
-OUTCOMES = ("ok", "refused", "expired", "cancelled", "failed")
+ALL = "(all)"
 FIGURES = (
     "input_tokens", "input_tokens_estimated", "output_tokens", "seat_seconds", "slot_seconds", "cold_loads",
     "cold_load_bytes", "stored_byte_seconds", "engine_seconds",
@@ -45,7 +45,7 @@ class Row:
 
     @property
     def is_idle(self) -> bool:
-        return self.keys["tenant"] == IDLE
+        return self.keys["tenant"] == NOBODY
 
 
 @admin_command

@@ -169,6 +169,16 @@ async def test_what_is_wrong_is_said(house: House, arguments: tuple[str, ...], s
     assert says in ended.err
 
 
+async def test_where_no_usage_is_kept_it_is_said(command: Callable[..., Ended]) -> None:
+    async with (
+        running_engine(**DUMMY) as engine,
+        serving([engine], access={"usage": {"enabled": False}}) as served,
+    ):
+        ended = await House(served, command).cli("usage")
+    assert ended.code != 0
+    assert "access.usage.enabled" in ended.err
+
+
 async def test_a_price_list_with_a_mistake_names_it(house: House, tmp_path: Path) -> None:
     (tmp_path / "prices.yaml").write_text("gpu_hours: 2\n")
     ended = await house.cli("usage", "--prices", str(tmp_path / "prices.yaml"))

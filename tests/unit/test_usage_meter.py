@@ -131,6 +131,19 @@ def test_no_tenant_can_take_the_name_of_idle_time() -> None:
     assert OTHERS not in shown
 
 
+def test_invented_tenants_take_no_rows_from_those_that_are_served() -> None:
+    """Whoever sends nothing but refused requests under made-up names fills a part of the rows only."""
+    meter = engine()
+    for number in range(2 * ROWS_MAX):
+        meter.settled((f"made-up-{number}", "sql", "v1", ""), "refused", 0, 0, is_estimated=False)
+    meter.began(1, SQL, 1, (), 0)
+    meter.ended(1, 5 * S)
+    rows = meter.cut(5 * S).rows()
+    assert seats(rows)[SQL] == 5
+    assert len(rows) < ROWS_MAX / 2
+    assert sum(used.requests.get("refused", 0) for used in rows.values()) == 2 * ROWS_MAX
+
+
 def test_a_million_tenants_do_not_grow_memory() -> None:
     """Clients may claim any tenant. Those after the bound share a row for each adapter; nothing is left uncounted."""
     meter = engine()

@@ -19,6 +19,8 @@ BASE, UNKNOWN = "(base)", "(unknown)"
 OUTCOMES = ("ok", "refused", "expired", "cancelled", "failed")
 ROWS_MAX = 20_000
 """Rows of a period. Tenants that come after that share rows: clients may claim any number of tenants."""
+ROWS_UNSENT_MAX = ROWS_MAX // 4
+"""Beyond so many rows, tenants of which nothing was sent to an engine share rows: they cost who claims them nothing."""
 
 Key = tuple[str, str, str, str]
 """Tenant, adapter, version, backend; "" where there is none."""
@@ -244,7 +246,7 @@ class Meter:
 
     def _known(self, key: Key) -> Key:
         """Return the row of a key: its own, or that of all others once there are too many."""
-        if key in self._rows or len(self._rows) < ROWS_MAX:
+        if key in self._rows or len(self._rows) < (ROWS_MAX if key[3] else ROWS_UNSENT_MAX):
             return key
         return (OTHERS, *key[1:])
 
