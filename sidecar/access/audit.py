@@ -227,8 +227,11 @@ def _who(principal: Principal | None, proof: Proof, peer: str) -> tuple[Any, ...
 
 
 def host_of(peer: str) -> str:
-    """Return the address of a peer without its port, which is another one with each connection."""
-    return peer.rpartition(":")[0] or peer
+    """Return the address of a peer without its port, which is another one with each connection.
+
+    gRPC writes ipv4:1.2.3.4:56 and ipv6:[::1]:56; our HTTP listeners write the address alone.
+    """
+    return peer.rpartition(":")[0] if peer.startswith(("ipv4:", "ipv6:")) else peer
 
 
 def _said(

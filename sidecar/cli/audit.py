@@ -57,10 +57,12 @@ def parts_of(line: dict[str, Any]) -> Iterator[RenderableType]:
     when = line["time"].replace("T", " ")[:19]
     about = line["resource"]
     version = f"@v{about['version']}" if "version" in about else ""
+    name = about["name"] or ("" if about["sort"] == "system" else about["sort"])
     said = Text.assemble(
         f"{when}  ",
         result if line["result"] == "ok" else bad(result),
-        f"  {_who(line)}  {line['verb'] or line['action']}  {about['name'] or about['sort']}{version}",
+        f"  {_who(line)}  {line['verb'] or line['action']}",
+        f"  {name}{version}" if name else "",
     )
     yield _folded(said, 0)
     details = "; ".join(_details(line))
@@ -75,7 +77,8 @@ def _folded(text: Text, indent: int) -> RenderableType:
 
 def _who(line: dict[str, Any]) -> str:
     who = line["who"]
-    return "/".join(part for part in (who["tenant"], who["subject"]) if part) or line["proof"]
+    named = "/".join(part for part in (who["tenant"], who["subject"]) if part)
+    return named or (line["peer"] if line["proof"] == "none" else line["proof"])
 
 
 def _details(line: dict[str, Any]) -> Iterator[str]:
@@ -84,7 +87,8 @@ def _details(line: dict[str, Any]) -> Iterator[str]:
     before, after = line.get("before", {}), line.get("after", {})
     for name in dict.fromkeys((*before, *after)):
         if before.get(name) != after.get(name):
-            yield f"{name} {_value(before.get(name))} -> {_value(after.get(name))}"
+            was = f"{_value(before[name])} -> " if name in before else ""
+            yield f"{name} {was}{_value(after.get(name))}"
     if "since" in line:
         yield f"since {line['since'].replace('T', ' ')[:19]}"
     yield f"from {line['peer']} by {line['proof']}" if line["peer"] else f"by {line['proof']}"

@@ -136,7 +136,7 @@ def check(
     ] = ADMIN_DEFAULT,
     token_file: Annotated[
         Path | None,
-        typer.Option(envvar=TOKEN_FILE_VARIABLE, help="File with the listener's token.", rich_help_panel=PANEL),
+        typer.Option(envvar=TOKEN_FILE_VARIABLE, help="File with a key or a token to send.", rich_help_panel=PANEL),
     ] = None,
     allow_cleartext: AllowCleartext = False,
     as_json: AsJson = False,

@@ -69,7 +69,7 @@ def _asked(ctx: typer.Context, ask: Callable[[Client], Any]) -> Any:
 def _endpoint(ctx: typer.Context) -> Endpoint:
     """Return the admin listener's endpoint, from the options, or from the environment if they name another listener."""
     given = dict(ctx.params)
-    if "token_file" not in given:  # a command for the data listener: `queue` is one for the admin listener
+    if any("--server" in option.opts for option in ctx.command.params):  # `queue` is one for the admin listener
         files = {name: given[name] for name in ("ca", "certificate", "key") if given.get(name)}
         given = imported("queue").make_context("queue", [], resilient_parsing=True).params | files
     connection = {field.name: given[field.name] for field in fields(Endpoint) if field.name in given}

@@ -53,7 +53,7 @@ def admin_command(body: Command) -> Command:
 
 def data_command(body: Command) -> Command:
     """Turn a function into a command that connects to the data listener; its first parameter is the `Client`."""
-    return _command(body, "data", "--server", SERVER_DEFAULT, SERVER_VARIABLE, _TLS_FILES)
+    return _command(body, "data", "--server", SERVER_DEFAULT, SERVER_VARIABLE, (_TOKEN_FILE, *_TLS_FILES, _CLEARTEXT))
 
 
 def _command(
@@ -91,7 +91,7 @@ def _file_option(name: str, option: str, text: str, variable: str | None = None)
     )
 
 
-_TOKEN_FILE = _file_option("token_file", "--token-file", "File with the listener's token.", TOKEN_FILE_VARIABLE)
+_TOKEN_FILE = _file_option("token_file", "--token-file", "File with a key or a token to send.", TOKEN_FILE_VARIABLE)
 _TLS_FILES = (
     _file_option("ca", "--ca", "PEM file of the CA that signed the listener; turns TLS on.", CA_VARIABLE),
     _file_option("certificate", "--cert", "PEM file of our own certificate."),

@@ -61,7 +61,7 @@ async def test_people_see_who_did_what(house: House) -> None:
     shown = (await house.cli("audit")).out
     first, details, second, why = (line.rstrip() for line in shown.splitlines())
     assert first.endswith("  ok  acme/0123456789ab  Adapters.Promote  acme/sql")
-    assert details == "    version v1 -> v2; canary none -> v3 5 %; from ipv4:10.0.0.9:4711 by key; id r-1"
+    assert details == "    version v1 -> v2; canary v3 5 %; from ipv4:10.0.0.9:4711 by key; id r-1"
     assert second.endswith("  denied  beta/bob@beta.example  infer  acme/sql")
     assert why == "    the allow list does not have beta; from ipv4:10.0.0.7:1 by token; id r-2"
     for options, results in (

@@ -210,7 +210,7 @@ class House:
     """A sidecar whose callers have to prove who they are, and a command line."""
 
     def __init__(self, served: Serving, capfd: pytest.CaptureFixture[str]) -> None:
-        self.address = served.sidecar.admin_address
+        self.address, self.data_address = served.sidecar.admin_address, served.sidecar.data_address
         self._command = runner(capfd)
 
     async def cli(self, *arguments: str) -> Ended:
@@ -298,3 +298,17 @@ async def test_a_login_without_sense(options: tuple[str, ...], house: House, tmp
     (tmp_path / "empty").write_text("\n")
     ended = await house.cli("login", *(str(tmp_path / "empty") if each == "EMPTY" else each for each in options))
     assert (ended.code, ended.out) == (2, "")
+
+
+async def test_generate_sends_a_credential(house: House, tmp_path: Path, provider: Provider) -> None:
+    """`--token-file` has the key for the data listener, under the same rule about clear text."""
+    made = (await house.cli("keys", "create", "--tenant", "acme", "--json")).json()
+    file = tmp_path / "key"
+    file.write_text(made["secret"])
+    for options, reason in ((("--token-file", str(file)), "UNKNOWN_ADAPTER"), ((), "UNAUTHENTICATED")):
+        command = ("generate", "nobody", "hi", "--json", "--server", house.data_address, *options)
+        assert (await asyncio.to_thread(house._command, *command)).error()["reason"] == reason
+    far = await asyncio.to_thread(
+        house._command, "generate", "x", "hi", "--server", "192.0.2.1:9000", "--token-file", str(file)
+    )
+    assert (far.code, "in clear text" in far.err, made["secret"] in far.err) == (2, True, False)

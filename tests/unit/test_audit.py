@@ -68,7 +68,7 @@ def change(audit: Audit, name: str = "sql", **more: Any) -> bool:
     )
 
 
-def deny(audit: Audit, principal: Principal | None = None, peer: str = "10.0.0.9:1", name: str = "sql") -> None:
+def deny(audit: Audit, principal: Principal | None = None, peer: str = "ipv4:10.0.0.9:1", name: str = "sql") -> None:
     audit.denied(principal, peer, Proof.KEY, Action.INFER, Resource(Sort.ADAPTER, name), "unknown key", "r-2")
 
 
@@ -115,7 +115,7 @@ def test_repeated_denials_become_one_line_a_minute(tmp_path: Path) -> None:
         assert (first["result"], first["why"], first["who"]["tenant"]) == ("denied", "unknown key", "")
         assert "count" not in first
         for port in range(500):
-            deny(audit, peer=f"10.0.0.9:{port}")  # each connection has another port
+            deny(audit, peer=f"ipv4:10.0.0.9:{port}")  # each connection has another port
         clock.now += 59
         audit.tell_repeated()
         assert audit.log.flush()
@@ -146,6 +146,24 @@ def test_what_is_observed_is_told_apart(tmp_path: Path) -> None:
     assert lines[0]["who"] == {"tenant": "acme", "subject": "key-7", "groups": ["ml"]}
 
 
+@pytest.mark.parametrize(
+    ("peers", "callers"),
+    [
+        (("ipv4:10.0.0.1:1", "ipv4:10.0.0.1:2", "ipv4:10.0.0.2:1"), 2),
+        (("ipv6:[2001:db8::1]:1", "ipv6:[2001:db8::1]:2", "ipv6:[2001:db8::2]:1", "ipv6:%5B::1%5D:7"), 3),
+        (("2001:db8::1", "2001:db8::2", "10.0.0.1", "10.0.0.2", "unix:", "unix:"), 5),
+    ],
+)
+def test_callers_without_a_name_are_told_apart_by_their_machine(
+    peers: tuple[str, ...], callers: int, tmp_path: Path
+) -> None:
+    """Each connection has another port; the listeners for HTTP give addresses without one."""
+    with audit_in(tmp_path, Clock()) as audit:
+        for peer in peers:
+            deny(audit, peer=peer)
+        assert len(audit._repeated) == callers
+
+
 # Attackers.
 
 
@@ -154,7 +172,7 @@ def test_ten_thousand_attackers_are_counted_and_push_no_change_out(tmp_path: Pat
     with audit_in(tmp_path, Clock(), file_bytes_max=200_000, files_max=3) as audit:
         assert change(audit)
         for attacker in range(CALLERS_MAX + 2_000):
-            deny(audit, peer=f"10.{attacker >> 16}.{attacker >> 8 & 255}.{attacker & 255}:9")
+            deny(audit, peer=f"ipv4:10.{attacker >> 16}.{attacker >> 8 & 255}.{attacker & 255}:9")
             if attacker % 1_000 == 0:
                 assert audit.log.flush()
         assert len(audit._repeated) <= CALLERS_MAX + 1
