@@ -65,10 +65,10 @@ class Listing:
             since[resource.name] = held if held is not None and same else (resource, change)
         self.change, self._since = change, since
 
-    def is_unchanged(self, resource: Resource, change: int) -> bool:
-        """Return True if the resource is as it was at that change."""
-        held = self._since.get(resource.name)
-        return held is not None and held[1] <= change and held[0] == resource
+    def is_unchanged(self, name: str, change: int) -> bool:
+        """Return True if the name's resource is as it was at that change."""
+        held = self._since.get(name)
+        return held is not None and held[1] <= change
 
 
 class CachedPolicy:
@@ -151,7 +151,7 @@ class CachedPolicy:
         names = []
         began = perf_counter()
         for resource in resources:
-            if known is not None and listing.is_unchanged(resource, known.change):
+            if known is not None and listing.is_unchanged(resource.name, known.change):
                 allowed = resource.name in known.names
             else:
                 allowed = policy.decide(principal, Action.LIST, resource).allowed

@@ -248,6 +248,8 @@ def test_a_faulty_text_is_refused_with_its_line(text: str, line: int, words: str
     "expression",
     [
         "(" * 5000 + "true" + ")" * 5000,
+        "(" * DEPTH_MAX + "true" + ")" * DEPTH_MAX,  # the braces are one more
+        "true" + " && true" * (OPERATORS_MAX + 1),
         "[" * 5000 + "]" * 5000,
         "{a: " * 5000 + "1" + "}" * 5000,
         "if true then true else " * 50_000 + "true",

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from sidecar.access.access import Access, Caller
+from sidecar.access.cedar import SCHEMA, CedarPolicy
+from sidecar.access.cedar_text import statements_of
 from sidecar.access.checking import Known, check, principal_asked
 from sidecar.access.deciding import CachedPolicy, policy_of
+from sidecar.access.policy import Roles
 from sidecar.access.principal import Decision, Principal
 from sidecar.cli import run
 from sidecar.config.access import Policies
@@ -91,16 +94,31 @@ class NoRecord:
         """Do nothing."""
 
 
+def answers(access: Access, principal: Principal, reference: str) -> bool:
+    """Return True if a request for the reference is answered by the version that it wants."""
+    selector = reference.partition("@")[2]
+    try:
+        permit = access.permit(Caller(principal, proven=principal), reference, "id")
+    except Refused:
+        return False
+    return permit.versions is None or (int(selector[1:]) if selector else RECORD.current) in permit.versions
+
+
+IN_CEDAR = """permit(principal == Tenant::"zoe", action, resource is Version);
+permit(principal == Tenant::"eve", action, resource is Adapter);
+permit(principal == Tenant::"acme", action == Action::"infer", resource);
+permit(principal == Tenant::"beta", action, resource) when { !(resource is Version && resource.current) };"""
+
+
 @pytest.mark.parametrize("reference", ["acme/sql", "acme/sql@v1", "acme/sql@v2"])
-@pytest.mark.parametrize("tenant", ["zoe", "eve", "acme"])
+@pytest.mark.parametrize("tenant", ["zoe", "eve", "acme", "beta"])
 def test_it_answers_as_a_request_is_answered(tenant: str, reference: str) -> None:
     """The way of a request decides: what it may not have is refused, or no version may answer."""
     principal = principal_asked(tenant, (), ())
-    access = Access(Identity(mode="enforce"), "none", KNOWN.record_of, ROLES, NoRecord(), by_version=True)
-    _, _, selector = reference.partition("@")
-    wanted = int(selector[1:]) if selector else RECORD.current
-    permit = access.permit(Caller(principal, proven=principal), reference, "id")
-    assert asked("infer", reference, tenant).allowed is (permit.versions is None or wanted in permit.versions)
+    for policy in (ROLES, CachedPolicy(CedarPolicy(statements_of(IN_CEDAR, SCHEMA), Roles({}), "/"))):
+        access = Access(Identity(mode="enforce"), "none", KNOWN.record_of, policy, NoRecord(), by_version=True)
+        expected = answers(access, principal, reference)
+        assert asked("infer", reference, tenant, policy).allowed is expected, policy.source
 
 
 def shell(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
