@@ -179,6 +179,24 @@ async def test_where_no_usage_is_kept_it_is_said(command: Callable[..., Ended]) 
     assert "access.usage.enabled" in ended.err
 
 
+async def test_what_a_budget_refuses_counts(tmp_path: Path, command: Callable[..., Ended]) -> None:
+    """The core never hears of it. Which adapter it was for is not told: the tenant may not know that it exists."""
+    write_adapters(tmp_path / "loras", 1)
+    limits = [{"tenant": "acme", "requests_per_day": 2}]
+    async with (
+        running_engine(**DUMMY) as engine,
+        serving([engine], tmp_path / "loras", access={"limits": limits}) as served,
+    ):
+        for _ in range(2):
+            await served.ask("a00", 3, tenant="acme")
+        for _ in range(3):
+            with pytest.raises(grpc.aio.AioRpcError):
+                await served.ask("a00", 3, tenant="acme")
+        rows = {row["adapter"]: row for row in await House(served, command).rows("--tenant", "acme")}
+    assert (rows["a00"]["ok"], rows["a00"]["refused"]) == (2, 0)
+    assert (rows["(unknown)"]["ok"], rows["(unknown)"]["refused"]) == (0, 3)
+
+
 async def test_a_price_list_with_a_mistake_names_it(house: House, tmp_path: Path) -> None:
     (tmp_path / "prices.yaml").write_text("gpu_hours: 2\n")
     ended = await house.cli("usage", "--prices", str(tmp_path / "prices.yaml"))
