@@ -121,8 +121,11 @@ class Charged(Protocol):
 
     def dispatched(self) -> None: ...
 
-    def settle(self, output_tokens: int, delivered: int, ran: bool) -> None:
-        """Charge what was taken; `delivered` replies have come, whose tokens count if nothing else is known."""
+    def settle(self, output_tokens: int, delivered: int, ran: bool, prompt_tokens: int | None) -> None:
+        """Charge what was taken; `delivered` replies have come, whose tokens count if nothing else is known.
+
+        `prompt_tokens` are the prompt's by the engine's count, None if it does not tell.
+        """
 
 
 class Ticket:
@@ -146,6 +149,7 @@ class Ticket:
         "delivered",
         "dispatch",
         "payload",
+        "prompt_tokens",
         "rejected_with",
         "replies",
         "request",
@@ -173,6 +177,8 @@ class Ticket:
         """The gRPC status code of an engine's unary error, or an `HttpRejection`: passed on to the client unchanged."""
         self.caller: Any = None
         """Who sent it (`access.Caller`); None for a request that another replica has passed on."""
+        self.prompt_tokens: int | None = None
+        """The prompt's tokens as the engine has counted them, once it has told."""
         self.reservation: Charged | None = None
         """What it has taken of its tenant's budgets until it is settled."""
         self.delivered = 0
@@ -206,7 +212,8 @@ class Ticket:
         self.settled = effect
         self.settled_ns = monotonic_ns()
         if self.reservation is not None:
-            self.reservation.settle(effect.output_tokens, self.delivered, self.dispatch is not None)
+            ran = self.dispatch is not None
+            self.reservation.settle(effect.output_tokens, self.delivered, ran, self.prompt_tokens)
         self.payload = self.payload.spent()  # the answer, or a refusal, may wait for its client for long
         self._wake()
         self._open_room()

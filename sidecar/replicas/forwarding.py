@@ -11,6 +11,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from sidecar.backends.api import Ticket
+from sidecar.backends.openai.events import EVENT, prompt_tokens
 from sidecar.core.effects import Settle
 from sidecar.core.enums import outcome_of
 from sidecar.errors import Reason
@@ -133,6 +134,8 @@ class Forward:
             return True
         self._has_begun = True
         raw = reply.last if which == "last" else reply.part
+        if raw.startswith((b"{", EVENT)):  # only in JSON no text of an answer can look like the engine's own count
+            ticket.prompt_tokens = prompt_tokens(raw) or ticket.prompt_tokens
         ticket.deliver(forms.reply_of(raw, which == "last", ticket.payload.unary))
         if self._resuming is None and not ticket.has_room:
             self._resuming = asyncio.create_task(self._pause())

@@ -114,7 +114,9 @@ class Sidecar:
             usage = self.usage
             usage.meter.on_use = self.metrics.used
             self.metrics.usage_errors = lambda: usage.errors
-            self.gateway.observe(UsageObserver(self.gateway.core, self.usage, self.gateway.estimated), of_refused=True)
+            gateway = self.gateway
+            observer = UsageObserver(gateway.core, self.usage, gateway.estimated, gateway.prompt_tokens)
+            gateway.observe(observer, of_refused=True)
         if data is not None and config.journal.enabled:
             journal = config.journal
             self._journal = Journal(self.gateway.core, data / "journal", journal.segment_bytes, journal.segments_max)

@@ -220,7 +220,7 @@ class Gateway:
             return self._take(facts, ticket, self.admit if self.elsewhere is None else self.elsewhere.submit)
         except SidecarError:
             if ticket.reservation is not None:
-                ticket.reservation.settle(0, 0, ran=False)
+                ticket.reservation.settle(0, 0, False, None)
             raise
 
     def _reserved(self, facts: RequestFacts, caller: Caller) -> Charged | None:
@@ -284,6 +284,11 @@ class Gateway:
         self.driver.post(facts.received(ticket.request, deadline_ns, ticket.client_id))
         if facts.is_estimated:
             self.estimated.add(ticket.request)
+
+    def prompt_tokens(self, request: int) -> int | None:
+        """Return the tokens of an open request's prompt as its engine has counted them, None if it has not."""
+        ticket = self.tickets.get(request) or self._left.get(request)
+        return None if ticket is None else ticket.prompt_tokens
 
     def admit_again(self, ticket: Ticket, facts: RequestFacts) -> None:
         """Admit a request that was given back. The core gets it under a new number."""

@@ -25,10 +25,20 @@ from sidecar.errors import Reason
 class UsageObserver:
     """An observer of the core's steps, and of the requests that are refused before."""
 
-    def __init__(self, core: Core, keeper: UsageKeeper, estimated: Collection[int] = ()) -> None:
-        """`estimated` has, until they are settled, the requests whose prompts nothing has counted."""
+    def __init__(
+        self,
+        core: Core,
+        keeper: UsageKeeper,
+        estimated: Collection[int] = (),
+        counted: Callable[[int], int | None] = lambda request: None,
+    ) -> None:
+        """`estimated` has, until they are settled, the requests whose prompts nothing had counted before they ran.
+
+        `counted` returns the engine's own count of a request's prompt, None if there is none.
+        """
         self._state = core.state
         self._estimated = estimated
+        self._counted = counted
         self._keeper = keeper
         self._meter = keeper.meter
         self._keys: dict[int, Key] = {}
@@ -127,8 +137,11 @@ class UsageObserver:
         if key is None:
             named = self._named(effect.name, effect.version) if effect.request else (UNKNOWN, "")
             key = (tenant_shown(effect.tenant), *named, "")
-        inputs, outputs = (effect.input_tokens, effect.output_tokens) if is_sent else (0, 0)
-        self._meter.settled(key, effect.outcome.value, inputs, outputs, effect.request in self._estimated)
+        counted = self._counted(effect.request)
+        is_estimated = counted is None and effect.request in self._estimated
+        inputs = effect.input_tokens if counted is None else counted
+        inputs, outputs = (inputs, effect.output_tokens) if is_sent else (0, 0)
+        self._meter.settled(key, effect.outcome.value, inputs, outputs, is_estimated)
 
     def _drop(self, effect: do.Drop, now_ns: int) -> None:
         self._meter.gone(effect.key, now_ns)

@@ -22,6 +22,7 @@ USAGE = b'"usage":{'
 # None of these can occur in the text of an answer: there a backslash precedes every quote.
 _index = re.compile(rb'"choices":\[\{"index":(\d+)').search
 _completion = re.compile(rb'"completion_tokens"\s*:\s*(\d+)').search
+_prompt = re.compile(rb'"prompt_tokens"\s*:\s*(\d+)').search
 
 
 def record_of(raw: bytes) -> dict[str, Any]:
@@ -86,4 +87,11 @@ def completion_tokens(body: bytes) -> int | None:
     """Return the number of tokens in an answer's usage; None if it has none."""
     begin = body.rfind(b'"usage"')
     found = _completion(body, begin) if begin >= 0 else None
+    return None if found is None else int(found[1])
+
+
+def prompt_tokens(body: bytes) -> int | None:
+    """Return the number of the prompt's tokens in an answer's usage; None if it has none."""
+    begin = body.rfind(b'"usage"')
+    found = _prompt(body, begin) if begin >= 0 else None
     return None if found is None else int(found[1])

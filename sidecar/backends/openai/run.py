@@ -11,7 +11,16 @@ from typing import Any
 import httpx
 
 from sidecar.backends.api import HttpForm, HttpRejection, Reply, Ticket
-from sidecar.backends.openai.events import CHOICES, DONE, END_OF_EVENT, ERROR, StreamedTokens, completion_tokens, split
+from sidecar.backends.openai.events import (
+    CHOICES,
+    DONE,
+    END_OF_EVENT,
+    ERROR,
+    StreamedTokens,
+    completion_tokens,
+    prompt_tokens,
+    split,
+)
 from sidecar.core.effects import Dispatch
 from sidecar.core.enums import Fault
 from sidecar.core.events import Event, FirstToken, RunEnded, RunFailed
@@ -137,12 +146,14 @@ class OpenAiRun(ABC):
         total = completion_tokens(event)
         if total is None:
             return 0
+        self.ticket.prompt_tokens = prompt_tokens(event)
         missed = max(0, total - self.tokens)
         self.tokens = total
         return missed
 
     def _whole(self, body: bytes) -> None:
         found = completion_tokens(body)
+        self.ticket.prompt_tokens = prompt_tokens(body)
         self.tokens = 1 if found is None else found
         self._heard(self.effect.request, self.tokens)
         self.ticket.deliver(Reply(self._shown(body), None, True))
