@@ -1,0 +1,55 @@
+"""Three serving replicas that share a tenant's budget through Redis, asked over gRPC as clients ask them."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import grpc
+import pytest
+
+from sidecar.proto import admin_pb2 as pb
+from sidecar.proto import admin_pb2_grpc
+from tests.kit.emulated import running_engine
+from tests.kit.redis_servers import running
+from tests.kit.replica_pool import CALM_S, replicas
+from tests.kit.serving import Serving, until, write_adapters
+
+LIMIT = 60
+LIMITS = {"limits": [{"tenant": "*", "requests_per_day": LIMIT}]}
+
+
+async def granted(served: Serving, tenant: str, count: int) -> int:
+    """Send so many requests at once; return how many were answered. The others were refused for the budget."""
+    asked = [served.ask("a00", 2, tenant=tenant) for _ in range(count)]
+    ends = await asyncio.gather(*asked, return_exceptions=True)
+    refused = [end for end in ends if isinstance(end, BaseException)]
+    for error in refused:
+        assert isinstance(error, grpc.aio.AioRpcError), error
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert f"tenant {tenant} may send {LIMIT} requests a day" in str(error.details())
+    return count - len(refused)
+
+
+async def test_three_replicas_grant_one_budget(tmp_path: Path) -> None:
+    """A tenant of one replica gets all of it, one of all replicas no more; a limit set at one holds at the others."""
+    write_adapters(tmp_path / "adapters", 1)
+    async with (
+        running(tmp_path / "redis") as redis,
+        running_engine(compute="none", shape="tiny") as engine,
+        replicas(3, redis.url, [engine], tmp_path / "adapters", lease_s=CALM_S, access=LIMITS) as pool,
+    ):
+        await until(lambda: all("a00" in served.state.names for served in pool))
+        await until(lambda: all(served.sidecar.access.budgets._sharing.replicas == 3 for served in pool))
+        alone = spread = 0
+        for _ in range(20):  # what is refused at first, for Redis is not asked on its way, is granted when asked again
+            alone += await granted(pool[0], "alone", 4)
+            spread += sum(await asyncio.gather(*(granted(served, "spread", 2) for served in pool)))
+            await asyncio.sleep(0.05)
+        print(f"granted of {LIMIT}: {alone} at one replica, {spread} at three")
+        assert alone == LIMIT
+        assert LIMIT <= spread <= LIMIT + len(pool), "one request a replica may be on its way while others lease"
+        stub = admin_pb2_grpc.AccessStub(pool[1].admin_channel)
+        await stub.SetLimit(pb.Limit(tenant="alone", requests_per_day=3, concurrent=1))
+        with pytest.raises(grpc.aio.AioRpcError, match="tenant alone may send 3 requests a day"):
+            await pool[2].ask("a00", 2, tenant="alone")
