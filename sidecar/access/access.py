@@ -22,7 +22,7 @@ from sidecar.access.forwarded import names_in
 from sidecar.access.policy import Open, Roles
 from sidecar.access.principal import SYSTEM, Action, Decision, Presented, Principal, Proof, Resource, Sort
 from sidecar.access.resources import Resources, adapter_resource, version_resource
-from sidecar.config.identities import clipped
+from sidecar.config.identities import OWN_TENANTS, clipped
 from sidecar.config.identity import Identity
 from sidecar.config.openai import LOADS
 from sidecar.errors import Misused, Reason, Refused, SidecarError
@@ -204,6 +204,12 @@ class Access:
         return Caller(peer=presented.peer)
 
     async def _prove(self, presented: Presented) -> Principal:
+        principal = await self._first(presented)
+        if principal.tenant in OWN_TENANTS:
+            raise _unauthenticated(f'the credential is of tenant "{principal.tenant}", which is the sidecar\'s own')
+        return principal
+
+    async def _first(self, presented: Presented) -> Principal:
         """Return the principal of the first credential that applies. One that applies and is faulty ends the search."""
         wanted = self._identity.certificates
         if wanted.enabled and presented.certificate:
@@ -265,6 +271,8 @@ class Access:
                     f'the request says tenant "{clipped(claims[0])}" and the metadata lora-tenant '
                     f'"{clipped(claims[1])}"; say it once',
                 )
+            if claims and claims[0] in OWN_TENANTS:
+                raise Refused(Reason.INVALID_REQUEST, f'tenant "{claims[0]}" is the sidecar\'s own; name another')
             claimed = claims[0] if claims else ""
             if caller.proven is not None and claimed != caller.proven.tenant:
                 why = f'the request says tenant "{clipped(claimed)}", its credential "{caller.proven.tenant}"'

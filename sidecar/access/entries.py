@@ -13,7 +13,7 @@ from urllib.parse import quote
 from pydantic import AfterValidator, Field, ValidationError
 
 from sidecar.config.access import Limit, Role
-from sidecar.config.identities import CLASS, TENANT, Shape, problem_of
+from sidecar.config.identities import CLASS, OWN_TENANTS, TENANT, Shape, problem_of
 from sidecar.config.section import Section, problems
 from sidecar.state.codec import Codec, UnreadableRecord
 
@@ -32,7 +32,13 @@ def _fit(shape: Shape) -> AfterValidator:
     return AfterValidator(check)
 
 
-Tenant = Annotated[str, Field(min_length=1), _fit(TENANT)]
+def _is_not_ours(tenant: str) -> str:
+    if tenant in OWN_TENANTS:
+        raise ValueError("it is the sidecar's own; name another")
+    return tenant
+
+
+Tenant = Annotated[str, Field(min_length=1), _fit(TENANT), AfterValidator(_is_not_ours)]
 Group = Annotated[str, Field(min_length=1), _fit(GROUP)]
 Class = Annotated[str, _fit(CLASS)]
 Note = Annotated[str, _fit(NOTE)]

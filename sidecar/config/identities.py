@@ -14,6 +14,8 @@ from hashlib import sha256
 
 from sidecar.errors import Reason, Refused
 
+OWN_TENANTS = ("load-calls", "verify")
+"""The tenants of the sidecar's own requests. A client of that name would see names that are not published yet."""
 SHOWN_CHARACTERS_MAX = 80
 SESSION_DIGITS = 16
 

@@ -196,6 +196,11 @@ async def test_the_sidecars_own_class_is_not_for_clients(door: Door) -> None:
     assert (await door.complete([(HEADER, door.bearer), ("x-lora-class", "load-calls")])).status_code == 400
 
 
+@pytest.mark.parametrize("tenant", ["load-calls", "verify"])
+async def test_the_sidecars_own_tenants_are_not_for_clients(door: Door, tenant: str) -> None:
+    await refused_everywhere(door, ((HEADER, door.maker.bearer(tenant)),))
+
+
 async def test_probes_need_no_credential_and_tell_nothing(door: Door) -> None:
     stub: Any = service_pb2_grpc.GRPCInferenceServiceStub(door.served.channel)
     assert (await stub.ServerLive(service_pb2.ServerLiveRequest())).live

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from sidecar.config import identities, parse
-from sidecar.config.identities import Shape, checked, session_of
+from sidecar.config.identities import OWN_TENANTS, Shape, checked, session_of
+from sidecar.config.openai import LOADS
 from sidecar.errors import Misused, Reason, Refused
+from sidecar.shell import asking
 from tests.kit.identities import HOSTILE, REAL
 
 SHAPES = (identities.ADAPTER, identities.TENANT, identities.CLASS, identities.SESSION, identities.REQUEST_ID)
@@ -60,3 +62,8 @@ def test_a_session_is_known_by_a_digest_only() -> None:
     assert session_of("jane@example.com") == session_of("jane@example.com") != session_of("joe@example.com")
     assert "jane" not in session_of("jane@example.com")
     assert session_of("\ud800")
+
+
+def test_the_sidecar_s_own_tenants_are_known() -> None:
+    """A client that could be one of them would see what is not published, or pass for a verification."""
+    assert {LOADS, asking.TENANT} == set(OWN_TENANTS)
