@@ -32,6 +32,9 @@ CLASS_DEFAULT = "default"
 RESERVED_CLASSES = (LOADS,)
 """Classes of the sidecar's own requests: a client may not take their place in the queue."""
 OPERATORS = Principal(proof=Proof.LOCAL, roles=("operator",))
+UNAUTHENTICATED, NOT_PERMITTED, LIMIT = "unauthenticated", "not_permitted", "limit"
+DENIALS = tuple((cause, seen) for cause in (UNAUTHENTICATED, NOT_PERMITTED, LIMIT) for seen in ("false", "true"))
+"""The causes of denials, each refused ("false") or only observed ("true")."""
 REFERENCE_MAX = 256
 KEY_PREFIX = "lsk_"
 _SCHEME = "bearer "
@@ -155,6 +158,8 @@ class Access:
         clock: Callable[[], float] = time,
     ) -> None:
         self._change_of = change_of
+        self.denials = dict.fromkeys(DENIALS, 0)
+        """How many calls were denied."""
         self._resources = Resources()
         self._listed: tuple[int, Sequence[Resource]] = (-1, ())
         """All names as resources at a change of the registry."""
@@ -387,7 +392,7 @@ class Access:
                 tenant, klass, name, input_tokens, output_tokens_max, is_estimated=is_estimated, sequences=sequences
             )
         except Refused as refused:
-            self.denied(caller, Action.INFER, _named(adapter), refused.message, "")
+            self.denied(caller, Action.INFER, _named(adapter), refused.message, "", by_limit=True)
             raise
         return Charge(reservation, None if is_estimated else input_tokens)
 
@@ -453,10 +458,19 @@ class Access:
         )
 
     def denied(
-        self, caller: Caller, action: Action, resource: Resource, why: str, request_id: str, verb: str = ""
+        self,
+        caller: Caller,
+        action: Action,
+        resource: Resource,
+        why: str,
+        request_id: str,
+        verb: str = "",
+        by_limit: bool = False,
     ) -> None:
-        """Record a denial; in observe mode one that was let pass."""
-        principal, observed = caller.proven, self.mode == "observe"
+        """Record and count a denial; in observe mode one that was let pass, unless a limit made it."""
+        principal, observed = caller.proven, self.mode == "observe" and not by_limit
+        cause = LIMIT if by_limit else NOT_PERMITTED if principal is not None else UNAUTHENTICATED
+        self.denials[cause, str(observed).lower()] += 1
         proof = Proof.NONE if principal is None else principal.proof
         self._audit.denied(principal, caller.peer, proof, action, resource, why, request_id, observed, verb)
 

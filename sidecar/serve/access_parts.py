@@ -106,6 +106,11 @@ class AccessParts:
         self._recording.add(task)
         task.add_done_callback(self._recording.discard)
 
+    def away_s(self) -> float:
+        """Return for how many seconds Redis has not answered; 0 while it answers, or without it."""
+        since = self.store.away_since
+        return 0.0 if since is None else max(0.0, time() - since)
+
     async def stop(self) -> None:
         if self._watching is not None:
             self._watching.cancel()

@@ -105,6 +105,8 @@ class Sidecar:
         self.restarts = Restarts(self.gateway, config.drain_timeout_s)
         self.metrics.wear = self.gateway.fleet.wear
         self.metrics.audit = self.access.audit.log.figures
+        self.metrics.denials = lambda: self.access.access.denials
+        self.metrics.keys_away_s = self.access.away_s
         self.metrics.policy = lambda: (self.access.policy.epoch, self.access.policy.fault)
         self.metrics.set_aside = lambda: len(self.gateway.catalogue.set_aside)
         self.gateway.observe(self.metrics, of_refused=True)

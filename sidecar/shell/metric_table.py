@@ -151,6 +151,14 @@ METRICS: tuple[Metric, ...] = (
     _counter("journal_bytes_total", "Bytes written to the journal."),
     _counter("journal_gaps_total", "Times that the journal left out steps and began a new segment."),
     _counter("journal_errors_total", "Failures to write the journal."),
+    _counter(
+        "access_denied_total",
+        "Calls and requests that were denied, by cause: unauthenticated, not_permitted or limit; observed if they were "
+        "let pass because identity.mode is observe.",
+        "cause",
+        "observed",
+    ),
+    _gauge("access_state_away_seconds", "Time since which the keys and limits in Redis could not be read."),
     _counter("audit_lines_total", "Lines written to the audit, by kind: change or denial.", "kind"),
     _counter("audit_lost_total", "Changes and denials that could not be recorded in the audit.", "kind"),
     _gauge("policy_epoch", "Policies that have decided so far: 1, and 1 more for each change of their file."),

@@ -17,6 +17,7 @@ from prometheus_client.core import Metric as Family
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from sidecar.access.access import DENIALS
 from sidecar.access.audit_log import KINDS
 from sidecar.access.usage.meter import OTHERS, tenant_of
 from sidecar.adapters.packed import PackReport
@@ -147,6 +148,10 @@ class Metrics:
         """Source of what engines keep until they are restarted; set by the owner of the backends."""
         self.set_aside: Callable[[], int] = int
         """Source of the number of names set aside; set by the owner of a registry."""
+        self.denials: Callable[[], Mapping[tuple[str, str], int]] = lambda: dict.fromkeys(DENIALS, 0)
+        """Source of the denials by cause, and whether they were only observed; set by the owner of access."""
+        self.keys_away_s: Callable[[], float] = float
+        """Source of the time since which keys and limits are not read anew; set by the owner of access."""
         self.policy: Callable[[], tuple[int, str]] = lambda: (0, "")
         """Source of the epoch of the policies and of what is wrong with their file; set by the owner of access."""
         self.usage_errors: Callable[[], int] = int
@@ -226,6 +231,7 @@ class Metrics:
             "adapters_set_aside": self.set_aside(),
             "state_lag_changes": between.state_lag,
             "state_away_seconds": between.state_away_s,
+            "access_state_away_seconds": self.keys_away_s(),
             "policy_epoch": epoch,
             "policy_faulty": int(bool(fault)),
             "usage_errors_total": self.usage_errors(),
@@ -236,6 +242,7 @@ class Metrics:
             *families_of(self._core.state, self._clock()),
             family("ownership_changes_total", changes),
             family("arrivals_refused_total", [((why,), count) for why, count in arrivals.refused.items()]),
+            family("access_denied_total", list(self.denials().items())),
             family("audit_lines_total", [((kind,), written) for kind, (written, _) in self.audit().items()]),
             family("audit_lost_total", [((kind,), lost) for kind, (_, lost) in self.audit().items()]),
             *_declared_families(self.declared()),
