@@ -281,7 +281,7 @@ async def command(sidecar: Command, *arguments: str) -> Any:
 async def names(sidecar: Command, ready: dict[str, Any]) -> dict[str, Any]:
     """Return what is registered, by name, without where it happens to be now."""
     listed = await command(sidecar, "adapters", "list", "--admin", ready["admin"])
-    passing = ("store", "backends", "requests", "held_s")
+    passing = ("store", "backends", "requests", "held_s", "paused_s")
     for adapter in listed:
         for version in adapter["versions"]:
             version["labels"] = sorted(version["labels"])
