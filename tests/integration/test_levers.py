@@ -11,6 +11,7 @@ from time import time
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 
 from sidecar.access.principal import Resource, Sort
@@ -23,9 +24,10 @@ from sidecar.state.records import check_not_paused
 from tests.kit.cli_runs import runner
 from tests.kit.cli_served import Served, serve_here
 from tests.kit.emulated import running_engine
+from tests.kit.kserve_clients import OpenStream, aio_client
 from tests.kit.redis_servers import running
 from tests.kit.replica_pool import CALM_S, owned, replicas
-from tests.kit.serving import until, write_adapters
+from tests.kit.serving import serving, until, write_adapters
 
 
 @dataclass
@@ -212,3 +214,38 @@ async def test_what_the_audit_says_before_and_after(client: Client) -> None:
         unknown = pb.PushRequest(start=pb.PushStart(name="no")) if verb is push else pb.AdapterRequest(name="no")
         assert verb.resource(unknown, sight) == Resource(Sort.ADAPTER, "no")
         assert verb.facts(unknown, sight) == {}
+
+
+# Every front tells it.
+
+
+async def test_clients_of_every_front_hear_that_an_operator_did(tmp_path: Path) -> None:
+    """A KServe stream, and the OpenAI API, whole and as a stream, in the middle of the answer."""
+    write_adapters(tmp_path / "adapters", 1)
+    slow = {"compute": "none", "shape": "tiny", "time_scale": 1.0}
+    body = {"model": "a00", "prompt": "hi", "max_tokens": 500}
+    async with (
+        running_engine(**slow) as one,
+        serving([one], tmp_path / "adapters") as served,
+        aio_client(served.sidecar.data_address) as kserve,
+        httpx.AsyncClient(base_url=f"http://{served.sidecar.http_address}", timeout=60) as openai,
+    ):
+
+        async def streamed() -> str:
+            async with openai.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
+                return f"{answer.status_code} {(await answer.aread()).decode()}"
+
+        stream = OpenStream(kserve)
+        stream.send("a00", "streamed by kserve", 500)
+        reading = asyncio.create_task(stream.take_final("streamed by kserve"))
+        calls = [asyncio.create_task(streamed()), asyncio.create_task(openai.post("/v1/completions", json=body))]
+        await until(lambda: sum(each.first_token for each in served.state.requests.values()) == 3)
+        assert (await served.queues.Cancel(pb.CancelRequest(adapter="a00"))).cancelled == 3
+        said = "an operator cancelled the request"
+        assert said in (await reading).errors[-1]
+        first, whole = await asyncio.gather(*calls)
+        assert first.startswith("200 ")
+        assert said in first
+        assert (whole.status_code, whole.headers["x-should-retry"]) == (499, "false")
+        assert whole.json()["error"]["message"] == said
+        await until(lambda: not served.state.requests)
