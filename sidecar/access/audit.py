@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +32,7 @@ KINDS_OF_ONE_MAX = 100
 TEXT_MAX = 300
 ITEMS_MAX = 32
 MORE = "(more)"
+_NUMBER = re.compile(r"\d[\d.,]*")
 
 
 @dataclass(slots=True)
@@ -145,7 +147,8 @@ class Audit:
         `principal` is None if nothing was proven; `proof` is then how the call tried to.
         """
         who = _who(principal, proof, peer)
-        what: tuple[Any, ...] = (action, resource.sort, _text(resource.name), resource.ordinal, _text(why), observed)
+        cause = _NUMBER.sub("#", _text(why))  # "has 12,345 tokens left" is one cause, whatever the number
+        what: tuple[Any, ...] = (action, resource.sort, _text(resource.name), resource.ordinal, cause, observed)
         now = self._clock()
         with self._lock:
             known = self._repeated.get((who, what))

@@ -146,6 +146,17 @@ def test_what_is_observed_is_told_apart(tmp_path: Path) -> None:
     assert lines[0]["who"] == {"tenant": "acme", "subject": "key-7", "groups": ["ml"]}
 
 
+def test_a_cause_with_another_number_each_time_is_one_cause(tmp_path: Path) -> None:
+    """As a budget's refusals have them: 5,000 of them are two lines, of which the first has its numbers."""
+    with audit_in(tmp_path, Clock()) as audit:
+        for taken in range(5_000):
+            why = f"acme may use 20,000 tokens a minute and has used {20_000 + taken:,}; try again in {taken / 7:.1f} s"
+            audit.denied(ANN, "p", Proof.KEY, Action.INFER, SQL, why)
+    lines = lines_in(denials_file(changes_file(tmp_path)))
+    assert [line.get("count", 1) for line in lines] == [1, 4_999]
+    assert "has used 20,000; try again in 0.0 s" in lines[0]["why"]
+
+
 @pytest.mark.parametrize(
     ("peers", "callers"),
     [
