@@ -56,6 +56,12 @@ METRICS: tuple[Metric, ...] = (
     ),
     _counter("tenant_requests_total", "Requests that ended, by tenant and outcome.", "tenant", "outcome"),
     _counter(
+        "tenant_refusals_total",
+        "Requests that were refused, by tenant and reason; those without a valid credential are none.",
+        "tenant",
+        "reason",
+    ),
+    _counter(
         "tenant_seat_seconds_total",
         "Seconds from dispatch to end, times the sequences of a request; counted each minute while it runs.",
         "tenant",

@@ -178,6 +178,7 @@ class Metrics:
         self._requests = Series("requests_total", registry)
         self._adapter_requests = Series("adapter_requests_total", registry)
         self._tenant_requests = Series("tenant_requests_total", registry)
+        self._tenant_refusals = Series("tenant_refusals_total", registry)
         self._tenant_seats = Series("tenant_seat_seconds_total", registry)
         self._tokens = Series("tokens_total", registry)
         self._queue_wait = Series("queue_wait_seconds", registry, WAIT_BUCKETS_S)
@@ -347,6 +348,8 @@ class Metrics:
             self._requests.add(1, outcome)
             self._adapter_requests.add(1, adapter, outcome)
             self._tenant_requests.add(1, self._tenant_label(effect), outcome)
+            if effect.outcome is Outcome.REFUSED and effect.reason is not None:
+                self._tenant_refusals.add(1, self._tenant_label(effect), effect.reason.name)
         if effect.request != self._refused_before_core:
             self._queue_wait.take(effect.queue_ns, effect.klass)
         if effect.request in self._waiting:  # it had no token, so its wait is known up to its dispatch

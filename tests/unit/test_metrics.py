@@ -336,6 +336,9 @@ async def test_requests_and_seats_by_tenant() -> None:
     assert samples["lora_sidecar_tenant_requests_total"] == {
         ("_other", "refused"): 1, ("acme", "ok"): 1, ("", "ok"): 1, ("acme", "refused"): 1,
     }  # fmt: skip
+    assert samples["lora_sidecar_tenant_refusals_total"] == {
+        ("_other", "UNKNOWN_ADAPTER"): 1, ("acme", "UNKNOWN_ADAPTER"): 1,
+    }  # fmt: skip
     assert samples["lora_sidecar_tenant_seat_seconds_total"] == {("acme",): 2, ("",): 2, ("_other",): 5}
 
 
