@@ -88,6 +88,8 @@ def _misses(missed: str) -> Series:
 
 
 CASES: dict[str, Case] = {
+    "LoraSidecarErrorBudgetBurns": _outcome("failed", 20, 5),
+    "LoraSidecarErrorBudgetShrinks": _outcome("expired", 4, 0),
     "LoraSidecarGone": Case(
         {_series("build_info", version="1"): "1x10 _x50"}, {_series("build_info", version="1"): "1x60"}
     ),
@@ -126,6 +128,8 @@ CASES: dict[str, Case] = {
     "LoraSidecarTwoOwners": Case(_owned(1, 1), _owned(1, 0)),
     "LoraSidecarOwnersChange": _gauge("ownership_changes_total", "0+1", "4+0", change="taken"),
     "LoraSidecarReplicasApart": Case(_apart(1), _apart(2)),
+    "LoraSidecarAuditLost": _gauge("audit_lost_total", "0+1", "7+0", kind="denial"),
+    "LoraSidecarUsageNotWritten": _gauge("usage_errors_total", "0+1", "7+0"),
     "LoraSidecarStalls": _gauge("event_loop_stall_seconds", "0.8+0", "0.02+0"),
     "LoraSidecarJournalBroken": Case(
         {_series("journal_errors_total"): "0+1x60", _series("journal_gaps_total"): "0x60"},

@@ -36,6 +36,12 @@ def alerts(objects: list[Object]) -> dict[str, Any]:
     return {rule["alert"]: rule for group in groups for rule in group["rules"] if "alert" in rule}
 
 
+def recorded(objects: list[Object]) -> dict[str, str]:
+    """Return the expressions of a release's recorded series by their names."""
+    groups = one(objects, "PrometheusRule")["spec"]["groups"]
+    return {rule["record"]: rule["expr"] for group in groups for rule in group["rules"] if "record" in rule}
+
+
 @pytest.fixture(scope="module")
 def rules(newest: Renderer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The rules as the chart renders them, as a file of Prometheus."""
@@ -86,6 +92,74 @@ def test_open_requests_are_recorded_by_pod(promtool: str, rules: Path, tmp_path:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+BURNS, SHRINKS = "LoraSidecarErrorBudgetBurns", "LoraSidecarErrorBudgetShrinks"
+CLEAN_MIN = 3 * 24 * 60
+"""Three days of a thousand requests a minute and no errors come before everything."""
+TELLS: list[tuple[str, list[tuple[float, int]], list[tuple[int, set[str]]]]] = [
+    # Each part is a share of errors for so many minutes. An alert fires after window * factor * 0.001 / share.
+    ("an outage", [(1.0, 30)], [(0, set()), (5, {BURNS, SHRINKS})]),
+    ("a tenth", [(0.1, 120)], [(5, set()), (10, {BURNS})]),
+    ("ten times the budget's pace", [(0.01, 10 * 60)], [(210, set()), (220, {BURNS})]),
+    ("four times", [(0.004, 24 * 60)], [(17 * 60, set()), (19 * 60, {SHRINKS})]),
+    ("twice", [(0.002, 60 * 60)], [(35 * 60, set()), (37 * 60, {SHRINKS})]),
+    ("half the pace", [(0.0005, 72 * 60)], [(71 * 60, set())]),
+    ("an outage that is over", [(1.0, 10), (0.0, 600)], [(10, {BURNS, SHRINKS}), (45, {SHRINKS}), (9 * 60, set())]),
+    ("a short burst", [(0.05, 5), (0.0, 120)], [(5, set()), (60, set())]),
+]
+
+
+WITH_OUTCOMES = [("failed", *case) for case in TELLS] + [(outcome, *TELLS[0]) for outcome in ("expired", "refused")]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "parts", "expected"),
+    [(outcome, parts, expected) for outcome, _, parts, expected in WITH_OUTCOMES],
+    ids=[f"{name}, {outcome}" for outcome, name, *_ in WITH_OUTCOMES],
+)
+def test_the_budget_of_errors(
+    promtool: str,
+    tmp_path: Path,
+    outcome: str,
+    parts: list[tuple[float, int]],
+    expected: list[tuple[int, set[str]]],
+) -> None:
+    """Alerts come when the SRE workbook's table of windows and factors says, and go when errors do; a refusal is no error."""
+    series = {f'lora_sidecar_requests_total{{{POD},outcome="{outcome}"}}': _counted([(0, CLEAN_MIN), *parts])}
+    good = [(1.0, CLEAN_MIN), *((1 - share, minutes) for share, minutes in parts)]
+    series[f'lora_sidecar_requests_total{{{POD},outcome="ok"}}'] = _counted(good)
+    expression = 'count by (alertname) (ALERTS{alertname=~"LoraSidecarErrorBudget.*",alertstate="firing"})'
+    if outcome == "refused":
+        expected = [(minute, set()) for minute, _ in expected]
+    unit = {
+        "interval": "1m",
+        "input_series": [{"series": each, "values": values} for each, values in series.items()],
+        "promql_expr_test": [
+            {
+                "expr": expression,
+                "eval_time": f"{CLEAN_MIN + minute}m",
+                "exp_samples": [{"labels": f'{{alertname="{name}"}}', "value": 1} for name in sorted(firing)],
+            }
+            for minute, firing in expected
+        ],
+    }
+    [group] = [each for each in yaml.safe_load(RULES.read_text())["groups"] if each["name"] == "lora-sidecar.objective"]
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [group]}))  # all rules for days take a minute
+    file = tmp_path / "tests.yaml"
+    file.write_text(yaml.safe_dump({"rule_files": ["rules.yaml"], "evaluation_interval": "5m", "tests": [unit]}))
+    done = run(promtool, "test", "rules", str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _counted(parts: list[tuple[float, int]]) -> str:
+    """Return a counter of which each part adds a share of a thousand a minute."""
+    texts, count = [], 0
+    for share, minutes in parts:
+        step = round(share * 1000)
+        texts.append(f"{count}+{step}x{minutes - 1}")
+        count += step * minutes
+    return " ".join(texts)
+
+
 def test_a_case_can_fail(promtool: str, rules: Path, tmp_path: Path) -> None:
     """An alert that is expected and does not fire is seen."""
     tests = [_unit("LoraSidecarQuarantine", CASES["LoraSidecarQuarantine"].quiet, 60, fires=True)]
@@ -107,8 +181,11 @@ def _unit(name: str, series: Series, minutes: int, *, fires: bool) -> dict[str, 
 
 def test_texts_name_labels_that_there_are(newest: Renderer) -> None:
     """A summary shows only labels that the expression keeps: others would be empty."""
-    for name, alert in alerts(newest.objects({"monitoring": {"rules": {"enabled": True}}})).items():
-        kept = set(re.findall(r"\w+", " ".join(re.findall(r"by \(([^)]*)\)", alert["expr"]))))
+    objects = newest.objects({"monitoring": {"rules": {"enabled": True}}})
+    records = recorded(objects)
+    for name, alert in alerts(objects).items():
+        read = [records[series] for series in re.findall(r"[\w:]+", alert["expr"]) if series in records]
+        kept = set(re.findall(r"\w+", " ".join(re.findall(r"by \(([^)]*)\)", " ".join([alert["expr"], *read])))))
         shown = set(re.findall(r"\$labels\.(\w+)", " ".join(alert["annotations"].values())))
         assert shown <= kept, name
         assert alert["labels"]["severity"] in ("info", "warning", "critical"), name
