@@ -141,6 +141,39 @@ def test_commands_of_a_page_are_run(tmp_path: Path, capfd: pytest.CaptureFixture
     assert error == f"FAILED   {page}:21: exit 1\n"
 
 
+CONSOLE = """```console
+$ echo one two
+$ echo three \\
+  four >&2
+one
+two three … four
+```
+"""
+
+
+@pytest.mark.parametrize(
+    ("shown", "ends"),
+    [
+        (CONSOLE.replace("…", ""), 0),
+        (CONSOLE.replace("three … four", "thr…"), 0),
+        (CONSOLE, 0),
+        (CONSOLE.replace("two three", "two three three"), 1),
+        (CONSOLE.replace("… four", ""), 1),
+        (CONSOLE.replace("four\n```", "four five\n```"), 1),
+    ],
+)
+def test_what_a_console_shows_is_what_is_printed(
+    shown: str, ends: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Folded or not, on stdout or stderr; "…" stands for any text. The block runs in the shell of the page."""
+    page = tmp_path / "page.md"
+    page.write_text("```console\n$ WORD=there\n```\n\n" + shown + '\n```sh\ntest "$WORD" = there\n```\n')
+    assert run([page]) == ends
+    out, error = capfd.readouterr()
+    assert error == ("" if ends == 0 else f"FAILED   {page}:6: it prints\none two\nthree four\n\n")
+    assert out.splitlines()[-1] == f"{3 if ends == 0 else 1} blocks ran, 0 were skipped, {ends} pages failed"
+
+
 @pytest.mark.parametrize(
     ("before", "fence", "told"),
     [

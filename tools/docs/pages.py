@@ -52,13 +52,22 @@ class Block:
         """The block's text as a shell script; of a console, only the lines that a person types."""
         if self.language != "console":
             return self.text
-        lines = self.text.splitlines()
-        typed, goes_on = [], False
-        for line in lines:
-            if line.startswith("$ ") or goes_on:
-                typed.append(line.removeprefix("$ "))
-                goes_on = line.endswith("\\")
-        return "\n".join(typed) + "\n"
+        return "".join(f"{line.removeprefix('$ ')}\n" for line, is_typed in self._lines() if is_typed)
+
+    @property
+    def shown(self) -> str:
+        """What a console shows below its commands; empty if it shows nothing."""
+        if self.language != "console":
+            return ""
+        return "\n".join(line for line, is_typed in self._lines() if not is_typed)
+
+    def _lines(self) -> Iterator[tuple[str, bool]]:
+        """Yield the lines of a console, and whether each is typed."""
+        goes_on = False
+        for line in self.text.splitlines():
+            is_typed = goes_on or line.startswith("$ ")
+            yield line, is_typed
+            goes_on = is_typed and line.endswith("\\")
 
 
 def named(page: Path) -> str:

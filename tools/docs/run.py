@@ -5,11 +5,15 @@ command of a pipe must succeed. Where the system allows it, the blocks run in th
 are free and nothing is fetched. A block that cannot run gives the reason in a comment before it:
 `<!-- not run: needs a GPU -->`. A block after `<!-- file: NAME -->` is written to that file. A page with a block that
 is not understood does not run.
+
+What a `console` block shows below its commands must be what they print. In it "…" stands for any text, and lines may be
+folded.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -71,6 +75,17 @@ def _run_page(among: Sequence[Block], count: int) -> int:
     return done
 
 
+def _printed(sandbox: Path, block: Block) -> Path:
+    """Return the file of what a block's commands print, if it shows that."""
+    return sandbox / ".blocks" / f"{block.line}.printed"
+
+
+def _shows(block: Block, printed: str) -> bool:
+    """Return True if what a block shows is what was printed."""
+    parts = [re.escape("".join(part.split())) for part in block.shown.split("…")]
+    return re.fullmatch(".*?".join(parts), "".join(printed.split())) is not None
+
+
 def _copy_repository(sandbox: Path) -> None:
     """Copy the repository's files, so that no page changes them; environments are too large for that."""
     for entry in ROOT.iterdir():
@@ -88,10 +103,13 @@ def _script(among: Sequence[Block], sandbox: Path) -> Path:
     lines = ["set -e -o pipefail", *(["ip link set lo up"] if _isolates() else [])]
     texts = sandbox / ".blocks"
     texts.mkdir()
-    for number, block in enumerate(among):
-        text = texts / str(number)
+    for block in among:
+        text = texts / str(block.line)
         text.write_text(block.text if block.marker == "file" else block.commands)
-        lines.append(f"cp {text} {shlex.quote(block.value)}" if block.marker == "file" else f". {text}; echo >&3")
+        if block.marker == "file":
+            lines.append(f"cp {text} {shlex.quote(block.value)}")
+        else:
+            lines.append(f". {text}{f' > {_printed(sandbox, block)} 2>&1' if block.shown else ''}; echo >&3")
     script = texts / "script"
     script.write_text("\n".join(lines) + "\n")
     return script
@@ -116,11 +134,17 @@ def _watch(script: Path, output: Path, sandbox: Path, among: Sequence[Block]) ->
             ended = process.poll() is not None
             told = _read(reading).count(b"\n")
             for block in among[done : done + told]:
+                printed = _printed(sandbox, block)
+                if block.shown and not _shows(block, printed.read_text(errors="replace")):
+                    print(f"FAILED   {block.at}: it prints\n{printed.read_text()}", file=sys.stderr, flush=True)
+                    return done
                 print(f"ran      {block.at} ({time.monotonic() - began:.1f} s)", flush=True)
-            done += told
+                done += 1
             if not told and (ended or time.monotonic() > deadline):
                 why = f"exit {process.returncode}" if ended else f"not done after {PAGE_TIMEOUT_S} s"
-                print(f"FAILED   {among[done].at}: {why}", file=sys.stderr, flush=True)
+                printed = _printed(sandbox, among[done])
+                said = f"; it prints\n{printed.read_text(errors='replace')}" if printed.exists() else ""
+                print(f"FAILED   {among[done].at}: {why}{said}", file=sys.stderr, flush=True)
                 break
             time.sleep(0.05)
     finally:
