@@ -178,7 +178,7 @@ class Ticket:
         self.caller: Any = None
         """Who sent it (`access.Caller`); None for a request that another replica has passed on."""
         self.prompt_tokens: int | None = None
-        """The prompt's tokens as the engine has counted them, once it has told."""
+        """The prompt's tokens as the engine or its tokenizer has counted them, once that is known."""
         self.reservation: Charged | None = None
         """What it has taken of its tenant's budgets until it is settled."""
         self.delivered = 0
@@ -207,6 +207,11 @@ class Ticket:
         self._count(len(reply.raw) + REPLY_BYTES)
         if self._reader is not None:
             self._wake()
+
+    def counted(self, prompt_tokens: int) -> None:
+        """Note how many tokens the prompt has, unless the engine has told."""
+        if self.prompt_tokens is None:
+            self.prompt_tokens = prompt_tokens
 
     def settle(self, effect: Settle) -> None:
         self.settled = effect

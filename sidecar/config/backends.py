@@ -53,12 +53,14 @@ class BaseModelNames(Section):
 
     `config` is its `config.json` or folder: every adapter's dimensions are checked against it. `chat_template` is a
     Jinja2 file, a `tokenizer_config.json` or the folder of one; with it a text-only engine can answer chats.
+    `tokenizer` is its `tokenizer.json` or the folder of it; with it prompts in text are counted, not estimated.
     """
 
     name: str
     aliases: tuple[str, ...] = ()
     config: str | None = None
     chat_template: str | None = None
+    tokenizer: str | None = None
 
 
 class SharedFolder(Section):

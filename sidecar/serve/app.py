@@ -33,7 +33,7 @@ from sidecar.serve.access_parts import AccessParts
 from sidecar.serve.discovered import BackendMaker, DiscoveredPools, finder_of
 from sidecar.serve.listening import Listening
 from sidecar.serve.membership import figures_of, join, link_of, member_of
-from sidecar.serve.pool import base_models, make_backends, pools_of, shared_memory_for, stagings_of
+from sidecar.serve.pool import base_models, make_backends, pools_of, prompt_counter_of, shared_memory_for, stagings_of
 from sidecar.serve.restarting import Restarts
 from sidecar.serve.served_folders import ServedFolders
 from sidecar.shell.crash import Crash
@@ -101,6 +101,7 @@ class Sidecar:
             answers=AnswerBuffers(config.queue.answer_bytes_max, config.queue.answers_bytes_max),
             access=self.access.access,
         )
+        self.gateway.counter = prompt_counter_of(self.entries)
         self.metrics = Metrics(self.gateway, config.adapter_labels_max)
         self.restarts = Restarts(self.gateway, config.drain_timeout_s)
         self.metrics.wear = self.gateway.fleet.wear
@@ -384,6 +385,8 @@ class Sidecar:
         await self.registry.close()  # before the gateway, which takes no changes once it has stopped
         await self.gateway.stop()
         await self.access.stop()
+        if self.gateway.counter is not None:
+            self.gateway.counter.close()
         if self.usage is not None:
             await self.usage.stop()
         await self._loader.close()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from sidecar.access.budgets.counting import PromptCounter
 from sidecar.adapters.base_model import BaseModel, read_base_model, with_base_model
 from sidecar.adapters.shared_memory import NOT_SHARED, SharedMemory, claim_shared_memory
 from sidecar.adapters.staging import Staging
@@ -93,6 +94,15 @@ def base_models(entries: Sequence[Entry]) -> dict[str, BaseModel]:
         if model is not None and entry.base_model is not None:
             found |= dict.fromkeys((entry.base_model.name, *entry.base_model.aliases), model)
     return found
+
+
+def prompt_counter_of(entries: Sequence[Entry]) -> PromptCounter | None:
+    """Return what counts prompts, None if no tokenizer is configured. Raises Misused if one cannot be read."""
+    files: dict[str, Path] = {}
+    for entry in entries:
+        if (base := entry.base_model) is not None and base.tokenizer is not None:
+            files |= dict.fromkeys((base.name, *base.aliases), Path(base.tokenizer).expanduser())
+    return PromptCounter(files) if files else None
 
 
 def base_model_of(entry: Entry) -> BaseModel | None:

@@ -17,6 +17,7 @@ from time import monotonic_ns, time
 from typing import Any
 
 from sidecar.access.access import OURSELVES, Access, Caller
+from sidecar.access.budgets.counting import PromptCounter
 from sidecar.adapters.base_model import BaseModel
 from sidecar.adapters.disk import DiskTier
 from sidecar.adapters.origins.allowing import AllowList
@@ -99,6 +100,8 @@ class Gateway:
         )
         self.answers = answers or AnswerBuffers()
         self.tickets: dict[int, Ticket] = {}
+        self.counter: PromptCounter | None = None
+        """Counts prompts in text, if a tokenizer is configured."""
         self.estimated: set[int] = set()
         """The requests of this replica's core whose prompts nothing has counted."""
         self._left: dict[int, Ticket] = {}
@@ -201,9 +204,12 @@ class Gateway:
 
     # Requests.
 
-    def submit(self, facts: RequestFacts, payload: Payload, client_id: str, caller: Caller) -> Ticket:
+    def submit(
+        self, facts: RequestFacts, payload: Payload, client_id: str, caller: Caller, text: str | None = None
+    ) -> Ticket:
         """Submit a caller's request under its client's id, and return its ticket.
 
+        `text` is the prompt, if it is one text that its engine may not count for us.
         Raises Refused if the queue is full, a name is malformed or the caller may not use it, and
         Misused(UNAUTHENTICATED) if its credential has ended. Every other ending comes through the ticket.
         """
@@ -217,11 +223,19 @@ class Gateway:
         ticket.caller = caller
         ticket.reservation = self._reserved(facts, caller)
         try:
-            return self._take(facts, ticket, self.admit if self.elsewhere is None else self.elsewhere.submit)
+            self._take(facts, ticket, self.admit if self.elsewhere is None else self.elsewhere.submit)
         except SidecarError:
             if ticket.reservation is not None:
                 ticket.reservation.settle(0, 0, False, None)
             raise
+        if text is not None and self.counter is not None:
+            self.counter.count(self._base_model(facts.adapter), text, ticket.counted)
+        return ticket
+
+    def _base_model(self, adapter: str) -> str:
+        """Return the base model of an adapter; "" for the base model itself, whichever it is."""
+        name = self.state.names.get(adapter.partition("@")[0])
+        return "" if name is None else self.state.versions[name.digest].adapter.base_model
 
     def _reserved(self, facts: RequestFacts, caller: Caller) -> Charged | None:
         """Reserve what a request may cost. Raises Refused if its tenant has spent its budget."""
@@ -286,7 +300,7 @@ class Gateway:
             self.estimated.add(ticket.request)
 
     def prompt_tokens(self, request: int) -> int | None:
-        """Return the tokens of an open request's prompt as its engine has counted them, None if it has not."""
+        """Return the tokens of an open request's prompt as they were counted since it came, None if they were not."""
         ticket = self.tickets.get(request) or self._left.get(request)
         return None if ticket is None else ticket.prompt_tokens
 

@@ -9,13 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
+from tritonclient.grpc import service_pb2_grpc
 
+from sidecar.access.budgets import counting
+from sidecar.access.budgets.counting import PromptCounter
+from sidecar.errors import Misused
 from sidecar.proto import admin_pb2 as pb
-from sidecar.proto import admin_pb2_grpc
-from tests.kit.peft_files import write_adapter
+from sidecar.proto import admin_pb2_grpc, gateway_pb2
+from tests.kit.emulated import running_engine, stream_answers, text_request
+from tests.kit.peft_files import BASE_MODEL, write_adapter
 from tests.kit.redis_servers import PATIENCE_S, running
 from tests.kit.replica_pool import CALM_S, owned, replicas
-from tests.kit.serving import Serving, until
+from tests.kit.serving import Serving, serving, until, write_adapters
 from tests.kit.vllm_emulated import running_vllm
 
 LIMITS = {"limits": [{"tenant": "*", "tokens": "input", "tokens_per_day": 1_000_000}]}
@@ -78,3 +84,66 @@ async def test_an_engines_count_is_charged_at_every_replica(tmp_path: Path) -> N
                 estimated[row.tenant] += row.input_tokens_estimated
         assert {tenant: used[tenant] for tenant in counted} == counted
         assert {tenant for tenant, tokens in estimated.items() if tokens} == {"untold"}
+
+
+def write_tokenizer(file: Path) -> Path:
+    """Write a tokenizer of words that puts one token before each text, as Llama's does."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "[UNK]": 1}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.save(str(file))
+    return file
+
+
+async def test_a_models_tokenizer_counts_where_the_engine_does_not(tmp_path: Path) -> None:
+    """Triton tells no counts: texts of each protocol are charged, and count as used, as the tokenizer counts."""
+    write_adapters(tmp_path / "adapters", 1)
+    tokenizer = write_tokenizer(tmp_path / "tokenizer.json")
+    backend = {"base_model": {"name": BASE_MODEL, "tokenizer": str(tokenizer)}}
+    async with (
+        running_engine(compute="none", shape="tiny") as engine,
+        serving([engine], tmp_path / "adapters", access=LIMITS, backend=backend) as served,
+    ):
+        words = " ".join("word" for _ in range(29))
+        request = gateway_pb2.GenerateRequest(adapter="a00", text=words, max_tokens=3, tenant="generate")
+        async for _ in served.gateway.Generate(request):
+            pass
+        message = text_request(words, 3, lora_name="a00", lora_tenant="kserve")
+        await stream_answers(service_pb2_grpc.GRPCInferenceServiceStub(served.channel), message)
+        body = {"model": "a00", "prompt": words, "max_tokens": 3, "stream": True}
+        async with httpx.AsyncClient(base_url=f"http://{served.sidecar.http_address}") as client:
+            await client.post("/v1/completions", json=body, headers={"x-lora-tenant": "openai"})
+        for tenant in ("generate", "kserve", "openai"):
+            await wait_until_charged([served], tenant, 30)
+        request = pb.UsageRequest(by=["tenant"])
+        rows = (await admin_pb2_grpc.AccessStub(served.admin_channel).GetUsage(request)).rows
+        assert {row.tenant: row.input_tokens for row in rows if row.input_tokens} == {
+            "generate": 30, "kserve": 30, "openai": 30,
+        }  # fmt: skip
+        assert not any(row.input_tokens_estimated for row in rows)
+
+
+@pytest.mark.parametrize(("content", "words"), [(None, "No such file"), ("{}", "is no tokenizer.json")])
+async def test_a_tokenizer_that_is_none_is_named_at_the_start(content: str | None, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(Misused, match=rf"tokenizer .*tokenizer\.json.*{words}"):
+        PromptCounter({"base": file})
+
+
+async def test_too_much_text_at_once_stays_an_estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts wait for one thread. Of more than it may hold none is taken; later ones are counted again."""
+    counter = PromptCounter({"base": write_tokenizer(tmp_path / "tokenizer.json")})
+    monkeypatch.setattr(counting, "WAITING_CHARACTERS_MAX", 20)
+    counted: list[int] = []
+    for text in ("one two three", "four five six", "seven"):
+        counter.count("another name", text, counted.append)
+    await until(lambda: len(counted) == 2)
+    assert counted == [4, 2]
+    counter.count("base", "four five six", counted.append)
+    await until(lambda: len(counted) == 3)
+    assert counted == [4, 2, 4]
+    counter.close()

@@ -146,14 +146,14 @@ class OpenAiRun(ABC):
         total = completion_tokens(event)
         if total is None:
             return 0
-        self.ticket.prompt_tokens = prompt_tokens(event)
+        self.ticket.prompt_tokens = prompt_tokens(event) or self.ticket.prompt_tokens
         missed = max(0, total - self.tokens)
         self.tokens = total
         return missed
 
     def _whole(self, body: bytes) -> None:
         found = completion_tokens(body)
-        self.ticket.prompt_tokens = prompt_tokens(body)
+        self.ticket.prompt_tokens = prompt_tokens(body) or self.ticket.prompt_tokens
         self.tokens = 1 if found is None else found
         self._heard(self.effect.request, self.tokens)
         self.ticket.deliver(Reply(self._shown(body), None, True))

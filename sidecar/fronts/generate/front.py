@@ -71,7 +71,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
             has_length=request.max_tokens > 0,
             is_estimated=request.WhichOneof("prompt") == "text",
         )
-        return self._gateway.submit(facts, payload, request_id, caller)
+        return self._gateway.submit(facts, payload, request_id, caller, request.text or None)
 
     def _eligible(self, request: Any, kinds: tuple[str, ...]) -> tuple[str, ...]:
         """Return the backends that a request may go to, () for any. Raises Refused(INVALID_REQUEST)."""

@@ -101,7 +101,7 @@ class KServe:
                 return asked
             if stream is not None:
                 stream.lifetime.check()
-            ticket = self.gateway.submit(asked.facts, asked.payload, request_id, callers.CALLER.get())
+            ticket = self.gateway.submit(asked.facts, asked.payload, request_id, callers.CALLER.get(), asked.text)
         except SidecarError as error:
             if not request_id:
                 own = id_in(raw)
@@ -109,7 +109,7 @@ class KServe:
                 client_id = own if own == request_id else ""
             log_refused(request_id, error)
             raise NotAccepted(error, request_id, client_id) from None
-        live = Live(replace(asked, payload=asked.payload.spent()), ticket, context.peer(), call)
+        live = Live(replace(asked, payload=asked.payload.spent(), text=None), ticket, context.peer(), call)
         self.live.add(live)
         return live
 
@@ -118,7 +118,9 @@ class KServe:
     ) -> KServeRequest:
         """Return a request with its tenant, deadline and eligible backends. Raises Refused(INVALID_REQUEST)."""
         self.regions.check((*structure.message.inputs, *structure.message.outputs), context)
-        asked = request.read(structure, unary, metadata, self._rules, request_id)
+        asked = request.read(
+            structure, unary, metadata, self._rules, request_id, with_text=self.gateway.counter is not None
+        )
         payload, only = kserve_eligibility(self.gateway.state, asked.payload)
         facts, tokens = asked.facts, asked.facts.input_tokens
         facts = replace(

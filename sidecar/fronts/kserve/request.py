@@ -40,7 +40,8 @@ class KServeRequest:
     """A parsed request. `client_id` is the message's own id; `request_id` is a made one where it has none.
 
     With `stop` it cancels an earlier request with its id instead of running. With `is_text` the prompt is text, and
-    `facts.input_tokens` counts its bytes. `outputs` names the requested outputs, () for all.
+    `facts.input_tokens` counts its bytes; `text` is the prompt if it was asked for and is one text in the message.
+    `outputs` names the requested outputs, () for all.
     """
 
     client_id: str
@@ -50,15 +51,21 @@ class KServeRequest:
     stop: bool
     wants_empty_final: bool
     is_text: bool
+    text: str | None
     outputs: tuple[str, ...]
     facts: RequestFacts
     payload: Payload
 
 
 def read(
-    structure: Structure, unary: bool, metadata: Mapping[str, str], rules: Rules, request_id: str
+    structure: Structure,
+    unary: bool,
+    metadata: Mapping[str, str],
+    rules: Rules,
+    request_id: str,
+    with_text: bool = False,
 ) -> KServeRequest:
-    """Read a request. Raises Refused(INVALID_REQUEST) naming its fault."""
+    """Read a request, `with_text` if its prompt is to be counted. Raises Refused(INVALID_REQUEST) naming its fault."""
     message = structure.message
     check_word("model_name", message.model_name)
     if message.model_version:
@@ -89,6 +96,7 @@ def read(
         stop=tensors.flag("stop"),
         wants_empty_final=EMPTY_FINAL in parameters and parameters[EMPTY_FINAL].bool_param,
         is_text="text_input" in tensors,
+        text=tensors.text() if with_text else None,
         outputs=tuple(output.name for output in message.outputs),
         facts=facts,
         payload=Payload(

@@ -125,6 +125,17 @@ class Tensors:
         texts = self._typed("text_input") if "text_input" in self._indices else ()
         return len(texts[0]) if texts else max(0, self._shared_bytes("text_input") - 4)
 
+    def text(self) -> str | None:
+        """Return the prompt if it is one text in the message itself."""
+        if "text_input" not in self._indices:
+            return None
+        raw, content = self._raw.get("text_input"), b""
+        if raw is None:
+            content = b"".join(self._typed("text_input")[:1])
+        elif len(raw) >= 4 and raw[:4] == struct.pack("<I", len(raw) - 4):
+            content = bytes(raw[4:])
+        return content.decode(errors="replace") if content and self.rows() == 1 else None
+
     def rows(self) -> int:
         """Return the number of prompts: the batch dimension of the prompt tensor."""
         name = next((name for name in PROMPTS if name in self._indices), None)

@@ -230,7 +230,7 @@ class OpenAiFront:
             has_length=asked.has_length,
             is_estimated=text_tokens > 0,
         )
-        return self._gateway.submit(facts, destination.payload, request_id, sender)
+        return self._gateway.submit(facts, destination.payload, request_id, sender, _text(asked, destination))
 
     def _limits(self, tenant: str, caller: Caller, asked: OpenAiRequest) -> tuple[tuple[bytes, bytes], ...]:
         """Return the headers that say what remains of the tenant's budgets."""
@@ -300,6 +300,14 @@ def _claims(caller: Caller) -> tuple[str, ...]:
 def _closing(failed: Failure) -> Failure:
     """Return a failure after which the connection is closed: the request's body is not read."""
     return replace(failed, headers=(*failed.headers, CLOSE))
+
+
+def _text(asked: OpenAiRequest, destination: Destination) -> str | None:
+    """Return the prompt as its engine gets it, if it is a text. Engines write chats themselves, and count them."""
+    if destination.text is not None:
+        return destination.text.prompt
+    prompt = asked.body.values.get("prompt")
+    return prompt if isinstance(prompt, str) else None
 
 
 def _of_one_session(caller: Caller, asked: OpenAiRequest) -> Caller:

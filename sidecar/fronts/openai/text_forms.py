@@ -66,13 +66,14 @@ PENALTIES = ("presence_penalty", "frequency_penalty")
 class TextRequest:
     """A request as text, by the kinds of model that take it. Their answers are made from text.
 
-    `why_not` says for the other kinds which input they lack.
+    `why_not` says for the other kinds which input they lack. `prompt` is the text.
     """
 
     forms: dict[str, Form]
     why_not: dict[str, str]
     max_tokens: int
     stop: tuple[str, ...]
+    prompt: str = ""
 
 
 def text_request(
@@ -99,7 +100,7 @@ def text_request(
         **_sampling(values),
     )
     forms, why_not = write_for(ask, models)
-    return TextRequest(forms, why_not, max_tokens, stop)
+    return TextRequest(forms, why_not, max_tokens, stop, ask.text or "")
 
 
 def _check_members(values: dict[str, Any], where: str) -> None:
