@@ -21,9 +21,10 @@ def test_is_up_to_date(maker: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_panels_do_not_overlap() -> None:
+@pytest.mark.parametrize("name", ["dashboard", "dashboard-tenants"])
+def test_panels_do_not_overlap(name: str) -> None:
     """Every panel has a place of its own and something to show."""
-    panels = json.loads((HELM / "lora-sidecar/files/dashboard.json").read_text())["panels"]
+    panels = json.loads((HELM / f"lora-sidecar/files/{name}.json").read_text())["panels"]
     taken: set[tuple[int, int]] = set()
     for panel in panels:
         place = panel["gridPos"]

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import yaml
@@ -24,6 +25,14 @@ KEPT = re.compile(r"\b(?:by|on) \(([^)]*)\)")
 MATCHED = re.compile(r"(lora_sidecar_\w+)\{([^}]*)\}")
 
 
+def panels() -> Iterator[dict[str, Any]]:
+    """Yield the panels of every dashboard."""
+    files = sorted((CHART / "files").glob("dashboard*.json"))
+    assert len(files) == 2
+    for file in files:
+        yield from json.loads(file.read_text())["panels"]
+
+
 def queries() -> Iterator[tuple[str, str]]:
     """Yield where each query is, and the query."""
     rules = [
@@ -31,7 +40,7 @@ def queries() -> Iterator[tuple[str, str]]:
     ]
     for rule in rules:
         yield rule.get("alert") or rule["record"], rule["expr"]
-    for panel in json.loads((CHART / "files/dashboard.json").read_text())["panels"]:
+    for panel in panels():
         for target in panel.get("targets", []):
             yield panel["title"], target["expr"]
     yield "engineScaling", (CHART / "templates/scaling.yaml").read_text().partition("query: >-")[2].splitlines()[1]
@@ -67,8 +76,7 @@ def test_labels_are_the_metrics() -> None:
 
 def test_legends_show_what_is_kept() -> None:
     """A legend's labels are among those that its query keeps."""
-    panels = json.loads((CHART / "files/dashboard.json").read_text())["panels"]
-    for panel in panels:
+    for panel in panels():
         for target in panel.get("targets", []):
             shown = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
             kept = {label.strip() for group in KEPT.findall(target["expr"]) for label in group.split(",")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -123,7 +124,7 @@ def test_the_budget_of_errors(
     parts: list[tuple[float, int]],
     expected: list[tuple[int, set[str]]],
 ) -> None:
-    """Alerts come when the SRE workbook's table of windows and factors says, and go when errors do; a refusal is no error."""
+    """Alerts come when the table of the SRE workbook says, and go when errors do; a refusal is no error."""
     series = {f'lora_sidecar_requests_total{{{POD},outcome="{outcome}"}}': _counted([(0, CLEAN_MIN), *parts])}
     good = [(1.0, CLEAN_MIN), *((1 - share, minutes) for share, minutes in parts)]
     series[f'lora_sidecar_requests_total{{{POD},outcome="ok"}}'] = _counted(good)
@@ -190,6 +191,26 @@ def test_texts_name_labels_that_there_are(newest: Renderer) -> None:
         assert shown <= kept, name
         assert alert["labels"]["severity"] in ("info", "warning", "critical"), name
         assert {"summary", "action"} <= alert["annotations"].keys(), name
+
+
+def test_panels_are_promql(promtool: str, tmp_path: Path) -> None:
+    """Prometheus can read the queries of every dashboard; what Grafana puts in is put in."""
+    values = {"$namespace": "lora", "$service": "pool", "$tenant": "acme|globex"}
+    values |= {"$__rate_interval": "1m", "$__range": "1h"}
+    rules = []
+    for file in sorted((CHART / "files").glob("dashboard*.json")):
+        for panel in json.loads(file.read_text())["panels"]:
+            for target in panel.get("targets", []):
+                expression = target["expr"]
+                for variable, value in values.items():
+                    expression = expression.replace(variable, value)
+                assert "$" not in expression, panel["title"]
+                rules.append({"record": f"panel:{len(rules)}", "expr": expression})
+    assert len(rules) > 60
+    file = tmp_path / "panels.yaml"
+    file.write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
+    done = run(promtool, "check", "rules", str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_disabled(newest: Renderer) -> None:
