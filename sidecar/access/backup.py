@@ -59,15 +59,15 @@ FILES = {"usage.sqlite": USAGE_FILE, "used.sqlite": Path(FOLDER) / USES}
 
 
 @dataclass(frozen=True)
-class Place:
+class StateLocation:
     """Where a sidecar keeps its state: a data directory, and with `redis` the registries there."""
 
     data: Path | None
     redis: RedisLocation | None = None
 
     def __str__(self) -> str:
-        places = (None if self.redis is None else f"Redis at {self.redis.address}", self.data)
-        return " and ".join(str(place) for place in places if place is not None)
+        locations = (None if self.redis is None else f"Redis at {self.redis.address}", self.data)
+        return " and ".join(str(location) for location in locations if location is not None)
 
     def store(self, part: str) -> RegistryStore[Raw] | None:
         """Return the store of a registry; None if it is in memory only."""
@@ -105,8 +105,8 @@ class Summary:
         return any(part.file == "usage.sqlite" for part in self.parts)
 
 
-async def backup(place: Place, out: Path, force: bool = False) -> Summary:
-    """Write a backup. A sidecar may work on the place meanwhile.
+async def backup(location: StateLocation, out: Path, force: bool = False) -> Summary:
+    """Write a backup. A sidecar may work there meanwhile.
 
     Raises Misused if there is nothing to back up or, unless `force` is set, if the file exists already, and
     Refused(STATE_UNAVAILABLE) if a store cannot be read.
@@ -115,57 +115,62 @@ async def backup(place: Place, out: Path, force: bool = False) -> Summary:
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         folder = Path(scratch)
         for part in REGISTRIES:
-            await _take(place, part, folder / part)
-        return _packed(place, folder, out)
+            await _take(location, part, folder / part)
+        return _packed(location, folder, out)
 
 
-async def restore(place: Place, path: Path, force: bool = False) -> Summary:
-    """Put a backup in the place of what is there. No sidecar may work on it.
+async def restore(location: StateLocation, path: Path, force: bool = False) -> Summary:
+    """Put a backup in place of what is there. No sidecar may work on it.
 
     Raises Misused if the file is no sound backup, Misused(STATE_NOT_EMPTY) if there is state already, unless `force` is
     set, or live replicas use it, and Misused(DATA_DIRECTORY_IN_USE) while a sidecar runs. Nothing is changed then.
     """
-    if place.data is None and place.redis is None:
-        raise Misused(Reason.CONFIG_INVALID, "there is no place to restore into; name the sidecar's configuration")
+    if location.data is None and location.redis is None:
+        raise Misused(
+            Reason.CONFIG_INVALID,
+            "there is no state directory or Redis to restore into; name the sidecar's configuration",
+        )
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
         summary = _unpacked(path, folder)
-        async with _nobody_works_on(place):
+        async with _nobody_works_on(location):
             registries = [part for part in REGISTRIES if (folder / part).exists()]
-            files = [part for part in FILES if (folder / part).exists() and place.data is not None]
+            files = [part for part in FILES if (folder / part).exists() and location.data is not None]
             if not force:
-                await _check_empty(place, registries, files)
+                await _check_empty(location, registries, files)
             for part in registries:
-                await _put(place, part, folder / part)
+                await _put(location, part, folder / part)
             for part in files:
-                assert place.data is not None
-                _copy(folder / part, place.data / FILES[part])
+                assert location.data is not None
+                _copy(folder / part, location.data / FILES[part])
     return summary
 
 
-async def _take(place: Place, part: str, into: Path) -> None:
+async def _take(location: StateLocation, part: str, into: Path) -> None:
     """Copy a registry, if there is one, into a file."""
-    if place.redis is None:
-        if place.data is not None and (place.data / REGISTRIES[part][0]).exists():
-            _copy(place.data / REGISTRIES[part][0], into)
+    if location.redis is None:
+        if location.data is not None and (location.data / REGISTRIES[part][0]).exists():
+            _copy(location.data / REGISTRIES[part][0], into)
         return
-    async with _opened(place, part) as store:
+    async with _opened(location, part) as store:
         if not await store.is_empty():
             await _file(into, part).write(await store.read(), _silent)
 
 
-async def _put(place: Place, part: str, file: Path) -> None:
+async def _put(location: StateLocation, part: str, file: Path) -> None:
     contents: Contents[Raw] = await _file(file, part).read()
-    if place.data is not None and place.redis is None:
-        (place.data / REGISTRIES[part][0]).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    async with _opened(place, part) as store:
+    if location.data is not None and location.redis is None:
+        (location.data / REGISTRIES[part][0]).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    async with _opened(location, part) as store:
         await store.write(contents, _silent)
 
 
-async def _check_empty(place: Place, registries: list[str], files: list[str]) -> None:
-    taken = [str(place.data / FILES[part]) for part in files if place.data and (place.data / FILES[part]).exists()]
+async def _check_empty(location: StateLocation, registries: list[str], files: list[str]) -> None:
+    taken = [
+        str(location.data / FILES[part]) for part in files if location.data and (location.data / FILES[part]).exists()
+    ]
     for part in registries:
-        async with _opened(place, part) as store:
+        async with _opened(location, part) as store:
             if not await store.is_empty():
                 taken.append(str(store))
     if taken:
@@ -178,14 +183,14 @@ def _check_free(out: Path, force: bool) -> None:
         raise Misused(Reason.CONFIG_INVALID, f"{out} exists already; name another file, or say --force to replace it")
 
 
-def _packed(place: Place, folder: Path, out: Path) -> Summary:
+def _packed(location: StateLocation, folder: Path, out: Path) -> Summary:
     """Add the data directory's files to the parts in the folder, and write all to a file."""
     for part, path in FILES.items():
-        if place.data is not None and (place.data / path).exists():
-            _copy(place.data / path, folder / part)
+        if location.data is not None and (location.data / path).exists():
+            _copy(location.data / path, folder / part)
     parts = [name for name in (*REGISTRIES, *FILES) if (folder / name).exists()]
     if not parts:
-        raise Misused(Reason.CONFIG_INVALID, f"there is no state in {place}; name the sidecar's configuration")
+        raise Misused(Reason.CONFIG_INVALID, f"there is no state in {location}; name the sidecar's configuration")
     names, entries = _names(folder, "names.sqlite"), _names(folder, "access.sqlite")
     keys = sum(name.startswith(KEY) for name in entries)
     listed = tuple(_listed(folder / name) for name in parts)
@@ -202,9 +207,9 @@ def _packed(place: Place, folder: Path, out: Path) -> Summary:
 
 
 @asynccontextmanager
-async def _opened(place: Place, part: str) -> AsyncIterator[RegistryStore[Raw]]:
+async def _opened(location: StateLocation, part: str) -> AsyncIterator[RegistryStore[Raw]]:
     """Open a store without asking who else works on it."""
-    store = place.store(part)
+    store = location.store(part)
     assert store is not None
     try:
         yield store
@@ -213,12 +218,12 @@ async def _opened(place: Place, part: str) -> AsyncIterator[RegistryStore[Raw]]:
 
 
 @asynccontextmanager
-async def _nobody_works_on(place: Place) -> AsyncIterator[None]:
+async def _nobody_works_on(location: StateLocation) -> AsyncIterator[None]:
     """Hold the data directory. Raises Misused if a sidecar does, or if live replicas use the Redis."""
-    lock = None if place.data is None else lock_data_directory(place.data)
+    lock = None if location.data is None else lock_data_directory(location.data)
     try:
-        if place.redis is not None:
-            store = place.store("names.sqlite")
+        if location.redis is not None:
+            store = location.store("names.sqlite")
             assert store is not None
             async with store:
                 pass

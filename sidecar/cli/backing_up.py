@@ -14,7 +14,7 @@ from sidecar.cli.serving import resolve
 from sidecar.cli.show import AsJson, count, print_json, size
 
 if TYPE_CHECKING:
-    from sidecar.access.backup import Place, Summary
+    from sidecar.access.backup import StateLocation, Summary
 
 File = Annotated[Path, typer.Argument(help="The backup.", show_default=False)]
 Configuration = Annotated[
@@ -39,9 +39,9 @@ def backup(
     """
     from sidecar.access.backup import backup as write
 
-    place = _place(config, data)
-    summary = asyncio.run(write(place, file, force))
-    _print(summary, file, f"{file}: {size(file.stat().st_size)} from {place} with", as_json)
+    location = _location(config, data)
+    summary = asyncio.run(write(location, file, force))
+    _print(summary, file, f"{file}: {size(file.stat().st_size)} from {location} with", as_json)
 
 
 def restore(
@@ -54,12 +54,12 @@ def restore(
     """Put a backup into the data directory, or into the configuration's Redis. No sidecar may run on them."""
     from sidecar.access.backup import restore as put
 
-    place = _place(config, data)
-    _print(asyncio.run(put(place, file, force)), file, f"restored into {place}:", as_json)
+    location = _location(config, data)
+    _print(asyncio.run(put(location, file, force)), file, f"restored into {location}:", as_json)
 
 
-def _place(path: Path | None, data: Path | None) -> Place:
-    from sidecar.access.backup import Place
+def _location(path: Path | None, data: Path | None) -> StateLocation:
+    from sidecar.access.backup import StateLocation
 
     config = resolve(path)
     if data is None and config.data_directory is not None:
@@ -67,7 +67,7 @@ def _place(path: Path | None, data: Path | None) -> Place:
     if data is None and config.state.url is None:
         raise CommandError("name the sidecar's configuration with --config, or its --data-dir", Exit.MISUSED)
     redis = None if config.state.url is None else config.state.location
-    return Place(None if data is None else data.expanduser(), redis)
+    return StateLocation(None if data is None else data.expanduser(), redis)
 
 
 def _print(summary: Summary, file: Path, begins: str, as_json: bool) -> None:

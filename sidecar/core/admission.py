@@ -271,9 +271,10 @@ def _allowed(event: Received, name: Name) -> None:
 
 
 def _not_allowed(event: Received, name: Name) -> Refused:
+    decides = "its allow list decides" if event.versions is None else "its allow list, or the policy, decides"
     return Refused(
         Reason.NOT_ALLOWED,
-        f'tenant "{event.tenant}" may not use adapter "{name.name}"; its allow list, or the policy, decides',
+        f'tenant "{event.tenant}" may not use adapter "{name.name}"; {decides}',
         adapter=name.name,
     )
 

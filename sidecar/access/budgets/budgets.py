@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from sidecar.access.budgets.charges import Asked, Budget, Charge, Rule, Words, words_of
+from sidecar.access.budgets.charges import Budget, Charge, Demand, Rule, Words, words_of
 from sidecar.access.budgets.expected import Expected
 from sidecar.access.budgets.meters import Alone, Sharing
 from sidecar.config.access import Limit
@@ -47,7 +47,7 @@ class Reservation:
 
     __slots__ = ("_asked", "_charges", "_clock", "_expected", "input_tokens", "is_estimated", "is_settled")
 
-    def __init__(self, asked: Asked, charges: list[Charge], expected: Expected, clock: Callable[[], float]) -> None:
+    def __init__(self, asked: Demand, charges: list[Charge], expected: Expected, clock: Callable[[], float]) -> None:
         self._asked = asked
         self._charges = charges
         self._expected = expected
@@ -140,7 +140,7 @@ class Budgets:
         `is_estimated`, `input_tokens` are the bytes of a text whose tokens nothing has counted. Raises
         Refused(INVALID_REQUEST) for a request that no window can hold, Refused(RATE_LIMITED) for one that must wait.
         """
-        asked = Asked(input_tokens, output_tokens_max, is_estimated, sequences)
+        asked = Demand(input_tokens, output_tokens_max, is_estimated, sequences)
         now_s = self._clock()
         charges = [Charge(budget, asked) for budget in self._of(tenant, klass, adapter, now_s)]
         for charge in charges:

@@ -45,7 +45,7 @@ def words_of(limit: Limit) -> Words:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Demand:
     """What is known of a request when it comes. See `Budgets.reserve`."""
 
     input_tokens: int
@@ -162,7 +162,7 @@ class Charge:
 
     __slots__ = ("_amounts", "_began_s", "_input_tokens", "budget", "tokens")
 
-    def __init__(self, budget: Budget, asked: Asked) -> None:
+    def __init__(self, budget: Budget, asked: Demand) -> None:
         self.budget = budget
         limit = budget.rule.limit
         self._input_tokens = asked.inputs(budget.expected)
@@ -176,7 +176,7 @@ class Charge:
         counts = self.budget.rule.limit.tokens
         return (counts != "output") * input_tokens + (counts != "input") * output_tokens
 
-    def check(self, asked: Asked) -> None:
+    def check(self, asked: Demand) -> None:
         """Raise Refused(INVALID_REQUEST) for a request that this limit never lets pass."""
         limit, scope = self.budget.rule.limit, self.budget.scope
         length = asked.output_tokens_max

@@ -18,7 +18,7 @@ from pathlib import Path
 from time import monotonic_ns, time
 from typing import TypeVar
 
-from sidecar.access.usage.ledger import DAY_S, HOUR_S, Ledger, Line, Question
+from sidecar.access.usage.ledger import DAY_S, HOUR_S, Ledger, Question, UsageTotal
 from sidecar.access.usage.meter import Meter, Snapshot
 from sidecar.config.access import Usage
 
@@ -48,7 +48,7 @@ class Period:
 class Report:
     """What was used, the beginnings of hours and days that are incomplete, and what a reader should know besides."""
 
-    lines: list[Line]
+    lines: list[UsageTotal]
     incomplete: list[int]
     note: str = ""
 

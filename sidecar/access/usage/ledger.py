@@ -50,7 +50,7 @@ _OVERLAPS = "begins + seconds > ? AND begins < ?"
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class UsageTotal:
     """What was used by one group: its keys, "" where it was not grouped by one, and its figures by name."""
 
     keys: dict[str, str]
@@ -139,7 +139,7 @@ class Ledger:
         self._database.execute(f"DELETE FROM used WHERE period IN (SELECT id FROM periods WHERE {which})", values)
         self._database.execute(f"DELETE FROM periods WHERE {which}", values)
 
-    def lines(self, question: Question) -> list[Line]:
+    def lines(self, question: Question) -> list[UsageTotal]:
         """Return what was used in every period that overlaps the question's time, by what it names.
 
         Idle time has lines of its own in any case.
@@ -159,7 +159,7 @@ class Ledger:
         )
         count = len(KEYS)
         return [
-            Line(
+            UsageTotal(
                 dict(zip(KEYS, row[:count], strict=True)),
                 row[count],
                 dict(zip(FIGURES, row[count + 1 :], strict=True)),

@@ -7,7 +7,7 @@ from time import time
 from typing import Any
 
 from sidecar.access.usage.keeper import UsageKeeper
-from sidecar.access.usage.ledger import BY, Line, Question
+from sidecar.access.usage.ledger import BY, Question, UsageTotal
 from sidecar.access.usage.meter import OUTCOMES
 from sidecar.errors import Misused, Reason, Refused
 from sidecar.fronts.status import answers_errors
@@ -46,7 +46,7 @@ class UsageCalls:
         )
 
 
-def _row(line: Line) -> Any:
+def _row(line: UsageTotal) -> Any:
     figures = line.figures
     row = admin_pb2.UsageRow(
         **line.keys,
