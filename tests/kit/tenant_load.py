@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sidecar.access.budgets.budgets import Budgets, Reservation
-from sidecar.access.budgets.leases import Leases
+from sidecar.access.budgets.leases import EACH_S, Leases
 from sidecar.access.budgets.meters import Meter
 from sidecar.config.access import Limit
 from sidecar.errors import Reason, Refused
@@ -102,7 +102,7 @@ class Pool:
         self._rng = random.Random(seed)
 
     async def run(self, until_s: float) -> None:
-        """Move the clock in steps; after each, every replica asks Redis once, as it would in the background."""
+        """Move the clock in steps; after each, every replica asks Redis as it would in the background."""
         while self.clock.now_s < self.began_s + until_s - STEP_S / 2:
             self.clock.now_s += STEP_S
             for replica in self.alive:
@@ -114,7 +114,7 @@ class Pool:
             for replica in self.alive:
                 # A Redis that is away is asked more rarely, for each question takes real time.
                 if not replica.leases.is_away or self.clock.now_s % AWAY_STEP_S < STEP_S:
-                    await replica.leases.ask()
+                    await replica.leases.ask(urgent_only=self.clock.now_s % EACH_S >= STEP_S)
 
     def _arrivals(self, weight: float) -> int:
         """Return how many requests come to a replica in a step (Poisson)."""

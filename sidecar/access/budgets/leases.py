@@ -25,10 +25,12 @@ from sidecar.state.redis.scripts import Script
 
 logger = logging.getLogger(__name__)
 
-EACH_S = 0.25
-"""How often Redis is asked about budgets in use."""
+EACH_S = 1.0
+"""How often Redis is asked about all budgets in use."""
 GATHER_S = 0.02
-"""How long questions are gathered before Redis is asked sooner, because a lease is nearly used up."""
+"""How long urgent questions are gathered, which are about budgets of which a lease is nearly used up."""
+AWAY_S = 0.5
+"""How often a Redis that is away is asked."""
 ANSWER_S = 1.0
 """A Redis that has not answered within this time is away."""
 LARGEST_S = 3.0
@@ -82,6 +84,7 @@ class Leases:
         self._mark = token_hex(8)
         self._known: WeakSet[Meter] = WeakSet()
         self._used: dict[str, Meter] = {}
+        self._urgent: dict[str, Meter] = {}
         self._woken = asyncio.Event()
         self._asking = asyncio.Lock()
         self.is_away = False
@@ -111,7 +114,6 @@ class Leases:
 
     def touched(self, meter: Meter, missed: int = 0) -> None:
         lease = meter.lease
-        self._used[meter.key] = meter
         if missed:
             lease.missed += missed
             lease.largest = max(lease.largest, missed)
@@ -119,36 +121,50 @@ class Leases:
         if (
             missed
             or lease.total is None
-            or (lease.total < meter.limit and meter.taken + meter.pending + lease.recent / 2 > lease.held)
+            or (lease.total < meter.limit and meter.taken + meter.pending + lease.recent / 4 > lease.held)
         ):
+            self._urgent[meter.key] = meter
             self._woken.set()
+        else:
+            self._used[meter.key] = meter
 
     # For Redis.
 
     async def run(self) -> None:
         """Ask Redis about the budgets in use, until cancelled."""
+        loop = asyncio.get_running_loop()
+        all_at_s = loop.time()
         while True:
             with suppress(TimeoutError):
-                async with asyncio.timeout(EACH_S):
+                async with asyncio.timeout_at(all_at_s):
                     await self._woken.wait()
-            await asyncio.sleep(EACH_S if self.is_away else GATHER_S)
+            await asyncio.sleep(AWAY_S if self.is_away else GATHER_S)
             self._woken.clear()
-            await self.ask()
+            is_time = loop.time() >= all_at_s
+            if is_time:
+                all_at_s = loop.time() + EACH_S
+            await self.ask(urgent_only=not is_time)
 
     async def close(self) -> None:
         """Close the connection to Redis."""
         await self._link.close()
 
-    async def ask(self) -> None:
+    async def ask(self, urgent_only: bool = False) -> None:
         """Ask Redis about the budgets in use, once."""
         count = max(1, self._count())
         self._counted = max(count, self._counted) if self.is_away else count
         async with self._asking:  # of two answers about one budget the older one could come last
-            used, self._used = list(self._used.values()), {}
-            for start in range(0, len(used), BUDGETS_AT_ONCE):
-                await self._ask(used[start : start + BUDGETS_AT_ONCE])
+            asked, self._urgent = self._urgent, {}
+            if not urgent_only:
+                asked, self._used = asked | self._used, {}
+            meters = list(asked.values())
+            for start in range(0, len(meters), BUDGETS_AT_ONCE):
+                if not await self._ask(meters[start : start + BUDGETS_AT_ONCE]):
+                    self._used |= {meter.key: meter for meter in meters[start:]}
+                    break
 
-    async def _ask(self, meters: Sequence[Meter]) -> None:
+    async def _ask(self, meters: Sequence[Meter]) -> bool:
+        """Ask about some budgets; return False if Redis does not answer."""
         now_s = self._clock()
         keys = ["budgets"]
         arguments: list[str | int] = [self._field, self._mark]
@@ -167,14 +183,15 @@ class Leases:
             async with asyncio.timeout(ANSWER_S):
                 mark, *answers = await self._link.run(replace(LEASE, keys=tuple(keys)), *arguments)
         except FAULTS as error:
-            self._missing(meters, error)
-            return
+            self._is_away(error)
+            return False
         for (meter, window, want), held, total in zip(asked, answers[::2], answers[1::2], strict=True):
             if meter.window == window:
                 meter.lease.held, meter.lease.total = held, total
             if want > meter.taken or meter.taken > held:  # there is a lease to give back, or one to get
                 self._used.setdefault(meter.key, meter)
         self._answered(mark)
+        return True
 
     def _want(self, meter: Meter, now_s: float) -> int:
         """Return what a replica wants to hold of a budget: what it has taken, and about a second of use."""
@@ -186,9 +203,7 @@ class Leases:
             lease.largest = 0
         return min(meter.limit, meter.taken + meter.pending + max(round(lease.recent), lease.largest))
 
-    def _missing(self, meters: Sequence[Meter], error: BaseException) -> None:
-        for meter in meters:
-            self._used.setdefault(meter.key, meter)
+    def _is_away(self, error: BaseException) -> None:
         if not self.is_away:
             self.is_away = True
             logger.warning(
@@ -206,7 +221,7 @@ class Leases:
             meter.turn(self._clock())
             meter.lease.held = max(meter.lease.held, min(meter.taken, self.cleared(meter)))
             if meter.taken:
-                self._used[meter.key] = meter
+                self._urgent[meter.key] = meter
         self._woken.set()
         self._mark = mark
         self.is_away = False
