@@ -249,7 +249,7 @@ class Access:
             return
         now = self._clock()
         if principal.expires_at is not None and now >= principal.expires_at:
-            raise _unauthenticated("the credential has expired; send a new one")
+            raise _unauthenticated("the credential has expired; call again with a new one")
         if principal.proof is Proof.KEY and self._keys is not None:
             self._keys.check(principal, now)
 

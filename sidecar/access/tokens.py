@@ -28,7 +28,7 @@ from sidecar.access.principal import Principal, Proof
 from sidecar.adapters.strict_json import parse_object
 from sidecar.config.identities import CLASS, TENANT, clipped, problem_of
 from sidecar.config.identity import Issuer
-from sidecar.errors import Misused, Reason
+from sidecar.errors import Misused, Reason, Refused
 
 TOKEN_BYTES_MAX = 16 << 10
 KEYS_TRIED_MAX = 4
@@ -146,7 +146,9 @@ class Tokens:
             await verifier.jwks.stop()
 
     async def verify(self, token: str) -> Principal:
-        """Return whom a token names. Raises Misused(UNAUTHENTICATED) that says what is wrong, without the token."""
+        """Return whom a token names. Raises Misused(UNAUTHENTICATED) that says what is wrong, without the token, and
+        Refused(STATE_UNAVAILABLE) while the issuer's keys cannot be had.
+        """
         if len(token) > TOKEN_BYTES_MAX or not token.isascii():
             raise _refused(f"it is longer than {TOKEN_BYTES_MAX} characters or not ASCII")
         raw = token.encode()
@@ -185,7 +187,10 @@ class Tokens:
             if (keys and kid is not None) or not await jwks.renew():
                 break
         if jwks.is_empty:
-            raise _refused("the keys of its issuer cannot be had at present; ask your operator")
+            raise Refused(
+                Reason.STATE_UNAVAILABLE,
+                "the keys of the token's issuer cannot be had at present; try again, or ask your operator",
+            )
         if not fit:
             raise _refused("its issuer publishes no such key; get a new token, or ask your operator")
         raise _refused("its signature is invalid")

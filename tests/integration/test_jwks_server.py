@@ -150,7 +150,7 @@ async def test_an_issuer_that_is_away_at_the_start_is_asked_again(
     async with issuing(tmp_path, started=False) as (server, made):
         server.publish(b"", status="503 Service Unavailable")
         made.tokens.start()
-        await made.refused(KEY.token(claims()), "the keys of its issuer cannot be had at present")
+        await made.waits_for_keys(KEY.token(claims()))
         assert "its tokens are refused" in caplog.text
         server.publish(jwks_of(KEY))
         made.clock.now += 60
@@ -167,7 +167,7 @@ async def test_a_server_of_another_authority_is_not_believed(
         authority = {"other": {"jwks_ca": str(stranger.ca)}, "none": {}, "missing": {"jwks_ca": "/no/ca.pem"}}[ca]
         made = House(tmp_path, jwks=server.url, **authority)
         made.tokens.start()
-        await made.refused(KEY.token(claims()), "the keys of its issuer cannot be had")
+        await made.waits_for_keys(KEY.token(claims()))
         await made.tokens.stop()
         assert server.heads == []
         wanted = "jwks_ca /no/ca.pem cannot be used" if ca == "missing" else "CERTIFICATE_VERIFY_FAILED"

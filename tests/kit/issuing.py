@@ -11,7 +11,7 @@ import pytest
 
 from sidecar.access.tokens import Tokens
 from sidecar.config.identity import Issuer
-from sidecar.errors import Misused, Reason
+from sidecar.errors import Misused, Reason, Refused
 from tests.kit.jwts import Signer, jwks_of
 
 NOW = 1_800_000_000
@@ -47,6 +47,12 @@ class House:
 
     def publish(self, *signers: Signer, beside: tuple[Any, ...] = ()) -> None:
         self.jwks.write_bytes(jwks_of(*signers, beside=beside))
+
+    async def waits_for_keys(self, token: str) -> None:
+        """Check that a token is refused for now only: whoever sends it again may succeed."""
+        with pytest.raises(Refused, match="the keys of the token's issuer cannot be had at present") as caught:
+            await self.tokens.verify(token)
+        assert caught.value.reason.row.retryable
 
     async def refused(self, token: str, why: str = "^the token is refused: ") -> str:
         """Return why a token is refused, which nothing of the token stands in."""
