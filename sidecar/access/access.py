@@ -413,8 +413,8 @@ class Access:
         return self._policy.decide(caller.principal, action, resource)
 
     def is_operator(self, caller: Caller) -> bool:
-        """Return True if a caller may see all that there is."""
-        return self.may(caller, Action.SEE_QUEUE).allowed
+        """Return True if a caller may see all names; what it may do is another question."""
+        return self.may(caller, Action.LIST).allowed
 
     async def visible(self, caller: Caller, tenant: str, records: Sequence[Record]) -> Collection[str]:
         """Return the names of those records that a list may show; without delaying others for long."""

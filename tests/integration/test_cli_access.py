@@ -66,3 +66,42 @@ async def test_a_policy_file_that_has_become_faulty_is_told(tmp_path: Path) -> N
             "allowed by cedar: zoe (line 1)\n"
             f"{policies} has changed since and does not decide: line 1: unexpected end of input\n"
         )
+
+
+SUPPORT = """
+permit(principal in Role::"operator", action, resource);
+permit(principal in Group::"support", action == Action::"see_queue", resource);
+"""
+
+
+async def test_who_may_see_the_queue_may_not_do_the_rest(tmp_path: Path) -> None:
+    """One action that Cedar permits on the sidecar is no other one."""
+    write_adapters(tmp_path / "adapters", 1)
+    (tmp_path / "policies.cedar").write_text(SUPPORT)
+    key = "lsk_000000000001_" + "a" * 64
+    (tmp_path / "keys.yaml").write_text(f"- {{tenant: acme, key: {key}, groups: [support]}}")
+    (tmp_path / "key").write_text(key)
+    async with (
+        running_engine(**DUMMY) as engine,
+        serving(
+            [engine],
+            tmp_path / "adapters",
+            identity={"mode": "enforce", "keys_file": str(tmp_path / "keys.yaml")},
+            access={"policies": {"cedar": str(tmp_path / "policies.cedar")}},
+        ) as served,
+    ):
+        token = ("--token-file", str(tmp_path / "key"))
+        assert (await sidecar(served, "queue", *token))[0] == 0
+        assert "a00" in (await sidecar(served, "adapters", "list"))[1]
+        assert "a00" not in (await sidecar(served, "adapters", "list", *token))[1]
+        for asked in (
+            ("backends", "drain", "trt-0"),
+            ("adapters", "evict", "a00"),
+            ("adapters", "pause", "a00", "--for", "1h"),
+            ("keys", "create", "--tenant", "acme", "--role", "operator"),
+            ("limits", "set", "acme", "--concurrent", "1"),
+            ("audit",),
+        ):
+            code, out, error = await sidecar(served, *asked, *token)
+            refused = "UNKNOWN_ADAPTER" if asked[0] == "adapters" else "NOT_ALLOWED"
+            assert (code, out, refused in error) == (1, "", True), (asked, out, error)

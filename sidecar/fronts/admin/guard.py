@@ -140,9 +140,9 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     ) -> None:
         """Raise Refused if the caller may not do it, with words that do not tell whether a name is there."""
         access = self._gateway.access
-        if rule.each or access.is_operator(caller):
+        if rule.each:
             return
-        if resource.sort is Sort.ADAPTER and not rule.creates:
+        if resource.sort is Sort.ADAPTER and not rule.creates and not access.is_operator(caller):
             record = self._gateway.catalogue.registry.get(resource.name)
             if record is None or not access.may_see(caller, caller.principal.tenant, record):
                 access.refuse(caller, action, resource.name, "" if record is None else "it is hidden", request_id)
