@@ -279,7 +279,7 @@ class Access:
             if claims and claims[0] in OWN_TENANTS:
                 raise Refused(Reason.INVALID_REQUEST, f'tenant "{claims[0]}" is the sidecar\'s own; name another')
             claimed = claims[0] if claims else ""
-            if caller.proven is not None and claimed != caller.proven.tenant:
+            if claims and caller.proven is not None and claimed != caller.proven.tenant:
                 why = f'the request says tenant "{clipped(claimed)}", its credential "{caller.proven.tenant}"'
                 self.denied(caller, Action.INFER, SYSTEM, why, request_id)
             return claimed

@@ -19,6 +19,7 @@ import pytest
 import yaml
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from sidecar.access.access import NOT_PERMITTED, UNAUTHENTICATED
 from sidecar.proto import admin_pb2 as pb
 from sidecar.proto import admin_pb2_grpc, gateway_pb2, gateway_pb2_grpc
 from tests.kit.authority import NEEDS_OPENSSL, Authority
@@ -280,6 +281,26 @@ async def test_every_kind_at_every_front_for_every_action(tmp_path: Path, kind: 
                 assert await caller.listed() == (everything if role == "operator" else known)
                 assert await caller.models() >= known
                 assert ("blue/sql" in await caller.models()) is (role == "operator")
+
+
+async def test_observe_counts_what_enforce_would_refuse(tmp_path: Path) -> None:
+    """Once at every front, and nobody who would be let in: a client with a key need not name its tenant."""
+    maker = TokenMaker(tmp_path)
+    write_names(tmp_path)
+    configured = access_of(tmp_path, maker, mode="observe")
+    async with running_engine(**DUMMY) as engine, serving([engine], roots=[tmp_path], **configured) as served:
+        await register_all(served, tmp_path)
+        denials = served.sidecar.gateway.access.denials
+        for front in ("generate", "unary", "stream", "openai"):
+            denials.update(dict.fromkeys(denials, 0))
+            async with caller_of(served, (("authorization", maker.bearer("acme")),), tmp_path) as acme:
+                assert await acme.infer(front, "acme/sql") == OK
+                assert set(denials.values()) == {0}, front
+                assert await acme.infer(front, "blue/sql") == OK
+                assert denials[NOT_PERMITTED, "true"] == 1, front
+            async with caller_of(served, (), tmp_path) as nobody:
+                assert await nobody.infer(front, "acme/sql") == OK
+            assert (denials[UNAUTHENTICATED, "true"], sum(denials.values())) == (1, 2), front
 
 
 @NEEDS_OPENSSL
