@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from sidecar.config.identity import Certificates, Issuer
+from sidecar.config.identity import Certificates, Identity, Issuer
+from sidecar.config.sources import data_of
 
 GOOD = {"issuer": "https://issuer.example", "audience": "lora-sidecar", "jwks": "https://issuer.example/jwks"}
 
@@ -44,3 +45,15 @@ def test_what_cannot_be_trusted_is_refused(changed: dict[str, Any], said: str) -
 def test_a_forwarded_certificate_needs_the_assertion(asserted: object) -> None:
     with pytest.raises(ValidationError, match="strict_mutual_tls"):
         Certificates.model_validate({"forwarded": {"strict_mutual_tls": asserted}})
+
+
+@pytest.mark.parametrize("mode", ["off", '"off"', "observe", "enforce"])
+def test_a_mode_may_be_written_bare(mode: str) -> None:
+    """YAML reads a bare off as false."""
+    assert Identity.model_validate(data_of(f"mode: {mode}", "a file")).mode == mode.strip('"')
+
+
+@pytest.mark.parametrize("mode", ["on", "yes", "no-such", "1", "null"])
+def test_other_modes_are_refused(mode: str) -> None:
+    with pytest.raises(ValidationError, match="'off', 'observe' or 'enforce'"):
+        Identity.model_validate(data_of(f"mode: {mode}", "a file"))

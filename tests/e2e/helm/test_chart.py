@@ -77,6 +77,7 @@ def test_notes(tools: HelmInstalled, path: Path) -> None:
     made = done.stdout.lower()
     assert f"kind: {kind}" in made
     assert f"\n  name: {name}\n" in made
+    assert ("Keep it in your values (identity: {mode: enforce})" in notes) == ("--guard=" in done.stdout)
     makes_keys = "--secret=" in done.stdout
     assert notes.count("kubectl -n lora") == (4 if makes_keys else 3)
     if makes_keys:

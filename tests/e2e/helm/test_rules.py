@@ -193,6 +193,17 @@ def test_texts_name_labels_that_there_are(newest: Renderer) -> None:
         assert {"summary", "action"} <= alert["annotations"].keys(), name
 
 
+def test_dashboards_are_rendered(helm: Renderer) -> None:
+    """Grafana finds both, as they are in the chart, under names that no other release has."""
+    objects = helm.objects({"monitoring": {"dashboard": {"enabled": True}}})
+    found = one(objects, "ConfigMap", "-dashboard")
+    assert found["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert {name: json.loads(text) for name, text in found["data"].items()} == {
+        f"pool-lora-sidecar{suffix}.json": json.loads((CHART / "files" / f"dashboard{suffix}.json").read_text())
+        for suffix in ("", "-tenants")
+    }
+
+
 def test_panels_are_promql(promtool: str, tmp_path: Path) -> None:
     """Prometheus can read the queries of every dashboard; what Grafana puts in is put in."""
     values = {"$namespace": "lora", "$service": "pool", "$tenant": "acme|globex"}
