@@ -152,6 +152,7 @@ class Listening:
             HttpLimits(http.connections_max),
             _http_tls(http.tls, http.address),
             http.probes,
+            self._config.identity.mode != "enforce",
         )
         await self._http.start()
         self.http = self._http.address

@@ -142,13 +142,16 @@ async def test_a_hidden_name_looks_like_none(tmp_path: Path, policy: str, rounds
     settings = {
         "identity": {"mode": "enforce", "issuers": [maker.entry]},
         "access": {"policies": {"ready": policy}},
+        "listeners": {name: {"address": "127.0.0.1:0"} for name in ("data", "admin", "http", "probes")},
     }
     compared = 0
     async with (
         running_engine(**DUMMY) as engine,
         serving([engine], **settings) as served,
         httpx.AsyncClient(base_url=f"http://{served.sidecar.http_address}", trust_env=False, timeout=60) as http,
+        httpx.AsyncClient(base_url=f"http://{served.sidecar.listening.probes}", trust_env=False, timeout=60) as probes,
     ):
+        assert (await http.get("/metrics")).status_code == 404  # they name adapters and tenants
         registry = served.sidecar.registry
         while compared < rounds:
             names = {a_name(rng) for _ in range(rng.randrange(1, 6))}
@@ -165,9 +168,9 @@ async def test_a_hidden_name_looks_like_none(tmp_path: Path, policy: str, rounds
                 for _ in range(2):
                     served.recorder.events.clear()
                     served.recorder.effects.clear()
-                    counted = await metrics_of(http)
+                    counted = await metrics_of(probes)
                     told.append(await client.everything(wanted, typo))
-                    rose = moved(counted, await metrics_of(http))
+                    rose = moved(counted, await metrics_of(probes))
                     happened = [type(event).__name__ for event in served.recorder.events if "Received" in repr(event)]
                     inside.append((happened, served.recorder.effects.copy(), rose))
                     if registry.get(wanted.name) is not None:

@@ -19,7 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 from sidecar.errors import Misused, Reason
 from sidecar.fronts.http.connection import HttpLimits
 from sidecar.fronts.http.listener import HttpListener
-from sidecar.fronts.http.probes import NO_STORE, PATHS, Probes, text_response
+from sidecar.fronts.http.probes import METRICS, NO_STORE, PATHS, Probes, text_response
 from sidecar.fronts.openai.load_calls import LOAD_IN_PLACE
 from sidecar.fronts.openai.request import REQUEST_ID_HEADER, request_id_of
 from sidecar.shell.gateway import Gateway
@@ -57,7 +57,8 @@ class HttpFront:
     """One listener. `address` is HOST:PORT; with port 0 it has the port that was taken, once `start` has returned.
 
     `grpc_address` is the data listener's, which answers to KServe's REST paths name; `api` is the application below
-    `/v1`. With `probes` the paths of the listener for probes are here as well.
+    `/v1`. With `probes` the paths of the listener for probes are here as well, that of the metrics only with
+    `shows_metrics`: they name adapters and tenants.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class HttpFront:
         limits: HttpLimits | None = None,
         tls: ssl.SSLContext | None = None,
         probes: bool = True,
+        shows_metrics: bool = True,
     ) -> None:
         self._metrics = metrics
         self.address = address
@@ -78,6 +80,7 @@ class HttpFront:
         self._listener = HttpListener(self._serve, limits or HttpLimits(), tls)
         self._listens = False
         self._probes = Probes(gateway, metrics) if probes else None
+        self._shows_metrics = shows_metrics
         self._has_warned = False
 
     async def start(self) -> None:
@@ -113,7 +116,7 @@ class HttpFront:
             await text_response(413, "not a request: the body is too long", CLOSE)(scope, receive, send)
         elif path not in PATHS:
             await self._nothing_here()(scope, receive, send)
-        elif self._probes is None:
+        elif self._probes is None or (path == METRICS and not self._shows_metrics):
             await text_response(404, f"{path} has moved to the address of listeners.probes")(scope, receive, send)
         elif scope["method"] not in ("GET", "HEAD"):
             await text_response(405, f"{path} is to be read with GET", {"allow": "GET, HEAD"})(scope, receive, send)
