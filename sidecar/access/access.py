@@ -352,7 +352,10 @@ class Access:
             return None, decision.by
         if not self._by_version:
             return Permit(), decision.by
-        return Permit(tuple(self._versions(principal, record, bool(selector)))), decision.by
+        versions = tuple(self._versions(principal, record, bool(selector)))
+        if not versions and not selector:
+            return None, "neither the current version nor the canary may be used"
+        return Permit(versions), decision.by
 
     def _versions(self, principal: Principal, record: Record, is_selected: bool) -> Sequence[int]:
         """Return the ordinals that may answer: of all if the request selects one, else the current and the canary."""

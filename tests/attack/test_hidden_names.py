@@ -53,7 +53,7 @@ def is_hidden(policy: str, tenant: str, wanted: Record) -> bool:
     """Say by the documented rules, written again here, whether a tenant without roles may use a name."""
     if wanted.allow is not None and tenant not in wanted.allow:
         return True
-    return policy == "tenant_prefix" and wanted.allow is None and not wanted.name.startswith(f"{tenant}/")
+    return policy != "open" and wanted.allow is None and not wanted.name.startswith(f"{tenant}/")
 
 
 class Client:
@@ -133,15 +133,18 @@ def moved(before: dict[str, float], after: dict[str, float]) -> dict[str, float]
     return {name: by for name, by in rose.items() if by and "requests" in name}
 
 
-@pytest.mark.parametrize("policy", ["open", "tenant_prefix"])
-@pytest.mark.parametrize("rounds", [20, pytest.param(500, marks=pytest.mark.slow)])
+CEDAR = Path(__file__).parents[2] / "examples" / "access" / "tenant_prefix.cedar"
+
+
+@pytest.mark.parametrize("policy", ["open", "tenant_prefix", "cedar"])
+@pytest.mark.parametrize("rounds", [15, pytest.param(400, marks=pytest.mark.slow)])
 async def test_a_hidden_name_looks_like_none(tmp_path: Path, policy: str, rounds: int) -> None:
     seed = time.time_ns() % 1_000_000
     rng = random.Random(seed)
     maker = TokenMaker(tmp_path)
     settings = {
         "identity": {"mode": "enforce", "issuers": [maker.entry]},
-        "access": {"policies": {"ready": policy}},
+        "access": {"policies": {"cedar": str(CEDAR)} if policy == "cedar" else {"ready": policy}},
         "listeners": {name: {"address": "127.0.0.1:0"} for name in ("data", "admin", "http", "probes")},
     }
     compared = 0
