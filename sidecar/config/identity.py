@@ -108,8 +108,8 @@ class Identity(Section):
     With `mode: off` clients are believed (`tenant_from`). With `observe` nothing changes for clients either, and those
     who would be denied are counted and logged. With `enforce` a call without a valid credential is refused.
 
-    `keys_file` lists API keys beside those of the registry. What was read from Redis is valid for `stale_max_s` without
-    it. `on_revoked` says what happens to a running answer when its credential is revoked or ends. `local_admin` lets
+    `keys_file` lists API keys beside those of the registry. Keys from Redis are valid for `stale_max_s` without it.
+    `on_revoked` says what happens to a running answer when its credential is revoked or ends. `local_admin` lets
     processes of this machine use an admin listener on loopback as operators without a credential.
     """
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sidecar.core.enums import Voided, Why
-from sidecar.errors import TABLE, Family
+from sidecar.errors import TABLE, Family, Reason
+from sidecar.fronts.openai.errors import STATUSES
 from sidecar.shell.metric_table import METRICS
 from tools.docs import configuration, protocols
 from tools.docs.pages import ROOT, named
@@ -45,6 +46,41 @@ A retry can help where the last column says so: the error then carries `google.r
 | reason | family | gRPC code | retry |
 |---|---|---|---|
 """
+ERRORS_OF_ACCESS = """
+## Errors of access
+
+What a client gets because of who it is, or of what its tenant has used; see [Access](access.md).
+
+| reason | HTTP | when | what to do |
+|---|---|---|---|
+"""
+OF_ACCESS = {
+    Reason.UNAUTHENTICATED: (
+        "The call has no credential, or one that is faulty, expired or revoked; the message says which.",
+        "Get [a new one](credentials.md); the same call fails again.",
+    ),
+    Reason.UNKNOWN_ADAPTER: (
+        "There is no such name, or you may not use it; nothing tells which.",
+        "`/v1/models` lists what you may use. Your operator finds the reason by the id in the message.",
+    ),
+    Reason.NOT_ALLOWED: (
+        "The request names another tenant or class than its credential, or a command is not for you.",
+        "Leave the tenant and the class out, or ask your operator.",
+    ),
+    Reason.RATE_LIMITED: (
+        "A [limit](access.md#limits) is used up.",
+        "Wait as long as `retry-after` or RetryInfo says; OpenAI's SDKs do so by themselves.",
+    ),
+    Reason.PAUSED: (
+        "An operator has paused the adapter; the message says until when.",
+        "Wait, or ask whom the message names.",
+    ),
+    Reason.STATE_UNAVAILABLE: (
+        "Nobody can tell whether the key is good: [Redis](replicas.md#without-redis) or the tokens' issuer is away.",
+        "Send it again; another replica may know.",
+    ),
+    Reason.CANCELLED: ("An operator has cancelled the request.", "Ask before you send it again."),
+}
 WAITING_PAGE = """# Why a request waits
 
 `sidecar queue` gives one of these reasons for each request that waits, and `lora_sidecar_waiting_requests` counts
@@ -76,10 +112,15 @@ def metrics_page() -> str:
 def errors_page() -> str:
     order = list(Family)
     rows = sorted(TABLE.items(), key=lambda item: order.index(item[1].family))
-    return ERRORS_PAGE + "".join(
+    families = (
         f"| `{reason.value}` | {row.family.value} | {row.code} | {'yes' if row.retryable else ''} |\n"
         for reason, row in rows
     )
+    access = (
+        f"| `{reason.value}` | {STATUSES[TABLE[reason].code]} | {when} | {what} |\n"
+        for reason, (when, what) in OF_ACCESS.items()
+    )
+    return ERRORS_PAGE + "".join(families) + ERRORS_OF_ACCESS + "".join(access)
 
 
 PAGES: dict[str, tuple[str, Callable[[], str]]] = {
