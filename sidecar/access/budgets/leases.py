@@ -197,7 +197,11 @@ class Leases:
         """Return what a replica wants to hold of a budget: what it has taken, and about a second of use."""
         lease = meter.lease
         used = max(0, meter.taken - lease.counted) + lease.missed
-        lease.recent = lease.recent * math.exp(min(0.0, lease.asked_s - now_s)) + used
+        since_s = max(0.0, now_s - lease.asked_s)
+        # What was used since then is counted as if it had come evenly, or within the last second.
+        spread_s = min(since_s, 1.0)
+        weight = (1 - math.exp(-spread_s)) / spread_s if spread_s else 1.0
+        lease.recent = lease.recent * math.exp(-since_s) + used * weight
         lease.counted, lease.asked_s, lease.missed = meter.taken, now_s, 0
         if now_s >= lease.largest_until_s:
             lease.largest = 0
