@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -21,6 +22,7 @@ from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
 from sidecar.core.enums import Phase
+from sidecar.fronts.kserve.verbs import Verbs
 from tests.kit.emulated import EngineProcess, running_engine, start_engine
 from tests.kit.kserve_clients import CORE, DUMMY, aio_client, ask, core_inputs, in_thread, status_of, tensor
 from tests.kit.serving import Serving, serving, until, write_adapters
@@ -462,3 +464,12 @@ def curl(served: Serving) -> tuple[list[str], dict[str, Any], list[dict[str, Any
     finally:
         for tool in tools:
             tool.close()
+
+
+def test_names_that_clients_invent_are_not_kept() -> None:
+    """The listener keeps what it made of each handler; a client without a credential could else fill its memory."""
+    verbs = Verbs({}, {"ModelInfer": "elsewhere"})
+    invented = [verbs.service(SimpleNamespace(method=f"{SERVICE}/Verb{number}")) for number in range(3)]
+    assert len({id(handler) for handler in invented}) == 1
+    known = [verbs.service(SimpleNamespace(method=f"{SERVICE}/ModelInfer")) for _ in range(2)]
+    assert known[0] is known[1] is not invented[0]

@@ -28,6 +28,7 @@ Verb = Callable[[Any, Any], Awaitable[Any]]
 Handler = Any
 """gRPC's own type is generic for type checkers only."""
 LOOK_S = 0.05
+UNKNOWN = "this is not served: the sidecar does not know this verb of KServe's"
 MISSED_MAX = 1024
 """Verbs kept for one backend; the oldest are dropped first."""
 
@@ -36,8 +37,10 @@ class Verbs(grpc.GenericRpcHandler):  # type: ignore[type-arg]
     """The service on one listener. `elsewhere` says where the other verbs are served, or why they are not."""
 
     def __init__(self, handlers: Mapping[str, Handler], elsewhere: Mapping[str, str]) -> None:
-        self._handlers = handlers
-        self._elsewhere = elsewhere
+        refused = {verb: grpc.stream_stream_rpc_method_handler(refusing(why)) for verb, why in elsewhere.items()}
+        self._handlers = refused | dict(handlers)
+        # One for all: whoever keeps handlers by themselves would else keep one for each name that clients invent.
+        self._unknown = grpc.stream_stream_rpc_method_handler(refusing(UNKNOWN))
 
     def service(self, handler_call_details: Any) -> Handler | None:
         """Return the handler of a method; None for a method of another service."""
@@ -45,12 +48,7 @@ class Verbs(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         if service != SERVICE:
             return None
         # A unary handler waits for a message: a stream that is closed without one would wait for ever.
-        return self._handlers.get(verb) or grpc.stream_stream_rpc_method_handler(refusing(self._why(verb)))
-
-    def _why(self, verb: str) -> str:
-        return (
-            self._elsewhere.get(verb) or f"{verb[:80]} is not served: the sidecar does not know this verb of KServe's"
-        )
+        return self._handlers.get(verb, self._unknown)
 
 
 def verb_handler(verb: str, handle: Verb) -> Handler:
