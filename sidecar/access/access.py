@@ -389,10 +389,15 @@ class Access:
         """
         if self.budgets is None or caller is OURSELVES:
             return None
-        name = adapter.partition("@")[0]
         try:
             reservation = self.budgets.reserve(
-                tenant, klass, name, input_tokens, output_tokens_max, is_estimated=is_estimated, sequences=sequences
+                tenant,
+                klass,
+                _limited(adapter),
+                input_tokens,
+                output_tokens_max,
+                is_estimated=is_estimated,
+                sequences=sequences,
             )
         except Refused as refused:
             self.denied(caller, Action.INFER, _named(adapter), refused.message, "", by_limit=True)
@@ -401,13 +406,13 @@ class Access:
 
     def standing(self, tenant: str, klass: str, adapter: str) -> Standing:
         """Return what remains of the budgets for requests like this one."""
-        return Standing() if self.budgets is None else self.budgets.standing(tenant, klass, adapter.partition("@")[0])
+        return Standing() if self.budgets is None else self.budgets.standing(tenant, klass, _limited(adapter))
 
     def default_max_tokens(self, tenant: str, klass: str, adapter: str) -> int | None:
         """Return the length of a request that names none; None if no limit says."""
         if self.budgets is None:
             return None
-        return self.budgets.default_max_tokens(tenant, klass, adapter.partition("@")[0])
+        return self.budgets.default_max_tokens(tenant, klass, _limited(adapter))
 
     def may(self, caller: Caller, action: Action, resource: Resource = SYSTEM) -> Decision:
         """Return whether a caller may do something other than infer. In observe mode everything is allowed."""
@@ -496,6 +501,11 @@ def unknown(reference: str, request_id: str) -> Refused:
         f'that you may use; ask your operator with id "{request_id}"',
         adapter=reference[:80],
     )
+
+
+def _limited(adapter: str) -> str:
+    """Return what limits call the adapter of a request: a request without a name asks "base"."""
+    return adapter.partition("@")[0] or "base"
 
 
 def _named(reference: str) -> Resource:

@@ -1,4 +1,4 @@
-"""Three serving replicas that share a tenant's budget through Redis, asked over gRPC as clients ask them."""
+"""Budgets of serving sidecars, asked as clients ask them: one alone, and three that share through Redis."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import grpc
+import httpx
+import pytest
 
 from sidecar.proto import admin_pb2 as pb
 from sidecar.proto import admin_pb2_grpc
 from tests.kit.emulated import running_engine
 from tests.kit.redis_servers import PATIENCE_S, running
 from tests.kit.replica_pool import CALM_S, replicas
-from tests.kit.serving import Serving, until, write_adapters
+from tests.kit.serving import Serving, serving, until, write_adapters
 
 LIMIT = 60
 LIMITS = {"limits": [{"tenant": "*", "requests_per_day": LIMIT}]}
@@ -62,3 +64,17 @@ async def test_three_replicas_grant_one_budget(tmp_path: Path) -> None:
         stub = admin_pb2_grpc.AccessStub(pool[1].admin_channel)
         await stub.SetLimit(pb.Limit(tenant="fresh", requests_per_day=3))
         assert await all_of_it(pool[2:], "fresh", 3) == 3
+
+
+async def test_the_base_model_has_one_budget(tmp_path: Path) -> None:
+    """However a client writes it; in limits it is called base."""
+    limits = {"limits": [{"adapter": "base", "requests_per_day": 2}, {"adapter": "*", "requests_per_day": 100}]}
+    async with running_engine(compute="none", shape="tiny") as engine, serving([engine], access=limits) as served:
+        await served.ask("", 2)
+        await served.ask("base", 2)
+        for name in ("", "base"):
+            with pytest.raises(grpc.aio.AioRpcError, match="the base model may send 2 requests a day"):
+                await served.ask(name, 2)
+        async with httpx.AsyncClient(base_url=f"http://{served.sidecar.http_address}", trust_env=False) as http:
+            body = {"model": "base", "prompt": "x", "max_tokens": 2}
+            assert (await http.post("/v1/completions", json=body)).status_code == 429

@@ -151,7 +151,7 @@ class Budget:
         tenant, klass, adapter = self.words
         parts = [f"class {klass}"] if klass is not None else []
         if adapter is not None:
-            parts.append(f"adapter {adapter}" if adapter else "the base model")
+            parts.append(f"adapter {adapter}" if adapter != "base" else "the base model")
         if tenant is not None:
             parts.insert(0, f"tenant {tenant}" if tenant else "requests without a tenant")
         return ", ".join(parts) or "all requests together"
