@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
 import pytest
 
 from sidecar.proto import admin_pb2 as pb
-from sidecar.proto import admin_pb2_grpc
+from sidecar.proto import admin_pb2_grpc, gateway_pb2
 from tests.kit.emulated import running_engine
 from tests.kit.redis_servers import PATIENCE_S, running
 from tests.kit.replica_pool import CALM_S, replicas
@@ -78,3 +79,47 @@ async def test_the_base_model_has_one_budget(tmp_path: Path) -> None:
         async with httpx.AsyncClient(base_url=f"http://{served.sidecar.http_address}", trust_env=False) as http:
             body = {"model": "base", "prompt": "x", "max_tokens": 2}
             assert (await http.post("/v1/completions", json=body)).status_code == 429
+
+
+async def test_what_a_client_leaves_behind_is_given_back(tmp_path: Path) -> None:
+    """Clients that leave, before and while they are answered, hold no place among the requests at once."""
+    write_adapters(tmp_path / "adapters", 1)
+    limits = {"limits": [{"tenant": "*", "concurrent": 2, "queued_tokens": 10_000}]}
+    async with (
+        running_engine(compute="none", shape="tiny", time_scale=1.0) as engine,
+        serving([engine], tmp_path / "adapters", access=limits) as served,
+    ):
+        for _ in range(3):
+            calls = [
+                served.gateway.Generate(
+                    gateway_pb2.GenerateRequest(
+                        adapter="a00",
+                        tokens=gateway_pb2.TokenIds(ids=[1, 2]),
+                        max_tokens=500,
+                        tenant="acme",
+                        stream=True,
+                    )
+                )
+                for _ in range(2)
+            ]
+            await calls[0].read()  # it is being answered
+            with pytest.raises(grpc.aio.AioRpcError, match="may have 2 requests at once and has 2"):
+                await until_refused(served)
+            for call in calls:
+                call.cancel()
+            stub = admin_pb2_grpc.AccessStub(served.admin_channel)
+            async with asyncio.timeout(PATIENCE_S):
+                while any((await taken(stub, "acme")).values()):
+                    await asyncio.sleep(0.01)
+
+
+async def until_refused(served: Serving) -> None:
+    """Ask until a budget is used up; what was answered before came before the others."""
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            await served.ask("a00", 1, tenant="acme")
+
+
+async def taken(stub: Any, tenant: str) -> dict[str, int]:
+    [limit] = (await stub.ListLimits(pb.ListLimitsRequest(tenant=tenant))).limits
+    return dict(limit.taken)
