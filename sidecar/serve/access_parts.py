@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 ACCESS_FOLDER = "access"
 """The folder of a data directory that has keys, copies of issuers' keys, and usage."""
+REPLICAS_FILE = "replicas"
+"""The file in it with the number of replicas that share the budgets."""
 
 
 class AccessParts:
@@ -67,7 +69,8 @@ class AccessParts:
             from sidecar.access.budgets.leases import Leases  # the client is imported only if there is a Redis
             from sidecar.state.redis.link import Link
 
-            leases = Leases(Link(place), me, lambda: self.count_replicas(), time)
+            kept = None if folder is None else folder / REPLICAS_FILE
+            leases = Leases(Link(place), me, lambda: self.count_replicas(), time, kept)
         self.budgets = Budgets(access.limits, time, leases)
         self.limits = LimitBook(self.store, access.limits, self.budgets, leases)
         self.calls: tuple[object, ...] = (

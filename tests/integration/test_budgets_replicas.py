@@ -21,7 +21,7 @@ from sidecar.state.redis.link import Link
 from sidecar.state.redis.scripts import Script
 from tests.kit.redis_servers import PATIENCE_S, Server, running
 from tests.kit.registries import link_to
-from tests.kit.tenant_load import WHO, Pool
+from tests.kit.tenant_load import WHO, Pool, Time
 
 LIMIT = 200_000
 BOTH = Limit(tenant="*", tokens_per_minute=LIMIT)
@@ -175,6 +175,33 @@ async def test_requests_at_once_are_divided_among_replicas(links: list[Link]) ->
     budgets.reserve(*WHO, 1, 1)
     with pytest.raises(Refused, match=r"may have 7 requests at once, 2 at each of 3 replicas, and has 2;"):
         budgets.reserve("zeta", "", "", 1, 1)
+
+
+async def test_a_replica_that_starts_while_redis_is_away_has_its_share(
+    server: Server, links: list[Link], tmp_path: Path
+) -> None:
+    """Its data directory says how many there were. Without one it knows of no other."""
+    clock, kept = Time(), tmp_path / "replicas"
+    limit = Limit(tokens="input", tokens_per_minute=900)
+    members = 1
+    leases = Leases(links[0], "a", lambda: members, clock, kept)
+    budgets = Budgets([limit], clock, leases)
+    budgets.reserve(*WHO, 10, 0)
+    await leases.ask()
+    members = 3
+    await leases.ask()
+    assert leases.replicas == 3
+    await server.kill()
+    for file, share in ((kept, 300), (tmp_path / "none", 900)):
+        alone = Leases(links[1], "b", lambda: 1, clock, file)
+        budgets = Budgets([limit], clock, alone)
+        budgets.reserve(*WHO, 100, 0)
+        await alone.ask()
+        assert alone.is_away
+        with suppress(Refused):
+            while True:
+                budgets.reserve(*WHO, 100, 0)
+        assert budgets.taken(limit) == {"tokens_per_minute": share}
 
 
 def _script(*budgets: str) -> Script:

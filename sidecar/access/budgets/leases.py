@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from secrets import token_hex
 from weakref import WeakSet
 
@@ -72,14 +73,23 @@ class Leases:
     """Implements `meters.Sharing` for replica `member`. `replicas` returns how many there are, with this one.
 
     `run` asks Redis until it is cancelled. While Redis is away `replicas` may return fewer than there are: the number
-    at the last answer stands then.
+    at the last answer stands then. It is kept in the file `kept`, for a process that starts meanwhile.
     """
 
-    def __init__(self, link: Link, member: str, replicas: Callable[[], int], clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        link: Link,
+        member: str,
+        replicas: Callable[[], int],
+        clock: Callable[[], float],
+        kept: Path | None = None,
+    ) -> None:
         self._link = link
         self._field = f"of:{member}"
         self._count = replicas
-        self._counted = max(1, replicas())
+        self._kept = kept
+        self._counted = max(1, replicas(), 0 if kept is None else _number_in(kept))
+        self._has_heard = False
         self._clock = clock
         self._mark = token_hex(8)
         self._known: WeakSet[Meter] = WeakSet()
@@ -152,7 +162,12 @@ class Leases:
     async def ask(self, urgent_only: bool = False) -> None:
         """Ask Redis about the budgets in use, once."""
         count = max(1, self._count())
-        self._counted = max(count, self._counted) if self.is_away else count
+        if self.is_away or not self._has_heard:
+            count = max(count, self._counted)
+        if count != self._counted:
+            self._counted = count
+            if self._kept is not None:
+                await asyncio.to_thread(_write_number, self._kept, count)
         async with self._asking:  # of two answers about one budget the older one could come last
             asked, self._urgent = self._urgent, {}
             if not urgent_only:
@@ -216,6 +231,7 @@ class Leases:
             )  # fmt: skip
 
     def _answered(self, mark: str) -> None:
+        self._has_heard = True
         if not self.is_away and mark == self._mark:
             return
         if self.is_away:
@@ -229,3 +245,20 @@ class Leases:
         self._woken.set()
         self._mark = mark
         self.is_away = False
+
+
+def _number_in(file: Path) -> int:
+    """Return the number in a file, 0 if there is none."""
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def _write_number(file: Path, number: int) -> None:
+    try:
+        file.write_text(str(number))
+    except OSError as error:
+        logger.warning(
+            "%s: %s; a restart while Redis is away would take the whole of each budget", file, error.strerror
+        )
