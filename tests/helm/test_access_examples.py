@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 from sidecar.access.certificates import principal_of
 from sidecar.access.deciding import policy_of
 from sidecar.access.forwarded import names_in
+from sidecar.access.keys_file import KeysFile
 from sidecar.access.principal import Action, Principal, Proof, Resource, Sort
 from sidecar.config import Config, parse
 from tests.kit.issuing import NOW, house
@@ -118,6 +120,15 @@ async def test_the_api_servers_own_audience_is_not_enough(tmp_path: Path) -> Non
     options = example("service-accounts").identity.issuers[0].model_dump(exclude={"jwks", "jwks_ca", "jwks_token_file"})
     async with house(tmp_path, KEY, **options) as made:
         await made.refused(KEY.token(KUBERNETES | {"aud": ["https://kubernetes.default.svc.cluster.local"]}))
+
+
+def test_the_list_of_keys_in_the_readme(tmp_path: Path) -> None:
+    """It is a file of keys as the sidecar reads them; the hash is that of "test"."""
+    text = (EXAMPLES.parent / "README.md").read_text().partition("`keys.yaml` is a list")[2]
+    (tmp_path / "keys.yaml").write_text(text.partition("```yaml\n")[2].partition("```")[0])
+    hashed, clear = KeysFile(tmp_path / "keys.yaml").keys
+    assert (hashed.tenant, hashed.sha256) == ("acme", sha256(b"test").hexdigest())
+    assert (clear.roles, clear.groups, clear.klass, clear.note) == (("publisher",), ("ml",), "batch", "nightly job")
 
 
 def test_istio() -> None:
