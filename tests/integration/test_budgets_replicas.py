@@ -19,7 +19,7 @@ from sidecar.config.access import Limit
 from sidecar.errors import Reason, Refused
 from sidecar.state.redis.link import Link
 from sidecar.state.redis.scripts import Script
-from tests.kit.redis_servers import PATIENCE_S, Server, running
+from tests.kit.redis_servers import PATIENCE_S, Server, cluster, running
 from tests.kit.registries import link_to
 from tests.kit.tenant_load import WHO, Pool, Time
 
@@ -257,3 +257,27 @@ async def test_in_the_background(server: Server, links: list[Link]) -> None:
         running_.cancel()
         with suppress(asyncio.CancelledError):
             await running_
+
+
+async def _shares(url: str) -> None:
+    """Have two replicas share a budget through a Redis at this address."""
+    links = [link_to(url) for _ in range(2)]
+    try:
+        pool = Pool(INPUT, links, weights=(2, 1))
+        await pool.run(20)
+        assert 0.98 * LIMIT <= pool.granted() <= LIMIT
+        assert {replica.meter.lease.total for replica in pool.all} == {LIMIT}
+    finally:
+        for link in links:
+            await link.close()
+
+
+async def test_in_valkey(tmp_path: Path) -> None:
+    async with running(tmp_path, "valkey-server") as server:
+        await _shares(server.url)
+
+
+async def test_in_a_cluster(tmp_path: Path) -> None:
+    """All keys of a question are in one slot."""
+    async with cluster(tmp_path) as servers:
+        await _shares(f"redis+cluster://{','.join(server.address for server in servers)}")
