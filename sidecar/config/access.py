@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sidecar.config.section import Section
 
@@ -88,3 +88,16 @@ class Access(Section):
     limits: tuple[Limit, ...] = ()
     audit: Audit = Audit()
     usage: Usage = Usage()
+
+    @field_validator("limits")
+    @classmethod
+    def _differ(cls, limits: tuple[Limit, ...]) -> tuple[Limit, ...]:
+        seen: dict[tuple[str | None, ...], int] = {}
+        for number, limit in enumerate(limits):
+            first = seen.setdefault((limit.tenant, limit.class_name, limit.adapter, limit.tokens), number)
+            if first != number:
+                raise ValueError(
+                    f"numbers {first + 1} and {number + 1} are for the same tenant, class, adapter and kind of tokens; "
+                    "write them as one"
+                )
+        return limits

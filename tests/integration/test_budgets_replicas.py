@@ -6,6 +6,7 @@ Time is virtual, but for Redis' own. A replica that is killed is one that is not
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -235,7 +236,7 @@ async def _until(holds: Callable[[], bool]) -> None:
 
 
 async def test_in_the_background(server: Server, links: list[Link]) -> None:
-    """A request is answered before Redis is asked; a Redis that stops to answer and comes back is noticed."""
+    """A request is answered before Redis is asked; a Redis that ends or hangs is noticed, and when it is back."""
     leases = Leases(links[0], "a", lambda: 2, time)
     budgets = Budgets([Limit(tenant="*", tokens_per_day=100_000)], time, leases)
     running_ = asyncio.create_task(leases.run())
@@ -253,6 +254,11 @@ async def test_in_the_background(server: Server, links: list[Link]) -> None:
         await _until(lambda: leases.is_away)
         await server.start()
         await _until(lambda: not leases.is_away and meter.lease.held >= 1000)
+        server.signal(signal.SIGSTOP)
+        budgets.reserve(*WHO, 500, 0).settle(None, 0, ran=True)
+        await _until(lambda: leases.is_away)
+        server.signal(signal.SIGCONT)
+        await _until(lambda: not leases.is_away and meter.lease.held >= 1500)
     finally:
         running_.cancel()
         with suppress(asyncio.CancelledError):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from pydantic import ValidationError
 
 from sidecar.access.budgets import budgets as budgets_module
 from sidecar.access.budgets.budgets import Budgets, Level, Reservation
-from sidecar.config.access import Limit
+from sidecar.config.access import Access, Limit
 from sidecar.errors import Reason, Refused
 from tests.kit.tenant_load import Time
 
@@ -264,6 +265,14 @@ def test_a_limit_that_is_changed_counts_at_once(clock: Time) -> None:
     spend(budgets, ACME, 700)
     budgets.set_limits([])
     spend(budgets, ACME, 10_000)
+
+
+def test_two_limits_for_the_same_are_refused() -> None:
+    """One of them would be forgotten. What counts other tokens is another limit."""
+    each = {"tenant": "*", "tokens_per_minute": 5}
+    Access.model_validate({"limits": [each, each | {"tokens": "input"}, each | {"tenant": None}]})
+    with pytest.raises(ValidationError, match="numbers 1 and 3 are for the same tenant"):
+        Access.model_validate({"limits": [each, each | {"adapter": "sql"}, {"tenant": "*", "requests_per_day": 1}]})
 
 
 def test_a_reservation_outlives_its_limit(clock: Time) -> None:
