@@ -1,17 +1,29 @@
-"""The walk-through of docs/access.md, from open to enforced, as a reader would type it."""
+"""The pages on access: what they show is printed, and the configurations in them are accepted."""
 
 from __future__ import annotations
 
 import pytest
+import yaml
 
-from tools.docs.pages import ROOT
+from sidecar.config import Config
+from tools.docs.pages import ROOT, blocks
 from tools.docs.run import run
 
-PAGES = [ROOT / "docs" / name for name in ("access.md", "access-policies.md")]
+PAGES = [ROOT / "docs" / name for name in ("access.md", "access-policies.md", "credentials.md")]
+ENGINES = {"backends": [{"url": "triton://gpu-1:8001"}]}
+
+
+def test_configurations_are_accepted() -> None:
+    """What is a part of a configuration fits into one; a file of keys is a list."""
+    shown = [yaml.safe_load(block.text) for page in PAGES for block in blocks(page) if block.language == "yaml"]
+    parts = [part for part in shown if isinstance(part, dict)]
+    assert len(parts) >= 9
+    for part in parts:
+        Config.model_validate(ENGINES | part)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / ".venv/installed").exists(), reason="the pages' commands use .venv; make .venv")
-def test_the_commands_of_the_pages_print_what_the_pages_show() -> None:
-    """From an open sidecar to one that enforces, then policies of one's own."""
+def test_the_commands_print_what_the_pages_show() -> None:
+    """From an open sidecar to one that enforces, and policies of one's own."""
     assert run(PAGES) == 0
