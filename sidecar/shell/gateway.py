@@ -217,7 +217,7 @@ class Gateway:
         try:
             facts = self._permitted(facts, client_id, caller)
         except SidecarError as error:
-            self._show_refused(facts, error)
+            self.show_refused(facts.tenant, facts.klass, facts.input_tokens, error)
             raise
         ticket = Ticket(next(self._numbers), payload, client_id, self.answers)
         ticket.caller = caller
@@ -246,7 +246,7 @@ class Gateway:
                 facts.sequences,
             )  # fmt: skip
         except Refused as refused:
-            self._show_refused(facts, refused)
+            self.show_refused(facts.tenant, facts.klass, facts.input_tokens, refused)
             raise
 
     def _permitted(self, facts: RequestFacts, client_id: str, caller: Caller) -> RequestFacts:
@@ -260,17 +260,16 @@ class Gateway:
             check_not_paused(record, time())
         return replace(facts, klass=klass, versions=permit.versions)
 
-    def _show_refused(self, facts: RequestFacts, error: SidecarError) -> None:
+    def show_refused(self, tenant: str, klass: str, input_tokens: int, error: SidecarError) -> None:
         """Show a request that was not permitted to those who count. Its name is not told: it may not exist."""
-        klass = facts.klass if facts.klass in self.state.config.classes else "default"
+        klass = klass if klass in self.state.config.classes else "default"
         self.driver.show_endings(
             [
                 do.Settle(
-                    0, Outcome.REFUSED, "", facts.tenant, klass, 0, facts.input_tokens, reason=error.reason,
-                    message=error.message,
+                    0, Outcome.REFUSED, "", tenant, klass, 0, input_tokens, reason=error.reason, message=error.message
                 )
             ]
-        )  # fmt: skip
+        )
 
     def submit_here(self, facts: RequestFacts, ticket_of: Callable[[int], Ticket]) -> Ticket:
         """Submit a request that another replica has passed on; `ticket_of(number)` makes its ticket.

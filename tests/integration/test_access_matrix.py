@@ -7,6 +7,7 @@ prefix and what an allow list shares with it, a publisher also changes what is u
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -301,6 +302,25 @@ async def test_observe_counts_what_enforce_would_refuse(tmp_path: Path) -> None:
             async with caller_of(served, (), tmp_path) as nobody:
                 assert await nobody.infer(front, "acme/sql") == OK
             assert (denials[UNAUTHENTICATED, "true"], sum(denials.values())) == (1, 2), front
+
+
+async def test_what_is_denied_counts_in_usage_at_every_front(tmp_path: Path) -> None:
+    """For the tenant, and without the name: it may not exist."""
+    maker = TokenMaker(tmp_path)
+    write_names(tmp_path)
+    async with (
+        running_engine(**DUMMY) as engine,
+        serving([engine], roots=[tmp_path], **access_of(tmp_path, maker)) as served,
+        caller_of(served, (("authorization", maker.bearer("acme")),), tmp_path) as acme,
+    ):
+        await register_all(served, tmp_path)
+        fronts = ("generate", "unary", "stream", "openai")
+        for front in fronts:
+            assert await acme.infer(front, "blue/sql") == HIDDEN
+        stub: Any = admin_pb2_grpc.AccessStub(served.admin_channel)  # type: ignore[no-untyped-call]
+        asked = pb.UsageRequest(by=["tenant", "adapter"], tenant="acme", until=time.time())
+        (row,) = (await stub.GetUsage(asked, metadata=acme.metadata)).rows
+        assert (row.adapter, dict(row.requests)) == ("(unknown)", {"refused": len(fronts)})
 
 
 @NEEDS_OPENSSL

@@ -199,8 +199,13 @@ class OpenAiFront:
 
     def _permit(self, sender: access.Caller, model: str, request_id: str) -> None:
         """Ask before engines are looked for: what they can answer would tell that a name is there."""
-        if self._gateway.access.mode == "enforce":  # otherwise it hides nothing, and the gateway counts who is denied
+        if self._gateway.access.mode != "enforce":  # it hides nothing then, and the gateway counts who is denied
+            return
+        try:
             self._gateway.access.permit(sender, model, request_id, self._destinations.is_base(model))
+        except SidecarError as error:
+            self._gateway.show_refused(sender.principal.tenant, sender.principal.klass, 0, error)
+            raise
 
     def _submit(
         self,
