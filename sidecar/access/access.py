@@ -382,6 +382,7 @@ class Access:
         output_tokens_max: int | None,
         is_estimated: bool,
         sequences: int,
+        request_id: str,
     ) -> Charge | None:
         """Take a permitted request from its tenant's budgets; return what is to be settled at its end.
 
@@ -400,7 +401,7 @@ class Access:
                 sequences=sequences,
             )
         except Refused as refused:
-            self.denied(caller, Action.INFER, _named(adapter), refused.message, "", by_limit=True)
+            self.denied(caller, Action.INFER, _named(adapter), refused.message, request_id, by_limit=True)
             raise
         return Charge(reservation, None if is_estimated else input_tokens)
 

@@ -221,7 +221,7 @@ class Gateway:
             raise
         ticket = Ticket(next(self._numbers), payload, client_id, self.answers)
         ticket.caller = caller
-        ticket.reservation = self._reserved(facts, caller)
+        ticket.reservation = self._reserved(facts, client_id, caller)
         try:
             self._take(facts, ticket, self.admit if self.elsewhere is None else self.elsewhere.submit)
         except SidecarError:
@@ -237,13 +237,13 @@ class Gateway:
         name = self.state.names.get(adapter.partition("@")[0])
         return "" if name is None else self.state.versions[name.digest].adapter.base_model
 
-    def _reserved(self, facts: RequestFacts, caller: Caller) -> Charged | None:
+    def _reserved(self, facts: RequestFacts, client_id: str, caller: Caller) -> Charged | None:
         """Reserve what a request may cost. Raises Refused if its tenant has spent its budget."""
         length = facts.output_tokens_max if facts.has_length else None
         try:
             return self.access.reserve(
                 caller, facts.tenant, facts.klass, facts.adapter, facts.input_tokens, length, facts.is_estimated,
-                facts.sequences,
+                facts.sequences, client_id,
             )  # fmt: skip
         except Refused as refused:
             self.show_refused(facts.tenant, facts.klass, facts.input_tokens, refused)

@@ -35,7 +35,7 @@ class RequestLog:
         for effect in effects:
             if isinstance(effect, Dispatch):
                 self._dispatched[effect.request] = effect
-            elif isinstance(effect, Settle):
+            elif isinstance(effect, Settle) and effect.request:  # else it never had a number, and its front logs it
                 self._log_ending(effect)
             elif isinstance(effect, Quarantine):
                 logger.warning("version %s is quarantined: %s", effect.digest[:12], effect.text)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -123,3 +125,18 @@ async def until_refused(served: Serving) -> None:
 async def taken(stub: Any, tenant: str) -> dict[str, int]:
     [limit] = (await stub.ListLimits(pb.ListLimitsRequest(tenant=tenant))).limits
     return dict(limit.taken)
+
+
+async def test_a_refusal_is_recorded_once_by_the_clients_id(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In the log and in the audit, so that an operator finds what a client asks about."""
+    caplog.set_level(logging.INFO, "sidecar.requests")
+    audit = {"file": str(tmp_path / "audit.jsonl")}
+    access = {"limits": [{"adapter": "base", "requests_per_day": 1}], "audit": audit}
+    async with running_engine(compute="none", shape="tiny") as engine, serving([engine], access=access) as served:
+        await served.ask("", 2, request_id="first")
+        caplog.clear()
+        with pytest.raises(grpc.aio.AioRpcError):
+            await served.ask("", 2, request_id="second")
+        assert [record.getMessage().count("id=second") for record in caplog.records] == [1]
+    (line,) = [json.loads(text) for text in (tmp_path / "audit.denials.jsonl").read_text().splitlines()]
+    assert (line["request_id"], line["action"]) == ("second", "infer")
