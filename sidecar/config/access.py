@@ -33,7 +33,8 @@ class Policies(Section):
 class Limit(Section):
     """How much the requests that match `tenant`, `class_name` and `adapter` may take.
 
-    "*" gives each tenant, class or adapter a budget of its own; None lets all share one. Tokens count as `tokens` says.
+    "*" gives each tenant, class or adapter a budget of its own; None lets all share one. A limit with a name takes the
+    place of one for each, of which it keeps the numbers that it does not set. Tokens count as `tokens` says.
     A request above `max_tokens` is refused; `default_max_tokens` is what a request without a length gets.
     """
 

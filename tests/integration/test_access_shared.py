@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from sidecar.access.backup import Place, backup, restore
+from sidecar.access.backup import StateLocation, backup, restore
 from sidecar.access.entries import CODEC, AccessEntry, LimitEntry
 from sidecar.access.keys import KeyBook
 from sidecar.access.store import COPY, FOLDER, AccessStore
@@ -349,7 +349,7 @@ async def test_a_copy_that_is_damaged_old_or_of_another_redis_is_not_used(server
 async def test_a_copy_from_before_a_restore_is_dropped(server: Server, tmp_path: Path) -> None:
     """The restored state has less than the replica knew, and an older content of what both have."""
     (known, kept), (late, gone) = new_key(), new_key()
-    place = Place(None, RedisLocation(parse_address(server.url)))
+    place = StateLocation(None, RedisLocation(parse_address(server.url)))
     async with AsyncExitStack() as stack:
         proxy = await stack.enter_async_context(cuttable(server))
         async with AsyncExitStack() as first:

@@ -6,7 +6,6 @@ import asyncio
 import json
 from pathlib import Path
 
-from tests.attack.test_damaged_registry import figure
 from tests.integration.test_cli_keys import DUMMY, sidecar
 from tests.kit.emulated import running_engine
 from tests.kit.serving import serving, write_adapters
@@ -59,7 +58,9 @@ async def test_a_policy_file_that_has_become_faulty_is_told(tmp_path: Path) -> N
         async with asyncio.timeout(60):
             while not served.sidecar.access.policy.fault:
                 await asyncio.sleep(0.05)
-        assert (await figure(served, "policy_faulty"), await figure(served, "policy_epoch")) == (1, 1)
+        _, page = await served.sidecar.metrics.render()
+        assert b"\nlora_sidecar_policy_faulty 1.0\n" in page
+        assert b"\nlora_sidecar_policy_epoch 1.0\n" in page
         code, out, _ = await sidecar(served, *asked)
         assert code == 0
         assert out == (

@@ -334,3 +334,32 @@ def test_thousands_of_limits_cost_a_request_no_more_than_a_few(clock: Time) -> N
     assert len(budgets) == 1
     assert refusal(lambda: spend(budgets, ("tenant-77", "", "sql"), 1)).details["scope"] == "tenant tenant-77"
     spend(budgets, ("tenant-x", "", "sql"), 10)
+
+
+def test_a_name_takes_the_place_of_a_limit_for_each(clock: Time) -> None:
+    """A tenant may get more than the others; what its limit does not say is as for the others."""
+    each = Limit(tenant="*", tokens_per_minute=100, requests_per_minute=3)
+    budgets = Budgets([each, Limit(tenant="acme", tokens_per_minute=500)], clock)
+    for _ in range(3):
+        budgets.reserve("acme", "default", "sql", 150, 1)
+    with pytest.raises(Refused, match="3 requests a minute"):
+        budgets.reserve("acme", "default", "sql", 1, 1)
+    with pytest.raises(Refused, match="100 tokens a minute"):
+        budgets.reserve("blue", "default", "sql", 150, 1)
+    budgets.set_limits([each])
+    with pytest.raises(Refused, match="100 tokens a minute"):
+        budgets.reserve("acme", "default", "sql", 150, 1)
+
+
+def test_the_nearest_limit_for_each_completes_a_named_one(clock: Time) -> None:
+    each, of_each = (
+        Limit(tenant="*", adapter="*", concurrent=1, max_tokens=7),
+        Limit(tenant="acme", adapter="*", concurrent=2),
+    )
+    budgets = Budgets([each, of_each, Limit(tenant="acme", adapter="sql", requests_per_day=9)], clock)
+    for _ in range(2):
+        budgets.reserve("acme", "default", "sql", 1, 1)
+    with pytest.raises(Refused, match="2 requests at once"):
+        budgets.reserve("acme", "default", "sql", 1, 1)
+    with pytest.raises(Refused, match="7 tokens of answer"):
+        budgets.reserve("acme", "default", "code", 1, 8)

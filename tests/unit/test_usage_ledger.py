@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sidecar.access.usage.keeper import UNWRITTEN_MAX, USAGE_FILE, UsageKeeper
-from sidecar.access.usage.ledger import Ledger, Line, Question
+from sidecar.access.usage.ledger import Ledger, Question, UsageTotal
 from sidecar.access.usage.meter import NOBODY, OUTCOMES, Used
 from sidecar.config.access import Usage
 from sidecar.core.enums import Outcome
@@ -56,7 +56,7 @@ class Kept:
         self.keeper.meter.settled(ROW, "ok", 10, 20, is_estimated=False)
         self.keeper.last_ns = self.clocks.now_ns
 
-    async def lines(self, *by: str, since: float = 0, until: float = 1e11) -> list[Line]:
+    async def lines(self, *by: str, since: float = 0, until: float = 1e11) -> list[UsageTotal]:
         return (await self.keeper.report(Question(since, until, by))).lines
 
 
@@ -68,7 +68,7 @@ async def kept(data: Path | None, clocks: Clocks | None = None, wanted: Usage | 
     await made.keeper.stop()
 
 
-def used_s(lines: list[Line]) -> float:
+def used_s(lines: list[UsageTotal]) -> float:
     return sum(line.figures["seat_s"] for line in lines if line.keys["tenant"] != NOBODY)
 
 
@@ -169,7 +169,7 @@ async def test_hours_become_days_with_the_same_sums(tmp_path: Path) -> None:
     """After three days, hours are kept for one: days have the sums, of whatever is asked."""
     clocks, wanted = Clocks(), Usage(hours_days=1)
     async with kept(tmp_path, clocks, wanted) as usage:
-        before: list[Line] = []
+        before: list[UsageTotal] = []
         for hour in range(4 * 24):
             usage.pass_(HOUR)
             await usage.keeper.write()

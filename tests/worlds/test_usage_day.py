@@ -19,7 +19,7 @@ from random import Random
 import pytest
 
 from sidecar.access.usage.keeper import UsageKeeper
-from sidecar.access.usage.ledger import Line, Question
+from sidecar.access.usage.ledger import Question, UsageTotal
 from sidecar.config.access import Usage
 from sidecar.core import effects as do
 from sidecar.core import events as ev
@@ -223,7 +223,7 @@ def engines_account(product: Accounted, world: Day) -> tuple[dict[str, float], d
     return dict(seats), dict(slots)
 
 
-def simulated(folder: Path, requests: int, flavour: str) -> tuple[Accounted, Day, list[Line], list[Line]]:
+def simulated(folder: Path, requests: int, flavour: str) -> tuple[Accounted, Day, list[UsageTotal], list[UsageTotal]]:
     """Run a day; return it with the usage by tenant and by adapter, and backend."""
     options = Options(
         trace=trace(folder / "day.csv", requests, 1),
@@ -278,5 +278,5 @@ def test_sums_by_tenant_are_what_the_engines_gave(flavour: str, tmp_path: Path) 
     assert said["(idle)"]["engine_s"] == pytest.approx(ENGINES * day_s, rel=1e-9)
 
 
-def _is_unused(line: Line) -> bool:
+def _is_unused(line: UsageTotal) -> bool:
     return line.keys["tenant"] == "(idle)" and line.keys["adapter"] != ""

@@ -18,6 +18,7 @@ from sidecar.access.budgets.expected import Expected
 from sidecar.access.budgets.meters import Alone, Sharing
 from sidecar.config.access import Limit
 
+NUMBERED = frozenset(Limit.model_fields) - {"tenant", "class_name", "adapter", "tokens"}
 BUDGETS_MAX = 50_000
 """The most budgets that are kept. Of more, the oldest without an open request is forgotten."""
 
@@ -102,11 +103,12 @@ class Budgets:
     def set_limits(self, limits: Sequence[Limit]) -> None:
         """Replace the limits, at once and without forgetting what is taken.
 
-        Of two with the same tenant, class, adapter and `tokens`, the later one counts.
+        Of two with the same tenant, class, adapter and `tokens`, the later one counts. A limit with a name has the
+        numbers of one for each ("*") that it does not set itself, and takes its place.
         """
         former = {(words, rule.limit.tokens): rule for words, rules in self._rules.items() for rule in rules}
         in_force: dict[tuple[Words, str], Rule] = {}
-        for limit in limits:
+        for limit in [_completed(limit, limits) for limit in limits]:
             which = words_of(limit), limit.tokens
             rule = former.get(which) or in_force.get(which) or Rule(limit, self._expected.heir())
             rule.limit = limit
@@ -191,6 +193,12 @@ class Budgets:
 
     def _matching(self, words: Words) -> Iterator[tuple[Rule, Words]]:
         """Yield the limits that match a request, and the words of the budgets that it takes from."""
+        fitting = list(self._fitting(words))
+        for rule, own in fitting:
+            if "*" not in rule.words or not any(_names(other.limit, rule.limit) for other, _ in fitting):
+                yield rule, own
+
+    def _fitting(self, words: Words) -> Iterator[tuple[Rule, Words]]:
         for pattern in self._patterns:
             # Limits of a pattern differ in their names only, so that a request finds its own among thousands at once.
             named, own = [], []
@@ -230,6 +238,22 @@ def _single(limit: Limit, tenant: str) -> Place:
     """Return the place of a limit's budget, or of the one that a tenant has."""
     words = words_of(limit)
     return words, limit.tokens, (tenant or "*" if words[0] == "*" else words[0], *words[1:])
+
+
+def _names(one: Limit, other: Limit) -> bool:
+    """Return True if a limit has names where the other one is for each ("*"), and is equal else."""
+    pairs = list(zip(words_of(one), words_of(other), strict=True))
+    fits = all(word == each or (each == "*" and word is not None) for word, each in pairs)
+    return fits and words_of(one) != words_of(other) and one.tokens == other.tokens
+
+
+def _completed(limit: Limit, limits: Sequence[Limit]) -> Limit:
+    """Return a limit with what it does not set from those for each that it takes the place of, the nearest first."""
+    defaults = [other for other in limits if _names(limit, other)]
+    for default in sorted(defaults, key=lambda other: words_of(other).count("*")):
+        missing = {name: value for name, value in default if getattr(limit, name) is None and name in NUMBERED}
+        limit = limit.model_copy(update=missing)
+    return limit
 
 
 def _pattern(words: Words) -> Words:
