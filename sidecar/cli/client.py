@@ -117,7 +117,10 @@ def call_failed(error: Any, endpoint: Endpoint) -> CommandError:
         details: dict[str, Any] = dict(sorted(info.metadata.items()))
         if retry_after_ms is not None:
             details["retry_after_ms"] = retry_after_ms
-        return CommandError(error.details(), Exit.FAILED, info.reason, code=error.code().name, **details)
+        said = error.details()
+        if info.reason == Reason.UNAUTHENTICATED.value and "--token-file" not in said:
+            said += "; --token-file FILE sends what is in a file, sidecar login keeps a credential for this address"
+        return CommandError(said, Exit.FAILED, info.reason, code=error.code().name, **details)
     code, said = error.code(), error.details() or ""
     where = f"the {endpoint.listener} listener of a sidecar at {endpoint.address}"
     if code is grpc.StatusCode.UNAVAILABLE:
