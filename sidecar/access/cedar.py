@@ -17,7 +17,7 @@ from typing import Any
 import cedarpy
 
 from sidecar.access.cedar_text import Statement
-from sidecar.access.policy import CHANGE, NAMED, NOT_ADMITTED, USE, Roles, is_admitted, prefix_owner
+from sidecar.access.policy import CHANGE, NAMED, NOT_ADMITTED, USE, Roles, is_admitted, may_be_changed, prefix_owner
 from sidecar.access.principal import OPERATOR, Action, Decision, Principal, Resource, Sort
 
 TYPES = {
@@ -98,8 +98,11 @@ class CedarPolicy:
 
     def decide(self, principal: Principal, action: Action, resource: Resource) -> Decision:
         roles = self._roles.of(principal)
-        if resource.sort in NAMED and action in USE and OPERATOR not in roles and not is_admitted(principal, resource):
-            return NOT_ADMITTED
+        if resource.sort in NAMED and OPERATOR not in roles:
+            if action in USE and not is_admitted(principal, resource):
+                return NOT_ADMITTED
+            if action in CHANGE and not may_be_changed(principal, resource, self._separator):
+                return NOT_ADMITTED
         who, what = _uid("Tenant", principal.tenant), _uid(TYPES[resource.sort], resource.name)
         request = {"principal": who, "action": _uid("Action", action.value), "resource": what}
         try:

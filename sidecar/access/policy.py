@@ -77,6 +77,15 @@ def is_admitted(principal: Principal, resource: Resource) -> bool:
     return resource.allow is None or principal.tenant in resource.allow
 
 
+def may_be_changed(principal: Principal, resource: Resource, separator: str) -> bool:
+    """Return True if the allow list lets a publisher change a name: it has its tenant, or the prefix is the tenant's.
+
+    Else a publisher could give a name that is hidden from it an allow list of its own, and have its older versions.
+    """
+    owns = bool(principal.tenant) and principal.tenant == prefix_owner(resource.name, separator)
+    return owns or is_admitted(principal, resource)
+
+
 NOT_ADMITTED = Decision(False, "adapters.allow: the allow list does not have the tenant")
 
 
@@ -99,7 +108,8 @@ class ReadySet(ABC):
                     self._use(principal, roles, action, resource) if is_admitted(principal, resource) else NOT_ADMITTED
                 )
             if action in CHANGE:
-                return self._change(principal, roles, resource)
+                admits = may_be_changed(principal, resource, self._separator)
+                return self._change(principal, roles, resource) if admits else NOT_ADMITTED
         elif resource.sort is Sort.BASE and action in USE:
             return self._yes("everybody may use the base model")
         elif resource.sort is Sort.TENANT and principal.tenant and resource.name == principal.tenant:

@@ -73,10 +73,6 @@ class AccessParts:
             leases = Leases(Link(place), me, lambda: self.count_replicas(), time, kept)
         self.budgets = Budgets(access.limits, time, leases)
         self.limits = LimitBook(self.store, access.limits, self.budgets, leases)
-        self.calls: tuple[object, ...] = (
-            KeyCalls(self.store, self.keys), AuditCalls(self.audit), LimitCalls(self.limits),
-        )  # fmt: skip
-        """The parts of the admin service Access."""
         self.access = Access(
             identity,
             config.tenant_from,
@@ -89,6 +85,12 @@ class AccessParts:
             budgets=self.budgets,
             change_of=lambda: registry.last_change,
         )
+        self.calls: tuple[object, ...] = (
+            KeyCalls(self.store, self.keys),
+            AuditCalls(self.audit),
+            LimitCalls(self.limits, self.access, registry.get),
+        )
+        """The parts of the admin service Access."""
 
     async def start(self) -> None:
         self._warn()

@@ -127,7 +127,7 @@ class Sidecar:
             self.metrics.journal = self._journal
             self.crash.then(self._journal.ended)
         self.crash.then(self._on_crash)
-        self.access.calls += (Checks(self.access.policy, self.gateway), UsageCalls(self.usage))
+        self.access.calls += (Checks(self.access.policy, self.gateway), UsageCalls(self.usage, self.access.access))
         self.listening = Listening(config, self.entries, self.gateway, self.metrics, self.drain, self.access)
         self.served = ServedFolders(config.adapters, self.gateway.catalogue)
 

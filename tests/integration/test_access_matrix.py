@@ -398,6 +398,86 @@ async def test_between_replicas_the_entry_decides(tmp_path: Path) -> None:
         await bare.close()
 
 
+async def test_a_publisher_does_not_take_over_what_is_hidden_from_it(tmp_path: Path) -> None:
+    """Neither by a registration with an allow list of its own, under any set, nor by another's folder."""
+    maker = TokenMaker(tmp_path)
+    write_names(tmp_path)
+    config = access_of(tmp_path, maker)
+    config["access"]["policies"]["ready"] = "open"
+    async with (
+        running_engine(**DUMMY) as engine,
+        serving([engine], roots=[tmp_path], backend={"id": "b0"}, **config) as served,
+    ):
+        from sidecar.shell.catalogue import Wanted
+
+        catalogue = served.sidecar.gateway.catalogue
+        await catalogue.register("secret", str(tmp_path / "theirs"), Wanted(allow=("blue",)))
+        before = served.sidecar.registry.get("secret")
+        publisher = await credential("token", "publisher", served, maker)
+        assert publisher is not None
+        async with caller_of(served, publisher, tmp_path) as caller:
+            wanted = pb.RegisterRequest(name="secret", path=str(tmp_path / "more"), allow=["acme"])
+            assert await caller.admin("Adapters", "Register", wanted) == DENIED
+            assert await caller.admin("Adapters", "Pause", pb.PauseRequest(name="secret")) == HIDDEN
+            own = pb.RegisterRequest(name="mine", path=str(tmp_path / "more"))
+            assert await caller.admin("Adapters", "Register", own) == OK
+        assert served.sidecar.registry.get("secret") == before
+
+
+async def test_what_a_tenant_sees_of_limits_and_usage_is_its_own(tmp_path: Path) -> None:
+    maker = TokenMaker(tmp_path)
+    write_names(tmp_path)
+    config = access_of(tmp_path, maker)
+    config["access"]["limits"] = [
+        {"tenant": "*", "tokens_per_minute": 100_000},
+        {"tenant": "acme", "requests_per_day": 100},
+        {"tenant": "*", "adapter": "blue/sql", "requests_per_minute": 9},
+        {"adapter": "blue/sql", "requests_per_minute": 99},
+        {"requests_per_day": 1000},
+    ]
+    async with (
+        running_engine(**DUMMY) as engine,
+        serving([engine], roots=[tmp_path], backend={"id": "b0"}, **config) as served,
+    ):
+        await register_all(served, tmp_path)
+        stub: Any = admin_pb2_grpc.AccessStub(served.admin_channel)  # type: ignore[no-untyped-call]
+        seen: dict[str, list[tuple[str, str]]] = {}
+        for role in ("tenant", "operator"):
+            metadata = await credential("token", role, served, maker)
+            for asked in ("", "acme"):
+                answer = await stub.ListLimits(pb.ListLimitsRequest(tenant=asked), metadata=metadata)
+                seen[f"{role} {asked}".strip()] = [(limit.tenant, limit.adapter) for limit in answer.limits]
+            if role == "tenant":
+                assert not (await stub.GetUsage(pb.UsageRequest(by=["tenant"]), metadata=metadata)).rows
+                for request in (pb.ListLimitsRequest(tenant="blue"), pb.UsageRequest(tenant="blue")):
+                    call = stub.ListLimits if isinstance(request, pb.ListLimitsRequest) else stub.GetUsage
+                    with pytest.raises(grpc.aio.AioRpcError) as caught:
+                        await call(request, metadata=metadata)
+                    assert caught.value.code().name == DENIED
+        assert seen["tenant"] == seen["tenant acme"] == [("*", ""), ("acme", "")]
+        assert len(seen["operator"]) == 5
+
+
+async def test_a_watcher_is_sent_away_when_its_key_is_revoked(tmp_path: Path) -> None:
+    maker = TokenMaker(tmp_path)
+    write_names(tmp_path)
+    async with (
+        running_engine(**DUMMY) as engine,
+        serving([engine], roots=[tmp_path], backend={"id": "b0"}, **access_of(tmp_path, maker)) as served,
+    ):
+        access: Any = admin_pb2_grpc.AccessStub(served.admin_channel)  # type: ignore[no-untyped-call]
+        adapters: Any = admin_pb2_grpc.AdaptersStub(served.admin_channel)  # type: ignore[no-untyped-call]
+        operator = (("authorization", f"Bearer lsk_{2:012d}_{b'operator'.hex():0<64}"),)
+        made = await access.CreateKey(pb.CreateKeyRequest(tenant="acme"), metadata=operator)
+        watch = adapters.Watch(pb.WatchRequest(), metadata=(("authorization", f"Bearer {made.secret}"),))
+        waiting = asyncio.create_task(watch.read())
+        await access.RevokeKey(pb.RevokeKeyRequest(id=made.key.id), metadata=operator)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async with asyncio.timeout(60):
+                await waiting
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
 # What is revoked while a client keeps its stream open.
 
 

@@ -26,6 +26,8 @@ from sidecar.state.registry import Change
 LISTED_A_STEP = 50
 """Adapters added to a list before the event loop may do something else."""
 _TOKEN = re.compile(r"[0-9]{1,18}\Z")
+CHECKED_S = 1.0
+"""How often a watcher's credential is looked at."""
 WATCHED_MAX = 1000
 """Changes that a watcher may be behind; beyond that its call ends and it resumes from its last token."""
 
@@ -167,7 +169,12 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
             for change in filter(self._may_see, caught_up):
                 await context.write(self._change_message(change))
             while not changes.full():
-                change = await changes.get()
+                self._gateway.access.check(callers.CALLER.get())  # its credential may end meanwhile
+                try:
+                    change = await asyncio.wait_for(changes.get(), CHECKED_S)
+                except TimeoutError:
+                    continue
+                self._gateway.access.check(callers.CALLER.get())
                 if change.number not in sent and self._may_see(change):  # a change made during the catch-up is in both
                     await context.write(self._change_message(change))
             raise Refused(Reason.QUEUE_FULL, "the watcher fell behind; watch again with its last token")

@@ -7,13 +7,11 @@ from dataclasses import replace
 from time import monotonic_ns
 from typing import Any
 
-from sidecar.access.principal import Action, Resource, Sort
-from sidecar.config.identities import clipped
+from sidecar.access.principal import Action
 from sidecar.core import queries, waiting
-from sidecar.errors import Reason, Refused
-from sidecar.fronts import callers
 from sidecar.fronts.admin.access import AccessService
 from sidecar.fronts.admin.adapters import AdaptersService
+from sidecar.fronts.admin.own_tenant import confined_to
 from sidecar.fronts.status import answers_errors
 from sidecar.ownership.facts import Member
 from sidecar.proto import admin_pb2, admin_pb2_grpc
@@ -85,7 +83,7 @@ class QueuesService(admin_pb2_grpc.QueuesServicer):
 
     @answers_errors
     async def Get(self, request: Any, context: Any) -> Any:  # noqa: N802
-        tenant = self._only(Action.SEE_QUEUE, "", context)
+        tenant = confined_to(self._gateway.access, Action.SEE_QUEUE, "", context)
         if request.adapter and tenant is None:
             self._gateway.catalogue.known(request.adapter)
         if request.backend and tenant is None:
@@ -96,7 +94,7 @@ class QueuesService(admin_pb2_grpc.QueuesServicer):
 
     @answers_errors
     async def List(self, request: Any, context: Any) -> Any:  # noqa: N802
-        tenant = self._only(Action.SEE_QUEUE, request.tenant, context)
+        tenant = confined_to(self._gateway.access, Action.SEE_QUEUE, request.tenant, context)
         if request.backend and tenant is None:
             self._gateway.known_backend(request.backend)
         chosen = Chosen(adapter=request.adapter, tenant=tenant or request.tenant, backend=request.backend)
@@ -106,32 +104,11 @@ class QueuesService(admin_pb2_grpc.QueuesServicer):
 
     @answers_errors
     async def Cancel(self, request: Any, context: Any) -> Any:  # noqa: N802
-        tenant = self._only(Action.CANCEL, request.tenant, context)
+        tenant = confined_to(self._gateway.access, Action.CANCEL, request.tenant, context)
         asked = Chosen(request.request_id, request.adapter, request.tenant)
         check_chosen(asked)
         chosen = replace(asked, tenant=tenant or request.tenant)
         return admin_pb2.CancelResponse(cancelled=cancel(self._gateway, chosen))
-
-    def _only(self, action: Action, asked: str, context: Any) -> str | None:
-        """Return the tenant whose requests the caller is confined to, None for any.
-
-        Raises Refused(NOT_ALLOWED) if the caller may not act on the tenant that it asks for.
-        """
-        caller, access = callers.CALLER.get(), self._gateway.access
-        if access.may(caller, action).allowed:
-            return None
-        own: str = caller.principal.tenant
-        resource = Resource(Sort.TENANT, asked or own)
-        decision = access.may(caller, action, resource)
-        if not decision.allowed or not resource.name:
-            request_id = callers.id_of_call(context)
-            access.denied(caller, action, resource, decision.by, request_id)
-            raise Refused(
-                Reason.NOT_ALLOWED,
-                f'you may not {action.value.replace("_", " ")} of "{clipped(resource.name)}"; ask your operator with '
-                f'id "{request_id}"',
-            )
-        return resource.name
 
 
 def backend_message(view: queries.BackendView) -> Any:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import ValidationError
 
+from sidecar.access.access import Access
 from sidecar.access.budgets.book import LimitBook
+from sidecar.access.principal import Action
 from sidecar.config.access import Limit
 from sidecar.config.section import problems
 from sidecar.errors import Reason, Refused
+from sidecar.fronts import callers
+from sidecar.fronts.admin.own_tenant import confined_to
 from sidecar.fronts.status import answers_errors
 from sidecar.proto import admin_pb2
+from sidecar.state.records import Record
 
 NUMBERS = tuple(
     field.name
@@ -23,8 +29,10 @@ NUMBERS = tuple(
 class LimitCalls:
     """Sets, lists and removes limits; a part of `AccessService`."""
 
-    def __init__(self, book: LimitBook) -> None:
+    def __init__(self, book: LimitBook, access: Access, record_of: Callable[[str], Record | None]) -> None:
         self._book = book
+        self._access = access
+        self._record_of = record_of
 
     @answers_errors
     async def SetLimit(self, request: Any, context: Any) -> Any:  # noqa: N802 — gRPC's names, here and below
@@ -34,15 +42,26 @@ class LimitCalls:
 
     @answers_errors
     async def ListLimits(self, request: Any, context: Any) -> Any:  # noqa: N802
-        tenant = request.tenant
+        own = confined_to(self._access, Action.SHOW, request.tenant, context)
+        tenant = own or request.tenant
         listed = [
             (limit, at_run_time)
             for limit, at_run_time in self._book.in_force()
-            if not tenant or limit.tenant in (None, "*", tenant)
+            if (not tenant or limit.tenant in (None, "*", tenant)) and (own is None or self._is_own(limit))
         ]
         taken = await self._book.taken([limit for limit, _ in listed], tenant)
         found = [_message(limit, at_run_time, each) for (limit, at_run_time), each in zip(listed, taken, strict=True)]
         return admin_pb2.ListLimitsResponse(limits=found)
+
+    def _is_own(self, limit: Limit) -> bool:
+        """Return True if a caller that sees its own tenant only may see a limit: others share those without a tenant,
+        and one may be for an adapter that it may not see.
+        """
+        caller = callers.CALLER.get()
+        if limit.tenant is None or limit.adapter in (None, "*"):
+            return limit.tenant is not None
+        record = self._record_of(limit.adapter)
+        return record is not None and self._access.may_see(caller, caller.principal.tenant, record)
 
     @answers_errors
     async def RemoveLimit(self, request: Any, context: Any) -> Any:  # noqa: N802

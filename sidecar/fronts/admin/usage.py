@@ -6,10 +6,13 @@ import sqlite3
 from time import time
 from typing import Any
 
+from sidecar.access.access import Access
+from sidecar.access.principal import Action
 from sidecar.access.usage.keeper import UsageKeeper
 from sidecar.access.usage.ledger import BY, Question, UsageTotal
 from sidecar.access.usage.meter import OUTCOMES
 from sidecar.errors import Misused, Reason, Refused
+from sidecar.fronts.admin.own_tenant import confined_to
 from sidecar.fronts.status import answers_errors
 from sidecar.proto import admin_pb2
 
@@ -19,8 +22,9 @@ DAY_S = 86_400.0
 class UsageCalls:
     """Shows what tenants have used; a part of `AccessService`. `usage` is None where none is kept."""
 
-    def __init__(self, usage: UsageKeeper | None) -> None:
+    def __init__(self, usage: UsageKeeper | None, access: Access) -> None:
         self._usage = usage
+        self._access = access
 
     @answers_errors
     async def GetUsage(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -33,7 +37,8 @@ class UsageCalls:
             raise Refused(Reason.INVALID_REQUEST, f'usage is not kept by "{unknown[0][:80]}"; it is by {", ".join(BY)}')
         until = request.until or time()
         since = request.since or until - DAY_S
-        question = Question(since, until, tuple(request.by), request.tenant, request.adapter)
+        tenant = confined_to(self._access, Action.SHOW, request.tenant, context)
+        question = Question(since, until, tuple(request.by), tenant or request.tenant, request.adapter)
         try:
             report = await self._usage.report(question)
         except sqlite3.Error as error:

@@ -209,10 +209,10 @@ ACCESS = {
     "SetLimit": Verb(Action.MANAGE, _tenant, _always, _limit),
     "RemoveLimit": Verb(Action.MANAGE, _tenant, _always, _limit),
     "ListKeys": Verb(Action.MANAGE, _tenant),
-    "ListLimits": Verb(Action.SHOW, _tenant),
+    "ListLimits": Verb(Action.SHOW, each=True),
     "Check": Verb(Action.MANAGE),
     "WhoAmI": Verb(None),
-    "GetUsage": Verb(Action.SHOW, _tenant),
+    "GetUsage": Verb(Action.SHOW, each=True),
     "ReadAudit": Verb(Action.MANAGE, _tenant),
 }
 

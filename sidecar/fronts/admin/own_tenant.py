@@ -1,0 +1,32 @@
+"""Confine callers that may not see everything to what is their own tenant's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sidecar.access.access import Access
+from sidecar.access.principal import Action, Resource, Sort
+from sidecar.config.identities import clipped
+from sidecar.errors import Reason, Refused
+from sidecar.fronts import callers
+
+
+def confined_to(access: Access, action: Action, asked: str, context: Any) -> str | None:
+    """Return the tenant that the caller of an RPC is confined to, None for any; without `asked` its own.
+
+    Raises Refused(NOT_ALLOWED) if the caller may not act on the tenant that it asks for.
+    """
+    caller = callers.CALLER.get()
+    if access.may(caller, action).allowed:
+        return None
+    resource = Resource(Sort.TENANT, asked or caller.principal.tenant)
+    decision = access.may(caller, action, resource)
+    if decision.allowed and resource.name:
+        return resource.name
+    request_id = callers.id_of_call(context)
+    access.denied(caller, action, resource, decision.by, request_id)
+    what = f'of tenant "{clipped(resource.name)}"' if resource.name else "of all tenants"
+    raise Refused(
+        Reason.NOT_ALLOWED,
+        f'you may not {action.value.replace("_", " ")} {what}; ask your operator with id "{request_id}"',
+    )
