@@ -85,7 +85,7 @@ async def test_a_limits_life_from_the_command_line(tmp_path: Path) -> None:
         assert (too_long.status_code, too_long.json()["error"]["code"]) == (400, "invalid_request")
         found = {(limit["tenant"], limit["source"]): limit for limit in await listed(served)}
         assert set(found) == {("*", "config"), ("acme", "run time")}, "it stands in the place of the configuration's"
-        assert found["acme", "run time"]["taken"] == {"requests_per_day": 4}
+        assert found["acme", "run time"]["taken"] == {"requests_per_day": 4, "requests_per_hour": 4}
         assert [each["taken"] for each in await listed(served, "--tenant", "zeta")] == [{"requests_per_hour": 1}]
         code, out, error = await sidecar(served, "limits", "list")
         assert re.search(r"acme +- +- +requests_per_day +1,000 +4 +run time", out), out

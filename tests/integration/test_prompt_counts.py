@@ -18,6 +18,7 @@ from sidecar.errors import Misused
 from sidecar.proto import admin_pb2 as pb
 from sidecar.proto import admin_pb2_grpc, gateway_pb2
 from tests.kit.emulated import running_engine, stream_answers, text_request
+from tests.kit.faults import ENDLESS
 from tests.kit.peft_files import BASE_MODEL, write_adapter
 from tests.kit.redis_servers import PATIENCE_S, running
 from tests.kit.replica_pool import CALM_S, owned, replicas
@@ -25,6 +26,7 @@ from tests.kit.serving import Serving, serving, until, write_adapters
 from tests.kit.vllm_emulated import running_vllm
 
 LIMITS = {"limits": [{"tenant": "*", "tokens": "input", "tokens_per_day": 1_000_000}]}
+LONG = 200
 WORDS = "a text whose bytes are many more than its tokens, as texts are"
 
 
@@ -98,21 +100,24 @@ def write_tokenizer(file: Path) -> Path:
 
 
 async def test_a_models_tokenizer_counts_where_the_engine_does_not(tmp_path: Path) -> None:
-    """Triton tells no counts: texts of each protocol are charged, and count as used, as the tokenizer counts."""
+    """Triton tells no counts: texts of each protocol are charged, and count as used, as the tokenizer counts.
+
+    The answers last: a count that comes after its request has ended leaves an estimate.
+    """
     write_adapters(tmp_path / "adapters", 1)
     tokenizer = write_tokenizer(tmp_path / "tokenizer.json")
     backend = {"base_model": {"name": BASE_MODEL, "tokenizer": str(tokenizer)}}
     async with (
-        running_engine(compute="none", shape="tiny") as engine,
+        running_engine(compute="none", shape="tiny", **ENDLESS) as engine,
         serving([engine], tmp_path / "adapters", access=LIMITS, backend=backend) as served,
     ):
         words = " ".join("word" for _ in range(29))
-        request = gateway_pb2.GenerateRequest(adapter="a00", text=words, max_tokens=3, tenant="generate")
+        request = gateway_pb2.GenerateRequest(adapter="a00", text=words, max_tokens=LONG, tenant="generate")
         async for _ in served.gateway.Generate(request):
             pass
-        message = text_request(words, 3, lora_name="a00", lora_tenant="kserve")
+        message = text_request(words, LONG, lora_name="a00", lora_tenant="kserve")
         await stream_answers(service_pb2_grpc.GRPCInferenceServiceStub(served.channel), message)
-        body = {"model": "a00", "prompt": words, "max_tokens": 3, "stream": True}
+        body = {"model": "a00", "prompt": words, "max_tokens": LONG, "stream": True}
         async with httpx.AsyncClient(base_url=f"http://{served.sidecar.http_address}") as client:
             await client.post("/v1/completions", json=body, headers={"x-lora-tenant": "openai"})
         for tenant in ("generate", "kserve", "openai"):
