@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from time import time
 from typing import Any, NoReturn, Protocol
 
@@ -19,7 +20,7 @@ from sidecar.access.budgets.budgets import Budgets, Reservation, Standing
 from sidecar.access.certificates import principal_of
 from sidecar.access.deciding import CachedPolicy
 from sidecar.access.forwarded import names_in
-from sidecar.access.policy import Open, Roles
+from sidecar.access.policy import Open, Roles, prefix_owner
 from sidecar.access.principal import SYSTEM, Action, Decision, Presented, Principal, Proof, Resource, Sort
 from sidecar.access.resources import Resources, adapter_resource, version_resource
 from sidecar.config.identities import OWN_TENANTS, clipped
@@ -433,6 +434,28 @@ class Access:
                 self._listed = change, self._resources.of(records)
             return await self._policy.visible(caller.principal, self._listed[1], change)
         return {record.name for record in records if self.may_see(caller, tenant, record)}
+
+    def check_folder(self, caller: Caller, path: str, request_id: str, roots: Sequence[Path]) -> None:
+        """Raise Refused(NOT_ALLOWED) if a tenant may not register a folder of this machine.
+
+        Under `tenant_prefix` tenants publish from a folder of their own name in one of `roots`: else each would have
+        the weights of all others under a name of its own, and errors would tell which folders there are.
+        """
+        if self.mode != "enforce" or self._policy.source != "tenant_prefix" or "://" in path or not path:
+            return
+        if self.is_operator(caller):
+            return
+        tenant = caller.principal.tenant
+        folder = Path(path).expanduser().resolve()
+        if prefix_owner(f"{tenant}/-", "/") == tenant and any(
+            folder.is_relative_to(root.expanduser().resolve() / tenant) for root in roots
+        ):
+            return
+        why = (
+            f'tenant "{tenant}" registers its own folders only, {tenant}/… in one of adapters.roots; or push the files'
+        )
+        self.denied(caller, Action.REGISTER, SYSTEM, why, request_id)
+        raise Refused(Reason.NOT_ALLOWED, why)
 
     def may_see_base(self, caller: Caller, name: str) -> bool:
         """Return True if a list may show a base model."""

@@ -46,15 +46,26 @@ def _request_of(method: str) -> Any:
 
 
 def _checked(handler: Handler, kind: Any) -> Handler:
-    make = {
+    read = _each if handler.request_streaming else _one
+    return maker_of(handler)(_reading(method_of(handler), read, kind), response_serializer=handler.response_serializer)
+
+
+def method_of(handler: Handler) -> Callable[..., Any]:
+    """Return the method that a handler calls."""
+    method: Callable[..., Any] = (
+        handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+    )
+    return method
+
+
+def maker_of(handler: Handler) -> Callable[..., Handler]:
+    """Return gRPC's function that makes a handler of the same form."""
+    return {
         (False, False): grpc.unary_unary_rpc_method_handler,
         (False, True): grpc.unary_stream_rpc_method_handler,
         (True, False): grpc.stream_unary_rpc_method_handler,
         (True, True): grpc.stream_stream_rpc_method_handler,
     }[handler.request_streaming, handler.response_streaming]
-    method = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
-    read = _each if handler.request_streaming else _one
-    return make(_reading(method, read, kind), response_serializer=handler.response_serializer)
 
 
 def _reading(method: Callable[..., Any], read: Callable[..., Any], kind: Any) -> Callable[..., Any]:

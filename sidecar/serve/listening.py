@@ -88,9 +88,9 @@ class Listening:
         self._probes: HttpProbes | None = None
         self._drain_front: HttpDrain | None = None
 
-    def server(self, listener: Listener, name: str) -> tuple[grpc.aio.Server, str]:
+    def server(self, listener: Listener, name: str, interceptors: Sequence[Any] = ()) -> tuple[grpc.aio.Server, str]:
         """Return another server, which is started with the others, and its address. Raises Misused(PORT_IN_USE)."""
-        server = self._server()
+        server = self._server(interceptors)
         return server, _bind(server, listener, name)
 
     async def open(self, replica: Replica | None) -> None:

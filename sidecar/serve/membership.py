@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from random import random
 from secrets import token_hex
 from socket import gethostname
@@ -16,6 +17,7 @@ from sidecar.config.shared import Replicas
 from sidecar.ownership.facts import Bounds, Member
 from sidecar.replicas.replica import Replica
 from sidecar.serve.listening import Listening
+from sidecar.serve.peers_only import PeersOnly, names_in
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.metrics import ReplicaFigures
 from sidecar.state.registry import Registry
@@ -53,7 +55,7 @@ def join(
     from sidecar.state.redis.members import RedisMembers
 
     wanted = config.replicas
-    server, address = listening.server(wanted.listener, "replicas")
+    server, address = listening.server(wanted.listener, "replicas", _guards(config))
     here = wanted.advertise or _reached_at(address)
     bounds = Bounds.of_lease(int(wanted.lease_s * 1e9))
     leases = RedisLeases(RedisMembers(link, bounds), member, here, lambda: registry.last_change, wanted.lease_s)
@@ -71,6 +73,14 @@ def join(
     )
     replica.add_to(server)
     return replica
+
+
+def _guards(config: Config) -> tuple[PeersOnly, ...]:
+    """Return what keeps clients from the replicas' port, where identity is enforced."""
+    tls = config.replicas.tls
+    if config.identity.mode != "enforce" or tls is None or tls.certificate is None:
+        return ()
+    return (PeersOnly(names_in(Path(tls.certificate).expanduser())),)
 
 
 def figures_of(replica: Replica, registry: Registry) -> ReplicaFigures:

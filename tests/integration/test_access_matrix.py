@@ -54,6 +54,7 @@ def expected(role: str) -> dict[str, str]:
         "show nothing": HIDDEN,
         "register own": publishes,
         "register other's": operates,
+        "register another's folder": operates,
         "promote own": publishes,
         "promote other's": OK if role == "operator" else HIDDEN,
         "evict own": publishes,
@@ -147,13 +148,18 @@ class Caller:
 
     def _calls(self) -> dict[str, tuple[str, str, Any]]:
         sql, other = "acme/sql", "blue/sql"
-        path = str(self.folder / "more")
+        path = str(self.folder / "acme" / "more")
         return {
             "show own": ("Adapters", "Get", pb.AdapterRequest(name=sql)),
             "show other's": ("Adapters", "Get", pb.AdapterRequest(name=other)),
             "show nothing": ("Adapters", "Get", pb.AdapterRequest(name="acme/nothing")),
             "register own": ("Adapters", "Register", pb.RegisterRequest(name="acme/more", path=path)),
             "register other's": ("Adapters", "Register", pb.RegisterRequest(name="blue/more", path=path)),
+            "register another's folder": (
+                "Adapters",
+                "Register",
+                pb.RegisterRequest(name="acme/stolen", path=str(self.folder / "more")),
+            ),
             "promote own": ("Adapters", "Promote", pb.PromoteRequest(name=sql, version="v1")),
             "promote other's": ("Adapters", "Promote", pb.PromoteRequest(name=other, version="v1")),
             "evict own": ("Adapters", "Evict", pb.AdapterRequest(name=sql)),
@@ -243,6 +249,7 @@ async def credential(kind: str, role: str, served: Serving, maker: TokenMaker) -
 def write_names(folder: Path) -> None:
     for number, name in enumerate(("sql", "theirs", "shared", "more")):
         write_adapter(folder / name, seed=number)
+    write_adapter(folder / "acme" / "more", seed=9)
 
 
 async def register_all(served: Serving, folder: Path) -> None:
@@ -277,7 +284,7 @@ async def test_every_kind_at_every_front_for_every_action(tmp_path: Path, kind: 
             async with caller_of(served, metadata, tmp_path) as caller:
                 for front in ("generate", "unary", "stream", "openai"):
                     assert await caller.actions(front) == expected(role), (kind, role, front)
-                known = {"acme/sql", "shared"} | ({"acme/more"} if "acme/more" in served.state.names else set())
+                known = {"acme/sql", "shared"} | ({"acme/more", "acme/stolen"} & set(served.state.names))
                 everything = set(served.state.names)
                 assert await caller.listed() == (everything if role == "operator" else known)
                 assert await caller.models() >= known
@@ -396,6 +403,16 @@ async def test_between_replicas_the_entry_decides(tmp_path: Path) -> None:
         with pytest.raises(grpc.aio.AioRpcError):
             await call(iter([b""])).read()
         await bare.close()
+        own_key, own = await authority.sign("web", "URI:spiffe://cluster.local/ns/acme/sa/web")
+        for files, code in (((key, certificate), "UNAVAILABLE"), ((own_key, own), "UNAUTHENTICATED")):
+            pair = [file.read_bytes() for file in files]
+            credentials = grpc.ssl_channel_credentials(authority.ca.read_bytes(), *pair)
+            async with grpc.aio.secure_channel(entry.sidecar.replica.address, credentials) as channel:
+                asked = pb.AdapterRequest()  # any empty message
+                call = channel.unary_unary("/lorasidecar.v1.Peers/Keep", type(asked).SerializeToString)
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await call(asked)
+                assert caught.value.code().name == code
 
 
 async def test_a_publisher_does_not_take_over_what_is_hidden_from_it(tmp_path: Path) -> None:

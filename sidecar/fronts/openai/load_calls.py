@@ -93,10 +93,10 @@ class LoadCalls:
         try:
             if path == UNLOAD:
                 unload = _read(UnloadBody, body)
-                return await self._changing(unload.lora_name, caller, request_id, self._unload(unload))
+                return await self._changing(unload.lora_name, "", caller, request_id, self._unload(unload))
             load = _read(LoadBody, body)
             in_place = load.load_inplace or path == LOAD_IN_PLACE
-            return await self._changing(load.lora_name, caller, request_id, self._load(load, in_place))
+            return await self._changing(load.lora_name, load.lora_path, caller, request_id, self._load(load, in_place))
         except _Unreadable as error:
             return texts.failed(texts.BAD_REQUEST, str(error), error.param)
         finally:
@@ -105,7 +105,7 @@ class LoadCalls:
                 self._is_idle.set()
 
     async def _changing(
-        self, name: str, caller: Caller, request_id: str, change: Coroutine[Any, Any, Failure]
+        self, name: str, path: str, caller: Caller, request_id: str, change: Coroutine[Any, Any, Failure]
     ) -> Failure:
         """Make a change if the caller may, and record it."""
         access, registry = self._gateway.access, self._gateway.catalogue.registry
@@ -117,6 +117,11 @@ class LoadCalls:
             access.denied(caller, Action.REGISTER, resource, decision.by, request_id, VERB)
             why = f'you may not load or unload "{name[:80]}"; ask your operator with id "{request_id}"'
             return failure_of_error(Refused(Reason.NOT_ALLOWED, why))
+        try:
+            access.check_folder(caller, path, request_id, self._gateway.sources.allow.roots)
+        except Refused:
+            change.close()
+            raise
         failure = await change
         why = "" if failure.status < 300 else failure.body.decode(errors="replace")
         was, now = summary(before), summary(registry.get(name))
