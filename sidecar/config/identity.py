@@ -132,6 +132,13 @@ class Identity(Section):
         return self
 
     @model_validator(mode="after")
+    def _something_proves(self) -> Self:
+        certificates = self.certificates.enabled or self.certificates.forwarded is not None
+        if self.mode == "enforce" and not (self.keys or self.issuers or certificates):
+            raise ValueError("enforce without keys, issuers or certificates refuses everybody; allow one of them")
+        return self
+
+    @model_validator(mode="after")
     def _issuers_differ(self) -> Self:
         names = [issuer.issuer for issuer in self.issuers]
         if len(frozenset(names)) != len(names):

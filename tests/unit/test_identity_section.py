@@ -57,3 +57,10 @@ def test_a_mode_may_be_written_bare(mode: str) -> None:
 def test_other_modes_are_refused(mode: str) -> None:
     with pytest.raises(ValidationError, match="'off', 'observe' or 'enforce'"):
         Identity.model_validate(data_of(f"mode: {mode}", "a file"))
+
+
+def test_a_mode_that_refuses_everybody_is_refused() -> None:
+    with pytest.raises(ValidationError, match="refuses everybody"):
+        Identity(mode="enforce", keys=False)
+    assert Identity(mode="observe", keys=False)
+    assert Identity(mode="enforce", keys=False, issuers=(Issuer(**GOOD),))
