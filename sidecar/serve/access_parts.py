@@ -13,6 +13,8 @@ from sidecar.access.access import OURSELVES, Access
 from sidecar.access.audit import Audit
 from sidecar.access.budgets.book import LimitBook
 from sidecar.access.budgets.budgets import Budgets
+from sidecar.access.budgets.kept import Kept
+from sidecar.access.budgets.meters import Alone, Sharing
 from sidecar.access.deciding import policy_of
 from sidecar.access.keys import KeyBook
 from sidecar.access.principal import SYSTEM, Action
@@ -34,6 +36,9 @@ ACCESS_FOLDER = "access"
 """The folder of a data directory that has keys, copies of issuers' keys, and usage."""
 REPLICAS_FILE = "replicas"
 """The file in it with the number of replicas that share the budgets."""
+
+BUDGETS_FILE = "budgets.sqlite"
+"""The file in it with what budgets have taken."""
 
 
 class AccessParts:
@@ -71,7 +76,9 @@ class AccessParts:
 
             kept = None if folder is None else folder / REPLICAS_FILE
             leases = Leases(Link(place), me, lambda: self.count_replicas(), time, kept)
-        self.budgets = Budgets(access.limits, time, leases)
+        sharing: Sharing = leases or Alone()
+        self.kept = None if folder is None else Kept(sharing, folder / BUDGETS_FILE, time)
+        self.budgets = Budgets(access.limits, time, self.kept or sharing)
         self.limits = LimitBook(self.store, access.limits, self.budgets, leases)
         self.access = Access(
             identity,
@@ -97,7 +104,9 @@ class AccessParts:
         self.audit.start()
         await self.store.start()
         self.keys.start()
-        self.limits.start()
+        if self.kept is not None:
+            await self.kept.start()
+        await self.limits.start()
         if self.tokens is not None:
             self.tokens.start()
         self.policy.on_replaced = self._record_policy
@@ -122,6 +131,8 @@ class AccessParts:
         if self.tokens is not None:
             await self.tokens.stop()
         await self.limits.close()
+        if self.kept is not None:
+            await self.kept.close()
         await self.keys.close()
         await self.store.close()
         await asyncio.to_thread(self.audit.stop)

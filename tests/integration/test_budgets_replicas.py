@@ -15,6 +15,7 @@ from time import time
 import pytest
 
 from sidecar.access.budgets.budgets import Budgets
+from sidecar.access.budgets.kept import Kept
 from sidecar.access.budgets.leases import LEASE, Leases
 from sidecar.config.access import Limit
 from sidecar.errors import Reason, Refused
@@ -22,7 +23,7 @@ from sidecar.state.redis.link import Link
 from sidecar.state.redis.scripts import Script
 from tests.kit.redis_servers import PATIENCE_S, Server, cluster, running
 from tests.kit.registries import link_to
-from tests.kit.tenant_load import WHO, Pool, Time
+from tests.kit.tenant_load import WHO, Pool, Time, killed
 
 LIMIT = 200_000
 BOTH = Limit(tenant="*", tokens_per_minute=LIMIT)
@@ -203,6 +204,44 @@ async def test_a_replica_that_starts_while_redis_is_away_has_its_share(
             while True:
                 budgets.reserve(*WHO, 100, 0)
         assert budgets.taken(limit) == {"tokens_per_minute": share}
+
+
+async def test_all_replicas_are_killed_and_others_start(server: Server, links: list[Link]) -> None:
+    """They have no data directory. Before its first request each asks Redis what is taken of every budget."""
+    pool = Pool(INPUT, links)
+    await pool.run(30)
+    assert pool.granted() >= 0.98 * LIMIT
+    for number, link in enumerate(links):
+        leases = Leases(link, f"new-{number}", lambda: 3, pool.clock)
+        await leases.learn()
+        budgets = Budgets([INPUT], pool.clock, leases)
+        with pytest.raises(Refused, match=r"used so far: "):
+            budgets.reserve(*WHO, 400, 0)
+        budgets.reserve("zeta", *WHO[1:], 400, 0)
+    await server.kill()
+    await leases.learn()
+    assert leases.is_away
+
+
+async def test_a_restart_without_redis_goes_on_with_what_was_left(
+    server: Server, links: list[Link], tmp_path: Path
+) -> None:
+    """However often it is killed while Redis is away, a replica gets its share once."""
+    clock, limit, granted = Time(), Limit(tokens="input", tokens_per_minute=900), 0
+    await server.kill()
+    for life in range(3):
+        leases = Leases(links[0], f"a-{life}", lambda: 3, clock)
+        kept = Kept(leases, tmp_path / "budgets.sqlite", clock)
+        await kept.start()
+        await leases.learn()
+        budgets = Budgets([limit], clock, kept)
+        with suppress(Refused):
+            while True:
+                budgets.reserve(*WHO, 100, 0)
+                granted += 100
+        await kept.save()
+        await killed(kept)
+    assert granted == 300
 
 
 def _script(*budgets: str) -> Script:

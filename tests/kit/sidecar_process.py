@@ -65,10 +65,16 @@ class SidecarProcess:
 
 @asynccontextmanager
 async def sidecar_process(
-    engine: Any, adapters: Path, listeners: Mapping[str, Any] | None = None, data_bytes_max: int = 0, **fields: Any
+    engine: Any,
+    adapters: Path,
+    listeners: Mapping[str, Any] | None = None,
+    data_bytes_max: int = 0,
+    more: Mapping[str, Any] | None = None,
+    **fields: Any,
 ) -> AsyncIterator[SidecarProcess]:
-    """Run a sidecar in front of one engine; `fields` are of the backend's entry, `listeners` more of theirs.
+    """Run a sidecar in front of one engine.
 
+    `fields` are of the backend's entry, `listeners` more of theirs, `more` other sections.
     `data_bytes_max` is its RLIMIT_DATA, 0 for none: memory of its own, without what libraries map.
     """
     free = {"address": "127.0.0.1:0"}
@@ -77,6 +83,7 @@ async def sidecar_process(
         "backends": [{"url": f"triton://{engine.grpc_address}", "id": "trt-0", **fields}],
         "listeners": wanted | {name: free | wanted.get(name, {}) for name in ("data", "admin", "http")},
         "adapters": {"serve": str(adapters)},
+        **(more or {}),
     }
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", SERVE, json.dumps(config), str(data_bytes_max), stdout=asyncio.subprocess.PIPE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import itertools
 import random
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sidecar.access.budgets.budgets import Budgets, Reservation
+from sidecar.access.budgets.kept import Kept
 from sidecar.access.budgets.leases import EACH_S, Leases
 from sidecar.access.budgets.meters import Meter
 from sidecar.config.access import Limit
@@ -33,6 +35,13 @@ class Time:
 
     def __call__(self) -> float:
         return self.now_s
+
+
+async def killed(kept: Kept) -> None:
+    """Have the writer of budgets write nothing more, as after a kill."""
+    assert kept._task is not None
+    kept._task.cancel()
+    await asyncio.wait([kept._task])
 
 
 @dataclass

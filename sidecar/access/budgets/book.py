@@ -33,11 +33,12 @@ class LimitBook:
         self._sharing: asyncio.Task[None] | None = None
         self._has_changes = False
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """Take the limits of the store, which has started, and follow its changes; begin to share the budgets."""
         self._store.subscribe(self._changed)
         self._apply()
         if self._leases is not None:
+            await self._leases.learn()
             self._sharing = asyncio.create_task(self._leases.run())
 
     async def close(self) -> None:
@@ -79,9 +80,9 @@ class LimitBook:
 
     async def taken(self, limits: Sequence[Limit], tenant: str) -> list[dict[str, int]]:
         """Return what is taken now of each number of each limit, as `Budgets.taken`, by all replicas."""
+        for limit in limits:
+            self._budgets.look(limit, tenant)
         if self._leases is not None:
-            for limit in limits:
-                self._budgets.look(limit, tenant)
             await self._leases.ask()
         return [self._budgets.taken(limit, tenant) for limit in limits]
 

@@ -126,7 +126,7 @@ class Budget:
     def is_idle(self, now_s: float) -> bool:
         """Return True if forgetting the budget changes nothing."""
         self.turn(now_s)
-        return not self.running and not any(meter.taken for meter in self.meters.values())
+        return not self.running and not any(meter.taken_by_all for meter in self.meters.values())
 
     def taken(self) -> dict[str, int]:
         """Return what is taken of each number of the limit."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from secrets import token_hex
 from weakref import WeakSet
 
-from sidecar.access.budgets.meters import Meter
+from sidecar.access.budgets.meters import Former, Meter
 from sidecar.state.redis.link import FAULTS, Link
 from sidecar.state.redis.scripts import Script
 
@@ -37,6 +37,8 @@ ANSWER_S = 1.0
 LARGEST_S = 3.0
 """How long the room for a request that was refused is kept ahead: its client tries again."""
 BUDGETS_AT_ONCE = 200
+LEARNED_MAX = 100_000
+"""Of how many budgets a process that starts learns."""
 
 LEASE = Script(
     ("budgets",),
@@ -46,6 +48,8 @@ local function digits(value) return string.format('%.0f', value) end
 
 redis.call('SET', KEYS[1], ARGV[2], 'NX')
 local answer = {redis.call('GET', KEYS[1])}
+local in_use, now_s = KEYS[1] .. ':in_use', tonumber(redis.call('TIME')[1])
+redis.call('ZREMRANGEBYSCORE', in_use, '-inf', now_s)
 for index = 2, #KEYS do
   local key, at = KEYS[index], 4 * index - 5
   local limit, spent, want = tonumber(ARGV[at]), tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2])
@@ -54,6 +58,7 @@ for index = 2, #KEYS do
   local held = math.max(spent, math.min(want, math.max(mine, limit - others)))
   redis.call('HSET', key, ARGV[1], digits(held), 'total', digits(others + held))
   redis.call('EXPIRE', key, ARGV[at + 3])
+  redis.call('ZADD', in_use, now_s + ARGV[at + 3], key)
   answer[#answer + 1] = held
   answer[#answer + 1] = others + held
 end
@@ -65,8 +70,23 @@ return answer
 The arguments are the replica, a mark, and for each budget its limit, what the replica has rightly spent, what it wants
 to hold in all, and the seconds until the window can be forgotten. These are totals, so that a repeated call changes
 nothing. Return the mark, which differs after a loss of data, and for each budget what the replica holds and what all
-hold. A replica's claim to what it has spent restores lost data.
+hold. A replica's claim to what it has spent restores lost data. A sorted set has the keys of all budgets by their ends;
+it is in the slot of the others, though not among the arguments.
 """
+
+LEARN = Script(
+    ("budgets",),
+    """
+local page = redis.call('ZSCAN', KEYS[1] .. ':in_use', ARGV[1], 'COUNT', 1000)
+local answer = {page[1]}
+for index = 1, #page[2], 2 do
+  answer[#answer + 1] = page[2][index]
+  answer[#answer + 1] = tonumber(redis.call('HGET', page[2][index], 'total') or '0')
+end
+return answer
+""",
+)
+"""Return the next cursor after the one that is the argument, and a page of the budgets with what all replicas hold."""
 
 
 class Leases:
@@ -93,6 +113,7 @@ class Leases:
         self._clock = clock
         self._mark = token_hex(8)
         self._known: WeakSet[Meter] = WeakSet()
+        self._learned: dict[str, tuple[int, int]] = {}
         self._used: dict[str, Meter] = {}
         self._urgent: dict[str, Meter] = {}
         self._woken = asyncio.Event()
@@ -122,6 +143,10 @@ class Leases:
     def held_by_others(self, meter: Meter) -> int:
         return max(0, (meter.lease.total or 0) - meter.lease.held)
 
+    def former(self, key: str) -> list[Former]:
+        found = self._learned.pop(key, None)
+        return [] if found is None else [Former(found[0], 0, 0, 0, found[1])]
+
     def touched(self, meter: Meter, missed: int = 0) -> None:
         lease = meter.lease
         if missed:
@@ -139,6 +164,19 @@ class Leases:
             self._used[meter.key] = meter
 
     # For Redis.
+
+    async def learn(self) -> None:
+        """Ask what is taken of all budgets, before the first request: to this process all of each looks left."""
+        cursor = None
+        try:
+            while cursor != "0" and len(self._learned) < LEARNED_MAX:
+                async with asyncio.timeout(ANSWER_S):
+                    cursor, *found = await self._link.run(LEARN, cursor or 0)
+                for place, total in zip(found[::2], found[1::2], strict=True):
+                    key, window = place.removeprefix(self._link.key("budget:")).rsplit(":", 1)
+                    self._learned[key] = max(self._learned.get(key, (0, 0)), (int(window), total))
+        except FAULTS as error:
+            self._is_away(error)
 
     async def run(self) -> None:
         """Ask Redis about the budgets in use, until cancelled."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +22,21 @@ NUMBERS = tuple(
     for unit in ("requests", "tokens")
     for word, seconds in (("minute", 60), ("hour", 3600), ("day", 86_400))
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Former:
+    """What is known of a budget in a `window` from before this process began.
+
+    `taken` was taken, of which `held` was leased and `cleared` is no debt; all replicas held `total`. Without Redis
+    nothing was leased and `total` is None.
+    """
+
+    window: int
+    taken: int
+    held: int
+    cleared: int
+    total: int | None
 
 
 class Sharing(Protocol):
@@ -43,6 +59,9 @@ class Sharing(Protocol):
     def held_by_others(self, meter: Meter) -> int:
         """Return what other replicas have taken or leased, as far as this one knows."""
 
+    def former(self, key: str) -> Sequence[Former]:
+        """Return what is known of a budget from before this process began, once, the oldest first."""
+
     def touched(self, meter: Meter, missed: int = 0) -> None:
         """Note that a meter was used, or that `missed` of what remains could not be taken here."""
 
@@ -61,6 +80,9 @@ class Alone:
 
     def held_by_others(self, meter: Meter) -> int:
         return 0
+
+    def former(self, key: str) -> Sequence[Former]:
+        return ()
 
     def touched(self, meter: Meter, missed: int = 0) -> None:
         """Do nothing: nobody else is told."""
@@ -96,6 +118,7 @@ class Meter:
         "__weakref__",
         "carried",
         "ceiling",
+        "counted",
         "key",
         "lease",
         "limit",
@@ -104,6 +127,8 @@ class Meter:
         "sharing",
         "taken",
         "window",
+        "written",
+        "written_window",
     )
 
     def __init__(self, number: Number, key: str, limit: int, sharing: Sharing, now_s: float) -> None:
@@ -117,6 +142,23 @@ class Meter:
         self.pending = 0
         """What the answers under way will take beyond what they have reserved."""
         self.lease = Lease()
+        self.written = self.written_window = self.counted = 0
+        """What a file has of it in which window, and what was taken when that was last looked at."""
+        for former in sharing.former(key):
+            self._resume(former)
+
+    def _resume(self, former: Former) -> None:
+        """Go on from what is known from before.
+
+        Redis counts what that one held as taken until the window turns, so only the rest is taken here.
+        """
+        if former.window < self.window:
+            self._owe(former.taken - former.cleared, self.window - former.window)
+        else:  # a clock that was set back stays in the latest window
+            self.window = former.window
+            self.taken += max(0, former.taken - former.held)
+            self.ceiling = max(self.ceiling, former.cleared)
+            self.lease.total = former.total
 
     def set(self, limit: int) -> None:
         """Change the limit at once. What was allowed before the change is no debt after it."""
@@ -128,12 +170,14 @@ class Meter:
         window = int(now_s // self.number.seconds)
         if window <= self.window:
             return
-        debt = self.taken - self.sharing.cleared(self)
-        unused = (window - self.window - 1) * (self.limit // self.sharing.replicas)
-        self.taken = self.carried = max(0, debt - unused)
+        self._owe(self.taken - self.sharing.cleared(self), window - self.window)
         self.window = window
         self.ceiling = self.limit
         self.lease = Lease(recent=self.lease.recent, counted=self.taken, asked_s=self.lease.asked_s)
+
+    def _owe(self, debt: int, windows: int) -> None:
+        """Begin with what is left of a debt of so many windows ago: the unused ones between have paid for it."""
+        self.taken = self.carried = max(0, debt - (windows - 1) * (self.limit // self.sharing.replicas))
 
     def resets_s(self, now_s: float) -> float:
         """Return the seconds until the window turns."""
