@@ -2,7 +2,8 @@
 
 Requests never wait for Redis. A replica may take what it holds and, between two answers of Redis, its part of what was
 left at the last one; what then turns out too much is a debt in the next window. While Redis is away that part is all it
-gets, and never more than its share of the limit. Before it hears of a window, all of it counts as left.
+gets, and never more than its share of the limit. Before it hears of a window, all of it counts as left: so a process
+that starts asks first what is taken of each.
 
 What is leased counts as taken until it is given back. So a replica that is killed costs its tenants up to a second of
 use, and gives them nothing.
