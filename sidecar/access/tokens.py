@@ -225,7 +225,7 @@ def _read(raw: bytes) -> tuple[jws.CompactSignature, dict[str, Any]]:
     """Take a token apart, nothing of which is verified. Raises Misused."""
     try:
         signed = jws.extract_compact(raw, registry=_READING)
-    except (JoseError, ValueError, TypeError):
+    except (JoseError, ValueError, TypeError, RecursionError):  # the last: JSON that is nested too deeply
         raise _refused("it is not a signed JWT: three parts in base64url with dots between") from None
     # The library takes the last of two equal keys where others may take the first; this parser refuses them.
     header = _parsed("header", urlsafe_b64decode(signed.segments["header"]))
@@ -242,6 +242,8 @@ def _parsed(part: str, text: bytes) -> dict[str, Any]:
         return parse_object(text)
     except ValueError as error:
         raise _refused(f"its {part} cannot be read: {error}") from None
+    except RecursionError:
+        raise _refused(f"its {part} cannot be read: it is nested too deeply") from None
 
 
 def _is_signed(signed: jws.CompactSignature, key: PublicKey, registry: JWSRegistry) -> bool:

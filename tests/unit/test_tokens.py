@@ -240,3 +240,11 @@ async def test_the_size_of_a_token_is_limited(tmp_path: Path) -> None:
         assert await made.tokens.verify(KEY.token(claims(more="x" * 12_000)))
         await made.refused(KEY.token(claims(more="x" * 12_400)), "it is longer than 16384 characters")
         await made.refused(base64url(b"\xff" * 1_000_000), "it is longer than 16384 characters")
+
+
+@pytest.mark.parametrize("part", [0, 1])
+async def test_a_part_that_is_nested_too_deeply_is_refused(tmp_path: Path, part: int) -> None:
+    async with house(tmp_path, KEY) as made:
+        parts = KEY.token(claims()).split(".")
+        parts[part] = base64url(b'{"alg":' + b"[" * 1500 + b"]" * 1500 + b"}")
+        await made.refused(".".join(parts))
