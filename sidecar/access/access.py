@@ -23,7 +23,7 @@ from sidecar.access.forwarded import names_in
 from sidecar.access.policy import Open, Roles, prefix_owner
 from sidecar.access.principal import SYSTEM, Action, Decision, Presented, Principal, Proof, Resource, Sort
 from sidecar.access.resources import Resources, adapter_resource, version_resource
-from sidecar.config.identities import OWN_TENANTS, clipped
+from sidecar.config.identities import OTHERS, OWN_TENANTS, clipped
 from sidecar.config.identity import Identity
 from sidecar.config.openai import LOADS
 from sidecar.errors import Misused, Reason, Refused, SidecarError
@@ -211,7 +211,7 @@ class Access:
 
     async def _prove(self, presented: Presented) -> Principal:
         principal = await self._first(presented)
-        if principal.tenant in OWN_TENANTS:
+        if principal.tenant in OWN_TENANTS or principal.tenant.startswith(OTHERS):
             raise _unauthenticated(f'the credential is of tenant "{principal.tenant}", which is the sidecar\'s own')
         return principal
 

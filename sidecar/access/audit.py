@@ -32,6 +32,8 @@ KINDS_OF_ONE_MAX = 100
 TEXT_MAX = 300
 ITEMS_MAX = 32
 MORE = "(more)"
+_SECRETS = re.compile(r"lsk_([0-9a-f]{12})_[0-9A-Za-z]+|[\w-]{16,}\.[\w-]{16,}\.[\w-]{16,}")
+"""API keys and JWTs, which callers write where they do not belong: as a name, or in place of an id."""
 _NUMBER = re.compile(r"\d[\d.,]*")
 
 
@@ -272,7 +274,13 @@ def _clean(value: Any, depth: int = 0) -> Any:
     return _text(str(value))
 
 
+def _redacted(found: re.Match[str]) -> str:
+    """Return what is left of a key or a token: the key's id, by which operators know it."""
+    return f"lsk_{found[1]}_(hidden)" if found[1] else "(a token, hidden)"
+
+
 def _text(text: str) -> str:
+    text = _SECRETS.sub(_redacted, text)
     if len(text) <= TEXT_MAX and text.isprintable():
         return text
     printable = "".join(letter if letter.isprintable() else "?" for letter in text[:TEXT_MAX])

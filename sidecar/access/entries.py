@@ -13,7 +13,7 @@ from urllib.parse import quote
 from pydantic import AfterValidator, Field, ValidationError
 
 from sidecar.config.access import Limit, Role
-from sidecar.config.identities import CLASS, OWN_TENANTS, TENANT, Shape, problem_of
+from sidecar.config.identities import CLASS, OTHERS, OWN_TENANTS, TENANT, Shape, problem_of
 from sidecar.config.section import Section, problems
 from sidecar.state.codec import Codec, UnreadableRecord
 
@@ -33,7 +33,7 @@ def _fit(shape: Shape) -> AfterValidator:
 
 
 def _is_not_ours(tenant: str) -> str:
-    if tenant in OWN_TENANTS:
+    if tenant in OWN_TENANTS or tenant.startswith(OTHERS):
         raise ValueError("it is the sidecar's own; name another")
     return tenant
 

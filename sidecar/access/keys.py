@@ -31,6 +31,11 @@ def new_secret() -> tuple[str, str, str]:
     return key_id, secret, digest_of(secret)
 
 
+def id_in(text: str) -> str:
+    """Return a key's id, which may be given as the whole key by mistake: nothing else of it is used."""
+    return text.removeprefix(PREFIX).partition("_")[0] if text.startswith(PREFIX) else text
+
+
 def digest_of(secret: str) -> str:
     return sha256(secret.encode(errors="replace")).hexdigest()
 

@@ -10,6 +10,14 @@ _PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smhd])")
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
+def seconds_ahead(text: str, option: str) -> float:
+    """Return the seconds of a duration that is not 0. Raises CommandError."""
+    seconds = seconds_in(text, option)
+    if not seconds:
+        raise CommandError(f"{option} wants more than 0; leave it out for no end", Exit.MISUSED)
+    return seconds
+
+
 def seconds_in(text: str, option: str) -> float:
     """Return the seconds of a duration. Raises CommandError, which names the option, for any other text."""
     parts = _PART.findall(text)

@@ -16,6 +16,8 @@ from sidecar.errors import Reason, Refused
 
 OWN_TENANTS = ("load-calls", "verify")
 """The tenants of the sidecar's own requests. A client of that name would see names that are not published yet."""
+OTHERS = "("
+"""Begins the names of what is no tenant in usage, as (idle): no credential's tenant does."""
 SHOWN_CHARACTERS_MAX = 80
 SESSION_DIGITS = 16
 

@@ -17,6 +17,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from sidecar.core.events import Received
 from sidecar.proto import gateway_pb2
 from tests.kit.emulated import running_engine
+from tests.kit.jwts import base64url
 from tests.kit.kserve_clients import DUMMY
 from tests.kit.serving import Serving, serving, write_adapters
 from tests.kit.tokens import TokenMaker
@@ -228,3 +229,13 @@ async def test_a_refused_client_is_answered_before_its_message_has_come(door: Do
     await writer.drain()
     assert b" 401 " in await asyncio.wait_for(reader.readline(), 60)
     writer.close()
+
+
+async def test_a_header_of_a_token_that_is_nested_too_deeply_is_refused(door: Door) -> None:
+    deep = base64url(b"[" * 1_500)
+    await refused_everywhere(door, ((HEADER, f"Bearer {deep}.{deep}.{deep}"),))
+
+
+async def test_no_tenant_is_called_like_what_is_none(door: Door) -> None:
+    """Usage has rows of such names."""
+    await refused_everywhere(door, ((HEADER, door.maker.bearer("(idle)")),))

@@ -41,10 +41,10 @@ async def said_over_http(served: Serving, key: str) -> httpx.Response:
         return await client.get("/v1/models", headers={"authorization": f"Bearer {key}"})
 
 
-async def said_over_grpc(served: Serving, key: str) -> str:
+async def said_over_grpc(served: Serving, key: str, adapter: str = "a00") -> str:
     """Return OK, or the status of a refusal."""
     try:
-        request = gateway_pb2.GenerateRequest(adapter="a00", tokens=gateway_pb2.TokenIds(ids=[1, 2]), max_tokens=1)
+        request = gateway_pb2.GenerateRequest(adapter=adapter, tokens=gateway_pb2.TokenIds(ids=[1, 2]), max_tokens=1)
         async for _ in served.gateway.Generate(request, metadata=(("authorization", f"Bearer {key}"),)):
             pass
     except grpc.aio.AioRpcError as error:
@@ -169,3 +169,26 @@ async def test_a_key_revoked_at_one_replica_is_refused_by_all_when_the_command_e
             said = await asyncio.gather(*(said_over_grpc(each, key["secret"]) for each in pool))
             assert said == ["UNAUTHENTICATED"] * 3
             assert {(await said_over_http(each, key["secret"])).status_code for each in pool} == {401}
+
+
+async def test_a_whole_key_in_the_place_of_its_id_is_revoked_and_written_nowhere(tmp_path: Path) -> None:
+    write_adapters(tmp_path / "adapters", 1)
+    data = tmp_path / "data"
+    async with (
+        running_engine(**DUMMY) as engine,
+        serving([engine], tmp_path / "adapters", data_directory=str(data), **ENFORCED) as served,
+    ):
+        code, out, error = await sidecar(served, "keys", "create", "--tenant", "acme", "--json")
+        assert code == 0, error
+        secret = json.loads(out)["secret"]
+        random = secret.rpartition("_")[2]
+        assert await said_over_grpc(served, secret, adapter=secret) == "NOT_FOUND"
+        code, out, error = await sidecar(served, "keys", "revoke", secret)
+        assert (code, random in out + error) == (0, False), error
+        assert await said_over_grpc(served, secret) == "UNAUTHENTICATED"
+        for time in ("0d", "0s"):
+            code, out, error = await sidecar(served, "keys", "create", "--tenant", "acme", "--expires", time)
+            assert (code, "--expires wants more than 0" in error) == (2, True)
+    written = [file.read_bytes() for file in data.rglob("*") if file.is_file()]
+    assert written
+    assert not any(random.encode() in content for content in written)

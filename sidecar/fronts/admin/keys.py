@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sidecar.access.entries import Key
-from sidecar.access.keys import KeyBook, new_secret
+from sidecar.access.keys import KeyBook, id_in, new_secret
 from sidecar.access.store import AccessStore
 from sidecar.config.section import problems
 from sidecar.errors import Reason, Refused
@@ -68,7 +68,7 @@ class KeyCalls:
 
     @answers_errors
     async def RevokeKey(self, request: Any, context: Any) -> Any:  # noqa: N802
-        key = await self._book.revoke(request.id)
+        key = await self._book.revoke(id_in(request.id))
         return self._message(key, (await self._store.uses.all()).get(key.id, 0.0))
 
     def _message(self, key: Key, used_at: float) -> Any:

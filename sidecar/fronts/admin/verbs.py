@@ -12,6 +12,7 @@ from time import monotonic_ns, time
 from typing import Any, NamedTuple
 
 from sidecar.access.entries import KEY, Key
+from sidecar.access.keys import id_in
 from sidecar.access.principal import SYSTEM, Action, Resource, Sort
 from sidecar.access.resources import adapter_resource, summary
 from sidecar.access.store import AccessStore
@@ -189,7 +190,7 @@ def _limit(message: Any, sight: Sight) -> Facts:
 
 
 def _found_key(message: Any, sight: Sight) -> Key | None:
-    found = None if sight.store is None else sight.store.get(KEY + message.id)
+    found = None if sight.store is None else sight.store.get(KEY + id_in(message.id))
     return found if isinstance(found, Key) else None
 
 
@@ -200,7 +201,9 @@ def _tenant_of_key(message: Any, sight: Sight) -> Resource:
 
 def _key(message: Any, sight: Sight) -> Facts:
     key = _found_key(message, sight)
-    return {"id": message.id} if key is None else {"id": key.id, "tenant": key.tenant, "state": key.state(time())}
+    return (
+        {"id": id_in(message.id)} if key is None else {"id": key.id, "tenant": key.tenant, "state": key.state(time())}
+    )
 
 
 ACCESS = {
