@@ -280,8 +280,9 @@ def _redacted(found: re.Match[str]) -> str:
 
 
 def _text(text: str) -> str:
-    text = _SECRETS.sub(_redacted, text)
-    if len(text) <= TEXT_MAX and text.isprintable():
+    is_long = len(text) > TEXT_MAX
+    text = _SECRETS.sub(_redacted, text[: 2 * TEXT_MAX])  # cut first: a megabyte takes the pattern minutes
+    if not is_long and len(text) <= TEXT_MAX and text.isprintable():
         return text
     printable = "".join(letter if letter.isprintable() else "?" for letter in text[:TEXT_MAX])
-    return printable if len(text) <= TEXT_MAX else f"{printable}…"
+    return f"{printable}…" if is_long else printable
