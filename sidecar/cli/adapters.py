@@ -11,7 +11,7 @@ from rich.text import Text
 
 from sidecar.cli import completing, versions
 from sidecar.cli.client import Client
-from sidecar.cli.durations import seconds_ahead
+from sidecar.cli.durations import positive_seconds_in
 from sidecar.cli.endpoint import admin_command
 from sidecar.cli.show import AsJson, bad, console, duration, facts, print_json, size, table, titled, working
 from sidecar.proto import admin_pb2 as pb
@@ -199,9 +199,12 @@ def pause(
     as_json: AsJson = False,
 ) -> None:
     """Refuse new requests for a name for a while, or until it is resumed; its running ones end as usual."""
-    seconds = seconds_ahead(for_time, "--for") if for_time else 0.0
+    seconds = positive_seconds_in(for_time, "--for") if for_time else 0.0
     adapter = client.ask(client.adapters.Pause, pb.PauseRequest(name=name, for_s=seconds))
-    _print_done(adapter, f"is {paused_phrase(adapter.paused_s)}", as_json)
+    if as_json:
+        print_json(adapter)
+    else:  # a pause is of the name, in all its versions
+        print(f"{adapter.version.rpartition('@')[0]} is {paused_phrase(adapter.paused_s)}")
 
 
 @admin_command

@@ -10,14 +10,6 @@ _PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smhd])")
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-def seconds_ahead(text: str, option: str) -> float:
-    """Return the seconds of a duration that is not 0. Raises CommandError."""
-    seconds = seconds_in(text, option)
-    if not seconds:
-        raise CommandError(f"{option} wants more than 0; leave it out for no end", Exit.MISUSED)
-    return seconds
-
-
 def seconds_in(text: str, option: str) -> float:
     """Return the seconds of a duration. Raises CommandError, which names the option, for any other text."""
     parts = _PART.findall(text)
@@ -26,3 +18,13 @@ def seconds_in(text: str, option: str) -> float:
             f'{option} wants a duration such as 30s, 10m, 1h30m or 90d, and "{text}" is none', Exit.MISUSED
         )
     return sum(float(number) * _UNITS_S[unit] for number, unit in parts)
+
+
+def positive_seconds_in(text: str, option: str) -> float:
+    """Return the seconds of a duration above 0. Raises CommandError as `seconds_in`, and for 0."""
+    seconds = seconds_in(text, option)
+    if not seconds:
+        raise CommandError(
+            f'{option} wants more than 0, and it is "{text}"; without {option} there is no end', Exit.MISUSED
+        )
+    return seconds

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from sidecar.cli.client import Client
-from sidecar.cli.durations import seconds_ahead
+from sidecar.cli.durations import positive_seconds_in
 from sidecar.cli.endpoint import admin_command
 from sidecar.cli.show import AsJson, bad, console, print_json, table
 from sidecar.proto import admin_pb2 as pb
@@ -40,7 +40,7 @@ def create(
     """Make an API key and show it, once. The sidecar keeps only its SHA-256."""
     request = pb.CreateKeyRequest(
         tenant=tenant,
-        expires_s=seconds_ahead(expires, "--expires") if expires else 0.0,
+        expires_s=positive_seconds_in(expires, "--expires") if expires else 0.0,
         roles=role or (),
         groups=group or (),
         note=note,

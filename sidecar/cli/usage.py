@@ -74,6 +74,7 @@ def usage(
     it owns.
     """
     names = [name.strip() for name in by.split(",") if name.strip()]
+    _check(names, as_csv and as_json, spread_idle and prices is None)
     span = next((name for name in SPANS if name in names), "")
     wanted = None if prices is None else _prices(prices)
     until_s = _moment(until, "--until") if until else time()
@@ -102,6 +103,22 @@ def usage(
         console().print(_shown(rows, names, span, currency), crop=False)
     for line in _notes(answer):
         print(line, file=sys.stderr)
+
+
+def _check(names: Sequence[str], two_formats: bool, nothing_to_spread: bool) -> None:
+    """Raise CommandError for options that contradict each other."""
+    unknown = [name for name in names if name not in KEYS and name not in SPANS]
+    spans = [name for name in SPANS if name in names]
+    if unknown:
+        raise CommandError(
+            f'usage is not kept by "{unknown[0][:80]}"; it is by {", ".join((*KEYS, *SPANS))}', Exit.MISUSED
+        )
+    if len(spans) > 1:
+        raise CommandError(f"--by takes one of {', '.join(SPANS)}, and it names {' and '.join(spans)}", Exit.MISUSED)
+    if two_formats:
+        raise CommandError("--csv and --json are two formats; give one of them", Exit.MISUSED)
+    if nothing_to_spread:
+        raise CommandError("--spread-idle divides what idle time costs; it wants --prices FILE", Exit.MISUSED)
 
 
 def _moment(text: str, option: str) -> float:

@@ -73,6 +73,9 @@ async def test_a_keys_life_from_the_command_line(tmp_path: Path, caplog: pytest.
         assert '("authorization", "Bearer KEY")' in out
         assert (await said_over_http(served, secret)).status_code == 200
         assert await said_over_grpc(served, secret) == "OK"
+        code, out, error = await sidecar(served, "keys", "create", "--tenant", "acme", "--expires", "0d")
+        assert (code, out) == (2, "")
+        assert "--expires wants more than 0" in error
         code, out, error = await sidecar(served, "keys", "create", "--tenant", "other", "--json")
         other: dict[str, Any] = json.loads(out)
         assert (other["key"]["expires_at"], other["key"]["state"]) == (0.0, "active")

@@ -153,7 +153,7 @@ async def test_a_name_is_paused_and_resumed(client: Client) -> None:
     """What runs goes on; tables and JSON say that it is paused, and for how long."""
     served = client.served
     (running_one,) = await client.ask("one")
-    assert (await served.cli("adapters", "pause", "slow")).out == "slow@v1 is paused until it is resumed\n"
+    assert (await served.cli("adapters", "pause", "slow")).out == "slow is paused until it is resumed\n"
     record = served.gateway.catalogue.known("slow")
     with pytest.raises(Refused) as refused:
         check_not_paused(record, time())
@@ -163,7 +163,9 @@ async def test_a_name_is_paused_and_resumed(client: Client) -> None:
     )
     assert (await served.cli("adapters", "show", "slow", "--json")).json()["paused_s"] == "Infinity"
     assert not running_one.done()
-    assert (await served.cli("adapters", "pause", "slow", "--for", "30m")).out == "slow@v1 is paused for 30 min\n"
+    endless = await served.cli("adapters", "pause", "slow", "--for", "0s")
+    assert (endless.code, "--for wants more than 0" in endless.err) == (2, True)
+    assert (await served.cli("adapters", "pause", "slow", "--for", "30m")).out == "slow is paused for 30 min\n"
     assert re.search(r"^paused +paused for 30 min *$", (await served.cli("adapters", "show", "slow")).out, re.M)
     assert 1700 < (await served.cli("adapters", "pause", "slow", "--for", "30m", "--json")).json()["paused_s"] <= 1800
     assert (await served.cli("adapters", "resume", "slow")).out == "slow@v1 takes requests\n"

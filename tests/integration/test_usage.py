@@ -160,12 +160,15 @@ async def test_a_table_for_a_terminal_of_80_columns(house: House, monkeypatch: p
         (("--since", "yesterday"), "--since wants"),
         (("--since", "2026-13-01"), "--since wants"),
         (("--by", "colour"), "it is by tenant"),
+        (("--by", "hour,day"), "--by takes one of hour, day, month"),
+        (("--csv", "--json"), "give one of them"),
+        (("--spread-idle",), "it wants --prices"),
         (("--prices", "/no/such/file"), "No such file"),
     ],
 )
 async def test_what_is_wrong_is_said(house: House, arguments: tuple[str, ...], says: str) -> None:
     ended = await house.cli("usage", *arguments)
-    assert ended.code != 0
+    assert ended.code == 2
     assert says in ended.err
 
 
