@@ -363,3 +363,35 @@ def test_the_nearest_limit_for_each_completes_a_named_one(clock: Time) -> None:
         budgets.reserve("acme", "default", "sql", 1, 1)
     with pytest.raises(Refused, match="7 tokens of answer"):
         budgets.reserve("acme", "default", "code", 1, 8)
+
+
+def test_short_answers_to_great_lengths_do_not_open_a_budget_for_long_ones(clock: Time) -> None:
+    """What is reserved is learned; the full lengths under way stay within twice the limit, whatever was learned."""
+    limit = Limit(tokens_per_minute=2000, tokens="output")
+    budgets = Budgets([limit], clock)
+    for _ in range(150):
+        budgets.reserve(*ACME, 1, 1000).settle(None, 1, ran=True)
+    clock.now_s += 60
+    going = [budgets.reserve(*ACME, 1, 1000) for _ in range(4)]
+    refused = refusal(lambda: budgets.reserve(*ACME, 1, 1000))
+    assert (refused.reason, refused.retry_after_s) == (Reason.RATE_LIMITED, 1)
+    assert "smaller max_tokens" in refused.message
+    for _ in range(20):
+        budgets.reserve(*ACME, 1, None)  # without a length nothing is assumed
+    for reservation in going:
+        reservation.settle(None, 1000, ran=True)
+    assert budgets.taken(limit)["tokens_per_minute"] >= 4000
+
+
+def test_a_length_of_any_size_is_let_in_alone(clock: Time) -> None:
+    budgets = Budgets([Limit(tokens_per_minute=2000)], clock)
+    budgets.reserve(*ACME, 1, 100_000).settle(None, 1, ran=True)
+    clock.now_s += 60
+    budgets.reserve(*ACME, 1, 100_000)
+
+
+def test_a_request_that_cannot_be_given_a_length_must_name_one(clock: Time) -> None:
+    refused = refusal(lambda: Budgets([Limit(max_tokens=50)], clock).reserve(*ACME, 1, None))
+    assert refused.reason is Reason.INVALID_REQUEST
+    assert "request_output_len" in refused.message
+    Budgets([Limit(default_max_tokens=50)], clock).reserve(*ACME, 1, None)

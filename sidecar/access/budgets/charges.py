@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -83,6 +84,7 @@ class Budget:
     __slots__ = (
         "_key",
         "_sharing",
+        "beyond",
         "expected",
         "fits",
         "meters",
@@ -102,6 +104,8 @@ class Budget:
         self.expected = rule.expected.heir()
         self.running = self.queued_tokens = 0
         self.under_way = UnderWay()
+        self.beyond: Counter[str] = Counter()
+        """By number, what answers under way with a length may take beyond what they have reserved."""
         self.meters: dict[str, Meter] = {}
         self.fit(now_s)
 
@@ -160,7 +164,7 @@ class Budget:
 class Charge:
     """What one request takes from one budget."""
 
-    __slots__ = ("_amounts", "_began_s", "_input_tokens", "budget", "tokens")
+    __slots__ = ("_amounts", "_began_s", "_input_tokens", "_length", "_most", "budget", "tokens")
 
     def __init__(self, budget: Budget, asked: Demand) -> None:
         self.budget = budget
@@ -168,6 +172,8 @@ class Charge:
         self._input_tokens = asked.inputs(budget.expected)
         default = min((each for each in (limit.default_max_tokens, limit.max_tokens) if each), default=None)
         self.tokens = self._counted(self._input_tokens, asked.outputs(budget.expected, default))
+        self._length = length = asked.output_tokens_max
+        self._most = None if length is None else self._counted(self._input_tokens, length)
         self._amounts: list[tuple[Meter, int, int]] = []
         self._began_s: float | None = None
 
@@ -186,6 +192,14 @@ class Charge:
                 Reason.INVALID_REQUEST,
                 f"{scope} may ask for {limit.max_tokens:,} tokens of answer{each} (max_tokens), and this request asks "
                 f"for {length // asked.sequences:,}; ask for fewer, or have your operator raise the limit",
+                limit="max_tokens",
+                scope=scope,
+            )
+        if limit.max_tokens is not None and length is None:  # of KServe tensors, which pass as they come
+            raise Refused(
+                Reason.INVALID_REQUEST,
+                f"{scope} may ask for {limit.max_tokens:,} tokens of answer (max_tokens), and this request names no "
+                "length; send the input request_output_len, or max_tokens where the model has that, in the message",
                 limit="max_tokens",
                 scope=scope,
             )
@@ -219,10 +233,28 @@ class Charge:
         for meter in budget.meters.values():
             amount = self._amount(meter)
             if meter.taken + meter.pending + amount <= meter.allowance:
+                if self._may_overdraw(meter):
+                    yield self._refused(
+                        meter.number.name, f"may use {meter.limit:,} tokens a {meter.number.word}, and the requests "
+                        f"under way could overdraw it by more than as much again: this one asks for answers of "
+                        f"{self._length:,} tokens; ask for a smaller max_tokens, or send it again when others have "
+                        "ended", SOON_S,
+                    )  # fmt: skip
                 continue
             remains = meter.taken_by_all + amount <= meter.limit
             meter.sharing.touched(meter, amount if remains else 0)
             yield self._used_up(meter, amount, remains, now_s)
+
+    def _may_overdraw(self, meter: Meter) -> bool:
+        """Return True if answers as long as they may be would take more than twice the limit of the window.
+
+        What is reserved is a mean that a client can teach: short answers to great lengths, and then long ones. One
+        request is always let in. Each replica has its part of the room, for it knows no other's answers.
+        """
+        if self._most is None or meter.number.unit != "tokens" or not self.budget.running:
+            return False
+        room = (2 * meter.limit - meter.taken_by_all + meter.pending) // self.budget.replicas
+        return self.budget.beyond[meter.number.name] + self._most > room
 
     def _used_up(self, meter: Meter, amount: int, remains: bool, now_s: float) -> Refused:
         number, resets_s = meter.number, meter.resets_s(now_s)
@@ -260,6 +292,10 @@ class Charge:
             amount = self._amount(meter)
             meter.take(amount)
             self._amounts.append((meter, meter.window, amount))
+            self.budget.beyond[meter.number.name] += self._beyond(meter, amount)
+
+    def _beyond(self, meter: Meter, amount: int) -> int:
+        return 0 if self._most is None or meter.number.unit != "tokens" else self._most - amount
 
     def dispatched(self, now_s: float) -> None:
         if self._began_s is None:
@@ -277,6 +313,7 @@ class Charge:
         tokens = self._counted(known, output_tokens)
         for meter, window, amount in self._amounts:
             meter.turn(now_s)
+            self.budget.beyond[meter.number.name] -= self._beyond(meter, amount)
             took = 0 if not ran else 1 if meter.number.unit == "requests" else tokens
             meter.correct(window, took - amount)
         return now_s - self._began_s

@@ -55,13 +55,18 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
 
     def _submit(self, request: Any, context: Any, metadata: Mapping[str, str], request_id: str) -> Ticket:
         fields, access, caller = fields_of(request, metadata), self._gateway.access, callers.CALLER.get()
+        tenant = access.tenant_of(caller, callers.claimed_tenants(metadata, fields.tenant), request_id)
+        klass = access.class_of(caller, fields.klass)
+        limited = access.default_max_tokens(tenant, klass, fields.adapter)
+        if not request.max_tokens and limited is not None:
+            request.max_tokens = min(limited, MAX_TOKENS_DEFAULT)
         payload, input_tokens = payload_of(request, self._may_stream, self._kinds)
         if request.WhichOneof("prompt") == "text":
             input_tokens = text_tokens_max(self._gateway.state, input_tokens)
         facts = RequestFacts(
             adapter=fields.adapter,
-            tenant=access.tenant_of(caller, callers.claimed_tenants(metadata, fields.tenant), request_id),
-            klass=fields.klass,
+            tenant=tenant,
+            klass=klass,
             input_tokens=input_tokens,
             output_tokens_max=request.max_tokens or MAX_TOKENS_DEFAULT,
             deadline_s=callers.earliest(fields.deadline_s, callers.remaining_s(context)),

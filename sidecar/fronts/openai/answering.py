@@ -248,6 +248,7 @@ class Answering:
                 yield b"x-" + name.replace("_", "-").encode(), str(value).encode("latin-1", "replace")
         ran = [ticket.dispatch.backend for ticket in self._tickets if ticket.dispatch is not None]
         models = (model_kind(self._gateway.fleet.kind_of(backend)) for backend in ran)
-        if not self._asked.has_length and any(model.long_by_default for model in models):
-            length_max = self._destination.length_max
+        length = self._destination.length
+        if length is not None or (not self._asked.has_length and any(model.long_by_default for model in models)):
+            length_max = self._destination.length_max if length is None else length
             yield b"x-lora-max-tokens", b"context" if length_max is None else str(length_max).encode()

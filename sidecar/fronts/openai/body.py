@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from json import JSONDecodeError
 from typing import Any
@@ -50,7 +51,7 @@ class Body:
     """`values` are the top-level members, `sizes` the number of characters of each value.
 
     `model` and `prompt` are the spans of these values in `raw`; (0, 0) for a prompt that is absent. `open_lengths` are
-    the spans of lengths that are given as null.
+    the names and spans of lengths that are given as null or 0.
     """
 
     values: dict[str, Any]
@@ -58,21 +59,24 @@ class Body:
     raw: bytes
     model: Span
     prompt: Span = (0, 0)
-    open_lengths: tuple[Span, ...] = ()
+    open_lengths: tuple[tuple[str, Span], ...] = ()
 
-    def around(self, only_prompt: Span | None = None, length: int | None = None) -> tuple[bytes, bytes]:
+    def around(
+        self, only_prompt: Span | None = None, length: int | None = None, names: Sequence[str] = LENGTHS
+    ) -> tuple[bytes, bytes]:
         """Return the bytes before and after the value of `model`, of a list of prompts with `only_prompt` alone.
 
-        `length` is added as `max_tokens`, or in place of a null: a second member of one name would be ambiguous.
+        `length` is added as `max_tokens`, or in place of a null or 0 of one of `names`: a second member of one name
+        would be ambiguous.
         """
         raw, (begin, end) = self.raw, self.model
         edits: list[tuple[Span, bytes]] = []
         if only_prompt is not None:
             edits.append((self.prompt, b"[%b]" % raw[slice(*only_prompt)]))
         if length is not None:
-            edits += [(span, b"%d" % length) for span in self.open_lengths]
+            edits += [(span, b"%d" % length) for name, span in self.open_lengths if name in names]
         before, after = self._edited(0, begin, edits), self._edited(end, len(raw), edits)
-        if length is not None and not self.open_lengths:
+        if length is not None and not any(name in names for name, _ in self.open_lengths):
             after = b',"max_tokens":%d%b' % (length, after)
         return before, after
 
@@ -178,9 +182,11 @@ def _read(raw: bytes, text: str) -> Body:
             Reason.INVALID_REQUEST, "the body must have \"model\", a string: an adapter's name, or the base model's"
         )
     sizes = {name: end - begin for name, (begin, end) in spans.items()}
-    nulls = [spans[name] for name in LENGTHS if name in values and values[name] is None]
-    model_span, prompt_span, *lengths = _in_bytes(text, [spans[MODEL], spans.get(PROMPT, (0, 0)), *nulls])
-    return Body(values, sizes, raw, model_span, prompt_span, tuple(lengths))
+    unset = [name for name in LENGTHS if name in values and values[name] in (None, 0)]
+    model_span, prompt_span, *lengths = _in_bytes(
+        text, [spans[MODEL], spans.get(PROMPT, (0, 0)), *(spans[name] for name in unset)]
+    )
+    return Body(values, sizes, raw, model_span, prompt_span, tuple(zip(unset, lengths, strict=True)))
 
 
 def _in_bytes(text: str, spans: list[Span]) -> list[Span]:

@@ -32,7 +32,8 @@ class Destination:
     """Where a request goes: `adapter` is its name in the core, "" for the base model; `only` is () for any backend.
 
     `text` is the request as text, from which answers of text-only engines are made. `is_long` is True if an engine may
-    answer to the end of its context, or up to `length_max` tokens where that is given.
+    answer to the end of its context, or up to `length_max` tokens where that is given. `length` is the longest that
+    engines are asked for, where limits give a length to a request without one.
     """
 
     adapter: str
@@ -41,6 +42,7 @@ class Destination:
     text: TextRequest | None
     is_long: bool = False
     length_max: int | None = None
+    length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,12 @@ class Destinations:
         tenant: str,
         length_max: int | None,
         texts: Sequence[TextRequest | Refusal] | None = None,
+        limited: int | None = None,
     ) -> Destination:
         """Return where a tenant's request goes; `texts` are the results of an order of ours.
 
-        `length_max` bounds the tokens of a request without a length, where an engine would fill its context.
+        `length_max` bounds the tokens of a request without a length, where an engine would fill its context; `limited`
+        bounds them at every engine.
         Raises Refused for an unknown name, or if no engine that has the name can answer.
         """
         adapter, servers = self._servers(asked.model, tenant)
@@ -96,6 +100,9 @@ class Destinations:
         why_not: Refused | None = None
         models = [backend.model for backend in servers] or registry.models().values()
         is_long = False
+        if asked.has_length:
+            limited = None
+        lengths: list[int] = []
         for model in models:
             if model.native is not Native.OPENAI:
                 continue
@@ -105,15 +112,21 @@ class Destinations:
                 continue
             is_open = model.long_by_default and not asked.has_length
             is_long = is_long or is_open
-            before, after = asked.around(length_max if is_open else None)
+            length = length_max if is_open else None
+            if limited is not None:
+                length = min(each for each in (limited, length, None if is_open else asked.max_tokens) if each)
+                lengths.append(length)
+            before, after = asked.around(length)
             forms[model.name] = HttpForm(asked.path, before, after, asked.model, asked.streams)
         fitting += [backend.id for backend in servers if backend.facts.kind in forms]
         text = None
         takers = [backend for backend in servers if _takes_text(backend.model)]
         if takers:
             try:
-                text, takers = self._as_text(asked, takers, texts)
+                text, takers = self._as_text(asked, takers, texts, limited)
                 forms |= text.forms
+                if limited is not None:
+                    lengths.append(text.max_tokens)
                 fitting += [backend.id for backend in takers if backend.facts.kind in forms]
                 unfit = (text.why_not.get(backend.facts.kind, "") for backend in takers)
                 why_not = why_not or Refused(Reason.INVALID_REQUEST, next(filter(None, unfit), ""))
@@ -126,7 +139,9 @@ class Destinations:
             asked.model, forms.pop(kind), raw=True, unary=False, kind=kind, forms=forms, prompt=Prompt.TEXT
         )
         only = restriction_to(self._state, fitting) if fitting else ()
-        return Destination(adapter, payload, only, text, is_long, length_max if is_long else None)
+        return Destination(
+            adapter, payload, only, text, is_long, length_max if is_long else None, max(lengths, default=None)
+        )
 
     def is_base(self, model: str) -> bool:
         """Return True if a model's name means a base model."""
@@ -169,7 +184,11 @@ class Destinations:
         yield from self._state.config.pools.values()
 
     def _as_text(
-        self, asked: OpenAiRequest, takers: list[Engine], texts: Sequence[TextRequest | Refusal] | None
+        self,
+        asked: OpenAiRequest,
+        takers: list[Engine],
+        texts: Sequence[TextRequest | Refusal] | None,
+        limited: int | None,
     ) -> tuple[TextRequest, list[Engine]]:
         """Return the request as text, and the engines that take exactly this text."""
         template = None
@@ -181,10 +200,12 @@ class Destinations:
             takers = [backend for backend in with_template if self._templates[backend.group] == template]
         if texts is None:
             streams = self._streams([backend.facts.kind for backend in takers])
-            return text_request(asked, template, self._state.config.output_tokens_assumed, streams), takers
+            return text_request(asked, template, self._state.config.output_tokens_assumed, streams, limited), takers
         text = texts[self._text_templates(asked.is_chat).index(template)]
         if isinstance(text, Refusal):
             raise text.error
+        if limited is not None and text.max_tokens > limited:  # written before the limits of its model were known
+            raise Unfit("max_tokens", f"the request names no length; set max_tokens, to {limited:,} at most")
         return text, takers
 
     def _text_templates(self, is_chat: bool) -> list[ChatTemplate | None]:

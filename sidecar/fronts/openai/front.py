@@ -219,6 +219,8 @@ class OpenAiFront:
         state = self._gateway.state
         text_tokens = text_tokens_max(state, asked.prompt_bytes) if asked.prompt_bytes else 0
         each = destination.length_max if destination.is_long else asked.max_tokens
+        if destination.length is not None:
+            each = destination.length
         if each is None:
             each = state.config.output_tokens_assumed
         facts = RequestFacts(
@@ -232,7 +234,7 @@ class OpenAiFront:
             size_bytes=asked.size_bytes,
             only=destination.only,
             sequences=asked.answers,
-            has_length=asked.has_length,
+            has_length=asked.has_length or destination.length is not None,
             is_estimated=text_tokens > 0,
         )
         return self._gateway.submit(facts, destination.payload, request_id, sender, _text(asked, destination))
@@ -245,18 +247,19 @@ class OpenAiFront:
         """Return what places the requests of a tenant and class."""
 
         def place(asked: OpenAiRequest, texts: Sequence[TextRequest | Refusal] | None) -> Destination:
-            length_max = self._length_max(tenant, klass, asked.model)
-            return self._destinations.place(asked, tenant, length_max, texts)
+            adapter = "" if self._destinations.is_base(asked.model) else asked.model
+            limited = self._gateway.access.default_max_tokens(tenant, klass, adapter)
+            return self._destinations.place(asked, tenant, self._length_max(tenant, klass, limited), texts, limited)
 
         return place
 
-    def _length_max(self, tenant: str, klass: str, model: str) -> int | None:
+    def _length_max(self, tenant: str, klass: str, limited: int | None) -> int | None:
         """Return how many tokens a request without a length gets where the engine has no bound of its own."""
         of_class = self._queue.classes.get(klass)
         bounds = (
             self._queue.tenant_max_tokens.get(tenant),
             None if of_class is None else of_class.max_tokens,
-            self._gateway.access.default_max_tokens(tenant, klass, model),
+            limited,
         )
         return min((bound for bound in bounds if bound is not None), default=None)
 

@@ -17,6 +17,8 @@ from sidecar.fronts.openai.body import LENGTHS, Body, Span
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 COMPLETION_TOKENS_DEFAULT = 16
 """OpenAI's default for completions; a chat is as long as the engine allows."""
+COMPLETION_LENGTHS = ("max_tokens",)
+"""Engines ignore max_completion_tokens in a completion."""
 HEADERS = {
     "x-lora-tenant": identities.TENANT,
     "x-lora-class": identities.CLASS,
@@ -69,11 +71,13 @@ class OpenAiRequest:
     session: str
     """A digest of the end user that the client names: journals and logs must not show who that is."""
     members: tuple[str, ...] = ()
+    has_length: bool = False
+    """True if the client says how long the answer may be, in a member that engines read on this path."""
     part: Span | None = None
 
     def around(self, length: int | None = None) -> tuple[bytes, bytes]:
         """Return the body's bytes before and after the model's name; with `length`, it asks for so many tokens."""
-        return self.body.around(self.part, length)
+        return self.body.around(self.part, length, LENGTHS if self.is_chat else COMPLETION_LENGTHS)
 
     @property
     def size_bytes(self) -> int:
@@ -89,11 +93,6 @@ class OpenAiRequest:
         return str(self.body.values["model"])
 
     @property
-    def has_length(self) -> bool:
-        """True if the client says how long the answer may be."""
-        return any(name in self.members for name in LENGTHS)
-
-    @property
     def is_chat(self) -> bool:
         return self.path == CHAT
 
@@ -107,7 +106,12 @@ def read_request(path: str, body: Body) -> OpenAiRequest:
     tokens, size_bytes, prompts = (0, _chat_bytes(body), 1) if path == CHAT else _prompts(body)
     streams = _flag(values, "stream")
     options = values.get("stream_options")
-    max_tokens = next((length for name in LENGTHS if (length := _count(values, name)) is not None), None)
+    # The largest, since engines differ in which of two they read.
+    max_tokens = max((length for name in LENGTHS if (length := _count(values, name)) is not None), default=None)
+    if path == CHAT:  # some versions of vLLM take a 0 for no length
+        has_length = bool(max_tokens)
+    else:
+        has_length = any(values.get(name) is not None for name in COMPLETION_LENGTHS)
     if max_tokens is None and path == COMPLETIONS:
         max_tokens = COMPLETION_TOKENS_DEFAULT
     each = max(1, _count(values, "n") or 1, _count(values, "best_of") or 1)
@@ -122,6 +126,7 @@ def read_request(path: str, body: Body) -> OpenAiRequest:
         prompt_bytes=size_bytes,
         session=session_of(user) if isinstance(user := values.get("user"), str) else "",
         members=tuple(name for name, value in values.items() if name not in LENGTHS or value is not None),
+        has_length=has_length,
     )
 
 

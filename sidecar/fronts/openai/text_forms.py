@@ -77,17 +77,23 @@ class TextRequest:
 
 
 def text_request(
-    asked: OpenAiRequest, template: ChatTemplate | None, tokens_assumed: int, streams: Mapping[str, bool]
+    asked: OpenAiRequest,
+    template: ChatTemplate | None,
+    tokens_assumed: int,
+    streams: Mapping[str, bool],
+    limited: int | None = None,
 ) -> TextRequest:
     """Write a request for the kinds of model in `streams`, which says whether each is to stream.
 
-    `tokens_assumed` bounds the answer if the client does not. Raises Unfit with the reason.
+    `tokens_assumed` bounds the answer if the client does not, and so does `limited` where it is smaller. Raises Unfit.
     """
     models = {registry.model_kind(name): does_stream for name, does_stream in streams.items()}
     where = f"the engines behind this model ({', '.join(dict.fromkeys(model.title for model in models))})"
     values = asked.body.values
     _check_members(values, where)
     max_tokens = tokens_assumed if asked.max_tokens is None else asked.max_tokens
+    if limited is not None:
+        max_tokens = min(max_tokens, limited)
     if not 0 < max_tokens <= INT32_MAX:
         raise Unfit("max_tokens", f"max_tokens must be 1 to {INT32_MAX} for {where}")
     stop = _stop_words(values)
