@@ -26,6 +26,7 @@ from sidecar.shell.gateway import Gateway
 from sidecar.shell.sources import Sources
 from sidecar.state.registry import SqliteRegistry
 from tests.kit.cli_runs import runner
+from tests.kit.cli_served import guarded
 from tests.kit.emulated import running_engine
 from tests.kit.origins import write_shards
 from tests.kit.peft_files import BASE_MODEL, write_adapter
@@ -55,7 +56,7 @@ async def house(tmp_path: Path) -> AsyncIterator[House]:
     sources = Sources(AllowList(), Spool(tmp_path / "data"), Limits(size_bytes_max=100_000))
     gateway = Gateway(config, policies_of(config), registry, [], sources=sources)
     await gateway.start([(ScriptedBackend("trt-0"), EngineFacts(base_models=(BASE_MODEL,)))])
-    server = grpc.aio.server()
+    server = grpc.aio.server(interceptors=guarded(gateway))
     add_admin(server, gateway)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()

@@ -116,7 +116,7 @@ def test_the_oldest_segments_are_deleted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_every_segment_of_a_faulty_run_replays(tmp_path: Path, seed: int) -> None:
     """With engines that fail at random, every segment, begun wherever it was, replays to the same effects."""
-    record(tmp_path, busy_script(seed=seed, fault_rate=0.2), segment_bytes=4096, segments_max=1000)
+    record(tmp_path, busy_script(seed=seed, fault_rate=0.2), segment_bytes=1024, segments_max=1000)
     said: list[str] = []
     assert replay.run(tmp_path, False, False, said.append, said.append) == 0, said
     assert len(segment_paths(tmp_path)) > 3
