@@ -14,15 +14,18 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import time
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
+from sidecar.access.audit import Audit
 from sidecar.access.budgets.budgets import Budgets, Reservation, Standing
 from sidecar.access.certificates import principal_of
 from sidecar.access.deciding import CachedPolicy
 from sidecar.access.forwarded import names_in
+from sidecar.access.keys import PREFIX, KeyBook
 from sidecar.access.policy import Open, Roles, prefix_owner
 from sidecar.access.principal import SYSTEM, Action, Decision, Presented, Principal, Proof, Resource, Sort
 from sidecar.access.resources import Resources, adapter_resource, version_resource
+from sidecar.access.tokens import Tokens
 from sidecar.config.identities import OTHERS, OWN_TENANTS, clipped
 from sidecar.config.identity import Identity
 from sidecar.config.openai import LOADS
@@ -37,53 +40,8 @@ UNAUTHENTICATED, NOT_PERMITTED, LIMIT = "unauthenticated", "not_permitted", "lim
 DENIALS = tuple((cause, seen) for cause in (UNAUTHENTICATED, NOT_PERMITTED, LIMIT) for seen in ("false", "true"))
 """The causes of denials, each refused ("false") or only observed ("true")."""
 REFERENCE_MAX = 256
-KEY_PREFIX = "lsk_"
 _SCHEME = "bearer "
 _WAY = 'send an API key or a token as "authorization: Bearer …"'
-
-
-class Keys(Protocol):
-    def find(self, secret: str, now: float) -> Principal:
-        """Return whose key it is. Raises Misused(UNAUTHENTICATED)."""
-
-    def check(self, principal: Principal, now: float) -> None:
-        """Raise Misused(UNAUTHENTICATED) if the principal's key has been revoked, has ended, or is too old to trust."""
-
-
-class Tokens(Protocol):
-    async def verify(self, token: str) -> Principal:
-        """Return whose token it is. Raises Misused(UNAUTHENTICATED)."""
-
-
-class Recorder(Protocol):
-    """Records changes and denials."""
-
-    async def changed(
-        self,
-        principal: Principal,
-        peer: str,
-        action: Action,
-        resource: Resource,
-        before: Mapping[str, Any],
-        after: Mapping[str, Any],
-        request_id: str,
-        *,
-        verb: str = "",
-        why: str = "",
-    ) -> bool: ...
-
-    def denied(
-        self,
-        principal: Principal | None,
-        peer: str,
-        proof: Proof,
-        action: Action,
-        resource: Resource,
-        why: str,
-        request_id: str = "",
-        observed: bool = False,
-        verb: str = "",
-    ) -> None: ...
 
 
 NOBODY = Principal()
@@ -102,15 +60,6 @@ class Caller:
     is_believed: bool = False
     proven: Principal | None = None
     doubt: str = ""
-
-
-class _NoRecord:
-    async def changed(self, *what: Any, **more: Any) -> bool:
-        """Do nothing."""
-        return True
-
-    def denied(self, *what: Any, **more: Any) -> None:
-        """Do nothing."""
 
 
 OURSELVES = Caller(OPERATORS)
@@ -141,7 +90,7 @@ class Charge:
 
 
 class Access:
-    """Decides for one process. `record_of` returns a name's record, `proofs` are None where nothing is configured."""
+    """Decides for one process. `record_of` returns a name's record; what is None is not configured."""
 
     def __init__(
         self,
@@ -149,10 +98,10 @@ class Access:
         tenant_from: str,
         record_of: Callable[[str], Record | None],
         policy: CachedPolicy,
-        audit: Recorder,
+        audit: Audit | None,
         *,
         by_version: bool = False,
-        keys: Keys | None = None,
+        keys: KeyBook | None = None,
         tokens: Tokens | None = None,
         budgets: Budgets | None = None,
         change_of: Callable[[], int] = lambda: 0,
@@ -180,7 +129,7 @@ class Access:
     @classmethod
     def off(cls, record_of: Callable[[str], Record | None], tenant_from: str = "metadata") -> Access:
         """Return one that believes every client."""
-        return cls(Identity(), tenant_from, record_of, CachedPolicy(Open(Roles({}), "/")), _NoRecord())
+        return cls(Identity(), tenant_from, record_of, CachedPolicy(Open(Roles({}), "/")), None)
 
     # Who calls.
 
@@ -237,7 +186,7 @@ class Access:
         if value[: len(_SCHEME)].lower() != _SCHEME:
             raise _unauthenticated(f'the header "authorization" has another scheme than Bearer; {_WAY}')
         secret = value[len(_SCHEME) :].strip()
-        if self._tokens is not None and not secret.startswith(KEY_PREFIX) and secret.count(".") >= 2:
+        if self._tokens is not None and not secret.startswith(PREFIX) and secret.count(".") >= 2:
             return await self._tokens.verify(secret)
         if self._keys is not None:
             return self._keys.find(secret, self._clock())
@@ -485,6 +434,8 @@ class Access:
         why: str = "",
     ) -> None:
         """Record a change, or with `why` one that failed."""
+        if self._audit is None:
+            return
         await self._audit.changed(
             caller.principal, caller.peer, action, resource, before, after, request_id, verb=verb, why=why
         )
@@ -504,7 +455,8 @@ class Access:
         cause = LIMIT if by_limit else NOT_PERMITTED if principal is not None else UNAUTHENTICATED
         self.denials[cause, str(observed).lower()] += 1
         proof = Proof.NONE if principal is None else principal.proof
-        self._audit.denied(principal, caller.peer, proof, action, resource, why, request_id, observed, verb)
+        if self._audit is not None:
+            self._audit.denied(principal, caller.peer, proof, action, resource, why, request_id, observed, verb)
 
     def refuse(self, caller: Caller, action: Action, reference: str, why: str, request_id: str) -> NoReturn:
         """Record a denial, and raise the one error for a name that is not there or not permitted."""

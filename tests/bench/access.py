@@ -46,14 +46,6 @@ OF_TENANTS = THREE + "\n".join(
 OF_ALL = THREE + "\n".join(f'permit (principal, action, resource in Folder::"f{number}");' for number in range(997))
 
 
-class NoRecord:
-    async def changed(self, *what: object, **more: object) -> bool:
-        return True
-
-    def denied(self, *what: object, **more: object) -> None:
-        """Do nothing."""
-
-
 async def bench(folder: Path) -> list[Figure]:
     machine_us = middle([_machine_us() for _ in range(ROUNDS)])
     figures = []
@@ -104,7 +96,7 @@ async def _whole(folder: Path, record: Record) -> dict[str, float]:
     keys.start()
     tokens.start()
     policy = policy_of(Policies(ready="tenant_prefix"))
-    access = Access(identity, "none", {record.name: record}.get, policy, NoRecord(), keys=keys, tokens=tokens)
+    access = Access(identity, "none", {record.name: record}.get, policy, None, keys=keys, tokens=tokens)
     presented = {
         "a certificate": Presented(certificate=("spiffe://cluster.local/ns/acme/sa/default",)),
         "an API key": Presented(authorization=(f"Bearer {secret}",)),

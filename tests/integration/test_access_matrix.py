@@ -7,6 +7,7 @@ prefix and what an allow list shares with it, a publisher also changes what is u
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -23,6 +24,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from sidecar.access.access import NOT_PERMITTED, UNAUTHENTICATED
 from sidecar.proto import admin_pb2 as pb
 from sidecar.proto import admin_pb2_grpc, gateway_pb2, gateway_pb2_grpc
+from sidecar.shell.catalogue import Wanted
 from tests.kit.authority import NEEDS_OPENSSL, Authority
 from tests.kit.emulated import running_engine
 from tests.kit.faults import ENDLESS
@@ -253,8 +255,6 @@ def write_names(folder: Path) -> None:
 
 
 async def register_all(served: Serving, folder: Path) -> None:
-    from sidecar.shell.catalogue import Wanted
-
     catalogue = served.sidecar.gateway.catalogue
     await catalogue.register("acme/sql", str(folder / "sql"), Wanted())
     await catalogue.register("blue/sql", str(folder / "theirs"), Wanted())
@@ -354,8 +354,6 @@ async def test_a_certificate_at_every_front(tmp_path: Path) -> None:
             channel = await stack.enter_async_context(grpc.aio.secure_channel(address, credentials))
             setattr(served, name, channel)
         served.gateway = gateway_pb2_grpc.GatewayStub(served.channel)  # type: ignore[no-untyped-call]
-        import ssl
-
         context = ssl.create_default_context(cafile=str(authority.ca))
         context.load_cert_chain(own, own_key)
         address = f"https://{served.sidecar.http_address}"
@@ -425,9 +423,7 @@ async def test_a_publisher_does_not_take_over_what_is_hidden_from_it(tmp_path: P
         running_engine(**DUMMY) as engine,
         serving([engine], roots=[tmp_path], backend={"id": "b0"}, **config) as served,
     ):
-        from sidecar.shell.catalogue import Wanted
-
-        catalogue = served.sidecar.gateway.catalogue
+            catalogue = served.sidecar.gateway.catalogue
         await catalogue.register("secret", str(tmp_path / "theirs"), Wanted(allow=("blue",)))
         before = served.sidecar.registry.get("secret")
         publisher = await credential("token", "publisher", served, maker)

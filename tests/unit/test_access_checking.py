@@ -86,14 +86,6 @@ def test_a_question_that_has_no_answer_says_why(action: str, name: str, words: s
         asked(action, name)
 
 
-class NoRecord:
-    async def changed(self, *what: object, **more: object) -> bool:
-        return True
-
-    def denied(self, *what: object, **more: object) -> None:
-        """Do nothing."""
-
-
 def answers(access: Access, principal: Principal, reference: str) -> bool:
     """Return True if a request for the reference is answered by the version that it wants."""
     selector = reference.partition("@")[2]
@@ -116,7 +108,7 @@ def test_it_answers_as_a_request_is_answered(tenant: str, reference: str) -> Non
     """The way of a request decides: what it may not have is refused, or no version may answer."""
     principal = principal_asked(tenant, (), ())
     for policy in (ROLES, CachedPolicy(CedarPolicy(statements_of(IN_CEDAR, SCHEMA), Roles({}), "/"))):
-        access = Access(Identity(mode="enforce"), "none", KNOWN.record_of, policy, NoRecord(), by_version=True)
+        access = Access(Identity(mode="enforce"), "none", KNOWN.record_of, policy, None, by_version=True)
         expected = answers(access, principal, reference)
         assert asked("infer", reference, tenant, policy).allowed is expected, policy.source
 
