@@ -423,7 +423,7 @@ async def test_a_publisher_does_not_take_over_what_is_hidden_from_it(tmp_path: P
         running_engine(**DUMMY) as engine,
         serving([engine], roots=[tmp_path], backend={"id": "b0"}, **config) as served,
     ):
-            catalogue = served.sidecar.gateway.catalogue
+        catalogue = served.sidecar.gateway.catalogue
         await catalogue.register("secret", str(tmp_path / "theirs"), Wanted(allow=("blue",)))
         before = served.sidecar.registry.get("secret")
         publisher = await credential("token", "publisher", served, maker)
