@@ -1,6 +1,7 @@
 """What the access registry keeps: API keys and the limits that were set at run time. No I/O.
 
-A key is stored as `key/<id>`, a limit as `limit/<tenant>/<class>/<adapter>`. An entry with a field that this release
+A key is stored as `key/<id>`, a limit as `limit/<tenant>/<class>/<adapter>`, with `/input`
+or `/output` if it counts only those tokens. An entry with a field that this release
 does not know is unreadable: the field may restrict what a key is good for. The registry sets it aside and keeps it.
 """
 
@@ -72,13 +73,14 @@ class Key(Section):
 
 @dataclass(frozen=True)
 class LimitEntry:
-    """A limit that was set at run time; its tenant, class and adapter identify it."""
+    """A limit that was set at run time; its tenant, class, adapter and kind of tokens identify it."""
 
     limit: Limit
 
     @property
     def name(self) -> str:
-        parts = (self.limit.tenant, self.limit.class_name, self.limit.adapter)
+        kind = () if self.limit.tokens == "both" else (self.limit.tokens,)
+        parts = (self.limit.tenant, self.limit.class_name, self.limit.adapter, *kind)
         return LIMIT + "/".join(quote(part or "", safe="*") for part in parts)
 
 

@@ -18,7 +18,10 @@ Tenant = Annotated[
 ]
 Class = Annotated[str, typer.Option("--class", help='Only requests of this class; "*": of each.', show_default=False)]
 Adapter = Annotated[str, typer.Option(help='Only requests of this adapter; "*": of each.', show_default=False)]
-Count = Annotated[str, typer.Option(metavar="COUNT", help="As 500, 20k or 1.5M.", show_default=False)]
+Count = Annotated[
+    str, typer.Option(metavar="COUNT", help="As 500, 20k or 1.5M; none takes it away.", show_default=False)
+]
+Tokens = Annotated[str, typer.Option(help="The tokens that the limit counts: both, input or output.")]
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)([kMG]?)")
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 
@@ -29,7 +32,7 @@ def set_limit(
     tenant: Tenant = "",
     klass: Class = "",
     adapter: Adapter = "",
-    tokens: Annotated[str, typer.Option(help="The tokens that count: both, input or output.")] = "both",
+    tokens: Tokens = "both",
     tokens_per_minute: Count = "",
     tokens_per_hour: Count = "",
     tokens_per_day: Count = "",
@@ -48,9 +51,10 @@ def set_limit(
     ] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Set a limit, at once and on every replica, in place of a former one of the same tenant, class and adapter.
+    """Set numbers of a limit, at once and on every replica, and print the whole limit that is then in force.
 
-    All limits that match a request apply to it. What was taken before in this minute, hour or day counts.
+    The limit's other numbers stay as they are, those of the configuration too; none takes one away. All limits that
+    match a request apply to it. What was taken before in this minute, hour or day counts.
     """
     given = {
         "tokens_per_minute": tokens_per_minute,
@@ -68,6 +72,8 @@ def set_limit(
     request = pb.Limit(tenant=tenant, adapter=adapter, tokens=tokens)
     for name, value in (("class", klass), *numbers.items()):  # "class" is a keyword of Python's
         setattr(request, name, value)
+    if not numbers:
+        raise CommandError("say which number to set, such as --tokens-per-minute 20k", Exit.MISUSED)
     limit = client.ask(client.access.SetLimit, request)
     if as_json:
         print_json(limit)
@@ -97,10 +103,15 @@ def list_limits(
 
 @admin_command
 def remove(
-    client: Client, tenant: Tenant = "", klass: Class = "", adapter: Adapter = "", as_json: AsJson = False
+    client: Client,
+    tenant: Tenant = "",
+    klass: Class = "",
+    adapter: Adapter = "",
+    tokens: Tokens = "both",
+    as_json: AsJson = False,
 ) -> None:
     """Remove a limit that was set with limits set; one of the configuration for the same counts again."""
-    request = pb.RemoveLimitRequest(tenant=tenant, adapter=adapter)
+    request = pb.RemoveLimitRequest(tenant=tenant, adapter=adapter, tokens=tokens)
     setattr(request, "class", klass)
     limit = client.ask(client.access.RemoveLimit, request)
     if as_json:
@@ -110,11 +121,15 @@ def remove(
 
 
 def _count(text: str, option: str) -> int:
-    """Return the number of "500", "20k" or "1.5M". Raises CommandError for any other text."""
+    """Return the number of "500", "20k" or "1.5M", 0 of "none". Raises CommandError for any other text."""
+    if text == "none":
+        return 0
     found = _COUNT.fullmatch(text)
     count = 0 if found is None else round(float(found[1]) * _UNITS[found[2]])
     if not 0 < count < 1 << 63:
-        raise CommandError(f'{option} wants a number from 1 on, such as 500, 20k or 1.5M; got "{text}"', Exit.MISUSED)
+        raise CommandError(
+            f'{option} wants a number from 1 on, such as 500, 20k or 1.5M, or none; got "{text}"', Exit.MISUSED
+        )
     return count
 
 

@@ -518,13 +518,15 @@ class ListLimitsResponse(_message.Message):
     def __init__(self, limits: _Optional[_Iterable[_Union[Limit, _Mapping]]] = ...) -> None: ...
 
 class RemoveLimitRequest(_message.Message):
-    __slots__ = ("tenant", "adapter")
+    __slots__ = ("tenant", "adapter", "tokens")
     TENANT_FIELD_NUMBER: _ClassVar[int]
     CLASS_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
     tenant: str
     adapter: str
-    def __init__(self, tenant: _Optional[str] = ..., adapter: _Optional[str] = ..., **kwargs) -> None: ...
+    tokens: str
+    def __init__(self, tenant: _Optional[str] = ..., adapter: _Optional[str] = ..., tokens: _Optional[str] = ..., **kwargs) -> None: ...
 
 class CheckRequest(_message.Message):
     __slots__ = ("tenant", "groups", "roles", "action", "resource")

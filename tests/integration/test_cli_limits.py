@@ -56,7 +56,9 @@ async def test_a_limits_life_from_the_command_line(tmp_path: Path) -> None:
     ):
         key, other = await key_of(served, "acme"), await key_of(served, "zeta")
         code, out, error = await sidecar(served, "limits", "set", "acme", "--requests-per-day", "3")
-        assert (code, out) == (0, "tenant acme: requests_per_day 3\n"), error
+        assert (code, out) == (0, "tenant acme: requests_per_day 3, tokens_per_day 50,000\n"), (
+            f"its other numbers stay: {error}"
+        )
         for left in (2, 1, 0):
             answer = await complete(served, key)
             assert answer.status_code == 200, answer.text
@@ -83,9 +85,12 @@ async def test_a_limits_life_from_the_command_line(tmp_path: Path) -> None:
         assert await generate(served, key) is None
         too_long = await complete(served, key, max_tokens=6)
         assert (too_long.status_code, too_long.json()["error"]["code"]) == (400, "invalid_request")
+        code, out, error = await sidecar(served, "limits", "set", "acme", "--max-tokens", "none")
+        assert (code, out) == (0, "tenant acme: requests_per_day 1,000, tokens_per_day 50,000\n"), error
         found = {(limit["tenant"], limit["source"]): limit for limit in await listed(served)}
         assert set(found) == {("*", "config"), ("acme", "run time")}, "it stands in the place of the configuration's"
-        assert found["acme", "run time"]["taken"] == {"requests_per_day": 4, "requests_per_hour": 4}
+        assert found["acme", "run time"]["taken"].keys() == {"requests_per_day", "requests_per_hour", "tokens_per_day"}
+        assert found["acme", "run time"]["taken"]["requests_per_day"] == 4
         assert [each["taken"] for each in await listed(served, "--tenant", "zeta")] == [{"requests_per_hour": 1}]
         code, out, error = await sidecar(served, "limits", "list")
         assert re.search(r"acme +- +- +requests_per_day +1,000 +4 +run time", out), out
@@ -120,9 +125,10 @@ async def test_limits_outlive_the_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["acme"], "it limits nothing; set for instance tokens_per_minute"),
-        (["acme", "--tokens-per-minute", "many"], 'wants a number from 1 on, such as 500, 20k or 1.5M; got "many"'),
+        (["acme"], "say which number to set, such as --tokens-per-minute 20k"),
+        (["acme", "--tokens-per-minute", "many"], 'such as 500, 20k or 1.5M, or none; got "many"'),
         (["acme", "--tokens-per-minute", "0"], "wants a number from 1 on"),
+        (["acme", "--tokens-per-minute", "none"], "no number of the limit would be left"),
         (["acme", "--tokens", "all", "--tokens-per-minute", "1"], "tokens"),
     ],
 )

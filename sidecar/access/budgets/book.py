@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from sidecar.access.budgets.budgets import Budgets
-from sidecar.access.budgets.charges import words_of
+from sidecar.access.budgets.budgets import NUMBERED, Budgets
+from sidecar.access.budgets.charges import which
 from sidecar.access.entries import LIMIT, AccessEntry, LimitEntry
 from sidecar.access.store import AccessStore
 from sidecar.config.access import Limit
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 class LimitBook:
-    """Keeps the limits of `budgets`. A limit set at run time replaces all of the same tenant, class and adapter.
+    """Keeps the limits of `budgets`. One set at run time takes the place of the configuration's for the same tenant,
+    class, adapter and kind of tokens.
 
     `leases` share the budgets with other replicas; None without Redis.
     """
@@ -51,22 +52,39 @@ class LimitBook:
     def in_force(self) -> list[tuple[Limit, bool]]:
         """Return each limit, and whether it was set at run time."""
         at_run_time = self._store.limits()
-        replaced = {words_of(limit) for limit in at_run_time}
-        configured = [(limit, False) for limit in self._configured if words_of(limit) not in replaced]
+        replaced = {which(limit) for limit in at_run_time}
+        configured = [(limit, False) for limit in self._configured if which(limit) not in replaced]
         return [*configured, *((limit, True) for limit in at_run_time)]
 
-    async def set(self, limit: Limit) -> None:
-        """Set a limit at run time; return once every live replica has it."""
-        await self._store.put(LimitEntry(limit))
+    async def set(self, tenant: str, klass: str, adapter: str, tokens: str, numbers: Mapping[str, int]) -> Limit:
+        """Set numbers of a limit at run time; return the whole limit once every live replica has it.
 
-    async def remove(self, tenant: str | None, klass: str | None, adapter: str | None) -> Limit:
+        A number of 0 takes it away; one that is not given stays as it is in force. Raises ValidationError, or
+        Refused(INVALID_REQUEST) if no number is left.
+        """
+        words = {"tenant": tenant, "class_name": klass, "adapter": adapter, "tokens": tokens}
+        named = {word: value for word, value in words.items() if value}
+        own = (tenant or None, klass or None, adapter or None), tokens or "both"
+        for limit, _ in self.in_force():
+            if which(limit) == own:
+                numbers = limit.model_dump(include=set(NUMBERED), exclude_none=True) | dict(numbers)
+        left = {name: value for name, value in numbers.items() if value}
+        if numbers and not left:
+            raise Refused(
+                Reason.INVALID_REQUEST, "no number of the limit would be left; sidecar limits remove takes it away"
+            )
+        limit = Limit.model_validate(named | left)
+        await self._store.put(LimitEntry(limit))
+        return limit
+
+    async def remove(self, tenant: str, klass: str, adapter: str, tokens: str) -> Limit:
         """Remove a limit that was set at run time and return it; one of the configuration counts again.
 
         Raises Refused(INVALID_REQUEST) if none was set at run time.
         """
-        words = (tenant, klass, adapter)
+        own = (tenant or None, klass or None, adapter or None), tokens or "both"
         for limit, is_of_run_time in self.in_force():
-            if words_of(limit) == words:
+            if which(limit) == own:
                 if not is_of_run_time:
                     raise Refused(
                         Reason.INVALID_REQUEST,

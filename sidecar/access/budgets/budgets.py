@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from sidecar.access.budgets.charges import Budget, Charge, Demand, Rule, Words, words_of
+from sidecar.access.budgets.charges import Budget, Charge, Demand, Rule, Words, which, words_of
 from sidecar.access.budgets.expected import Expected
 from sidecar.access.budgets.meters import Alone, Sharing
 from sidecar.config.access import Limit
@@ -106,13 +106,13 @@ class Budgets:
         Of two with the same tenant, class, adapter and `tokens`, the later one counts. A limit with a name has the
         numbers of one for each ("*") that it does not set itself, and takes its place.
         """
-        former = {(words, rule.limit.tokens): rule for words, rules in self._rules.items() for rule in rules}
+        former = {which(rule.limit): rule for rules in self._rules.values() for rule in rules}
         in_force: dict[tuple[Words, str], Rule] = {}
         for limit in [_completed(limit, limits) for limit in limits]:
-            which = words_of(limit), limit.tokens
-            rule = former.get(which) or in_force.get(which) or Rule(limit, self._expected.heir())
+            own = which(limit)
+            rule = former.get(own) or in_force.get(own) or Rule(limit, self._expected.heir())
             rule.limit = limit
-            in_force[which] = rule
+            in_force[own] = rule
         self._rules = {}
         for (words, _), rule in in_force.items():
             self._rules.setdefault(words, []).append(rule)

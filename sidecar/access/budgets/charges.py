@@ -45,6 +45,11 @@ def words_of(limit: Limit) -> Words:
     return limit.tenant, limit.class_name, limit.adapter
 
 
+def which(limit: Limit) -> tuple[Words, str]:
+    """Return what identifies a limit: its words, and which tokens it counts."""
+    return words_of(limit), limit.tokens
+
+
 @dataclass(frozen=True, slots=True)
 class Demand:
     """What is known of a request when it comes. See `Budgets.reserve`."""

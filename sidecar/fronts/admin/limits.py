@@ -36,9 +36,13 @@ class LimitCalls:
 
     @answers_errors
     async def SetLimit(self, request: Any, context: Any) -> Any:  # noqa: N802 — gRPC's names, here and below
-        limit = _limit(request)
-        await self._book.set(limit)
-        return await self._message(limit, True, limit.tenant or "")
+        numbers = {name: getattr(request, name) for name in NUMBERS if request.HasField(name)}
+        try:
+            limit = await self._book.set(*_words(request), numbers)
+        except ValidationError as error:
+            raise Refused(Reason.INVALID_REQUEST, "; ".join(problems(error, Limit))) from None
+        [taken] = await self._book.taken([limit], limit.tenant or "")
+        return _message(limit, True, taken)
 
     @answers_errors
     async def ListLimits(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -65,22 +69,11 @@ class LimitCalls:
 
     @answers_errors
     async def RemoveLimit(self, request: Any, context: Any) -> Any:  # noqa: N802
-        words = (request.tenant or None, getattr(request, "class") or None, request.adapter or None)
-        return _message(await self._book.remove(*words), True, {})
-
-    async def _message(self, limit: Limit, at_run_time: bool, tenant: str) -> Any:
-        [taken] = await self._book.taken([limit], tenant)
-        return _message(limit, at_run_time, taken)
+        return _message(await self._book.remove(*_words(request)), True, {})
 
 
-def _limit(request: Any) -> Limit:
-    """Return the limit of a message. Raises Refused(INVALID_REQUEST)."""
-    words = {"tenant": request.tenant, "class_name": getattr(request, "class"), "adapter": request.adapter}
-    given = {name: getattr(request, name) for name in ("tokens", *NUMBERS)} | words
-    try:
-        return Limit.model_validate({name: value for name, value in given.items() if value})
-    except ValidationError as error:
-        raise Refused(Reason.INVALID_REQUEST, "; ".join(problems(error, Limit))) from None
+def _words(request: Any) -> tuple[str, str, str, str]:
+    return request.tenant, getattr(request, "class"), request.adapter, request.tokens
 
 
 def _message(limit: Limit, at_run_time: bool, taken: dict[str, int]) -> Any:
@@ -90,7 +83,7 @@ def _message(limit: Limit, at_run_time: bool, taken: dict[str, int]) -> Any:
         tokens=limit.tokens,
         source="run time" if at_run_time else "config",
         taken=taken,
-        **{name: getattr(limit, name) or 0 for name in NUMBERS},
+        **{name: getattr(limit, name) for name in NUMBERS},
     )
     setattr(message, "class", limit.class_name or "")  # a keyword of Python's
     return message

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from time import monotonic_ns, time
 from typing import Any, NamedTuple
 
+from sidecar.access.budgets.charges import which
 from sidecar.access.entries import KEY, Key
 from sidecar.access.keys import id_in
 from sidecar.access.principal import SYSTEM, Action, Resource, Sort
@@ -181,10 +182,10 @@ def _facts_of(message: Any) -> Facts:
 
 
 def _limit(message: Any, sight: Sight) -> Facts:
-    """Return the limit of a message's tenant, class and adapter that was set at run time."""
-    words = (message.tenant, getattr(message, "class"), message.adapter)
+    """Return the limit of a message's tenant, class, adapter and tokens that was set at run time."""
+    own = (message.tenant or None, getattr(message, "class") or None, message.adapter or None), message.tokens or "both"
     for limit in () if sight.store is None else sight.store.limits():
-        if (limit.tenant or "", limit.class_name or "", limit.adapter or "") == words:
+        if which(limit) == own:
             return limit.model_dump(exclude_none=True, exclude_unset=True)
     return {}
 
