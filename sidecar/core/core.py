@@ -183,11 +183,17 @@ def _client_left(step: Step, event: ev.ClientLeft) -> None:
     if event.moved:
         running.cancel(step, request, Reason.NOT_OWNER, "another replica sees to the request")
     else:
-        running.cancel(step, request, Reason.CANCELLED, BY_OPERATOR if event.by_operator else LEFT)
+        running.cancel(step, request, Reason.CANCELLED, why_left(event))
+
+
+def why_left(event: ev.ClientLeft) -> str:
+    """Return what the client hears of the end of a request that was cancelled."""
+    if event.revoked:
+        return "the credential of the request was revoked or has expired; get a new one"
+    return "an operator cancelled the request" if event.by_operator else LEFT
 
 
 LEFT = "the client cancelled the request or went away"
-BY_OPERATOR = "an operator cancelled the request"
 STALLED = "for longer than client_stall_s more of the answer waited for the client than is kept; read it as it comes"
 
 

@@ -40,12 +40,13 @@ class Received:
 class ClientLeft:
     """The client cancelled or disconnected; or, with `moved`, another replica serves the request.
 
-    With `by_operator` it is an operator who cancelled, and the client hears so.
+    With `by_operator` an operator cancelled it, and with `revoked` the client's credential has ended; the client hears so.
     """
 
     request: int
     moved: bool = False
     by_operator: bool = False
+    revoked: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,8 @@ def own_event(event: ev.Event, request: int, attempt: int) -> tuple[str, str] | 
     if isinstance(event, ev.ClientLeft) and event.request == request:
         if event.by_operator:
             return "cancelled", "an operator cancelled it"
+        if event.revoked:
+            return "cancelled", "its credential was revoked or has expired"
         return ("moved", "it moved to another replica") if event.moved else ("client_left", LEFT)
     if isinstance(event, ev.ClientStalled) and event.request == request:
         return "client_stalled", "its client was too far behind for too long"

@@ -11,7 +11,6 @@ from time import monotonic
 
 from sidecar.backends.api import Ticket
 from sidecar.core import admission
-from sidecar.core.core import BY_OPERATOR, LEFT, STALLED
 from sidecar.errors import Reason, Refused
 from sidecar.replicas.board import JOINING, SERVING, Board
 from sidecar.replicas.call import ForwardCall
@@ -27,7 +26,6 @@ AGAIN_S, AGAIN_S_MAX = 0.02, 0.5
 """The pause between two attempts to find an owner, which grows."""
 LEAVING_S = 5.0
 """How long a draining replica looks for an owner: if all replicas leave, there will be none."""
-MESSAGES = {Reason.CANCELLED: LEFT, Reason.CLIENT_STALLED: STALLED}
 
 
 @dataclass
@@ -116,13 +114,12 @@ class Router:
         self._start_forwarding(ticket, ticket.trip, AGAIN_S)
         return True
 
-    def end(self, ticket: Ticket, reason: Reason, by_operator: bool = False) -> bool:
+    def end(self, ticket: Ticket, reason: Reason, message: str) -> bool:
         trip: Trip | None = ticket.trip
         if trip is None or trip.task is None:
             return False
         trip.task.cancel()
         if ticket.settled is None:
-            message = BY_OPERATOR if by_operator else MESSAGES[reason]
             ticket.settle(ended(ticket.request, trip.facts, reason, message))
         return True
 

@@ -32,7 +32,7 @@ from sidecar.core import admission, injected
 from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
-from sidecar.core.core import Core, Policies
+from sidecar.core.core import STALLED, Core, Policies, why_left
 from sidecar.core.enums import Fault, Outcome
 from sidecar.core.facts import EngineFacts, version_of_key
 from sidecar.core.state import State
@@ -325,15 +325,17 @@ class Gateway:
         if self.tickets.pop(ticket.request, None) is not None and ticket.settled is None:
             if ticket.reservation is not None:
                 self._left[ticket.request] = ticket
-            self._end(ticket, ev.ClientLeft(ticket.request, moved), Reason.CANCELLED)
+            self._cancel(ticket, ev.ClientLeft(ticket.request, moved))
 
     def cancel(self, ticket: Ticket, by_operator: bool = False) -> None:
         """End a request as its client or an operator asks; the ending comes through the ticket."""
-        event = ev.ClientLeft(ticket.request, by_operator=by_operator)
-        self._end(ticket, event, Reason.CANCELLED, by_operator)
+        self._cancel(ticket, ev.ClientLeft(ticket.request, by_operator=by_operator))
 
-    def _end(self, ticket: Ticket, event: ev.Event, reason: Reason, by_operator: bool = False) -> None:
-        if self.elsewhere is None or not self.elsewhere.end(ticket, reason, by_operator):
+    def _cancel(self, ticket: Ticket, event: ev.ClientLeft) -> None:
+        self._end(ticket, event, Reason.CANCELLED, why_left(event))
+
+    def _end(self, ticket: Ticket, event: ev.Event, reason: Reason, message: str) -> None:
+        if self.elsewhere is None or not self.elsewhere.end(ticket, reason, message):
             self.driver.post(event)
         else:
             self._left.pop(ticket.request, None)
@@ -351,13 +353,13 @@ class Gateway:
         now_ns = monotonic_ns()
         for ticket in list(self.tickets.values()):
             if ticket.caller is not None and ticket.settled is None and self.access.is_over(ticket.caller):
-                self._end(ticket, ev.ClientLeft(ticket.request), Reason.CANCELLED)
+                self._cancel(ticket, ev.ClientLeft(ticket.request, revoked=True))
                 continue
             since_ns = ticket.behind_since_ns
             if since_ns is None or ticket.settled is not None:
                 continue
             if now_ns - since_ns > self._client_stall_ns:
-                self._end(ticket, ev.ClientStalled(ticket.request), Reason.CLIENT_STALLED)
+                self._end(ticket, ev.ClientStalled(ticket.request), Reason.CLIENT_STALLED, STALLED)
             else:
                 ticket.resume()  # other answers may have left room
 

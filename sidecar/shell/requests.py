@@ -82,7 +82,7 @@ class Elsewhere(Protocol):
     def given_back(self, ticket: Ticket) -> bool:
         """Return True if it takes care of a request that this replica's core has given back without a token."""
 
-    def end(self, ticket: Ticket, reason: Reason, by_operator: bool = False) -> bool:
+    def end(self, ticket: Ticket, reason: Reason, message: str) -> bool:
         """End a request that is at another replica, through its ticket; return False if it is here."""
 
     def passed_on(self) -> Iterator[tuple[Ticket, RequestFacts, float]]:
