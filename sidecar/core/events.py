@@ -40,7 +40,7 @@ class Received:
 class ClientLeft:
     """The client cancelled or disconnected; or, with `moved`, another replica serves the request.
 
-    With `by_operator` an operator cancelled it, and with `revoked` the client's credential has ended; the client hears so.
+    With `by_operator` an operator cancelled it, and with `revoked` its credential has ended; the client hears so.
     """
 
     request: int

@@ -534,7 +534,7 @@ async def test_a_key_is_revoked_under_an_open_stream(tmp_path: Path, on_revoked:
             assert not (await stream.read()).error_message
             assert len(served.state.requests) == 1
         else:
-            ended = "CANCELLED: the credential of the request was revoked"
+            ended = "[CANCELLED] the credential of the request was revoked"
             if ended not in refused.error_message:  # the one refused may come before
                 await read_until(stream, lambda message: ended in message.error_message)
             await until(lambda: not served.state.requests)
