@@ -406,6 +406,10 @@ class Access:
         self.denied(caller, Action.REGISTER, SYSTEM, why, request_id)
         raise Refused(Reason.NOT_ALLOWED, why)
 
+    def may_change(self, caller: Caller, record: Record) -> bool:
+        """Return True if a caller may change a name, and so see where its files are and whom it is for."""
+        return self.may(caller, Action.REGISTER, adapter_resource(record)).allowed
+
     def may_see_base(self, caller: Caller, name: str) -> bool:
         """Return True if a list may show a base model."""
         return self.may(caller, Action.LIST, Resource(Sort.BASE, name)).allowed

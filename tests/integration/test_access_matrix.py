@@ -25,6 +25,7 @@ from sidecar.access.access import NOT_PERMITTED, UNAUTHENTICATED
 from sidecar.proto import admin_pb2 as pb
 from sidecar.proto import admin_pb2_grpc, gateway_pb2, gateway_pb2_grpc
 from sidecar.shell.catalogue import Wanted
+from sidecar.shell.loading import PATH
 from tests.kit.authority import NEEDS_OPENSSL, Authority
 from tests.kit.emulated import running_engine
 from tests.kit.faults import ENDLESS
@@ -435,6 +436,58 @@ async def test_a_publisher_does_not_take_over_what_is_hidden_from_it(tmp_path: P
             own = pb.RegisterRequest(name="mine", path=str(tmp_path / "more"))
             assert await caller.admin("Adapters", "Register", own) == OK
         assert served.sidecar.registry.get("secret") == before
+
+
+ONLY_CURRENT = """
+permit (principal in Role::"operator", action, resource);
+permit (principal, action in Action::"use", resource is Adapter);
+permit (principal, action == Action::"list", resource is Version) when { resource.ordinal == 1 };
+"""
+
+
+@pytest.mark.parametrize("policy", ["tenant_prefix", "cedar"])
+async def test_a_shared_name_shows_no_folder_allow_list_or_hidden_version(tmp_path: Path, policy: str) -> None:
+    """To those who may not change it, on the admin listener and in /v1/models."""
+    maker = TokenMaker(tmp_path)
+    write_names(tmp_path)
+    config = access_of(tmp_path, maker)
+    if policy == "cedar":
+        (tmp_path / "policies.cedar").write_text(ONLY_CURRENT)
+        config["access"]["policies"] = {"cedar": str(tmp_path / "policies.cedar")}
+    async with (
+        running_engine(**DUMMY) as engine,
+        serving([engine], roots=[tmp_path], backend={"id": "b0"}, **config) as served,
+    ):
+        await register_all(served, tmp_path)
+        catalogue = served.sidecar.gateway.catalogue
+        labels = ((PATH, "/their/own/path"), ("team", "ml"))
+        await catalogue.register("shared", str(tmp_path / "more"), Wanted(allow=("acme", "green"), labels=labels))
+        seen = {}
+        for role in ("tenant", "operator"):
+            metadata = await credential("key of the file", role, served, maker)
+            assert metadata is not None
+            async with caller_of(served, metadata, tmp_path) as caller:
+                stub: Any = admin_pb2_grpc.AdaptersStub(served.admin_channel)  # type: ignore[no-untyped-call]
+                shown = await stub.Get(pb.AdapterRequest(name="shared"), metadata=metadata)
+                listed = await stub.List(pb.ListAdaptersRequest(), metadata=metadata)
+                assert shown in listed.adapters
+                watched = await read_until(
+                    stub.Watch(pb.WatchRequest(), metadata=metadata), lambda change: change.name == "shared"
+                )
+                assert watched.adapter == shown
+                one = await caller.http.get("/v1/models/shared", headers=list(metadata))
+                entries = (await caller.http.get("/v1/models", headers=list(metadata))).json()["data"]
+                assert one.json() in entries
+                seen[role] = shown, one.json()["root"]
+        shown, root = seen["operator"]
+        assert (shown.path, list(shown.allow)) == (str(tmp_path / "more"), ["acme", "green"])
+        assert root == "/their/own/path"
+        shown, root = seen["tenant"]
+        assert (shown.path, list(shown.allow), shown.managed_by) == ("", [], "")
+        assert not any(str(tmp_path) in version.origin or PATH in version.labels for version in shown.versions)
+        assert [version.version for version in shown.versions] == (["v1"] if policy == "cedar" else ["v1", "v2"])
+        assert shown.version == ("" if policy == "cedar" else "shared@v2")
+        assert root == ("shared" if policy == "cedar" else "shared@v2")
 
 
 async def test_what_a_tenant_sees_of_limits_and_usage_is_its_own(tmp_path: Path) -> None:

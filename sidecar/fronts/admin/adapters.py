@@ -20,6 +20,7 @@ from sidecar.fronts.status import abort, answers_errors
 from sidecar.proto import admin_pb2, admin_pb2_grpc
 from sidecar.shell.catalogue import Entered, Wanted
 from sidecar.shell.gateway import Gateway
+from sidecar.shell.loading import PATH
 from sidecar.state.records import Record, paused_for
 from sidecar.state.registry import Change
 
@@ -68,7 +69,7 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
         response, shown = admin_pb2.ListAdaptersResponse(), await self._shown()
         for number, view in enumerate(queries.adapter_views(self._gateway.state, monotonic_ns()), 1):
             if view.name in shown:
-                response.adapters.append(adapter_message(view, self._catalogue.registry.get(view.name)))
+                response.adapters.append(self._message(view))
             if number % LISTED_A_STEP == 0:
                 await asyncio.sleep(0)  # thousands of adapters must not delay the tokens of running requests
         return response
@@ -202,8 +203,32 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
     def _adapter(self, name: str) -> Any:
         """Return a name as it is now. Raises Refused(UNKNOWN_ADAPTER) if it has been unregistered meanwhile."""
         self._catalogue.known(name)
-        view = queries.adapter_view(self._gateway.state, name, monotonic_ns())
-        return adapter_message(view, self._catalogue.registry.get(name))
+        return self._message(queries.adapter_view(self._gateway.state, name, monotonic_ns()))
+
+    def _message(self, view: queries.AdapterView) -> Any:
+        """Return an adapter as the caller may see it.
+
+        Where its files are, whom it is for and what manages it are shown to those who may change it.
+        """
+        message, record = _live_message(view), self._catalogue.registry.get(view.name)
+        if record is None:
+            return message
+        caller, access = callers.CALLER.get(), self._gateway.access
+        changes = access.may_change(caller, record)
+        shown = {
+            version.ordinal for version in record.versions if access.may_see_version(caller, record, version.ordinal)
+        }
+        _add_record(message, record, shown)
+        if view.ordinal not in shown:
+            message.ClearField("version")
+            message.ClearField("digest")
+        if not changes:
+            for field in ("path", "allow", "managed_by", "held_s"):
+                message.ClearField(field)
+            for version in message.versions:
+                version.ClearField("origin")
+                version.labels.pop(PATH, None)
+        return message
 
 
 def _queue(changes: asyncio.Queue[Change], change: Change) -> None:
@@ -212,20 +237,17 @@ def _queue(changes: asyncio.Queue[Change], change: Change) -> None:
         changes.put_nowait(change)
 
 
-def adapter_message(view: queries.AdapterView, record: Record | None) -> Any:
-    """Return an adapter as the API shows it: the core's view, and the versions of its registry record."""
-    message = _live_message(view)
-    if record is not None:
-        message.versions.extend(_version_messages(record))
-        message.managed_by = record.managed_by
-        message.held_s = max(0.0, record.held_until - time())
-        message.paused_s = paused_for(record, time()) or 0.0
-        if record.canary is not None:
-            message.canary_version, message.canary_weight = f"v{record.canary[0]}", record.canary[1]
-    return message
+def _add_record(message: Any, record: Record, shown: Collection[int]) -> None:
+    """Add what the registry knows of an adapter, and those of its versions that are shown."""
+    message.versions.extend(_version_messages(record, shown))
+    message.managed_by = record.managed_by
+    message.held_s = max(0.0, record.held_until - time())
+    message.paused_s = paused_for(record, time()) or 0.0
+    if record.canary is not None and record.canary[0] in shown:
+        message.canary_version, message.canary_weight = f"v{record.canary[0]}", record.canary[1]
 
 
-def _version_messages(record: Record) -> list[Any]:
+def _version_messages(record: Record, shown: Collection[int]) -> list[Any]:
     roles = {record.previous: "previous", record.current: "current"}
     if record.canary is not None:
         roles[record.canary[0]] = "canary"
@@ -240,6 +262,7 @@ def _version_messages(record: Record) -> list[Any]:
             registered_at=version.registered_at,
         )
         for version in record.versions
+        if version.ordinal in shown
     ]
 
 

@@ -63,7 +63,7 @@ class Models:
             return None
         if selector and not self._gateway.access.may_see_version(caller, record, version.ordinal):
             return None
-        return self._entry(model, record, version, self._listed_bases())
+        return self._entry(model, caller, record, version, self._listed_bases())
 
     def _bases(self, caller: Caller) -> Iterator[dict[str, Any]]:
         if not self._gateway.state.config.base_requests:
@@ -88,13 +88,18 @@ class Models:
     def _entries(
         self, caller: Caller, record: Record, versions: bool, listed: Mapping[str, str]
     ) -> Iterator[dict[str, Any]]:
-        yield self._entry(record.name, record, record.version, listed)
+        yield self._entry(record.name, caller, record, record.version, listed)
         for version in record.versions if versions else ():
             if self._gateway.access.may_see_version(caller, record, version.ordinal):
-                yield self._entry(_label(record, version), record, version, listed)
+                yield self._entry(_label(record, version), caller, record, version, listed)
 
-    def _entry(self, model: str, record: Record, version: Version, listed: Mapping[str, str]) -> dict[str, Any]:
-        root = dict(version.labels).get(PATH) or _label(record, version)
+    def _entry(
+        self, model: str, caller: Caller, record: Record, version: Version, listed: Mapping[str, str]
+    ) -> dict[str, Any]:
+        access, path = self._gateway.access, dict(version.labels).get(PATH)
+        root = _label(record, version) if access.may_see_version(caller, record, version.ordinal) else record.name
+        if path and access.may_change(caller, record):
+            root = path
         trained_on = version.adapter.base_model
         parent = listed.get(trained_on, trained_on)
         return self._record(model, int(version.registered_at) or self._since, root, parent)
