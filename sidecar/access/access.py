@@ -18,18 +18,17 @@ from typing import Any, NoReturn
 
 from sidecar.access.audit import Audit
 from sidecar.access.budgets.budgets import Budgets, Reservation, Standing
-from sidecar.access.certificates import principal_of
 from sidecar.access.deciding import CachedPolicy
-from sidecar.access.forwarded import names_in
-from sidecar.access.keys import PREFIX, KeyBook
+from sidecar.access.keys import KeyBook
 from sidecar.access.policy import Open, Roles, prefix_owner
 from sidecar.access.principal import SYSTEM, Action, Decision, Presented, Principal, Proof, Resource, Sort
+from sidecar.access.proving import Proving
 from sidecar.access.resources import Resources, adapter_resource, version_resource
 from sidecar.access.tokens import Tokens
-from sidecar.config.identities import OTHERS, OWN_TENANTS, clipped
+from sidecar.config.identities import OWN_TENANTS, clipped
 from sidecar.config.identity import Identity
 from sidecar.config.openai import LOADS
-from sidecar.errors import Misused, Reason, Refused, SidecarError
+from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.state.records import Record
 
 CLASS_DEFAULT = "default"
@@ -40,9 +39,6 @@ UNAUTHENTICATED, NOT_PERMITTED, LIMIT = "unauthenticated", "not_permitted", "lim
 DENIALS = tuple((cause, seen) for cause in (UNAUTHENTICATED, NOT_PERMITTED, LIMIT) for seen in ("false", "true"))
 """The causes of denials, each refused ("false") or only observed ("true")."""
 REFERENCE_MAX = 256
-_SCHEME = "bearer "
-_WAY = 'send an API key or a token as "authorization: Bearer …"'
-
 
 NOBODY = Principal()
 
@@ -115,16 +111,13 @@ class Access:
         """All names as resources at a change of the registry."""
         self.mode = identity.mode
         self.ends_revoked = identity.on_revoked == "end"
-        self._identity = identity
+        self._proving = Proving(identity, keys, tokens, clock)
         self._tenant_from = tenant_from
         self._record_of = record_of
         self._policy = policy
         self._audit = audit
         self._by_version = by_version
-        self._keys = keys
-        self._tokens = tokens
         self.budgets = budgets
-        self._clock = clock
 
     @classmethod
     def off(cls, record_of: Callable[[str], Record | None], tenant_from: str = "metadata") -> Access:
@@ -138,7 +131,7 @@ class Access:
         if self.mode == "off":
             return self._believed(presented)
         try:
-            proven = await self._prove(presented)
+            proven = await self._proving.prove(presented)
         except SidecarError as error:
             if self.mode == "observe":
                 believed = self._believed(presented)
@@ -158,50 +151,10 @@ class Access:
             return Caller(Principal(name, Proof.CERTIFICATE, name), presented.peer)
         return Caller(peer=presented.peer)
 
-    async def _prove(self, presented: Presented) -> Principal:
-        principal = await self._first(presented)
-        if principal.tenant in OWN_TENANTS or principal.tenant.startswith(OTHERS):
-            raise _unauthenticated(f'the credential is of tenant "{principal.tenant}", which is the sidecar\'s own')
-        return principal
-
-    async def _first(self, presented: Presented) -> Principal:
-        """Return the principal of the first credential that applies. One that applies and is faulty ends the search."""
-        wanted = self._identity.certificates
-        if wanted.enabled and presented.certificate:
-            try:
-                return principal_of(presented.certificate, wanted.tenant_pattern, Proof.CERTIFICATE)
-            except Misused:
-                if not presented.authorization:  # else it is an ingress's, which passes its client's credential on
-                    raise
-        if presented.authorization:
-            return await self._of_authorization(presented.authorization)
-        if wanted.forwarded is not None and presented.forwarded:
-            return principal_of(names_in(presented.forwarded), wanted.tenant_pattern, Proof.FORWARDED)
-        raise _unauthenticated(f"the call has no credential; {_WAY}")
-
-    async def _of_authorization(self, values: Sequence[str]) -> Principal:
-        if len(values) > 1:  # a proxy may have checked the other one
-            raise _unauthenticated('the header "authorization" is given twice; send one')
-        value = values[0]
-        if value[: len(_SCHEME)].lower() != _SCHEME:
-            raise _unauthenticated(f'the header "authorization" has another scheme than Bearer; {_WAY}')
-        secret = value[len(_SCHEME) :].strip()
-        if self._tokens is not None and not secret.startswith(PREFIX) and secret.count(".") >= 2:
-            return await self._tokens.verify(secret)
-        if self._keys is not None:
-            return self._keys.find(secret, self._clock())
-        raise _unauthenticated("this sidecar takes no API keys and the credential is no token of an issuer")
-
     def check(self, caller: Caller) -> None:
         """Raise Misused(UNAUTHENTICATED) if the caller's credential has ended since it was identified."""
-        principal = caller.proven
-        if principal is None or self.mode != "enforce":
-            return
-        now = self._clock()
-        if principal.expires_at is not None and now >= principal.expires_at:
-            raise _unauthenticated("the credential has expired; call again with a new one")
-        if principal.proof is Proof.KEY and self._keys is not None:
-            self._keys.check(principal, now)
+        if caller.proven is not None and self.mode == "enforce":
+            self._proving.check(caller.proven)
 
     def is_over(self, caller: Caller) -> bool:
         """Return True if running answers of the caller are to end, since its credential has."""
@@ -490,7 +443,3 @@ def _limited(adapter: str) -> str:
 
 def _named(reference: str) -> Resource:
     return Resource(Sort.ADAPTER, reference[:REFERENCE_MAX])
-
-
-def _unauthenticated(text: str) -> Misused:
-    return Misused(Reason.UNAUTHENTICATED, text)
