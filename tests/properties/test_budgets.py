@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 from hypothesis import example, given, settings
@@ -113,3 +114,47 @@ def test_a_budget_counts_as_the_model_does(steps: list[tuple[str, int] | tuple[s
             budgets.set_limits([Limit(tenant="*", tokens="input", tokens_per_minute=most)])
         now = int(clock.now_s) // WINDOW_S
         assert budgets.taken(limit, "acme").get("tokens_per_minute", 0) == model.taken(now)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("ask"), st.sampled_from([0, 30]), st.sampled_from([1, 10, 100, 1000])),
+            st.tuples(st.just("end"), st.integers(0, 9), st.sampled_from([0.0, 0.01, 0.5, 1.0])),
+            st.tuples(st.just("wait"), st.sampled_from([1, 20, 60]), st.just(0)),
+        ),
+        min_size=30,
+        max_size=120,
+    ),
+    st.sampled_from([100, 1000]),
+)
+def test_a_client_that_teaches_short_answers_overdraws_a_window_once(
+    steps: list[tuple[str, int, float]], most: int
+) -> None:
+    """At every moment all that is under way may come to its full length: the window has at most twice its limit, or one
+    request beyond it. Each of these ends is tried on a copy of the budgets.
+    """
+    clock = Time()
+    limit = Limit(tenant="*", tokens_per_minute=most)
+    budgets = Budgets([limit], clock)
+    going: list[tuple[Reservation, int, int]] = []
+    longest = 0
+    for what, number, share in steps:
+        if what == "ask":
+            try:
+                reservation = budgets.reserve("acme", "default", "sql", number, int(share))
+            except Refused:
+                continue
+            reservation.dispatched()
+            longest = max(longest, number + int(share))
+            going.append((reservation, number, int(share)))
+        elif what == "end" and going:
+            reservation, prompt, length = going.pop(number % len(going))
+            reservation.settle(prompt, round(length * share), ran=True)
+        elif what == "wait":
+            clock.now_s += number
+        ending, running = copy.deepcopy((budgets, going))
+        for reservation, prompt, length in running:
+            reservation.settle(prompt, length, ran=True)
+        assert ending.taken(limit, "acme").get("tokens_per_minute", 0) <= max(2 * most, most + longest)
