@@ -25,7 +25,7 @@ from sidecar.access.principal import SYSTEM, Action, Decision, Presented, Princi
 from sidecar.access.proving import Proving
 from sidecar.access.resources import Resources, adapter_resource, version_resource
 from sidecar.access.tokens import Tokens
-from sidecar.config.identities import OWN_TENANTS, clipped
+from sidecar.config.identities import clipped, is_reserved
 from sidecar.config.identity import Identity
 from sidecar.config.openai import LOADS
 from sidecar.errors import Reason, Refused, SidecarError
@@ -179,14 +179,14 @@ class Access:
                     f'the request says tenant "{clipped(claims[0])}" and the metadata lora-tenant '
                     f'"{clipped(claims[1])}"; say it once',
                 )
-            if claims and claims[0] in OWN_TENANTS:
-                raise Refused(Reason.INVALID_REQUEST, f'tenant "{claims[0]}" is the sidecar\'s own; name another')
             claimed = claims[0] if claims else ""
+            _check_reserved(claimed)
             if claims and caller.proven is not None and claimed != caller.proven.tenant:
                 why = f'the request says tenant "{clipped(claimed)}", its credential "{caller.proven.tenant}"'
                 self.denied(caller, Action.INFER, SYSTEM, why, request_id)
             return claimed
         tenant = caller.principal.tenant
+        _check_reserved(tenant)
         others = [claim for claim in claims if claim != tenant] if self.mode == "enforce" else []
         if others:
             why = (
@@ -434,6 +434,11 @@ def unknown(reference: str, request_id: str) -> Refused:
         f'that you may use; ask your operator with id "{request_id}"',
         adapter=reference[:80],
     )
+
+
+def _check_reserved(tenant: str) -> None:
+    if is_reserved(tenant):
+        raise Refused(Reason.INVALID_REQUEST, f'tenant "{clipped(tenant)}" is the sidecar\'s own; name another')
 
 
 def _limited(adapter: str) -> str:

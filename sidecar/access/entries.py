@@ -14,7 +14,7 @@ from urllib.parse import quote
 from pydantic import AfterValidator, Field, ValidationError
 
 from sidecar.config.access import Limit, Role
-from sidecar.config.identities import CLASS, OTHERS, OWN_TENANTS, TENANT, Shape, problem_of
+from sidecar.config.identities import CLASS, TENANT, Shape, is_reserved, problem_of
 from sidecar.config.section import Section, problems
 from sidecar.state.codec import Codec, UnreadableRecord
 
@@ -34,7 +34,7 @@ def _fit(shape: Shape) -> AfterValidator:
 
 
 def _is_not_ours(tenant: str) -> str:
-    if tenant in OWN_TENANTS or tenant.startswith(OTHERS):
+    if is_reserved(tenant):
         raise ValueError("it is the sidecar's own; name another")
     return tenant
 

@@ -9,7 +9,7 @@ from sidecar.access.forwarded import names_in
 from sidecar.access.keys import PREFIX, KeyBook
 from sidecar.access.principal import Presented, Principal, Proof
 from sidecar.access.tokens import Tokens
-from sidecar.config.identities import OTHERS, OWN_TENANTS
+from sidecar.config.identities import is_reserved
 from sidecar.config.identity import Identity
 from sidecar.errors import Misused, Reason
 
@@ -31,7 +31,7 @@ class Proving:
     async def prove(self, presented: Presented) -> Principal:
         """Return whom a call's credential proves. Raises Misused(UNAUTHENTICATED)."""
         principal = await self._first(presented)
-        if principal.tenant in OWN_TENANTS or principal.tenant.startswith(OTHERS):
+        if is_reserved(principal.tenant):
             raise _unauthenticated(f'the credential is of tenant "{principal.tenant}", which is the sidecar\'s own')
         return principal
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from sidecar.access.access import Access, Caller
+from sidecar.access.principal import Principal, Proof
 from sidecar.config import identities, parse
 from sidecar.config.identities import OWN_TENANTS, Shape, checked, session_of
 from sidecar.config.openai import LOADS
@@ -67,3 +69,14 @@ def test_a_session_is_known_by_a_digest_only() -> None:
 def test_the_sidecar_s_own_tenants_are_known() -> None:
     """A client that could be one of them would see what is not published, or pass for a verification."""
     assert {LOADS, asking.TENANT} == set(OWN_TENANTS)
+
+
+@pytest.mark.parametrize("tenant", [*OWN_TENANTS, "(idle)"])
+def test_a_client_that_is_believed_is_no_reserved_tenant(tenant: str) -> None:
+    """Neither by what its request claims nor by its certificate's name."""
+    access = Access.off(lambda name: None)
+    claiming = Caller(Principal(proof=Proof.CLAIMED), is_believed=True)
+    certified = Caller(Principal(tenant, Proof.CERTIFICATE, tenant))
+    for caller, claims in ((claiming, [tenant]), (certified, [])):
+        with pytest.raises(Refused, match="the sidecar's own; name another"):
+            access.tenant_of(caller, claims)
