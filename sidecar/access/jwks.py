@@ -213,20 +213,31 @@ def read_keys(text: bytes, issuer: str) -> list[PublicKey]:
 
     Raises ValueError if it is no JWKS.
     """
+    keys, problems = keys_in(text)
+    for number, problem in problems:
+        logger.warning("key %s of the issuer %s is not used: %s", number, clipped(issuer), problem)
+    return keys
+
+
+def keys_in(text: bytes) -> tuple[list[PublicKey], list[tuple[int, str]]]:
+    """Return the keys of a JWKS that can verify signatures, and the numbers of others with what is wrong with them.
+
+    Raises ValueError if it is no JWKS.
+    """
     entries = parse_object(text).get("keys")
     if not isinstance(entries, list):
         raise ValueError("it has no list of keys")
     if len(entries) > KEYS_MAX:
         raise ValueError(f"it has {len(entries)} keys; at most {KEYS_MAX} are taken")
-    keys = []
+    keys, problems = [], []
     for number, entry in enumerate(entries):
         if isinstance(entry, dict) and entry.get("use", "sig") == "enc":
             continue
         try:
             keys.append(_usable(entry))
         except Exception as error:  # noqa: BLE001 — the library raises many kinds for what is wrong with a key
-            logger.warning("key %s of the issuer %s is not used: %s", number, clipped(issuer), clipped(str(error)))
-    return keys
+            problems.append((number, clipped(str(error))))
+    return keys, problems
 
 
 def _usable(entry: Any) -> PublicKey:
@@ -247,7 +258,7 @@ def _usable(entry: Any) -> PublicKey:
 async def fetch_jwks(issuer: Issuer) -> bytes:
     """Return the bytes of an issuer's JWKS. Raises OSError, ValueError, TimeoutError or httpx.HTTPError."""
     if issuer.jwks_file is not None:
-        return await asyncio.to_thread(_read, issuer.jwks_file)
+        return await asyncio.to_thread(read_file, issuer.jwks_file)
     # The authority and the token are read anew each time: in a pod both are replaced while it runs.
     context = await asyncio.to_thread(_tls_context, issuer.jwks_ca)
     headers = {"accept": "application/jwk-set+json, application/json", "accept-encoding": "identity"}
@@ -279,13 +290,14 @@ def _tls_context(ca: str | None) -> ssl.SSLContext:
 
 
 def _read_token(file: str) -> str:
-    token = _read(Path(file).expanduser()).strip()
+    token = read_file(Path(file).expanduser()).strip()
     if not _TOKEN.fullmatch(token):  # the HTTP library would show what it cannot send
         raise ValueError(f"jwks_token_file {file} holds no token")
     return token.decode()
 
 
-def _read(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
+    """Return the bytes of a JWKS or of a token. Raises OSError, and ValueError for more than SIZE_BYTES_MAX."""
     with path.open("rb") as file:
         text = file.read(SIZE_BYTES_MAX + 1)
     _check_size(len(text))

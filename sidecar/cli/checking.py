@@ -37,8 +37,10 @@ def check_config(
 ) -> int:
     """Print the effective configuration, defaults and environment included; exit 2 with the fault.
 
-    With --connect, check each engine, as `backends check URL` does; exit 1 if a check fails.
+    It reads files of keys and policies, too. With --connect, check each engine, as `backends check URL` does; exit 1
+    if a check fails.
     """
+    from sidecar.access import configured
     from sidecar.access.deciding import policy_of
     from sidecar.backends.registry import entries_of, full_record
 
@@ -47,7 +49,7 @@ def check_config(
     entries = entries_of(config)
     _check_files(config, entries)
     _check_addresses(entries)
-    notes = [*_paces(entries), *_undeclared(entries)]
+    notes = [*configured.check(config), *_paces(entries), *_undeclared(entries)]
     if connect:
         from sidecar.cli.probing import check_all
 

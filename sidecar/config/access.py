@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from sidecar.config.identities import TENANT, problem_of
 from sidecar.config.section import Section
 
 Role = Literal["operator", "publisher", "viewer"]
@@ -28,6 +29,20 @@ class Policies(Section):
     separator: str = Field("/", pattern=r"^[/._-]$")
     roles: dict[str, tuple[Role, ...]] = {}
     cedar: str | None = None
+
+    @field_validator("roles")
+    @classmethod
+    def _can_be_given(cls, roles: dict[str, tuple[Role, ...]]) -> dict[str, tuple[Role, ...]]:
+        """Refuse names that no tenant and no group has: their roles would be given to nobody, and without a word."""
+        for name in roles:
+            head, colon, group = name.partition(":")
+            if colon and head.strip().lower() in ("group", "groups") and (head != "group" or not group.strip()):
+                raise ValueError(f'"{name}" stands for no group; write group:{group.strip() or "NAME"}')
+            if problem := problem_of(TENANT, name.removeprefix("group:")):
+                raise ValueError(f"a name {problem}")
+            if not name:
+                raise ValueError("a name is empty; name a tenant, or a group as group:NAME")
+        return roles
 
 
 class Limit(Section):

@@ -27,6 +27,18 @@ def _is_pattern(text: str) -> str:
 Pattern = Annotated[str, AfterValidator(_is_pattern)]
 
 
+def _is_claim(path: str) -> str:
+    """Raise ValueError for a path that no claim can have. A claim's own name may have dots, slashes and colons."""
+    if path.startswith("$"):
+        raise ValueError("a path begins with the name of a claim, not with $, as in realm_access.roles")
+    if not all(path.split(".")) or path != path.strip() or not path.isprintable():
+        raise ValueError("it must name a claim, or an object and a claim in it, as in realm_access.roles")
+    return path
+
+
+Claim = Annotated[str, AfterValidator(_is_claim)]
+
+
 def _mode(written: object) -> object:
     return "off" if written is False else written  # as YAML reads a bare off
 
@@ -54,10 +66,10 @@ class Issuer(Section):
     algorithms: tuple[
         Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"], ...
     ] = Field(("RS256", "ES256"), min_length=1)
-    tenant: str = "sub"
+    tenant: Claim = "sub"
     tenant_pattern: Pattern | None = None
-    groups: str | None = None
-    class_claim: str | None = None
+    groups: Claim | None = None
+    class_claim: Claim | None = None
     leeway_s: float = Field(30.0, ge=0, le=300)
     jwks_refresh_s: float = Field(300.0, ge=1)
     jwks_stale_max_s: float = Field(24 * 3600.0, gt=0)

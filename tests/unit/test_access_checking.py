@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,7 @@ from sidecar.config.identity import Identity
 from sidecar.errors import Refused
 from sidecar.state.records import Record, added, promoted
 from tests.kit.corekit import adapter_of
+from tests.kit.jwts import Signer, jwks_of
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "access"
 
@@ -158,6 +160,69 @@ def test_a_faulty_file_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture
     assert f"{cedar}: line 2: attribute `size`" in capsys.readouterr().err
     assert run(["config", "check", str(path)]) == 2
     assert f"{cedar}: line 2: attribute `size`" in capsys.readouterr().err
+
+
+def config_check(capsys: pytest.CaptureFixture[str], path: Path, **sections: object) -> tuple[int, str, str]:
+    file = path / "sidecar.yaml"
+    file.write_text(json.dumps(sections))
+    code = run(["config", "check", str(file)])
+    captured = capsys.readouterr()
+    return code, "\n".join(line for line in captured.out.splitlines() if line.startswith("# ")), captured.err
+
+
+ISSUER = {"issuer": "https://issuer.example", "audience": "lora-sidecar"}
+
+
+def test_the_files_of_keys_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All problems at once, each with its key and its file, and of a file of keys no secret."""
+    keys, jwks = tmp_path / "keys.yaml", tmp_path / "jwks.json"
+    sections: dict[str, Any] = {
+        "identity": {"keys_file": str(keys), "issuers": [{**ISSUER, "jwks": str(jwks), "class_claim": "class"}]},
+        "access": {"limits": [{"class_name": "*", "concurrent": 1}, {"class_name": "bth", "concurrent": 1}]},
+    }
+    code, _, error = config_check(capsys, tmp_path, **sections)
+    assert (code, f"identity.keys_file: {keys}: No such file" in error) == (2, True)
+    assert f"identity.issuers.0.jwks: {jwks}: No such file" in error
+    keys.write_text(f"- {{tenant: acme, key: {'s' * 16}, class: btch}}\n")
+    jwks.write_text('{"keys": ')
+    code, _, error = config_check(capsys, tmp_path, **sections)
+    assert f'{keys}: entry 1: class: there is no class "btch"; there are default' in error
+    assert f"identity.issuers.0.jwks: {jwks}: it is no JWKS" in error
+    assert 'access.limits.1.class_name: there is no class "bth"; there are default' in error
+    assert (code, "s" * 16 in error) == (2, False)
+    jwks.write_text('{"keys": [{"kty": "oct", "k": "c2VjcmV0"}]}')
+    code, _, error = config_check(capsys, tmp_path, **sections)
+    assert (code, f"{jwks}: key 0 cannot be used: its type (kty)" in error, "no key that verifies" in error) == (
+        2, True, True,
+    )  # fmt: skip
+    keys.write_text(f"- {{tenant: acme, key: {'s' * 16}, class: batch}}\n")
+    entries = [*json.loads(jwks_of(Signer(kid="one")))["keys"], {"kty": "oct", "k": "c2VjcmV0"}]
+    jwks.write_text(json.dumps({"keys": entries}))
+    known: dict[str, Any] = {"queue": {"classes": {"batch": {}, "bth": {}}}}
+    code, notes, error = config_check(capsys, tmp_path, **sections | known)
+    assert (code, error) == (0, "")
+    assert f"{jwks}: key 1 cannot be used" in notes
+    del sections["access"]
+    keys.write_text("[]")
+    _, notes, _ = config_check(capsys, tmp_path, **sections)
+    assert "identity.issuers.0.class_claim: queue.classes has no class but default" in notes
+
+
+@pytest.mark.parametrize("name", ["groups:ops", "Group:ops", "group :ops", "group:", " ops", ""])
+def test_a_role_for_nobody_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, error = config_check(capsys, tmp_path, access={"policies": {"roles": {name: ["viewer"]}}})
+    assert (code, "access.policies.roles: " in error) == (2, True), error
+
+
+def test_a_role_that_may_be_meant_for_others_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("gruop:ops", "*", "group:ops", "system:serviceaccount:a:b", "spiffe://c/a")
+    roles = {"roles": {name: ["viewer"] for name in names}}
+    code, notes, error = config_check(capsys, tmp_path, access={"policies": roles})
+    assert (code, error) == (0, "")
+    assert notes.splitlines() == [
+        '# access.policies.roles.gruop:ops: a tenant is called so; a group would be "group:ops"',
+        "# access.policies.roles.*: * stands for itself; list each tenant or group, or use Cedar",
+    ]
 
 
 def test_the_caller_itself_has_its_own_principal() -> None:

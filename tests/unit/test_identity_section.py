@@ -28,6 +28,11 @@ GOOD = {"issuer": "https://issuer.example", "audience": "lora-sidecar", "jwks": 
         ({"algorithms": ["none"]}, "Input should be 'RS256'"),
         ({"algorithms": []}, "at least 1 item"),
         ({"leeway_s": 3600}, "less than or equal to 300"),
+        ({"tenant": ""}, "it must name a claim"),
+        ({"tenant": "kubernetes.io."}, "it must name a claim"),
+        ({"groups": "realm_access..roles"}, "it must name a claim"),
+        ({"groups": "$.groups"}, "a path begins with the name of a claim, not with $"),
+        ({"class_claim": "class "}, "it must name a claim"),
         ({"tenant_pattern": "acme"}, "it must contain {tenant} once"),
         ({"tenant_pattern": "{tenant}/{tenant}"}, "it must contain {tenant} once"),
         ({"tenant_pattern": "{tenant}-*"}, "the tenant would be a guess"),
@@ -39,6 +44,13 @@ def test_what_cannot_be_trusted_is_refused(changed: dict[str, Any], said: str) -
     with pytest.raises(ValidationError) as caught:
         Issuer(**GOOD | changed)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "path", ["sub", "kubernetes.io.namespace", "https://example.com/claims.tenant", "custom:tenant"]
+)
+def test_claims_have_the_names_that_issuers_give_them(path: str) -> None:
+    assert Issuer(**GOOD, groups=path).groups == path
 
 
 @pytest.mark.parametrize("asserted", [False, "yes", None])

@@ -27,6 +27,7 @@ def lay(objects: list[Object], folder: Path) -> tuple[Path, dict[str, str]]:
             place.mkdir()
             for key in OF_SECRETS:
                 (place / key).touch()
+            (place / "keys.yaml").write_text("[]")  # as a Secret of keys begins
     file = folder / "config.yaml"
     file.write_text(configuration(objects).replace(ETC, str(folder)))
     variables = {each["name"]: each["value"] for each in container["env"] if "value" in each}
