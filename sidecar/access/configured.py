@@ -39,7 +39,7 @@ def classes_of(config: Config) -> list[str]:
     return sorted(config.queue.classes.keys() - set(RESERVED_CLASSES))
 
 
-def unknown_class(klass: str, classes: list[str]) -> str:
+def unknown_class(klass: str, classes: Sequence[str]) -> str:
     """Return what is wrong with a class that the configuration does not have."""
     return f'there is no class "{klass}"; there are {", ".join(classes)} (queue.classes adds one)'
 
@@ -90,12 +90,12 @@ def _of_roles(roles: Mapping[str, Sequence[str]]) -> list[str]:
     return notes
 
 
-def _of_identity(identity: Identity, classes: list[str]) -> Iterator[str]:
+def _of_identity(identity: Identity, classes: Sequence[str]) -> Iterator[str]:
     if identity.keys_file is not None and not identity.keys:
         yield "identity.keys_file: its keys are not taken while identity.keys is false"
     for number, issuer in enumerate(identity.issuers):
         where = f"identity.issuers.{number}"
-        if issuer.class_claim is not None and classes == [CLASS_DEFAULT]:
+        if issuer.class_claim is not None and list(classes) == [CLASS_DEFAULT]:
             yield (
                 f"{where}.class_claim: queue.classes has no class but {CLASS_DEFAULT}: requests with any other in the "
                 f"claim {issuer.class_claim} are refused"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -10,7 +11,8 @@ import typer
 from sidecar.cli.client import Client
 from sidecar.cli.durations import positive_seconds_in
 from sidecar.cli.endpoint import admin_command
-from sidecar.cli.show import AsJson, bad, console, print_json, table
+from sidecar.cli.exits import CommandError, Exit
+from sidecar.cli.show import AsJson, bad, console, print_json, table, with_never
 from sidecar.proto import admin_pb2 as pb
 
 USAGE = """This is the only time that it is shown; keep it in a secret store.
@@ -41,16 +43,16 @@ def create(
     request = pb.CreateKeyRequest(
         tenant=tenant,
         expires_s=positive_seconds_in(expires, "--expires") if expires else 0.0,
-        roles=role or (),
+        roles=known_roles(role or ()),
         groups=group or (),
         note=note,
         **{"class": klass},
     )
     made = client.ask(client.access.CreateKey, request)
-    if as_json:
-        print_json(made)
-        return
     key = made.key
+    if as_json:
+        print_json(_record(key) | {"secret": made.secret})
+        return
     until = f"good until {_time(key.expires_at)}" if key.expires_at else "without an end"
     print(f"key {key.id} of tenant {key.tenant}, {until}")
     print(f"\n{made.secret}\n\n{USAGE}")
@@ -65,12 +67,26 @@ def list_keys(
     """List the API keys with their last use, ended and revoked ones included; never their secrets."""
     keys = client.ask(client.access.ListKeys, pb.ListKeysRequest(tenant=tenant)).keys
     if as_json:
-        print_json(list(keys))
+        print_json([_record(key) for key in keys])
     elif not keys:
         print("no keys; sidecar keys create --tenant NAME makes one")
     else:
         columns = ("KEY", "TENANT", "STATE", "ROLES", "GROUPS", "CLASS", "CREATED", "UNTIL", "LAST USED", "NOTE")
         console().print(table(columns, [_row(key) for key in keys]), crop=False)
+
+
+def known_roles(roles: Sequence[str]) -> Sequence[str]:
+    """Return the roles that are given with --role. Raises CommandError for one that does not exist."""
+    from sidecar.access.principal import ROLES
+
+    for role in roles:
+        if role not in ROLES:
+            raise CommandError(f'--role: there is no role "{role}"; there are {", ".join(ROLES)}', Exit.MISUSED)
+    return roles
+
+
+def _record(key: Any) -> dict[str, Any]:
+    return with_never(key, "created_at", "expires_at", "revoked_at", "used_at")
 
 
 def _row(key: Any) -> tuple[Any, ...]:
@@ -97,7 +113,7 @@ def revoke(
     """Revoke an API key for good, at once and on every replica that answers."""
     key = client.ask(client.access.RevokeKey, pb.RevokeKeyRequest(id=key_id))
     if as_json:
-        print_json(key)
+        print_json(_record(key))
     else:
         print(f"key {key.id} of tenant {key.tenant} is revoked; no replica that answers takes it any more")
 

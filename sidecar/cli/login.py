@@ -14,7 +14,7 @@ from sidecar.cli.client import Client, connected
 from sidecar.cli.credentials import Credential
 from sidecar.cli.endpoint import admin_command
 from sidecar.cli.exits import CommandError, Exit
-from sidecar.cli.show import AsJson, print_json
+from sidecar.cli.show import AsJson, print_json, with_never
 from sidecar.proto import admin_pb2 as pb
 
 OIDC = "OIDC"
@@ -58,7 +58,7 @@ def login(
         who = asking.ask(asking.access.WhoAmI, pb.WhoAmIRequest())
     credentials.keep(client.endpoint.address, credential)
     if as_json:
-        print_json(who)
+        print_json(with_never(who, "expires_at"))
     else:
         print(f"logged in at {client.endpoint.address} as {_phrase(who)}")
 
@@ -89,7 +89,7 @@ def whoami(client: Client, as_json: AsJson = False) -> None:
     """Show who the sidecar takes you for, and how that is proven."""
     who = client.ask(client.access.WhoAmI, pb.WhoAmIRequest())
     if as_json:
-        print_json(who)
+        print_json(with_never(who, "expires_at"))
     else:
         print(_phrase(who))
 

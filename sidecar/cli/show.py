@@ -60,6 +60,12 @@ def _is_unset(message: Message, field: Any) -> bool:
     return bool(field.has_presence and field.message_type is None and not message.HasField(field.name))
 
 
+def with_never(message: Message, *times: str) -> dict[str, Any]:
+    """Return a message as JSON values in which those of its times that are 0, for never, are null."""
+    record = record_of(message)
+    return record | {name: record[name] or None for name in times}
+
+
 def _value(value: Any) -> Any:
     if isinstance(value, Message):
         return record_of(value)

@@ -15,8 +15,10 @@ from sidecar.access.budgets.book import LimitBook
 from sidecar.access.budgets.budgets import Budgets
 from sidecar.access.budgets.kept import Kept
 from sidecar.access.budgets.meters import Alone, Sharing
+from sidecar.access.configured import classes_of
 from sidecar.access.deciding import policy_of
 from sidecar.access.keys import KeyBook
+from sidecar.access.policy import Roles
 from sidecar.access.principal import SYSTEM, Action
 from sidecar.access.store import AccessStore
 from sidecar.access.tokens import Tokens
@@ -93,8 +95,8 @@ class AccessParts:
             change_of=lambda: registry.last_change,
         )
         self.calls: tuple[object, ...] = (
-            KeyCalls(self.store, self.keys),
-            AuditCalls(self.audit),
+            KeyCalls(self.store, self.keys, classes_of(config)),
+            AuditCalls(self.audit, Roles(access.policies.roles)),
             LimitCalls(self.limits, self.access, registry.get),
         )
         """The parts of the admin service Access."""

@@ -257,7 +257,7 @@ async def test_each_command_that_changes_something_leaves_one_line(house: House)
         lines = house.told()
         assert [line["kind"] for line in lines] == ["change"], words
         if words == "keys create":
-            key = ended.json()["key"]["id"]
+            key = ended.json()["id"]
             assert ended.json()["secret"] not in house.file.read_text()
 
 
@@ -285,7 +285,7 @@ async def test_denials_of_every_front_are_recorded_without_a_secret(house: House
     denied = [json.loads(line) for line in sidecar.access.audit.read(0, kind="denial")]
     of_acme = [line for line in denied if line["who"]["tenant"] == "acme"]
     assert of_acme
-    assert all(line["who"]["subject"] == made["key"]["id"] for line in of_acme)
+    assert all(line["who"]["subject"] == made["id"] for line in of_acme)
     assert all(line["resource"]["name"] == "beta/sql" for line in of_acme)
     assert [line for line in denied if not line["who"]["tenant"]]
     assert house.told() == []

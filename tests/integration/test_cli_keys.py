@@ -13,6 +13,7 @@ import grpc
 import httpx
 import pytest
 
+from sidecar.config.openai import LOADS
 from sidecar.proto import gateway_pb2
 from tests.kit.authority import NEEDS_OPENSSL, Authority
 from tests.kit.emulated import running_engine
@@ -56,9 +57,10 @@ async def test_a_keys_life_from_the_command_line(tmp_path: Path, caplog: pytest.
     caplog.set_level(logging.DEBUG)
     write_adapters(tmp_path / "adapters", 1)
     data = str(tmp_path / "data")
+    queue = {"classes": {"batch": {}}}
     async with (
         running_engine(**DUMMY) as engine,
-        serving([engine], tmp_path / "adapters", data_directory=data, **ENFORCED) as served,
+        serving([engine], tmp_path / "adapters", data_directory=data, queue=queue, **ENFORCED) as served,
     ):
         code, out, error = await sidecar(
             served, "keys", "create", "--tenant", "acme", "--expires", "90d", "--role", "viewer", "--role", "publisher",
@@ -78,10 +80,11 @@ async def test_a_keys_life_from_the_command_line(tmp_path: Path, caplog: pytest.
         assert "--expires wants more than 0" in error
         code, out, error = await sidecar(served, "keys", "create", "--tenant", "other", "--json")
         other: dict[str, Any] = json.loads(out)
-        assert (other["key"]["expires_at"], other["key"]["state"]) == (0.0, "active")
+        assert (other["expires_at"], other["revoked_at"], other["used_at"]) == (None, None, None)
         code, out, error = await sidecar(served, "keys", "list", "--tenant", "acme", "--json")
         (listed,) = json.loads(out)
         assert listed["id"] == first.split()[1]
+        assert set(other) - set(listed) == {"secret"}, "one that is made is as one that is listed"
         assert (listed["roles"], listed["groups"], listed["class"]) == (["viewer", "publisher"], ["red"], "default")
         assert listed["created_by"] == "local"
         assert listed["expires_at"] - listed["created_at"] == pytest.approx(90 * 24 * 3600)
@@ -100,7 +103,12 @@ async def test_a_keys_life_from_the_command_line(tmp_path: Path, caplog: pytest.
             (("revoke", "nobody"), 'there is no key "nobody"; sidecar keys list shows the ids'),
             (("create", "--tenant", ""), "tenant"),
             (("create", "--tenant", "a", "--expires", "soon"), "--expires wants a duration such as"),
-            (("create", "--tenant", "a", "--role", "king"), "roles"),
+            (
+                ("create", "--tenant", "a", "--role", "king"),
+                '--role: there is no role "king"; there are operator, publisher, viewer',
+            ),
+            (("create", "--tenant", "a", "--class", "bth"), 'there is no class "bth"; there are batch, default'),
+            (("create", "--tenant", "a", "--class", LOADS), "there are batch, default (queue.classes adds one)"),
             (("create", "--tenant", "a", "--note", "two\nlines"), "one line of printable characters"),
         ):
             code, out, error = await sidecar(served, "keys", *arguments)
@@ -116,7 +124,7 @@ async def test_a_keys_life_from_the_command_line(tmp_path: Path, caplog: pytest.
         code, out, error = await sidecar(served, "keys", "list", "--json")
         assert {key["id"]: key["state"] for key in json.loads(out)} == {
             listed["id"]: "revoked",
-            other["key"]["id"]: "active",
+            other["id"]: "active",
         }
 
 
@@ -129,7 +137,7 @@ async def test_a_sidecar_starts_without_its_redis_and_knows_names_and_keys(tmp_p
             key = json.loads(out)
             _, out, error = await sidecar(served, "keys", "create", "--tenant", "acme", "--json")
             revoked = json.loads(out)
-            assert (await sidecar(served, "keys", "revoke", revoked["key"]["id"]))[0] == 0
+            assert (await sidecar(served, "keys", "revoke", revoked["id"]))[0] == 0
             assert await said_over_grpc(served, key["secret"]) == "OK"
         await server.kill()
         async with serving([engine], roots=[tmp_path], **config) as served:
@@ -140,7 +148,7 @@ async def test_a_sidecar_starts_without_its_redis_and_knows_names_and_keys(tmp_p
             assert "changing a key or a limit needs Redis at" in error
             await server.start()
             await until(lambda: served.sidecar.access.store.away_since is None)
-            assert (await sidecar(served, "keys", "revoke", key["key"]["id"]))[0] == 0
+            assert (await sidecar(served, "keys", "revoke", key["id"]))[0] == 0
             assert await said_over_grpc(served, key["secret"]) == "UNAUTHENTICATED"
 
 
@@ -167,7 +175,7 @@ async def test_a_key_revoked_at_one_replica_is_refused_by_all_when_the_command_e
         for key in keys:
             assert [await said_over_grpc(served, key["secret"]) for served in pool] == ["OK"] * 3
         for served, key in zip(pool, keys, strict=True):
-            code, _, error = await sidecar(served, "keys", "revoke", key["key"]["id"])
+            code, _, error = await sidecar(served, "keys", "revoke", key["id"])
             assert code == 0, error
             said = await asyncio.gather(*(said_over_grpc(each, key["secret"]) for each in pool))
             assert said == ["UNAUTHENTICATED"] * 3

@@ -247,13 +247,15 @@ async def test_a_person_signs_in(house: House, provider: Provider, maker: TokenM
     ended = await house.cli("login", *options)
     assert ended.code == 0, ended.err
     assert "enter the code WDJB-MJHT" in ended.err
-    assert ended.out.startswith(f"logged in at {house.address} as ann@acme.example of tenant acme; groups operators;")
+    assert ended.out.startswith(f"logged in at {house.address} as ann@acme.example of tenant acme; roles operator; ")
     who = (await house.cli("whoami", "--json")).json()
     assert (who["subject"], who["tenant"], who["proof"]) == ("ann@acme.example", "acme", "token")
+    assert who["roles"] == ["operator"], "by access.policies.roles, for a group of hers"
     assert (await house.cli("adapters", "list")).code == 0
     assert (await house.cli("logout")).out == f"logged out of {house.address}\n"
     assert (await house.cli("logout")).out == f"there was no login at {house.address}\n"
     assert (await house.cli("whoami", "--json")).json()["proof"] == "local"
+    assert (await house.cli("whoami", "--json")).json()["expires_at"] is None
 
 
 async def test_a_key_is_kept_only_if_it_is_taken(
@@ -263,16 +265,16 @@ async def test_a_key_is_kept_only_if_it_is_taken(
     made = (await house.cli("keys", "create", "--tenant", "acme", "--role", "operator", "--json")).json()
     file = tmp_path / "key"
     file.write_text(made["secret"] + "\n")
-    assert f"as {made['key']['id']} of tenant acme" in (await house.cli("login", "--key-file", str(file))).out
+    assert f"as {made['id']} of tenant acme" in (await house.cli("login", "--key-file", str(file))).out
     monkeypatch.setattr("sys.stdin", io.StringIO("lsk_wrong\n"))
     wrong = await house.cli("login", "--token-stdin", "--json")
     assert wrong.error()["reason"] == "UNAUTHENTICATED"
     assert "lsk_wrong" not in wrong.err
     monkeypatch.setattr("sys.stdin", io.StringIO(made["secret"]))
-    assert (await house.cli("login", "--token-stdin", "--json")).json()["subject"] == made["key"]["id"]
+    assert (await house.cli("login", "--token-stdin", "--json")).json()["subject"] == made["id"]
     kept = json.loads((home / "credentials.json").read_text())
     assert [kept[house.address][name] for name in ("secret", "issuer", "refresh_token")] == [made["secret"], "", ""]
-    await house.cli("keys", "revoke", made["key"]["id"])
+    await house.cli("keys", "revoke", made["id"])
     assert (await house.cli("whoami", "--json")).error()["reason"] == "UNAUTHENTICATED"
 
 

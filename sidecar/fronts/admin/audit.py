@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any
 
 from sidecar.access.audit import Audit
+from sidecar.access.policy import Roles
 from sidecar.errors import Misused, Reason, Refused, SidecarError
 from sidecar.fronts import callers
 from sidecar.fronts.status import abort, answers_errors
@@ -17,10 +18,14 @@ KINDS = ("", "change", "denial")
 
 
 class AuditCalls:
-    """Reads the audit, and tells callers who they are; a part of `AccessService`."""
+    """Reads the audit, and tells callers who they are; a part of `AccessService`.
 
-    def __init__(self, audit: Audit) -> None:
+    `roles` knows the roles that the configuration gives to tenants and groups.
+    """
+
+    def __init__(self, audit: Audit, roles: Roles) -> None:
         self._audit = audit
+        self._roles = roles
 
     async def ReadAudit(self, request: Any, context: Any) -> None:  # noqa: N802 — gRPC's names, here and below
         """Stream the lines, the newest last. A thread reads them: there may be many megabytes."""
@@ -52,6 +57,6 @@ class AuditCalls:
             proof=who.proof.value,
             subject=who.subject,
             groups=who.groups,
-            roles=who.roles,
+            roles=sorted(self._roles.of(who)),
             expires_at=who.expires_at or 0.0,
         )

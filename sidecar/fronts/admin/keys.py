@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import isfinite
 from typing import Any
 
 from pydantic import ValidationError
 
+from sidecar.access.configured import unknown_class
 from sidecar.access.entries import Key
 from sidecar.access.keys import KeyBook, id_in, new_secret
 from sidecar.access.store import AccessStore
+from sidecar.config.identities import clipped
 from sidecar.config.section import problems
 from sidecar.errors import Reason, Refused
 from sidecar.fronts import callers
@@ -18,11 +21,12 @@ from sidecar.proto import admin_pb2
 
 
 class KeyCalls:
-    """Makes, lists and revokes keys; a part of `AccessService`."""
+    """Makes, lists and revokes keys, which may stand for one of `classes`; a part of `AccessService`."""
 
-    def __init__(self, store: AccessStore, book: KeyBook) -> None:
+    def __init__(self, store: AccessStore, book: KeyBook, classes: Sequence[str]) -> None:
         self._store = store
         self._book = book
+        self._classes = classes
 
     @answers_errors
     async def CreateKey(self, request: Any, context: Any) -> Any:  # noqa: N802 — gRPC's names, here and below
@@ -44,6 +48,9 @@ class KeyCalls:
             raise Refused(
                 Reason.INVALID_REQUEST, f"expires_s is {expires_s}; it is the key's time in seconds, 0 for ever"
             )
+        klass = getattr(request, "class")
+        if klass and klass not in self._classes:
+            raise Refused(Reason.INVALID_REQUEST, unknown_class(clipped(klass), self._classes))
         try:
             return Key(
                 id=key_id,
@@ -51,7 +58,7 @@ class KeyCalls:
                 tenant=request.tenant,
                 roles=tuple(request.roles),
                 groups=tuple(request.groups),
-                klass=getattr(request, "class"),
+                klass=klass,
                 note=request.note,
                 created_by=maker.subject or maker.proof.value,
                 created_at=now,
