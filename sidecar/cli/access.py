@@ -11,9 +11,12 @@ from sidecar.cli import completing
 from sidecar.cli.client import Client
 from sidecar.cli.endpoint import admin_command
 from sidecar.cli.exits import Exit
+from sidecar.cli.keys import known_roles
 from sidecar.cli.show import AsJson, print_json, record_of
 from sidecar.cli.versions import labels_of
 from sidecar.proto import admin_pb2 as pb
+
+NOTES = {"unknown": " (no such name here)", "paused": " (paused)"}
 
 
 @admin_command
@@ -41,8 +44,12 @@ def check(
     explain: Annotated[bool, typer.Option("--explain", help="Name the rule that decides.")] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Tell whether somebody may do something: exit 0 if allowed, 1 if denied."""
-    request = pb.CheckRequest(tenant=tenant, groups=group or [], roles=role or [], action=may, resource=name)
+    """Tell whether somebody may do something: exit 0 if allowed, 1 if denied.
+
+    Everybody may ask about itself; about others who manages access.
+    """
+    roles = known_roles(role or [])
+    request = pb.CheckRequest(tenant=tenant, groups=group or [], roles=roles, action=may, resource=name)
     if config is None:
         answer = client.ask(client.access.Check, request)
     else:
@@ -50,8 +57,9 @@ def check(
     if as_json:
         print_json(record_of(answer))
     else:
-        print("allowed" if answer.allowed else "denied", end="")
-        print(f" by {answer.by}" if explain else "")
+        note = NOTES.get(answer.name_state, "")
+        judged = f"; judged: {name.partition('@')[0]}@{answer.version}" if answer.version else ""
+        print(f"{'allowed' if answer.allowed else 'denied'}{note}" + (f" by {answer.by}{judged}" if explain else ""))
         if answer.fault:
             print(f"{answer.source} has changed since and does not decide: {answer.fault}")
     return Exit.OK if answer.allowed else Exit.FAILED
@@ -77,5 +85,5 @@ def _by_file(path: Path, request: Any, labels: dict[str, str]) -> Any:
     )
     known = Known(lambda name: None, lambda name: name == "base", resource)
     principal = principal_asked(request.tenant, tuple(request.groups), tuple(request.roles))
-    decision = checked(policy, known, principal, request.action, request.resource)
-    return pb.CheckResponse(allowed=decision.allowed, by=decision.by, source=policy.source)
+    answer = checked(policy, known, principal, request.action, request.resource)
+    return pb.CheckResponse(allowed=answer.allowed, by=answer.by, source=policy.source)

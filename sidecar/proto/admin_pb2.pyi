@@ -543,16 +543,20 @@ class CheckRequest(_message.Message):
     def __init__(self, tenant: _Optional[str] = ..., groups: _Optional[_Iterable[str]] = ..., roles: _Optional[_Iterable[str]] = ..., action: _Optional[str] = ..., resource: _Optional[str] = ...) -> None: ...
 
 class CheckResponse(_message.Message):
-    __slots__ = ("allowed", "by", "source", "fault")
+    __slots__ = ("allowed", "by", "source", "fault", "version", "name_state")
     ALLOWED_FIELD_NUMBER: _ClassVar[int]
     BY_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     FAULT_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    NAME_STATE_FIELD_NUMBER: _ClassVar[int]
     allowed: bool
     by: str
     source: str
     fault: str
-    def __init__(self, allowed: _Optional[bool] = ..., by: _Optional[str] = ..., source: _Optional[str] = ..., fault: _Optional[str] = ...) -> None: ...
+    version: str
+    name_state: str
+    def __init__(self, allowed: _Optional[bool] = ..., by: _Optional[str] = ..., source: _Optional[str] = ..., fault: _Optional[str] = ..., version: _Optional[str] = ..., name_state: _Optional[str] = ...) -> None: ...
 
 class WhoAmIRequest(_message.Message):
     __slots__ = ()

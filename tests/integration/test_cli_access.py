@@ -32,12 +32,22 @@ async def test_a_running_sidecar_tells_who_may_do_what(tmp_path: Path) -> None:
         assert (await ask("--may", "drain", "gpu-0", "--explain"))[1].endswith("an operator may do everything")
         code, out = await ask("--as", "zoe", "a00@v7")
         assert (code, "has no version 'v7'; it has v1" in out) == (1, True)
+        assert await ask("--as", "zoe", "a00", "--explain") == (
+            0, "allowed by roles: everybody may infer with what the allow list admits; judged: a00@v1",
+        )  # fmt: skip
+        assert await ask("--as", "zoe", "a01") == (0, "allowed (no such name here)")
+        assert await ask("--may", "drain", "gpu-9") == (0, "allowed (no such name here)")
+        assert await ask("--as", "zoe", "base") == (0, "allowed")
+        assert (await sidecar(served, "adapters", "pause", "a00", "--for", "1h"))[0] == 0
+        assert await ask("--as", "zoe", "a00") == (0, "allowed (paused)")
         code, out = await ask("--as", "zoe", "--json", "base")
         assert json.loads(out) == {
             "allowed": True,
             "by": "roles: everybody may use the base model",
             "source": "roles",
             "fault": "",
+            "version": "",
+            "name_state": "",
         }
 
 
@@ -53,7 +63,7 @@ async def test_a_policy_file_that_has_become_faulty_is_told(tmp_path: Path) -> N
     ):
         asked = ("access", "check", "--as", "zoe", "--may", "infer", "a00", "--explain")
         code, out, _ = await sidecar(served, *asked)
-        assert (code, out) == (0, "allowed by cedar: zoe (line 1)\n")
+        assert (code, out) == (0, "allowed by cedar: zoe (line 1); judged: a00@v1\n")
         await asyncio.to_thread(policies.write_text, "permit(")
         async with asyncio.timeout(60):
             while not served.sidecar.access.policy.fault:
@@ -64,9 +74,51 @@ async def test_a_policy_file_that_has_become_faulty_is_told(tmp_path: Path) -> N
         code, out, _ = await sidecar(served, *asked)
         assert code == 0
         assert out == (
-            "allowed by cedar: zoe (line 1)\n"
+            "allowed by cedar: zoe (line 1); judged: a00@v1\n"
             f"{policies} has changed since and does not decide: line 1: unexpected end of input\n"
         )
+
+
+async def test_everybody_may_ask_about_itself_and_learns_of_no_hidden_name(tmp_path: Path) -> None:
+    write_adapters(tmp_path / "adapters", 2)
+    key = "lsk_000000000001_" + "a" * 64
+    (tmp_path / "keys.yaml").write_text(f"- {{tenant: acme, key: {key}}}")
+    (tmp_path / "key").write_text(key)
+    async with (
+        running_engine(**DUMMY) as engine,
+        serving(
+            [engine],
+            tmp_path / "adapters",
+            identity={"mode": "enforce", "keys_file": str(tmp_path / "keys.yaml")},
+        ) as served,
+    ):
+        blue = ("adapters", "register", "secret", str(tmp_path / "adapters" / "a01"), "--allow", "blue")
+        assert (await sidecar(served, *blue))[0] == 0
+
+        async def ask(*arguments: str) -> tuple[int, str]:
+            code, out, error = await sidecar(
+                served, "access", "check", *arguments, "--token-file", str(tmp_path / "key")
+            )
+            return code, (out or error).strip()
+
+        assert await ask("a00") == (0, "allowed")
+        assert await ask("a00", "--as", "acme", "--may", "list") == (0, "allowed")
+        assert await ask("a00", "--may", "promote") == (1, "denied")
+        hidden, unknown = await ask("secret", "--explain"), await ask("a02", "--explain")
+        assert hidden == unknown == (
+            1, "denied (no such name here) by there is no such name or version here that you may know of",
+        )  # fmt: skip
+        assert await ask("a00@v9") == await ask("secret@v1") == (1, "denied (no such name here)")
+        assert await ask("--may", "drain", "gpu-0") == await ask("--may", "drain", "gpu-9") == (1, "denied")
+        for others in (
+            ("--as", "blue"),
+            ("--role", "operator"),
+            ("--group", "ops"),
+            ("--as", "acme", "--group", "ops"),
+        ):
+            code, out = await ask("a00", *others)
+            assert (code, "you may ask about yourself only" in out, "NOT_ALLOWED" in out) == (1, True, True), others
+        assert served.sidecar.access.access.denials["not_permitted", "false"] == 4
 
 
 SUPPORT = """

@@ -11,10 +11,10 @@ import pytest
 from sidecar.access.access import Access, Caller
 from sidecar.access.cedar import SCHEMA, CedarPolicy
 from sidecar.access.cedar_text import statements_of
-from sidecar.access.checking import Known, check, principal_asked
+from sidecar.access.checking import Answer, Known, check, is_hidden, principal_asked
 from sidecar.access.deciding import CachedPolicy, policy_of
 from sidecar.access.policy import Roles
-from sidecar.access.principal import Decision, Principal
+from sidecar.access.principal import Principal
 from sidecar.cli import run
 from sidecar.config.access import Policies
 from sidecar.config.identity import Identity
@@ -37,7 +37,7 @@ KNOWN = Known({"acme/sql": RECORD}.get, {"base", "llama"}.__contains__)
 ROLES = policy_of(Policies(ready="roles", roles={"eve": ("viewer",), "acme": ("publisher",)}))
 
 
-def asked(action: str, name: str, tenant: str = "zoe", policy: CachedPolicy = ROLES) -> Decision:
+def asked(action: str, name: str, tenant: str = "zoe", policy: CachedPolicy = ROLES) -> Answer:
     return check(policy, KNOWN, principal_asked(tenant, (), ()), action, name)
 
 
@@ -67,6 +67,36 @@ def asked(action: str, name: str, tenant: str = "zoe", policy: CachedPolicy = RO
 )
 def test_a_question_in_words(tenant: str, action: str, name: str, allowed: bool) -> None:
     assert asked(action, name, tenant).allowed is allowed
+
+
+def test_the_version_that_was_judged_is_told() -> None:
+    assert asked("infer", "acme/sql").version == "v2", "the current one"
+    assert asked("infer", "acme/sql@v1").version == "v1"
+    assert asked("list", "acme/sql").version == "", "the name as a whole"
+    assert asked("infer", "llama").version == ""
+    assert asked("infer", "new/name").version == "", "none is there"
+
+
+@pytest.mark.parametrize(
+    ("tenant", "action", "name", "hidden"),
+    [
+        ("zoe", "infer", "acme/sql", False),
+        ("zoe", "list", "acme/sql", False),  # it may infer, so it may know
+        ("zoe", "infer", "acme/sql@v1", True),
+        ("zoe", "infer", "acme/sql@v9", True),
+        ("zoe", "infer", "acme/sql@v2", False),
+        ("eve", "infer", "acme/sql@v1", False),
+        ("eve", "infer", "acme/sql@v9", True),
+        ("eve", "infer", "other", True),
+        ("eve", "promote", "other", True),
+        ("eve", "register", "other", False),
+        ("eve", "infer", "llama", False),
+        ("eve", "cancel", "other", False),
+    ],
+)
+def test_what_one_may_not_know_of(tenant: str, action: str, name: str, hidden: bool) -> None:
+    """A name that is there and hidden, and one that is not there, are the same."""
+    assert is_hidden(ROLES, KNOWN, principal_asked(tenant, (), ()), action, name) is hidden
 
 
 @pytest.mark.parametrize(
@@ -133,6 +163,8 @@ def test_a_configuration_is_asked_without_a_sidecar(tmp_path: Path, capsys: pyte
     assert shell(capsys, *ask, "acme", "shared")[0] == 1
     assert shell(capsys, *ask, "zoe", "--group", "ops", "--may", "drain", "gpu-0") == (0, "allowed")
     assert shell(capsys, *ask, "zoe", "--role", "operator", "--may", "manage") == (0, "allowed")
+    assert run(["access", "check", *ask, "zoe", "--role", "king", "sql"]) == 2
+    assert '--role: there is no role "king"; there are operator, publisher, viewer' in capsys.readouterr().err
     code, out = shell(capsys, *ask, "zoe", "--may", "list", "acme/sql", "--json")
     assert (code, json.loads(out)["allowed"], json.loads(out)["source"]) == (1, False, "tenant_prefix")
 

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from time import time
 from typing import Any
 
-from sidecar.access.checking import Known, check, principal_asked
+from sidecar.access.access import Caller
+from sidecar.access.checking import HIDDEN, TENANTS, Known, check, is_hidden, principal_asked
 from sidecar.access.deciding import CachedPolicy
+from sidecar.access.principal import SYSTEM, Action
 from sidecar.core.admission import BASE_NAMES
+from sidecar.errors import Reason, Refused
 from sidecar.fronts import callers
 from sidecar.fronts.eligible import base_names
 from sidecar.fronts.status import answers_errors
 from sidecar.proto import admin_pb2
 from sidecar.shell.gateway import Gateway
+from sidecar.state.records import paused_for
+
+UNKNOWN, PAUSED = "unknown", "paused"
 
 
 class Checks:
-    """Tells who may do what; a part of `AccessService`."""
+    """Tells who may do what; a part of `AccessService`.
+
+    Everybody may ask about itself, and then learns of no name that is hidden from it.
+    """
 
     def __init__(self, policy: CachedPolicy, gateway: Gateway) -> None:
         self._policy = policy
@@ -24,14 +34,52 @@ class Checks:
 
     @answers_errors
     async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802
+        caller, action, name = callers.CALLER.get(), request.action, request.resource
+        sees_all = self._sees_all(caller, request, callers.id_of_call(context))
         if request.tenant or request.groups or request.roles:
             principal = principal_asked(request.tenant, tuple(request.groups), tuple(request.roles))
         else:
-            principal = callers.CALLER.get().principal
-        decision = check(self._policy, self._known, principal, request.action, request.resource)
+            principal = caller.principal
+        if not sees_all and is_hidden(self._policy, self._known, principal, action, name):
+            answer, state = HIDDEN, UNKNOWN
+        else:
+            answer = check(self._policy, self._known, principal, action, name)
+            state = self._state(action, name) if sees_all or answer.allowed else ""
         return admin_pb2.CheckResponse(
-            allowed=decision.allowed, by=decision.by, source=self._policy.source, fault=self._policy.fault
+            allowed=answer.allowed,
+            by=answer.by,
+            source=self._policy.source,
+            fault=self._policy.fault,
+            version=answer.version,
+            name_state=state,
         )
+
+    def _sees_all(self, caller: Caller, request: Any, request_id: str) -> bool:
+        """Return True if the caller may ask about everybody and everything.
+
+        Raises Refused(NOT_ALLOWED) if it may not and asks about others.
+        """
+        access, own = self._gateway.access, caller.principal.tenant
+        decision = access.may(caller, Action.MANAGE)
+        if not decision.allowed and (request.groups or request.roles or request.tenant not in ("", own)):
+            access.denied(caller, Action.MANAGE, SYSTEM, decision.by, request_id, "Access.Check")
+            raise Refused(
+                Reason.NOT_ALLOWED,
+                "you may ask about yourself only: leave out tenant, groups and roles (--as, --group, --role); or ask "
+                f'your operator with id "{request_id}"',
+            )
+        return decision.allowed
+
+    def _state(self, action: str, name: str) -> str:
+        """Return what a request for the name would meet besides the policy."""
+        if Action(action) in TENANTS:
+            return ""
+        if action == Action.DRAIN.value:
+            return "" if name in self._gateway.state.backends else UNKNOWN
+        record = self._known.record_of(name.partition("@")[0])
+        if record is None:
+            return "" if self._is_base(name) else UNKNOWN
+        return "" if paused_for(record, time()) is None else PAUSED
 
     def _is_base(self, name: str) -> bool:
         backends = self._gateway.state.backends.values()

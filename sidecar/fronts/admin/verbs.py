@@ -214,7 +214,7 @@ ACCESS = {
     "RemoveLimit": Verb(Action.MANAGE, _tenant, _always, _limit),
     "ListKeys": Verb(Action.MANAGE, _tenant),
     "ListLimits": Verb(Action.SHOW, each=True),
-    "Check": Verb(Action.MANAGE),
+    "Check": Verb(Action.MANAGE, each=True),
     "WhoAmI": Verb(None),
     "GetUsage": Verb(Action.SHOW, each=True),
     "ReadAudit": Verb(Action.MANAGE, _tenant),
