@@ -22,6 +22,7 @@ Count = Annotated[
     str, typer.Option(metavar="COUNT", help="As 500, 20k or 1.5M; none takes it away.", show_default=False)
 ]
 Tokens = Annotated[str, typer.Option(help="The tokens that the limit counts: both, input or output.")]
+TOKENS = ("both", "input", "output")
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)([kMG]?)")
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 
@@ -69,7 +70,7 @@ def set_limit(
         "default_max_tokens": default_max_tokens,
     }
     numbers = {name: _count(text, f"--{name.replace('_', '-')}") for name, text in given.items() if text}
-    request = pb.Limit(tenant=tenant, adapter=adapter, tokens=tokens)
+    request = pb.Limit(tenant=tenant, adapter=adapter, tokens=_known(tokens))
     for name, value in (("class", klass), *numbers.items()):  # "class" is a keyword of Python's
         setattr(request, name, value)
     if not numbers:
@@ -111,13 +112,19 @@ def remove(
     as_json: AsJson = False,
 ) -> None:
     """Remove a limit that was set with limits set; one of the configuration for the same counts again."""
-    request = pb.RemoveLimitRequest(tenant=tenant, adapter=adapter, tokens=tokens)
+    request = pb.RemoveLimitRequest(tenant=tenant, adapter=adapter, tokens=_known(tokens))
     setattr(request, "class", klass)
     limit = client.ask(client.access.RemoveLimit, request)
     if as_json:
         print_json(limit)
     else:
         print(f"{_whose(limit)}: the limit is removed")
+
+
+def _known(tokens: str) -> str:
+    if tokens not in TOKENS:
+        raise CommandError(f'--tokens: "{tokens}" is none of {", ".join(TOKENS)}', Exit.MISUSED)
+    return tokens
 
 
 def _count(text: str, option: str) -> int:

@@ -208,6 +208,13 @@ def test_a_text_is_an_estimate_until_it_is_counted(clock: Time) -> None:
     assert budgets.reserve(*ACME, 4000, None, is_estimated=True).input_tokens == pytest.approx(1300, rel=0.03)
 
 
+def test_one_request_at_once(clock: Time) -> None:
+    budgets = Budgets([Limit(tenant="acme", concurrent=1)], clock)
+    budgets.reserve(*ACME, 1, 1)
+    refused = refusal(lambda: budgets.reserve(*ACME, 1, 1))
+    assert refused.message == "tenant acme may have 1 request at once and has 1; send it again when one has ended"
+
+
 def test_requests_at_once(clock: Time) -> None:
     budgets = Budgets([Limit(tenant="acme", concurrent=2)], clock)
     first, _ = budgets.reserve(*ACME, 1, 1), budgets.reserve(*ACME, 1, 1)

@@ -225,8 +225,8 @@ class Charge:
         budget, limit = self.budget, self.budget.rule.limit
         if limit.concurrent is not None and budget.running >= budget.own_part(limit.concurrent):
             yield self._refused(
-                "concurrent", f"may have {limit.concurrent:,} requests at once{self._part(limit.concurrent)} and has "
-                f"{budget.running:,}; send it again when one has ended", SOON_S,
+                "concurrent", f"may have {limit.concurrent:,} request{'s' if limit.concurrent > 1 else ''} at once"
+                f"{self._part(limit.concurrent)} and has {budget.running:,}; send it again when one has ended", SOON_S,
             )  # fmt: skip
         queued_max = None if limit.queued_tokens is None else budget.own_part(limit.queued_tokens)
         if queued_max is not None and budget.queued_tokens and budget.queued_tokens + self.tokens > queued_max:
