@@ -104,12 +104,38 @@ class KeyBook:
         return [*self._store.keys(), *self._of_file]
 
     async def revoke(self, key_id: str) -> Key:
-        """Revoke a key as `AccessStore.revoke` does. Raises Refused(INVALID_REQUEST) for a key of the file."""
+        """Revoke a key as `AccessStore.revoke` does, whose errors say then for how long the key is still good.
+
+        Raises Refused(INVALID_REQUEST) for a key of the file.
+        """
         if any(key.id == key_id for key in self._of_file):
             raise Refused(
                 Reason.INVALID_REQUEST, f"the key {key_id} is in identity.keys_file; take it out there, which ends it"
             )
-        return await self._store.revoke(key_id)
+        try:
+            return await self._store.revoke(key_id)
+        except Refused as error:
+            key = self._store.get(KEY + key_id)
+            if error.reason is not Reason.STATE_UNAVAILABLE or not isinstance(key, Key):
+                raise
+            raise Refused(error.reason, self._still_good(key, error.message)) from error
+
+    def _still_good(self, key: Key, why: str) -> str:
+        """Return what became of a revocation that failed, and until when which replicas take the key."""
+        if key.revoked_at is not None:
+            until = _utc(_earliest(self._store.clock() + self._stale_max_s, key.expires_at))
+            return (
+                f"the key {key.id} is revoked, and a replica that has not heard of it takes it until it does, without "
+                f"Redis until {until} at the latest: {why}"
+            )
+        answered_at, good = self._store.answered_at, "it stays good"
+        if answered_at is not None:
+            good = (
+                f"without Redis each replica takes it for {self._stale_max_s:g} s from Redis' last answer, this one "
+                f"until {_utc(_earliest(answered_at + self._stale_max_s, key.expires_at))}, and with Redis again until "
+                "it is revoked"
+            )
+        return f"the key {key.id} is not revoked: {why}; {good}"
 
     @property
     def trouble(self) -> str:
@@ -161,6 +187,10 @@ class KeyBook:
         for key in file.keys:
             self._add(key)
         self._of_file = file.keys
+
+
+def _earliest(at: float, end: float | None) -> float:
+    return at if end is None else min(at, end)
 
 
 def _utc(at: float) -> str:

@@ -109,6 +109,7 @@ async def test_a_call_that_revokes_says_who_has_not_heard_of_it(server: Server) 
         store = AccessStore(None, RedisLocation(parse_address(server.url)), "one", member_ttl_s=0.5)
         await store.start()
         stack.push_async_callback(store.close)
+        book = await stack.enter_async_context(key_book(store))
         two = await replica(stack, proxy.url, member="two")
         secret, key = new_key()
         await store.put(key)
@@ -123,8 +124,9 @@ async def test_a_call_that_revokes_says_who_has_not_heard_of_it(server: Server) 
         await RedisMembers(link).beat(SendBeat(1, Member("two", "two")), "", 0)
         beating = asyncio.create_task(beat())
         with pytest.raises(Refused, match=r"it is stored as change .*, but two did not read it yet") as refused:
-            await store.revoke(key.id)
+            await book.revoke(key.id)
         assert refused.value.reason is Reason.STATE_UNAVAILABLE
+        assert refused.value.message.startswith(f"the key {key.id} is revoked, and a replica that has not heard of it")
         assert store.keys()[0].revoked_at is not None
         await proxy.mend()
         assert (await store.revoke(key.id)).revoked_at == store.keys()[0].revoked_at

@@ -7,6 +7,7 @@ import json
 import logging
 from contextlib import AsyncExitStack
 from pathlib import Path
+from time import gmtime, strftime
 from typing import Any
 
 import grpc
@@ -146,6 +147,12 @@ async def test_a_sidecar_starts_without_its_redis_and_knows_names_and_keys(tmp_p
             code, _, error = await sidecar(served, "keys", "create", "--tenant", "acme")
             assert code == 1
             assert "changing a key or a limit needs Redis at" in error
+            code, _, error = await sidecar(served, "keys", "revoke", key["id"])
+            answered_at = served.sidecar.access.store.answered_at
+            assert answered_at is not None
+            until_then = strftime("%Y-%m-%d %H:%M:%S UTC", gmtime(answered_at + 3600))
+            assert (code, f"the key {key['id']} is not revoked: changing" in error) == (1, True), error
+            assert f"for 3600 s from Redis' last answer, this one until {until_then}, and with Redis again" in error
             await server.start()
             await until(lambda: served.sidecar.access.store.away_since is None)
             assert (await sidecar(served, "keys", "revoke", key["id"]))[0] == 0
