@@ -13,7 +13,7 @@ from sidecar.config.identities import is_reserved
 from sidecar.config.identity import Identity
 from sidecar.errors import Misused, Reason
 
-_SCHEME = "bearer "
+_SCHEME = "bearer"
 _WAY = 'send an API key or a token as "authorization: Bearer …"'
 
 
@@ -53,10 +53,15 @@ class Proving:
     async def _of_authorization(self, values: Sequence[str]) -> Principal:
         if len(values) > 1:  # a proxy may have checked the other one
             raise _unauthenticated('the header "authorization" is given twice; send one')
-        value = values[0]
-        if value[: len(_SCHEME)].lower() != _SCHEME:
+        scheme, _, secret = values[0].partition(" ")
+        if scheme.lower() != _SCHEME:
             raise _unauthenticated(f'the header "authorization" has another scheme than Bearer; {_WAY}')
-        secret = value[len(_SCHEME) :].strip()
+        secret = secret.strip()
+        if not secret:
+            raise _unauthenticated(
+                'the header "authorization" has nothing after Bearer; look whether the variable or the file with the '
+                "key is empty"
+            )
         if self._tokens is not None and not secret.startswith(PREFIX) and secret.count(".") >= 2:
             return await self._tokens.verify(secret)
         if self._keys is not None:

@@ -119,7 +119,9 @@ def call_failed(error: Any, endpoint: Endpoint) -> CommandError:
             details["retry_after_ms"] = retry_after_ms
         said = error.details()
         if info.reason == Reason.UNAUTHENTICATED.value and "--token-file" not in said:
-            said += "; --token-file FILE sends what is in a file, sidecar login keeps a credential for this address"
+            said += "; --token-file FILE sends the key or the token in a file"
+            if endpoint.listener == "admin":  # login asks the admin listener, and keeps what it was taken for there
+                said += ", sidecar login keeps one for this address"
         return CommandError(said, Exit.FAILED, info.reason, code=error.code().name, **details)
     code, said = error.code(), error.details() or ""
     where = f"the {endpoint.listener} listener of a sidecar at {endpoint.address}"

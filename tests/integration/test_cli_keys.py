@@ -129,6 +129,32 @@ async def test_a_keys_life_from_the_command_line(tmp_path: Path, caplog: pytest.
         }
 
 
+async def test_a_call_without_a_key_is_told_how_to_send_one(tmp_path: Path) -> None:
+    async with serving([], **ENFORCED) as served:
+        process = await python(
+            "-m", "sidecar", "generate", "base", "hi", "--server", served.sidecar.data_address,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        _, error = await process.communicate()
+        assert b"the call has no credential" in error
+        assert b"--token-file FILE sends the key or the token in a file [UNAUTHENTICATED]" in error, (
+            "login is for admin"
+        )
+        async with httpx.AsyncClient(base_url=f"http://{served.sidecar.http_address}") as client:
+            for header in ("Bearer", "bearer"):
+                refused = await client.get("/v1/models", headers={"authorization": header})
+                assert refused.status_code == 401
+                assert "has nothing after Bearer; look whether the variable" in refused.text
+            refused = await client.get("/v1/models", headers={"authorization": "Basic Bearer"})
+            assert (refused.status_code, "another scheme than Bearer" in refused.text) == (401, True)
+        for value in ("Bearer", "Bearer "):
+            request = gateway_pb2.GenerateRequest(text="hi", max_tokens=1)
+            with pytest.raises(grpc.aio.AioRpcError, match="nothing after Bearer") as raised:
+                async for _ in served.gateway.Generate(request, metadata=(("authorization", value),)):
+                    pass
+            assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
 async def test_a_sidecar_starts_without_its_redis_and_knows_names_and_keys(tmp_path: Path) -> None:
     write_adapters(tmp_path / "adapters", 1)
     async with running(tmp_path / "server") as server, running_engine(**DUMMY) as engine:

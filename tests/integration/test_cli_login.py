@@ -275,7 +275,9 @@ async def test_a_key_is_kept_only_if_it_is_taken(
     kept = json.loads((home / "credentials.json").read_text())
     assert [kept[house.address][name] for name in ("secret", "issuer", "refresh_token")] == [made["secret"], "", ""]
     await house.cli("keys", "revoke", made["id"])
-    assert (await house.cli("whoami", "--json")).error()["reason"] == "UNAUTHENTICATED"
+    refused = (await house.cli("whoami", "--json")).error()
+    assert refused["reason"] == "UNAUTHENTICATED"
+    assert refused["message"].endswith("in a file, sidecar login keeps one for this address")
 
 
 async def test_a_credential_is_never_sent_in_clear_text(house: House, tmp_path: Path) -> None:
