@@ -23,6 +23,7 @@ from tests.kit.emulated import (
     stream_answers,
     tokens_of,
 )
+from tests.kit.engine_process import EmulatorProcess
 
 STORE = "Encountered an error when fetching new request: Error storing task={} in PEFT cache -- {}"
 
@@ -152,13 +153,26 @@ async def test_kill_and_restart_on_the_same_port(tmp_path: Path) -> None:
     assert [served["outcome"] for served in read_served(log)] == ["done", "error", "done"]
 
 
-async def test_a_port_in_use_ends_the_command(capfd: pytest.CaptureFixture[str]) -> None:
-    """A second engine on the same port exits with 1 instead of sharing it."""
+@pytest.mark.parametrize(
+    ("option", "arguments"),
+    [
+        ("grpc", ()),
+        ("metrics", ("--grpc-port", "0")),
+        ("http", ("--protocol", "vllm")),
+        ("http", ("--protocol", "trtllm")),
+    ],
+)
+async def test_a_port_in_use_ends_the_command(
+    option: str, arguments: tuple[str, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A second engine on the same port exits with 1 instead of sharing it, and says which address and which option."""
     async with running_engine() as server:
         taken = int(server.grpc_address.rsplit(":", 1)[1])
         with pytest.raises(RuntimeError, match="ended with 1"):
-            await EngineProcess(grpc_port=taken).start()
-    assert str(taken) in capfd.readouterr().err
+            await EmulatorProcess(*arguments, **{option: taken}).start()
+    said = " ".join(capfd.readouterr().err.split())
+    assert f"emulate: it cannot listen at 127.0.0.1:{taken}: another process has the port" in said
+    assert said.endswith(f"choose another with --{option}-port")
 
 
 async def test_an_adapter_larger_than_the_cache_wipes_it() -> None:

@@ -11,6 +11,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from sidecar.lab.engine.kserve.options import Options
+from sidecar.lab.engine.listening import listening_at
 
 _KEEP_ALIVE_S = 5
 """Both vLLM and trtllm-serve leave uvicorn's value."""
@@ -49,7 +50,8 @@ def bound_socket(host: str, port: int) -> socket.socket:
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host, port))
+        with listening_at(host, port, "--http-port"):
+            listening.bind((host, port))
     except BaseException:
         listening.close()
         raise

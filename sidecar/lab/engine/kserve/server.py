@@ -27,6 +27,7 @@ from sidecar.lab.engine.kserve.served import Served, ServedLog
 from sidecar.lab.engine.kserve.shared_memory import Regions
 from sidecar.lab.engine.kserve.streams import ClientLeft, Stream, StreamBroken
 from sidecar.lab.engine.kserve.work import Work
+from sidecar.lab.engine.listening import listening_at
 from sidecar.lab.engine.spec import EngineSpec, engine_config_json
 from sidecar.pace.cost import A100_TABLE, CostModel
 
@@ -105,7 +106,7 @@ class Server:
 async def serve(options: Options) -> Server:
     """Start an emulated server and return when it takes requests.
 
-    Raises ValueError for options that contradict each other, OSError or RuntimeError if a port is taken.
+    Raises ValueError for options that contradict each other, OSError if a port is taken.
     """
     spec = spec_of(options)
     if options.write_engine_config is not None:
@@ -123,20 +124,22 @@ async def serve(options: Options) -> Server:
     if options.metrics_port is not None:
         # The LLM-API model is a Python model that publishes nothing of its engine.
         written_by = None if options.protocol == LLMAPI else instances.last_writer
-        metrics = MetricsServer(written_by, options.host, options.metrics_port)
+        with listening_at(options.host, options.metrics_port, "--metrics-port"):
+            metrics = MetricsServer(written_by, options.host, options.metrics_port)
     await grpc_server.start()
     return Server(options, grpc_server, grpc_port, drivers, log, metrics)
 
 
 def _add_port(grpc_server: grpc.aio.Server, options: Options) -> int:
-    address = f"{options.host}:{options.grpc_port}"
-    if options.tls_certificate is None or options.tls_key is None:
-        return grpc_server.add_insecure_port(address)
-    ca = None if options.tls_client_ca is None else options.tls_client_ca.read_bytes()
-    credentials = grpc.ssl_server_credentials(
-        [(options.tls_key.read_bytes(), options.tls_certificate.read_bytes())], ca, require_client_auth=ca is not None
-    )
-    return grpc_server.add_secure_port(address, credentials)
+    address, credentials = f"{options.host}:{options.grpc_port}", None
+    if options.tls_certificate is not None and options.tls_key is not None:
+        ca = None if options.tls_client_ca is None else options.tls_client_ca.read_bytes()
+        pair = (options.tls_key.read_bytes(), options.tls_certificate.read_bytes())
+        credentials = grpc.ssl_server_credentials([pair], ca, require_client_auth=ca is not None)
+    with listening_at(options.host, options.grpc_port, "--grpc-port"):
+        if credentials is None:
+            return grpc_server.add_insecure_port(address)
+        return grpc_server.add_secure_port(address, credentials)
 
 
 def driver_of(options: Options, spec: EngineSpec, log: ServedLog, faults: Faults, number: int) -> Driver:
