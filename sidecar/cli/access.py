@@ -46,7 +46,7 @@ def check(
 ) -> int:
     """Tell whether somebody may do something: exit 0 if allowed, 1 if denied.
 
-    Everybody may ask about itself; about others who manages access.
+    Everybody may ask about itself; who manages access asks about others.
     """
     roles = known_roles(role or [])
     request = pb.CheckRequest(tenant=tenant, groups=group or [], roles=roles, action=may, resource=name)
