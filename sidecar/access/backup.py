@@ -1,7 +1,8 @@
 """A backup of the shared state in one file: names, keys and limits, and the usage of a data directory.
 
 The file is a zip with a manifest. Each part is a SQLite file, whatever store it came from. Entries are copied as text:
-those that this release cannot read are kept too. Weights are not part of it.
+those that this release cannot read are kept too. Weights are not part of it. A key that was revoked after the backup
+stays revoked wherever that is known (see `restoring`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from time import time
 from typing import Any
 
 from sidecar.access.entries import CODEC, KEY, LIMIT
-from sidecar.access.store import FILE, FOLDER, USES
+from sidecar.access.restoring import Keys, Raw, merged
+from sidecar.access.store import COPY, FILE, FOLDER, USES
 from sidecar.access.usage.keeper import USAGE_FILE
 from sidecar.config.redis_address import RedisLocation
 from sidecar.errors import Misused, Reason
@@ -36,9 +38,6 @@ MANIFEST = "manifest.json"
 MANIFEST_BYTES_MAX = 1 << 20
 COPIED_BYTES = 1 << 20
 
-Raw = tuple[str, str]
-"""An entry's name and its JSON, which is not read."""
-
 
 def _raw(codec: Codec[Any]) -> Codec[Raw]:
     return replace(
@@ -49,9 +48,10 @@ def _raw(codec: Codec[Any]) -> Codec[Raw]:
     )
 
 
+NAMES, ACCESS = "names.sqlite", "access.sqlite"
 REGISTRIES = {
-    "names.sqlite": (Path(REGISTRY_FILE), _raw(ADAPTERS)),
-    "access.sqlite": (Path(FOLDER) / FILE, _raw(CODEC)),
+    NAMES: (Path(REGISTRY_FILE), _raw(ADAPTERS)),
+    ACCESS: (Path(FOLDER) / FILE, _raw(CODEC)),
 }
 """The registries by the names of their parts: the file in a data directory, and how entries are copied."""
 FILES = {"usage.sqlite": USAGE_FILE, "used.sqlite": Path(FOLDER) / USES}
@@ -119,8 +119,18 @@ async def backup(location: StateLocation, out: Path, force: bool = False) -> Sum
         return _packed(location, folder, out)
 
 
-async def restore(location: StateLocation, path: Path, force: bool = False) -> Summary:
+@dataclass(frozen=True)
+class Restored:
+    """What the backup holds, and what became of its keys."""
+
+    backup: Summary
+    keys: Keys
+
+
+async def restore(location: StateLocation, path: Path, force: bool = False, with_keys: bool = True) -> Restored:
     """Put a backup in place of what is there. No sidecar may work on it.
+
+    Keys that were revoked stay revoked. Without `with_keys` all keys stay as they are.
 
     Raises Misused if the file is no sound backup, Misused(STATE_NOT_EMPTY) if there is state already, unless `force` is
     set, or live replicas use it, and Misused(DATA_DIRECTORY_IN_USE) while a sidecar runs. Nothing is changed then.
@@ -132,18 +142,38 @@ async def restore(location: StateLocation, path: Path, force: bool = False) -> S
         )
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        summary = _unpacked(path, folder)
+        summary, keys = _unpacked(path, folder), Keys()
         async with _nobody_works_on(location):
             registries = [part for part in REGISTRIES if (folder / part).exists()]
             files = [part for part in FILES if (folder / part).exists() and location.data is not None]
             if not force:
                 await _check_empty(location, registries, files)
+            contents = {part: await _file(folder / part, part).read() for part in registries}
+            if ACCESS in contents:
+                there, elsewhere = await _known_entries(location)
+                contents[ACCESS], keys = merged(contents[ACCESS], there, elsewhere, time(), with_keys)
             for part in registries:
-                await _put(location, part, folder / part)
+                await _put(location, part, contents[part])
             for part in files:
                 assert location.data is not None
                 _copy(folder / part, location.data / FILES[part])
-    return summary
+    return Restored(summary, keys)
+
+
+async def _known_entries(location: StateLocation) -> tuple[list[Raw], list[Raw]]:
+    """Return the entries of the place, and those that its data directory has of another place or of its Redis."""
+    async with _opened(location, ACCESS) as store:
+        there = await store.records()
+    elsewhere: list[Raw] = []
+    if location.data is not None:
+        path, codec = REGISTRIES[ACCESS]
+        if location.redis is not None:
+            elsewhere += await SqliteFile(location.data / path, codec).records()
+        if (location.data / FOLDER / COPY).exists():
+            from sidecar.state.redis.kept import copied_records
+
+            elsewhere += copied_records(location.data / FOLDER / COPY, codec)
+    return there, elsewhere
 
 
 async def _take(location: StateLocation, part: str, into: Path) -> None:
@@ -157,8 +187,7 @@ async def _take(location: StateLocation, part: str, into: Path) -> None:
             await _file(into, part).write(await store.read(), _silent)
 
 
-async def _put(location: StateLocation, part: str, file: Path) -> None:
-    contents: Contents[Raw] = await _file(file, part).read()
+async def _put(location: StateLocation, part: str, contents: Contents[Raw]) -> None:
     if location.data is not None and location.redis is None:
         (location.data / REGISTRIES[part][0]).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     async with _opened(location, part) as store:
@@ -191,7 +220,7 @@ def _packed(location: StateLocation, folder: Path, out: Path) -> Summary:
     parts = [name for name in (*REGISTRIES, *FILES) if (folder / name).exists()]
     if not parts:
         raise Misused(Reason.CONFIG_INVALID, f"there is no state in {location}; name the sidecar's configuration")
-    names, entries = _names(folder, "names.sqlite"), _names(folder, "access.sqlite")
+    names, entries = _names(folder, NAMES), _names(folder, ACCESS)
     keys = sum(name.startswith(KEY) for name in entries)
     listed = tuple(_listed(folder / name) for name in parts)
     limits = sum(name.startswith(LIMIT) for name in entries)
@@ -223,7 +252,7 @@ async def _nobody_works_on(location: StateLocation) -> AsyncIterator[None]:
     lock = None if location.data is None else lock_data_directory(location.data)
     try:
         if location.redis is not None:
-            store = location.store("names.sqlite")
+            store = location.store(NAMES)
             assert store is not None
             async with store:
                 pass

@@ -44,6 +44,12 @@ class RegistryStore(Protocol[R]):
     async def read(self) -> Contents[R]:
         """Return the store's contents. Raises Misused if it holds no registry."""
 
+    async def records(self) -> list[R]:
+        """Return what can be read of the records, after a write that was cut off too; [] if there is no registry.
+
+        Raises Misused if nothing can be read.
+        """
+
     async def is_empty(self) -> bool: ...
 
     async def write(self, contents: Contents[R], progress: Progress) -> None:
@@ -74,6 +80,9 @@ class SqliteFile(Generic[R]):
 
     async def is_empty(self) -> bool:
         return not self.path.exists() or not (await self.read()).size
+
+    async def records(self) -> list[R]:
+        return [record for _, record in (await self.read()).records] if self.path.exists() else []
 
     async def read(self) -> Contents[R]:
         if not self.path.exists():

@@ -51,6 +51,10 @@ class RedisRegistryStore(Generic[R]):
     async def close(self) -> None:
         await self._link.close()
 
+    async def records(self) -> list[R]:
+        found = await self._asked(self._entries())
+        return [entry.record for entry in found.values() if entry.record is not None]
+
     async def is_empty(self) -> bool:
         return await self._asked(self._link.schema()) is None
 
@@ -67,15 +71,20 @@ class RedisRegistryStore(Generic[R]):
                 return contents
         raise Refused(Reason.STATE_UNAVAILABLE, f"{self} is changed all the time; try again")
 
+    async def _entries(self) -> dict[str, Entry[R]]:
+        return {
+            name: entry_of(name, value, self._link.codec)
+            async for values in self._link.entries()
+            for name, value in values.items()
+        }
+
     async def _read(self, last: int) -> Contents[R]:
         records: dict[str, tuple[int, R]] = {}
-        async for values in self._link.entries():
-            for name, value in values.items():
-                entry = entry_of(name, value, self._link.codec)
-                if entry.unread:
-                    raise unreadable(name, str(self), entry.why)
-                if entry.record is not None:
-                    records[name] = (entry.head.revision, entry.record)
+        for name, entry in (await self._entries()).items():
+            if entry.unread:
+                raise unreadable(name, str(self), entry.why)
+            if entry.record is not None:
+                records[name] = (entry.head.revision, entry.record)
         changes: list[Change[R]] = []
         number = 0
         while some := await self._link.changes(number + 1, last):

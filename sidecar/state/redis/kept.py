@@ -73,10 +73,7 @@ class KeptFile(Generic[R]):
             if not time() - answered_at < TOMBSTONES_MS / 1000:
                 raise ValueError("it is too old")
             position = Position(meta["incarnation"], int(meta["applied"]), meta["mark"])
-            pairs = [
-                (name.decode(errors="surrogateescape"), value.decode(errors="surrogateescape"))
-                for name, value in database.execute("SELECT name, value FROM entries")
-            ]
+            pairs = [(_text(name), _text(value)) for name, value in database.execute("SELECT name, value FROM entries")]
         return Kept(answered_at, position, {name: entry_of(name, value, self._codec) for name, value in pairs})
 
     def write(self, kept: Kept[R]) -> None:
@@ -106,6 +103,22 @@ class KeptFile(Generic[R]):
                 "DELETE FROM entries WHERE name = ?", ((_bytes(name),) for name in had.keys() - kept.entries.keys())
             )
         self._written = kept.entries
+
+
+def copied_records(path: Path, codec: Codec[R]) -> list[R]:
+    """Return the records of a copy, of whichever Redis and age; [] if it cannot be read."""
+    try:
+        with closing(sqlite3.connect(path)) as database:
+            pairs = database.execute("SELECT name, value FROM entries").fetchall()
+    except sqlite3.Error as error:
+        logger.warning("the copy %s is not used: %s", path, error)
+        return []
+    entries = (entry_of(_text(name), _text(value), codec) for name, value in pairs)
+    return [entry.record for entry in entries if entry.record is not None]
+
+
+def _text(data: bytes) -> str:
+    return data.decode(errors="surrogateescape")
 
 
 def _bytes(text: str) -> bytes:
