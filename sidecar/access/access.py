@@ -21,7 +21,18 @@ from sidecar.access.budgets.budgets import Budgets, Reservation, Standing
 from sidecar.access.deciding import CachedPolicy
 from sidecar.access.keys import KeyBook
 from sidecar.access.policy import Open, Roles, prefix_owner
-from sidecar.access.principal import SYSTEM, Action, Decision, Presented, Principal, Proof, Resource, Sort
+from sidecar.access.principal import (
+    INFERENCE,
+    SYSTEM,
+    Action,
+    Decision,
+    Presented,
+    Principal,
+    Proof,
+    Purpose,
+    Resource,
+    Sort,
+)
 from sidecar.access.proving import Proving
 from sidecar.access.resources import Resources, adapter_resource, version_resource
 from sidecar.access.tokens import Tokens
@@ -126,7 +137,7 @@ class Access:
 
     # Who calls.
 
-    async def identify(self, presented: Presented) -> Caller:
+    async def identify(self, presented: Presented, purpose: Purpose = INFERENCE) -> Caller:
         """Return the sender of a call. Raises Misused(UNAUTHENTICATED) in enforce mode."""
         if self.mode == "off":
             return self._believed(presented)
@@ -136,7 +147,8 @@ class Access:
             if self.mode == "observe":
                 believed = self._believed(presented)
                 return Caller(believed.principal, presented.peer, believed.is_believed, None, error.message)
-            self.denied(Caller(peer=presented.peer), Action.INFER, SYSTEM, error.message, "")
+            caller = Caller(peer=presented.peer)
+            self.denied(caller, purpose.action, SYSTEM, error.message, purpose.request_id, purpose.verb)
             raise
         if self.mode == "observe":
             believed = self._believed(presented)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from math import isfinite
 from pathlib import Path
 from time import time
 from typing import Any
@@ -195,7 +196,7 @@ class Audit:
                     if not self._kinds_of[kind[0]]:
                         del self._kinds_of[kind[0]]
             if again:
-                more = {"time": _time(now), "count": again, "since": _time(since)}
+                more = {"time": written_time(now), "count": again, "since": written_time(since)}
                 self.log.put(AuditRecord("denial", json.dumps(known.line | more)))
 
     @property
@@ -232,11 +233,8 @@ def _who(principal: Principal | None, proof: Proof, peer: str) -> tuple[Any, ...
 
 
 def host_of(peer: str) -> str:
-    """Return the address of a peer without its port, which is another one with each connection.
-
-    gRPC writes ipv4:1.2.3.4:56 and ipv6:[::1]:56; our HTTP listeners write the address alone.
-    """
-    return peer.rpartition(":")[0] if peer.startswith(("ipv4:", "ipv6:")) else peer
+    """Return the address of a peer without its port, which is another one with each connection."""
+    return peer.rpartition(":")[0] or peer
 
 
 def _said(
@@ -246,7 +244,7 @@ def _said(
     who = principal or Principal()
     about = {"sort": resource.sort.value, "name": resource.name, "version": resource.ordinal}
     return {
-        "time": _time(now),
+        "time": written_time(now),
         "kind": kind,
         "who": _clean({"tenant": who.tenant, "subject": who.subject, "groups": who.groups}),
         "proof": proof.value,
@@ -256,7 +254,8 @@ def _said(
     }
 
 
-def _time(now: float) -> str:
+def written_time(now: float) -> str:
+    """Return a time (Unix seconds) as lines have it: ISO 8601 in UTC with milliseconds."""
     return datetime.fromtimestamp(now, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
@@ -270,7 +269,7 @@ def _clean(value: Any, depth: int = 0) -> Any:
     if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, float):
-        return round(value, 3) if abs(value) < 1e15 else str(value)
+        return round(value, 3) if isfinite(value) else None  # JSON has no such number
     return _text(str(value))
 
 

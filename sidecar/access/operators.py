@@ -10,7 +10,7 @@ import hmac
 from pathlib import Path
 
 from sidecar.access.access import Access, Caller
-from sidecar.access.principal import OPERATOR, Presented, Principal, Proof
+from sidecar.access.principal import INFERENCE, OPERATOR, Presented, Principal, Proof, Purpose
 from sidecar.errors import Misused, Reason
 
 SCHEME = "Bearer "
@@ -44,7 +44,7 @@ class Operators:
         self._tokens = [] if token_file is None else [token.encode() for token in read_tokens(token_file)]
         self._local_admin = local_admin
 
-    async def identify(self, presented: Presented) -> Caller:
+    async def identify(self, presented: Presented, purpose: Purpose = INFERENCE) -> Caller:
         """Return the sender of a call. Raises Misused(UNAUTHENTICATED)."""
         given = presented.authorization
         if len(given) == 1 and self._admits(given[0]):  # with two, a proxy may have checked the other one
@@ -52,7 +52,7 @@ class Operators:
         if self._access.mode == "enforce":
             if presented.is_local and self._local_admin and not (given or presented.forwarded):
                 return Caller(Principal(proof=Proof.LOCAL, roles=(OPERATOR,)), presented.peer)
-            return await self._access.identify(presented)
+            return await self._access.identify(presented, purpose)
         if self._tokens:
             wrong = "the token sent is not one of this listener's token file; it wants one of them,"
             why = wrong if given else "this listener wants a token of its token file,"

@@ -32,7 +32,8 @@ class Presented:
 
     `authorization` and `forwarded` have every value of the headers `authorization` and `x-forwarded-client-cert`, in
     the order in which they came. `certificate` has the names in the client's certificate, which TLS has verified.
-    `peer` is the address of the connection, `is_local` True if only this machine can have made it.
+    `peer` is the address of the connection as ip:port, an IPv6 address in brackets, or "unix"; `is_local` is True if
+    only this machine can have made it.
     """
 
     authorization: tuple[str, ...] = ()
@@ -92,6 +93,18 @@ class Sort(Enum):
     TENANT = "tenant"
     """The requests, keys, limits and usage of a tenant."""
     SYSTEM = "system"
+
+
+@dataclass(frozen=True, slots=True)
+class Purpose:
+    """What a call asks for, as the audit says it if it is denied before it is read; `verb` is what was called."""
+
+    request_id: str = ""
+    action: Action = Action.INFER
+    verb: str = ""
+
+
+INFERENCE = Purpose()
 
 
 @dataclass(frozen=True, slots=True)

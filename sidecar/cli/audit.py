@@ -86,9 +86,9 @@ def _details(line: dict[str, Any]) -> Iterator[str]:
         yield line["why"]
     before, after = line.get("before", {}), line.get("after", {})
     for name in dict.fromkeys((*before, *after)):
-        if before.get(name) != after.get(name):
-            was = f"{_value(before[name])} -> " if name in before else ""
-            yield f"{name} {was}{_value(after.get(name))}"
+        was, now = (_value(name, facts[name]) if name in facts else "none" for facts in (before, after))
+        if was != now:
+            yield f"{name} {was} -> {now}" if name in before else f"{name} {now}"
     if "since" in line:
         yield f"since {line['since'].replace('T', ' ')[:19]}"
     yield f"from {line['peer']} by {line['proof']}" if line["peer"] else f"by {line['proof']}"
@@ -96,7 +96,7 @@ def _details(line: dict[str, Any]) -> Iterator[str]:
         yield f"id {line['request_id']}"
 
 
-def _value(value: Any) -> str:
+def _value(name: str, value: Any) -> str:
     if value is None:
-        return "none"
+        return "until resumed" if name == "paused_s" else "none"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from secrets import token_hex
 from typing import Any
+from urllib.parse import unquote
 
 from sidecar.access.access import Caller
 from sidecar.access.certificates import names_of_grpc
@@ -27,6 +28,10 @@ CALLER: ContextVar[Caller] = ContextVar("caller")
 """The sender of the gRPC call that this task answers; set before the call's first message is read."""
 
 
+CALL_ID: ContextVar[str] = ContextVar("call_id")
+"""The id that was made for the gRPC call that this task answers: all that is said of the call has the same one."""
+
+
 def presented(context: Any) -> Presented:
     """Return what a gRPC call presents to prove who sends it."""
     found: dict[str, list[str]] = {AUTHORIZATION: [], FORWARDED: []}
@@ -38,9 +43,25 @@ def presented(context: Any) -> Presented:
         tuple(found[AUTHORIZATION]),
         names_of_grpc(context.auth_context()),
         tuple(found[FORWARDED]),
-        peer,
+        peer_of_grpc(peer),
         peer.startswith(LOCAL),
     )
+
+
+def peer_of_grpc(peer: str) -> str:
+    """Return a peer as `peer_at` does. gRPC writes ipv4:1.2.3.4:56, ipv6:%5B::1%5D:56 and unix:PATH."""
+    scheme, _, rest = peer.partition(":")
+    if scheme not in ("ipv4", "ipv6"):
+        return scheme
+    host, _, port = unquote(rest).rpartition(":")
+    return peer_at(host.strip("[]"), port)
+
+
+def peer_at(host: str, port: int | str) -> str:
+    """Return ip:port, with an IPv6 address in brackets. An IPv4 address that came by a socket of IPv6 is one."""
+    mapped = host.removeprefix("::ffff:")
+    host = mapped if "." in mapped else host
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def metadata_of(context: Any) -> dict[str, str]:
@@ -85,10 +106,10 @@ def request_id_of(asked: str, metadata: Mapping[str, str]) -> str:
 
 
 def id_of_call(context: Any, asked: str = "") -> str:
-    """Return the id to report with an error of a request that is not read: `asked`, the metadata's, or a new one."""
+    """Return the id to report with an error of a request that is not read: `asked`, the metadata's, or the call's."""
     given = [value for key, value in context.invocation_metadata() or () if key == REQUEST_ID_KEY]
     candidates = (asked, *(given if len(given) == 1 else ()))
-    return next((id_ for id_ in candidates if id_ and is_fit(REQUEST_ID, id_)), "") or made_id()
+    return next((id_ for id_ in candidates if id_ and is_fit(REQUEST_ID, id_)), "") or CALL_ID.get("") or made_id()
 
 
 def remaining_s(context: Any) -> float | None:

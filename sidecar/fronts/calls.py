@@ -16,7 +16,7 @@ import grpc
 import grpc.aio
 
 from sidecar.access.access import Caller
-from sidecar.access.principal import Presented
+from sidecar.access.principal import Action, Presented, Purpose
 from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts import callers
 from sidecar.fronts.arriving import Call, Source
@@ -40,6 +40,20 @@ PENDING_OPTIONS = (
 )
 
 
+INFERENCE = frozenset(
+    (
+        "/lorasidecar.v1.Gateway/Generate",
+        "/inference.GRPCInferenceService/ModelInfer",
+        "/inference.GRPCInferenceService/ModelStreamInfer",
+    )
+)
+
+
+def purpose_on_data(method: str) -> tuple[Action, str]:
+    """Return the action of a method of the data listener, and its name in the audit."""
+    return (Action.INFER, "") if method in INFERENCE else (Action.SHOW, method.rpartition("/")[2])
+
+
 class _TurnedAway(Exception):
     """End a call with the refusal inside."""
 
@@ -51,12 +65,19 @@ class _TurnedAway(Exception):
 class BoundedCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Apply one listener's bounds, and find out who calls, before anything parses its messages.
 
-    Set `port` once the listener is bound.
+    `purpose_of(method)` returns what the audit says of a call that is denied. Set `port` once the listener is bound.
     """
 
-    def __init__(self, intake: Intake, calls_max: int, identify: Callable[[Presented], Awaitable[Caller]]) -> None:
+    def __init__(
+        self,
+        intake: Intake,
+        calls_max: int,
+        identify: Callable[[Presented, Purpose], Awaitable[Caller]],
+        purpose_of: Callable[[str], tuple[Action, str]] = purpose_on_data,
+    ) -> None:
         self.port = 0
         self._identify = identify
+        self._purpose_of = purpose_of
         self._intake = intake
         self._calls_max = calls_max
         self._handlers: dict[Any, Any] = {}
@@ -69,16 +90,18 @@ class BoundedCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         assert handler.request_deserializer is None
         bounded = self._handlers.get(handler)
         if bounded is None:
-            bounded = self._handlers[handler] = self._bounded(handler, details.method.startswith(OPEN_TO_ALL))
+            bounded = self._handlers[handler] = self._bounded(handler, details.method)
         return bounded
 
-    def _bounded(self, handler: Any, is_open: bool) -> Any:
+    def _bounded(self, handler: Any, name: str) -> Any:
         kind = "stream" if handler.request_streaming else "unary"
         method = getattr(handler, f"{kind}_{'stream' if handler.response_streaming else 'unary'}")
 
+        purpose = None if name.startswith(OPEN_TO_ALL) else self._purpose_of(name)
+
         async def serve(requests: Any, context: Any) -> Any:
             try:
-                return await self._served(handler, method, context, is_open)
+                return await self._served(handler, method, context, purpose)
             except grpc.aio.AbortError as error:
                 # The call keeps this exception, and the frames of its traceback keep the call and with it the message.
                 # Only the garbage collector would break that ring, and it counts objects, not bytes.
@@ -89,21 +112,23 @@ class BoundedCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             return grpc.stream_stream_rpc_method_handler(serve, None, handler.response_serializer)
         return grpc.stream_unary_rpc_method_handler(serve, None, handler.response_serializer)
 
-    async def _served(self, handler: Any, method: Any, context: Any, is_open: bool) -> Any:
+    async def _served(self, handler: Any, method: Any, context: Any, purpose: tuple[Action, str] | None) -> Any:
+        callers.CALL_ID.set(callers.made_id())
         with self._intake.call(wire_of(context.peer(), self.port)) as call:
             try:
                 self._check(call.source)
-                if not is_open:
-                    await self._find_caller(context)
+                if purpose is not None:
+                    await self._find_caller(context, *purpose)
                 incoming = _Incoming(self._intake, call, context)
                 request = incoming.messages() if handler.request_streaming else await incoming.one()
                 return await _answered(method, request, context)
             except _TurnedAway as turned_away:
                 await abort(context, turned_away.why)
 
-    async def _find_caller(self, context: Any) -> None:
+    async def _find_caller(self, context: Any, action: Action, verb: str) -> None:
+        purpose = Purpose(callers.id_of_call(context), action, verb)
         try:
-            callers.CALLER.set(await self._identify(callers.presented(context)))
+            callers.CALLER.set(await self._identify(callers.presented(context), purpose))
         except SidecarError as error:
             raise _TurnedAway(error) from None
 

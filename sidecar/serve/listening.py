@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection
 
 from sidecar.access.access import Caller
 from sidecar.access.operators import Operators
-from sidecar.access.principal import Presented
+from sidecar.access.principal import Action, Presented, Purpose
 from sidecar.backends.credentials import read_pem
 from sidecar.config import Config
 from sidecar.config.backends import Backend as Entry
@@ -24,7 +24,8 @@ from sidecar.config.section import Tls
 from sidecar.errors import Misused, Reason
 from sidecar.fronts.admin.front import add_admin
 from sidecar.fronts.admin.guard import Guard
-from sidecar.fronts.calls import PENDING_OPTIONS, BoundedCalls
+from sidecar.fronts.admin.verbs import purpose_on_admin
+from sidecar.fronts.calls import PENDING_OPTIONS, BoundedCalls, purpose_on_data
 from sidecar.fronts.checked_messages import CheckedMessages
 from sidecar.fronts.generate.front import GatewayService
 from sidecar.fronts.http.app import HttpFront, server_tls
@@ -131,7 +132,7 @@ class Listening:
         wanted = self._config.listeners.admin
         tokens = None if wanted.token_file is None else Path(wanted.token_file)
         operators = Operators(self._gateway.access, tokens, self._config.identity.local_admin)
-        calls = self._calls(wanted, operators.identify)
+        calls = self._calls(wanted, operators.identify, purpose_on_admin)
         guard = Guard(self._gateway, self._access.store)
         admin = self._server([calls, CheckedMessages(), guard], _bounds(wanted, wanted.message_bytes_max))
         add_admin(admin, self._gateway, replica, self._access.calls)
@@ -169,8 +170,13 @@ class Listening:
             await self._probes.start()
             self.probes = self._probes.address
 
-    def _calls(self, listener: GrpcListener, identify: Callable[[Presented], Awaitable[Caller]]) -> BoundedCalls:
-        return BoundedCalls(self.intake, listener.calls_per_connection_max, identify)
+    def _calls(
+        self,
+        listener: GrpcListener,
+        identify: Callable[[Presented, Purpose], Awaitable[Caller]],
+        purpose_of: Callable[[str], tuple[Action, str]] = purpose_on_data,
+    ) -> BoundedCalls:
+        return BoundedCalls(self.intake, listener.calls_per_connection_max, identify, purpose_of)
 
     def _server(self, interceptors: Sequence[Any] = (), options: Sequence[tuple[str, int]] = ()) -> grpc.aio.Server:
         # If an option is given twice, gRPC takes the first.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,7 @@ async def test_each_rpc_that_changes_something_leaves_one_line(house: House) -> 
         ("Adapters/Prefetch", lambda: pb.PrefetchRequest(name="sql", backends=["trt-0"])),
         ("Adapters/Evict", lambda: name),
         ("Adapters/Release", lambda: name),
+        ("Adapters/Pause", lambda: pb.PauseRequest(name="sql")),
         ("Adapters/Pause", lambda: pb.PauseRequest(name="sql", for_s=60)),
         ("Adapters/Resume", lambda: name),
         ("Adapters/Unregister", lambda: pb.UnregisterRequest(name="pushed")),
@@ -163,7 +166,9 @@ async def test_each_rpc_that_changes_something_leaves_one_line(house: House) -> 
         "v2",
         "v1",
     )
+    assert facts["Adapters/Pause"]["before"]["paused_s"] is None  # until it is resumed
     assert facts["Adapters/Pause"]["after"]["paused_s"] > 0
+    assert datetime.fromisoformat(facts["Access/CreateKey"]["after"]["created_at"]).tzinfo is UTC
     assert facts["Adapters/Resume"]["before"]["paused_s"] > 0
     assert "paused_s" not in facts["Adapters/Resume"]["after"]
     assert facts["Adapters/Unregister"]["after"] == {}
@@ -292,6 +297,53 @@ async def test_denials_of_every_front_are_recorded_without_a_secret(house: House
     text = "".join(file.read_text() for file in (house.file, denials_file(house.file)))
     for secret in ("lsk_not-a-key-of-ours", "lsk_neither", made["secret"], PROMPT):
         assert secret not in text
+
+
+async def test_a_client_without_a_credential_and_the_line_have_one_id(house: House) -> None:
+    """In each protocol and on each listener, with the action that was asked for and the address in one form."""
+    sidecar, served = house.served.sidecar, house.served
+    data: Any = service_pb2_grpc.GRPCInferenceServiceStub(served.channel)
+    whoami = admin_pb2_grpc.AccessStub(served.admin_channel).WhoAmI
+    scheme = (("authorization", "Basic abc"),)
+    ids = []
+    calls = (
+        (served.gateway.Generate(_generate("sql")).read(), "infer", ""),
+        (data.ModelMetadata(service_pb2.ModelMetadataRequest(name="m")), "show", "ModelMetadata"),
+        (whoami(pb.WhoAmIRequest(), metadata=scheme), "show", "Access.WhoAmI"),
+    )
+    for call, _, _ in calls:
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await call
+        assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        ids.append(dict(raised.value.trailing_metadata())["x-request-id"])
+    async with httpx.AsyncClient(base_url=f"http://{sidecar.http_address}") as client:
+        answers = [
+            await client.get("/v1/models"),
+            await client.get("/v1/models/sql", headers={"authorization": "Bearer lsk_x", "x-request-id": "mine"}),
+            await client.post("/v1/completions", headers={"authorization": "Bearer lsk_x"}),
+        ]
+    ids += [answer.headers["x-request-id"] for answer in answers]
+    assert ids[4] == "mine"
+    assert sidecar.access.audit.log.flush()
+    lines = [json.loads(line) for line in sidecar.access.audit.read(0, kind="denial")]
+    told = [(line["action"], line["verb"]) for line in lines]
+    assert told == [(action, verb) for _, action, verb in calls] + [("list", ""), ("list", ""), ("infer", "")]
+    assert [line["request_id"] for line in lines] == ids
+    for line in lines:
+        assert re.fullmatch(r"127\.0\.0\.1:[0-9]+", line["peer"])
+        assert re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{3}Z", line["time"])
+
+
+async def test_the_text_that_a_client_gets_has_the_id_of_the_line(house: House) -> None:
+    made = (await house.cli("keys", "create", "--tenant", "acme", "--json")).json()
+    drain = admin_pb2_grpc.BackendsStub(house.served.admin_channel).Drain
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await drain(pb.BackendRequest(backend="trt-0"), metadata=(("authorization", f"Bearer {made['secret']}"),))
+    request_id = dict(raised.value.trailing_metadata())["x-request-id"]
+    assert f'ask your operator with id "{request_id}"' in raised.value.details()
+    assert house.served.sidecar.access.audit.log.flush()
+    [line] = [json.loads(line) for line in house.served.sidecar.access.audit.read(0, kind="denial")]
+    assert (line["request_id"], line["verb"]) == (request_id, "Backends.Drain")
 
 
 def _generate(name: str) -> Any:

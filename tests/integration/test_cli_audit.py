@@ -45,13 +45,9 @@ async def house(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> AsyncItera
 async def fill(house: House) -> None:
     ann = Principal("acme", Proof.KEY, "0123456789ab", roles=("publisher",))
     before, after = {"version": "v1", "pinned": True}, {"version": "v2", "pinned": True, "canary": "v3 5 %"}
-    await house.audit.changed(
-        ann, "ipv4:10.0.0.9:4711", Action.PROMOTE, SQL, before, after, "r-1", verb="Adapters.Promote"
-    )
+    await house.audit.changed(ann, "10.0.0.9:4711", Action.PROMOTE, SQL, before, after, "r-1", verb="Adapters.Promote")
     bob = Principal("beta", Proof.TOKEN, "bob@beta.example")
-    house.audit.denied(
-        bob, "ipv4:10.0.0.7:1", Proof.TOKEN, Action.INFER, SQL, "the allow list does not have beta", "r-2"
-    )
+    house.audit.denied(bob, "10.0.0.7:1", Proof.TOKEN, Action.INFER, SQL, "the allow list does not have beta", "r-2")
 
 
 async def test_people_see_who_did_what(house: House) -> None:
@@ -61,9 +57,9 @@ async def test_people_see_who_did_what(house: House) -> None:
     shown = (await house.cli("audit")).out
     first, details, second, why = (line.rstrip() for line in shown.splitlines())
     assert first.endswith("  ok  acme/0123456789ab  Adapters.Promote  acme/sql")
-    assert details == "    version v1 -> v2; canary v3 5 %; from ipv4:10.0.0.9:4711 by key; id r-1"
+    assert details == "    version v1 -> v2; canary v3 5 %; from 10.0.0.9:4711 by key; id r-1"
     assert second.endswith("  denied  beta/bob@beta.example  infer  acme/sql")
-    assert why == "    the allow list does not have beta; from ipv4:10.0.0.7:1 by token; id r-2"
+    assert why == "    the allow list does not have beta; from 10.0.0.7:1 by token; id r-2"
     for options, results in (
         (("--adapter", "acme/sql"), ["ok", "denied"]),
         (("--adapter", "other"), []),
@@ -75,6 +71,14 @@ async def test_people_see_who_did_what(house: House) -> None:
         assert [json.loads(line)["result"] for line in ended.out.splitlines()] == results
     assert (await house.cli("audit", "--since", "yesterday")).code == 2
     assert (await house.cli("audit", "--kind", "all")).code == 2
+
+
+async def test_a_pause_without_an_end_is_told_in_words(house: House) -> None:
+    await house.audit.changed(Principal(), "", Action.PAUSE, SQL, {}, {"paused_s": None}, "", verb="Adapters.Pause")
+    await house.audit.changed(Principal(), "", Action.PAUSE, SQL, {"paused_s": None}, {}, "", verb="Adapters.Resume")
+    _, paused, _, resumed = (line.strip() for line in (await house.cli("audit")).out.splitlines())
+    assert paused == "paused_s until resumed; by none"
+    assert resumed == "paused_s until resumed -> none; by none"
 
 
 async def test_more_lines_than_one_batch_come_in_order(house: House) -> None:
@@ -110,7 +114,7 @@ def test_lines_fit_the_terminal(width: int) -> None:
     line = {
         "time": "2026-11-28T12:00:00.123Z", "kind": "denial", "result": "denied", "count": 500,
         "since": "2026-11-28T11:59:00.000Z", "who": {"tenant": "spiffe://cluster.local/ns/" + "t" * 90, "subject": ""},
-        "proof": "certificate", "peer": "ipv4:10.0.0.9:4711", "action": "infer", "verb": "", "request_id": "r" * 100,
+        "proof": "certificate", "peer": "10.0.0.9:4711", "action": "infer", "verb": "", "request_id": "r" * 100,
         "resource": {"sort": "version", "name": "n" * 70, "version": 3}, "why": "because of this and that " * 9,
     }  # fmt: skip
     out = StringIO()

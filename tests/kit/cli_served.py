@@ -12,7 +12,7 @@ import grpc
 
 from sidecar.access.access import Caller
 from sidecar.access.operators import Operators
-from sidecar.access.principal import Presented
+from sidecar.access.principal import Presented, Purpose
 from sidecar.backends.api import Reply, Ticket, Weights
 from sidecar.backends.wire import ModelInferResponse
 from sidecar.config.plugins import policies_of
@@ -78,9 +78,9 @@ def guarded(gateway: Gateway, token_file: Path | None = None) -> tuple[Any, ...]
     """Return the interceptors of a gateway's admin listener."""
     operators = Operators(gateway.access, token_file)
 
-    async def identify(presented: Presented) -> Caller:
+    async def identify(presented: Presented, purpose: Purpose) -> Caller:
         """Believe clients, whose API is on the same port, and ask operators for the token if there is one."""
-        caller = await operators.identify(presented)
+        caller = await operators.identify(presented, purpose)
         return caller if token_file is not None else await gateway.access.identify(presented)
 
     return BoundedCalls(Intake(), 1000, identify), CheckedMessages()

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from sidecar.access.audit import CALLERS_MAX, Audit
 from sidecar.access.audit_log import RotatingFile, denials_file, rotated_files
 from sidecar.access.principal import SYSTEM, Action, Principal, Proof, Resource, Sort
 from sidecar.config import access as config
+from sidecar.fronts.callers import peer_at, peer_of_grpc
 
 ROOT = Path(__file__).parents[2]
 ANN = Principal("acme", Proof.KEY, "key-7", ("ml",))
@@ -68,7 +70,7 @@ def change(audit: Audit, name: str = "sql", **more: Any) -> bool:
     )
 
 
-def deny(audit: Audit, principal: Principal | None = None, peer: str = "ipv4:10.0.0.9:1", name: str = "sql") -> None:
+def deny(audit: Audit, principal: Principal | None = None, peer: str = "10.0.0.9:1", name: str = "sql") -> None:
     audit.denied(principal, peer, Proof.KEY, Action.INFER, Resource(Sort.ADAPTER, name), "unknown key", "r-2")
 
 
@@ -115,7 +117,7 @@ def test_repeated_denials_become_one_line_a_minute(tmp_path: Path) -> None:
         assert (first["result"], first["why"], first["who"]["tenant"]) == ("denied", "unknown key", "")
         assert "count" not in first
         for port in range(500):
-            deny(audit, peer=f"ipv4:10.0.0.9:{port}")  # each connection has another port
+            deny(audit, peer=f"10.0.0.9:{port}")  # each connection has another port
         clock.now += 59
         audit.tell_repeated()
         assert audit.log.flush()
@@ -160,19 +162,45 @@ def test_a_cause_with_another_number_each_time_is_one_cause(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("peers", "callers"),
     [
-        (("ipv4:10.0.0.1:1", "ipv4:10.0.0.1:2", "ipv4:10.0.0.2:1"), 2),
-        (("ipv6:[2001:db8::1]:1", "ipv6:[2001:db8::1]:2", "ipv6:[2001:db8::2]:1", "ipv6:%5B::1%5D:7"), 3),
-        (("2001:db8::1", "2001:db8::2", "10.0.0.1", "10.0.0.2", "unix:", "unix:"), 5),
+        (("10.0.0.1:1", "10.0.0.1:2", "10.0.0.2:1"), 2),
+        (("[2001:db8::1]:1", "[2001:db8::1]:2", "[2001:db8::2]:1", "[::1]:7"), 3),
+        (("unix", "unix", ""), 2),
     ],
 )
 def test_callers_without_a_name_are_told_apart_by_their_machine(
     peers: tuple[str, ...], callers: int, tmp_path: Path
 ) -> None:
-    """Each connection has another port; the listeners for HTTP give addresses without one."""
+    """Each connection has another port."""
     with audit_in(tmp_path, Clock()) as audit:
         for peer in peers:
             deny(audit, peer=peer)
         assert len(audit._repeated) == callers
+
+
+@pytest.mark.parametrize(
+    ("peer", "told"),
+    [
+        ("ipv4:10.0.0.1:56", "10.0.0.1:56"),
+        ("ipv6:%5B2001:db8::1%5D:56", "[2001:db8::1]:56"),
+        ("ipv6:[::1]:56", "[::1]:56"),
+        ("ipv6:%5Bfe80::1%25eth0%5D:56", "[fe80::1%eth0]:56"),
+        ("unix:", "unix"),
+        ("unix:/run/sidecar.sock", "unix"),
+    ],
+)
+def test_a_peer_has_one_form_whichever_listener_it_calls(peer: str, told: str) -> None:
+    assert peer_of_grpc(peer) == told
+    host, _, port = told.rpartition(":")
+    if port.isdecimal():  # as the listener for HTTP gets it
+        assert peer_at(host.strip("[]"), int(port)) == told
+    assert peer_at("::ffff:10.0.0.1", 56) == "10.0.0.1:56"
+
+
+async def test_a_number_that_json_has_not_is_null(tmp_path: Path) -> None:
+    with audit_in(tmp_path) as audit:
+        await audit.changed(ANN, "", Action.PAUSE, SQL, {}, {"paused_s": inf, "share": nan, "held_s": 1.23456}, "")
+    [line] = lines_in(changes_file(tmp_path))
+    assert line["after"] == {"paused_s": None, "share": None, "held_s": 1.235}
 
 
 # Attackers.
@@ -183,7 +211,7 @@ def test_ten_thousand_attackers_are_counted_and_push_no_change_out(tmp_path: Pat
     with audit_in(tmp_path, Clock(), file_bytes_max=200_000, files_max=3) as audit:
         assert change(audit)
         for attacker in range(CALLERS_MAX + 2_000):
-            deny(audit, peer=f"ipv4:10.{attacker >> 16}.{attacker >> 8 & 255}.{attacker & 255}:9")
+            deny(audit, peer=f"10.{attacker >> 16}.{attacker >> 8 & 255}.{attacker & 255}:9")
             if attacker % 1_000 == 0:
                 assert audit.log.flush()
         assert len(audit._repeated) <= CALLERS_MAX + 1

@@ -18,7 +18,7 @@ from sidecar.access.principal import Action, Resource, Sort
 from sidecar.access.store import AccessStore
 from sidecar.config.identities import clipped
 from sidecar.errors import Reason, Refused
-from sidecar.fronts.admin.verbs import VERBS, Sight, Verb
+from sidecar.fronts.admin.verbs import VERBS, Sight, Verb, called
 from sidecar.fronts.callers import CALLER, id_of_call
 from sidecar.fronts.status import abort
 from sidecar.shell.gateway import Gateway
@@ -65,7 +65,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         return guarded
 
     def _guarded(self, handler: Any, rule: Verb, method: str) -> Any:
-        verb = method.rpartition(".")[2].replace("/", ".")
+        verb = called(method)
         kinds = handler.request_deserializer, handler.response_serializer
         if handler.request_streaming:
             return grpc.stream_unary_rpc_method_handler(self._pushing(handler.stream_unary, rule, verb), *kinds)

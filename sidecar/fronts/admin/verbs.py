@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from time import monotonic_ns, time
 from typing import Any, NamedTuple
 
+from sidecar.access.audit import written_time
 from sidecar.access.budgets.charges import which
 from sidecar.access.entries import KEY, Key
 from sidecar.access.keys import id_in
@@ -87,6 +88,7 @@ def _record(message: Any, sight: Sight) -> Facts:
     if record is None:
         return {}
     now = time()
+    # A pause without an end is infinite here, and null in the line.
     more = {
         "versions": len(record.versions),
         "generation": record.version.generation,
@@ -177,8 +179,14 @@ REPLICAS = {"List": Verb(Action.LIST)}
 
 
 def _facts_of(message: Any) -> Facts:
-    """Return the fields of a message that are set."""
-    return {field.name: list(value) if field.is_repeated else value for field, value in message.ListFields()}
+    """Return the fields of a message that are set; times are told as the audit tells its own."""
+    return {field.name: _fact(field, value) for field, value in message.ListFields()}
+
+
+def _fact(field: Any, value: Any) -> Any:
+    if field.is_repeated:
+        return list(value)
+    return written_time(value) if field.name.endswith("_at") else value
 
 
 def _limit(message: Any, sight: Sight) -> Facts:
@@ -263,3 +271,14 @@ VERBS: Mapping[str, Verb] = {
     f"/{service}/{name}": verb for service, verbs in _SERVICES.items() for name, verb in verbs.items()
 }
 """By the path of the method, as gRPC's `handler_call_details.method` has it."""
+
+
+def called(method: str) -> str:
+    """Return the name of a method in the audit, as "Adapters.Promote"."""
+    return method.rpartition(".")[2].replace("/", ".")
+
+
+def purpose_on_admin(method: str) -> tuple[Action, str]:
+    """Return the action of a method, and its name in the audit. What everybody may call shows something."""
+    rule = VERBS.get(method, ANYBODY)
+    return rule.action or Action.SHOW, called(method)

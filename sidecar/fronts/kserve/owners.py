@@ -47,7 +47,7 @@ class RegionOwners:
 
     def caller(self, context: Any) -> Caller:
         claims = callers.claimed_tenants(callers.metadata_of(context), "")
-        tenant = self._access.tenant_of(callers.CALLER.get(), claims)
+        tenant = self._access.tenant_of(callers.CALLER.get(), claims, callers.id_of_call(context))
         return Caller(tenant, str(context.peer()))
 
     def register(self, name: str, caller: Caller) -> None:

@@ -16,13 +16,13 @@ from starlette.datastructures import QueryParams
 from starlette.types import Receive, Scope, Send
 
 from sidecar.access import access
-from sidecar.access.principal import Presented
+from sidecar.access.principal import Action, Presented, Purpose
 from sidecar.backends.api import Ticket
 from sidecar.backends.kind import Native
 from sidecar.backends.registry import model_kind
 from sidecar.config import Config
 from sidecar.errors import Reason, Refused, SidecarError
-from sidecar.fronts.callers import AUTHORIZATION, FORWARDED
+from sidecar.fronts.callers import AUTHORIZATION, FORWARDED, peer_at
 from sidecar.fronts.eligible import empty_pools
 from sidecar.fronts.http.connection import CROWDED, PEER
 from sidecar.fronts.http.content_type import why_not_json
@@ -86,14 +86,14 @@ class OpenAiFront:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = request_id_of(scope["headers"])
+        path = scope["path"].rstrip("/")
+        known = MODELS if path.startswith(f"{MODELS}/") else path
         try:
-            sender = await self._gateway.access.identify(_presented(scope))
+            sender = await self._gateway.access.identify(_presented(scope), Purpose(request_id, *_purpose_of(known)))
         except SidecarError as error:
             log_refused(request_id, error)
             await send_failure(send, _closing(_failure_of(error)), request_id)
             return
-        path = scope["path"].rstrip("/")
-        known = MODELS if path.startswith(f"{MODELS}/") else path
         if known not in self._methods:
             off = "; for load calls set openai.load_calls: true" if path in load_calls.PATHS else ""
             message = f"{scope['method']} {path[:80]} is not served{off}; there are {', '.join(self._methods)}"
@@ -296,9 +296,18 @@ def _presented(scope: Scope) -> Presented:
     for name, value in scope["headers"]:
         if name in found:
             found[name].append(value.decode("latin-1"))
-    host = scope["client"][0] if scope.get("client") else ""
+    peer = peer_at(*scope["client"]) if scope.get("client") else ""
     authorization, forwarded = found.values()
-    return Presented(tuple(authorization), scope["state"].get(PEER, ()), tuple(forwarded), host)
+    return Presented(tuple(authorization), scope["state"].get(PEER, ()), tuple(forwarded), peer)
+
+
+def _purpose_of(path: str) -> tuple[Action, str]:
+    """Return the action of a path, and its name in the audit."""
+    if path in (COMPLETIONS, CHAT):
+        return Action.INFER, ""
+    if path in load_calls.PATHS:
+        return Action.REGISTER, load_calls.VERB
+    return Action.LIST if path == MODELS else Action.SHOW, ""
 
 
 def _claims(caller: Caller) -> tuple[str, ...]:
