@@ -59,7 +59,8 @@ class Caller:
     """The sender of a call.
 
     `principal` is whose its requests are. With `is_believed` the tenant is the one that each request claims. In observe
-    mode `proven` is who it was proven to be, None if it was not, and `doubt` why not.
+    mode `proven` is who it was proven to be, None if it was not, and `doubt` why not. With `is_recorded` the call has
+    been judged already, and its denial, if it is one, is recorded: a call counts once.
     """
 
     principal: Principal = NOBODY
@@ -67,6 +68,7 @@ class Caller:
     is_believed: bool = False
     proven: Principal | None = None
     doubt: str = ""
+    is_recorded: bool = False
 
 
 OURSELVES = Caller(OPERATORS)
@@ -138,7 +140,11 @@ class Access:
     # Who calls.
 
     async def identify(self, presented: Presented, purpose: Purpose = INFERENCE) -> Caller:
-        """Return the sender of a call. Raises Misused(UNAUTHENTICATED) in enforce mode."""
+        """Return the sender of a call. Raises Misused(UNAUTHENTICATED) in enforce mode.
+
+        In observe mode it records who would be denied. Inference is left to `permit`, which is asked for each request
+        of a stream.
+        """
         if self.mode == "off":
             return self._believed(presented)
         try:
@@ -146,7 +152,10 @@ class Access:
         except SidecarError as error:
             if self.mode == "observe":
                 believed = self._believed(presented)
-                return Caller(believed.principal, presented.peer, believed.is_believed, None, error.message)
+                caller = Caller(believed.principal, presented.peer, believed.is_believed, None, error.message)
+                if purpose.action is not Action.INFER:
+                    self.denied(caller, purpose.action, SYSTEM, error.message, purpose.request_id, purpose.verb)
+                return caller
             caller = Caller(peer=presented.peer)
             self.denied(caller, purpose.action, SYSTEM, error.message, purpose.request_id, purpose.verb)
             raise
@@ -228,21 +237,30 @@ class Access:
 
     # What it may do.
 
-    def permit(self, caller: Caller, reference: str, request_id: str, is_base: bool = False) -> Permit:
+    def permit(
+        self, caller: Caller, reference: str, request_id: str, is_base: bool = False, tenant: str = ""
+    ) -> Permit:
         """Return what may answer a request for `reference`, a name with or without a version, or a base model.
 
+        `tenant` is what `tenant_of` has returned; in observe mode it has recorded a false claim.
         Raises Misused(UNAUTHENTICATED) if the credential has ended, and in enforce mode Refused(UNKNOWN_ADAPTER) for
         a name that is not there or not permitted.
         """
         if self.mode == "off" or caller is OURSELVES:
             return Permit()
         if self.mode == "observe":
-            self._observe(caller, reference, request_id, is_base)
+            claims_another = (
+                caller.is_believed and caller.proven is not None and tenant not in ("", caller.proven.tenant)
+            )
+            if not (caller.is_recorded or claims_another):
+                self._observe(caller, reference, request_id, is_base)
             return Permit()
         self.check(caller)
         permit, why = self._judge(caller.principal, reference, is_base)
         if permit is None:
             self.refuse(caller, Action.INFER, reference, why, request_id)
+        if not caller.is_recorded:
+            self._record_version(caller, caller.principal, reference, permit, request_id)
         return permit
 
     def _observe(self, caller: Caller, reference: str, request_id: str, is_base: bool) -> None:
@@ -250,8 +268,25 @@ class Access:
             self.denied(caller, Action.INFER, _named(reference), caller.doubt, request_id)
             return
         permit, why = self._judge(caller.proven, reference, is_base)
-        if permit is None and why:  # a name that does not exist is refused in each mode
+        if permit is not None:
+            self._record_version(caller, caller.proven, reference, permit, request_id)
+        elif why:  # a name that does not exist is refused in each mode
             self.denied(caller, Action.INFER, _named(reference), why, request_id)
+
+    def _record_version(
+        self, caller: Caller, principal: Principal, reference: str, permit: Permit, request_id: str
+    ) -> None:
+        """Record the denial of a version that a request selects. The core refuses it, as one that does not exist."""
+        name, _, selector = reference.partition("@")
+        record = self._record_of(name)
+        if not selector or record is None or permit.versions is None:
+            return
+        version = record.selected(selector)
+        if version is None or version.ordinal in permit.versions:
+            return
+        action = Action.INFER if version.ordinal == record.current else Action.INFER_VERSION
+        resource = version_resource(record, version.ordinal)
+        self.denied(caller, action, resource, self._policy.decide(principal, action, resource).by, request_id)
 
     def _judge(self, principal: Principal, reference: str, is_base: bool) -> tuple[Permit | None, str]:
         """Return a permit, or None and why not; "" for a name that does not exist."""
@@ -336,6 +371,18 @@ class Access:
             return Decision(True, f"identity.mode is {self.mode}")
         return self._policy.decide(caller.principal, action, resource)
 
+    def judged(self, caller: Caller) -> Principal | None:
+        """Return whom the policy judges, to refuse it or only to record that; None if nobody is judged."""
+        if caller is OURSELVES or self.mode == "off":
+            return None
+        if self.mode == "enforce":
+            return caller.principal
+        return None if caller.is_recorded else caller.proven
+
+    def decide(self, principal: Principal, action: Action, resource: Resource = SYSTEM) -> Decision:
+        """Return what the policy says of a principal that `judged` returned."""
+        return self._policy.decide(principal, action, resource)
+
     def is_operator(self, caller: Caller) -> bool:
         """Return True if a caller may see all names; what it may do is another question."""
         return self.may(caller, Action.LIST).allowed
@@ -355,11 +402,12 @@ class Access:
         Under `tenant_prefix` tenants publish from a folder of their own name in one of `roots`: else each would have
         the weights of all others under a name of its own, and errors would tell which folders there are.
         """
-        if self.mode != "enforce" or self._policy.source != "tenant_prefix" or "://" in path or not path:
+        principal = self.judged(caller)
+        if principal is None or self._policy.source != "tenant_prefix" or "://" in path or not path:
             return
-        if self.is_operator(caller):
+        if self.decide(principal, Action.LIST).allowed:
             return
-        tenant = caller.principal.tenant
+        tenant = principal.tenant
         folder = Path(path).expanduser().resolve()
         if prefix_owner(f"{tenant}/-", "/") == tenant and any(
             folder.is_relative_to(root.expanduser().resolve() / tenant) for root in roots
@@ -369,7 +417,8 @@ class Access:
             f'tenant "{tenant}" registers its own folders only, {tenant}/… in one of adapters.roots; or push the files'
         )
         self.denied(caller, Action.REGISTER, SYSTEM, why, request_id)
-        raise Refused(Reason.NOT_ALLOWED, why)
+        if self.mode == "enforce":
+            raise Refused(Reason.NOT_ALLOWED, why)
 
     def may_change(self, caller: Caller, record: Record) -> bool:
         """Return True if a caller may change a name, and so see where its files are and whom it is for."""
@@ -427,9 +476,11 @@ class Access:
         if self._audit is not None:
             self._audit.denied(principal, caller.peer, proof, action, resource, why, request_id, observed, verb)
 
-    def refuse(self, caller: Caller, action: Action, reference: str, why: str, request_id: str) -> NoReturn:
+    def refuse(
+        self, caller: Caller, action: Action, reference: str, why: str, request_id: str, verb: str = ""
+    ) -> NoReturn:
         """Record a denial, and raise the one error for a name that is not there or not permitted."""
-        self.denied(caller, action, _named(reference), why or "there is no such name", request_id)
+        self.denied(caller, action, _named(reference), why or "there is no such name", request_id, verb)
         raise unknown(reference, request_id)
 
     def for_client(self, reason: Reason | None, name: str, request_id: str) -> Refused | None:

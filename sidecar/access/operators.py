@@ -7,6 +7,7 @@ A listener on loopback, a Unix socket or with client certificates needs no token
 from __future__ import annotations
 
 import hmac
+from dataclasses import replace
 from pathlib import Path
 
 from sidecar.access.access import Access, Caller
@@ -48,18 +49,26 @@ class Operators:
         """Return the sender of a call. Raises Misused(UNAUTHENTICATED)."""
         given = presented.authorization
         if len(given) == 1 and self._admits(given[0]):  # with two, a proxy may have checked the other one
-            return Caller(Principal(proof=Proof.TOKEN_FILE, roles=(OPERATOR,)), presented.peer)
+            return _proven(Principal(proof=Proof.TOKEN_FILE, roles=(OPERATOR,)), presented)
         if self._access.mode == "enforce":
-            if presented.is_local and self._local_admin and not (given or presented.forwarded):
-                return Caller(Principal(proof=Proof.LOCAL, roles=(OPERATOR,)), presented.peer)
-            return await self._access.identify(presented, purpose)
+            return await self._prove(presented, purpose)
         if self._tokens:
             wrong = "the token sent is not one of this listener's token file; it wants one of them,"
             why = wrong if given else "this listener wants a token of its token file,"
             raise Misused(Reason.UNAUTHENTICATED, f"{why} {_WAY}")
         name = presented.certificate[0] if presented.certificate else ""
         proof = Proof.CERTIFICATE if name else Proof.LOCAL
-        return Caller(Principal(proof=proof, subject=name, roles=(OPERATOR,)), presented.peer)
+        caller = Caller(Principal(proof=proof, subject=name, roles=(OPERATOR,)), presented.peer)
+        if self._access.mode == "observe":
+            seen = await self._prove(presented, purpose)
+            caller = replace(caller, proven=seen.proven, doubt=seen.doubt)
+        return caller
+
+    async def _prove(self, presented: Presented, purpose: Purpose) -> Caller:
+        """Return whom identity proves. It takes the credential of a process of this machine before its place."""
+        if presented.is_local and self._local_admin and not (presented.authorization or presented.forwarded):
+            return _proven(Principal(proof=Proof.LOCAL, roles=(OPERATOR,)), presented)
+        return await self._access.identify(presented, purpose)
 
     def _admits(self, given: str) -> bool:
         if not given.startswith(SCHEME):
@@ -67,3 +76,7 @@ class Operators:
         presented = given.removeprefix(SCHEME).strip().encode()
         matches = [hmac.compare_digest(presented, token) for token in self._tokens]  # all, so that time tells nothing
         return any(matches)
+
+
+def _proven(principal: Principal, presented: Presented) -> Caller:
+    return Caller(principal, presented.peer, proven=principal)

@@ -24,7 +24,6 @@ PROBES_MAX = 32
 EXPECT_TOKENS_MAX = 256
 INSTANCES_MAX = 8
 """How often a prompt is asked of a backend with several instances."""
-DIGEST_CHARACTERS_MIN = 8
 
 
 @dataclass(frozen=True)

@@ -254,7 +254,7 @@ class Gateway:
         access, name = self.access, facts.adapter
         klass = access.class_of(caller, facts.klass)
         is_base = name in admission.BASE_NAMES and name not in self.state.names
-        permit = access.permit(caller, name, client_id, is_base)
+        permit = access.permit(caller, name, client_id, is_base, facts.tenant)
         record = self.catalogue.registry.get(name.partition("@")[0])
         if record is not None and record.is_for(facts.tenant) and caller is not OURSELVES:
             check_not_paused(record, time())

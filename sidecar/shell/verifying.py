@@ -18,7 +18,6 @@ from sidecar.core.enums import Phase
 from sidecar.core.facts import version_id
 from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.shell.asking import (
-    DIGEST_CHARACTERS_MIN,
     EXPECT_TOKENS_MAX,
     INSTANCES_MAX,
     PROBES_MAX,
@@ -97,10 +96,8 @@ class Verification:
         record = self._gateway.catalogue.known(name)
         if not selector:
             return record, record.version
-        for version in reversed(record.versions):
-            begins = len(selector) >= DIGEST_CHARACTERS_MIN and version.adapter.digest.startswith(selector)
-            if begins or selector == f"v{version.ordinal}":
-                return record, version
+        if (version := record.selected(selector)) is not None:
+            return record, version
         has = ", ".join(f"v{version.ordinal} ({version.adapter.digest[:12]})" for version in record.versions)
         raise Refused(
             Reason.UNKNOWN_ADAPTER, f'adapter "{name}" has no version "{selector[:80]}"; it has {has}', adapter=name

@@ -7,6 +7,7 @@ prefix and what an allow list shares with it, a publisher also changes what is u
 from __future__ import annotations
 
 import asyncio
+import json
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable
@@ -310,6 +311,110 @@ async def test_observe_counts_what_enforce_would_refuse(tmp_path: Path) -> None:
             async with caller_of(served, (), tmp_path) as nobody:
                 assert await nobody.infer(front, "acme/sql") == OK
             assert (denials[UNAUTHENTICATED, "true"], sum(denials.values())) == (1, 2), front
+
+
+async def test_observe_counts_each_call_to_the_admin_listener_once(tmp_path: Path) -> None:
+    """Whatever it asks for, and those only that enforce would refuse; all of them are answered."""
+    maker = TokenMaker(tmp_path)
+    write_names(tmp_path)
+    configured = access_of(tmp_path, maker, mode="observe")
+    async with (
+        running_engine(**DUMMY) as engine,
+        serving([engine], roots=[tmp_path], backend={"id": "b0"}, **configured) as served,
+    ):
+        await register_all(served, tmp_path)
+        denials = served.sidecar.gateway.access.denials
+        for role in (*ROLES, "nobody"):
+            groups = [role] if role != "tenant" else []
+            metadata = () if role == "nobody" else (("authorization", maker.bearer("acme", groups=groups)),)
+            async with caller_of(served, metadata, tmp_path) as caller:
+                for name, (service, rpc, request) in caller._calls().items():
+                    denials.update(dict.fromkeys(denials, 0))
+                    assert await caller.admin(service, rpc, request) == (HIDDEN if name == "show nothing" else OK), name
+                    cause = UNAUTHENTICATED if role == "nobody" else NOT_PERMITTED
+                    is_denied = role == "nobody" or (expected(role)[name] != OK and name != "show nothing")
+                    assert (denials[cause, "true"], sum(denials.values())) == (is_denied, is_denied), (role, name)
+
+
+async def test_observe_counts_each_call_of_the_openai_api_once(tmp_path: Path) -> None:
+    """Models that would not be shown, load calls, and a list of prompts, which is one call."""
+    maker = TokenMaker(tmp_path)
+    write_names(tmp_path)
+    configured = access_of(tmp_path, maker, mode="observe") | {"openai": {"load_calls": True}}
+    acme, operator = ({"authorization": maker.bearer("acme", groups=[group])} for group in ("none", "operator"))
+    load = {"lora_name": "blue/new", "lora_path": str(tmp_path / "more")}
+    prompts = {"model": "blue/sql", "prompt": ["a", "b", "c"], "max_tokens": 2}
+    claims = acme | {"x-lora-tenant": "blue"}
+    calls: tuple[tuple[str, str, dict[str, Any] | None, dict[str, str], int], ...] = (
+        ("GET", "/v1/models", None, {}, 1),
+        ("GET", "/v1/models", None, acme, 0),
+        ("GET", "/v1/models/blue/sql", None, {}, 1),
+        ("GET", "/v1/models/blue/sql", None, acme, 1),
+        ("GET", "/v1/models/acme/sql", None, acme, 0),
+        ("GET", "/v1/models/blue/sql", None, operator, 0),
+        ("POST", "/v1/completions", prompts, {}, 1),
+        ("POST", "/v1/completions", prompts, acme, 1),
+        ("POST", "/v1/completions", prompts, operator, 0),
+        ("POST", "/v1/completions", prompts, claims, 1),
+        ("POST", "/v1/load_lora_adapter", load, {}, 1),
+        ("POST", "/v1/load_lora_adapter", load | {"load_inplace": True}, acme, 1),
+        ("POST", "/v1/load_lora_adapter", load | {"load_inplace": True}, operator, 0),
+    )
+    async with (
+        running_engine(**DUMMY) as engine,
+        serving([engine], roots=[tmp_path], **configured) as served,
+        caller_of(served, (), tmp_path) as caller,
+    ):
+        await register_all(served, tmp_path)
+        denials = served.sidecar.gateway.access.denials
+        for method, path, body, headers, count in calls:
+            denials.update(dict.fromkeys(denials, 0))
+            answer = await caller.http.request(method, path, json=body, headers=headers)
+            assert answer.status_code == 200, (path, answer.text)
+            cause = NOT_PERMITTED if headers else UNAUTHENTICATED
+            assert (denials[cause, "true"], sum(denials.values())) == (count, count), (path, headers)
+
+
+CEDAR_ROLES = Path(__file__).parents[2] / "examples" / "access" / "roles.cedar"
+
+
+@pytest.mark.parametrize("mode", ["enforce", "observe"])
+@pytest.mark.parametrize("policies", [{"ready": "roles"}, {"cedar": str(CEDAR_ROLES)}], ids=["roles", "cedar"])
+async def test_a_version_that_is_denied_leaves_a_line(tmp_path: Path, policies: dict[str, Any], mode: str) -> None:
+    """One, at every front, with the version; one that does not exist leaves none and is answered alike."""
+    maker = TokenMaker(tmp_path)
+    write_names(tmp_path)
+    configured = access_of(tmp_path, maker, mode=mode) | {
+        "access": {"policies": policies | {"roles": {"group:viewer": ["viewer"]}}},
+        "data_directory": str(tmp_path / "data"),
+    }
+    async with running_engine(**DUMMY) as engine, serving([engine], roots=[tmp_path], **configured) as served:
+        for folder in ("sql", "theirs"):
+            await served.sidecar.gateway.catalogue.register("sql", str(tmp_path / folder), Wanted())
+        record = served.sidecar.registry.get("sql")
+        assert record is not None
+        old = f"sql@{record.of(1).adapter.digest[:12]}"
+        denials, audit = served.sidecar.gateway.access.denials, served.sidecar.access.audit
+        told = OK if mode == "observe" else HIDDEN
+        for front in ("generate", "unary", "stream", "openai"):
+            async with caller_of(served, (("authorization", maker.bearer("acme")),), tmp_path) as caller:
+                for reference, answer, count in (("sql@v1", told, 1), (old, told, 1), ("sql@v9", HIDDEN, 0)):
+                    denials.update(dict.fromkeys(denials, 0))
+                    assert await caller.infer(front, reference) == answer, (front, reference)
+                    assert sum(denials.values()) == count, (front, reference)
+                denials.update(dict.fromkeys(denials, 0))
+                assert [await caller.infer(front, name) for name in ("sql", "sql@v2")] == [OK, OK]
+            async with caller_of(
+                served, (("authorization", maker.bearer("b", groups=["viewer"])),), tmp_path
+            ) as caller:
+                assert await caller.infer(front, "sql@v1") == OK
+            assert sum(denials.values()) == 0, front
+        assert audit.log.flush()
+        line = json.loads(next(audit.read(0)))
+        assert line["resource"] == {"sort": "version", "name": "sql", "version": 1}
+        assert (line["action"], line["result"]) == ("infer_version", "observed" if mode == "observe" else "denied")
+        assert line["who"]["tenant"] == "acme"
+        assert line["why"]
 
 
 async def test_what_is_denied_counts_in_usage_at_every_front(tmp_path: Path) -> None:

@@ -307,13 +307,13 @@ async def test_a_client_without_a_credential_and_the_line_have_one_id(house: Hou
     scheme = (("authorization", "Basic abc"),)
     ids = []
     calls = (
-        (served.gateway.Generate(_generate("sql")).read(), "infer", ""),
-        (data.ModelMetadata(service_pb2.ModelMetadataRequest(name="m")), "show", "ModelMetadata"),
-        (whoami(pb.WhoAmIRequest(), metadata=scheme), "show", "Access.WhoAmI"),
+        (lambda: served.gateway.Generate(_generate("sql")).read(), "infer", ""),
+        (lambda: data.ModelMetadata(service_pb2.ModelMetadataRequest(name="m")), "show", "ModelMetadata"),
+        (lambda: whoami(pb.WhoAmIRequest(), metadata=scheme), "show", "Access.WhoAmI"),
     )
     for call, _, _ in calls:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
-            await call
+            await call()
         assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED
         ids.append(dict(raised.value.trailing_metadata())["x-request-id"])
     async with httpx.AsyncClient(base_url=f"http://{sidecar.http_address}") as client:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -138,16 +139,28 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     def _check(
         self, caller: Caller, rule: Verb, action: Action, verb: str, resource: Resource, request_id: str
     ) -> None:
-        """Raise Refused if the caller may not do it, with words that do not tell whether a name is there."""
+        """Raise Refused if the caller may not do it, with words that do not tell whether a name is there.
+
+        In observe mode it is only recorded, once for the call.
+        """
         access = self._gateway.access
-        if rule.each:
+        principal = access.judged(caller)
+        if principal is None or rule.each:
             return
-        if resource.sort is Sort.ADAPTER and not rule.creates and not access.is_operator(caller):
-            record = self._gateway.catalogue.registry.get(resource.name)
-            if record is None or not access.may_see(caller, caller.principal.tenant, record):
-                access.refuse(caller, action, resource.name, "" if record is None else "it is hidden", request_id)
-        decision = access.may(caller, action, resource)
-        if not decision.allowed:
+        if resource.sort is Sort.ADAPTER and not rule.creates and not access.decide(principal, Action.LIST).allowed:
+            is_there = self._gateway.catalogue.registry.get(resource.name) is not None
+            if not is_there and access.mode == "observe":
+                return  # it is refused in each mode
+            if not is_there or not access.decide(principal, Action.LIST, resource).allowed:
+                why = "it is hidden" if is_there else ""
+                if access.mode == "enforce":
+                    access.refuse(caller, action, resource.name, why, request_id, verb)
+                self._observe(caller, action, resource, why, request_id, verb)
+                return
+        decision = access.decide(principal, action, resource)
+        if not decision.allowed and access.mode == "observe":
+            self._observe(caller, action, resource, decision.by, request_id, verb)
+        elif not decision.allowed:
             access.denied(caller, action, resource, decision.by, request_id, verb)
             what = f'"{clipped(resource.name)}"' if resource.name else "this"
             raise Refused(
@@ -155,3 +168,10 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 f"you may not {DOING.get(action, action.value)} {what} ({verb}); ask your operator with id "
                 f'"{request_id}"',
             )
+
+    def _observe(
+        self, caller: Caller, action: Action, resource: Resource, why: str, request_id: str, verb: str
+    ) -> None:
+        """Record a denial that is let pass. What the handler asks then does not count again."""
+        self._gateway.access.denied(caller, action, resource, why, request_id, verb)
+        CALLER.set(replace(caller, is_recorded=True))

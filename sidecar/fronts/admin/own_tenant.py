@@ -14,17 +14,22 @@ from sidecar.fronts import callers
 def confined_to(access: Access, action: Action, asked: str, context: Any) -> str | None:
     """Return the tenant that the caller of an RPC is confined to, None for any; without `asked` its own.
 
-    Raises Refused(NOT_ALLOWED) if the caller may not act on the tenant that it asks for.
+    Raises Refused(NOT_ALLOWED) if the caller may not act on the tenant that it asks for. In observe mode that is only
+    recorded, and nobody is confined.
     """
     caller = callers.CALLER.get()
-    if access.may(caller, action).allowed:
+    principal = access.judged(caller)
+    if principal is None or access.decide(principal, action).allowed:
         return None
-    resource = Resource(Sort.TENANT, asked or caller.principal.tenant)
-    decision = access.may(caller, action, resource)
+    is_enforced = access.mode == "enforce"
+    resource = Resource(Sort.TENANT, asked or principal.tenant)
+    decision = access.decide(principal, action, resource)
     if decision.allowed and resource.name:
-        return resource.name
+        return resource.name if is_enforced else None
     request_id = callers.id_of_call(context)
     access.denied(caller, action, resource, decision.by, request_id)
+    if not is_enforced:
+        return None
     what = f'of tenant "{clipped(resource.name)}"' if resource.name else "of all tenants"
     raise Refused(
         Reason.NOT_ALLOWED,

@@ -16,7 +16,8 @@ from starlette.datastructures import QueryParams
 from starlette.types import Receive, Scope, Send
 
 from sidecar.access import access
-from sidecar.access.principal import Action, Presented, Purpose
+from sidecar.access.principal import Action, Presented, Purpose, Resource, Sort
+from sidecar.access.resources import adapter_resource
 from sidecar.backends.api import Ticket
 from sidecar.backends.kind import Native
 from sidecar.backends.registry import model_kind
@@ -157,7 +158,8 @@ class OpenAiFront:
                 async with self._intake.body(declared_bytes) as arrival:
                     pieces, size_bytes = await body_of(receive, self._body_bytes_max, arrival)
                     place = self._placing(tenant, caller.klass)
-                    requests = await self._read(path, pieces, size_bytes, place, sender, request_id)
+                    requests = await self._read(path, pieces, size_bytes, place, sender, tenant, request_id)
+                    sender = replace(sender, is_recorded=True)
                 if len(requests) > 1:
                     caller = _of_one_session(caller, requests[0][0])
                 for asked, destination in requests:
@@ -185,24 +187,26 @@ class OpenAiFront:
         size_bytes: int,
         place: Place,
         sender: access.Caller,
+        tenant: str,
         request_id: str,
     ) -> list[tuple[OpenAiRequest, Destination]]:
         """Return the requests of a body, one for each prompt of a list, and where each goes."""
         bounds = self._prompts_max, self._body_bytes_max
         if size_bytes <= LARGE_BYTES:
             parts = parts_of(read_request(path, read_body(b"".join(pieces))), *bounds)
-            self._permit(sender, parts[0].model, request_id)
+            self._permit(sender, parts[0].model, tenant, request_id)
             return [(asked, place(asked, None)) for asked in parts]
         found = await self.large_bodies.read(pieces, self._destinations.order(path, size_bytes, *bounds))
-        self._permit(sender, found[0].asked.model, request_id)
+        self._permit(sender, found[0].asked.model, tenant, request_id)
         return [(each.asked, place(each.asked, each.texts)) for each in found]
 
-    def _permit(self, sender: access.Caller, model: str, request_id: str) -> None:
-        """Ask before engines are looked for: what they can answer would tell that a name is there."""
-        if self._gateway.access.mode != "enforce":  # it hides nothing then, and the gateway counts who is denied
-            return
+    def _permit(self, sender: access.Caller, model: str, tenant: str, request_id: str) -> None:
+        """Ask before engines are looked for: what they can answer would tell that a name is there.
+
+        The gateway asks again, for each prompt of a list.
+        """
         try:
-            self._gateway.access.permit(sender, model, request_id, self._destinations.is_base(model))
+            self._gateway.access.permit(sender, model, request_id, self._destinations.is_base(model), tenant)
         except SidecarError as error:
             self._gateway.show_refused(sender.principal.tenant, sender.principal.klass, 0, error)
             raise
@@ -283,11 +287,26 @@ class OpenAiFront:
             return
         model = path.removeprefix(f"{MODELS}/")
         found = self._models.one(model, sender, tenant)
+        self._record_hidden(sender, model, found is not None, request_id)
         if found is None:
             error = Refused(Reason.UNKNOWN_ADAPTER, f'the model "{model[:80]}" does not exist')
             await send_failure(send, failure_of_error(error), request_id)
             return
         await send_failure(send, Failure(200, json.dumps(found).encode()), request_id)
+
+    def _record_hidden(self, sender: access.Caller, model: str, is_shown: bool, request_id: str) -> None:
+        """Record that a model is not shown, or in observe mode that it would not be."""
+        policy, record = self._gateway.access, self._gateway.catalogue.registry.get(model.partition("@")[0])
+        principal = policy.judged(sender)
+        if principal is None or (record is None and (is_shown or policy.mode == "observe")):
+            return
+        why = "there is no such name"
+        if record is not None:
+            decision = policy.decide(principal, Action.LIST, adapter_resource(record))
+            why = "" if decision.allowed else decision.by
+        if why:
+            about = Resource(Sort.ADAPTER, model[: access.REFERENCE_MAX])
+            policy.denied(sender, Action.LIST, about, why, request_id)
 
 
 def _presented(scope: Scope) -> Presented:

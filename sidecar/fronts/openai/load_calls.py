@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -111,12 +112,15 @@ class LoadCalls:
         access, registry = self._gateway.access, self._gateway.catalogue.registry
         before = registry.get(name)
         resource = Resource(Sort.ADAPTER, name) if before is None else adapter_resource(before)
-        decision = access.may(caller, Action.REGISTER, resource)
-        if not decision.allowed:
-            change.close()
+        principal = access.judged(caller)
+        decision = None if principal is None else access.decide(principal, Action.REGISTER, resource)
+        if decision is not None and not decision.allowed:
             access.denied(caller, Action.REGISTER, resource, decision.by, request_id, VERB)
-            why = f'you may not load or unload "{name[:80]}"; ask your operator with id "{request_id}"'
-            return failure_of_error(Refused(Reason.NOT_ALLOWED, why))
+            caller = replace(caller, is_recorded=True)
+            if access.mode == "enforce":
+                change.close()
+                why = f'you may not load or unload "{name[:80]}"; ask your operator with id "{request_id}"'
+                return failure_of_error(Refused(Reason.NOT_ALLOWED, why))
         try:
             access.check_folder(caller, path, request_id, self._gateway.sources.allow.roots)
         except Refused:
