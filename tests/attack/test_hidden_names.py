@@ -14,11 +14,13 @@ from typing import Any
 
 import grpc.aio
 import httpx
+import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from sidecar.proto import gateway_pb2
 from sidecar.state.records import Record, added
+from tests.integration.test_kserve_verbs import region_of
 from tests.kit.emulated import running_engine
 from tests.kit.kserve_clients import DUMMY
 from tests.kit.registries import adapter, record
@@ -165,7 +167,7 @@ async def test_a_hidden_name_looks_like_none(tmp_path: Path, policy: str, rounds
             hidden = [each for each in records if is_hidden(policy, tenant, each)]
             if hidden:
                 wanted = rng.choice(hidden)
-                typo = wanted.name[:-1] + rng.choice("lx1")
+                typo = rng.choice([name for letter in "lx1" if (name := wanted.name[:-1] + letter) not in names])
                 client = Client(served, http, maker.bearer(tenant))
                 told, inside = [], []
                 for _ in range(2):
@@ -190,3 +192,94 @@ async def test_a_hidden_name_looks_like_none(tmp_path: Path, policy: str, rounds
             for each in records:
                 await registry.delete(each.name, each)
     print(f"{compared} hidden names under {policy} look like none (seed {seed})")
+
+
+def a_request(name: str = "", task_id: int | None = None, region: str = "") -> Any:
+    """Return a request with a name or an old task id, whose prompt may lie in a region."""
+    request = service_pb2.ModelInferRequest(model_name="tensorrt_llm", id="7")
+    if name:
+        request.parameters["lora_name"].string_param = name
+    for tensor_name, values in (("input_ids", [1, 2]), ("input_lengths", [2]), ("request_output_len", [2])):
+        tensor = request.inputs.add(name=tensor_name, datatype="INT32", shape=[1, len(values)])
+        if region and tensor_name == "input_ids":
+            tensor.parameters["shared_memory_region"].string_param = region
+            tensor.parameters["shared_memory_byte_size"].int64_param = 8
+        else:
+            tensor.contents.int_contents.extend(values)
+    if task_id is not None:
+        tensor = request.inputs.add(name="lora_task_id", datatype="UINT64", shape=[1, 1])
+        tensor.contents.uint64_contents.append(task_id)
+    tensor = request.inputs.add(name="streaming", datatype="BOOL", shape=[1, 1])
+    tensor.contents.bool_contents.append(True)
+    return request
+
+
+async def told_of(served: Serving, metadata: Any, *requests: Any) -> list[Any]:
+    """Return what a client of KServe gets for requests, by each verb."""
+    kserve: Any = service_pb2_grpc.GRPCInferenceServiceStub(served.channel)
+    seen: list[Any] = []
+    for request in requests:
+        call = kserve.ModelStreamInfer(iter([request]), metadata=metadata)
+        seen.append([message.SerializeToString(deterministic=True) async for message in call])
+        try:
+            seen.append(await kserve.ModelInfer(request, metadata=metadata))
+        except grpc.aio.AioRpcError as error:
+            seen.append(_status(error))
+    return seen
+
+
+@pytest.mark.parametrize("policy", ["open", "tenant_prefix"])
+@pytest.mark.parametrize("mode", ["off", "enforce"])
+async def test_an_old_task_id_does_not_tell_the_name_that_it_means(tmp_path: Path, policy: str, mode: str) -> None:
+    """It is refused alike whether its name is hidden or does not exist; neither answer has the name."""
+    maker = TokenMaker(tmp_path)
+    secret = replace(record("acme/secret", 5), allow=("acme",))
+    settings = {
+        "identity": {"mode": mode, "issuers": [maker.entry]},
+        "access": {"policies": {"ready": policy}},
+        "legacy_task_ids": {7: "acme/secret"},
+    }
+    async with running_engine(**DUMMY) as engine, serving([engine], **settings) as served:
+        metadata = (("authorization", maker.bearer("blue")), ("lora-tenant", "blue"), ("x-request-id", ID))
+        registry = served.sidecar.registry
+        told = []
+        await registry.put(secret, None)
+        told.append(await told_of(served, metadata, a_request(task_id=7)))
+        await registry.delete(secret.name, secret)
+        told.append(await told_of(served, metadata, a_request(task_id=7)))
+    assert told[0] == told[1]
+    assert b'adapter "lora_task_id 7" is unknown or not permitted' in told[0][0][0]
+    assert b"secret" not in repr(told).encode()
+
+
+async def test_a_region_of_another_tenant_looks_like_none(tmp_path: Path) -> None:
+    """In a request that would be served, in one with an unknown adapter, and when one asks for it by its name."""
+    maker = TokenMaker(tmp_path)
+    settings = {"identity": {"mode": "enforce", "issuers": [maker.entry]}}
+    async with running_engine(**DUMMY) as engine, serving([engine], **settings) as served:
+        blue, red = ((("authorization", maker.bearer(tenant)), ("x-request-id", ID)) for tenant in ("blue", "red"))
+        kserve: Any = service_pb2_grpc.GRPCInferenceServiceStub(served.channel)
+        name = "a-region-with-a-name-that-is-longer-than-messages-show-of-others'-words-" + "x" * 100
+
+        async def everything() -> list[Any]:
+            requests = (a_request(region=name), a_request("nothing", region=name))
+            seen = await told_of(served, red, *requests)
+            try:
+                seen.append(await kserve.SystemSharedMemoryStatus(asked, metadata=red))
+            except grpc.aio.AioRpcError as error:
+                seen.append(_status(error))
+            forget = service_pb2.SystemSharedMemoryUnregisterRequest(name=name)
+            seen.append(await kserve.SystemSharedMemoryUnregister(forget, metadata=red))
+            return seen
+
+        asked = service_pb2.SystemSharedMemoryStatusRequest(name=name)
+        none = await everything()
+        with region_of(np.array([1, 2], np.int32)) as memory:
+            wanted = service_pb2.SystemSharedMemoryRegisterRequest(name=name, key=memory.name, byte_size=8)
+            await kserve.SystemSharedMemoryRegister(wanted, metadata=blue)
+            assert list((await kserve.SystemSharedMemoryStatus(asked, metadata=blue)).regions) == [name]
+            assert await everything() == none
+            served_streams = await told_of(served, blue, a_request(region=name))
+            assert b"Unable to find" not in served_streams[0][0]
+    assert f"Unable to find shared memory region: '{name}'".encode() in none[0][0]
+    assert none[-2][0] is grpc.StatusCode.NOT_FOUND

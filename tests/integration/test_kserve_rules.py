@@ -147,7 +147,7 @@ async def test_legacy_ids_mean_names(tmp_path: Path) -> None:
             assert (told.errors, told.tokens()) == ([], served.expected("a00", 4))
             assert told.last["lora_version"] == "a00@v1"
         told = await ask(client, inputs=core_inputs() + lora_tensors(2))
-        assert 'unknown adapter "gone"' in told.errors[0]
+        assert 'adapter "lora_task_id 2" is unknown or not permitted' in told.errors[0]
         told = await ask(client, inputs=core_inputs() + lora_tensors(3))
         assert "lora_task_id 3" in told.errors[0]
         assert "legacy_task_ids" in told.errors[0]

@@ -21,6 +21,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from sidecar.access.access import unknown
 from sidecar.backends import wire
 from sidecar.backends.api import Reply, Ticket
 from sidecar.config import Config
@@ -30,7 +31,7 @@ from sidecar.fronts import callers, relay
 from sidecar.fronts.eligible import kserve_eligibility
 from sidecar.fronts.kserve import request
 from sidecar.fronts.kserve.lifetime import Lifetimes
-from sidecar.fronts.kserve.live import Live, LiveRequests, NotAccepted, client_message, stop_answer, stopped_answer
+from sidecar.fronts.kserve.live import Live, LiveRequests, NotAccepted, for_client, stop_answer, stopped_answer
 from sidecar.fronts.kserve.owners import RegionOwners
 from sidecar.fronts.kserve.request import KServeRequest
 from sidecar.fronts.kserve.stream import ClientLeft, InferStream, OpenInStreams, StreamBroken
@@ -88,7 +89,7 @@ class KServe:
 
         Returns the live request, or a request with `stop`, which has been carried out. Raises NotAccepted.
         """
-        request_id = client_id = ""
+        request_id = client_id = task = ""
         call = context if stream is None else stream
         try:
             structure = structure_of(raw)
@@ -96,6 +97,7 @@ class KServe:
             request_id = callers.request_id_of(structure.message.id, metadata)
             client_id = structure.message.id
             asked = self._read(structure, context, metadata, request_id, unary=stream is None)
+            task = asked.task
             if asked.stop:
                 self._stop(asked, context.peer(), call)
                 return asked
@@ -108,6 +110,8 @@ class KServe:
                 request_id = callers.id_of_call(context, own)
                 client_id = own if own == request_id else ""
             log_refused(request_id, error)
+            if task and error.reason is Reason.UNKNOWN_ADAPTER:  # its text would tell which name the task id means
+                error = unknown(task, request_id)
             raise NotAccepted(error, request_id, client_id) from None
         live = Live(replace(asked, payload=asked.payload.spent(), text=None), ticket, context.peer(), call)
         self.live.add(live)
@@ -117,7 +121,9 @@ class KServe:
         self, structure: Structure, context: Any, metadata: Mapping[str, str], request_id: str, unary: bool
     ) -> KServeRequest:
         """Return a request with its tenant, deadline and eligible backends. Raises Refused(INVALID_REQUEST)."""
-        self.regions.check((*structure.message.inputs, *structure.message.outputs), context)
+        hidden = self.regions.hide((*structure.message.inputs, *structure.message.outputs), context)
+        if hidden:
+            structure.changed()
         asked = request.read(
             structure, unary, metadata, self._rules, request_id, with_text=self.gateway.counter is not None
         )
@@ -134,7 +140,7 @@ class KServe:
             has_length=facts.output_tokens_max > 0,
             is_estimated=asked.is_text,
         )
-        return replace(asked, facts=facts, payload=payload)
+        return replace(asked, facts=facts, payload=payload, hidden_regions=hidden)
 
     def close(self, live: Live) -> None:
         self.live.remove(live)
@@ -159,8 +165,7 @@ class KServe:
         """Return the status of a bad ending. An engine's rejection keeps the engine's code and message."""
         rejected = ending.reason is Reason.BACKEND_REJECTED
         code = live.ticket.rejected_with if rejected else None
-        message = client_message(live, ending)
-        return status_of_ending(replace(ending, message=message), live.ticket.client_id, code, self.hide_backend)
+        return status_of_ending(for_client(live, ending), live.ticket.client_id, code, self.hide_backend)
 
     @contextmanager
     def in_streams(self, peer: str) -> Iterator[OpenInStreams]:

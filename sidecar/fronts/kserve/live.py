@@ -7,13 +7,14 @@ else the newest on the connection, as in the engine's own map of ids.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from sidecar.access.access import unknown
 from sidecar.backends import wire
 from sidecar.backends.api import Ticket
 from sidecar.core.effects import Settle
-from sidecar.errors import SidecarError
+from sidecar.errors import Reason, SidecarError
 from sidecar.fronts.kserve.request import KServeRequest
 
 
@@ -89,13 +90,18 @@ def stopped_answer(asked: KServeRequest) -> Any:
     return response
 
 
-def client_message(live: Live, ending: Settle) -> str:
-    """Return an ending's message, with the client's id where the engine's message has ours."""
-    dispatch = live.ticket.dispatch
-    if dispatch is None:
-        return ending.message
-    ours = wire.engine_id(dispatch.request, dispatch.attempt)
-    return ending.message.replace(f"[request id: {ours}]", f"[request id: {live.asked.client_id or '<id_unknown>'}]")
+def for_client(live: Live, ending: Settle) -> Settle:
+    """Return an ending in its client's words: its ids and regions stand where the engine's message has ours."""
+    asked, message, dispatch = live.asked, ending.message, live.ticket.dispatch
+    if asked.task and ending.reason is Reason.UNKNOWN_ADAPTER:
+        error = unknown(asked.task, asked.request_id)
+        return replace(ending, message=error.message, name=asked.task)
+    for ours, theirs in asked.hidden_regions.items():
+        message = message.replace(f"'{ours}'", f"'{theirs}'")
+    if dispatch is not None:
+        ours = wire.engine_id(dispatch.request, dispatch.attempt)
+        message = message.replace(f"[request id: {ours}]", f"[request id: {asked.client_id or '<id_unknown>'}]")
+    return replace(ending, message=message)
 
 
 TEXT_ENDING = (("text_output", "BYTES", (1,), struct.pack("<I", 0)),)

@@ -82,8 +82,13 @@ class RegionOwners:
     def of_connection(self, caller: Caller) -> list[str]:
         return [name for name, owner in self._of.items() if owner == caller]
 
-    def check(self, tensors: Iterable[Any], context: Any) -> None:
-        """Raise Refused(INVALID_REQUEST) if a tensor lies in a region of the sidecar's or of another client."""
+    def hide(self, tensors: Iterable[Any], context: Any) -> dict[str, str]:
+        """Let the engine look for another client's regions under names that nobody has.
+
+        So it answers for them as for regions that do not exist. Returns the client's names by those. Raises
+        Refused(INVALID_REQUEST) if a tensor lies in a region of the sidecar's.
+        """
+        hidden: dict[str, str] = {}
         for tensor in tensors:
             if REGION not in tensor.parameters:
                 continue
@@ -91,9 +96,9 @@ class RegionOwners:
             if name.startswith(PREFIX):
                 raise ours(f"the tensor {clipped(tensor.name)} lies in", name)
             if self.is_anothers(name, self.caller(context)):
-                raise Refused(
-                    Reason.INVALID_REQUEST, f"Unable to find shared memory region: '{clipped(name)}'; register it first"
-                )
+                hidden.setdefault(name, f"{PREFIX}hidden-{len(hidden)}")
+                tensor.parameters[REGION].string_param = hidden[name]
+        return {nobodys: name for name, nobodys in hidden.items()}
 
 
 def ours(what: str, region: str) -> Refused:

@@ -33,7 +33,7 @@ NO_CUDA = (
 def region_verbs(gateway: Gateway, later: Later, owners: RegionOwners) -> dict[str, Verb]:
     """Return handlers for the verbs of system shared memory, and for those of CUDA's that have an answer."""
     return {
-        STATUS: _status(to_one(gateway, STATUS), owners),
+        STATUS: _status(gateway, owners),
         REGISTER: _register(to_all(gateway, REGISTER, later), owners),
         UNREGISTER: _unregister(gateway, later, owners),
         "CudaSharedMemoryStatus": _no_cuda_status,
@@ -41,15 +41,20 @@ def region_verbs(gateway: Gateway, later: Later, owners: RegionOwners) -> dict[s
     }
 
 
-def _status(ask: Verb, owners: RegionOwners) -> Verb:
+def _status(gateway: Gateway, owners: RegionOwners) -> Verb:
+    """Return a handler that asks for all regions: what an engine says of one would tell whether it is there."""
+
     async def handle(request: Any, context: Any) -> Any:
-        caller = await _caller(owners, context)
-        if request.name.startswith(PREFIX) or owners.is_anothers(request.name, caller):
-            await _not_found(context, f"Unable to find system shared memory region: '{clipped(request.name)}'")
-        reply = await ask(request, context)
-        shown = {request.name} if request.name else set(owners.of_connection(caller))
+        caller, wanted = await _caller(owners, context), request.name
+        shown = {wanted} if wanted else set(owners.of_connection(caller))
+        if wanted.startswith(PREFIX) or owners.is_anothers(wanted, caller):
+            shown = set()
+        ask = to_one(gateway, STATUS, lambda reply: not wanted or bool(shown & set(reply.regions)))
+        reply = await ask(service_pb2.SystemSharedMemoryStatusRequest(), context)
         for name in [name for name in reply.regions if name not in shown]:
             del reply.regions[name]
+        if wanted and not reply.regions:
+            await _not_found(context, f"Unable to find system shared memory region: '{clipped(wanted)}'")
         return reply
 
     return handle

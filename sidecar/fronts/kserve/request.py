@@ -7,7 +7,7 @@ unless the configuration gives them a meaning.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sidecar.backends.api import Payload
@@ -41,7 +41,8 @@ class KServeRequest:
 
     With `stop` it cancels an earlier request with its id instead of running. With `is_text` the prompt is text, and
     `facts.input_tokens` counts its bytes; `text` is the prompt if it was asked for and is one text in the message.
-    `outputs` names the requested outputs, () for all.
+    `outputs` names the requested outputs, () for all. `task` is what the client says instead of the adapter's name,
+    "" if it says the name. `hidden_regions` has the client's names of regions by those that the engine is told.
     """
 
     client_id: str
@@ -55,6 +56,8 @@ class KServeRequest:
     outputs: tuple[str, ...]
     facts: RequestFacts
     payload: Payload
+    task: str = ""
+    hidden_regions: Mapping[str, str] = field(default_factory=dict)
 
 
 def read(
@@ -72,7 +75,7 @@ def read(
         check_word("model_version", message.model_version)
     own = own_parameters(message.parameters, metadata)
     tensors = Tensors(structure)
-    adapter = _adapter(message, tensors, own.get("lora_name"), rules)
+    adapter, task = _adapter(message, tensors, own.get("lora_name"), rules)
     dropped = bool(adapter) and any(name in tensors for name in LORA_TENSORS)
     rows, beams, returned = tensors.rows(), _most(tensors, BEAMS), _most(tensors, RETURNED)
     sequences = rows * (1 if beams > 1 else returned)  # the beams of a request share one seat
@@ -106,6 +109,7 @@ def read(
             unary=unary,
             kind=written_for(tensors.rank).name,
         ),
+        task=task,
     )
 
 
@@ -125,8 +129,11 @@ def _largest(tensors: Tensors, names: tuple[str, ...], least: int) -> int:
     return max([least, *(element for name in names for element in tensors.integers(name))])
 
 
-def _adapter(message: Any, tensors: Tensors, name: str | None, rules: Rules) -> str:
-    """Return the adapter's name; "" for the base model, and for a LoRA that the client may send itself."""
+def _adapter(message: Any, tensors: Tensors, name: str | None, rules: Rules) -> tuple[str, str]:
+    """Return the adapter's name, and what stands for it in the request, "" if it does itself.
+
+    The name is "" for the base model, and for a LoRA that the client may send itself.
+    """
     own_tensors = [tensor.name for tensor in message.inputs if tensor.name in LORA_TENSORS]
     if name is not None:
         if own_tensors:
@@ -134,9 +141,9 @@ def _adapter(message: Any, tensors: Tensors, name: str | None, rules: Rules) -> 
                 Reason.INVALID_REQUEST,
                 f"the request has lora_name and {own_tensors[0]}; drop the lora_* tensors: the sidecar sends them",
             )
-        return name
+        return name, ""
     if not own_tensors:
-        return ""
+        return "", ""
     if any(name in CORE_LORA_TENSORS for name in own_tensors) and any(
         name in LLMAPI_LORA_TENSORS for name in own_tensors
     ):
@@ -145,7 +152,7 @@ def _adapter(message: Any, tensors: Tensors, name: str | None, rules: Rules) -> 
     ids = tensors.integers(*IDS)
     task_id = ids[0] if len(ids) == 1 else None
     if task_id is not None and task_id in rules.legacy_task_ids:
-        return rules.legacy_task_ids[task_id]
+        return rules.legacy_task_ids[task_id], f"{_id_name(tensors)} {task_id}"
     if not rules.allow_client_lora:
         which = own_tensors[0] if task_id is None else f"{_id_name(tensors)} {task_id}"
         raise Refused(
@@ -159,7 +166,7 @@ def _adapter(message: Any, tensors: Tensors, name: str | None, rules: Rules) -> 
             f"{_id_name(tensors)} {'is missing' if task_id is None else task_id}; a client's own must be in the "
             f"request and below {CLIENT_TASK_IDS_END}: larger ids are the sidecar's",
         )
-    return ""
+    return "", ""
 
 
 def _id_name(tensors: Tensors) -> str:

@@ -16,7 +16,7 @@ from sidecar.core.effects import Settle
 from sidecar.errors import Failed, Reason
 from sidecar.fronts import callers, relay
 from sidecar.fronts.kserve.lifetime import Lifetime
-from sidecar.fronts.kserve.live import Live, NotAccepted, client_message, stop_answer, stopped_answer
+from sidecar.fronts.kserve.live import Live, NotAccepted, for_client, stop_answer, stopped_answer
 from sidecar.fronts.status import Metadata, status_of_error
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class InferStream:
             return _Message(_final(stopped_answer(live.asked)) + wire.in_stream_response(origin))
         if ending.reason is None:
             return None
-        message, status = client_message(live, ending), self._front.status_of(live, ending)
+        message, status = for_client(live, ending).message, self._front.status_of(live, ending)
         return _refusal(live.asked.client_id, live.asked.request_id, ending.reason, status, message)
 
     def _writer(self, live: Live) -> Callable[[Reply], Awaitable[None]]:

@@ -44,6 +44,10 @@ class Structure:
         self.size_bytes = size_bytes
         self._whole = whole
 
+    def changed(self) -> None:
+        """Note that `message` was changed, so that the client's own bytes are not sent on."""
+        self._whole = None
+
     def to_bytes(self) -> bytes:
         """Return the request to send on: the client's own bytes if they are exactly what we would write."""
         return self._written(self.message) if self._whole is None else self._whole
