@@ -31,6 +31,7 @@ def check(config: Config) -> list[str]:
             (wrong if is_wrong else notes).extend(f"identity.issuers.{number}.jwks: {each}" for each in problems)
     if wrong:
         raise Misused(Reason.CONFIG_INVALID, "; ".join(wrong))
+    notes += _of_groups(config)
     return [*notes, *_of_identity(config.identity, classes_of(config))]
 
 
@@ -88,6 +89,13 @@ def _of_roles(roles: Mapping[str, Sequence[str]]) -> list[str]:
         elif "*" in name:
             notes.append(f"access.policies.roles.{name}: * stands for itself; list each tenant or group, or use Cedar")
     return notes
+
+
+def _of_groups(config: Config) -> Iterator[str]:
+    issuers = config.identity.issuers
+    for name in config.access.policies.roles:
+        if issuers and name.startswith(GROUP) and not any(issuer.groups for issuer in issuers):
+            yield f"access.policies.roles.{name}: no issuer has groups, the name of the claim; only keys can have one"
 
 
 def _of_identity(identity: Identity, classes: Sequence[str]) -> Iterator[str]:

@@ -257,6 +257,15 @@ def test_a_role_that_may_be_meant_for_others_is_told(tmp_path: Path, capsys: pyt
     ]
 
 
+def test_a_role_for_a_group_wants_a_claim_of_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    access = {"policies": {"roles": {"group:ops": ["viewer"]}}}
+    issuer = {**ISSUER, "jwks": "https://issuer.example/jwks"}
+    _, notes, _ = config_check(capsys, tmp_path, access=access, identity={"issuers": [issuer]})
+    assert "access.policies.roles.group:ops: no issuer has groups" in notes
+    for identity in ({"issuers": [{**issuer, "groups": "groups"}]}, {}):
+        assert config_check(capsys, tmp_path, access=access, identity=identity) == (0, "", "")
+
+
 def test_the_caller_itself_has_its_own_principal() -> None:
     mine = Principal("eve")
     assert not check(ROLES, KNOWN, mine, "list", "acme/sql").allowed, "nothing proves it"
