@@ -57,18 +57,23 @@ class Checks:
     def _sees_all(self, caller: Caller, request: Any, request_id: str) -> bool:
         """Return True if the caller may ask about everybody and everything.
 
-        Raises Refused(NOT_ALLOWED) if it may not and asks about others.
+        Raises Refused(NOT_ALLOWED) if it may not and asks about others. In observe mode that is only recorded.
         """
-        access, own = self._gateway.access, caller.principal.tenant
-        decision = access.may(caller, Action.MANAGE)
-        if not decision.allowed and (request.groups or request.roles or request.tenant not in ("", own)):
+        access = self._gateway.access
+        judged = access.judged(caller)
+        if judged is None:
+            return True
+        decision, is_enforced = access.decide(judged, Action.MANAGE), access.mode == "enforce"
+        asks_of_others = request.groups or request.roles or request.tenant not in ("", judged.tenant)
+        if not decision.allowed and asks_of_others:
             access.denied(caller, Action.MANAGE, SYSTEM, decision.by, request_id, "Access.Check")
-            raise Refused(
-                Reason.NOT_ALLOWED,
-                "you may ask about yourself only: leave out tenant, groups and roles (--as, --group, --role); or ask "
-                f'your operator with id "{request_id}"',
-            )
-        return decision.allowed
+            if is_enforced:
+                raise Refused(
+                    Reason.NOT_ALLOWED,
+                    "you may ask about yourself only: leave out tenant, groups and roles (--as, --group, --role); or "
+                    f'ask your operator with id "{request_id}"',
+                )
+        return decision.allowed or not is_enforced
 
     def _state(self, action: str, name: str) -> str:
         """Return what a request for the name would meet besides the policy."""
