@@ -11,6 +11,8 @@ order on a Unix socket, with the file descriptors of the new process; says its p
 from __future__ import annotations
 
 import asyncio
+import atexit
+import gc
 import json
 import os
 import runpy
@@ -20,6 +22,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import Mapping
 from contextlib import suppress
@@ -27,7 +30,7 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from sidecar.backends.triton import loads
 from sidecar.cli.commands import COMMANDS
@@ -245,14 +248,37 @@ def _become(order: dict[str, Any]) -> None:
         exec(compile(what, "<string>", "exec"), module.__dict__)
 
 
+def _end_as(order: dict[str, Any]) -> NoReturn:
+    """Run what was ordered, and end without giving back all that was imported: that takes as long as importing it.
+
+    Threads, `atexit` and streams end as in any interpreter. An error is told by the interpreter itself.
+    """
+    try:
+        _become(order)
+    except SystemExit as left:
+        if not (left.code is None or isinstance(left.code, int)):
+            raise
+        status = left.code or 0
+    else:
+        status = 0
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    gc.collect()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def main() -> None:
     for name in PRELOADED:
         import_module(name)
     tasks = Path("/proc/self/task")
     assert not tasks.exists() or len(list(tasks.iterdir())) == 1, "a thread would not be there after a fork"
+    gc.collect()
+    gc.freeze()  # collections of a new process would copy every page of what was imported
     order = _serve(sys.argv[1])
     if order is not None:
-        _become(order)
+        _end_as(order)
 
 
 if __name__ == "__main__":
