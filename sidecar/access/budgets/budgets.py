@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from sidecar.access.budgets.charges import Budget, Charge, Demand, Rule, Words, which, words_of
 from sidecar.access.budgets.expected import Expected
@@ -108,7 +109,10 @@ class Budgets:
         """
         former = {which(rule.limit): rule for rules in self._rules.values() for rule in rules}
         in_force: dict[tuple[Words, str], Rule] = {}
-        for limit in [_completed(limit, limits) for limit in limits]:
+        by_words: dict[tuple[Words, str], list[tuple[int, Limit]]] = {}
+        for number, limit in enumerate(limits):
+            by_words.setdefault(which(limit), []).append((number, limit))
+        for limit in [_completed(limit, by_words) for limit in limits]:
             own = which(limit)
             rule = former.get(own) or in_force.get(own) or Rule(limit, self._expected.heir())
             rule.limit = limit
@@ -247,10 +251,20 @@ def _names(one: Limit, other: Limit) -> bool:
     return fits and words_of(one) != words_of(other) and one.tokens == other.tokens
 
 
-def _completed(limit: Limit, limits: Sequence[Limit]) -> Limit:
-    """Return a limit with what it does not set from those for each that it takes the place of, the nearest first."""
-    defaults = [other for other in limits if _names(limit, other)]
-    for default in sorted(defaults, key=lambda other: words_of(other).count("*")):
+def _completed(limit: Limit, all_limits: Mapping[tuple[Words, str], Sequence[tuple[int, Limit]]]) -> Limit:
+    """Return a limit with what it does not set from those for each that it takes the place of, the nearest first.
+
+    They are looked up by their words: with a look at each, thousands of limits would stop the process for a minute.
+    """
+    own = words_of(limit)
+    tenants, klasses, adapters = ((word,) if word in (None, "*") else (word, "*") for word in own)
+    found = [
+        (words.count("*"), number, default)
+        for words in product(tenants, klasses, adapters)
+        if words != own
+        for number, default in all_limits.get((words, limit.tokens), ())
+    ]
+    for _, _, default in sorted(found, key=lambda each: each[:2]):
         missing = {name: value for name, value in default if getattr(limit, name) is None and name in NUMBERED}
         limit = limit.model_copy(update=missing)
     return limit
