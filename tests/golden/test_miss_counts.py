@@ -13,6 +13,7 @@ from sidecar.config.plugins import resolve
 from sidecar.lab.conformance.eviction import misses_at, misses_of
 from tests.golden.references import REFERENCES, Trace, belady_by_size
 from tests.golden.traces import CASES, numbers
+from tests.kit.cases import first
 
 CHECKED_IN: dict[str, Any] = json.loads((Path(__file__).parent / "miss_counts.json").read_text())
 POINTS = [(case, capacity) for case in CASES for capacity in CASES[case].capacities]
@@ -40,7 +41,7 @@ def test_the_slow_reference_agrees(name: str, case: str, capacity: str) -> None:
     assert misses == misses_at(resolve("eviction", name)(), trace, capacity_bytes)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", first(6, range(20)))
 @pytest.mark.parametrize("name", NAMES)
 def test_the_slow_reference_agrees_on_random_traces(name: str, seed: int) -> None:
     """So it does on traces that nobody chose, with caches from a few keys to nearly all."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import yaml
 
 from sidecar.access.keys_file import KeysFile
+from tests.kit.forked import python
 from tests.kit.kubernetes_api import FakeServer, Fault, fake_server, write_kubeconfig
 from tests.kit.serving import PATIENCE_S
 
@@ -25,18 +25,17 @@ GUARD = ("--guard", CONFIG_MAP)
 async def job(server: FakeServer, folder: Path, *arguments: str) -> tuple[int | None, str]:
     """Run the Job's command; return its exit status and all that it printed."""
     kubeconfig = write_kubeconfig(folder / "kubeconfig", server.address)
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
+    process = await python(
         "-m",
         "sidecar.kubernetes.first_keys",
         *arguments,
         env=os.environ | {"KUBECONFIG": str(kubeconfig)},
         stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
+        stderr=asyncio.subprocess.PIPE,
     )
     async with asyncio.timeout(PATIENCE_S):
-        printed, _ = await process.communicate()
-    return process.returncode, printed.decode()
+        printed, errors = await process.communicate()
+    return process.returncode, (printed + errors).decode()
 
 
 def running(server: FakeServer, configuration: Any) -> None:

@@ -117,8 +117,8 @@ async def test_a_step_is_on_every_engine_before_the_name_answers_by_it(tmp_path:
 @pytest.mark.parametrize(
     ("steps", "kinds"),
     [
-        pytest.param(5, (2, 2, 0), id="vllm-triton"),
-        pytest.param(5, (2, 0, 2), id="vllm-trtllm"),
+        pytest.param(5, (2, 2, 0), id="vllm-triton", marks=pytest.mark.slow),
+        pytest.param(5, (2, 0, 2), id="vllm-trtllm", marks=pytest.mark.slow),
         pytest.param(5, (0, 2, 2), id="triton-trtllm"),
         pytest.param(200, (2, 0, 2), id="long", marks=pytest.mark.slow),
     ],

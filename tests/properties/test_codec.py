@@ -16,6 +16,7 @@ from sidecar.core import config, effects, enums, events, layout, state
 from sidecar.core.core import Core
 from sidecar.journal import codec
 from sidecar.journal.written_names import WRITTEN
+from tests.kit.cases import first
 from tests.kit.corekit import World, adapter_of, facts_of, two_pages
 from tests.properties.test_core_world import run_world
 
@@ -30,7 +31,7 @@ def replay(core: Core, world: World, begin: int) -> list[list[str]]:
     return [lines_of(core.step(event, at_ns)) for at_ns, event in world.events[begin:]]
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", first(6, range(20)))
 def test_any_segment_replays_to_the_same_effects(seed: int) -> None:
     """From the beginning, from a third and from two thirds of a run: the same effects and the same end state."""
     world = run_world(seed)

@@ -14,6 +14,7 @@ import pytest
 
 from sidecar.backends.api import Wear
 from sidecar.serve.restart_rounds import Act, Do, Engine, Rounds
+from tests.kit.cases import first
 
 STEP_S = 1.0
 SETTLE_S = 3.0
@@ -191,7 +192,7 @@ class World:
 
 @pytest.mark.parametrize("pods", [False, True], ids=["command", "pods"])
 @pytest.mark.parametrize("replicas", [1, 2])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", first(2, range(5)))
 def test_random_worlds(seed: int, replicas: int, pods: bool) -> None:
     world = World(seed, replicas, pods)
     while world.now_s < TROUBLE_S:

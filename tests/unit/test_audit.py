@@ -283,21 +283,22 @@ def _texts(value: Any) -> Iterator[str]:
 # Files.
 
 
-def test_files_rotate_while_they_are_written_and_read(tmp_path: Path) -> None:
-    """Eight threads write 4,000 changes over many small files: a reader sees whole lines, and in the end each once."""
+@pytest.mark.parametrize("each", [120, pytest.param(500, marks=pytest.mark.slow)])
+def test_files_rotate_while_they_are_written_and_read(tmp_path: Path, each: int) -> None:
+    """Eight threads write changes over many small files: a reader sees whole lines, and in the end each once."""
     with audit_in(tmp_path, file_bytes_max=4096, files_max=10_000) as audit, ThreadPoolExecutor(9) as pool:
         seen: list[int] = []
 
         def read_on() -> None:
-            while sum(audit.log.written.values()) < 4_000:
+            while sum(audit.log.written.values()) < 8 * each:
                 seen.append(sum(1 for _ in audit.read(0)))
 
         reading = pool.submit(read_on)
-        list(pool.map(lambda part: [change(audit, f"a{part}-{number}") for number in range(500)], range(8)))
+        list(pool.map(lambda part: [change(audit, f"a{part}-{number}") for number in range(each)], range(8)))
         reading.result(60)
     lines = lines_in(changes_file(tmp_path))
     assert Counter(line["resource"]["name"] for line in lines) == Counter(
-        f"a{p}-{n}" for p in range(8) for n in range(500)
+        f"a{p}-{n}" for p in range(8) for n in range(each)
     )
     assert len(rotated_files(changes_file(tmp_path))) > 50
     assert seen == sorted(seen)

@@ -9,9 +9,8 @@ from sidecar.config.openai import LOADS
 from sidecar.core import effects as fx
 from sidecar.core.config import CoreConfig
 from sidecar.core.events import OtherVersion
+from tests.kit.cases import first
 from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, adapter_of
-
-STEPS = 40
 
 
 def config() -> CoreConfig:
@@ -49,7 +48,7 @@ def wait_ns(world: World, request: int) -> int:
     return settle.queue_ns
 
 
-@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.parametrize("slots", first(1, [1, 2]))
 def test_a_load_gets_a_slot_soon_although_none_is_ever_free(slots: int) -> None:
     """What waits before it is sent, what runs ends, and then it has the slot: a few runs, not 20 s of patience."""
     world = crowded(slots)
@@ -88,7 +87,8 @@ def test_loads_one_after_the_other_leave_the_engine_to_its_requests() -> None:
     assert max(waits) <= SECOND
 
 
-def test_a_step_takes_the_first_load_and_the_slowest_of_the_others() -> None:
+@pytest.mark.parametrize("steps", [10, pytest.param(40, marks=pytest.mark.slow)])
+def test_a_step_takes_the_first_load_and_the_slowest_of_the_others(steps: int) -> None:
     """Steps of a trainer, 16 requests in flight over four engines: within 1.2 times these loads, of 200 ms each.
 
     The probation of a version that has not answered yet is the core's: all four requests are sent at once.
@@ -107,7 +107,7 @@ def test_a_step_takes_the_first_load_and_the_slowest_of_the_others() -> None:
 
     for place in in_flight:
         keep_asking(place)
-    for step in range(1, STEPS + 1):
+    for step in range(1, steps + 1):
         began_ns, before = world.now_ns, len(world.effects)
         version = adapter_of(f"step-{step}")
         world.register_as(

@@ -141,6 +141,12 @@ def test_commands_of_a_page_are_run(tmp_path: Path, capfd: pytest.CaptureFixture
     assert error == f"FAILED   {page}:21: exit 1\n"
 
 
+def an_empty_repository(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have pages run in a copy of a repository without files, which takes no time to copy."""
+    (folder / "repository").mkdir()
+    monkeypatch.setattr("tools.docs.run.ROOT", folder / "repository")
+
+
 CONSOLE = """```console
 $ echo one two
 $ echo three \\
@@ -163,9 +169,10 @@ two three … four
     ],
 )
 def test_what_a_console_shows_is_what_is_printed(
-    shown: str, ends: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    shown: str, ends: int, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Folded or not, on stdout or stderr; "…" stands for any text. The block runs in the shell of the page."""
+    an_empty_repository(tmp_path, monkeypatch)
     page = tmp_path / "page.md"
     page.write_text("```console\n$ WORD=there\n```\n\n" + shown + '\n```sh\ntest "$WORD" = there\n```\n')
     assert run([page]) == ends
@@ -208,7 +215,8 @@ def test_a_reason_may_have_a_blank_line_after_it(tmp_path: Path) -> None:
     assert run([page]) == 0
 
 
-def test_each_command_of_a_pipe_must_succeed(tmp_path: Path) -> None:
+def test_each_command_of_a_pipe_must_succeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    an_empty_repository(tmp_path, monkeypatch)
     page = tmp_path / "page.md"
     page.write_text("```sh\nfalse | cat\n```\n")
     assert run([page]) == 1

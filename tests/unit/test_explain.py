@@ -19,6 +19,7 @@ from sidecar.incident.explain import explain
 from sidecar.incident.timeline import AT_AN_ENGINE, Moment, Timeline
 from sidecar.incident.wording import lines_of, record_of
 from sidecar.journal.segments import segment_paths
+from tests.kit.cases import first
 from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, facts_of, with_facts
 from tests.kit.journals import waits_of, write_journal
 
@@ -67,7 +68,7 @@ def assert_covers(timeline: Timeline, world: World) -> None:
 # Durations.
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", first(1, range(3)))
 def test_every_wait_is_covered_to_the_nanosecond(tmp_path: Path, seed: int) -> None:
     """With engines that fail at random, each request's periods are without holes and add up to its queue time, and
     each reason lasts as long as one gets by asking the core about every request after every step.

@@ -19,6 +19,7 @@ from sidecar.ownership.facts import Bounds, Member
 from sidecar.ownership.ownership import Ownership
 from sidecar.ownership.slots import Hold, Slot
 from sidecar.ownership.step import Knowledge, Step
+from tests.kit.cases import first
 from tests.worlds.ownership import redis
 from tests.worlds.ownership.checks import HOLE, LATE_WRITES
 from tests.worlds.ownership.redis import Record, Redis
@@ -31,7 +32,7 @@ MUTANT_SEEDS = (5, 22, 8, 20, 83, 4, *range(300))
 GoOn = Callable[[Step, Slot, Hold], None]
 
 
-@pytest.mark.parametrize("seed", [*SEEDS[:25], *(pytest.param(seed, marks=pytest.mark.slow) for seed in SEEDS[25:])])
+@pytest.mark.parametrize("seed", first(12, SEEDS))
 def test_one_owner_under_faults_and_an_owner_in_peace(seed: int) -> None:
     """No two members may dispatch to a backend at one time, and after the faults each backend goes to its owner."""
     _run(seed)
