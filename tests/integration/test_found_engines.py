@@ -15,6 +15,7 @@ from sidecar.core.effects import Dispatch, Settle
 from sidecar.core.events import BackendRemoved
 from sidecar.proto import admin_pb2, gateway_pb2
 from sidecar.serve.app import Sidecar
+from tests.kit.cases import first
 from tests.kit.found_engines import loaded, pool_of, served, up
 from tests.kit.serving import Serving, until, write_adapters
 
@@ -30,13 +31,14 @@ async def metrics_of(serving: Serving) -> str:
     return text.decode()
 
 
-async def test_engines_come_and_go_under_load(adapters: Path) -> None:
+@pytest.mark.parametrize("rounds", first(1, [1, 3]))
+async def test_engines_come_and_go_under_load(adapters: Path, rounds: int) -> None:
     """One more, one less, one back under its old address, over and over; then the first ones are all gone."""
     async with pool_of(2, time_scale=0.02) as pool, served(pool, pool.config(adapters)) as serving:
         await until(lambda: len(up(serving)) == 2)
         async with loaded(serving) as load:
             await load.more(50)
-            for _ in range(3):
+            for _ in range(rounds):
                 third = await pool.start()
                 await until(lambda: third in up(serving))  # noqa: B023 — awaited in this very turn
                 await load.more(30)

@@ -422,8 +422,8 @@ async def test_old_versions_and_their_files_go_as_steps_go_by_but_not_while_a_re
         await trainer.step(0)
         gateway = trainer.served.sidecar.gateway
         oldest = gateway.state.names["grpo"].digest
-        slow = [asyncio.create_task(trainer.served.ask("grpo@v1", tokens=4000)) for _ in range(4)]
-        await until(lambda: len(gateway.state.requests) == 4)
+        slow = [asyncio.create_task(trainer.served.ask("grpo@v1", tokens=4000)) for _ in range(2)]
+        await until(lambda: len(gateway.state.requests) == 2)
         for step in range(1, 8):
             await trainer.step(step)
         kept = gateway.catalogue.known("grpo")
@@ -458,8 +458,8 @@ async def test_an_unloaded_name_is_unknown_and_what_runs_ends(tmp_path: Path) ->
     async with pool(tmp_path, 1, 1) as trainer:
         before = left_behind(trainer)
         await trainer.step(0)
-        slow = [asyncio.create_task(trainer.served.ask("grpo", tokens=4000)) for _ in range(4)]
-        await until(lambda: len(trainer.served.state.requests) == 4)
+        slow = [asyncio.create_task(trainer.served.ask("grpo", tokens=4000)) for _ in range(2)]
+        await until(lambda: len(trainer.served.state.requests) == 2)
         reply = await trainer.client.unload("grpo")
         assert (reply.status_code, reply.text) == (200, "Success: LoRA adapter 'grpo' removed successfully.")
         with pytest.raises(grpc.aio.AioRpcError, match='unknown adapter "grpo"'):

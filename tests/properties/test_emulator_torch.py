@@ -8,7 +8,9 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -175,11 +177,21 @@ changes = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=30)
-@given(script=changes, era=st.sampled_from(["main", "1.2"]), has_lora=st.booleans())
+CHANGED = {"script": changes, "era": st.sampled_from(["main", "1.2"]), "has_lora": st.booleans()}
+
+
+@settings(deadline=None, max_examples=10)
+@given(**CHANGED)
 def test_answers_are_of_the_first_content(script: list[tuple[str, object, object]], era: str, has_lora: bool) -> None:
     """Whatever changes on the disk or leaves the caches; without LoRA all are the base model's."""
     asyncio.run(_answers(script, era, has_lora))
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=30)
+@given(**CHANGED)
+def test_more_answers_are_of_the_first_content(**drawn: Any) -> None:
+    asyncio.run(_answers(**drawn))
 
 
 async def _answers(script: list[tuple[str, object, object]], era: str, has_lora: bool) -> None:

@@ -338,6 +338,7 @@ def begun(world: World, length: int) -> Any:
     return core.state
 
 
+@pytest.mark.slow
 def test_the_random_worlds_bring_things_in_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """They would prove nothing otherwise."""
     worlds = [ahead_world(seed, monkeypatch) for seed in range(30)]

@@ -44,7 +44,7 @@ def test_holds_under_faults_and_ends_in_peace(seed: int) -> None:
 @pytest.mark.parametrize(
     "seed",
     [
-        pytest.param(seed, marks=pytest.mark.slow) if seed == LARGE or 12 <= seed < 24 else seed
+        pytest.param(seed, marks=pytest.mark.slow) if seed == LARGE or 6 <= seed < 24 else seed
         for seed in [*range(24), FULL_STORE]
     ],
 )

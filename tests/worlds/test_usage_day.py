@@ -37,6 +37,7 @@ from sidecar.lab.sim.runs import runs_of
 from sidecar.lab.sim.setup import Sidecar
 from sidecar.lab.sim.world import BEGIN_NS, World
 from sidecar.shell.usage import UsageObserver
+from tests.kit.cases import first
 
 DAY_S, HOUR_S = 86_400, 3_600
 MIDNIGHT = 1_790_000_000 // DAY_S * DAY_S
@@ -253,13 +254,16 @@ def simulated(folder: Path, requests: int, flavour: str) -> tuple[Accounted, Day
     return product, world, by_tenant, by_all
 
 
-@pytest.mark.parametrize("flavour", ["trtllm_no_evict", pytest.param("vllm", marks=pytest.mark.slow)])
-def test_sums_by_tenant_are_what_the_engines_gave(flavour: str, tmp_path: Path) -> None:
-    """Seats and slots by tenant, the idle time, and the counts, over a day of 4,000 requests on two engines.
+@pytest.mark.parametrize(
+    ("flavour", "requests"),
+    first(1, [("trtllm_no_evict", 1000), ("trtllm_no_evict", REQUESTS), ("vllm", REQUESTS)]),
+)
+def test_sums_by_tenant_are_what_the_engines_gave(flavour: str, requests: int, tmp_path: Path) -> None:
+    """Seats and slots by tenant, the idle time, and the counts, over a day of requests on two engines.
 
     A request is with the engine for a millisecond less than it is counted: that is the network.
     """
-    product, world, by_tenant, in_detail = simulated(tmp_path, REQUESTS, flavour)
+    product, world, by_tenant, in_detail = simulated(tmp_path, requests, flavour)
     seats, slots = engines_account(product, world)
     said = {line.keys["tenant"]: line.figures for line in by_tenant}
     assert set(said) == {*TENANTS, "(idle)"}
@@ -267,7 +271,7 @@ def test_sums_by_tenant_are_what_the_engines_gave(flavour: str, tmp_path: Path) 
         assert said[tenant]["seat_s"] == pytest.approx(seats[tenant], rel=WITHIN)
         assert said[tenant]["slot_s"] == pytest.approx(slots[tenant], rel=WITHIN)
         assert said[tenant]["ok"] == product.endings[tenant]
-    assert sum(len(stays.over) for stays in world.stays.values()) > 500, "the slots did not change hands"
+    assert sum(len(stays.over) for stays in world.stays.values()) > requests / 8, "the slots did not change hands"
     unused = sum(line.figures["slot_s"] for line in in_detail if _is_unused(line))
     assert unused == pytest.approx(slots["(idle)"], rel=WITHIN)
     assert sum(figures["loads"] for figures in said.values()) == product.loads
