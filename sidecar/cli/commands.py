@@ -190,7 +190,7 @@ COMMANDS = {
     ),
     "limits set": (
         "sidecar.cli.limits:set_limit",
-        "Set a limit, at once and on every replica, in place of a former one of the same tenant, class and adapter.",
+        "Set numbers of a limit, at once and on every replica, and print the whole limit that is then in force.",
     ),
     "limits list": (
         "sidecar.cli.limits:list_limits",

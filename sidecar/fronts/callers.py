@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextvars import ContextVar
 from secrets import token_hex
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from sidecar.access.access import Caller
 from sidecar.access.certificates import names_of_grpc
 from sidecar.access.principal import Presented
 from sidecar.config.identities import REQUEST_ID, checked, clipped, is_fit
 from sidecar.errors import Reason, Refused
+
+if TYPE_CHECKING:  # the process that reads large bodies starts with this module, and needs nothing of access
+    from sidecar.access.access import Caller
 
 OWN_PREFIX = "lora-"
 TENANT_KEY = "lora-tenant"

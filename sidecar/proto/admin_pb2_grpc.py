@@ -1253,7 +1253,7 @@ class AccessServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SetLimit(self, request, context):
-        """Sets a limit at run time, in place of a former one of the same tenant, class and adapter.
+        """Sets numbers of a limit at run time; its others stay as they are.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -165,14 +165,15 @@ async def test_a_folder_that_cannot_be_used_ends_the_start(folders: tuple[Path, 
             pass
 
 
-async def test_64_adapters_over_small_caches(folders: tuple[Path, Path]) -> None:
-    """An engine that holds 6 of them and a store that holds 10: every answer is its adapter's, for 400 requests."""
+@pytest.mark.parametrize("requests", [200, pytest.param(400, marks=pytest.mark.slow)])
+async def test_64_adapters_over_small_caches(folders: tuple[Path, Path], requests: int) -> None:
+    """An engine that holds 6 of them and a store that holds 10: every answer is its adapter's."""
     names = write_adapters(folders[0], 64)
     size = sum(path.stat().st_size for path in (folders[0] / "a00").iterdir())
     config = {"store": {"memory_bytes": 20 * size}}
     options = {"lora_host_pages": 6, "lora_device_pages": 4, "seats": 8}
     async with in_front(folders, config=config, **options) as (served, (engine,)):
-        picked = random.Random(5).choices(names, k=400)
+        picked = random.Random(5).choices(names, k=requests)
         limit = asyncio.Semaphore(40)
 
         async def one(name: str) -> tuple[str, str]:

@@ -13,6 +13,7 @@ import pytest
 
 from sidecar.core.events import RunFailed
 from sidecar.core.facts import packed_key, task_id_of
+from tests.kit.cases import first
 from tests.kit.serving import Serving, place_of, serving, write_adapters
 from tests.kit.trtllm_emulated import Client, running_trtllm
 from tests.kit.trtllm_served import entry_of, fronted
@@ -47,7 +48,7 @@ def without_counters(body: bytes) -> bytes:
     return re.sub(rb'"created":\d+', b'"created":0', re.sub(rb'"id":"(chat)?cmpl-[^"]*"', b'"id":""', body))
 
 
-@pytest.mark.parametrize("era", ["1.2", "main"])
+@pytest.mark.parametrize("era", first(1, ["1.2", "main"]))
 @pytest.mark.parametrize(
     ("path", "body"),
     [

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -186,3 +187,10 @@ def has_ended(pid: int) -> bool:
     except ProcessLookupError:
         return True
     return False
+
+
+def test_the_process_that_reads_them_starts_without_what_it_does_not_need() -> None:
+    """The first large body waits for it; access brings clients of identity providers with it."""
+    program = "import sys, sidecar.fronts.openai.large_reader; print(*sys.modules)"
+    started = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, text=True)
+    assert {"sidecar.access.access", "httpx", "grpc", "jinja2", "numpy"}.isdisjoint(started.stdout.split())
