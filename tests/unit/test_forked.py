@@ -49,6 +49,22 @@ async def test_an_error_is_told_and_is_one() -> None:
     assert error.rstrip().endswith(b"ZeroDivisionError: division by zero")
 
 
+async def test_it_ends_after_its_threads_and_exit_handlers() -> None:
+    program = (
+        "import atexit, sys, threading, time\natexit.register(print, 'handler')\n"
+        "threading.Thread(target=lambda: (time.sleep(0.1), print('thread'))).start()\nsys.exit(3)"
+    )
+    process = await python("-c", program, stdout=PIPE)
+    assert await process.communicate() == (b"thread\nhandler\n", b"")
+    assert process.returncode == 3
+
+
+async def test_a_text_to_exit_with_is_told() -> None:
+    process = await python("-c", "import sys; sys.exit('why')", stderr=PIPE)
+    assert await process.communicate() == (b"", b"why\n")
+    assert process.returncode == 1
+
+
 async def test_a_module_runs_as_main() -> None:
     out, _ = await (await python("-m", "sidecar", "--version", stdout=PIPE)).communicate()
     assert out.startswith(b"lora-sidecar ")
