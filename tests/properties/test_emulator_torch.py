@@ -25,7 +25,7 @@ from tests.properties.test_emulator_advance import Arrival, arrivals, request_of
 TASKS = (1, 2, 3, 4, 5)
 LARGEST_BYTES = 4 * 32 * (64 + 64) * 2
 """Four rows of rank 32 for the wider of q and v, in two bytes each."""
-TOO_LONG = "`default_max_tokens`"
+TOO_LONG, CANCELLED = "`default_max_tokens`", "Request was cancelled"
 scripts = st.lists(arrivals, max_size=30)
 ONE = Arrival(0, 1, 1, None, True, 8, 0.5, None, None)
 
@@ -38,7 +38,7 @@ class World:
         self.engine = Engine(spec, FlatCost(), jump=False)
         self.now_ns = 0
         self.asked: dict[int, Request] = {}
-        self.started: list[int] = []
+        self.begun: set[int] = set()
         self.gone: dict[int, str] = {}
 
     def feed(self, number: int, arrival: Arrival) -> None:
@@ -56,6 +56,7 @@ class World:
             self.note_failures()
             if iteration is None:
                 return
+            self.begun.update(iteration.context)
             yield iteration
             self.now_ns += iteration.duration_ns
             for ending in self.engine.finish(iteration, self.now_ns):
@@ -74,8 +75,15 @@ class World:
         return {task for number in numbers if (task := self.asked[number].task_id) is not None}
 
     def pages(self, task_id: int) -> int:
-        """The pages of an adapter by the rows that came first for it. Those of too long a prompt came nowhere."""
-        came = [r for n, r in self.asked.items() if not self.gone.get(n, "").startswith(TOO_LONG)]
+        """The pages of an adapter by the rows that came first for it.
+
+        Those of too long a prompt came nowhere, nor those that were cancelled while they waited.
+        """
+        came = [
+            request
+            for number, request in self.asked.items()
+            if number in self.begun or not self.gone.get(number, "").startswith((TOO_LONG, CANCELLED))
+        ]
         rows = next(r.rows for r in came if r.task_id == task_id and r.rows is not None)
         return footprint(rows, self.spec.geometry).pages
 
@@ -95,6 +103,15 @@ def play(spec: EngineSpec, script: list[Arrival], steps: int = 3) -> Iterator[tu
 @example(
     spec=tiny_spec(scheduler="trtllm_pytorch", kv_blocks=6, max_batch_size=1, lora_device_pages=1, max_lora_rank=16),
     script=[*[ONE] * 4, replace(ONE, input_tokens=110, task_id=1, rank=16), replace(ONE, task_id=1)],
+)
+@example(
+    spec=tiny_spec(scheduler="trtllm_pytorch", max_batch_size=1, lora_device_pages=1, max_lora_rank=16),
+    script=[
+        replace(ONE, max_new_tokens=16),
+        replace(ONE, task_id=1, rank=16),
+        replace(ONE, cancels=1),
+        replace(ONE, task_id=1),
+    ],
 )
 @given(spec=specs_of_torch, script=scripts)
 def test_steps_keep_to_seats_slots_and_pages(spec: EngineSpec, script: list[Arrival]) -> None:
