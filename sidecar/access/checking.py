@@ -12,6 +12,8 @@ from sidecar.errors import Reason, Refused
 from sidecar.state.records import Record, Version
 
 DIGEST_CHARACTERS_MIN = 8
+OF_WHAT_IS_THERE = (Action.SHOW, Action.PROMOTE, Action.EVICT, Action.PAUSE)
+"""What needs a name that the caller may see: else the admin listener says that there is none."""
 TENANTS = (Action.CANCEL, Action.SEE_QUEUE, Action.MANAGE)
 """Actions on a tenant's requests, or with no name on everybody's."""
 
@@ -78,6 +80,10 @@ def check(policy: Policy, known: Known, principal: Principal, action: str, name:
     resource = replace(known.unregistered, name=adapter) if record is None else adapter_resource(record)
     if asked is Action.INFER_VERSION and not selector:
         raise Refused(Reason.INVALID_REQUEST, f'"{asked.value}" needs a version, as in "{shown(adapter)[1:-1]}@v8"')
+    if asked in OF_WHAT_IS_THERE and not decide(Action.LIST, SYSTEM).allowed:
+        seen = decide(Action.LIST, resource)
+        if not seen.allowed:
+            return seen
     is_inference = asked in (Action.INFER, Action.INFER_VERSION)
     answer = decide(Action.INFER if is_inference else asked, resource)
     if not answer.allowed or not (selector or is_inference):

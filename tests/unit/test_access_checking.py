@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,17 @@ def asked(action: str, name: str, tenant: str = "zoe", policy: CachedPolicy = RO
 )
 def test_a_question_in_words(tenant: str, action: str, name: str, allowed: bool) -> None:
     assert asked(action, name, tenant).allowed is allowed
+
+
+def test_an_owner_that_its_list_leaves_out_registers_and_changes_nothing_else() -> None:
+    """As the admin listener answers: there the name is hidden from it."""
+    policy = policy_of(Policies(ready="tenant_prefix", roles={"acme": ("publisher",)}))
+    known = Known({"acme/sql": replace(RECORD, allow=("globex",))}.get, KNOWN.is_base)
+    answers = {
+        action: check(policy, known, principal_asked("acme", (), ()), action, "acme/sql").allowed
+        for action in ("register", "promote", "evict", "pause", "show")
+    }
+    assert answers == {"register": True, "promote": False, "evict": False, "pause": False, "show": False}
 
 
 def test_the_version_that_was_judged_is_told() -> None:
