@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sidecar.errors import SidecarError
+from sidecar.state.redis.link import ended
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +70,7 @@ class Uses:
 
     async def close(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+            await ended(self._task)
             with suppress(TimeoutError):  # a stop does not wait for a Redis that is away
                 await asyncio.wait_for(self.flush(), CLOSE_S)
 

@@ -27,7 +27,7 @@ from sidecar.errors import Misused, Reason, Refused
 from sidecar.ownership.effects import SendBeat
 from sidecar.ownership.facts import Member
 from sidecar.state.redis.kept import Kept, KeptFile
-from sidecar.state.redis.link import Link
+from sidecar.state.redis.link import Link, ended
 from sidecar.state.redis.members import RedisMembers
 from sidecar.state.redis.registry import RedisRegistry
 from tests.kit.access_stores import STALE_MAX_S, access_store, key_book, new_key
@@ -131,8 +131,7 @@ async def test_a_call_that_revokes_says_who_has_not_heard_of_it(server: Server) 
         await proxy.mend()
         assert (await store.revoke(key.id)).revoked_at == store.keys()[0].revoked_at
         assert not two.admits(secret)
-        beating.cancel()
-        await asyncio.wait([beating])
+        await ended(beating)
 
 
 @pytest.mark.parametrize("how", ["flushed", "killed"])

@@ -19,7 +19,7 @@ from sidecar.access.budgets.kept import Kept
 from sidecar.access.budgets.leases import LEASE, Leases
 from sidecar.config.access import Limit
 from sidecar.errors import Reason, Refused
-from sidecar.state.redis.link import Link
+from sidecar.state.redis.link import Link, ended
 from sidecar.state.redis.scripts import Script
 from tests.kit.redis_servers import PATIENCE_S, Server, cluster, running
 from tests.kit.registries import link_to
@@ -299,9 +299,7 @@ async def test_in_the_background(server: Server, links: list[Link]) -> None:
         server.signal(signal.SIGCONT)
         await _until(lambda: not leases.is_away and meter.lease.held >= 1500)
     finally:
-        running_.cancel()
-        with suppress(asyncio.CancelledError):
-            await running_
+        await ended(running_)
 
 
 async def _shares(url: str) -> None:

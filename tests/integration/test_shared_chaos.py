@@ -14,6 +14,7 @@ from sidecar.errors import Reason, Refused
 from sidecar.ownership.effects import SendBeat
 from sidecar.ownership.facts import Bounds, Member
 from sidecar.state.records import Record
+from sidecar.state.redis.link import ended
 from sidecar.state.redis.members import RedisMembers
 from sidecar.state.redis.registry import RedisRegistry
 from sidecar.state.registry import Change
@@ -110,7 +111,7 @@ async def test_all_end_alike_and_nothing_acknowledged_is_lost(tmp_path: Path, fa
             await replica.start()
             stack.push_async_callback(replica.close)
             beating = asyncio.create_task(beat_for_ever(RedisMembers(link, BOUNDS), name, replica))
-            stack.callback(beating.cancel)
+            stack.push_async_callback(ended, beating)
             world.replicas.append(replica)
             world.proxies.append(proxy)
             heard: list[Change] = []

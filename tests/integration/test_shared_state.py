@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from sidecar.errors import Reason, Refused
 from sidecar.ownership.effects import SendAcquire, SendBeat
 from sidecar.ownership.facts import Bounds, Member
 from sidecar.state.records import refreshed
+from sidecar.state.redis.link import ended
 from sidecar.state.redis.members import RedisMembers
 from sidecar.state.redis.registry import RedisRegistry
 from sidecar.state.registry import Change
@@ -257,6 +258,23 @@ async def test_a_server_that_stands_still(server: Server) -> None:
         assert [found.name for found in one.all()] == ["a", "b"]
 
 
+async def test_a_task_ends_though_its_client_swallows_a_cancellation() -> None:
+    """As `asyncio.wait_for` does before Python 3.12 if what it waits for is ready at the same moment."""
+    ready = asyncio.Event()
+
+    async def ask_for_ever() -> None:
+        with suppress(asyncio.CancelledError):
+            ready.set()
+            await asyncio.sleep(60)
+        await asyncio.sleep(60)
+
+    asking = asyncio.create_task(ask_for_ever())
+    await ready.wait()
+    async with asyncio.timeout(30):
+        await ended(asking)
+    assert asking.cancelled()
+
+
 async def test_a_write_waits_for_live_members_only(server: Server) -> None:
     """It returns when the slowest of those that beat has read it, or does not beat any more."""
     link = link_to(server.url)
@@ -271,7 +289,7 @@ async def test_a_write_waits_for_live_members_only(server: Server) -> None:
     assert not writing.done()
     read.append(1)
     assert await writing == 1
-    beating.cancel()
+    await ended(beating)
     assert await registry.put(record("b"), None) == 2  # it is not heard of any more
     await registry.close()
     await link.close()

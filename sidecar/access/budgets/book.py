@@ -12,6 +12,7 @@ from sidecar.access.entries import LIMIT, AccessEntry, LimitEntry
 from sidecar.access.store import AccessStore
 from sidecar.config.access import Limit
 from sidecar.errors import Reason, Refused
+from sidecar.state.redis.link import ended
 
 if TYPE_CHECKING:
     from sidecar.access.budgets.leases import Leases
@@ -44,8 +45,7 @@ class LimitBook:
 
     async def close(self) -> None:
         if self._sharing is not None:
-            self._sharing.cancel()
-            await asyncio.wait([self._sharing])
+            await ended(self._sharing)
         if self._leases is not None:
             await self._leases.close()
 

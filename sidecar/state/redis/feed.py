@@ -18,7 +18,7 @@ from sidecar.state.redis.copy import Copy
 from sidecar.state.redis.entries import entry_of
 from sidecar.state.redis.history import Position, look, reread
 from sidecar.state.redis.kept import Kept
-from sidecar.state.redis.link import FAULTS, Announced, Link, is_final
+from sidecar.state.redis.link import FAULTS, Announced, Link, ended, is_final
 from sidecar.state.registry import Change, Subscribers
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,6 @@ LOOK_EVERY_S = 1.0
 START_S = 20.0
 """How long a start waits for Redis to become reachable."""
 DELAY_S, DELAY_S_MAX = 0.05, 1.0
-CANCEL_S = 0.05
 
 
 class Feed(Generic[R]):
@@ -97,9 +96,8 @@ class Feed(Generic[R]):
         self._task = asyncio.create_task(self._follow())
 
     async def close(self) -> None:
-        while self._task is not None and not self._task.done():
-            self._task.cancel()  # more than once: the client's timeout can swallow a cancellation
-            await asyncio.wait([self._task], timeout=CANCEL_S)
+        if self._task is not None:
+            await ended(self._task)
 
     async def has_read(self, number: int, limit_s: float) -> None:
         """Wait until a change has been read. Raises TimeoutError."""
