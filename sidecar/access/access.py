@@ -36,10 +36,10 @@ from sidecar.access.principal import (
 from sidecar.access.proving import Proving
 from sidecar.access.resources import Resources, adapter_resource, version_resource
 from sidecar.access.tokens import Tokens
-from sidecar.config.identities import clipped, is_reserved
+from sidecar.config.identities import OWN_TENANTS, clipped
 from sidecar.config.identity import Identity
 from sidecar.config.openai import LOADS
-from sidecar.errors import Reason, Refused, SidecarError
+from sidecar.errors import Family, Reason, Refused, SidecarError, error_for
 from sidecar.state.records import Record
 
 CLASS_DEFAULT = "default"
@@ -49,6 +49,10 @@ OPERATORS = Principal(proof=Proof.LOCAL, roles=("operator",))
 UNAUTHENTICATED, NOT_PERMITTED, LIMIT = "unauthenticated", "not_permitted", "limit"
 DENIALS = tuple((cause, seen) for cause in (UNAUTHENTICATED, NOT_PERMITTED, LIMIT) for seen in ("false", "true"))
 """The causes of denials, each refused ("false") or only observed ("true")."""
+OF_FILES = frozenset(
+    (Reason.ADAPTER_UNAVAILABLE, Reason.QUARANTINED, *(each for each in Reason if each.row.family is Family.INVALID))
+)
+"""The reasons whose messages tell of an adapter's files, and so where they are."""
 REFERENCE_MAX = 256
 
 NOBODY = Principal()
@@ -177,10 +181,25 @@ class Access:
         if caller.proven is not None and self.mode == "enforce":
             self._proving.check(caller.proven)
 
-    def is_over(self, caller: Caller) -> bool:
-        """Return True if running answers of the caller are to end, since its credential has."""
-        if not self.ends_revoked:
-            return False
+    def ended(self) -> Callable[[Caller, bool], bool]:
+        """Return a function that says now, of a caller and whether its request runs, if the request is to end.
+
+        It is to end if the caller's credential has ended; one that runs, only with `on_revoked: end`. A credential is
+        looked at once for all of its requests.
+        """
+        has_ended: dict[int, bool] = {}  # by the principal's identity: requests keep it alive
+
+        def is_over(caller: Caller, runs: bool) -> bool:
+            if self.mode != "enforce" or (runs and not self.ends_revoked):
+                return False
+            known = has_ended.get(id(caller.proven))
+            if known is None:
+                known = has_ended[id(caller.proven)] = self._has_ended(caller)
+            return known
+
+        return is_over
+
+    def _has_ended(self, caller: Caller) -> bool:
         try:
             self.check(caller)
         except SidecarError:
@@ -300,8 +319,9 @@ class Access:
         decision = self._policy.decide(principal, Action.INFER, adapter_resource(record))
         if not decision.allowed:
             return None, decision.by
-        if not self._by_version:
-            return Permit(), decision.by
+        if not self._by_version:  # an operator need not be on the allow list
+            every = None if record.is_for(principal.tenant) else tuple(each.ordinal for each in record.versions)
+            return Permit(every), decision.by
         versions = tuple(self._versions(principal, record, bool(selector)))
         if not versions and not selector:
             return None, "neither the current version nor the canary may be used"
@@ -483,10 +503,26 @@ class Access:
         self.denied(caller, action, _named(reference), why or "there is no such name", request_id, verb)
         raise unknown(reference, request_id)
 
-    def for_client(self, reason: Reason | None, name: str, request_id: str) -> Refused | None:
-        """Return the error that a client gets instead of the core's, if the core's would tell what is there."""
-        hides = reason is Reason.NOT_ALLOWED or (reason is Reason.UNKNOWN_ADAPTER and self._record_of(name) is None)
-        return unknown(name, request_id) if hides and self.mode == "enforce" else None
+    def for_client(
+        self, caller: Caller | None, reason: Reason | None, name: str, request_id: str
+    ) -> SidecarError | None:
+        """Return the error that a client gets instead of the core's, if that would tell what is there, or where.
+
+        `caller` is None of a request that another replica has passed on: that one asks again.
+        """
+        if self.mode != "enforce" or reason is None:
+            return None
+        record = self._record_of(name.partition("@")[0])
+        if reason is Reason.NOT_ALLOWED or (reason is Reason.UNKNOWN_ADAPTER and record is None):
+            return unknown(name, request_id)
+        if reason not in OF_FILES or caller is None or (record is not None and self.may_change(caller, record)):
+            return None
+        return error_for(
+            reason,
+            f'adapter "{clipped(name)}" cannot be used now; ask its publisher or your operator, who finds the cause in '
+            f'the log by id "{request_id}"',
+            adapter=name,
+        )
 
 
 def unknown(reference: str, request_id: str) -> Refused:
@@ -500,7 +536,7 @@ def unknown(reference: str, request_id: str) -> Refused:
 
 
 def _check_reserved(tenant: str) -> None:
-    if is_reserved(tenant):
+    if tenant in OWN_TENANTS:  # one that is called as usage calls what is no tenant is told apart there
         raise Refused(Reason.INVALID_REQUEST, f'tenant "{clipped(tenant)}" is the sidecar\'s own; name another')
 
 

@@ -14,7 +14,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from math import isfinite
 from pathlib import Path
@@ -32,6 +32,8 @@ KINDS_OF_ONE_MAX = 100
 """Of these for one caller; its further ones are counted together, so that nobody hides behind another's thousands."""
 TEXT_MAX = 300
 ITEMS_MAX = 32
+IDS_MAX = 100
+"""How many ids of repeated denials their line has: who asks by one was told it with its error."""
 MORE = "(more)"
 _SECRETS = re.compile(r"lsk_([0-9a-f]{12})_[0-9A-Za-z]+|[\w-]{16,}\.[\w-]{16,}\.[\w-]{16,}")
 """API keys and JWTs, which callers write where they do not belong: as a name, or in place of an id."""
@@ -40,11 +42,12 @@ _NUMBER = re.compile(r"\d[\d.,]*")
 
 @dataclass(slots=True)
 class _Repeated:
-    """A kind of denial: its line, and how often it came again since `since` (Unix seconds)."""
+    """A kind of denial: its line, how often it came again since `since` (Unix seconds), and ids of these."""
 
     line: dict[str, Any]
     since: float
     again: int = 0
+    ids: list[str] = field(default_factory=list)
 
 
 class Audit:
@@ -164,6 +167,8 @@ class Audit:
                 known = self._repeated.get((who, what))
             if known is not None:
                 known.again += 1
+                if request_id and len(known.ids) < IDS_MAX:
+                    known.ids.append(_text(request_id))
                 return
             line = {
                 **_said("denial", now, principal, proof, peer, action, resource),
@@ -186,9 +191,9 @@ class Audit:
                     return
                 if not at_once and 0 <= now - known.since < self._aggregate_s:  # below 0 the clock was set back
                     return
-                again, since = known.again, known.since
+                again, since, ids = known.again, known.since, known.ids
                 if again:
-                    known.again, known.since = 0, now
+                    known.again, known.since, known.ids = 0, now, []
                     self._repeated.move_to_end(kind)
                 else:
                     del self._repeated[kind]
@@ -196,7 +201,7 @@ class Audit:
                     if not self._kinds_of[kind[0]]:
                         del self._kinds_of[kind[0]]
             if again:
-                more = {"time": written_time(now), "count": again, "since": written_time(since)}
+                more = {"time": written_time(now), "count": again, "since": written_time(since), "request_ids": ids}
                 self.log.put(AuditRecord("denial", json.dumps(known.line | more)))
 
     @property

@@ -92,8 +92,8 @@ def _details(line: dict[str, Any]) -> Iterator[str]:
     if "since" in line:
         yield f"since {line['since'].replace('T', ' ')[:19]}"
     yield f"from {line['peer']} by {line['proof']}" if line["peer"] else f"by {line['proof']}"
-    if line["request_id"]:
-        yield f"id {line['request_id']}"
+    if ids := line.get("request_ids", [line["request_id"]] if line["request_id"] else []):
+        yield f"id {', '.join(ids)}"
 
 
 def _value(name: str, value: Any) -> str:

@@ -17,13 +17,13 @@ from sidecar.errors import Reason, Refused
 OWN_TENANTS = ("load-calls", "verify")
 """The tenants of the sidecar's own requests. A client of that name would see names that are not published yet."""
 OTHERS = "("
-"""Begins the names of what is no tenant in usage, as (idle): no client's tenant does."""
+"""Begins the names of what is no tenant in usage, as (idle): no credential's tenant does."""
 SHOWN_CHARACTERS_MAX = 80
 SESSION_DIGITS = 16
 
 
 def is_reserved(tenant: str) -> bool:
-    """Return True for a tenant that no client may be."""
+    """Return True for a tenant that no credential may be of."""
     return tenant in OWN_TENANTS or tenant.startswith(OTHERS)
 
 

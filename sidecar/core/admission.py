@@ -266,7 +266,8 @@ def _in_time(step: Step, request: Request, backend: Backend, limit: ClassLimit) 
 
 
 def _allowed(event: Received, name: Name) -> None:
-    if not name.is_for(event.tenant):
+    """Raise Refused(NOT_ALLOWED) unless the allow list, or a policy that has named versions, lets the tenant use it."""
+    if event.versions is None and not name.is_for(event.tenant):
         raise _not_allowed(event, name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from time import monotonic
@@ -54,8 +55,16 @@ class GivenBack:
 class Forward:
     """One request that another replica answers."""
 
-    def __init__(self, ticket: Ticket, facts: RequestFacts, backend: str, owner: str) -> None:
+    def __init__(
+        self,
+        ticket: Ticket,
+        facts: RequestFacts,
+        backend: str,
+        owner: str,
+        for_client: Callable[[Settle, Ticket], Settle],
+    ) -> None:
         self._ticket = ticket
+        self._for_client = for_client
         self._facts = facts
         self.backend = backend
         self.owner = owner
@@ -155,7 +164,7 @@ class Forward:
         if settled.reason in AGAIN and not self._has_begun:
             return GivenBack(settled.message, _owner_that(settled.reason, sent.is_bystander))
         ticket.rejected_with = forms.rejection_of(sent)
-        ticket.settle(settled)
+        ticket.settle(self._for_client(settled, ticket))
         return None
 
 

@@ -173,7 +173,9 @@ class Router:
             call = None if owner is None else self._forward_call(owner, trip.facts.size_bytes)
             if owner is not None and call is not None:
                 self.forwards += 1
-                forward = Forward(ticket, trip.facts_now(backend, monotonic()), backend, owner)
+                forward = Forward(
+                    ticket, trip.facts_now(backend, monotonic()), backend, owner, self._gateway.for_client
+                )
                 given = await self._forward_once(ticket, forward, call)
                 if given is None:
                     return

@@ -95,7 +95,7 @@ class AccessParts:
             change_of=lambda: registry.last_change,
         )
         self.calls: tuple[object, ...] = (
-            KeyCalls(self.store, self.keys, classes_of(config)),
+            KeyCalls(self.store, self.keys, classes_of(config), self.access),
             AuditCalls(self.audit, Roles(access.policies.roles)),
             LimitCalls(self.limits, self.access, registry.get),
         )

@@ -256,7 +256,8 @@ class Gateway:
         is_base = name in admission.BASE_NAMES and name not in self.state.names
         permit = access.permit(caller, name, client_id, is_base, facts.tenant)
         record = self.catalogue.registry.get(name.partition("@")[0])
-        if record is not None and record.is_for(facts.tenant) and caller is not OURSELVES:
+        is_visible = record is not None and (permit.versions is not None or record.is_for(facts.tenant))
+        if record is not None and is_visible and caller is not OURSELVES:
             check_not_paused(record, time())
         return replace(facts, klass=klass, versions=permit.versions)
 
@@ -351,8 +352,13 @@ class Gateway:
         self,
     ) -> None:  # not in the loop above: its frame would keep the last ticket
         now_ns = monotonic_ns()
+        over = self.access.ended()
         for ticket in list(self.tickets.values()):
-            if ticket.caller is not None and ticket.settled is None and self.access.is_over(ticket.caller):
+            if (
+                ticket.caller is not None
+                and ticket.settled is None
+                and over(ticket.caller, ticket.dispatch is not None)
+            ):
                 self._cancel(ticket, ev.ClientLeft(ticket.request, revoked=True))
                 continue
             since_ns = ticket.behind_since_ns
@@ -424,10 +430,11 @@ class Gateway:
                 left.settle(effect)
             return
         if effect.reason is not Reason.NOT_OWNER or self.elsewhere is None or not self.elsewhere.given_back(ticket):
-            ticket.settle(self._for_client(effect, ticket))
+            ticket.settle(self.for_client(effect, ticket))
 
-    def _for_client(self, ending: do.Settle, ticket: Ticket) -> do.Settle:
-        hidden = self.access.for_client(ending.reason, ending.name, ticket.client_id)
+    def for_client(self, ending: do.Settle, ticket: Ticket) -> do.Settle:
+        """Return an ending in words that its client may read."""
+        hidden = self.access.for_client(ticket.caller, ending.reason, ending.name, ticket.client_id)
         if hidden is None:
             return admission.for_client(self.state, ending)
         return replace(ending, reason=hidden.reason, message=hidden.message, name=hidden.details["adapter"])

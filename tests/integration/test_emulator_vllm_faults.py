@@ -187,5 +187,5 @@ async def test_options_that_make_no_sense(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"{next(iter(field))} is an option of the engine behind Triton"):
             VllmOptions(**field)
     async with running_vllm(**DUMMY) as (server, _):
-        with pytest.raises(OSError, match="in use"):
+        with pytest.raises(OSError, match="another process has the port"):
             await start_vllm(**DUMMY, http_port=int(server.http_address.rsplit(":", 1)[1]))

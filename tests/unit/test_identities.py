@@ -71,7 +71,7 @@ def test_the_sidecar_s_own_tenants_are_known() -> None:
     assert {LOADS, asking.TENANT} == set(OWN_TENANTS)
 
 
-@pytest.mark.parametrize("tenant", [*OWN_TENANTS, "(idle)"])
+@pytest.mark.parametrize("tenant", OWN_TENANTS)
 def test_a_client_that_is_believed_is_no_reserved_tenant(tenant: str) -> None:
     """Neither by what its request claims nor by its certificate's name."""
     access = Access.off(lambda name: None)

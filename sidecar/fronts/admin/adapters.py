@@ -27,6 +27,8 @@ from sidecar.state.registry import Change
 LISTED_A_STEP = 50
 """Adapters added to a list before the event loop may do something else."""
 _TOKEN = re.compile(r"[0-9]{1,18}\Z")
+OF_VERSION = ("version", "digest", "base_model", "path", "rank", "modules", "dtype", "quarantined", "store", "backends")
+"""What a message says of the current version."""
 CHECKED_S = 1.0
 """How often a watcher's credential is looked at."""
 WATCHED_MAX = 1000
@@ -82,11 +84,15 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
         return await access.visible(caller, caller.principal.tenant, records)
 
     def _may_see(self, change: Change) -> bool:
-        """Return True if the caller may hear of a change. Of a name that is forgotten only operators do."""
+        """Return True if the caller may hear of a change. Of a name that is forgotten only operators do.
+
+        What is sent is the name as it is now, so that has to be visible, too.
+        """
         caller, access = callers.CALLER.get(), self._gateway.access
         if access.is_operator(caller):
             return True
-        return change.record is not None and access.may_see(caller, caller.principal.tenant, change.record)
+        records = change.record, self._catalogue.registry.get(change.name)
+        return all(record is not None and access.may_see(caller, caller.principal.tenant, record) for record in records)
 
     def _registered(self, entered: Entered) -> Any:
         """Return the result of a registration: the name as it is now, the content's version, and warnings."""
@@ -219,8 +225,8 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
         }
         _add_record(message, record, shown)
         if view.ordinal not in shown:
-            message.ClearField("version")
-            message.ClearField("digest")
+            for field in OF_VERSION:
+                message.ClearField(field)
         if not access.may_change(caller, record):
             for field in ("path", "managed_by", "held_s"):
                 message.ClearField(field)

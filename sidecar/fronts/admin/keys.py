@@ -8,9 +8,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from sidecar.access.access import CLASS_DEFAULT, Access
 from sidecar.access.configured import unknown_class
 from sidecar.access.entries import Key
 from sidecar.access.keys import KeyBook, id_in, new_secret
+from sidecar.access.principal import Action, Resource, Sort
 from sidecar.access.store import AccessStore
 from sidecar.config.identities import clipped
 from sidecar.config.section import problems
@@ -23,7 +25,8 @@ from sidecar.proto import admin_pb2
 class KeyCalls:
     """Makes, lists and revokes keys, which may stand for one of `classes`; a part of `AccessService`."""
 
-    def __init__(self, store: AccessStore, book: KeyBook, classes: Sequence[str]) -> None:
+    def __init__(self, store: AccessStore, book: KeyBook, classes: Sequence[str], access: Access) -> None:
+        self._access = access
         self._store = store
         self._book = book
         self._classes = classes
@@ -32,6 +35,7 @@ class KeyCalls:
     async def CreateKey(self, request: Any, context: Any) -> Any:  # noqa: N802 — gRPC's names, here and below
         key_id, secret, digest = new_secret()
         key = self._key(request, key_id, digest)
+        self._check_grant(key, callers.id_of_call(context))
         try:
             await self._store.put(key)
         except Refused:
@@ -39,6 +43,24 @@ class KeyCalls:
                 raise
             # It is stored, and a replica that has not heard of it yet will. Nobody else knows its secret.
         return admin_pb2.CreateKeyResponse(secret=secret, key=self._message(key, 0.0))
+
+    def _check_grant(self, key: Key, request_id: str) -> None:
+        """Raise Refused(NOT_ALLOWED) if a caller that manages its own tenant gives a key more than it has itself."""
+        caller = callers.CALLER.get()
+        principal = self._access.judged(caller)
+        if principal is None or self._access.decide(principal, Action.MANAGE).allowed:
+            return
+        more = sorted({*key.roles} - {*principal.roles} | {*key.groups} - {*principal.groups})
+        if principal.klass not in ("", key.klass):
+            more.append(f"class {key.klass or CLASS_DEFAULT}")
+        if not more:
+            return
+        why = f"you may give a key no more than you have yourself, and this one would have {', '.join(more)}"
+        self._access.denied(
+            caller, Action.MANAGE, Resource(Sort.TENANT, key.tenant), why, request_id, "Access.CreateKey"
+        )
+        if self._access.mode == "enforce":
+            raise Refused(Reason.NOT_ALLOWED, f'{why}; ask your operator with id "{request_id}"')
 
     def _key(self, request: Any, key_id: str, digest: str) -> Key:
         """Return the key that is asked for. Raises Refused(INVALID_REQUEST)."""

@@ -97,12 +97,14 @@ class Models:
         self, model: str, caller: Caller, record: Record, version: Version, listed: Mapping[str, str]
     ) -> dict[str, Any]:
         access, path = self._gateway.access, dict(version.labels).get(PATH)
-        root = _label(record, version) if access.may_see_version(caller, record, version.ordinal) else record.name
-        if path and access.may_change(caller, record):
+        created, root = int(version.registered_at) or self._since, _label(record, version)
+        if not access.may_see_version(caller, record, version.ordinal):
+            created, root = self._since, record.name
+        elif path and access.may_change(caller, record):
             root = path
         trained_on = version.adapter.base_model
         parent = listed.get(trained_on, trained_on)
-        return self._record(model, int(version.registered_at) or self._since, root, parent)
+        return self._record(model, created, root, parent)
 
     def _listed_bases(self) -> dict[str, str]:
         """Return the listed name of each base model by its aliases: an adapter may have been trained under one."""
