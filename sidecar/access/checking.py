@@ -9,14 +9,13 @@ from sidecar.access.principal import ROLES, SYSTEM, Action, Policy, Principal, P
 from sidecar.access.resources import adapter_resource, version_resource
 from sidecar.adapters.names import shown
 from sidecar.errors import Reason, Refused
-from sidecar.state.records import Record, Version
+from sidecar.state.records import Record
 
-DIGEST_CHARACTERS_MIN = 8
+INFERENCE = (Action.INFER, Action.INFER_VERSION)
 OF_WHAT_IS_THERE = (Action.SHOW, Action.PROMOTE, Action.EVICT, Action.PAUSE)
 """What needs a name that the caller may see: else the admin listener says that there is none."""
 TENANTS = (Action.CANCEL, Action.SEE_QUEUE, Action.MANAGE)
 """Actions on a tenant's requests, or with no name on everybody's."""
-
 
 ANY = Resource(Sort.ADAPTER)
 
@@ -25,12 +24,14 @@ ANY = Resource(Sort.ADAPTER)
 class Known:
     """What is known of names. `record_of` returns a name's record, `is_base` tells the names of base models.
 
-    `unregistered` is what a name without a record is taken for.
+    `unregistered` is what a name without a record is taken for. In what a principal may know of, `whole` is all that is
+    known; else it is None.
     """
 
     record_of: Callable[[str], Record | None]
     is_base: Callable[[str], bool]
     unregistered: Resource = ANY
+    whole: Known | None = None
 
 
 @dataclass(frozen=True)
@@ -53,104 +54,141 @@ def principal_asked(tenant: str, groups: tuple[str, ...], roles: tuple[str, ...]
     return Principal(tenant, Proof.KEY, "", groups, roles)
 
 
+def seen_by(policy: Policy, known: Known, principal: Principal) -> Known:
+    """Return what a principal may know of: the names that a list shows it, and those that it may infer with."""
+
+    def may_know(resource: Resource) -> bool:
+        return any(policy.decide(principal, action, resource).allowed for action in (Action.LIST, Action.INFER))
+
+    def record_of(name: str) -> Record | None:
+        record = known.record_of(name)
+        if record is None or policy.decide(principal, Action.LIST, SYSTEM).allowed:
+            return record
+        return record if may_know(adapter_resource(record)) else None
+
+    def is_base(name: str) -> bool:
+        return known.is_base(name) and may_know(Resource(Sort.BASE, name))
+
+    return Known(record_of, is_base, known.unregistered, known)
+
+
 def check(policy: Policy, known: Known, principal: Principal, action: str, name: str) -> Answer:
-    """Decide as the sidecar would: to infer, both the name and the version that would answer have to be allowed.
+    """Decide as the sidecar would: to infer, both the name and a version that would answer have to be allowed.
 
     `action` is an action's word; `name` an adapter, "name@v8", "name@<digest>", a base model, a backend for "drain", or
-    for "cancel", "see_queue" and "manage" a tenant, "" for all of them. Raises Refused for an unknown action or
-    version.
+    for "cancel", "see_queue" and "manage" a tenant, "" for all of them. If `known` is what the principal may know of
+    (`seen_by`), the answer tells what the action itself would tell, and what is hidden answers as what is not there.
+    Raises Refused for a question that makes no sense, or for an unknown version.
     """
-
-    def decide(asked: Action, resource: Resource) -> Answer:
-        decision = policy.decide(principal, asked, resource)
-        of_record = record is not None and resource.ordinal is not None
-        return Answer(decision.allowed, decision.by, f"v{resource.ordinal}" if of_record else "")
-
-    asked, record = _action(action), None
-    if asked in TENANTS:
-        return decide(asked, Resource(Sort.TENANT, name) if name else SYSTEM)
-    if not name:
-        raise Refused(Reason.INVALID_REQUEST, f'"{asked.value}" needs a name: an adapter, a base model or a backend')
-    if asked is Action.DRAIN:
-        return decide(asked, Resource(Sort.BACKEND, name))
-    adapter, _, selector = name.partition("@")
-    record = known.record_of(adapter)
-    if record is None and known.is_base(name):
-        return decide(asked, Resource(Sort.BASE, name))
-    resource = replace(known.unregistered, name=adapter) if record is None else adapter_resource(record)
-    if asked is Action.INFER_VERSION and not selector:
-        raise Refused(Reason.INVALID_REQUEST, f'"{asked.value}" needs a version, as in "{shown(adapter)[1:-1]}@v8"')
-    if asked in OF_WHAT_IS_THERE and not decide(Action.LIST, SYSTEM).allowed:
-        seen = decide(Action.LIST, resource)
-        if not seen.allowed:
-            return seen
-    is_inference = asked in (Action.INFER, Action.INFER_VERSION)
-    answer = decide(Action.INFER if is_inference else asked, resource)
-    if not answer.allowed or not (selector or is_inference):
-        return answer
-    version = _version(resource, record, selector)
-    if is_inference:
-        asked = Action.INFER if version.is_current else Action.INFER_VERSION
-    return decide(asked, version)
+    return _Asking(policy, known, principal).answer(_asked(action, name), name)
 
 
-def is_hidden(policy: Policy, known: Known, principal: Principal, action: str, name: str) -> bool:
-    """Return True if a principal must not learn by asking whether there is that name, or that version of it.
+@dataclass(frozen=True)
+class _Asking:
+    policy: Policy
+    known: Known
+    principal: Principal
 
-    To register a name it need not be there, and the answer to that tells as much anyway.
-    """
-    asked = _action(action)
-    if asked in (*TENANTS, Action.DRAIN, Action.REGISTER) or not name:
-        return False
+    def answer(self, asked: Action, name: str) -> Answer:
+        if asked in TENANTS:
+            return self._decide(asked, Resource(Sort.TENANT, name) if name else SYSTEM)
+        if asked is Action.DRAIN:
+            return self._decide(asked, Resource(Sort.BACKEND, name))
+        adapter, _, selector = name.partition("@")
+        record = self.known.record_of(adapter)
+        resource = replace(self.known.unregistered, name=adapter) if record is None else adapter_resource(record)
+        if asked is Action.REGISTER:
+            return self._to_register(resource)
+        if record is None and self.known.is_base(name):
+            return self._decide(asked, Resource(Sort.BASE, name))
+        if record is None and self.known.whole is not None:
+            return HIDDEN
+        if asked in OF_WHAT_IS_THERE and not self._decide(Action.LIST, SYSTEM).allowed:
+            seen = self._decide(Action.LIST, resource)
+            if not seen.allowed:
+                return seen
+        of_name = self._decide(Action.INFER if asked in INFERENCE else asked, resource)
+        if not of_name.allowed or not (selector or asked in INFERENCE):
+            return of_name
+        if record is None:
+            number = selector.removeprefix("v")
+            ordinal = int(number) if number.isdecimal() and len(number) < 10 else None
+            version = replace(resource, sort=Sort.VERSION, ordinal=ordinal, is_current=not selector)
+            return self._decide(_on_version(asked, version, selector), version)
+        return self._of_version(asked, record, selector, of_name)
 
-    def uses(resource: Resource, *actions: Action) -> bool:
-        return any(policy.decide(principal, each, resource).allowed for each in actions)
+    def _decide(self, asked: Action, resource: Resource) -> Answer:
+        decision = self.policy.decide(self.principal, asked, resource)
+        return Answer(decision.allowed, decision.by)
 
-    adapter, _, selector = name.partition("@")
-    record = known.record_of(adapter)
-    if record is None:
-        return not known.is_base(name)
-    if not uses(adapter_resource(record), Action.INFER, Action.LIST, Action.SHOW):
-        return True
-    if not selector:
-        return False
-    version = _selected(record, selector)
-    if version is None:
-        return True
-    select = Action.INFER if version.ordinal == record.current else Action.INFER_VERSION
-    return not uses(version_resource(record, version.ordinal), select, Action.LIST, Action.SHOW)
+    def _to_register(self, resource: Resource) -> Answer:
+        """Decide as `Register` does, which takes a name that is hidden for what it is.
+
+        Why it does so tells that the name is there, unless a name that is not there has the same answer.
+        """
+        answer = self._decide(Action.REGISTER, resource)
+        record = None if self.known.whole is None else self.known.whole.record_of(resource.name)
+        if record is None:
+            return answer
+        real = self._decide(Action.REGISTER, adapter_resource(record))
+        if real.allowed == answer.allowed:
+            return answer
+        return real if real.allowed else HIDDEN
+
+    def _of_version(self, asked: Action, record: Record, selector: str, of_name: Answer) -> Answer:
+        """Decide about the version that is selected, else about the current one, or the canary if only that may answer.
+
+        A version that the principal may not list is not told, nor why it is denied: the rule may tell what it is.
+        """
+        hides = self.known.whole is not None
+        ordinals = self._selected(record, selector) if selector else [record.current, *(record.canary or ())[:1]]
+        versions = [version_resource(record, ordinal) for ordinal in ordinals]
+        judged = [(self._decide(_on_version(asked, version, selector), version), version) for version in versions]
+        if not judged:
+            return HIDDEN
+        answer, version = next((each for each in judged if each[0].allowed), judged[0])
+        if not hides or self._decide(Action.LIST, version).allowed:
+            return replace(answer, version=f"v{version.ordinal}")
+        return of_name if answer.allowed and asked in INFERENCE else HIDDEN
+
+    def _selected(self, record: Record, selector: str) -> list[int]:
+        """Return the ordinal that a selector names, nothing for an unknown one that is not to be told.
+
+        Raises Refused(UNKNOWN_ADAPTER).
+        """
+        version = record.selected(selector)
+        if version is not None:
+            return [version.ordinal]
+        if self.known.whole is not None:
+            return []
+        has = ", ".join(f"v{version.ordinal}" for version in record.versions)
+        raise Refused(
+            Reason.UNKNOWN_ADAPTER,
+            f'adapter "{record.name}" has no version {shown(selector)}; it has {has}',
+            adapter=record.name,
+        )
 
 
-def _action(word: str) -> Action:
+def _asked(word: str, name: str) -> Action:
+    """Return the action that is asked about. Raises Refused for a question that makes no sense for any name."""
     try:
-        return Action(word)
+        asked = Action(word)
     except ValueError:
         words = ", ".join(action.value for action in Action)
         raise Refused(Reason.INVALID_REQUEST, f"there is no action {shown(word)}; there are {words}") from None
+    adapter, at, selector = name.partition("@")
+    if not name and asked not in TENANTS:
+        raise Refused(Reason.INVALID_REQUEST, f'"{word}" needs a name: an adapter, a base model or a backend')
+    if asked is Action.INFER_VERSION and not selector:
+        raise Refused(Reason.INVALID_REQUEST, f'"{word}" needs a version, as in "{shown(adapter)[1:-1]}@v8"')
+    if asked is Action.REGISTER and at:
+        raise Refused(
+            Reason.INVALID_REQUEST, f'"{word}" needs a name without a version: {shown(adapter)}; it makes the next one'
+        )
+    return asked
 
 
-def _version(resource: Resource, record: Record | None, selector: str) -> Resource:
-    """Return the version that a selector names, the current one without. Raises Refused(UNKNOWN_ADAPTER)."""
-    if record is None:
-        number = selector.removeprefix("v")
-        ordinal = int(number) if number.isdecimal() and len(number) < 10 else None
-        return replace(resource, sort=Sort.VERSION, ordinal=ordinal, is_current=not selector)
-    if not selector:
-        return version_resource(record, record.current)
-    version = _selected(record, selector)
-    if version is not None:
-        return version_resource(record, version.ordinal)
-    has = ", ".join(f"v{version.ordinal}" for version in record.versions)
-    raise Refused(
-        Reason.UNKNOWN_ADAPTER,
-        f'adapter "{record.name}" has no version {shown(selector)}; it has {has}',
-        adapter=record.name,
-    )
-
-
-def _selected(record: Record, selector: str) -> Version | None:
-    for version in reversed(record.versions):
-        begins = len(selector) >= DIGEST_CHARACTERS_MIN and version.adapter.digest.startswith(selector)
-        if begins or selector == f"v{version.ordinal}":
-            return version
-    return None
+def _on_version(asked: Action, version: Resource, selector: str) -> Action:
+    if asked not in INFERENCE:
+        return asked
+    return Action.INFER_VERSION if selector and not version.is_current else Action.INFER

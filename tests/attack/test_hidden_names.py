@@ -18,7 +18,9 @@ import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from sidecar.proto import gateway_pb2
+from sidecar.access.checking import TENANTS as OF_TENANTS
+from sidecar.access.principal import Action
+from sidecar.proto import admin_pb2, admin_pb2_grpc, gateway_pb2
 from sidecar.state.records import Record, added
 from tests.integration.test_kserve_verbs import region_of
 from tests.kit.emulated import running_engine
@@ -30,6 +32,7 @@ from tests.kit.tokens import TokenMaker
 TENANTS = ("acme", "acme-evil", "blue", "b")
 WORDS = ("sql", "sqI", "math", "chat", "s", "sql2")
 ID = "the-same-id"
+ON_NAMES = [action for action in Action if action not in (*OF_TENANTS, Action.DRAIN)]
 VOLATILE = ("date", "x-ratelimit-reset-tokens")
 
 
@@ -67,6 +70,7 @@ class Client:
         self._metadata = (("authorization", authorization), ("x-request-id", ID))
         self._headers = {"authorization": authorization, "x-request-id": ID}
         self._kserve: Any = service_pb2_grpc.GRPCInferenceServiceStub(served.channel)
+        self._access: Any = admin_pb2_grpc.AccessStub(served.admin_channel)
 
     async def everything(self, wanted: Record, typo: str) -> list[Any]:
         """Return all that a client can see of a name, in every API."""
@@ -79,6 +83,7 @@ class Client:
             seen.append(await self._get(f"/v1/models/{model}"))
             seen.append(await self._generate(model))
             seen += [await self._infer(model), await self._stream(model)]
+            seen += [await self._check(action, model) for action in ON_NAMES]
         return [*seen, await self._get("/v1/models"), await self._get("/v1/models?versions=true")]
 
     async def _post(self, path: str, body: dict[str, Any]) -> Any:
@@ -91,6 +96,13 @@ class Client:
         request = gateway_pb2.GenerateRequest(adapter=model, tokens=gateway_pb2.TokenIds(ids=[1, 2]), max_tokens=2)
         try:
             return [answer async for answer in self._served.gateway.Generate(request, metadata=self._metadata)]
+        except grpc.aio.AioRpcError as error:
+            return _status(error)
+
+    async def _check(self, action: Action, model: str) -> Any:
+        request = admin_pb2.CheckRequest(action=action.value, resource=model)
+        try:
+            return await self._access.Check(request, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             return _status(error)
 

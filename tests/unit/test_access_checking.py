@@ -12,7 +12,7 @@ import pytest
 from sidecar.access.access import Access, Caller
 from sidecar.access.cedar import SCHEMA, CedarPolicy
 from sidecar.access.cedar_text import statements_of
-from sidecar.access.checking import Answer, Known, check, is_hidden, principal_asked
+from sidecar.access.checking import HIDDEN, Answer, Known, check, principal_asked, seen_by
 from sidecar.access.deciding import CachedPolicy, policy_of
 from sidecar.access.policy import Roles
 from sidecar.access.principal import Principal
@@ -36,6 +36,14 @@ def record() -> Record:
 RECORD = record()
 KNOWN = Known({"acme/sql": RECORD}.get, {"base", "llama"}.__contains__)
 ROLES = policy_of(Policies(ready="roles", roles={"eve": ("viewer",), "acme": ("publisher",)}))
+
+
+def in_cedar(text: str) -> CachedPolicy:
+    return CachedPolicy(CedarPolicy(statements_of(text, SCHEMA), Roles({}), "/"))
+
+
+def asked_of_itself(policy: CachedPolicy, principal: Principal, action: str, name: str, known: Known = KNOWN) -> Answer:
+    return check(policy, seen_by(policy, known, principal), principal, action, name)
 
 
 def asked(action: str, name: str, tenant: str = "zoe", policy: CachedPolicy = ROLES) -> Answer:
@@ -108,7 +116,93 @@ def test_the_version_that_was_judged_is_told() -> None:
 )
 def test_what_one_may_not_know_of(tenant: str, action: str, name: str, hidden: bool) -> None:
     """A name that is there and hidden, and one that is not there, are the same."""
-    assert is_hidden(ROLES, KNOWN, principal_asked(tenant, (), ()), action, name) is hidden
+    assert (asked_of_itself(ROLES, principal_asked(tenant, (), ()), action, name) == HIDDEN) is hidden
+
+
+SECRET = replace(RECORD, name="blue/secret", allow=("blue",))
+WITH_SECRET = Known({"acme/sql": RECORD, "blue/secret": SECRET}.get, KNOWN.is_base)
+
+
+@pytest.mark.parametrize("role", ["", "viewer", "publisher"])
+@pytest.mark.parametrize("ready", ["open", "tenant_prefix", "roles"])
+def test_to_register_tells_of_a_hidden_name_what_register_tells(ready: str, role: str) -> None:
+    """Register refuses a publisher a name with another's list and lets it have a new one; to others it says no."""
+    policy, acme = policy_of(Policies(ready=ready)), principal_asked("acme", (), (role,) if role else ())
+    hidden, missing = (asked_of_itself(policy, acme, "register", f"blue/{n}", WITH_SECRET) for n in ("secret", "none"))
+    if role == "publisher" and ready != "tenant_prefix":
+        assert (hidden, missing.allowed) == (HIDDEN, True)
+    else:
+        assert hidden == missing
+        assert not missing.allowed
+    for action in ("infer", "list", "show", "promote", "evict", "pause"):
+        for name in ("blue/secret", "blue/secret@v1", "blue/none"):
+            assert asked_of_itself(policy, acme, action, name, WITH_SECRET) == HIDDEN
+
+
+def test_a_name_that_is_hidden_by_its_list_from_its_owner_is_registered_as_a_new_one() -> None:
+    policy = policy_of(Policies(ready="tenant_prefix"))
+    known = Known({"acme/x": replace(SECRET, name="acme/x")}.get, KNOWN.is_base)
+    acme = principal_asked("acme", (), ("publisher",))
+    answers = [asked_of_itself(policy, acme, "register", name, known) for name in ("acme/x", "acme/y")]
+    assert answers == [Answer(True, "tenant_prefix: acme/ belongs to acme")] * 2
+
+
+LABELLED, _ = added(RECORD, "acme/sql", adapter_of("three"), "/c", now=0.0, labels=(("unreleased", "yes"),))
+"""v1, v2 and the current v3, which the policies hide."""
+UNRELEASED = """permit(principal == Tenant::"acme", action, resource)
+when { resource is Adapter || resource is Version };
+@id("unreleased versions are hidden")
+forbid(principal, action, resource is Version) when { resource.hasTag("unreleased") };"""
+
+
+def test_a_hidden_version_is_told_no_more_than_one_that_is_not_there() -> None:
+    policy, known = in_cedar(UNRELEASED), Known({"acme/sql": LABELLED}.get, KNOWN.is_base)
+    acme = principal_asked("acme", (), ())
+    digest = LABELLED.versions[2].adapter.digest
+    for name in ("acme/sql", "acme/sql@v3", "acme/sql@v9", f"acme/sql@{digest[:8]}", "acme/sql@ffffffff"):
+        assert asked_of_itself(policy, acme, "infer", name, known) == HIDDEN, name
+    for action in ("infer_version", "list", "show", "promote", "evict", "pause"):
+        for name in ("acme/sql@v3", "acme/sql@v9"):
+            assert asked_of_itself(policy, acme, action, name, known) == HIDDEN, (action, name)
+    assert asked_of_itself(policy, acme, "infer", "acme/sql@v2", known).version == "v2"
+    told = check(policy, known, acme, "infer", "acme/sql")
+    assert (told.version, "unreleased" in told.by) == ("v3", True), "to who manages access"
+
+
+def test_a_version_that_answers_and_is_not_listed_is_not_told() -> None:
+    infers = '@id("the name") permit(principal, action == Action::"infer", resource is Adapter);'
+    policy = in_cedar(f'{infers} @id("the version") permit(principal, action == Action::"infer", resource is Version);')
+    answer = asked_of_itself(policy, principal_asked("acme", (), ()), "infer", "acme/sql")
+    assert answer == Answer(True, "cedar: the name (line 1)")
+
+
+@pytest.mark.parametrize("is_itself", [True, False])
+def test_a_canary_answers_where_the_current_version_may_not(is_itself: bool) -> None:
+    policy, known = in_cedar(UNRELEASED), Known({"acme/sql": promoted(LABELLED, 1, 10)}.get, KNOWN.is_base)
+    acme = principal_asked("acme", (), ())
+    answer = check(policy, seen_by(policy, known, acme) if is_itself else known, acme, "infer", "acme/sql")
+    assert (answer.allowed, answer.version) == (True, "v1")
+    access = Access(Identity(mode="enforce"), "none", known.record_of, policy, None, by_version=True)
+    assert access.permit(Caller(acme, proven=acme), "acme/sql", "id").versions == (1,)
+
+
+@pytest.mark.parametrize("action", ["infer", "list", "show", "register", "promote"])
+def test_a_base_model_that_is_forbidden_looks_like_none(action: str) -> None:
+    acme = principal_asked("acme", (), ())
+    policies = (
+        in_cedar('permit(principal in Role::"operator", action, resource);'),
+        in_cedar('permit(principal, action, resource is Base) when { principal == Tenant::"blue" };'),
+    )
+    for policy in policies:
+        assert asked_of_itself(policy, acme, action, "llama") == asked_of_itself(policy, acme, action, "lama")
+    assert asked_of_itself(policies[1], principal_asked("blue", (), ()), "infer", "llama").allowed
+
+
+@pytest.mark.parametrize("name", ["acme/sql@v1", "acme/sql@v9", "acme/sql@", "blue/secret@v1", "none@v1"])
+def test_to_register_has_no_version_whatever_is_there(name: str) -> None:
+    for known in (WITH_SECRET, seen_by(ROLES, WITH_SECRET, Principal("acme"))):
+        with pytest.raises(Refused, match=f"needs a name without a version: '{name.partition('@')[0]}'"):
+            check(ROLES, known, Principal("acme"), "register", name)
 
 
 @pytest.mark.parametrize(
@@ -151,10 +245,11 @@ permit(principal == Tenant::"beta", action, resource) when { !(resource is Versi
 def test_it_answers_as_a_request_is_answered(tenant: str, reference: str) -> None:
     """The way of a request decides: what it may not have is refused, or no version may answer."""
     principal = principal_asked(tenant, (), ())
-    for policy in (ROLES, CachedPolicy(CedarPolicy(statements_of(IN_CEDAR, SCHEMA), Roles({}), "/"))):
+    for policy in (ROLES, in_cedar(IN_CEDAR)):
         access = Access(Identity(mode="enforce"), "none", KNOWN.record_of, policy, None, by_version=True)
         expected = answers(access, principal, reference)
         assert asked("infer", reference, tenant, policy).allowed is expected, policy.source
+        assert asked_of_itself(policy, principal, "infer", reference).allowed is expected, policy.source
 
 
 def shell(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:

@@ -6,7 +6,7 @@ from time import time
 from typing import Any
 
 from sidecar.access.access import Caller
-from sidecar.access.checking import HIDDEN, TENANTS, Known, check, is_hidden, principal_asked
+from sidecar.access.checking import HIDDEN, TENANTS, Known, check, principal_asked, seen_by
 from sidecar.access.deciding import CachedPolicy
 from sidecar.access.principal import SYSTEM, Action
 from sidecar.core.admission import BASE_NAMES
@@ -40,11 +40,12 @@ class Checks:
             principal = principal_asked(request.tenant, tuple(request.groups), tuple(request.roles))
         else:
             principal = caller.principal
-        if not sees_all and is_hidden(self._policy, self._known, principal, action, name):
-            answer, state = HIDDEN, UNKNOWN
+        known = self._known if sees_all else seen_by(self._policy, self._known, principal)
+        answer = check(self._policy, known, principal, action, name)
+        if answer is HIDDEN:
+            state = UNKNOWN
         else:
-            answer = check(self._policy, self._known, principal, action, name)
-            state = self._state(action, name) if sees_all or answer.allowed else ""
+            state = self._state(known, action, name) if sees_all or answer.allowed else ""
         return admin_pb2.CheckResponse(
             allowed=answer.allowed,
             by=answer.by,
@@ -75,15 +76,15 @@ class Checks:
                 )
         return decision.allowed or not is_enforced
 
-    def _state(self, action: str, name: str) -> str:
+    def _state(self, known: Known, action: str, name: str) -> str:
         """Return what a request for the name would meet besides the policy."""
         if Action(action) in TENANTS:
             return ""
         if action == Action.DRAIN.value:
             return "" if name in self._gateway.state.backends else UNKNOWN
-        record = self._known.record_of(name.partition("@")[0])
+        record = known.record_of(name.partition("@")[0])
         if record is None:
-            return "" if self._is_base(name) else UNKNOWN
+            return "" if known.is_base(name) else UNKNOWN
         return "" if paused_for(record, time()) is None else PAUSED
 
     def _is_base(self, name: str) -> bool:
