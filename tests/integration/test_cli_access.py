@@ -6,6 +6,8 @@ import asyncio
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.integration.test_cli_keys import DUMMY, sidecar
 from tests.kit.emulated import running_engine
 from tests.kit.serving import serving, write_adapters
@@ -119,6 +121,83 @@ async def test_everybody_may_ask_about_itself_and_learns_of_no_hidden_name(tmp_p
             code, out = await ask("a00", *others)
             assert (code, "you may ask about yourself only" in out, "NOT_ALLOWED" in out) == (1, True, True), others
         assert served.sidecar.access.access.denials["not_permitted", "false"] == 4
+
+
+CONTRACTORS = """
+permit(principal in Role::"operator", action, resource);
+@id("its own") permit(principal, action, resource) when { resource has prefix && resource.prefix == principal };
+forbid(principal in Group::"contractors", action, resource) when { resource has name && resource.name == "acme/plans" };
+"""
+
+
+async def test_the_callers_own_tenant_is_the_caller_itself(tmp_path: Path) -> None:
+    """A key of a group may not ask what a key of its tenant that is in no group may do."""
+    write_adapters(tmp_path / "adapters", 1)
+    (tmp_path / "policies.cedar").write_text(CONTRACTORS)
+    key = "lsk_000000000001_" + "a" * 64
+    (tmp_path / "keys.yaml").write_text(f"- {{tenant: acme, key: {key}, groups: [contractors]}}")
+    (tmp_path / "key").write_text(key)
+    async with (
+        running_engine(**DUMMY) as engine,
+        serving(
+            [engine],
+            roots=[tmp_path / "adapters"],
+            identity={"mode": "enforce", "keys_file": str(tmp_path / "keys.yaml")},
+            access={"policies": {"cedar": str(tmp_path / "policies.cedar")}},
+        ) as served,
+    ):
+        for name in ("acme/plans", "acme/open"):
+            command = ("adapters", "register", name, str(tmp_path / "adapters" / "a00"))
+            assert (await sidecar(served, *command))[0] == 0
+
+        async def ask(*arguments: str) -> tuple[int, str, str]:
+            return await sidecar(
+                served, "access", "check", "--explain", *arguments, "--token-file", str(tmp_path / "key")
+            )
+
+        for itself in ((), ("--as", "acme")):
+            assert (await ask("acme/open", *itself))[1] == "allowed by cedar: its own (line 3); judged: acme/open@v1\n"
+            hidden = await ask("acme/plans", *itself)
+            assert hidden == await ask("acme/nothing", *itself)
+            assert hidden[0] == 1
+        operator = await sidecar(served, "access", "check", "--as", "acme", "acme/plans")
+        assert operator[1] == "allowed\n", "to operators, --as is a key without groups"
+
+
+@pytest.mark.parametrize("mode", ["observe", "enforce"])
+async def test_in_observe_mode_the_answer_is_that_of_enforce(tmp_path: Path, mode: str) -> None:
+    write_adapters(tmp_path / "adapters", 1)
+    key = "lsk_000000000001_" + "a" * 64
+    (tmp_path / "keys.yaml").write_text(f"- {{tenant: acme, key: {key}}}")
+    (tmp_path / "key").write_text(key)
+    (tmp_path / "unknown").write_text(key.replace("a" * 64, "b" * 64))
+    async with (
+        running_engine(**DUMMY) as engine,
+        serving(
+            [engine],
+            tmp_path / "adapters",
+            identity={"mode": mode, "keys_file": str(tmp_path / "keys.yaml")},
+        ) as served,
+    ):
+
+        async def ask(*arguments: str, key: str = "key") -> tuple[int, str, str]:
+            return await sidecar(
+                served, "access", "check", "--explain", *arguments, "--token-file", str(tmp_path / key)
+            )
+
+        infer = "allowed by open: everybody may use what the allow list admits; judged: a00@v1\n"
+        for itself in ((), ("--as", "acme")):
+            assert (await ask("a00", *itself))[:2] == (0, infer)
+            denied = "denied by open: only a publisher may change names\n"
+            assert (await ask("a00", "--may", "promote", *itself))[:2] == (1, denied)
+            assert (await ask("--may", "manage", *itself))[:2] == (1, "denied by open: only an operator may do this\n")
+        code, out, error = await ask("a00", key="unknown")
+        assert code == 1
+        if mode == "observe":
+            assert "denied by the API key is not known here" in out
+        else:
+            assert "the API key is not known here" in error
+        assert (await sidecar(served, "access", "check", "--may", "manage"))[1] == "allowed\n"
 
 
 SUPPORT = """

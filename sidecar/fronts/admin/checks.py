@@ -6,9 +6,9 @@ from time import time
 from typing import Any
 
 from sidecar.access.access import Caller
-from sidecar.access.checking import HIDDEN, TENANTS, Known, check, principal_asked, seen_by
+from sidecar.access.checking import HIDDEN, TENANTS, Answer, Known, check, principal_asked, seen_by
 from sidecar.access.deciding import CachedPolicy
-from sidecar.access.principal import SYSTEM, Action
+from sidecar.access.principal import SYSTEM, Action, Principal
 from sidecar.core.admission import BASE_NAMES
 from sidecar.errors import Reason, Refused
 from sidecar.fronts import callers
@@ -34,14 +34,13 @@ class Checks:
 
     @answers_errors
     async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802
-        caller, action, name = callers.CALLER.get(), request.action, request.resource
-        sees_all = self._sees_all(caller, request, callers.id_of_call(context))
-        if request.tenant or request.groups or request.roles:
-            principal = principal_asked(request.tenant, tuple(request.groups), tuple(request.roles))
-        else:
-            principal = caller.principal
+        caller, access, action, name = callers.CALLER.get(), self._gateway.access, request.action, request.resource
+        principal, manages = self._asked_about(caller, request, callers.id_of_call(context))
+        sees_all = manages or access.mode != "enforce"
         known = self._known if sees_all else seen_by(self._policy, self._known, principal)
         answer = check(self._policy, known, principal, action, name)
+        if principal is caller.principal and caller.doubt:  # in observe mode
+            answer = Answer(False, caller.doubt)
         if answer is HIDDEN:
             state = UNKNOWN
         else:
@@ -55,26 +54,30 @@ class Checks:
             name_state=state,
         )
 
-    def _sees_all(self, caller: Caller, request: Any, request_id: str) -> bool:
-        """Return True if the caller may ask about everybody and everything.
+    def _asked_about(self, caller: Caller, request: Any, request_id: str) -> tuple[Principal, bool]:
+        """Return whom a question is about, and whether the caller may ask about everybody and everything.
 
         Raises Refused(NOT_ALLOWED) if it may not and asks about others. In observe mode that is only recorded.
         """
         access = self._gateway.access
-        judged = access.judged(caller)
-        if judged is None:
-            return True
-        decision, is_enforced = access.decide(judged, Action.MANAGE), access.mode == "enforce"
-        asks_of_others = request.groups or request.roles or request.tenant not in ("", judged.tenant)
-        if not decision.allowed and asks_of_others:
+        itself = access.judged(caller) or caller.principal
+        decision = access.decide(itself, Action.MANAGE)
+        manages = decision.allowed or access.judged(caller) is None
+        asked = principal_asked(request.tenant, tuple(request.groups), tuple(request.roles))
+        if asked == principal_asked("", (), ()):
+            return itself, manages
+        if not manages:
+            # Its tenant without its groups is another principal, which may see more.
+            if asked == principal_asked(itself.tenant, (), ()):
+                return itself, manages
             access.denied(caller, Action.MANAGE, SYSTEM, decision.by, request_id, "Access.Check")
-            if is_enforced:
+            if access.mode == "enforce":
                 raise Refused(
                     Reason.NOT_ALLOWED,
                     "you may ask about yourself only: leave out tenant, groups and roles (--as, --group, --role); or "
                     f'ask your operator with id "{request_id}"',
                 )
-        return decision.allowed or not is_enforced
+        return asked, manages
 
     def _state(self, known: Known, action: str, name: str) -> str:
         """Return what a request for the name would meet besides the policy."""
