@@ -57,11 +57,16 @@ async def test_a_policy_file_that_has_become_faulty_is_told(tmp_path: Path) -> N
     write_adapters(tmp_path / "adapters", 1)
     policies = tmp_path / "policies.cedar"
     operators = 'permit(principal in Role::"operator", action, resource);'
-    policies.write_text(f'@id("zoe") permit(principal == Tenant::"zoe", action, resource); {operators}')
+    may = 'principal == Tenant::"zoe", action in Action::"use", resource'
+    policies.write_text(f'@id("zoe") permit({may}); {operators}')
     configured = {"policies": {"cedar": str(policies)}}
+    key = "lsk_000000000001_" + "a" * 64
+    (tmp_path / "keys.yaml").write_text(f"- {{tenant: zoe, key: {key}}}")
+    (tmp_path / "key").write_text(key)
+    identity = {"mode": "enforce", "keys_file": str(tmp_path / "keys.yaml")}
     async with (
         running_engine(**DUMMY) as engine,
-        serving([engine], tmp_path / "adapters", identity={"mode": "enforce"}, access=configured) as served,
+        serving([engine], tmp_path / "adapters", identity=identity, access=configured) as served,
     ):
         asked = ("access", "check", "--as", "zoe", "--may", "infer", "a00", "--explain")
         code, out, _ = await sidecar(served, *asked)
@@ -79,6 +84,9 @@ async def test_a_policy_file_that_has_become_faulty_is_told(tmp_path: Path) -> N
             "allowed by cedar: zoe (line 1); judged: a00@v1\n"
             f"{policies} has changed since and does not decide: line 1: unexpected end of input\n"
         )
+        told = await sidecar(served, "access", "check", "a00", "--token-file", str(tmp_path / "key"))
+        hint = "cedar has changed since and does not decide: its file has a fault; ask your operator\n"
+        assert told[:2] == (0, "allowed\n" + hint), "to a tenant, neither the path nor the text of the fault"
 
 
 async def test_everybody_may_ask_about_itself_and_learns_of_no_hidden_name(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from sidecar.access.access import Caller
 from sidecar.access.checking import HIDDEN, TENANTS, Answer, Known, check, principal_asked, seen_by
 from sidecar.access.deciding import CachedPolicy
+from sidecar.access.policy import READY
 from sidecar.access.principal import SYSTEM, Action, Principal
 from sidecar.core.admission import BASE_NAMES
 from sidecar.errors import Reason, Refused
@@ -19,6 +20,7 @@ from sidecar.shell.gateway import Gateway
 from sidecar.state.records import paused_for
 
 UNKNOWN, PAUSED = "unknown", "paused"
+FAULTY = "its file has a fault; ask your operator"
 
 
 class Checks:
@@ -45,11 +47,15 @@ class Checks:
             state = UNKNOWN
         else:
             state = self._state(known, action, name) if sees_all or answer.allowed else ""
+        source, fault = self._policy.source, self._policy.fault
+        if not manages:  # neither where the file is nor what is in it
+            source = source if source in READY else "cedar"
+            fault = FAULTY if fault else ""
         return admin_pb2.CheckResponse(
             allowed=answer.allowed,
             by=answer.by,
-            source=self._policy.source,
-            fault=self._policy.fault,
+            source=source,
+            fault=fault,
             version=answer.version,
             name_state=state,
         )
