@@ -295,3 +295,19 @@ async def test_a_region_of_another_tenant_looks_like_none(tmp_path: Path) -> Non
             assert b"Unable to find" not in served_streams[0][0]
     assert f"Unable to find shared memory region: '{name}'".encode() in none[0][0]
     assert none[-2][0] is grpc.StatusCode.NOT_FOUND
+
+
+async def test_the_id_of_a_key_of_another_tenant_looks_like_none(tmp_path: Path) -> None:
+    maker = TokenMaker(tmp_path)
+    settings = {"identity": {"mode": "enforce", "issuers": [maker.entry]}, "data_directory": str(tmp_path / "data")}
+    async with running_engine(**DUMMY) as engine, serving([engine], **settings) as served:
+        access: Any = admin_pb2_grpc.AccessStub(served.admin_channel)
+        made = await access.CreateKey(admin_pb2.CreateKeyRequest(tenant="blue"))
+        told = []
+        for key_id in (made.key.id, made.secret, "000000000000"):
+            request = admin_pb2.RevokeKeyRequest(id=key_id)
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await access.RevokeKey(request, metadata=(("authorization", maker.bearer("red")), ("x-request-id", ID)))
+            told.append(_status(refused.value))
+    assert told == [told[0]] * 3
+    assert told[0][0] is grpc.StatusCode.PERMISSION_DENIED

@@ -162,7 +162,9 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             self._observe(caller, action, resource, decision.by, request_id, verb)
         elif not decision.allowed:
             access.denied(caller, action, resource, decision.by, request_id, verb)
-            what = f'"{clipped(resource.name)}"' if resource.name else "this"
+            # A tenant may be the one of a key, whose id must not tell whether it is known.
+            is_told = resource.name and resource.sort is not Sort.TENANT
+            what = f'"{clipped(resource.name)}"' if is_told else "this"
             raise Refused(
                 Reason.NOT_ALLOWED,
                 f"you may not {DOING.get(action, action.value)} {what} ({verb}); ask your operator with id "
