@@ -67,7 +67,8 @@ def seen_by(policy: Policy, known: Known, principal: Principal) -> Known:
         return record if may_know(adapter_resource(record)) else None
 
     def is_base(name: str) -> bool:
-        return known.is_base(name) and may_know(Resource(Sort.BASE, name))
+        is_adapter = known.record_of(name) is not None  # a request for it means the adapter, hidden or not
+        return not is_adapter and known.is_base(name) and may_know(Resource(Sort.BASE, name))
 
     return Known(record_of, is_base, known.unregistered, known)
 

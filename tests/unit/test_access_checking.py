@@ -198,6 +198,11 @@ def test_a_base_model_that_is_forbidden_looks_like_none(action: str) -> None:
     assert asked_of_itself(policies[1], principal_asked("blue", (), ()), "infer", "llama").allowed
 
 
+def test_a_hidden_adapter_with_the_name_of_a_base_model_is_none_as_to_a_request() -> None:
+    policy, known = policy_of(Policies()), Known({"llama": replace(SECRET, name="llama")}.get, KNOWN.is_base)
+    assert asked_of_itself(policy, principal_asked("acme", (), ()), "infer", "llama", known) == HIDDEN
+
+
 @pytest.mark.parametrize("name", ["acme/sql@v1", "acme/sql@v9", "acme/sql@", "blue/secret@v1", "none@v1"])
 def test_to_register_has_no_version_whatever_is_there(name: str) -> None:
     for known in (WITH_SECRET, seen_by(ROLES, WITH_SECRET, Principal("acme"))):
