@@ -167,7 +167,7 @@ async def test_nothing_is_told_of_a_current_version_that_is_hidden(tmp_path: Pat
 
 async def test_a_request_that_waits_ends_with_its_key(tmp_path: Path) -> None:
     """Only what runs may end as usual: with `on_revoked: finish` an engine got it long after."""
-    few_seats = DUMMY | ENDLESS | {"seats": 2}
+    few_seats = DUMMY | ENDLESS | {"seats": 2, "metrics_port": 0}
     async with running_engine(**few_seats) as engine, serving([engine], **access_of(tmp_path)) as served:
         access = stub_of(served, "Access")
         made = await access.CreateKey(pb.CreateKeyRequest(tenant="acme"), metadata=OPS)
@@ -175,10 +175,9 @@ async def test_a_request_that_waits_ends_with_its_key(tmp_path: Path) -> None:
         running = asyncio.create_task(generated(served, key, tokens=1 << 19))
         await until(lambda: any(request.running for request in served.state.requests.values()))
         blue = [asyncio.create_task(generated(served, BLUE, tokens=1 << 19)) for _ in range(10)]
-        await until(lambda: bool(served.state.waiting.requests))
-        known = set(served.state.requests)
+        await until(lambda: len(served.state.requests) == 11 and bool(served.state.waiting.requests))
         waiting = asyncio.create_task(generated(served, key, tokens=1 << 19))
-        await until(lambda: bool(set(served.state.requests) - known))
+        await until(lambda: len(served.state.requests) == 12)
         await access.RevokeKey(pb.RevokeKeyRequest(id=made.key.id), metadata=OPS)
         assert "the credential of the request was revoked" in await asyncio.wait_for(waiting, 60)
         assert not running.done()
