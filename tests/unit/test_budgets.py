@@ -406,3 +406,34 @@ def test_a_request_that_cannot_be_given_a_length_must_name_one(clock: Time) -> N
     assert refused.reason is Reason.INVALID_REQUEST
     assert "request_output_len" in refused.message
     Budgets([Limit(default_max_tokens=50)], clock).reserve(*ACME, 1, None)
+
+
+@pytest.mark.parametrize("tokens", ["both", "input"])
+def test_a_limit_with_a_name_goes_on_with_what_was_taken(clock: Time, tokens: str) -> None:
+    """Of the one for each whose place it takes; and that one again when it is removed. Both rows show it."""
+    each = Limit.model_validate({"tenant": "*", "tokens": tokens, "tokens_per_day": 100})
+    named = Limit.model_validate({"tenant": "acme", "tokens": tokens, "requests_per_day": 5})
+    budgets = Budgets([each], clock)
+    spend(budgets, ACME, 41)
+    budgets.set_limits([each, named])
+    assert refusal(lambda: spend(budgets, ACME, 60)).reason is Reason.RATE_LIMITED
+    spend(budgets, ACME, 9)
+    assert budgets.taken(named)["tokens_per_day"] == budgets.taken(each, "acme")["tokens_per_day"] == 50
+    assert budgets.taken(named)["requests_per_day"] == 1
+    budgets.set_limits([each])
+    assert refusal(lambda: spend(budgets, ACME, 51)).reason is Reason.RATE_LIMITED
+    spend(budgets, ACME, 50)
+    spend(budgets, ("zeta", "default", "sql"), 100)
+
+
+def test_two_limits_with_budgets_of_the_same_words_are_two(clock: Time) -> None:
+    """One for acme and each adapter, and one for each tenant and sql: neither takes the other's place."""
+    of_acme = Limit(tenant="acme", adapter="*", requests_per_day=3)
+    of_sql = Limit(tenant="*", adapter="sql", tokens_per_day=100)
+    budgets = Budgets([of_acme, of_sql], clock)
+    spend(budgets, ACME, 60)
+    assert refusal(lambda: spend(budgets, ACME, 60)).details["limit"] == "tokens_per_day"
+    spend(budgets, ACME, 10)
+    spend(budgets, ACME, 10)
+    assert refusal(lambda: spend(budgets, ACME, 10)).details["limit"] == "requests_per_day"
+    spend(budgets, ("zeta", "default", "sql"), 100)

@@ -9,12 +9,12 @@ hundred requests' mean. What is generated beyond it is a debt in the next window
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from sidecar.access.budgets.charges import Budget, Charge, Demand, Rule, Words, which, words_of
+from sidecar.access.budgets.charges import Budget, Charge, Demand, Place, Rule, Words, which, words_of
 from sidecar.access.budgets.expected import Expected
 from sidecar.access.budgets.meters import Alone, Sharing
 from sidecar.config.access import Limit
@@ -22,9 +22,6 @@ from sidecar.config.access import Limit
 NUMBERED = frozenset(Limit.model_fields) - {"tenant", "class_name", "adapter", "tokens"}
 BUDGETS_MAX = 50_000
 """The most budgets that are kept. Of more, the oldest without an open request is forgotten."""
-
-Place = tuple[Words, str, Words]
-"""Where a budget is kept: its limit's words, what tokens that counts, and its own words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +120,12 @@ class Budgets:
         self._patterns = tuple({_pattern(words): None for words in self._rules})
         now_s = self._clock()
         for place, budget in list(self._budgets.items()):
-            if place[:2] not in in_force:
+            governs = next((rule for at, rule in self._places(*place[:2]) if at == place), None)
+            if governs is None:
                 del self._budgets[place]
-            elif budget.rule.limit != budget.fits:
+                continue
+            budget.rule = governs
+            if governs.limit != budget.fits:
                 budget.turn(now_s)
                 budget.fit(now_s)
 
@@ -180,7 +180,9 @@ class Budgets:
 
         {} of a limit for each class or adapter, which has no single budget, and of a budget that nobody uses.
         """
-        budget = self._budgets.get(_single(limit, tenant))
+        budget = next(
+            (self._budgets[place] for place, _ in self._of_limit(limit, tenant) if place in self._budgets), None
+        )
         if budget is None:
             return {}
         budget.turn(self._clock())
@@ -188,18 +190,41 @@ class Budgets:
 
     def look(self, limit: Limit, tenant: str = "") -> None:
         """Have `sharing` ask what other replicas have taken of the budget that `taken` tells of."""
-        place = _single(limit, tenant)
-        rules = [rule for rule in self._rules.get(place[0], ()) if rule.limit.tokens == limit.tokens]
-        if rules and "*" not in place[2]:
-            budget = self._budgets.setdefault(place, Budget(rules[0], place[2], self._sharing, self._clock()))
+        for place, rule in self._of_limit(limit, tenant):
+            if "*" in place[0]:
+                continue
+            budget = self._budgets.setdefault(place, Budget(rule, place, self._sharing, self._clock()))
             for meter in budget.meters.values():
                 self._sharing.touched(meter)
+
+    def _of_limit(self, limit: Limit, tenant: str) -> list[tuple[Place, Rule]]:
+        """Return the place of a limit's budget, or of the one that a tenant has; [] if a limit with a name has it."""
+        words = words_of(limit)
+        own = (tenant or "*" if words[0] == "*" else words[0], *words[1:])
+        places = self._places(own, limit.tokens)
+        return [(place, rule) for place, rule in places if len(places) == 1 or rule.words == words]
+
+    def _places(self, own: Words, tokens: str) -> list[tuple[Place, Rule]]:
+        """Return the places of all budgets with these words, and their limits."""
+        found: list[Rule] = []
+        for pattern in self._patterns:
+            fits = [
+                (how is None) == (word is None) and (how, word) != ("", "*")
+                for how, word in zip(pattern, own, strict=True)
+            ]
+            if all(fits):
+                named = tuple(word if how == "" else how for how, word in zip(pattern, own, strict=True))
+                rules = self._rules.get((named[0], named[1], named[2]), ())
+                found += [rule for rule in rules if rule.limit.tokens == tokens]
+        found = [rule for rule in found if not _is_replaced(rule, found)]
+        return [((own, tokens, rule.words if len(found) > 1 else None), rule) for rule in found]
 
     def _matching(self, words: Words) -> Iterator[tuple[Rule, Words]]:
         """Yield the limits that match a request, and the words of the budgets that it takes from."""
         fitting = list(self._fitting(words))
+        rules = [rule for rule, _ in fitting]
         for rule, own in fitting:
-            if "*" not in rule.words or not any(_names(other.limit, rule.limit) for other, _ in fitting):
+            if not _is_replaced(rule, rules):
                 yield rule, own
 
     def _fitting(self, words: Words) -> Iterator[tuple[Rule, Words]]:
@@ -213,8 +238,11 @@ class Budgets:
                 yield rule, (own[0], own[1], own[2])
 
     def _of(self, tenant: str, klass: str, adapter: str, now_s: float) -> list[Budget]:
-        places = [
-            ((rule.words, rule.limit.tokens, words), rule) for rule, words in self._matching((tenant, klass, adapter))
+        matching = list(self._matching((tenant, klass, adapter)))
+        shared = Counter((own, rule.limit.tokens) for rule, own in matching)
+        places: list[tuple[Place, Rule]] = [
+            ((own, rule.limit.tokens, rule.words if shared[own, rule.limit.tokens] > 1 else None), rule)
+            for rule, own in matching
         ]
         new = sum(place not in self._budgets for place, _ in places)
         if new:  # before any is made: one that is new looks idle
@@ -223,7 +251,7 @@ class Budgets:
         for place, rule in places:
             budget = self._budgets.get(place)
             if budget is None:
-                budget = self._budgets[place] = Budget(rule, place[-1], self._sharing, now_s)
+                budget = self._budgets[place] = Budget(rule, place, self._sharing, now_s)
             budget.turn(now_s)
             found.append(budget)
         return found
@@ -238,10 +266,9 @@ class Budgets:
                 self._budgets.move_to_end(place)
 
 
-def _single(limit: Limit, tenant: str) -> Place:
-    """Return the place of a limit's budget, or of the one that a tenant has."""
-    words = words_of(limit)
-    return words, limit.tokens, (tenant or "*" if words[0] == "*" else words[0], *words[1:])
+def _is_replaced(rule: Rule, rules: Sequence[Rule]) -> bool:
+    """Return True if another of the limits that match has a name where this one is for each."""
+    return "*" in rule.words and any(_names(other.limit, rule.limit) for other in rules)
 
 
 def _names(one: Limit, other: Limit) -> bool:

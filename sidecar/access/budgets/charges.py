@@ -20,6 +20,13 @@ LEASED_S = 0.2
 
 Words = tuple[str | None, str | None, str | None]
 """A tenant, a class and an adapter; None stands for all of them, and in a limit "*" for each."""
+Place = tuple[Words, str, Words | None]
+"""What identifies a budget: its own words, which tokens it counts, and None.
+
+A limit with a name has the budget of the one for each ("*") whose place it takes: what was taken counts. The limit's words
+stand in the place of None where two limits have budgets with the same words, as one for acme and each adapter and one for
+each tenant and sql.
+"""
 
 
 @dataclass(slots=True)
@@ -100,11 +107,11 @@ class Budget:
         "words",
     )
 
-    def __init__(self, rule: Rule, words: Words, sharing: Sharing, now_s: float) -> None:
+    def __init__(self, rule: Rule, place: Place, sharing: Sharing, now_s: float) -> None:
         self.rule = rule
-        self.words = words
+        self.words = place[0]
         self._sharing = sharing
-        named = json.dumps([rule.words, rule.limit.tokens, words])
+        named = json.dumps(place)
         self._key = blake2b(named.encode(), digest_size=12).hexdigest()
         self.expected = rule.expected.heir()
         self.running = self.queued_tokens = 0
