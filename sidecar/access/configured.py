@@ -24,7 +24,7 @@ NEAR = 0.75
 
 def check(config: Config) -> list[str]:
     """Return what deserves a second look, a sentence each. Raises Misused with everything that is wrong."""
-    wrong, notes = [*_in_keys_file(config), *_in_limits(config)], _of_roles(config.access.policies.roles)
+    wrong, notes = [*_in_keys_file(config), *limits_of_nothing(config)], _of_roles(config.access.policies.roles)
     for number, issuer in enumerate(config.identity.issuers):
         if issuer.jwks_file is not None:
             is_wrong, problems = _in_jwks(issuer.jwks_file)
@@ -59,7 +59,8 @@ def _in_keys_file(config: Config) -> Iterator[str]:
             yield f"identity.keys_file: {path}: entry {number}: class: {unknown_class(key.klass, classes)}"
 
 
-def _in_limits(config: Config) -> Iterator[str]:
+def limits_of_nothing(config: Config) -> Iterator[str]:
+    """Yield what is wrong with limits for a class that the configuration does not have."""
     classes = sorted(config.core().classes)
     for number, limit in enumerate(config.access.limits):
         if limit.class_name not in (None, "*", *classes):

@@ -85,6 +85,8 @@ def _details(line: dict[str, Any]) -> Iterator[str]:
     if line["why"]:
         yield line["why"]
     before, after = line.get("before", {}), line.get("after", {})
+    if "key" in before and before["key"] == after.get("key"):
+        yield f"key {before['key']}"
     for name in dict.fromkeys((*before, *after)):
         was, now = (_value(name, facts[name]) if name in facts else "none" for facts in (before, after))
         if was != now:

@@ -15,7 +15,7 @@ from sidecar.access.budgets.book import LimitBook
 from sidecar.access.budgets.budgets import Budgets
 from sidecar.access.budgets.kept import Kept
 from sidecar.access.budgets.meters import Alone, Sharing
-from sidecar.access.configured import classes_of
+from sidecar.access.configured import classes_of, limits_of_nothing
 from sidecar.access.deciding import policy_of
 from sidecar.access.keys import KeyBook
 from sidecar.access.policy import Roles
@@ -140,7 +140,9 @@ class AccessParts:
         await asyncio.to_thread(self.audit.stop)
 
     def _warn(self) -> None:
-        """Say loudly who is believed where other machines come in."""
+        """Say loudly who is believed where other machines come in, and which limits nothing matches."""
+        for text in limits_of_nothing(self.config):
+            logger.warning("%s; the limit has no effect", text)
         listeners = self.config.listeners
         public = [
             f"listeners.{name} ({listener.address})"

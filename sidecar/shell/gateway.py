@@ -246,7 +246,8 @@ class Gateway:
                 facts.sequences, client_id,
             )  # fmt: skip
         except Refused as refused:
-            self.show_refused(facts.tenant, facts.klass, facts.input_tokens, refused)
+            name = facts.adapter.partition("@")[0]
+            self.show_refused(facts.tenant, facts.klass, facts.input_tokens, refused, name)
             raise
 
     def _permitted(self, facts: RequestFacts, client_id: str, caller: Caller) -> RequestFacts:
@@ -261,13 +262,13 @@ class Gateway:
             check_not_paused(record, time())
         return replace(facts, klass=klass, versions=permit.versions)
 
-    def show_refused(self, tenant: str, klass: str, input_tokens: int, error: SidecarError) -> None:
-        """Show a request that was not permitted to those who count. Its name is not told: it may not exist."""
+    def show_refused(self, tenant: str, klass: str, input_tokens: int, error: SidecarError, name: str = "") -> None:
+        """Show a request that was not taken to those who count; `name` is "" of one that may not exist."""
         klass = klass if klass in self.state.config.classes else "default"
         self.driver.show_endings(
             [
                 do.Settle(
-                    0, Outcome.REFUSED, "", tenant, klass, 0, input_tokens, reason=error.reason, message=error.message
+                    0, Outcome.REFUSED, name, tenant, klass, 0, input_tokens, reason=error.reason, message=error.message
                 )
             ]
         )

@@ -65,9 +65,17 @@ class LimitBook:
         words = {"tenant": tenant, "class_name": klass, "adapter": adapter, "tokens": tokens}
         named = {word: value for word, value in words.items() if value}
         own = (tenant or None, klass or None, adapter or None), tokens or "both"
+        present: set[str] = set()
         for limit, _ in self.in_force():
             if which(limit) == own:
+                present = set(limit.model_dump(include=set(NUMBERED), exclude_none=True))
                 numbers = limit.model_dump(include=set(NUMBERED), exclude_none=True) | dict(numbers)
+        if nothing := sorted(name for name, value in numbers.items() if not value and name not in present):
+            raise Refused(
+                Reason.INVALID_REQUEST,
+                f"the limit has no {' and no '.join(nothing)} of its own to take away; one for each (*) may give it one: "
+                "sidecar limits list shows them, and a larger number here takes its place",
+            )
         left = {name: value for name, value in numbers.items() if value}
         if numbers and not left:
             raise Refused(

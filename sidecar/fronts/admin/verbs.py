@@ -211,7 +211,7 @@ def _tenant_of_key(message: Any, sight: Sight) -> Resource:
 def _key(message: Any, sight: Sight) -> Facts:
     key = _found_key(message, sight)
     return (
-        {"id": id_in(message.id)} if key is None else {"id": key.id, "tenant": key.tenant, "state": key.state(time())}
+        {"key": id_in(message.id)} if key is None else {"key": key.id, "tenant": key.tenant, "state": key.state(time())}
     )
 
 
