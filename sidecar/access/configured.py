@@ -40,6 +40,11 @@ def classes_of(config: Config) -> list[str]:
     return sorted(config.queue.classes.keys() - set(RESERVED_CLASSES))
 
 
+def limited_classes_of(config: Config) -> list[str]:
+    """Return the classes that a limit may be for: the sidecar's own, too."""
+    return sorted(config.core().classes)
+
+
 def unknown_class(klass: str, classes: Sequence[str]) -> str:
     """Return what is wrong with a class that the configuration does not have."""
     return f'there is no class "{klass}"; there are {", ".join(classes)} (queue.classes adds one)'
@@ -61,7 +66,7 @@ def _in_keys_file(config: Config) -> Iterator[str]:
 
 def limits_of_nothing(config: Config) -> Iterator[str]:
     """Yield what is wrong with limits for a class that the configuration does not have."""
-    classes = sorted(config.core().classes)
+    classes = limited_classes_of(config)
     for number, limit in enumerate(config.access.limits):
         if limit.class_name not in (None, "*", *classes):
             yield f"access.limits.{number}.class_name: {unknown_class(limit.class_name or '', classes)}"

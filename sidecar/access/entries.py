@@ -14,7 +14,7 @@ from urllib.parse import quote
 from pydantic import AfterValidator, Field, ValidationError
 
 from sidecar.config.access import Limit, Role
-from sidecar.config.identities import CLASS, TENANT, Shape, is_reserved, problem_of
+from sidecar.config.identities import CLASS, TENANT, Shape, fitting, is_reserved
 from sidecar.config.section import Section, problems
 from sidecar.state.codec import Codec, UnreadableRecord
 
@@ -24,25 +24,16 @@ NOTE = Shape("the note", 512, 2048)
 GROUP = Shape("the group", 256, 1024)
 
 
-def _fit(shape: Shape) -> AfterValidator:
-    def check(text: str) -> str:
-        if problem := problem_of(shape, text):
-            raise ValueError(f"{shape.noun} {problem}")
-        return text
-
-    return AfterValidator(check)
-
-
 def _is_not_ours(tenant: str) -> str:
     if is_reserved(tenant):
         raise ValueError("it is the sidecar's own; name another")
     return tenant
 
 
-Tenant = Annotated[str, Field(min_length=1), _fit(TENANT), AfterValidator(_is_not_ours)]
-Group = Annotated[str, Field(min_length=1), _fit(GROUP)]
-Class = Annotated[str, _fit(CLASS)]
-Note = Annotated[str, _fit(NOTE)]
+Tenant = Annotated[str, Field(min_length=1), fitting(TENANT), AfterValidator(_is_not_ours)]
+Group = Annotated[str, Field(min_length=1), fitting(GROUP)]
+Class = Annotated[str, fitting(CLASS)]
+Note = Annotated[str, fitting(NOTE)]
 
 
 class Key(Section):

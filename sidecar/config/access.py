@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from sidecar.config.identities import TENANT, problem_of
+from sidecar.config.identities import ADAPTER, CLASS, TENANT, fitting, problem_of
 from sidecar.config.section import Section
 
 Role = Literal["operator", "publisher", "viewer"]
+LIMIT_MAX = 10**15
+"""The largest number of a limit. What is taken, in all and twice over, stays exact in Redis' numbers (2**53)."""
 
 
 class Policies(Section):
@@ -53,20 +55,20 @@ class Limit(Section):
     A request above `max_tokens` is refused; `default_max_tokens` is what a request without a length gets.
     """
 
-    tenant: str | None = None
-    class_name: str | None = None
-    adapter: str | None = None
+    tenant: Annotated[str, fitting(TENANT)] | None = None
+    class_name: Annotated[str, fitting(CLASS)] | None = None
+    adapter: Annotated[str, fitting(ADAPTER)] | None = None
     tokens: Literal["both", "input", "output"] = "both"
-    requests_per_minute: int | None = Field(None, ge=1)
-    requests_per_hour: int | None = Field(None, ge=1)
-    requests_per_day: int | None = Field(None, ge=1)
-    tokens_per_minute: int | None = Field(None, ge=1)
-    tokens_per_hour: int | None = Field(None, ge=1)
-    tokens_per_day: int | None = Field(None, ge=1)
-    concurrent: int | None = Field(None, ge=1)
-    queued_tokens: int | None = Field(None, ge=1)
-    max_tokens: int | None = Field(None, ge=1)
-    default_max_tokens: int | None = Field(None, ge=1)
+    requests_per_minute: int | None = Field(None, ge=1, le=LIMIT_MAX)
+    requests_per_hour: int | None = Field(None, ge=1, le=LIMIT_MAX)
+    requests_per_day: int | None = Field(None, ge=1, le=LIMIT_MAX)
+    tokens_per_minute: int | None = Field(None, ge=1, le=LIMIT_MAX)
+    tokens_per_hour: int | None = Field(None, ge=1, le=LIMIT_MAX)
+    tokens_per_day: int | None = Field(None, ge=1, le=LIMIT_MAX)
+    concurrent: int | None = Field(None, ge=1, le=LIMIT_MAX)
+    queued_tokens: int | None = Field(None, ge=1, le=LIMIT_MAX)
+    max_tokens: int | None = Field(None, ge=1, le=LIMIT_MAX)
+    default_max_tokens: int | None = Field(None, ge=1, le=LIMIT_MAX)
 
     @model_validator(mode="after")
     def _limits_something(self) -> Self:

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 
+from pydantic import AfterValidator
+
 from sidecar.errors import Reason, Refused
 
 OWN_TENANTS = ("load-calls", "verify")
@@ -65,6 +67,16 @@ def check_words(shape: Shape, words: Iterable[str]) -> None:
     for word in words:
         if problem := problem_of(shape, word):
             raise ValueError(f"{shape.noun} {problem}")
+
+
+def fitting(shape: Shape) -> AfterValidator:
+    """Return what refuses a word in a field of a section that no request could carry."""
+
+    def check(word: str) -> str:
+        check_words(shape, [word])
+        return word
+
+    return AfterValidator(check)
 
 
 def session_of(text: str) -> str:

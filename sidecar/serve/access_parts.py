@@ -15,7 +15,7 @@ from sidecar.access.budgets.book import LimitBook
 from sidecar.access.budgets.budgets import Budgets
 from sidecar.access.budgets.kept import Kept
 from sidecar.access.budgets.meters import Alone, Sharing
-from sidecar.access.configured import classes_of, limits_of_nothing
+from sidecar.access.configured import classes_of, limited_classes_of, limits_of_nothing
 from sidecar.access.deciding import policy_of
 from sidecar.access.keys import KeyBook
 from sidecar.access.policy import Roles
@@ -97,7 +97,7 @@ class AccessParts:
         self.calls: tuple[object, ...] = (
             KeyCalls(self.store, self.keys, classes_of(config), self.access),
             AuditCalls(self.audit, Roles(access.policies.roles)),
-            LimitCalls(self.limits, self.access, registry.get),
+            LimitCalls(self.limits, self.access, registry.get, limited_classes_of(config)),
         )
         """The parts of the admin service Access."""
 

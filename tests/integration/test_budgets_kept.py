@@ -20,6 +20,7 @@ from sidecar.errors import Refused
 from tests.kit.emulated import EngineProcess
 from tests.kit.peft_files import write_adapter
 from tests.kit.redis_servers import PATIENCE_S
+from tests.kit.serving import until
 from tests.kit.sidecar_process import sidecar_process
 from tests.kit.tenant_load import WHO, Time, killed
 
@@ -158,12 +159,44 @@ async def test_a_damaged_file_is_named_and_serving_goes_on(file: Path, caplog: p
     await kept.close()
 
 
+async def test_a_count_beyond_all_numbers_keeps_no_other_from_being_written(file: Path) -> None:
+    clock = Time()
+    kept, budgets = await begin(file, clock)
+    budgets.reserve("mad", *WHO[1:], 1, 0).settle(2**70, 0, ran=True)
+    budgets.reserve(*WHO, 1234, 0).settle(None, 0, ran=True)
+    await kept.save()
+    await kept.close()
+    _, again = await begin(file, clock)
+    assert rest(again) == LIMIT - 1234
+    with pytest.raises(Refused):
+        again.reserve("mad", *WHO[1:], 1, 0)
+
+
+async def test_a_row_that_cannot_be_written_is_named_and_the_writer_goes_on(
+    file: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Time()
+    kept, budgets = await begin(file, clock)
+    with monkeypatch.context() as patched, caplog.at_level(logging.WARNING):
+        patched.setattr(kept_module, "NUMBER_MAX", 2**80)
+        budgets.reserve("mad", *WHO[1:], 1, 0).settle(2**70, 0, ran=True)
+        await until(lambda: "a restart would forget what budgets have taken since" in caplog.text)
+    budgets.reserve(*WHO, 1234, 0).settle(None, 0, ran=True)
+    await until(lambda: 1234 in taken_of(file))
+    await kept.close()
+    assert caplog.text.count("would forget") == 1
+
+
+def taken_of(file: Path) -> list[int]:
+    with closing(sqlite3.connect(file)) as database:
+        return [taken for (taken,) in database.execute("SELECT taken FROM budgets")]
+
+
 async def until_written(file: Path, taken: int) -> None:
     """Wait until the file has so much of its only budget, without what is written ahead."""
     async with asyncio.timeout(PATIENCE_S):
-        with closing(sqlite3.connect(file)) as database:
-            while database.execute("SELECT taken FROM budgets").fetchall() != [(taken,)]:
-                await asyncio.sleep(0.01)
+        while taken_of(file) != [taken]:
+            await asyncio.sleep(0.01)
 
 
 async def test_a_process_that_is_killed_and_one_that_is_stopped(tmp_path: Path) -> None:

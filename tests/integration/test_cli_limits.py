@@ -11,7 +11,8 @@ import grpc
 import httpx
 import pytest
 
-from sidecar.proto import gateway_pb2
+from sidecar.proto import admin_pb2 as pb
+from sidecar.proto import admin_pb2_grpc, gateway_pb2
 from tests.integration.test_cli_keys import DUMMY, ENFORCED, sidecar
 from tests.kit.emulated import running_engine
 from tests.kit.serving import Serving, serving, write_adapters
@@ -138,3 +139,28 @@ async def test_a_limit_that_is_none(arguments: list[str], words: str, tmp_path: 
         code, _, error = await sidecar(served, "limits", "set", *arguments)
         assert code == (1 if "would be left" in words else 2), "only the sidecar knows what is left"
         assert words in error
+
+
+async def test_a_limit_for_what_no_request_is_or_without_bounds_is_refused(tmp_path: Path) -> None:
+    """It would have no effect, or no file that could keep what is taken of it."""
+    write_adapters(tmp_path / "adapters", 1)
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"tokens_per_hour": 2**63}, "tokens_per_hour: it must be less than or equal to 1000000000000000"),
+        ({"max_tokens": 2**64 - 1}, "max_tokens: it must be less than or equal to 1000000000000000"),
+        ({"class": "nosuch"}, 'there is no class "nosuch"; there are default (queue.classes adds one)'),
+        ({"tenant": "a\0b"}, "tenant: the tenant has U+0000 at 1"),
+        ({"tenant": "t" * 5000}, "tenant: the tenant has 5000 characters"),
+        ({"adapter": "a" * 5000}, "adapter: the adapter's name has 5000 characters"),
+    ]
+    async with running_engine(**DUMMY) as engine, serving([engine], tmp_path / "adapters") as served:
+        stub = admin_pb2_grpc.AccessStub(served.admin_channel)
+        for fields, words in refused:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.SetLimit(pb.Limit(**{"tenant": "acme", "requests_per_day": 1, **fields}))
+            assert words in str(caught.value.details())
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert await listed(served) == []
+        for klass in ("", "*", "default"):
+            limit: dict[str, Any] = {"tenant": "*", "class": klass, "adapter": "*", "tokens_per_day": 10**15}
+            await stub.SetLimit(pb.Limit(**limit))
+        assert len(await listed(served)) == 3

@@ -352,6 +352,16 @@ def test_the_files_of_keys_are_read(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "identity.issuers.0.class_claim: queue.classes has no class but default" in notes
 
 
+def test_a_limit_that_nothing_matches_or_no_file_keeps_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = [{"tenant": "acme", "tokens_per_hour": 2**63}, {"tenant": "a\0b", "concurrent": 1}]
+    code, _, error = config_check(capsys, tmp_path, access={"limits": limits})
+    assert code == 2
+    assert f"access.limits.0.tokens_per_hour: it must be less than or equal to {10**15} (it is {2**63})" in error
+    assert "access.limits.1.tenant: the tenant has U+0000 at 1" in error
+
+
 @pytest.mark.parametrize("name", ["groups:ops", "Group:ops", "group :ops", "group:", " ops", ""])
 def test_a_role_for_nobody_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, error = config_check(capsys, tmp_path, access={"policies": {"roles": {name: ["viewer"]}}})

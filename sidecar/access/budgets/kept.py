@@ -26,6 +26,9 @@ PURGE_S = 60.0
 ROWS_MAX = 100_000
 """The most rows that are kept. Of more, those are deleted whose windows end first."""
 
+NUMBER_MAX = 2**63 - 1
+"""SQLite's largest. One row beyond it, as by an engine's count that is nonsense, would keep all from being written."""
+
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS budgets (
     key TEXT PRIMARY KEY, "window" INTEGER NOT NULL, seconds INTEGER NOT NULL, taken INTEGER NOT NULL,
@@ -146,7 +149,7 @@ class Kept:
         except asyncio.CancelledError:
             await asyncio.wait([writing])
             raise
-        except sqlite3.Error as error:
+        except Exception as error:  # noqa: BLE001 — whatever it is, the task goes on, and close() ends
             self._used |= meters
             if not self._fails:
                 logger.warning("%s: %s; a restart would forget what budgets have taken since", self._path, error)
@@ -169,11 +172,10 @@ class Kept:
         if ahead:
             taken = max(taken, min(meter.limit, taken + meter.pending + used))
         meter.written, meter.written_window = taken, meter.window
-        share = meter.limit // self.replicas
-        return (
-            meter.key, meter.window, meter.number.seconds, taken, meter.lease.held, self.cleared(meter), share,
-            meter.lease.total,
-        )  # fmt: skip
+        lease, share = meter.lease, meter.limit // self.replicas
+        total = None if lease.total is None else min(lease.total, NUMBER_MAX)
+        taken, held, cleared, share = (min(n, NUMBER_MAX) for n in (taken, lease.held, self.cleared(meter), share))
+        return meter.key, meter.window, meter.number.seconds, taken, held, cleared, share, total
 
     def _open(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
 from sidecar.access.access import Access
 from sidecar.access.budgets.book import LimitBook
+from sidecar.access.configured import unknown_class
 from sidecar.access.principal import Action
 from sidecar.config.access import Limit
+from sidecar.config.identities import clipped
 from sidecar.config.section import problems
 from sidecar.errors import Reason, Refused
 from sidecar.fronts import callers
@@ -27,16 +29,22 @@ NUMBERS = tuple(
 
 
 class LimitCalls:
-    """Sets, lists and removes limits; a part of `AccessService`."""
+    """Sets, lists and removes limits, which may be for one of `classes`; a part of `AccessService`."""
 
-    def __init__(self, book: LimitBook, access: Access, record_of: Callable[[str], Record | None]) -> None:
+    def __init__(
+        self, book: LimitBook, access: Access, record_of: Callable[[str], Record | None], classes: Sequence[str]
+    ) -> None:
         self._book = book
         self._access = access
         self._record_of = record_of
+        self._classes = classes
 
     @answers_errors
     async def SetLimit(self, request: Any, context: Any) -> Any:  # noqa: N802 — gRPC's names, here and below
         numbers = {name: getattr(request, name) for name in NUMBERS if request.HasField(name)}
+        klass = getattr(request, "class")
+        if klass not in ("", "*", *self._classes):
+            raise Refused(Reason.INVALID_REQUEST, unknown_class(clipped(klass), self._classes))
         try:
             limit = await self._book.set(*_words(request), numbers)
         except ValidationError as error:

@@ -100,7 +100,8 @@ def _of_reason(reason: Reason, message: str, retry_ms: int | None, param: str | 
     status = 502 if reason is Reason.BACKEND_FAILED else STATUSES.get(row.code, 500)
     if retry_ms is None and row.retryable:
         retry_ms = 1000
-    again = row.retryable and row.family is Family.REFUSED
+    # SDKs wait for a minute at most, and twice: a pause is longer.
+    again = row.retryable and row.family is Family.REFUSED and reason is not Reason.PAUSED
     code = CODES.get(reason, reason.value.lower())
     return failure(status, message, code, param or PARAMS.get(reason), retry_ms, again)
 
