@@ -24,6 +24,7 @@ from joserfc.jwk import Key, import_key
 
 from sidecar.adapters.durable import DurableFiles
 from sidecar.adapters.strict_json import parse_object
+from sidecar.config.files import read_regular
 from sidecar.config.identities import clipped
 from sidecar.config.identity import Issuer
 
@@ -284,6 +285,8 @@ async def fetch_jwks(issuer: Issuer) -> bytes:
 
 def _tls_context(ca: str | None) -> ssl.SSLContext:
     try:
+        if ca is not None:
+            read_regular(Path(ca))  # ssl would wait for a pipe to which nobody writes
         return ssl.create_default_context(cafile=ca)
     except OSError as error:  # ssl.SSLError is one
         raise OSError(f"jwks_ca {ca} cannot be used: {error.strerror or error}") from error
@@ -298,8 +301,7 @@ def _read_token(file: str) -> str:
 
 def read_file(path: Path) -> bytes:
     """Return the bytes of a JWKS or of a token. Raises OSError, and ValueError for more than SIZE_BYTES_MAX."""
-    with path.open("rb") as file:
-        text = file.read(SIZE_BYTES_MAX + 1)
+    text = read_regular(path, SIZE_BYTES_MAX)
     _check_size(len(text))
     return text
 

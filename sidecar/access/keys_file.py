@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from sidecar.access.entries import Class, Group, Key, Note, Tenant
 from sidecar.config.access import Role
+from sidecar.config.files import read_regular
 from sidecar.config.section import Section, told
 from sidecar.config.sources import data_of
 from sidecar.errors import Misused, Reason
@@ -91,8 +92,7 @@ class KeysFile:
     def _read(self) -> tuple[Key, ...]:
         where = f"identity.keys_file: {self._path}"
         try:
-            with self._path.open("rb") as file:
-                text = file.read(FILE_BYTES_MAX + 1)
+            text = read_regular(self._path, FILE_BYTES_MAX)
         except OSError as error:
             raise Misused(Reason.CONFIG_INVALID, f"{where}: {error.strerror}") from error
         if len(text) > FILE_BYTES_MAX:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from sidecar.access.access import Access, Caller
 from sidecar.access.principal import INFERENCE, OPERATOR, Presented, Principal, Proof, Purpose
+from sidecar.config.files import read_regular_or_piped
 from sidecar.errors import Misused, Reason
 
 SCHEME = "Bearer "
@@ -24,7 +25,7 @@ def read_tokens(path: Path) -> tuple[str, ...]:
     Raises Misused(CONFIG_INVALID) when the file cannot be read or holds none.
     """
     try:
-        text = path.read_text()
+        text = read_regular_or_piped(path).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise Misused(Reason.CONFIG_INVALID, f"token file {path}: {_why(error)}") from error
     tokens = tuple(line.strip() for line in text.splitlines() if line.strip())

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import stat
 from pathlib import Path
 
 from sidecar.access.cedar import SCHEMA, CedarPolicy
 from sidecar.access.cedar_text import Faulty, statements_of
 from sidecar.access.deciding import CachedPolicy
 from sidecar.access.policy import Roles
+from sidecar.config.files import read_regular
 from sidecar.errors import Misused, Reason
 
 logger = logging.getLogger(__name__)
@@ -69,10 +69,7 @@ class FilePolicy(CachedPolicy):
     def _read(self) -> tuple[str, CedarPolicy]:
         """Return the file's text and its policies. Raises Faulty."""
         try:
-            if not stat.S_ISREG(self._path.stat().st_mode):
-                raise Faulty("it is no file")
-            with self._path.open("rb") as file:
-                data = file.read(FILE_BYTES_MAX + 1)
+            data = read_regular(self._path, FILE_BYTES_MAX)
             if len(data) > FILE_BYTES_MAX:
                 raise Faulty(f"it is larger than {FILE_BYTES_MAX >> 20} MiB")
             text = data.decode("utf-8-sig")

@@ -11,6 +11,7 @@ import grpc.aio
 import httpx
 
 from sidecar.backends import wire
+from sidecar.config.files import read_regular_or_piped
 from sidecar.errors import Misused, Reason
 
 
@@ -68,6 +69,6 @@ def _authorization(file: str | None) -> dict[str, str]:
     if file is None:
         return {}
     try:
-        return {"authorization": f"Bearer {Path(file).expanduser().read_text().strip()}"}
+        return {"authorization": f"Bearer {read_regular_or_piped(Path(file).expanduser()).decode().strip()}"}
     except OSError as error:
         raise Misused(Reason.CONFIG_INVALID, f"api_key_file {file}: {error.strerror}") from error

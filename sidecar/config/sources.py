@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from yaml.constructor import ConstructorError
 
+from sidecar.config.files import read_regular_or_piped
 from sidecar.errors import Misused, Reason
 
 PREFIX = "LORA_SIDECAR_"
@@ -36,7 +37,7 @@ class Setting:
 def in_file(path: Path) -> Setting:
     """Return what a file says. Raises Misused if it cannot be read or has no keys."""
     try:
-        record = data_of(path.read_bytes(), str(path))
+        record = data_of(read_regular_or_piped(path), str(path))
     except OSError as error:
         raise Misused(Reason.CONFIG_INVALID, f"configuration {path}: {error.strerror}") from error
     if not isinstance(record, dict | None):

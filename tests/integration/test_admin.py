@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,6 +210,7 @@ async def test_a_token_is_asked_for(tmp_path: Path) -> None:
 def test_a_token_file_must_hold_a_token(tmp_path: Path) -> None:
     """An empty or missing token file is refused when it is read, not when somebody calls."""
     (tmp_path / "empty").write_text("\n")
-    for name, words in (("empty", "is empty"), ("missing", "No such file")):
+    os.mkfifo(tmp_path / "pipe")
+    for name, words in (("empty", "is empty"), ("missing", "No such file"), ("pipe", "to which nobody writes")):
         with pytest.raises(Misused, match=words):
             read_tokens(tmp_path / name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -157,20 +158,23 @@ async def test_an_issuer_that_is_away_at_the_start_is_asked_again(
         assert await made.tokens.verify(KEY.token(claims()))
 
 
-@pytest.mark.parametrize("ca", ["other", "none", "missing"])
+@pytest.mark.parametrize("ca", ["other", "none", "missing", "pipe"])
 async def test_a_server_of_another_authority_is_not_believed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, ca: str
 ) -> None:
     other = tmp_path / "other"
     other.mkdir()
     async with jwks_server(other) as stranger, issuing(tmp_path, started=False) as (server, _):
-        authority = {"other": {"jwks_ca": str(stranger.ca)}, "none": {}, "missing": {"jwks_ca": "/no/ca.pem"}}[ca]
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)  # to which nobody writes
+        paths = {"other": str(stranger.ca), "missing": "/no/ca.pem", "pipe": str(pipe)}
+        authority = {"jwks_ca": paths[ca]} if ca in paths else {}
         made = House(tmp_path, jwks=server.url, **authority)
         made.tokens.start()
         await made.waits_for_keys(KEY.token(claims()))
         await made.tokens.stop()
         assert server.heads == []
-        wanted = "jwks_ca /no/ca.pem cannot be used" if ca == "missing" else "CERTIFICATE_VERIFY_FAILED"
+        wanted = f"jwks_ca {paths[ca]} cannot be used" if ca in ("missing", "pipe") else "CERTIFICATE_VERIFY_FAILED"
         assert wanted in caplog.text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -360,6 +361,17 @@ def test_a_limit_that_nothing_matches_or_no_file_keeps_is_refused(
     assert code == 2
     assert f"access.limits.0.tokens_per_hour: it must be less than or equal to {10**15} (it is {2**63})" in error
     assert "access.limits.1.tenant: the tenant has U+0000 at 1" in error
+
+
+def test_a_pipe_in_place_of_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody writes to it: who reads it as a file waits for ever."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    identity = {"keys_file": str(pipe), "issuers": [{**ISSUER, "jwks": str(pipe)}]}
+    code, _, error = config_check(capsys, tmp_path, identity=identity)
+    assert code == 2
+    assert f"identity.keys_file: {pipe}: it is no file" in error
+    assert f"identity.issuers.0.jwks: {pipe}: it is no file" in error
 
 
 @pytest.mark.parametrize("name", ["groups:ops", "Group:ops", "group :ops", "group:", " ops", ""])

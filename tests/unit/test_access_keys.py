@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sqlite3
 import subprocess
@@ -176,6 +177,22 @@ async def test_keys_of_a_file_are_read_again_and_a_bad_file_changes_nothing(tmp_
         await until(lambda: not book.trouble)
         with pytest.raises(Misused, match="not known"):
             book.find(second, NOW)
+
+
+async def test_a_pipe_in_place_of_the_file_of_keys_keeps_no_later_file_from_being_read(tmp_path: Path) -> None:
+    """Nobody writes to it: who waits for that would take a revoked key for ever, and would not end."""
+    path, pipe = tmp_path / "keys.yaml", tmp_path / "pipe"
+    path.write_text("- {tenant: acme, key: the first of our keys}\n")
+    os.mkfifo(pipe)
+    async with access_store() as store, key_book(store, path) as book:
+        pipe.replace(path)
+        await until(lambda: "it is no file" in book.trouble)
+        assert book.find("the first of our keys", NOW).tenant == "acme"
+        path.unlink()
+        path.write_text("[]\n")
+        await until(lambda: not book.trouble)
+        with pytest.raises(Misused, match="not known"):
+            book.find("the first of our keys", NOW)
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ BROKEN: list[tuple[Callable[[Path], None], str]] = [
     (garbage, "no UTF-8 text"),
     (unfinished, "line 2: unexpected end"),
     (emptied, "no policy"),
-    (folder, "no file"),
+    (folder, "Is a directory"),
     (pipe, "no file"),
     (endless, "larger than 4 MiB"),
     (dangling, "No such file"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,18 @@ def refusal(file: Path, text: str | bytes, *options: Option) -> str:
     with pytest.raises(Misused) as refused:
         resolve(file, options)
     return refused.value.message.replace(str(file), "FILE")
+
+
+def test_a_pipe_is_read_as_a_file_and_without_a_writer_refused(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(Misused, match="pipe: it is a pipe to which nobody writes"):
+        resolve(pipe, ())
+    reading, writing = os.pipe()  # as a shell does for <(…)
+    os.write(writing, BACKEND.encode())
+    os.close(writing)
+    assert len(resolve(Path(f"/dev/fd/{reading}"), ()).backends) == 1
+    os.close(reading)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from redis.backoff import ExponentialWithJitterBackoff
 from redis.credentials import CredentialProvider
 from redis.exceptions import AuthenticationError, NoPermissionError, NoScriptError, RedisError
 
+from sidecar.config.files import read_regular_or_piped
 from sidecar.config.redis_address import RedisLocation
 from sidecar.errors import Misused, Reason, Refused
 from sidecar.state.codec import Codec, R
@@ -62,7 +63,7 @@ class PasswordFile(CredentialProvider):
         if self._path is None:
             return ""
         try:
-            return self._path.expanduser().read_text().strip()
+            return read_regular_or_piped(self._path.expanduser()).decode().strip()
         except OSError as error:
             raise Misused(Reason.CONFIG_INVALID, f"state.password_file: {self._path}: {error.strerror}") from error
 
