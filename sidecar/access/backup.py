@@ -2,7 +2,7 @@
 
 The file is a zip with a manifest. Each part is a SQLite file, whatever store it came from. Entries are copied as text:
 those that this release cannot read are kept too. Weights are not part of it. A key that was revoked after the backup
-stays revoked wherever that is known (see `restoring`).
+stays revoked where the place that is restored, or its data directory, has that (see `restoring`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Put the keys of a backup beside those that are known where it is restored. No I/O.
 
 A revoked key stays in the registry as an entry that says so. What a backup says of a key is older: revoked wins.
+So does an entry that this release cannot read, as of a later one: it may be revoked, and the key is refused as before.
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ Raw = tuple[str, str]
 
 @dataclass(frozen=True)
 class Keys:
-    """What became of the keys of a backup. Entries that this release cannot read have no effect and do not count.
+    """What became of the keys of a backup.
 
     `brought_back` are good, and the place did not know them: nothing tells whether they were revoked since.
-    `stay_revoked` are good in the backup and were revoked since.
+    `stay_revoked` are good in the backup and were revoked since. `stay_unread` are the ids of those good in the backup
+    whose entries in the place this release cannot read: they stay as they are there, without effect.
     """
 
     restored: int = 0
     brought_back: tuple[Key, ...] = ()
     stay_revoked: tuple[Key, ...] = ()
+    stay_unread: tuple[str, ...] = ()
 
 
 def merged(
@@ -39,18 +42,17 @@ def merged(
     keys that are there stay, and those of the backup are left out.
     """
     known = {name: text for name, text in there if name.startswith(KEY)}
-    revoked = {name: text for name, text in (*elsewhere, *known.items()) if _is_revoked(name, text)}
+    ended = {name: text for name, text in (*elsewhere, *known.items()) if _is_ended(name, text)}
     had = {name: text for _, (name, text) in backup.records if name.startswith(KEY)}
-    wanted = {**(had if with_keys else known), **revoked}
+    wanted = {**(had if with_keys else known), **ended}
     now_good = {name: key for name, text in wanted.items() if (key := _good(name, text, now)) is not None}
+    outdone = {name: key for name, text in had.items() if name in ended and (key := _good(name, text, now)) is not None}
+    unread = {name for name in outdone if _key(name, ended[name]) is None}
     keys = Keys(
         restored=len(had) if with_keys else 0,
         brought_back=tuple(key for name, key in sorted(now_good.items()) if name not in known),
-        stay_revoked=tuple(
-            key
-            for name, text in sorted(had.items())
-            if with_keys and name in revoked and (key := _good(name, text, now)) is not None
-        ),
+        stay_revoked=tuple(key for name, key in sorted(outdone.items()) if with_keys and name not in unread),
+        stay_unread=tuple(outdone[name].id for name in sorted(unread) if with_keys),
     )
     return _with_keys(backup, had, wanted), keys
 
@@ -86,9 +88,10 @@ def _key(name: str, text: str) -> Key | None:
     return entry if isinstance(entry, Key) else None
 
 
-def _is_revoked(name: str, text: str) -> bool:
-    key = _key(name, text) if name.startswith(KEY) else None
-    return key is not None and key.revoked_at is not None
+def _is_ended(name: str, text: str) -> bool:
+    """Return True for a key that is revoked, or that nobody can tell of."""
+    key = _key(name, text)
+    return name.startswith(KEY) and (key is None or key.revoked_at is not None)
 
 
 def _good(name: str, text: str, now: float) -> Key | None:

@@ -79,6 +79,7 @@ def restore(
                 "keys": restored.keys.restored,
                 "brought_back": [_named(key) for key in restored.keys.brought_back],
                 "stay_revoked": [_named(key) for key in restored.keys.stay_revoked],
+                "stay_unread": list(restored.keys.stay_unread),
             }
         )
         return
@@ -117,6 +118,12 @@ def _told(restored: Restored, now: float) -> Iterator[str]:
     if stay:
         yield f"{count(len(stay), 'key')} revoked since, and still revoked:"
         yield from (f"  {key.id}  tenant {key.tenant}" for key in stay)
+    if unread := restored.keys.stay_unread:
+        yield (
+            f"{count(len(unread), 'key')} whose entries there this release cannot read: they may be revoked, stay as "
+            "they are, and are refused:"
+        )
+        yield from (f"  {key_id}" for key_id in unread)
     if back:
         yield f"{count(len(back), 'key')} good again, of which nothing here says whether they were revoked since:"
         yield from (f"  {key.id}  tenant {key.tenant}" for key in back)

@@ -268,6 +268,40 @@ async def test_a_copy_of_a_redis_that_was_lost_knows_what_was_revoked(
     assert await states(lambda: access_store(None, server.url)) == {kept.id: "active", leaked.id: "revoked"}
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+async def test_an_entry_of_a_later_release_is_not_replaced(
+    tmp_path: Path, command: Callable[..., Ended], damaged: bool
+) -> None:
+    """It may say that the key is revoked. The key is refused before the restore, so it is after."""
+
+    def place() -> Any:
+        return access_store(tmp_path / "data")
+
+    def entries(statement: str, *values: str) -> list[tuple[str]]:
+        with closing(sqlite3.connect(tmp_path / "data" / "access" / "access.sqlite")) as database, database:
+            return database.execute(statement, values).fetchall()
+
+    kept, leaked = await two_keys(place)
+    file, where = tmp_path / "backup.zip", ("--data-dir", tmp_path / "data")
+    assert (await state(command, "backup", file, *where)).code == 0
+    async with place() as store:
+        await store.revoke(leaked.id)
+    one = "SELECT record FROM entries WHERE name = ?"
+    ((text,),) = entries(one, leaked.name)
+    text = text[:-1] if damaged else text.replace('"tenant"', '"revoked_by":"somebody","tenant"')
+    entries("UPDATE entries SET record = ? WHERE name = ?", text, leaked.name)
+    for options in (("--force",), ("--force", "--no-keys"), ("--force", "--json")):
+        ended = await state(command, "restore", file, *where, *options)
+        assert ended.code == 0
+        if options == ("--force",):
+            assert "1 key whose entries there this release cannot read: they may be revoked" in ended.out
+            assert f"and are refused:\n  {leaked.id}\n" in ended.out
+        assert "good again" not in ended.out
+        assert await states(place) == {kept.id: "active"}
+        assert entries(one, leaked.name) == [(text,)]
+    assert (ended.json()["stay_unread"], ended.json()["stay_revoked"]) == ([leaked.id], [])
+
+
 async def test_a_restore_that_was_cut_off_is_repeated(
     server: Server, tmp_path: Path, command: Callable[..., Ended]
 ) -> None:
