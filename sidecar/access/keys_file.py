@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from sidecar.access.entries import Class, Group, Key, Note, Tenant
 from sidecar.config.access import Role
@@ -19,7 +19,8 @@ from sidecar.errors import Misused, Reason
 
 logger = logging.getLogger(__name__)
 
-FILE_BYTES_MAX = 16 << 20
+FILE_BYTES_MAX = 1 << 20
+"""As much as a Secret of Kubernetes holds, more than 8,000 keys. They are read anew in seconds beside requests."""
 SECRET_LENGTH_MIN, SECRET_LENGTH_MAX = 16, 512
 ID_PREFIX = "file-"
 
@@ -40,6 +41,13 @@ class FileKey(Section):
         if (self.key is None) == (self.sha256 is None):
             raise ValueError("it needs either key or sha256")
         return self
+
+    @field_validator("key")
+    @classmethod
+    def _can_be_sent(cls, key: str | None) -> str | None:
+        if key is not None and not (key.isascii() and key.isprintable() and key == key.strip()):
+            raise ValueError("it must be ASCII on one line without blanks around it; headers carry no other")
+        return key
 
     @property
     def entry(self) -> Key:
@@ -96,7 +104,10 @@ class KeysFile:
         except OSError as error:
             raise Misused(Reason.CONFIG_INVALID, f"{where}: {error.strerror}") from error
         if len(text) > FILE_BYTES_MAX:
-            raise Misused(Reason.CONFIG_INVALID, f"{where}: it is larger than {FILE_BYTES_MAX} bytes")
+            raise Misused(
+                Reason.CONFIG_INVALID,
+                f"{where}: it is larger than {FILE_BYTES_MAX} bytes; make keys by sidecar keys create instead",
+            )
         listed = data_of(text, where)
         if not isinstance(listed, list):
             raise Misused(Reason.CONFIG_INVALID, f"{where}: it must be a list of keys, as in - tenant: acme")
