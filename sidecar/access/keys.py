@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import re
 import secrets
 from hashlib import sha256
 from pathlib import Path
@@ -19,6 +20,7 @@ from sidecar.errors import Misused, Reason, Refused
 PREFIX = "lsk_"
 """What every secret begins with, so that scanners of repositories and logs find it: lsk_<12 digits>_<64 digits>."""
 ID_BYTES, SECRET_BYTES = 6, 32
+_SECRET = re.compile(r"lsk_([0-9a-f]{12})_[0-9a-f]{64}")
 LOOK_S = 1.0
 """How often the file of keys is looked at."""
 UNKNOWN = "the API key is not known here; ask your operator for one"
@@ -34,6 +36,11 @@ def new_secret() -> tuple[str, str, str]:
 def id_in(text: str) -> str:
     """Return a key's id, which may be given as the whole key by mistake: nothing else of it is used."""
     return text.removeprefix(PREFIX).partition("_")[0] if text.startswith(PREFIX) else text
+
+
+def without_secrets(text: str) -> str:
+    """Return a text in which of whole keys only their ids are left: callers write keys where they do not belong."""
+    return _SECRET.sub(r"lsk_\1_(hidden)", text) if PREFIX in text else text
 
 
 def digest_of(secret: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from sidecar.access.keys import without_secrets
 from sidecar.backends.api import Ticket
 from sidecar.config import identities
 from sidecar.config.identities import checked
@@ -55,10 +56,11 @@ class RequestFacts:
         checked(identities.SESSION, self.session)
 
     def received(self, request: int, deadline_ns: int | None, client_id: str = "") -> ev.Received:
-        """Return the event that tells the core of it."""
+        """Return the event that tells the core of it. The journal has it, and so must not have an API key in it."""
         return ev.Received(
-            request, self.adapter, self.tenant, self.klass, self.input_tokens, self.output_tokens_max, deadline_ns,
-            self.session, self.size_bytes, self.only, self.sequences, client_id, self.versions,
+            request, without_secrets(self.adapter), self.tenant, self.klass, self.input_tokens, self.output_tokens_max,
+            deadline_ns, self.session, self.size_bytes, self.only, self.sequences, without_secrets(client_id),
+            self.versions,
         )  # fmt: skip
 
 

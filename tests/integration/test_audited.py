@@ -299,6 +299,23 @@ async def test_denials_of_every_front_are_recorded_without_a_secret(house: House
         assert secret not in text
 
 
+async def test_a_key_where_a_name_belongs_is_kept_nowhere(house: House) -> None:
+    """Clients take one header for another, and a key for a version; the journal has what a client asked for."""
+    made = (await house.cli("keys", "create", "--tenant", "acme", "--json")).json()
+    await house.cli("adapters", "register", "sql", str(house.folder / "one"))
+    headers = {"authorization": f"Bearer {made['secret']}", "x-request-id": made["secret"]}
+    async with httpx.AsyncClient(base_url=f"http://{house.served.sidecar.http_address}") as client:
+        for model in ("sql", f"sql@{made['secret']}", made["secret"]):
+            answer = await client.post("/v1/completions", json={"model": model, "prompt": PROMPT}, headers=headers)
+            assert answer.status_code == (200 if model == "sql" else 404), answer.text
+    data = house.file.parents[1]
+    (segment,) = (data / "journal").glob("*.jsonl")
+    await until(lambda: f'"sql@lsk_{made["id"]}_(hidden)"' in segment.read_text())
+    assert house.served.sidecar.access.audit.log.flush()
+    kept = [file for file in data.rglob("*") if file.is_file() and made["secret"].encode() in file.read_bytes()]
+    assert kept == []
+
+
 async def test_a_client_without_a_credential_and_the_line_have_one_id(house: House) -> None:
     """In each protocol and on each listener, with the action that was asked for and the address in one form."""
     sidecar, served = house.served.sidecar, house.served
