@@ -86,6 +86,9 @@ async def test_a_limits_life_from_the_command_line(tmp_path: Path) -> None:
         assert await generate(served, key) is None
         too_long = await complete(served, key, max_tokens=6)
         assert (too_long.status_code, too_long.json()["error"]["code"]) == (400, "invalid_request")
+        nothing = ("--requests-per-day", "none", "--tokens-per-day", "none", "--max-tokens", "none")
+        code, out, error = await sidecar(served, "limits", "set", "acme", *nothing)
+        assert "no number of the limit would be left; sidecar limits remove takes it away" in error
         code, out, error = await sidecar(served, "limits", "set", "acme", "--max-tokens", "none")
         assert (code, out) == (0, "tenant acme: requests_per_day 1,000, tokens_per_day 50,000\n"), error
         found = {(limit["tenant"], limit["source"]): limit for limit in await listed(served)}
@@ -129,7 +132,7 @@ async def test_limits_outlive_the_process(tmp_path: Path) -> None:
         (["acme"], "say which number to set, such as --tokens-per-minute 20k"),
         (["acme", "--tokens-per-minute", "many"], 'such as 500, 20k or 1.5M, or none; got "many"'),
         (["acme", "--tokens-per-minute", "0"], "wants a number from 1 on"),
-        (["acme", "--tokens-per-minute", "none"], "no number of the limit would be left"),
+        (["acme", "--tokens-per-minute", "none"], "no tokens_per_minute of its own to take away"),
         (["acme", "--tokens", "all", "--tokens-per-minute", "1"], '--tokens: "all" is none of both, input, output'),
     ],
 )
@@ -137,7 +140,7 @@ async def test_a_limit_that_is_none(arguments: list[str], words: str, tmp_path: 
     write_adapters(tmp_path / "adapters", 1)
     async with running_engine(**DUMMY) as engine, serving([engine], tmp_path / "adapters") as served:
         code, _, error = await sidecar(served, "limits", "set", *arguments)
-        assert code == (1 if "would be left" in words else 2), "only the sidecar knows what is left"
+        assert code == (1 if "of its own" in words else 2), "only the sidecar knows what is left"
         assert words in error
 
 

@@ -73,8 +73,8 @@ class LimitBook:
         if nothing := sorted(name for name, value in numbers.items() if not value and name not in present):
             raise Refused(
                 Reason.INVALID_REQUEST,
-                f"the limit has no {' and no '.join(nothing)} of its own to take away; one for each (*) may give it one: "
-                "sidecar limits list shows them, and a larger number here takes its place",
+                f"the limit has no {' and no '.join(nothing)} of its own to take away. What one for each (*) gives it "
+                "is in sidecar limits list; set a larger number here to raise it",
             )
         left = {name: value for name, value in numbers.items() if value}
         if numbers and not left:

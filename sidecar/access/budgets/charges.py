@@ -23,9 +23,9 @@ Words = tuple[str | None, str | None, str | None]
 Place = tuple[Words, str, Words | None]
 """What identifies a budget: its own words, which tokens it counts, and None.
 
-A limit with a name has the budget of the one for each ("*") whose place it takes: what was taken counts. The limit's words
-stand in the place of None where two limits have budgets with the same words, as one for acme and each adapter and one for
-each tenant and sql.
+A limit with a name has the budget of the one for each ("*") whose place it takes: what was taken counts. The limit's
+words stand in the place of None where two limits have budgets with the same words, as one for acme and each adapter and
+one for each tenant and sql.
 """
 
 
