@@ -35,7 +35,7 @@ ITEMS_MAX = 32
 IDS_MAX = 100
 """How many ids of repeated denials their line has: who asks by one was told it with its error."""
 MORE = "(more)"
-_SECRETS = re.compile(r"lsk_([0-9a-f]{12})_[0-9A-Za-z]+|[\w-]{16,}\.[\w-]{16,}\.[\w-]{16,}")
+_SECRETS = re.compile(r"lsk_([0-9a-f]{12})_[0-9A-Za-z]+|eyJ[\w-]+\.[\w-]+\.[\w-]+|[\w-]{16,}\.[\w-]{16,}\.[\w-]{16,}")
 """API keys and JWTs, which callers write where they do not belong: as a name, or in place of an id."""
 _NUMBER = re.compile(r"\d[\d.,]*")
 

@@ -138,6 +138,24 @@ def test_repeated_denials_become_one_line_a_minute(tmp_path: Path) -> None:
     assert lines_in(denials_file(changes_file(tmp_path)))[-1]["count"] == 1  # the end writes what is counted
 
 
+def test_the_line_of_repetitions_has_their_first_ids(tmp_path: Path) -> None:
+    """Each client was told to ask by the id of its own call."""
+    with audit_in(tmp_path, Clock(), aggregate_s=60) as audit:
+        for number in range(300):
+            audit.denied(Principal("acme"), "", Proof.KEY, Action.INFER, SQL, "no policy permits it", f"id-{number}")
+    first, more = lines_in(denials_file(changes_file(tmp_path)))
+    assert (first["request_id"], more["count"]) == ("id-0", 299)
+    assert more["request_ids"] == [f"id-{number}" for number in range(1, 101)]
+
+
+@pytest.mark.parametrize("name", ["eyJhbGciOiJSUzI1NiJ9.eyJzdWIi.c2ln", "lsk_3fdca2eb99c0_" + "a" * 64])
+def test_a_credential_where_a_name_belongs_is_hidden(tmp_path: Path, name: str) -> None:
+    with audit_in(tmp_path) as audit:
+        deny(audit, name=f"open1@{name}")
+    assert name not in denials_file(changes_file(tmp_path)).read_text()
+    assert "hidden)" in denials_file(changes_file(tmp_path)).read_text()
+
+
 def test_what_is_observed_is_told_apart(tmp_path: Path) -> None:
     """A call that only would be denied says so, with who it is."""
     with audit_in(tmp_path) as audit:
