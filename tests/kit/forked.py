@@ -155,7 +155,9 @@ def begin() -> tuple[str, subprocess.Popen[bytes]]:
     # It ends when its standard input does: with this process.
     command = (sys.executable, "-m", "tests.kit.forked", path)
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # a thread of it would not be there after a fork
-    return path, subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    server = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    atexit.register(server.communicate, timeout=10)  # else the interpreter warns of a process that is still running
+    return path, server
 
 
 @cache
