@@ -43,7 +43,7 @@ class Answer:
     version: str = ""
 
 
-HIDDEN = Answer(False, "there is no such name or version here that you may know of")
+HIDDEN = Answer(False, "visibility: the name or version is not here, or hidden from you")
 
 
 def principal_asked(tenant: str, groups: tuple[str, ...], roles: tuple[str, ...]) -> Principal:

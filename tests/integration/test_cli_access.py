@@ -116,7 +116,7 @@ async def test_everybody_may_ask_about_itself_and_learns_of_no_hidden_name(tmp_p
         assert await ask("a00", "--may", "promote") == (1, "denied")
         hidden, unknown = await ask("secret", "--explain"), await ask("a02", "--explain")
         assert hidden == unknown == (
-            1, "denied (no such name here) by there is no such name or version here that you may know of",
+            1, "denied (no such name here) by visibility: the name or version is not here, or hidden from you",
         )  # fmt: skip
         assert await ask("a00@v9") == await ask("secret@v1") == (1, "denied (no such name here)")
         assert await ask("--may", "drain", "gpu-0") == await ask("--may", "drain", "gpu-9") == (1, "denied")

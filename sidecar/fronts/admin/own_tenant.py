@@ -30,7 +30,7 @@ def confined_to(access: Access, action: Action, asked: str, context: Any) -> str
     access.denied(caller, action, resource, decision.by, request_id)
     if not is_enforced:
         return None
-    what = f'of tenant "{clipped(resource.name)}"' if resource.name else "of all tenants"
+    what = f'what is of tenant "{clipped(resource.name)}"' if resource.name else "what is of all tenants"
     raise Refused(
         Reason.NOT_ALLOWED,
         f'you may not {action.value.replace("_", " ")} {what}; ask your operator with id "{request_id}"',
