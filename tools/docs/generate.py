@@ -71,15 +71,23 @@ OF_ACCESS = {
         "A [limit](access.md#limits) is used up.",
         "Wait as long as `retry-after` or RetryInfo says; OpenAI's SDKs do so by themselves.",
     ),
+    Reason.QUARANTINED: (
+        "The adapter can't be used; `ADAPTER_…` and `ORIGIN_…` likewise. The cause names its files, so only those hear "
+        "it who may register the name.",
+        "Ask its publisher or your operator, who finds the cause in the log by the id in the message.",
+    ),
     Reason.PAUSED: (
         "An operator has paused the adapter; the message says until when.",
-        "Wait, or ask whom the message names.",
+        "Wait until then, or ask whom the message names. OpenAI's SDKs are told not to retry.",
     ),
     Reason.STATE_UNAVAILABLE: (
         "Nobody can tell whether the key is good: [Redis](replicas.md#without-redis) or the tokens' issuer is away.",
         "Send it again; another replica may know.",
     ),
-    Reason.CANCELLED: ("An operator has cancelled the request.", "Ask before you send it again."),
+    Reason.CANCELLED: (
+        "An operator has cancelled the request, or its credential has ended ([`on_revoked: end`](credentials.md#api-keys)).",
+        "The message says which: ask before you send it again, or get a new credential.",
+    ),
 }
 WAITING_PAGE = """# Why a request waits
 
