@@ -85,7 +85,7 @@ OF_ACCESS = {
         "Send it again; another replica may know.",
     ),
     Reason.CANCELLED: (
-        "An operator has cancelled the request, or its credential has ended ([`on_revoked: end`](credentials.md#api-keys)).",
+        "An operator has cancelled the request, or its credential has ended ([`on_revoked`](credentials.md#api-keys)).",
         "The message says which: ask before you send it again, or get a new credential.",
     ),
 }
