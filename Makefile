@@ -1,7 +1,7 @@
 # make demo    eight adapters, two emulated engines, clients that know names only
 # make test    format, lint, types, import contract, tests, by two processes a core (WORKERS=n)
 # make check   what was edited, in half a minute: lint, types and the nearest tests; SINCE=main for a branch
-# make test-slow  the tests that it leaves out: more worlds, whole pools of processes, large bodies; 4 minutes
+# make test-slow  the tests that it leaves out: more worlds, whole pools of processes, large bodies; 12 minutes
 # make bench-tests  the tests of make test, and what each file costs in CPU seconds; TESTS=tests/unit CHOSEN='-m slow'
 # make e2e-triton  the tests that need a real Triton server, which .venv-triton holds; no GPU
 # make triton  that server with the emulated engine as its model, on the usual ports
