@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,14 @@ from tests.kit.emulated import running_engine
 from tests.kit.serving import serving, write_adapters
 
 BY_ROLE = {"ready": "roles", "roles": {"eve": ["viewer"]}}
+
+
+def one_key(folder: Path, group: str = "") -> dict[str, Any]:
+    """Write a key of acme to the file `key`; return the identity of a configuration that takes it."""
+    key = "lsk_000000000001_" + "a" * 64
+    (folder / "keys.yaml").write_text(f"- {{tenant: acme, key: {key}, groups: [{group}]}}")
+    (folder / "key").write_text(key)
+    return {"mode": "enforce", "keys_file": str(folder / "keys.yaml")}
 
 
 async def test_a_running_sidecar_tells_who_may_do_what(tmp_path: Path) -> None:
@@ -91,15 +100,13 @@ async def test_a_policy_file_that_has_become_faulty_is_told(tmp_path: Path) -> N
 
 async def test_everybody_may_ask_about_itself_and_learns_of_no_hidden_name(tmp_path: Path) -> None:
     write_adapters(tmp_path / "adapters", 2)
-    key = "lsk_000000000001_" + "a" * 64
-    (tmp_path / "keys.yaml").write_text(f"- {{tenant: acme, key: {key}}}")
-    (tmp_path / "key").write_text(key)
+    identity = one_key(tmp_path)
     async with (
         running_engine(**DUMMY) as engine,
         serving(
             [engine],
             tmp_path / "adapters",
-            identity={"mode": "enforce", "keys_file": str(tmp_path / "keys.yaml")},
+            identity=identity,
         ) as served,
     ):
         blue = ("adapters", "register", "secret", str(tmp_path / "adapters" / "a01"), "--allow", "blue")
@@ -142,15 +149,13 @@ async def test_the_callers_own_tenant_is_the_caller_itself(tmp_path: Path) -> No
     """A key of a group may not ask what a key of its tenant that is in no group may do."""
     write_adapters(tmp_path / "adapters", 1)
     (tmp_path / "policies.cedar").write_text(CONTRACTORS)
-    key = "lsk_000000000001_" + "a" * 64
-    (tmp_path / "keys.yaml").write_text(f"- {{tenant: acme, key: {key}, groups: [contractors]}}")
-    (tmp_path / "key").write_text(key)
+    identity = one_key(tmp_path, "contractors")
     async with (
         running_engine(**DUMMY) as engine,
         serving(
             [engine],
             roots=[tmp_path / "adapters"],
-            identity={"mode": "enforce", "keys_file": str(tmp_path / "keys.yaml")},
+            identity=identity,
             access={"policies": {"cedar": str(tmp_path / "policies.cedar")}},
         ) as served,
     ):
@@ -175,16 +180,14 @@ async def test_the_callers_own_tenant_is_the_caller_itself(tmp_path: Path) -> No
 @pytest.mark.parametrize("mode", ["observe", "enforce"])
 async def test_in_observe_mode_the_answer_is_that_of_enforce(tmp_path: Path, mode: str) -> None:
     write_adapters(tmp_path / "adapters", 1)
-    key = "lsk_000000000001_" + "a" * 64
-    (tmp_path / "keys.yaml").write_text(f"- {{tenant: acme, key: {key}}}")
-    (tmp_path / "key").write_text(key)
-    (tmp_path / "unknown").write_text(key.replace("a" * 64, "b" * 64))
+    identity = one_key(tmp_path)
+    (tmp_path / "unknown").write_text((tmp_path / "key").read_text().replace("a" * 64, "b" * 64))
     async with (
         running_engine(**DUMMY) as engine,
         serving(
             [engine],
             tmp_path / "adapters",
-            identity={"mode": mode, "keys_file": str(tmp_path / "keys.yaml")},
+            identity=identity | {"mode": mode},
         ) as served,
     ):
 
@@ -218,15 +221,13 @@ async def test_who_may_see_the_queue_may_not_do_the_rest(tmp_path: Path) -> None
     """One action that Cedar permits on the sidecar is no other one."""
     write_adapters(tmp_path / "adapters", 1)
     (tmp_path / "policies.cedar").write_text(SUPPORT)
-    key = "lsk_000000000001_" + "a" * 64
-    (tmp_path / "keys.yaml").write_text(f"- {{tenant: acme, key: {key}, groups: [support]}}")
-    (tmp_path / "key").write_text(key)
+    identity = one_key(tmp_path, "support")
     async with (
         running_engine(**DUMMY) as engine,
         serving(
             [engine],
             tmp_path / "adapters",
-            identity={"mode": "enforce", "keys_file": str(tmp_path / "keys.yaml")},
+            identity=identity,
             access={"policies": {"cedar": str(tmp_path / "policies.cedar")}},
         ) as served,
     ):
