@@ -65,19 +65,16 @@ class LimitBook:
         words = {"tenant": tenant, "class_name": klass, "adapter": adapter, "tokens": tokens}
         named = {word: value for word, value in words.items() if value}
         own = (tenant or None, klass or None, adapter or None), tokens or "both"
-        present: set[str] = set()
-        for limit, _ in self.in_force():
-            if which(limit) == own:
-                present = set(limit.model_dump(include=set(NUMBERED), exclude_none=True))
-                numbers = limit.model_dump(include=set(NUMBERED), exclude_none=True) | dict(numbers)
+        former = next((limit for limit, _ in self.in_force() if which(limit) == own), None)
+        present = {} if former is None else former.model_dump(include=set(NUMBERED), exclude_none=True)
         if nothing := sorted(name for name, value in numbers.items() if not value and name not in present):
             raise Refused(
                 Reason.INVALID_REQUEST,
                 f"the limit has no {' and no '.join(nothing)} of its own to take away. What one for each (*) gives it "
                 "is in sidecar limits list; set a larger number here to raise it",
             )
-        left = {name: value for name, value in numbers.items() if value}
-        if numbers and not left:
+        left = {name: value for name, value in (present | dict(numbers)).items() if value}
+        if present and not left:
             raise Refused(
                 Reason.INVALID_REQUEST, "no number of the limit would be left; sidecar limits remove takes it away"
             )

@@ -198,7 +198,7 @@ class Budgets:
                 self._sharing.touched(meter)
 
     def _of_limit(self, limit: Limit, tenant: str) -> list[tuple[Place, Rule]]:
-        """Return the place of a limit's budget, or of the one that a tenant has; [] if a limit with a name has it."""
+        """Return the place of a limit's budget, or of the one that a tenant has, and the limit that governs it."""
         words = words_of(limit)
         own = (tenant or "*" if words[0] == "*" else words[0], *words[1:])
         places = self._places(own, limit.tokens)
@@ -216,8 +216,7 @@ class Budgets:
                 named = tuple(word if how == "" else how for how, word in zip(pattern, own, strict=True))
                 rules = self._rules.get((named[0], named[1], named[2]), ())
                 found += [rule for rule in rules if rule.limit.tokens == tokens]
-        found = [rule for rule in found if not _is_replaced(rule, found)]
-        return [((own, tokens, rule.words if len(found) > 1 else None), rule) for rule in found]
+        return _placed([(rule, own) for rule in found if not _is_replaced(rule, found)])
 
     def _matching(self, words: Words) -> Iterator[tuple[Rule, Words]]:
         """Yield the limits that match a request, and the words of the budgets that it takes from."""
@@ -238,12 +237,7 @@ class Budgets:
                 yield rule, (own[0], own[1], own[2])
 
     def _of(self, tenant: str, klass: str, adapter: str, now_s: float) -> list[Budget]:
-        matching = list(self._matching((tenant, klass, adapter)))
-        shared = Counter((own, rule.limit.tokens) for rule, own in matching)
-        places: list[tuple[Place, Rule]] = [
-            ((own, rule.limit.tokens, rule.words if shared[own, rule.limit.tokens] > 1 else None), rule)
-            for rule, own in matching
-        ]
+        places = _placed(list(self._matching((tenant, klass, adapter))))
         new = sum(place not in self._budgets for place, _ in places)
         if new:  # before any is made: one that is new looks idle
             self._forget_idle(2 * new, now_s)
@@ -264,6 +258,15 @@ class Budgets:
                 del self._budgets[place]
             else:
                 self._budgets.move_to_end(place)
+
+
+def _placed(matching: Sequence[tuple[Rule, Words]]) -> list[tuple[Place, Rule]]:
+    """Return the places of the budgets of limits, each given with the words of its budget."""
+    shared = Counter((own, rule.limit.tokens) for rule, own in matching)
+    return [
+        ((own, rule.limit.tokens, rule.words if shared[own, rule.limit.tokens] > 1 else None), rule)
+        for rule, own in matching
+    ]
 
 
 def _is_replaced(rule: Rule, rules: Sequence[Rule]) -> bool:

@@ -10,10 +10,9 @@ import asyncio
 import logging
 import sqlite3
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
-from sidecar.access.budgets.meters import Former, Meter, Sharing
+from sidecar.access.budgets.meters import Former, Meter, Sharing, rounds
 
 logger = logging.getLogger(__name__)
 
@@ -118,17 +117,7 @@ class Kept:
         await asyncio.to_thread(database.close)
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
-        all_at_s = loop.time()
-        while True:
-            with suppress(TimeoutError):
-                async with asyncio.timeout_at(all_at_s):
-                    await self._woken.wait()
-            await asyncio.sleep(GATHER_S)
-            self._woken.clear()
-            is_time = loop.time() >= all_at_s
-            if is_time:
-                all_at_s = loop.time() + EACH_S
+        async for is_time in rounds(self._woken, EACH_S, lambda: GATHER_S):
             await self.save(urgent_only=not is_time)
 
     async def save(self, urgent_only: bool = False, ahead: bool = True) -> None:

@@ -15,13 +15,12 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from secrets import token_hex
 from weakref import WeakSet
 
-from sidecar.access.budgets.meters import Former, Meter
+from sidecar.access.budgets.meters import Former, Meter, rounds
 from sidecar.state.redis.link import FAULTS, Link
 from sidecar.state.redis.scripts import Script
 
@@ -181,17 +180,7 @@ class Leases:
 
     async def run(self) -> None:
         """Ask Redis about the budgets in use, until cancelled."""
-        loop = asyncio.get_running_loop()
-        all_at_s = loop.time()
-        while True:
-            with suppress(TimeoutError):
-                async with asyncio.timeout_at(all_at_s):
-                    await self._woken.wait()
-            await asyncio.sleep(AWAY_S if self.is_away else GATHER_S)
-            self._woken.clear()
-            is_time = loop.time() >= all_at_s
-            if is_time:
-                all_at_s = loop.time() + EACH_S
+        async for is_time in rounds(self._woken, EACH_S, lambda: AWAY_S if self.is_away else GATHER_S):
             await self.ask(urgent_only=not is_time)
 
     async def close(self) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -64,6 +66,25 @@ class Sharing(Protocol):
 
     def touched(self, meter: Meter, missed: int = 0) -> None:
         """Note that a meter was used, or that `missed` of what remains could not be taken here."""
+
+
+async def rounds(woken: asyncio.Event, each_s: float, gather_s: Callable[[], float]) -> AsyncIterator[bool]:
+    """Yield for ever: soon after `woken`, and each `each_s` seconds; True if it is time for all meters.
+
+    `gather_s()` is how long others may join those that woke it.
+    """
+    loop = asyncio.get_running_loop()
+    all_at_s = loop.time()
+    while True:
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(all_at_s):
+                await woken.wait()
+        await asyncio.sleep(gather_s())
+        woken.clear()
+        is_time = loop.time() >= all_at_s
+        if is_time:
+            all_at_s = loop.time() + each_s
+        yield is_time
 
 
 class Alone:

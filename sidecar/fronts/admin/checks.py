@@ -66,16 +66,16 @@ class Checks:
         Raises Refused(NOT_ALLOWED) if it may not and asks about others. In observe mode that is only recorded.
         """
         access = self._gateway.access
-        itself = access.judged(caller) or caller.principal
+        judged = access.judged(caller)
+        itself = judged or caller.principal
         decision = access.decide(itself, Action.MANAGE)
-        manages = decision.allowed or access.judged(caller) is None
+        manages = decision.allowed or judged is None
+        # To who does not manage access, its tenant is itself: without its groups it would be one that may see more.
+        of_itself = not (request.groups or request.roles) and request.tenant in ("", "" if manages else itself.tenant)
         asked = principal_asked(request.tenant, tuple(request.groups), tuple(request.roles))
-        if asked == principal_asked("", (), ()):
+        if of_itself:
             return itself, manages
         if not manages:
-            # Its tenant without its groups is another principal, which may see more.
-            if asked == principal_asked(itself.tenant, (), ()):
-                return itself, manages
             access.denied(caller, Action.MANAGE, SYSTEM, decision.by, request_id, "Access.Check")
             if access.mode == "enforce":
                 raise Refused(

@@ -9,6 +9,7 @@ from sidecar.access.principal import Action, Resource, Sort
 from sidecar.config.identities import clipped
 from sidecar.errors import Reason, Refused
 from sidecar.fronts import callers
+from sidecar.fronts.admin.guard import DOING
 
 
 def confined_to(access: Access, action: Action, asked: str, context: Any) -> str | None:
@@ -33,5 +34,5 @@ def confined_to(access: Access, action: Action, asked: str, context: Any) -> str
     what = f'what is of tenant "{clipped(resource.name)}"' if resource.name else "what is of all tenants"
     raise Refused(
         Reason.NOT_ALLOWED,
-        f'you may not {action.value.replace("_", " ")} {what}; ask your operator with id "{request_id}"',
+        f'you may not {DOING.get(action, action.value)} {what}; ask your operator with id "{request_id}"',
     )

@@ -10,7 +10,6 @@ from typing import Any
 
 from sidecar.access.access import Caller
 from sidecar.core.admission import BASE_NAMES
-from sidecar.errors import Refused
 from sidecar.fronts.eligible import base_names
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.loading import PATH
@@ -57,9 +56,8 @@ class Models:
             return self._base(model) if model in names and self._gateway.access.may_see_base(caller, model) else None
         if not self._gateway.access.may_see(caller, tenant, record):
             return None
-        try:
-            version = _selected(record, selector) if selector else record.version
-        except Refused:
+        version = record.selected(selector) if selector else record.version
+        if version is None:
             return None
         if selector and not self._gateway.access.may_see_version(caller, record, version.ordinal):
             return None
@@ -124,12 +122,3 @@ class Models:
 
 def _label(record: Record, version: Version) -> str:
     return f"{record.name}@v{version.ordinal}"
-
-
-def _selected(record: Record, selector: str) -> Version:
-    """Return the version that "v8" or the start of a digest selects. Raises Refused if there is none."""
-    ordinal = selector.removeprefix("v")
-    found = [one for one in record.versions if len(selector) >= 8 and one.adapter.digest.startswith(selector)]
-    if found:
-        return found[-1]
-    return record.of(int(ordinal) if ordinal.isdecimal() and selector[:1] == "v" and len(ordinal) < 9 else -1)
