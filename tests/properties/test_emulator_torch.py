@@ -38,7 +38,7 @@ class World:
         self.engine = Engine(spec, FlatCost(), jump=False)
         self.now_ns = 0
         self.asked: dict[int, Request] = {}
-        self.begun: set[int] = set()
+        self.seated: set[int] = set()
         self.gone: dict[int, str] = {}
 
     def feed(self, number: int, arrival: Arrival) -> None:
@@ -53,10 +53,10 @@ class World:
         """Yield steps that have begun; each is over when the next one is asked for."""
         for _ in range(most):
             iteration = self.engine.begin(self.now_ns)
+            self.seated.update(self.engine.progress())
             self.note_failures()
             if iteration is None:
                 return
-            self.begun.update(iteration.context)
             yield iteration
             self.now_ns += iteration.duration_ns
             for ending in self.engine.finish(iteration, self.now_ns):
@@ -77,12 +77,12 @@ class World:
     def pages(self, task_id: int) -> int:
         """The pages of an adapter by the rows that came first for it.
 
-        Those of too long a prompt came nowhere, nor those that were cancelled while they waited.
+        Those of too long a prompt came nowhere, nor those that were cancelled before they had a seat.
         """
         came = [
             request
             for number, request in self.asked.items()
-            if number in self.begun or not self.gone.get(number, "").startswith((TOO_LONG, CANCELLED))
+            if number in self.seated or not self.gone.get(number, "").startswith((TOO_LONG, CANCELLED))
         ]
         rows = next(r.rows for r in came if r.task_id == task_id and r.rows is not None)
         return footprint(rows, self.spec.geometry).pages
@@ -126,6 +126,28 @@ def test_steps_keep_to_seats_slots_and_pages(spec: EngineSpec, script: list[Arri
 
 
 @thorough
+@example(
+    spec=tiny_spec(scheduler="trtllm_pytorch", max_batch_size=3, lora_device_pages=1, max_lora_rank=16),
+    script=[
+        replace(ONE, task_id=3, rank=16),
+        *[ONE] * 6,
+        replace(ONE, task_id=1, rank=16),
+        replace(ONE, task_id=3),
+        ONE,
+        replace(ONE, cancels=0),
+    ],
+)
+@example(
+    spec=tiny_spec(scheduler="trtllm_pytorch", max_batch_size=3, lora_device_pages=1, max_lora_rank=16),
+    script=[
+        replace(ONE, task_id=3, rank=16),
+        *[ONE] * 6,
+        replace(ONE, task_id=1, rank=16),
+        replace(ONE, task_id=3, has_weights=False),
+        ONE,
+        replace(ONE, cancels=0),
+    ],
+)
 @given(spec=specs_of_torch, script=scripts)
 def test_only_pages_let_another_overtake(spec: EngineSpec, script: list[Arrival]) -> None:
     """A request that starts after a later one had an adapter that did not fit beside what ran, or had no seat."""
