@@ -22,7 +22,7 @@ from tests.kit.kubernetes_api import write_kubeconfig
 from tests.kit.kubernetes_cluster import Cluster, cluster, on_clusters
 from tests.kit.peft_files import write_adapter
 from tests.kit.redis_servers import running
-from tests.kit.replica_pool import replica, settled
+from tests.kit.replica_pool import replica, settled, the_leader
 from tests.kit.serving import Serving, place_of, until
 from tests.kit.sidecar_process import SERVE, SidecarProcess
 
@@ -63,18 +63,6 @@ async def pool_of(
         await until(lambda: settled(pool))
         await the_leader(pool)
         yield home, pool, stacks, folder
-
-
-def leader_of(pool: list[Serving]) -> Serving | None:
-    return next((served for served in pool if served.sidecar.replica.keeper.leads_since is not None), None)
-
-
-async def the_leader(pool: list[Serving]) -> Serving:
-    """Wait until one leads."""
-    await until(lambda: leader_of(pool) is not None)
-    leader = leader_of(pool)
-    assert leader is not None
-    return leader
 
 
 async def reaches(home: Cluster, name: str, phase: str, **fields: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from sidecar.replicas.call import ForwardCall
 from tests.kit import replica_pool
 from tests.kit.emulated import EngineProcess, running_engine
 from tests.kit.redis_servers import Proxy, running
-from tests.kit.replica_pool import CALM_S, owned, replicas
+from tests.kit.replica_pool import CALM_S, owned, replicas, the_leader
 from tests.kit.serving import PATIENCE_S, Answer, Serving, until, write_adapters
 
 DUMMY = {"compute": "none", "shape": "tiny"}
@@ -121,7 +121,7 @@ async def test_a_plan_that_cannot_be_made_keeps_nobody_from_being_told(adapters:
         replicas(2, redis.url, [one], adapters) as pool,
         asyncio.timeout(PATIENCE_S),
     ):
-        (leader,) = [served for served in pool if served.sidecar.replica.keeper.leads_since is not None]
+        leader = await the_leader(pool)
         (other,) = [served for served in pool if served is not leader]
         told = 0
 

@@ -70,3 +70,15 @@ def settled(pool: Sequence[Serving]) -> bool:
     return set(owners) == set(pool[0].state.backends) and all(
         served.sidecar.replica.board.owner_of(backend) == owner for served in pool for backend, owner in owners.items()
     )
+
+
+def leader_of(pool: list[Serving]) -> Serving | None:
+    return next((served for served in pool if served.sidecar.replica.keeper.leads_since is not None), None)
+
+
+async def the_leader(pool: list[Serving]) -> Serving:
+    """Wait until one leads."""
+    await until(lambda: leader_of(pool) is not None)
+    leader = leader_of(pool)
+    assert leader is not None
+    return leader
