@@ -297,11 +297,11 @@ class Access:
     ) -> None:
         """Record the denial of a version that a request selects. The core refuses it, as one that does not exist."""
         name, _, selector = reference.partition("@")
-        record = self._record_of(name)
-        if not selector or record is None or permit.versions is None:
+        if not selector or permit.versions is None:
             return
-        version = record.selected(selector)
-        if version is None or version.ordinal in permit.versions:
+        record = self._record_of(name)
+        version = None if record is None else record.selected(selector)
+        if record is None or version is None or version.ordinal in permit.versions:
             return
         action = Action.INFER if version.ordinal == record.current else Action.INFER_VERSION
         resource = version_resource(record, version.ordinal)

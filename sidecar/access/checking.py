@@ -11,7 +11,7 @@ from sidecar.adapters.names import shown
 from sidecar.errors import Reason, Refused
 from sidecar.state.records import Record
 
-INFERENCE = (Action.INFER, Action.INFER_VERSION)
+INFERENCE_ACTIONS = (Action.INFER, Action.INFER_VERSION)
 OF_WHAT_IS_THERE = (Action.SHOW, Action.PROMOTE, Action.EVICT, Action.PAUSE)
 """What needs a name that the caller may see: else the admin listener says that there is none."""
 TENANTS = (Action.CANCEL, Action.SEE_QUEUE, Action.MANAGE)
@@ -108,8 +108,8 @@ class _Asking:
             seen = self._decide(Action.LIST, resource)
             if not seen.allowed:
                 return seen
-        of_name = self._decide(Action.INFER if asked in INFERENCE else asked, resource)
-        if not of_name.allowed or not (selector or asked in INFERENCE):
+        of_name = self._decide(Action.INFER if asked in INFERENCE_ACTIONS else asked, resource)
+        if not of_name.allowed or not (selector or asked in INFERENCE_ACTIONS):
             return of_name
         if record is None:
             number = selector.removeprefix("v")
@@ -150,7 +150,7 @@ class _Asking:
         answer, version = next((each for each in judged if each[0].allowed), judged[0])
         if not hides or self._decide(Action.LIST, version).allowed:
             return replace(answer, version=f"v{version.ordinal}")
-        return of_name if answer.allowed and asked in INFERENCE else HIDDEN
+        return of_name if answer.allowed and asked in INFERENCE_ACTIONS else HIDDEN
 
     def _selected(self, record: Record, selector: str) -> list[int]:
         """Return the ordinal that a selector names, nothing for an unknown one that is not to be told.
@@ -190,6 +190,6 @@ def _asked(word: str, name: str) -> Action:
 
 
 def _on_version(asked: Action, version: Resource, selector: str) -> Action:
-    if asked not in INFERENCE:
+    if asked not in INFERENCE_ACTIONS:
         return asked
     return Action.INFER_VERSION if selector and not version.is_current else Action.INFER

@@ -40,7 +40,7 @@ PENDING_OPTIONS = (
 )
 
 
-INFERENCE = frozenset(
+INFERENCE_METHODS = frozenset(
     (
         "/lorasidecar.v1.Gateway/Generate",
         "/inference.GRPCInferenceService/ModelInfer",
@@ -51,7 +51,7 @@ INFERENCE = frozenset(
 
 def purpose_on_data(method: str) -> tuple[Action, str]:
     """Return the action of a method of the data listener, and its name in the audit."""
-    return (Action.INFER, "") if method in INFERENCE else (Action.SHOW, method.rpartition("/")[2])
+    return (Action.INFER, "") if method in INFERENCE_METHODS else (Action.SHOW, method.rpartition("/")[2])
 
 
 class _TurnedAway(Exception):

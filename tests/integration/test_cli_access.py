@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 
 from tests.integration.test_cli_keys import DUMMY, sidecar
 from tests.kit.emulated import running_engine
-from tests.kit.serving import serving, write_adapters
+from tests.kit.serving import Serving, serving, write_adapters
 
 BY_ROLE = {"ready": "roles", "roles": {"eve": ["viewer"]}}
 
@@ -22,6 +24,23 @@ def one_key(folder: Path, group: str = "") -> dict[str, Any]:
     (folder / "keys.yaml").write_text(f"- {{tenant: acme, key: {key}, groups: [{group}]}}")
     (folder / "key").write_text(key)
     return {"mode": "enforce", "keys_file": str(folder / "keys.yaml")}
+
+
+@asynccontextmanager
+async def with_cedar(folder: Path, policies: str, group: str) -> AsyncIterator[Serving]:
+    """Run a sidecar with these policies, which takes the key of `one_key`, in front of one engine."""
+    write_adapters(folder / "adapters", 1)
+    (folder / "policies.cedar").write_text(policies)
+    async with (
+        running_engine(**DUMMY) as engine,
+        serving(
+            [engine],
+            folder / "adapters",
+            identity=one_key(folder, group),
+            access={"policies": {"cedar": str(folder / "policies.cedar")}},
+        ) as served,
+    ):
+        yield served
 
 
 async def test_a_running_sidecar_tells_who_may_do_what(tmp_path: Path) -> None:
@@ -103,11 +122,7 @@ async def test_everybody_may_ask_about_itself_and_learns_of_no_hidden_name(tmp_p
     identity = one_key(tmp_path)
     async with (
         running_engine(**DUMMY) as engine,
-        serving(
-            [engine],
-            tmp_path / "adapters",
-            identity=identity,
-        ) as served,
+        serving([engine], tmp_path / "adapters", identity=identity) as served,
     ):
         blue = ("adapters", "register", "secret", str(tmp_path / "adapters" / "a01"), "--allow", "blue")
         assert (await sidecar(served, *blue))[0] == 0
@@ -147,18 +162,7 @@ forbid(principal in Group::"contractors", action, resource) when { resource has 
 
 async def test_the_callers_own_tenant_is_the_caller_itself(tmp_path: Path) -> None:
     """A key of a group may not ask what a key of its tenant that is in no group may do."""
-    write_adapters(tmp_path / "adapters", 1)
-    (tmp_path / "policies.cedar").write_text(CONTRACTORS)
-    identity = one_key(tmp_path, "contractors")
-    async with (
-        running_engine(**DUMMY) as engine,
-        serving(
-            [engine],
-            roots=[tmp_path / "adapters"],
-            identity=identity,
-            access={"policies": {"cedar": str(tmp_path / "policies.cedar")}},
-        ) as served,
-    ):
+    async with with_cedar(tmp_path, CONTRACTORS, "contractors") as served:
         for name in ("acme/plans", "acme/open"):
             command = ("adapters", "register", name, str(tmp_path / "adapters" / "a00"))
             assert (await sidecar(served, *command))[0] == 0
@@ -184,11 +188,7 @@ async def test_in_observe_mode_the_answer_is_that_of_enforce(tmp_path: Path, mod
     (tmp_path / "unknown").write_text((tmp_path / "key").read_text().replace("a" * 64, "b" * 64))
     async with (
         running_engine(**DUMMY) as engine,
-        serving(
-            [engine],
-            tmp_path / "adapters",
-            identity=identity | {"mode": mode},
-        ) as served,
+        serving([engine], tmp_path / "adapters", identity=identity | {"mode": mode}) as served,
     ):
 
         async def ask(*arguments: str, key: str = "key") -> tuple[int, str, str]:
@@ -219,18 +219,7 @@ permit(principal in Group::"support", action == Action::"see_queue", resource);
 
 async def test_who_may_see_the_queue_may_not_do_the_rest(tmp_path: Path) -> None:
     """One action that Cedar permits on the sidecar is no other one."""
-    write_adapters(tmp_path / "adapters", 1)
-    (tmp_path / "policies.cedar").write_text(SUPPORT)
-    identity = one_key(tmp_path, "support")
-    async with (
-        running_engine(**DUMMY) as engine,
-        serving(
-            [engine],
-            tmp_path / "adapters",
-            identity=identity,
-            access={"policies": {"cedar": str(tmp_path / "policies.cedar")}},
-        ) as served,
-    ):
+    async with with_cedar(tmp_path, SUPPORT, "support") as served:
         token = ("--token-file", str(tmp_path / "key"))
         assert (await sidecar(served, "queue", *token))[0] == 0
         assert "a00" in (await sidecar(served, "adapters", "list"))[1]

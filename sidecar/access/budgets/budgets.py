@@ -112,7 +112,8 @@ class Budgets:
         for limit in [_completed(limit, by_words) for limit in limits]:
             own = which(limit)
             rule = former.get(own) or in_force.get(own) or Rule(limit, self._expected.heir())
-            rule.limit = limit
+            if rule.limit != limit:  # else its budgets see by the same object that they fit
+                rule.limit = limit
             in_force[own] = rule
         self._rules = {}
         for (words, _), rule in in_force.items():
@@ -125,7 +126,7 @@ class Budgets:
                 del self._budgets[place]
                 continue
             budget.rule = governs
-            if governs.limit != budget.fits:
+            if governs.limit is not budget.fits:
                 budget.turn(now_s)
                 budget.fit(now_s)
 
@@ -262,6 +263,9 @@ class Budgets:
 
 def _placed(matching: Sequence[tuple[Rule, Words]]) -> list[tuple[Place, Rule]]:
     """Return the places of the budgets of limits, each given with the words of its budget."""
+    if len(matching) == 1:  # mostly
+        rule, own = matching[0]
+        return [((own, rule.limit.tokens, None), rule)]
     shared = Counter((own, rule.limit.tokens) for rule, own in matching)
     return [
         ((own, rule.limit.tokens, rule.words if shared[own, rule.limit.tokens] > 1 else None), rule)
@@ -271,7 +275,7 @@ def _placed(matching: Sequence[tuple[Rule, Words]]) -> list[tuple[Place, Rule]]:
 
 def _is_replaced(rule: Rule, rules: Sequence[Rule]) -> bool:
     """Return True if another of the limits that match has a name where this one is for each."""
-    return "*" in rule.words and any(_names(other.limit, rule.limit) for other in rules)
+    return len(rules) > 1 and "*" in rule.words and any(_names(other.limit, rule.limit) for other in rules)
 
 
 def _names(one: Limit, other: Limit) -> bool:
