@@ -17,6 +17,7 @@ from tests.kit.authority import NEEDS_OPENSSL
 from tests.kit.issuing import House, claims
 from tests.kit.jwks_server import JwksServer, jwks_server
 from tests.kit.jwts import Signer, jwks_of
+from tests.kit.serving import until
 
 pytestmark = NEEDS_OPENSSL
 KEY, NEW = Signer(), Signer(kid="two")
@@ -73,11 +74,12 @@ async def test_a_server_that_hangs_keeps_nobody_for_long(
 ) -> None:
     """Known keys count meanwhile; who waits for a new one is refused before the fetch is given up."""
     monkeypatch.setattr(jwks, "WAIT_S", 0.05)
+    monkeypatch.setattr(jwks, "FETCH_S", 60)
     async with issuing(tmp_path) as (server, made):
         server.answer = server.hang
         made.clock.now += 60
         await made.refused(NEW.token(claims()), "its issuer publishes no such key")
-        assert len(server.heads) == 2
+        await until(lambda: len(server.heads) == 2)
         assert caplog.text == ""
         assert await made.tokens.verify(KEY.token(claims(jti="another")))
         await made.refused(NEW.token(claims()), "its issuer publishes no such key")
@@ -85,10 +87,10 @@ async def test_a_server_that_hangs_keeps_nobody_for_long(
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"),
+    ("answer", "fetch_s", "said"),
     [
-        (lambda server: server.drip, "TimeoutError"),
-        (lambda server: server.flood, "it is larger than 1048576 bytes"),
+        (lambda server: server.drip, 0.3, "TimeoutError"),
+        (lambda server: server.flood, 60, "it is larger than 1048576 bytes"),
     ],
     ids=["drips", "floods"],
 )
@@ -97,14 +99,15 @@ async def test_an_endless_answer_ends(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     answer: Callable[[JwksServer], object],
+    fetch_s: float,
     said: str,
 ) -> None:
     async with issuing(tmp_path) as (server, made):
-        monkeypatch.setattr(jwks, "FETCH_S", 0.3)
+        monkeypatch.setattr(jwks, "FETCH_S", fetch_s)
         server.answer = answer(server)  # type: ignore[assignment]
         made.clock.now += 60
         await made.refused(NEW.token(claims()), "its issuer publishes no such key")
-        assert said in caplog.text
+        await until(lambda: said in caplog.text)
         assert server.sent_bytes < 64 << 20
         assert await made.tokens.verify(KEY.token(claims(jti="another")))
 
@@ -136,7 +139,7 @@ async def test_whatever_else_a_server_answers_the_known_keys_stay(
         made.clock.now += 60
         await made.refused(NEW.token(claims()), "its issuer publishes no such key")
         assert len(server.heads) == 2
-        assert said in caplog.text
+        await until(lambda: said in caplog.text)
         assert "the present ones count for" in caplog.text
         assert await made.tokens.verify(KEY.token(claims(jti="another")))
         server.publish(jwks_of(NEW))
