@@ -22,6 +22,7 @@ from time import time
 from typing import Any
 
 from sidecar.access.audit_log import AuditLog, AuditRecord, Kind, Log, RotatingFile, Sink, Stdout, denials_file, read
+from sidecar.access.keys import SECRET
 from sidecar.access.principal import Action, Principal, Proof, Resource
 from sidecar.config import access as config
 
@@ -35,7 +36,7 @@ ITEMS_MAX = 32
 IDS_MAX = 100
 """How many ids of repeated denials their line has: who asks by one was told it with its error."""
 MORE = "(more)"
-_SECRETS = re.compile(r"lsk_([0-9a-f]{12})_[0-9A-Za-z]+|eyJ[\w-]+\.[\w-]+\.[\w-]+|[\w-]{16,}\.[\w-]{16,}\.[\w-]{16,}")
+_SECRETS = re.compile(rf"{SECRET}|eyJ[\w-]+\.[\w-]+\.[\w-]+|[\w-]{{16,}}\.[\w-]{{16,}}\.[\w-]{{16,}}")
 """API keys and JWTs, which callers write where they do not belong: as a name, or in place of an id."""
 _NUMBER = re.compile(r"\d[\d.,]*")
 

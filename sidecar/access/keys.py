@@ -20,7 +20,9 @@ from sidecar.errors import Misused, Reason, Refused
 PREFIX = "lsk_"
 """What every secret begins with, so that scanners of repositories and logs find it: lsk_<12 digits>_<64 digits>."""
 ID_BYTES, SECRET_BYTES = 6, 32
-_SECRET = re.compile(r"lsk_([0-9a-f]{12})_[0-9a-f]{64}")
+SECRET = r"lsk_([0-9a-f]{12})_[0-9A-Za-z]{16,}"
+"""A pattern of secrets, of those that were cut off too, with the key's id as its group."""
+_SECRET = re.compile(SECRET)
 LOOK_S = 1.0
 """How often the file of keys is looked at."""
 UNKNOWN = "the API key is not known here; ask your operator for one"
@@ -39,7 +41,7 @@ def id_in(text: str) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """Return a text in which of whole keys only their ids are left: callers write keys where they do not belong."""
+    """Return a text in which of keys only their ids are left: callers write keys where they do not belong."""
     return _SECRET.sub(r"lsk_\1_(hidden)", text) if PREFIX in text else text
 
 

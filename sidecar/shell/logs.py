@@ -1,7 +1,8 @@
 """Logging that never makes the event loop wait for a terminal or a pipe.
 
 Records go through a bounded queue to a thread that writes them to stderr, as text or as one JSON object a line. If
-stderr is too slow, lines are dropped, and the next line that gets through says how many.
+stderr is too slow, lines are dropped, and the next line that gets through says how many. No line has an API key: of
+one that a client writes in place of a name or an id, the key's id is left.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import sys
 from datetime import UTC, datetime
 from logging.handlers import QueueHandler, QueueListener
 from typing import Any, Literal, TextIO
+
+from sidecar.access.keys import without_secrets
 
 QUEUED_MAX = 10_000
 NOT_UTF8_EVERY_S = 60.0
@@ -57,7 +60,8 @@ class TextFormatter(logging.Formatter):
     """Text for people: one line a record, followed by its traceback if it has one."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return "\n".join(map(_one_line, super().format(record).split("\n")))  # only a traceback has line breaks
+        lines = super().format(record).split("\n")  # only a traceback has line breaks
+        return without_secrets("\n".join(map(_one_line, lines)))
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 — logging's name
         record.message = _one_line(record.message)
@@ -80,7 +84,7 @@ class JsonFormatter(logging.Formatter):
             line |= structured.values
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
-        return json.dumps(line, separators=(",", ":"), default=str)
+        return without_secrets(json.dumps(line, separators=(",", ":"), default=str))
 
 
 class QueuedHandler(QueueHandler):

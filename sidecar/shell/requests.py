@@ -58,9 +58,9 @@ class RequestFacts:
     def received(self, request: int, deadline_ns: int | None, client_id: str = "") -> ev.Received:
         """Return the event that tells the core of it. The journal has it, and so must not have an API key in it."""
         return ev.Received(
-            request, without_secrets(self.adapter), self.tenant, self.klass, self.input_tokens, self.output_tokens_max,
-            deadline_ns, self.session, self.size_bytes, self.only, self.sequences, without_secrets(client_id),
-            self.versions,
+            request, without_secrets(self.adapter), without_secrets(self.tenant), without_secrets(self.klass),
+            self.input_tokens, self.output_tokens_max, deadline_ns, self.session, self.size_bytes, self.only,
+            self.sequences, without_secrets(client_id), self.versions,
         )  # fmt: skip
 
 

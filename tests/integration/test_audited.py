@@ -308,6 +308,10 @@ async def test_a_key_where_a_name_belongs_is_kept_nowhere(house: House) -> None:
         for model in ("sql", f"sql@{made['secret']}", made["secret"]):
             answer = await client.post("/v1/completions", json={"model": model, "prompt": PROMPT}, headers=headers)
             assert answer.status_code == (200 if model == "sql" else 404), answer.text
+        for header in ("x-lora-class", "x-lora-tenant"):
+            body = {"model": "sql", "prompt": PROMPT}
+            answer = await client.post("/v1/completions", json=body, headers=headers | {header: made["secret"]})
+            assert answer.status_code in (400, 403), answer.text
     data = house.file.parents[1]
     (segment,) = (data / "journal").glob("*.jsonl")
     await until(lambda: f'"sql@lsk_{made["id"]}_(hidden)"' in segment.read_text())

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from sidecar.access.budgets import budgets as budgets_module
 from sidecar.access.budgets.budgets import Budgets, Level, Reservation
+from sidecar.access.budgets.charges import Budget
 from sidecar.config.access import Access, Limit
 from sidecar.errors import Reason, Refused
 from tests.kit.tenant_load import Time
@@ -284,11 +285,36 @@ def test_two_limits_for_the_same_are_refused() -> None:
 
 
 def test_a_reservation_outlives_its_limit(clock: Time) -> None:
-    budgets = Budgets([Limit(tokens_per_minute=1000)], clock)
-    reservation = budgets.reserve(*ACME, 1, 1)
+    """What was taken counts once there is a limit again."""
+    limit = Limit(tokens_per_minute=1000)
+    budgets = Budgets([limit], clock)
+    reservation = budgets.reserve(*ACME, 400, 0)
     budgets.set_limits([])
-    reservation.settle(None, 1, ran=True)
-    assert len(budgets) == 0
+    reservation.settle(None, 0, ran=True)
+    spend(budgets, ACME, 5000)
+    budgets.set_limits([limit])
+    assert budgets.taken(limit) == {"tokens_per_minute": 400}
+    assert refusal(lambda: spend(budgets, ACME, 601)).reason is Reason.RATE_LIMITED
+    spend(budgets, ACME, 600)
+
+
+def test_a_budget_takes_new_numbers_when_it_is_used(clock: Time, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of thousands of tenants, all at a change, would keep requests waiting."""
+    budgets = Budgets([Limit(tenant="*", tokens_per_minute=100)], clock)
+    for number in range(50):
+        spend(budgets, (f"t{number}", "default", "sql"), 40)
+    fitted: list[Budget] = []
+
+    def fit(budget: Budget, now_s: float) -> None:
+        fitted.append(budget)
+        was_fit(budget, now_s)
+
+    was_fit = Budget.fit
+    monkeypatch.setattr(Budget, "fit", fit)
+    budgets.set_limits([Limit(tenant="*", tokens_per_minute=90)])
+    assert not fitted
+    assert refusal(lambda: spend(budgets, ("t7", "default", "sql"), 51)).reason is Reason.RATE_LIMITED
+    assert len(fitted) == 1
 
 
 def test_a_clock_that_is_set_back_gives_nothing(clock: Time) -> None:

@@ -82,6 +82,15 @@ class Reservation:
             self._asked.learn(self._expected, input_tokens, output_tokens, took_s)
 
 
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """A limit, those for each that it takes the place of, and what is in force of them."""
+
+    limit: Limit
+    defaults: tuple[Limit, ...]
+    whole: Limit
+
+
 class Budgets:
     """The budgets of this process. `clock` returns Unix seconds; `sharing` says what other replicas leave."""
 
@@ -89,6 +98,7 @@ class Budgets:
         self._clock = clock
         self._sharing = sharing or Alone()
         self._rules: dict[Words, list[Rule]] = {}
+        self._completed: dict[tuple[Words, str], Completed] = {}
         self._patterns: tuple[Words, ...] = ()
         self._budgets: OrderedDict[Place, Budget] = OrderedDict()
         self._expected = Expected()
@@ -103,32 +113,30 @@ class Budgets:
 
         Of two with the same tenant, class, adapter and `tokens`, the later one counts. A limit with a name has the
         numbers of one for each ("*") that it does not set itself, and takes its place.
+
+        Budgets take their new numbers when they are used next (`_budget`): to bring tens of thousands of them to date
+        would stop the process for half a second.
         """
         former = {which(rule.limit): rule for rules in self._rules.values() for rule in rules}
         in_force: dict[tuple[Words, str], Rule] = {}
         by_words: dict[tuple[Words, str], list[tuple[int, Limit]]] = {}
         for number, limit in enumerate(limits):
             by_words.setdefault(which(limit), []).append((number, limit))
-        for limit in [_completed(limit, by_words) for limit in limits]:
-            own = which(limit)
-            rule = former.get(own) or in_force.get(own) or Rule(limit, self._expected.heir())
-            if rule.limit != limit:  # else its budgets see by the same object that they fit
-                rule.limit = limit
+        completed: dict[tuple[Words, str], Completed] = {}
+        for limit in limits:
+            own, defaults = which(limit), _defaults_of(limit, by_words)
+            known = self._completed.get(own)
+            if known is None or known.limit is not limit or known.defaults != defaults:
+                known = Completed(limit, defaults, _completed(limit, defaults))
+            completed[own] = known
+            rule = former.get(own) or in_force.get(own) or Rule(known.whole, self._expected.heir())
+            rule.limit = known.whole
             in_force[own] = rule
+        self._completed = completed
         self._rules = {}
         for (words, _), rule in in_force.items():
             self._rules.setdefault(words, []).append(rule)
         self._patterns = tuple({_pattern(words): None for words in self._rules})
-        now_s = self._clock()
-        for place, budget in list(self._budgets.items()):
-            governs = next((rule for at, rule in self._places(*place[:2]) if at == place), None)
-            if governs is None:
-                del self._budgets[place]
-                continue
-            budget.rule = governs
-            if governs.limit is not budget.fits:
-                budget.turn(now_s)
-                budget.fit(now_s)
 
     def reserve(
         self,
@@ -181,21 +189,20 @@ class Budgets:
 
         {} of a limit for each class or adapter, which has no single budget, and of a budget that nobody uses.
         """
-        budget = next(
-            (self._budgets[place] for place, _ in self._of_limit(limit, tenant) if place in self._budgets), None
-        )
-        if budget is None:
-            return {}
-        budget.turn(self._clock())
-        return budget.taken()
+        now_s = self._clock()
+        for place, rule in self._of_limit(limit, tenant):
+            if place in self._budgets:
+                budget = self._budget(place, rule, now_s)
+                budget.turn(now_s)
+                return budget.taken()
+        return {}
 
     def look(self, limit: Limit, tenant: str = "") -> None:
         """Have `sharing` ask what other replicas have taken of the budget that `taken` tells of."""
         for place, rule in self._of_limit(limit, tenant):
             if "*" in place[0]:
                 continue
-            budget = self._budgets.setdefault(place, Budget(rule, place, self._sharing, self._clock()))
-            for meter in budget.meters.values():
+            for meter in self._budget(place, rule, self._clock()).meters.values():
                 self._sharing.touched(meter)
 
     def _of_limit(self, limit: Limit, tenant: str) -> list[tuple[Place, Rule]]:
@@ -244,12 +251,21 @@ class Budgets:
             self._forget_idle(2 * new, now_s)
         found = []
         for place, rule in places:
-            budget = self._budgets.get(place)
-            if budget is None:
-                budget = self._budgets[place] = Budget(rule, place, self._sharing, now_s)
+            budget = self._budget(place, rule, now_s)
             budget.turn(now_s)
             found.append(budget)
         return found
+
+    def _budget(self, place: Place, rule: Rule, now_s: float) -> Budget:
+        """Return the budget of a place, a new one if there is none, with the numbers of the limit that governs it."""
+        budget = self._budgets.get(place)
+        if budget is None:
+            budget = self._budgets[place] = Budget(rule, place, self._sharing, now_s)
+        elif budget.rule is not rule or budget.fits is not rule.limit:
+            budget.rule = rule
+            budget.turn(now_s)
+            budget.fit(now_s)
+        return budget
 
     def _forget_idle(self, count: int, now_s: float) -> None:
         """Look at two old budgets for each new one, so that what is kept follows what is used."""
@@ -285,8 +301,10 @@ def _names(one: Limit, other: Limit) -> bool:
     return fits and words_of(one) != words_of(other) and one.tokens == other.tokens
 
 
-def _completed(limit: Limit, all_limits: Mapping[tuple[Words, str], Sequence[tuple[int, Limit]]]) -> Limit:
-    """Return a limit with what it does not set from those for each that it takes the place of, the nearest first.
+def _defaults_of(
+    limit: Limit, all_limits: Mapping[tuple[Words, str], Sequence[tuple[int, Limit]]]
+) -> tuple[Limit, ...]:
+    """Return the limits for each that a limit takes the place of, the nearest first.
 
     They are looked up by their words: with a look at each, thousands of limits would stop the process for a minute.
     """
@@ -298,7 +316,12 @@ def _completed(limit: Limit, all_limits: Mapping[tuple[Words, str], Sequence[tup
         if words != own
         for number, default in all_limits.get((words, limit.tokens), ())
     ]
-    for _, _, default in sorted(found, key=lambda each: each[:2]):
+    return tuple(default for _, _, default in sorted(found, key=lambda each: each[:2]))
+
+
+def _completed(limit: Limit, defaults: Sequence[Limit]) -> Limit:
+    """Return a limit with what it does not set from its defaults, the nearest first."""
+    for default in defaults:
         missing = {name: value for name, value in default if getattr(limit, name) is None and name in NUMBERED}
         limit = limit.model_copy(update=missing)
     return limit
