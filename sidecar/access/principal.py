@@ -7,6 +7,8 @@ from enum import Enum
 from typing import Protocol
 
 OPERATOR, PUBLISHER, VIEWER = ROLES = ("operator", "publisher", "viewer")
+TIME_MAX = 253_402_300_799
+"""The last second of the year 9999: what a credential says of its end is earlier."""
 
 
 class Proof(Enum):

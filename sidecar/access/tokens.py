@@ -24,7 +24,7 @@ from joserfc.util import urlsafe_b64decode
 
 from sidecar.access.jwks import Fetch, Jwks, PublicKey, fetch_jwks
 from sidecar.access.patterns import tenant_in
-from sidecar.access.principal import Principal, Proof
+from sidecar.access.principal import TIME_MAX, Principal, Proof
 from sidecar.adapters.strict_json import parse_object
 from sidecar.config.identities import CLASS, TENANT, clipped, problem_of
 from sidecar.config.identity import Issuer
@@ -38,8 +38,6 @@ KNOWN_MAX = 10_000
 KNOWN_BYTES_MAX = 16 << 20
 """The limits of the tokens that are known to be valid: for how long, how many, and how long all are together."""
 TIMES = ("exp", "nbf", "iat")
-TIME_MAX = 253_402_300_799
-"""The last second of the year 9999."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,6 +117,30 @@ async def test_who_manages_its_own_tenant_makes_no_operator(tmp_path: Path) -> N
         assert not await error_of(access.CreateKey(wanted, metadata=OPS))
 
 
+async def test_a_key_makes_none_that_outlives_it(tmp_path: Path) -> None:
+    """One that leaked would never end."""
+    (tmp_path / "policies.cedar").write_text(MANAGES_ITS_OWN)
+    config = access_of(tmp_path, cedar=str(tmp_path / "policies.cedar"))
+    async with running_engine(**DUMMY) as engine, serving([engine], **config) as served:
+        access = stub_of(served, "Access")
+        made = await access.CreateKey(pb.CreateKeyRequest(tenant="acme", expires_s=3600), metadata=OPS)
+        short = metadata_of(made.secret)
+        for expires_s in (0, 3700):
+            wanted = pb.CreateKeyRequest(tenant="acme", expires_s=expires_s)
+            assert "would have a later end" in await error_of(access.CreateKey(wanted, metadata=short))
+        assert not await error_of(access.CreateKey(pb.CreateKeyRequest(tenant="acme", expires_s=3000), metadata=short))
+
+
+@pytest.mark.parametrize("expires_s", [1e300, 1e12, 3e11, float("inf"), float("nan"), -1.0])
+async def test_an_end_that_is_no_time_makes_no_key(tmp_path: Path, expires_s: float) -> None:
+    """Lists and the audit could not tell it."""
+    async with running_engine(**DUMMY) as engine, serving([engine], **access_of(tmp_path)) as served:
+        access = stub_of(served, "Access")
+        wanted = pb.CreateKeyRequest(tenant="acme", expires_s=expires_s)
+        assert "INVALID_ARGUMENT: the key would end after" in await error_of(access.CreateKey(wanted, metadata=OPS))
+        assert not served.sidecar.access.store.keys()
+
+
 async def test_the_error_of_a_load_tells_no_folder_to_those_who_only_use_the_name(tmp_path: Path) -> None:
     """In each protocol; its publisher and operators hear the cause."""
     folder = tmp_path / "blue-internal" / "sql"

@@ -182,6 +182,16 @@ def test_json_lines() -> None:
     assert second["message"] == "plain"
 
 
+@pytest.mark.parametrize("form", ["text", "json"])
+@pytest.mark.parametrize("digits", [64, 40])
+def test_no_line_has_an_api_key(form: str, digits: int) -> None:
+    """Clients write one where a name or an id belongs, and an error shows the beginning of a name."""
+    key = "lsk_3fdca2eb99c0_" + "a" * digits
+    lines = written(form, Fields("request ended", id=key, error=f'there is no "{key}"'), f"lost {key}")
+    assert "a" * 16 not in lines
+    assert lines.count("lsk_3fdca2eb99c0_(hidden)") == 3
+
+
 def test_a_traceback_is_a_member() -> None:
     """An exception that is logged stays on its line in the JSON form."""
     stream = io.StringIO()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite
 from typing import Any
 
 from pydantic import ValidationError
@@ -12,7 +11,7 @@ from sidecar.access.access import CLASS_DEFAULT, Access
 from sidecar.access.configured import unknown_class
 from sidecar.access.entries import Key
 from sidecar.access.keys import KeyBook, id_in, new_secret
-from sidecar.access.principal import Action, Resource, Sort
+from sidecar.access.principal import TIME_MAX, Action, Proof, Resource, Sort
 from sidecar.access.store import AccessStore
 from sidecar.config.identities import clipped
 from sidecar.config.section import problems
@@ -53,6 +52,9 @@ class KeyCalls:
         more = sorted({*key.roles} - {*principal.roles} | {*key.groups} - {*principal.groups})
         if principal.klass not in ("", key.klass):
             more.append(f"class {key.klass or CLASS_DEFAULT}")
+        # A token of an issuer ends in minutes, and is how people come to make keys.
+        if principal.proof is Proof.KEY and (key.expires_at or TIME_MAX) > (principal.expires_at or TIME_MAX):
+            more.append("a later end")
         if not more:
             return
         why = f"you may give a key no more than you have yourself, and this one would have {', '.join(more)}"
@@ -66,9 +68,11 @@ class KeyCalls:
         """Return the key that is asked for. Raises Refused(INVALID_REQUEST)."""
         maker = callers.CALLER.get().principal
         now, expires_s = self._store.clock(), request.expires_s
-        if not (isfinite(expires_s) and expires_s >= 0):
+        if not 0 <= expires_s < TIME_MAX - now:
             raise Refused(
-                Reason.INVALID_REQUEST, f"expires_s is {expires_s}; it is the key's time in seconds, 0 for ever"
+                Reason.INVALID_REQUEST,
+                f"the key would end after {expires_s:g} s; that must be before the year 10000, or 0 for a key without "
+                "an end",
             )
         klass = getattr(request, "class")
         if klass and klass not in self._classes:
