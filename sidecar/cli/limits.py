@@ -14,10 +14,13 @@ from sidecar.cli.show import AsJson, console, print_json, table
 from sidecar.proto import admin_pb2 as pb
 
 Tenant = Annotated[
-    str, typer.Argument(help='The tenant; "*" gives each one its own. Without one all share it.', show_default=False)
+    str | None,
+    typer.Argument(help='The tenant; "*" gives each one its own. Without one all share it.', show_default=False),
 ]
-Class = Annotated[str, typer.Option("--class", help='Only requests of this class; "*": of each.', show_default=False)]
-Adapter = Annotated[str, typer.Option(help='Only requests of this adapter; "*": of each.', show_default=False)]
+Class = Annotated[
+    str | None, typer.Option("--class", help='Only requests of this class; "*": of each.', show_default=False)
+]
+Adapter = Annotated[str | None, typer.Option(help='Only requests of this adapter; "*": of each.', show_default=False)]
 Count = Annotated[
     str, typer.Option(metavar="COUNT", help="As 500, 20k or 1.5M; none takes it away.", show_default=False)
 ]
@@ -30,9 +33,9 @@ _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 @admin_command
 def set_limit(
     client: Client,
-    tenant: Tenant = "",
-    klass: Class = "",
-    adapter: Adapter = "",
+    tenant: Tenant = None,
+    klass: Class = None,
+    adapter: Adapter = None,
     tokens: Tokens = "both",
     tokens_per_minute: Count = "",
     tokens_per_hour: Count = "",
@@ -69,10 +72,10 @@ def set_limit(
         "max_tokens": max_tokens,
         "default_max_tokens": default_max_tokens,
     }
-    numbers = {name: _count(text, f"--{name.replace('_', '-')}") for name, text in given.items() if text}
-    request = pb.Limit(tenant=tenant, adapter=adapter, tokens=_known(tokens))
-    for name, value in (("class", klass), *numbers.items()):  # "class" is a keyword of Python's
-        setattr(request, name, value)
+    numbers: dict[str, Any] = {
+        name: _count(text, f"--{name.replace('_', '-')}") for name, text in given.items() if text
+    }
+    request = pb.Limit(**_words(tenant, klass, adapter), tokens=_known(tokens), **numbers)
     if not numbers:
         raise CommandError("say which number to set, such as --tokens-per-minute 20k", Exit.MISUSED)
     limit = client.ask(client.access.SetLimit, request)
@@ -105,20 +108,31 @@ def list_limits(
 @admin_command
 def remove(
     client: Client,
-    tenant: Tenant = "",
-    klass: Class = "",
-    adapter: Adapter = "",
+    tenant: Tenant = None,
+    klass: Class = None,
+    adapter: Adapter = None,
     tokens: Tokens = "both",
     as_json: AsJson = False,
 ) -> None:
     """Remove a limit that was set with limits set; one of the configuration for the same counts again."""
-    request = pb.RemoveLimitRequest(tenant=tenant, adapter=adapter, tokens=_known(tokens))
-    setattr(request, "class", klass)
+    request = pb.RemoveLimitRequest(**_words(tenant, klass, adapter), tokens=_known(tokens))
     limit = client.ask(client.access.RemoveLimit, request)
     if as_json:
         print_json(limit)
     else:
         print(f"{_whose(limit)}: the limit is removed")
+
+
+def _words(tenant: str | None, klass: str | None, adapter: str | None) -> dict[str, Any]:
+    """Return whose limit it is.
+
+    Raises CommandError for an empty word, as a shell makes it of an unset variable: it would limit all together.
+    """
+    words = {"tenant": tenant, "class": klass, "adapter": adapter}
+    for name, word in words.items():
+        if word == "":
+            raise CommandError(f"the {name} is empty; leave it out for a limit of all together", Exit.MISUSED)
+    return {name: word for name, word in words.items() if word is not None}
 
 
 def _known(tokens: str) -> str:

@@ -55,6 +55,8 @@ async def test_a_limits_life_from_the_command_line(tmp_path: Path) -> None:
         running_engine(**DUMMY) as engine,
         serving([engine], tmp_path / "adapters", data_directory=data, access=LIMITS, **ENFORCED) as served,
     ):
+        code, _, error = await sidecar(served, "limits", "set", "", "--requests-per-day", "3")
+        assert (code, "the tenant is empty; leave it out" in error) == (2, True), error
         key, other = await key_of(served, "acme"), await key_of(served, "zeta")
         code, out, error = await sidecar(served, "limits", "set", "acme", "--requests-per-day", "3")
         assert (code, out) == (0, "tenant acme: requests_per_day 3, tokens_per_day 50,000\n"), (
