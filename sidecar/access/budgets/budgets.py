@@ -114,8 +114,8 @@ class Budgets:
         Of two with the same tenant, class, adapter and `tokens`, the later one counts. A limit with a name has the
         numbers of one for each ("*") that it does not set itself, and takes its place.
 
-        Budgets take their new numbers when they are used next (`_budget`): to bring tens of thousands of them to date
-        would stop the process for half a second.
+        Budgets take their new numbers when they are used next (`_budget`): with tens of thousands of them, all at once
+        would keep requests waiting.
         """
         former = {which(rule.limit): rule for rules in self._rules.values() for rule in rules}
         in_force: dict[tuple[Words, str], Rule] = {}
