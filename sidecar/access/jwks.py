@@ -24,7 +24,7 @@ from joserfc.jwk import Key, import_key
 
 from sidecar.adapters.durable import DurableFiles
 from sidecar.adapters.strict_json import parse_object
-from sidecar.config.files import read_regular
+from sidecar.config.files import file_for_ssl, read_regular
 from sidecar.config.identities import clipped
 from sidecar.config.identity import Issuer
 
@@ -285,9 +285,7 @@ async def fetch_jwks(issuer: Issuer) -> bytes:
 
 def _tls_context(ca: str | None) -> ssl.SSLContext:
     try:
-        if ca is not None:
-            read_regular(Path(ca))  # ssl would wait for a pipe to which nobody writes
-        return ssl.create_default_context(cafile=ca)
+        return ssl.create_default_context(cafile=None if ca is None else file_for_ssl(ca))
     except OSError as error:  # ssl.SSLError is one
         raise OSError(f"jwks_ca {ca} cannot be used: {error.strerror or error}") from error
 
@@ -300,10 +298,8 @@ def _read_token(file: str) -> str:
 
 
 def read_file(path: Path) -> bytes:
-    """Return the bytes of a JWKS or of a token. Raises OSError, and ValueError for more than SIZE_BYTES_MAX."""
-    text = read_regular(path, SIZE_BYTES_MAX)
-    _check_size(len(text))
-    return text
+    """Return the bytes of a JWKS or of a token. Raises OSError, also for more than SIZE_BYTES_MAX."""
+    return read_regular(path, SIZE_BYTES_MAX)
 
 
 def _check_size(size_bytes: int) -> None:

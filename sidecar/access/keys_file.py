@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Iterator
 from hashlib import sha256
@@ -102,12 +103,8 @@ class KeysFile:
         try:
             text = read_regular(self._path, FILE_BYTES_MAX)
         except OSError as error:
-            raise Misused(Reason.CONFIG_INVALID, f"{where}: {error.strerror}") from error
-        if len(text) > FILE_BYTES_MAX:
-            raise Misused(
-                Reason.CONFIG_INVALID,
-                f"{where}: it is larger than {FILE_BYTES_MAX} bytes; make keys by sidecar keys create instead",
-            )
+            way_out = "; make keys by sidecar keys create instead" if error.errno == errno.EFBIG else ""
+            raise Misused(Reason.CONFIG_INVALID, f"{where}: {error.strerror}{way_out}") from error
         listed = data_of(text, where)
         if not isinstance(listed, list):
             raise Misused(Reason.CONFIG_INVALID, f"{where}: it must be a list of keys, as in - tenant: acme")

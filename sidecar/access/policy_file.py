@@ -69,10 +69,7 @@ class FilePolicy(CachedPolicy):
     def _read(self) -> tuple[str, CedarPolicy]:
         """Return the file's text and its policies. Raises Faulty."""
         try:
-            data = read_regular(self._path, FILE_BYTES_MAX)
-            if len(data) > FILE_BYTES_MAX:
-                raise Faulty(f"it is larger than {FILE_BYTES_MAX >> 20} MiB")
-            text = data.decode("utf-8-sig")
+            text = read_regular(self._path, FILE_BYTES_MAX).decode("utf-8-sig")
         except OSError as error:
             raise Faulty(f"it cannot be read: {error.strerror}") from error
         except UnicodeDecodeError as error:

@@ -11,7 +11,7 @@ import grpc.aio
 import httpx
 
 from sidecar.backends import wire
-from sidecar.config.files import read_regular_or_piped
+from sidecar.config.files import file_for_ssl, read_regular, read_regular_or_piped
 from sidecar.errors import Misused, Reason
 
 
@@ -25,7 +25,7 @@ def read_pem(path: str | None) -> bytes | None:
     if path is None:
         return None
     try:
-        return Path(path).read_bytes()
+        return read_regular(Path(path))
     except OSError as error:
         raise Misused(Reason.CONFIG_INVALID, f"TLS file {path}: {error.strerror}") from error
 
@@ -40,10 +40,11 @@ def open_channel(address: str, tls: Mapping[str, str] | None) -> grpc.aio.Channe
 def tls_context(tls: Mapping[str, str], protocol: str) -> ssl.SSLContext:
     """Return a client's TLS context from PEM files. Raises Misused naming the files if one cannot be used."""
     try:
-        context = ssl.create_default_context(cafile=tls.get("ca"))
+        files = {name: file_for_ssl(path) for name, path in tls.items()}
+        context = ssl.create_default_context(cafile=files.get("ca"))
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # like gRPC: accept the server's own certificate as CA
-        if "certificate" in tls:
-            context.load_cert_chain(tls["certificate"], tls.get("key"))
+        if "certificate" in files:
+            context.load_cert_chain(files["certificate"], files.get("key"))
     except (OSError, ssl.SSLError) as error:
         names = ", ".join(f"{name} {path}" for name, path in sorted(tls.items()))
         raise Misused(Reason.CONFIG_INVALID, f"the TLS files cannot be used ({names}): {error}") from error

@@ -128,6 +128,7 @@ def _files(config: Config, entries: Sequence[Entry]) -> list[tuple[str, str]]:
     named: list[tuple[str, str | None]] = [("listeners.admin.token_file", listeners.admin.token_file)]
     named.append(("state.password_file", config.state.password_file))
     secured: list[tuple[str, Any]] = [
+        ("replicas.tls", config.replicas.tls),
         ("state.tls", config.state.tls),
         ("listeners.data.tls", listeners.data.tls),
         ("listeners.admin.tls", listeners.admin.tls),

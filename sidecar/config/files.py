@@ -4,30 +4,71 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import stat
 from pathlib import Path
+from time import monotonic
 from typing import BinaryIO
 
+SMALL_BYTES_MAX = 1 << 20
+"""The bound on secrets and PEM files: a Secret of Kubernetes holds no more, all public authorities are a quarter."""
+PIECE_BYTES = 1 << 16
+PIPED_S = 30.0
+"""How long a pipe is read: who writes to it may ask a vault or a person first."""
 
-def read_regular(path: Path, bytes_max: int | None = None) -> bytes:
-    """Return a file's bytes; of one with more than `bytes_max` one more than that.
+_piped: dict[tuple[Path, int, int], bytes] = {}
+"""What pipes held. They give it once, and several parts of a process may want it, as each connection to Redis does."""
 
-    Raises OSError, also for what is no regular file.
-    """
+
+def read_regular(path: Path, bytes_max: int = SMALL_BYTES_MAX) -> bytes:
+    """Return a file's bytes. Raises OSError, also for what is no regular file or larger than `bytes_max`."""
     with _opened(path) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "it is no file", str(path))
-        return file.read(-1 if bytes_max is None else bytes_max + 1)
-
-
-def read_regular_or_piped(path: Path) -> bytes:
-    """Return the bytes of a file, or of a pipe as a shell makes it for `<(…)`. Raises OSError."""
-    with _opened(path) as file:
-        os.set_blocking(file.fileno(), True)  # now that it is open: one who writes may be slow
-        text = file.read()
-        if not text and stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EPIPE, "it is a pipe to which nobody writes", str(path))
+        text = file.read(bytes_max + 1)
+        _check_size(len(text), path, bytes_max)
         return text
+
+
+def read_regular_or_piped(path: Path, bytes_max: int = SMALL_BYTES_MAX) -> bytes:
+    """Return the bytes of a file, or of a pipe as a shell makes it for `<(…)`. Raises OSError as `read_regular`."""
+    with _opened(path) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISFIFO(found.st_mode):
+            return read_regular(path, bytes_max)
+        pipe = (path, found.st_dev, found.st_ino)
+        text = _read_pipe(file, path, bytes_max) or _piped.get(pipe)
+        if not text:
+            raise OSError(errno.EPIPE, "it is a pipe to which nobody writes", str(path))
+        _piped[pipe] = text
+        return text
+
+
+def file_for_ssl(path: str) -> str:
+    """Return the path of a PEM file, for a library that opens it and would wait for a pipe. Raises OSError."""
+    read_regular(Path(path))
+    return path
+
+
+def _read_pipe(file: BinaryIO, path: Path, bytes_max: int) -> bytes:
+    text, until, arrivals = bytearray(), monotonic() + PIPED_S, select.poll()
+    arrivals.register(file, select.POLLIN)
+    while True:
+        try:
+            piece = os.read(file.fileno(), PIECE_BYTES)
+        except BlockingIOError:  # somebody has it open for writing
+            if not arrivals.poll(max(0.0, until - monotonic()) * 1000):
+                raise OSError(errno.ETIMEDOUT, f"it is a pipe that has no end after {PIPED_S:g} s", str(path)) from None
+            continue
+        if not piece:
+            return bytes(text)
+        text += piece
+        _check_size(len(text), path, bytes_max)
+
+
+def _check_size(size_bytes: int, path: Path, bytes_max: int) -> None:
+    if size_bytes > bytes_max:
+        raise OSError(errno.EFBIG, f"it is larger than {bytes_max >> 20} MiB", str(path))
 
 
 def _opened(path: Path) -> BinaryIO:

@@ -15,6 +15,7 @@ import grpc.aio
 from cryptography import x509
 
 from sidecar.access.certificates import names_of_grpc
+from sidecar.config.files import read_regular
 from sidecar.errors import Misused, Reason
 from sidecar.fronts.checked_messages import maker_of, method_of
 from sidecar.fronts.status import abort
@@ -23,9 +24,10 @@ from sidecar.fronts.status import abort
 def names_in(certificate: Path) -> frozenset[str]:
     """Return the names in a PEM file's first certificate. Raises Misused(CONFIG_INVALID)."""
     try:
-        found = x509.load_pem_x509_certificate(certificate.read_bytes())
+        found = x509.load_pem_x509_certificate(read_regular(certificate))
     except (OSError, ValueError) as error:
-        raise Misused(Reason.CONFIG_INVALID, f"replicas.tls.certificate: {certificate}: {error}") from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise Misused(Reason.CONFIG_INVALID, f"replicas.tls.certificate: {certificate}: {why}") from error
     common = [str(each.value) for each in found.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)]
     try:
         alternative = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value

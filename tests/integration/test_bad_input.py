@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,14 @@ from sidecar.config import parse
 from sidecar.errors import Misused, Reason
 from sidecar.proto import admin_pb2
 from sidecar.serve.app import Sidecar
+from sidecar.serve.peers_only import names_in
+from tests.kit.authority import NEEDS_OPENSSL, Authority
 from tests.kit.emulated import running_engine
 from tests.kit.forked import python
 from tests.kit.peft_files import write_adapter, write_raw_safetensors
 from tests.kit.serving import Serving, serving, until, write_adapters
 
+START_S = 10.0
 DUMMY = {"compute": "none", "shape": "tiny"}
 
 
@@ -196,3 +202,85 @@ async def test_an_open_admin_listener_is_refused() -> None:
     listeners = {"admin": {"address": "0.0.0.0:0"}, "data": {"address": "127.0.0.1:0"}}
     with pytest.raises(Misused, match="token_file"):
         await Sidecar.start(parse({"listeners": listeners}, "the test"))
+
+
+LOCAL: dict[str, Any] = {"address": "127.0.0.1:0"}
+UNREACHED = "127.0.0.1:1"
+PLACES = (
+    *(f"listeners.{name}" for name in ("data", "admin", "http", "probes")),
+    *(f"backends.{kind}" for kind in ("triton", "vllm")),
+    "state.redis",
+)
+"""What has PEM files."""
+
+
+def secured(place: str, tls: dict[str, str]) -> dict[str, Any]:
+    """Return a configuration with these PEM files in a place."""
+    section, name = place.split(".")
+    if section == "listeners":
+        return {"listeners": {name: LOCAL | {"tls": tls}}}
+    if section == "backends":
+        return {"backends": [{"url": f"{name}://{UNREACHED}", "tls": tls}]}
+    return {"state": {"url": f"rediss://{UNREACHED}", "tls": tls}}
+
+
+SECRETS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "state.password_file": lambda path: {"state": {"url": f"redis://{UNREACHED}", "password_file": path}},
+    "listeners.admin.token_file": lambda path: {"listeners": {"admin": LOCAL | {"token_file": path}}},
+    "backends.api_key_file": lambda path: {"backends": [{"url": f"vllm://{UNREACHED}", "api_key_file": path}]},
+}
+
+
+async def _refused(record: dict[str, Any], path: str) -> None:
+    """Check that a start fails, within a time, because of a file."""
+    record["listeners"] = dict.fromkeys(("data", "admin", "http"), LOCAL) | record.get("listeners", {})
+    with pytest.raises(Misused, match=f"{path}.*it is (no file|a pipe to which nobody writes)") as refused, alarm():
+        await Sidecar.start(parse(record, "the test"))
+    assert refused.value.reason is Reason.CONFIG_INVALID
+
+
+@contextmanager
+def alarm() -> Iterator[None]:
+    """Fail after a time, also while a call holds the event loop."""
+
+    def end(*_: object) -> None:
+        pytest.fail("the start waits for a file")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, START_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@NEEDS_OPENSSL
+@pytest.mark.parametrize("pem", ["certificate", "key", "ca"])
+@pytest.mark.parametrize("place", PLACES)
+async def test_a_pipe_in_place_of_a_pem_file_ends_the_start(place: str, pem: str, tmp_path: Path) -> None:
+    """Nobody writes to it: a start that waits for that tells nobody what is wrong."""
+    authority = Authority(tmp_path)
+    await authority.found()
+    key, certificate = await authority.sign("sidecar")
+    pipe = str(tmp_path / "pipe")
+    os.mkfifo(pipe)
+    files = {"certificate": str(certificate), "key": str(key), "ca": str(authority.ca)}
+    await _refused(secured(place, files | {pem: pipe}), pipe)
+
+
+@pytest.mark.parametrize("key", SECRETS)
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+async def test_a_pipe_or_a_device_in_place_of_a_secret_ends_the_start(key: str, kind: str, tmp_path: Path) -> None:
+    """At once, also while what the secret is for cannot be reached."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    await _refused(
+        SECRETS[key](str(path) if kind == "pipe" else "/dev/zero"), str(path) if kind == "pipe" else "/dev/zero"
+    )
+
+
+def test_a_pipe_in_place_of_the_replicas_certificate(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(Misused, match=r"replicas\.tls\.certificate: .*pipe: it is no file"), alarm():
+        names_in(tmp_path / "pipe")

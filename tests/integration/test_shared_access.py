@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -33,7 +34,9 @@ async def test_another_schema_is_refused(server: Server) -> None:
             assert await client.hgetall(META) == {"schema": schema}
 
 
-async def test_passwords_are_read_from_a_file_and_never_shown(tmp_path: Path) -> None:
+async def test_passwords_are_read_from_a_file_or_a_pipe_and_never_shown(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """A user of an access list with the right password is let in; with a wrong one it is told, not the password."""
     rules = ("--user", "sidecar", "on", ">right-s3cret", "~{lora-sidecar}:*", "+@all", "--user", "default", "off")
     password = tmp_path / "password"
@@ -48,6 +51,14 @@ async def test_passwords_are_read_from_a_file_and_never_shown(tmp_path: Path) ->
         password.write_text("right-s3cret\n")
         async with shared_registry(url, password_file=password) as registry:
             await registry.put(record("a"), None)
+        reading, writing = os.pipe()  # as a shell does for <(…)
+        os.write(writing, b"right-s3cret\n")
+        os.close(writing)
+        piped = Path(f"/dev/fd/{reading}")
+        async with shared_registry(url, password_file=piped), shared_registry(url, password_file=piped) as registry:
+            await registry.put(record("b"), None)
+        os.close(reading)
+        assert "redis.credentials" not in {each.name for each in caplog.records}
 
 
 @NEEDS_OPENSSL

@@ -210,7 +210,7 @@ async def test_a_pipe_in_place_of_the_file_of_keys_keeps_no_later_file_from_bein
         ("- {tenant: a, key: a secret that is läng enough}", "entry 1: key: it must be ASCII on one line"),
         ("- {tenant: a, key: 'a secret that has\n\n  two lines'}", "key: it must be ASCII on one line"),
         ("- {tenant: a, key: ' a secret after a blank'}", "key: it must be ASCII on one line without blanks around it"),
-        ("- {tenant: a, note: a secret}\n" * 40_000, "it is larger than 1048576 bytes; make keys by sidecar keys"),
+        ("- {tenant: a, note: a secret}\n" * 40_000, "it is larger than 1 MiB; make keys by sidecar keys"),
     ],
 )  # fmt: skip
 async def test_a_faulty_file_of_keys_keeps_the_process_from_starting(tmp_path: Path, text: str, says: str) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sidecar.cli.serving import resolve
-from sidecar.config import parse
+from sidecar.config import files, parse
 from sidecar.errors import Misused
 
 Option = tuple[str, str, Any]
@@ -37,7 +38,39 @@ def test_a_pipe_is_read_as_a_file_and_without_a_writer_refused(tmp_path: Path) -
     os.write(writing, BACKEND.encode())
     os.close(writing)
     assert len(resolve(Path(f"/dev/fd/{reading}"), ()).backends) == 1
+    assert len(resolve(Path(f"/dev/fd/{reading}"), ()).backends) == 1, "a pipe gives once what several parts want"
     os.close(reading)
+
+
+def test_a_pipe_is_waited_for_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell's command may be slow. One that never writes keeps no process from saying why it does not start."""
+    slow = subprocess.Popen(["sh", "-c", "sleep 0.2; printf sec; sleep 0.2; printf ret"], stdout=subprocess.PIPE)
+    with slow:
+        assert slow.stdout is not None
+        assert files.read_regular_or_piped(Path(f"/dev/fd/{slow.stdout.fileno()}")) == b"secret"
+    monkeypatch.setattr(files, "PIPED_S", 0.05)
+    reading, writing = os.pipe()
+    with pytest.raises(OSError, match="has no end"):
+        files.read_regular_or_piped(Path(f"/dev/fd/{reading}"))
+    os.close(reading)
+    os.close(writing)
+
+
+def test_nothing_is_read_without_end(tmp_path: Path) -> None:
+    """Neither a device nor a file or pipe that is too large fills the memory."""
+    large = tmp_path / "large"
+    large.touch()
+    os.truncate(large, 1 << 40)
+    with subprocess.Popen(["cat", "/dev/zero"], stdout=subprocess.PIPE) as endless:
+        assert endless.stdout is not None
+        flooded = Path(f"/dev/fd/{endless.stdout.fileno()}")
+        for path, words in ((Path("/dev/zero"), "it is no file"), (large, "than 1 MiB"), (flooded, "than 1 MiB")):
+            with pytest.raises(OSError, match=words):
+                files.read_regular_or_piped(path)
+        endless.kill()
+    for path, words in ((Path("/dev/zero"), "it is no file"), (large, "it is larger than 16 MiB")):
+        with pytest.raises(Misused, match=f"configuration {path}: {words}"):
+            resolve(path, ())
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from sidecar.config.files import file_for_ssl
 from sidecar.errors import Misused, Reason
 from sidecar.fronts.http.connection import HttpLimits
 from sidecar.fronts.http.listener import HttpListener
@@ -177,13 +178,15 @@ def server_tls(certificate: str | None, key: str | None, ca: str | None, address
     context: Any = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     path = certificate
     try:
-        context.load_cert_chain(certificate, key)
+        context.load_cert_chain(file_for_ssl(certificate), file_for_ssl(key))
         if ca is not None:
             path = ca
-            context.load_verify_locations(ca)
+            context.load_verify_locations(file_for_ssl(ca))
             context.verify_mode = ssl.CERT_REQUIRED
     except (OSError, ssl.SSLError) as error:
-        raise Misused(Reason.CONFIG_INVALID, f"TLS for {address}: {path}: {error}") from error
+        raise Misused(
+            Reason.CONFIG_INVALID, f"TLS for {address}: {error.filename or path}: {error.strerror or error}"
+        ) from error
     context.set_alpn_protocols(["http/1.1"])
     return context  # type: ignore[no-any-return]
 

@@ -18,7 +18,7 @@ from redis.backoff import ExponentialWithJitterBackoff
 from redis.credentials import CredentialProvider
 from redis.exceptions import AuthenticationError, NoPermissionError, NoScriptError, RedisError
 
-from sidecar.config.files import read_regular_or_piped
+from sidecar.config.files import file_for_ssl, read_regular_or_piped
 from sidecar.config.redis_address import RedisLocation
 from sidecar.errors import Misused, Reason, Refused
 from sidecar.state.codec import Codec, R
@@ -55,6 +55,8 @@ class PasswordFile(CredentialProvider):
     """A user name, and a file that holds the password; it is read for each connection."""
 
     def __init__(self, user: str, path: Path | None) -> None:
+        self.sent = ""
+        """The password that was read last."""
         self._user = user
         self._path = path
 
@@ -63,21 +65,29 @@ class PasswordFile(CredentialProvider):
         if self._path is None:
             return ""
         try:
-            return read_regular_or_piped(self._path.expanduser()).decode().strip()
+            self.sent = read_regular_or_piped(self._path.expanduser()).decode().strip()
         except OSError as error:
             raise Misused(Reason.CONFIG_INVALID, f"state.password_file: {self._path}: {error.strerror}") from error
+        return self.sent
 
     def get_credentials(self) -> tuple[str] | tuple[str, str]:
         return (self._user, self.password()) if self._user else (self.password(),)
 
+    async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
+        return await asyncio.to_thread(self.get_credentials)
+
 
 class Link(Generic[R]):
-    """A Redis and the keys of a registry in it; those of members and leases are the same in each link."""
+    """A Redis and the keys of a registry in it; those of members and leases are the same in each link.
+
+    To make one raises Misused(CONFIG_INVALID) for a file that cannot be read, whether or not Redis can be reached.
+    """
 
     def __init__(self, place: RedisLocation, codec: Codec[R] = ADAPTERS) -> None:  # type: ignore[assignment]
         self.place = place
         self.codec = codec
         self._credentials = PasswordFile(place.address.user, place.password_file)
+        self._credentials.password()
         self._client, *self._others = _clients(place, self._credentials)
 
     def __str__(self) -> str:
@@ -176,10 +186,7 @@ class Link(Generic[R]):
     def describe(self, error: BaseException) -> str:
         """Return an error's text with our password removed, which a server may repeat."""
         text = " ".join(str(error).split()) or type(error).__name__
-        try:
-            password = self._credentials.password()
-        except Misused:
-            return text
+        password = self._credentials.sent
         return text.replace(password, "(hidden)") if password else text
 
     def refused(self, error: BaseException) -> Refused:
@@ -250,5 +257,12 @@ def _transport(place: RedisLocation) -> dict[str, Any]:
         options["ssl"] = True
         for option, path in (("ca_certs", place.ca), ("certfile", place.certificate), ("keyfile", place.key)):
             if path is not None:
-                options[f"ssl_{option}"] = str(path.expanduser())
+                options[f"ssl_{option}"] = _pem(path)
     return options
+
+
+def _pem(path: Path) -> str:
+    try:
+        return file_for_ssl(str(path.expanduser()))
+    except OSError as error:
+        raise Misused(Reason.CONFIG_INVALID, f"state.tls: {path}: {error.strerror}") from error
