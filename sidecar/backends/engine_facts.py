@@ -16,6 +16,7 @@ from tritonclient.grpc import model_config_pb2
 
 from sidecar.adapters.base_model import decoder_dims
 from sidecar.backends.triton.dialects import TRITON_LLMAPI
+from sidecar.config.files import DOCUMENT_BYTES_MAX, read_regular_or_piped
 from sidecar.core.facts import DTYPE_BYTES, EngineFacts
 from sidecar.core.layout import Heads
 from sidecar.errors import Misused, Reason
@@ -26,7 +27,7 @@ TRITON_DTYPES = {"TYPE_FP16": "float16", "TYPE_BF16": "bfloat16", "TYPE_FP32": "
 def from_engine_config(path: Path) -> EngineFacts:
     """Read TensorRT-LLM's engine `config.json`. Raises Misused naming what is missing or malformed."""
     try:
-        facts = _from_record(json.loads(path.read_text()))
+        facts = _from_record(json.loads(read_regular_or_piped(path, DOCUMENT_BYTES_MAX)))
     except OSError as error:
         raise Misused(Reason.CONFIG_INVALID, f"engine config {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:

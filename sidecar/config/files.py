@@ -12,6 +12,8 @@ from typing import BinaryIO
 
 SMALL_BYTES_MAX = 1 << 20
 """The bound on secrets and PEM files: a Secret of Kubernetes holds no more, all public authorities are a quarter."""
+DOCUMENT_BYTES_MAX = 16 << 20
+"""The bound on a configuration, of which thousands of backends and names are a few MiB, and on a model's own."""
 PIECE_BYTES = 1 << 16
 PIPED_S = 30.0
 """How long a pipe is read: who writes to it may ask a vault or a person first."""

@@ -14,12 +14,10 @@ from typing import Any
 import yaml
 from yaml.constructor import ConstructorError
 
-from sidecar.config.files import read_regular_or_piped
+from sidecar.config.files import DOCUMENT_BYTES_MAX, read_regular_or_piped
 from sidecar.errors import Misused, Reason
 
 PREFIX = "LORA_SIDECAR_"
-FILE_BYTES_MAX = 16 << 20
-"""The bound on a configuration: thousands of backends, names and limits are a few MiB."""
 _SERVICE_LINK = re.compile(
     r"SERVICE_HOST|SERVICE_PORT(_[A-Z0-9]+)*|PORT|PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?"
 )
@@ -39,7 +37,7 @@ class Setting:
 def in_file(path: Path) -> Setting:
     """Return what a file says. Raises Misused if it cannot be read or has no keys."""
     try:
-        record = data_of(read_regular_or_piped(path, FILE_BYTES_MAX), str(path))
+        record = data_of(read_regular_or_piped(path, DOCUMENT_BYTES_MAX), str(path))
     except OSError as error:
         raise Misused(Reason.CONFIG_INVALID, f"configuration {path}: {error.strerror}") from error
     if not isinstance(record, dict | None):

@@ -224,10 +224,14 @@ def secured(place: str, tls: dict[str, str]) -> dict[str, Any]:
     return {"state": {"url": f"rediss://{UNREACHED}", "tls": tls}}
 
 
-SECRETS: dict[str, Callable[[str], dict[str, Any]]] = {
+FILES: dict[str, Callable[[str], dict[str, Any]]] = {
     "state.password_file": lambda path: {"state": {"url": f"redis://{UNREACHED}", "password_file": path}},
     "listeners.admin.token_file": lambda path: {"listeners": {"admin": LOCAL | {"token_file": path}}},
     "backends.api_key_file": lambda path: {"backends": [{"url": f"vllm://{UNREACHED}", "api_key_file": path}]},
+    "backends.engine.config": lambda path: {"backends": [{"url": f"triton://{UNREACHED}", "engine": {"config": path}}]},
+    "backends.base_model.tokenizer": lambda path: {
+        "backends": [{"url": f"triton://{UNREACHED}", "base_model": {"name": "base", "tokenizer": path}}]
+    },
 }
 
 
@@ -269,14 +273,14 @@ async def test_a_pipe_in_place_of_a_pem_file_ends_the_start(place: str, pem: str
     await _refused(secured(place, files | {pem: pipe}), pipe)
 
 
-@pytest.mark.parametrize("key", SECRETS)
+@pytest.mark.parametrize("key", FILES)
 @pytest.mark.parametrize("kind", ["pipe", "device"])
-async def test_a_pipe_or_a_device_in_place_of_a_secret_ends_the_start(key: str, kind: str, tmp_path: Path) -> None:
-    """At once, also while what the secret is for cannot be reached."""
+async def test_a_pipe_or_a_device_in_place_of_another_file_ends_the_start(key: str, kind: str, tmp_path: Path) -> None:
+    """At once, also while what it is for cannot be reached."""
     path = tmp_path / "pipe"
     os.mkfifo(path)
     await _refused(
-        SECRETS[key](str(path) if kind == "pipe" else "/dev/zero"), str(path) if kind == "pipe" else "/dev/zero"
+        FILES[key](str(path) if kind == "pipe" else "/dev/zero"), str(path) if kind == "pipe" else "/dev/zero"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,13 @@ def test_a_template_that_is_none(tmp_path: Path, name: str, content: str | None,
     with pytest.raises(Misused, match=sentence) as caught:
         read_chat_template(path)
     assert caught.value.reason is Reason.CONFIG_INVALID
+
+
+def test_a_pipe_in_place_of_a_tokenizers_config(tmp_path: Path) -> None:
+    """Nobody writes to it; it is refused and not waited for."""
+    os.mkfifo(tmp_path / "tokenizer_config.json")
+    with pytest.raises(Misused, match="it is a pipe to which nobody writes"):
+        read_chat_template(tmp_path / "tokenizer_config.json")
 
 
 def test_what_templates_are_written_for(tmp_path: Path) -> None:

@@ -13,9 +13,12 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from sidecar.config.files import read_regular_or_piped
 from sidecar.errors import Misused, Reason
 
 FILE = "tokenizer.json"
+FILE_BYTES_MAX = 256 << 20
+"""Those of large vocabularies have some 30 MB."""
 WAITING_CHARACTERS_MAX = 16 << 20
 """Further texts are not counted while so much waits to be: they stay estimates."""
 
@@ -38,7 +41,7 @@ class PromptCounter:
         for path in set(files.values()):
             file = path / FILE if path.is_dir() else path
             try:
-                read[path] = Tokenizer.from_str(file.read_text())
+                read[path] = Tokenizer.from_str(read_regular_or_piped(file, FILE_BYTES_MAX).decode())
             except (OSError, UnicodeDecodeError) as error:
                 raise Misused(Reason.CONFIG_INVALID, f"tokenizer {file}: {error}") from error
             except Exception as error:  # the library raises nothing narrower

@@ -20,6 +20,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from sidecar.config.files import DOCUMENT_BYTES_MAX, read_regular_or_piped
 from sidecar.errors import Misused, Reason
 from sidecar.fronts.openai.request import Unfit
 
@@ -76,7 +77,7 @@ def read_chat_template(path: Path) -> ChatTemplate:
             path if path.suffix == ".json" else folder / TOKENIZER_CONFIG, path.suffix == ".json"
         )
         own = folder / TEMPLATE_FILE if path.is_dir() or path.suffix == ".json" else path
-        source = own.read_text() if own.is_file() else _template_in(config)
+        source = read_regular_or_piped(own, DOCUMENT_BYTES_MAX).decode() if own.is_file() else _template_in(config)
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise Misused(Reason.CONFIG_INVALID, f"chat template {path}: {error}") from error
     if not source:
@@ -97,7 +98,7 @@ def compiled_template(source: str, path: str, tokens: Mapping[str, str]) -> Chat
 def _tokenizer_config(path: Path, required: bool) -> dict[str, Any]:
     if not required and not path.is_file():
         return {}
-    config = json.loads(path.read_text())
+    config = json.loads(read_regular_or_piped(path, DOCUMENT_BYTES_MAX))
     if not isinstance(config, dict):
         raise ValueError("it is not a tokenizer's config")
     return config
