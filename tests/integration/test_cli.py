@@ -202,6 +202,10 @@ def test_config_check_says_what_paces_rest_on(tmp_path: Path, sidecar: Callable[
         ("store: {eviction: lfru}", 'no eviction policy is called "lfru"; there are gdsf, lfu, lru'),
         ("store: {memory_bytes: much}", "store.memory_bytes"),
         ("listeners: {admin: {token_file: /nowhere}}", "listeners.admin.token_file: there is no file /nowhere"),
+        (
+            "{state: {url: 'redis://a:1'}, replicas: {address: '127.0.0.1:1', tls: {ca: /nowhere}}}",
+            "replicas.tls.ca: there is no file /nowhere",
+        ),
         ("- a list", "the top level must be keys"),
     ],
 )
