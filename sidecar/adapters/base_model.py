@@ -6,7 +6,6 @@ of q, k and v in a fused projection. Models name the fields differently; each fi
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sidecar.adapters.names import shown
 from sidecar.adapters.strict_json import parse_object
+from sidecar.config.files import read_regular_or_piped
 from sidecar.core.facts import Adapter, EngineFacts
 from sidecar.core.layout import Heads
 from sidecar.errors import Invalid, Misused, Reason
@@ -43,11 +43,7 @@ def read_base_model(path: Path) -> BaseModel:
     """Read a model's config.json; `path` is the file or its folder. Raises Misused(CONFIG_INVALID) naming the field."""
     file = path / "config.json" if path.is_dir() else path
     try:
-        with file.open("rb") as opened:
-            data = opened.read(min(CONFIG_BYTES_MAX, os.fstat(opened.fileno()).st_size) + 1)
-        if len(data) > CONFIG_BYTES_MAX:
-            raise ValueError(f"it is larger than {CONFIG_BYTES_MAX} bytes")
-        return base_model_of(parse_object(data))
+        return base_model_of(parse_object(read_regular_or_piped(file, CONFIG_BYTES_MAX)))
     except OSError as error:
         raise Misused(Reason.CONFIG_INVALID, f"base model {shown(str(file), 200)}: {error.strerror}") from error
     except ValueError as error:

@@ -229,6 +229,9 @@ FILES: dict[str, Callable[[str], dict[str, Any]]] = {
     "listeners.admin.token_file": lambda path: {"listeners": {"admin": LOCAL | {"token_file": path}}},
     "backends.api_key_file": lambda path: {"backends": [{"url": f"vllm://{UNREACHED}", "api_key_file": path}]},
     "backends.engine.config": lambda path: {"backends": [{"url": f"triton://{UNREACHED}", "engine": {"config": path}}]},
+    "backends.base_model.config": lambda path: {
+        "backends": [{"url": f"triton://{UNREACHED}", "base_model": {"name": "base", "config": path}}]
+    },
     "backends.base_model.tokenizer": lambda path: {
         "backends": [{"url": f"triton://{UNREACHED}", "base_model": {"name": "base", "tokenizer": path}}]
     },
