@@ -24,9 +24,9 @@ from joserfc.jwk import Key, import_key
 
 from sidecar.adapters.durable import DurableFiles
 from sidecar.adapters.strict_json import parse_object
-from sidecar.config.files import file_for_ssl, read_regular
 from sidecar.config.identities import clipped
 from sidecar.config.identity import Issuer
+from sidecar.files import file_for_ssl, read_regular
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from sidecar.access.entries import Class, Group, Key, Note, Tenant
 from sidecar.config.access import Role
-from sidecar.config.files import read_regular
 from sidecar.config.section import Section, told
 from sidecar.config.sources import data_of
 from sidecar.errors import Misused, Reason
+from sidecar.files import read_regular
 
 logger = logging.getLogger(__name__)
 

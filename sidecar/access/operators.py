@@ -12,8 +12,8 @@ from pathlib import Path
 
 from sidecar.access.access import Access, Caller
 from sidecar.access.principal import INFERENCE, OPERATOR, Presented, Principal, Proof, Purpose
-from sidecar.config.files import read_regular_or_piped
 from sidecar.errors import Misused, Reason
+from sidecar.files import read_regular_or_piped
 
 SCHEME = "Bearer "
 _WAY = 'as metadata "authorization: Bearer <token>" (the option --token-file of the command line sends it)'

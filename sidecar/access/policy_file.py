@@ -10,8 +10,8 @@ from sidecar.access.cedar import SCHEMA, CedarPolicy
 from sidecar.access.cedar_text import Faulty, statements_of
 from sidecar.access.deciding import CachedPolicy
 from sidecar.access.policy import Roles
-from sidecar.config.files import read_regular
 from sidecar.errors import Misused, Reason
+from sidecar.files import read_regular
 
 logger = logging.getLogger(__name__)
 

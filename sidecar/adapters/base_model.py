@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from sidecar.adapters.names import shown
 from sidecar.adapters.strict_json import parse_object
-from sidecar.config.files import read_regular_or_piped
 from sidecar.core.facts import Adapter, EngineFacts
 from sidecar.core.layout import Heads
 from sidecar.errors import Invalid, Misused, Reason
+from sidecar.files import read_regular_or_piped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,8 +11,8 @@ import grpc.aio
 import httpx
 
 from sidecar.backends import wire
-from sidecar.config.files import file_for_ssl, read_regular, read_regular_or_piped
 from sidecar.errors import Misused, Reason
+from sidecar.files import file_for_ssl, read_regular, read_regular_or_piped
 
 
 def channel_credentials(tls: Mapping[str, str]) -> grpc.ChannelCredentials:

@@ -16,10 +16,10 @@ from tritonclient.grpc import model_config_pb2
 
 from sidecar.adapters.base_model import decoder_dims
 from sidecar.backends.triton.dialects import TRITON_LLMAPI
-from sidecar.config.files import DOCUMENT_BYTES_MAX, read_regular_or_piped
 from sidecar.core.facts import DTYPE_BYTES, EngineFacts
 from sidecar.core.layout import Heads
 from sidecar.errors import Misused, Reason
+from sidecar.files import DOCUMENT_BYTES_MAX, read_regular_or_piped
 
 TRITON_DTYPES = {"TYPE_FP16": "float16", "TYPE_BF16": "bfloat16", "TYPE_FP32": "float32"}
 

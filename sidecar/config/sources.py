@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 from yaml.constructor import ConstructorError
 
-from sidecar.config.files import DOCUMENT_BYTES_MAX, read_regular_or_piped
 from sidecar.errors import Misused, Reason
+from sidecar.files import DOCUMENT_BYTES_MAX, read_regular_or_piped
 
 PREFIX = "LORA_SIDECAR_"
 _SERVICE_LINK = re.compile(

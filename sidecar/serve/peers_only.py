@@ -15,8 +15,8 @@ import grpc.aio
 from cryptography import x509
 
 from sidecar.access.certificates import names_of_grpc
-from sidecar.config.files import read_regular
 from sidecar.errors import Misused, Reason
+from sidecar.files import read_regular
 from sidecar.fronts.checked_messages import maker_of, method_of
 from sidecar.fronts.status import abort
 

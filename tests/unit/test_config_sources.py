@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from sidecar import files
 from sidecar.cli.serving import resolve
-from sidecar.config import files, parse
+from sidecar.config import parse
 from sidecar.errors import Misused
 
 Option = tuple[str, str, Any]

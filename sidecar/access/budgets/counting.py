@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from sidecar.config.files import read_regular_or_piped
 from sidecar.errors import Misused, Reason
+from sidecar.files import read_regular_or_piped
 
 FILE = "tokenizer.json"
 FILE_BYTES_MAX = 256 << 20

@@ -25,6 +25,7 @@ from typing import Any
 import grpc
 
 from sidecar.backends import wire
+from sidecar.files import read_regular
 
 LOADS_AT_ONCE = 8
 TEXT_MAX = 100_000
@@ -145,7 +146,7 @@ def _open_channel(order: dict[str, Any]) -> grpc.Channel:
     tls = order.get("tls")
     if tls is None:
         return grpc.insecure_channel(order["address"], options=wire.CHANNEL_OPTIONS)
-    contents = [Path(tls[name]).read_bytes() if tls.get(name) else None for name in ("ca", "key", "certificate")]
+    contents = [read_regular(Path(tls[name])) if tls.get(name) else None for name in ("ca", "key", "certificate")]
     credentials = grpc.ssl_channel_credentials(*contents)
     return grpc.secure_channel(order["address"], credentials, options=wire.CHANNEL_OPTIONS)
 

@@ -16,8 +16,8 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from sidecar.config.files import file_for_ssl
 from sidecar.errors import Misused, Reason
+from sidecar.files import file_for_ssl
 from sidecar.fronts.http.connection import HttpLimits
 from sidecar.fronts.http.listener import HttpListener
 from sidecar.fronts.http.probes import METRICS, NO_STORE, PATHS, Probes, text_response

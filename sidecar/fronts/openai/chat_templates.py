@@ -20,8 +20,8 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from sidecar.config.files import DOCUMENT_BYTES_MAX, read_regular_or_piped
 from sidecar.errors import Misused, Reason
+from sidecar.files import DOCUMENT_BYTES_MAX, read_regular_or_piped
 from sidecar.fronts.openai.request import Unfit
 
 TOKENIZER_CONFIG, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"

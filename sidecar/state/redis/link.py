@@ -18,9 +18,9 @@ from redis.backoff import ExponentialWithJitterBackoff
 from redis.credentials import CredentialProvider
 from redis.exceptions import AuthenticationError, NoPermissionError, NoScriptError, RedisError
 
-from sidecar.config.files import file_for_ssl, read_regular_or_piped
 from sidecar.config.redis_address import RedisLocation
 from sidecar.errors import Misused, Reason, Refused
+from sidecar.files import file_for_ssl, read_regular_or_piped
 from sidecar.state.codec import Codec, R
 from sidecar.state.redis.entries import Entry, value_of
 from sidecar.state.redis.scripts import Script

@@ -27,9 +27,7 @@ def read_regular(path: Path, bytes_max: int = SMALL_BYTES_MAX) -> bytes:
     with _opened(path) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "it is no file", str(path))
-        text = file.read(bytes_max + 1)
-        _check_size(len(text), path, bytes_max)
-        return text
+        return _read(file, path, bytes_max)
 
 
 def read_regular_or_piped(path: Path, bytes_max: int = SMALL_BYTES_MAX) -> bytes:
@@ -39,7 +37,7 @@ def read_regular_or_piped(path: Path, bytes_max: int = SMALL_BYTES_MAX) -> bytes
         if not stat.S_ISFIFO(found.st_mode):
             return read_regular(path, bytes_max)
         pipe = (path, found.st_dev, found.st_ino)
-        text = _read_pipe(file, path, bytes_max) or _piped.get(pipe)
+        text = _read(file, path, bytes_max) or _piped.get(pipe)
         if not text:
             raise OSError(errno.EPIPE, "it is a pipe to which nobody writes", str(path))
         _piped[pipe] = text
@@ -52,7 +50,8 @@ def file_for_ssl(path: str) -> str:
     return path
 
 
-def _read_pipe(file: BinaryIO, path: Path, bytes_max: int) -> bytes:
+def _read(file: BinaryIO, path: Path, bytes_max: int) -> bytes:
+    """Return what a file or a pipe holds. In pieces: to read with a bound takes as much memory as the bound."""
     text, until, arrivals = bytearray(), monotonic() + PIPED_S, select.poll()
     arrivals.register(file, select.POLLIN)
     while True:
@@ -65,12 +64,8 @@ def _read_pipe(file: BinaryIO, path: Path, bytes_max: int) -> bytes:
         if not piece:
             return bytes(text)
         text += piece
-        _check_size(len(text), path, bytes_max)
-
-
-def _check_size(size_bytes: int, path: Path, bytes_max: int) -> None:
-    if size_bytes > bytes_max:
-        raise OSError(errno.EFBIG, f"it is larger than {bytes_max >> 20} MiB", str(path))
+        if len(text) > bytes_max:
+            raise OSError(errno.EFBIG, f"it is larger than {bytes_max >> 20} MiB", str(path))
 
 
 def _opened(path: Path) -> BinaryIO:
