@@ -31,17 +31,19 @@ def read_regular(path: Path, bytes_max: int = SMALL_BYTES_MAX) -> bytes:
 
 
 def read_regular_or_piped(path: Path, bytes_max: int = SMALL_BYTES_MAX) -> bytes:
-    """Return the bytes of a file, or of a pipe as a shell makes it for `<(…)`. Raises OSError as `read_regular`."""
+    """Return the bytes of a file, of a pipe as a shell makes it for `<(…)`, or of a device: none of /dev/null.
+
+    Raises OSError, also for more than `bytes_max`, and for a pipe to which nobody writes.
+    """
     with _opened(path) as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISFIFO(found.st_mode):
-            return read_regular(path, bytes_max)
+        text, found = _read(file, path, bytes_max), os.fstat(file.fileno())
+    if stat.S_ISFIFO(found.st_mode):
         pipe = (path, found.st_dev, found.st_ino)
-        text = _read(file, path, bytes_max) or _piped.get(pipe)
+        text = text or _piped.get(pipe, b"")
         if not text:
             raise OSError(errno.EPIPE, "it is a pipe to which nobody writes", str(path))
         _piped[pipe] = text
-        return text
+    return text
 
 
 def file_for_ssl(path: str) -> str:
@@ -59,7 +61,7 @@ def _read(file: BinaryIO, path: Path, bytes_max: int) -> bytes:
             piece = os.read(file.fileno(), PIECE_BYTES)
         except BlockingIOError:  # somebody has it open for writing
             if not arrivals.poll(max(0.0, until - monotonic()) * 1000):
-                raise OSError(errno.ETIMEDOUT, f"it is a pipe that has no end after {PIPED_S:g} s", str(path)) from None
+                raise OSError(errno.ETIMEDOUT, f"it has no end after {PIPED_S:g} s", str(path)) from None
             continue
         if not piece:
             return bytes(text)

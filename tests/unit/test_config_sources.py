@@ -65,13 +65,17 @@ def test_nothing_is_read_without_end(tmp_path: Path) -> None:
     with subprocess.Popen(["cat", "/dev/zero"], stdout=subprocess.PIPE) as endless:
         assert endless.stdout is not None
         flooded = Path(f"/dev/fd/{endless.stdout.fileno()}")
-        for path, words in ((Path("/dev/zero"), "it is no file"), (large, "than 1 MiB"), (flooded, "than 1 MiB")):
-            with pytest.raises(OSError, match=words):
+        for path in (Path("/dev/zero"), large, flooded):
+            with pytest.raises(OSError, match="it is larger than 1 MiB"):
                 files.read_regular_or_piped(path)
         endless.kill()
-    for path, words in ((Path("/dev/zero"), "it is no file"), (large, "it is larger than 16 MiB")):
-        with pytest.raises(Misused, match=f"configuration {path}: {words}"):
+    for path in (Path("/dev/zero"), large):
+        with pytest.raises(Misused, match=f"configuration {path}: it is larger than 16 MiB"):
             resolve(path, ())
+
+
+def test_the_null_device_is_an_empty_configuration() -> None:
+    assert resolve(Path("/dev/null"), ()) == resolve(None, ())
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,8 @@ class PromptCounter:
             try:
                 read[path] = Tokenizer.from_str(read_regular_or_piped(file, FILE_BYTES_MAX).decode())
             except (OSError, UnicodeDecodeError) as error:
-                raise Misused(Reason.CONFIG_INVALID, f"tokenizer {file}: {error}") from error
+                why = error.strerror if isinstance(error, OSError) else error
+                raise Misused(Reason.CONFIG_INVALID, f"tokenizer {file}: {why}") from error
             except Exception as error:  # the library raises nothing narrower
                 raise Misused(Reason.CONFIG_INVALID, f"tokenizer {file} is no {FILE}: {error}") from error
         self._by_model = {name: read[path] for name, path in files.items()}
