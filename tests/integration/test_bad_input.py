@@ -242,7 +242,7 @@ async def _refused(record: dict[str, Any], path: str) -> None:
     """Check that a start fails, within a time, because of a file."""
     record["listeners"] = dict.fromkeys(("data", "admin", "http"), LOCAL) | record.get("listeners", {})
     with (
-        pytest.raises(Misused, match=f"{path}.*: it is (no file|a pipe to which nobody writes|larger than)") as refused,
+        pytest.raises(Misused, match=f"{path}.*it is (no file|a pipe to which nobody writes|larger than)") as refused,
         alarm(),
     ):
         await Sidecar.start(parse(record, "the test"))
