@@ -25,6 +25,7 @@ from sidecar.ownership.ownership import Ownership
 from sidecar.proto import peers_pb2
 from sidecar.replicas.peers import Peers
 from sidecar.shell.crash import Crash
+from sidecar.state.redis.link import ended
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ class Keeper:
         self._asked: dict[int, asyncio.Future[do.Answer]] = {}
         self._numbers = itertools.count(1)
         self._left = asyncio.Event()
+        self._stopped = False
 
     def start(self) -> None:
         self._step(ev.Tick())
@@ -128,12 +130,11 @@ class Keeper:
         await self._left.wait()
 
     async def stop(self) -> None:
+        """End what asks Redis or other members. Nothing asks them afterwards: the caller closes the connections."""
+        self._stopped = True
         if self._timer is not None:
             self._timer.cancel()
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(ended(task) for task in self._tasks))
 
     async def give_up(self) -> None:
         """Release all leases at once, within `GIVE_UP_S`, without a step of ownership, which may have crashed.
@@ -148,7 +149,7 @@ class Keeper:
     # Steps.
 
     def _step(self, event: ev.Event) -> None:
-        if self._crash.raised is not None:
+        if self._stopped or self._crash.raised is not None:  # an answer can come in spite of a cancellation: `ended`
             return
         now_ns = monotonic_ns()
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from sidecar.fronts.http.probes import why_not_ready
 from sidecar.proto import admin_pb2
 from tests.kit.emulated import running_engine
 from tests.kit.redis_servers import running
-from tests.kit.replica_pool import CALM_S, owned, replica, replicas, settled
+from tests.kit.replica_pool import CALM_S, LEASE_S, owned, replica, replicas, settled
 from tests.kit.serving import Serving, until, write_adapters
 from tests.kit.vllm_emulated import running_vllm
 
@@ -236,3 +237,26 @@ async def test_a_beat_that_breaks_is_one_that_failed(adapters: Path, tmp_path: P
         await until(lambda: len(broken) == 3)
         await until(lambda: served.sidecar.replica.keeper._ownership.know.reaches_redis and owned(served) == {"b0"})
         assert (await served.ask("a00")).tokens == served.expected("a00", 4)
+
+
+async def test_a_stopped_replica_asks_redis_nothing_more(adapters: Path, tmp_path: Path) -> None:
+    """Also if the answer to a beat comes in spite of its cancellation, as the client's timeouts can have it."""
+    beats: list[str] = []
+    async with running(tmp_path / "redis") as redis, running_engine(**DUMMY) as one:
+        async with replica(0, redis.url, [one], adapters) as served:
+            leases = served.sidecar.replica.keeper._leases
+            beat = leases.beat
+
+            async def late(effect: Any) -> Any:
+                beats.append("asked")
+                answered = await beat(effect)
+                with suppress(asyncio.CancelledError):
+                    await asyncio.sleep(60)
+                beats.append("answered late")
+                return answered
+
+            leases.beat = late
+            await until(lambda: beats == ["asked"])
+        assert beats == ["asked", "answered late"]
+        await asyncio.sleep(LEASE_S)  # three beats fit
+        assert beats == ["asked", "answered late"]
