@@ -187,6 +187,13 @@ def _read(text: bytes) -> tuple[int, Event] | None:
     return (record["at"], event) if checked.is_time(record.get("at")) else None
 
 
+def first_ns_of(segment: Path) -> int:
+    """Return the time of a segment's first step that is whole, or 0 if it has none."""
+    with segment.open("rb") as file:
+        read = (_read(text) for text in file if text.startswith(b'{"at":'))
+        return next((found[0] for found in read if found is not None), 0)
+
+
 def header_of(segment: Path) -> dict[str, Any]:
     """Return the header in a segment's first line, or {} if the file is no segment."""
     with segment.open("rb") as file:

@@ -11,7 +11,7 @@ from typing import Any
 
 from sidecar.config.identities import clipped
 from sidecar.errors import Misused, Reason
-from sidecar.incident.arrivals import JournalEntry, first_step_of, header_of, lines_of
+from sidecar.incident.arrivals import JournalEntry, first_ns_of, first_step_of, header_of, lines_of
 from sidecar.journal.replay import SegmentFile
 
 NEAR_MAX = 4
@@ -36,8 +36,12 @@ class Clock:
     first_ns: int
 
     def utc(self, at_ns: int) -> str:
-        at = self.began + timedelta(microseconds=(at_ns - self.first_ns) // 1000)
-        return at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        """Return the time of day as text; "unknown" if it is outside the years 1 to 9999, as of a damaged header."""
+        try:
+            at = (self.began + timedelta(microseconds=(at_ns - self.first_ns) // 1000)).astimezone(UTC)
+        except OverflowError:
+            return "unknown"
+        return at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def clock_of(header: dict[str, Any], first_ns: int) -> Clock | None:
@@ -165,12 +169,6 @@ def _why_unknown(request: int, first: int, last: int) -> str:
 
 
 def _shown(line: JournalEntry) -> str:
-    clock = clock_of(header_of(line.segment), _first_ns(line.segment))
+    clock = clock_of(header_of(line.segment), first_ns_of(line.segment))
     adapter = str(line.event.adapter)[:40] or "base model"
     return f"{line.event.request} ({adapter}{', ' + clock.utc(line.at_ns) if clock else ''})"
-
-
-def _first_ns(segment: Path) -> int:
-    with segment.open("rb") as file:
-        first = next((text for text in file if text.startswith(b'{"at":')), b'{"at":0')
-    return int(first[6:].partition(b",")[0])

@@ -24,6 +24,16 @@ class HttpServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         yield
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End every connection, as the end of a process does.
+
+        uvicorn asks the connections that it has to end. One that was accepted a moment before is made afterwards: it
+        would answer for a dead engine as long as its client keeps it.
+        """
+        await super().shutdown(sockets)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
 
 def http_server(options: Options, app: ASGIApp) -> HttpServer:
     """Return a server of an application, with TLS if the options say so."""
