@@ -34,7 +34,8 @@ def make(installed: VllmInstalled) -> None:
             _unpack(wheel, folder)
         _name(folder)
         for kernels in (installed.packages / "vllm").glob("*.so"):
-            (folder / "vllm" / kernels.name).symlink_to(kernels)
+            # Relative, so that the environment can be moved as a whole; the folder is renamed to be beside `lib`.
+            (folder / "vllm" / kernels.name).symlink_to(Path("..", "..") / kernels.relative_to(installed.venv))
         folder.rename(made)
 
 
