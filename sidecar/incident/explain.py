@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sidecar.core.state import State
 from sidecar.errors import Misused, Reason
-from sidecar.incident.finding import clock_of, find_request
+from sidecar.incident.finding import find_request, utc_of
 from sidecar.incident.story import Story
 from sidecar.incident.timeline import Timeline
 from sidecar.incident.witness import Witness
@@ -104,5 +104,4 @@ class _Explanation:
         timeline = self.story.timeline
         if timeline.arrived_utc or not self.story.known:
             return
-        clock = clock_of(segment.header, first_ns)
-        timeline.arrived_utc = clock.utc(timeline.arrived_ns) if clock is not None else "unknown"
+        timeline.arrived_utc = utc_of(segment.header, first_ns, timeline.arrived_ns) or "unknown"

@@ -28,26 +28,19 @@ class RequestSegments:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Clock:
-    """Converts a segment's monotonic times to times of day, within a fraction of a second."""
+def utc_of(header: dict[str, Any], first_ns: int, at_ns: int) -> str:
+    """Return the time of day of a monotonic time in a segment whose first step was at `first_ns`.
 
-    began: datetime
-    first_ns: int
-
-    def utc(self, at_ns: int) -> str:
-        """Return the time of day as text; "unknown" if it is outside the years 1 to 9999, as of a damaged header."""
-        try:
-            at = (self.began + timedelta(microseconds=(at_ns - self.first_ns) // 1000)).astimezone(UTC)
-        except OverflowError:
-            return "unknown"
-        return at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def clock_of(header: dict[str, Any], first_ns: int) -> Clock | None:
-    """Return the clock of a segment whose first step was at `first_ns`, or None if its header has no time of day."""
+    It is right within a fraction of a second. "" if the header has no time of day, or a damaged one.
+    """
     began = began_of(header)
-    return None if began is None else Clock(began, first_ns)
+    if began is None:
+        return ""
+    try:
+        at = (began + timedelta(microseconds=(at_ns - first_ns) // 1000)).astimezone(UTC)
+    except OverflowError:  # it is outside the years 1 to 9999
+        return ""
+    return at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def began_of(header: dict[str, Any]) -> datetime | None:
@@ -169,6 +162,6 @@ def _why_unknown(request: int, first: int, last: int) -> str:
 
 
 def _shown(line: JournalEntry) -> str:
-    clock = clock_of(header_of(line.segment), first_ns_of(line.segment))
     adapter = str(line.event.adapter)[:40] or "base model"
-    return f"{line.event.request} ({adapter}{', ' + clock.utc(line.at_ns) if clock else ''})"
+    utc = utc_of(header_of(line.segment), first_ns_of(line.segment), line.at_ns)
+    return f"{line.event.request} ({', '.join(filter(None, (adapter, utc)))})"
