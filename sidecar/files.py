@@ -11,9 +11,15 @@ from time import monotonic
 from typing import BinaryIO
 
 SMALL_BYTES_MAX = 1 << 20
-"""The bound on secrets and PEM files: a Secret of Kubernetes holds no more, all public authorities are a quarter."""
+"""The bound on secrets, PEM files and a model's config.json.
+
+A Secret of Kubernetes holds no more, and a bundle of all public authorities takes a quarter of it.
+"""
 DOCUMENT_BYTES_MAX = 16 << 20
-"""The bound on a configuration, of which thousands of backends and names are a few MiB, and on a model's own."""
+"""The bound on a configuration and on what describes an engine or a tokenizer.
+
+A configuration with thousands of backends and names takes a few MiB.
+"""
 PIECE_BYTES = 1 << 16
 PIPED_S = 30.0
 """How long a pipe is read: who writes to it may ask a vault or a person first."""

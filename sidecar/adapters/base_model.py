@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from sidecar.adapters.targets import Target
 
-CONFIG_BYTES_MAX = 1 << 20
 _SIZE_MAX = 1 << 24
 
 
@@ -43,7 +42,7 @@ def read_base_model(path: Path) -> BaseModel:
     """Read a model's config.json; `path` is the file or its folder. Raises Misused(CONFIG_INVALID) naming the field."""
     file = path / "config.json" if path.is_dir() else path
     try:
-        return base_model_of(parse_object(read_regular_or_piped(file, CONFIG_BYTES_MAX)))
+        return base_model_of(parse_object(read_regular_or_piped(file)))
     except OSError as error:
         raise Misused(Reason.CONFIG_INVALID, f"base model {shown(str(file), 200)}: {error.strerror}") from error
     except ValueError as error:

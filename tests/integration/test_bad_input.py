@@ -26,9 +26,8 @@ from tests.kit.authority import NEEDS_OPENSSL, Authority
 from tests.kit.emulated import running_engine
 from tests.kit.forked import python
 from tests.kit.peft_files import write_adapter, write_raw_safetensors
-from tests.kit.serving import Serving, serving, until, write_adapters
+from tests.kit.serving import PATIENCE_S, Serving, serving, until, write_adapters
 
-START_S = 10.0
 DUMMY = {"compute": "none", "shape": "tiny"}
 
 
@@ -257,7 +256,7 @@ def alarm() -> Iterator[None]:
         pytest.fail("the start waits for a file")
 
     before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, START_S)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE_S)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""An emulated engine that is stopped in this process ends what the end of a process ends."""
+"""An emulated engine that is stopped in this process closes all its connections, as the end of a process does."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ async def nothing(scope: object, receive: object, send: object) -> None:
     """Be an application that is never asked."""
 
 
-# Without the second round: Python 3.11 itself loses a connection whose server is closed just then, and answers nothing.
+# Two yields are left out: Python 3.11 loses a connection whose server is closed at that point, and never answers on it.
 @pytest.mark.parametrize("yields", [0, 1, 3, 4, 5])
 async def test_a_connection_accepted_in_the_last_moment_is_closed(yields: int) -> None:
-    """The server is stopped some rounds of the event loop after a client connected: before, at and after its making."""
+    """The server is stopped before, while and after the connection is set up, which takes some rounds of the loop."""
     listening = bound_socket("127.0.0.1", 0)
     server: HttpServer = http_server(VllmOptions(), nothing)
     serving = asyncio.create_task(server.serve(sockets=[listening]))

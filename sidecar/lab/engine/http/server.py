@@ -25,10 +25,10 @@ class HttpServer(uvicorn.Server):
         yield
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End every connection, as the end of a process does.
+        """Close every connection, as the end of a process does.
 
-        uvicorn asks the connections that it has to end. One that was accepted a moment before is made afterwards: it
-        would answer for a dead engine as long as its client keeps it.
+        uvicorn closes the connections that are set up when the shutdown begins. A connection that was accepted just
+        before is set up later; left open, it would answer for the dead engine for as long as its client keeps it.
         """
         await super().shutdown(sockets)
         for connection in list(self.server_state.connections):
