@@ -19,6 +19,8 @@ Adapter = Annotated[
 ]
 Tenant = Annotated[str, typer.Option(help="Only this tenant's requests.", show_default=False)]
 
+OPEN = ("ID", "STATE", ">AGE", "ADAPTER", "TENANT", "CLASS", "BACKEND", ">TOKENS")
+
 
 @admin_command
 def list_requests(
@@ -41,13 +43,12 @@ def list_requests(
     if not answer.requests:
         print("no request is open")
         return
-    columns = ("ID", "STATE", ">AGE", "ADAPTER", "TENANT", "CLASS", "BACKEND", ">TOKENS")
-    console().print(table(columns, [_row(each) for each in answer.requests]))
+    console().print(table(OPEN, [open_row(each) for each in answer.requests]))
     if answer.total > len(answer.requests):
         print(f"and {answer.total - len(answer.requests)} more")
 
 
-def _row(request: Any) -> tuple[str, ...]:
+def open_row(request: Any) -> tuple[str, ...]:
     version = f"{request.adapter}@{request.version}" if request.version else request.adapter
     return (
         request.request_id or "-",

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sidecar.core import eligibility, promising
+from sidecar.core.durations import seconds
 from sidecar.core.enums import Phase, Why
 from sidecar.core.facts import task_id_of
 from sidecar.core.layout import WHOLE_MLP
 from sidecar.core.state import Backend, Name, State
 from sidecar.core.store import Entry
-from sidecar.core.waiting import seconds
 
 
 def caveats(state: State, version: str) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Views of the queue for operators: which requests wait, how long, against which bound, and why.
 
-They are read between steps and change nothing. Counting is cheap for any queue length; only the oldest requests are
-asked why they wait, and a view says when that left some out.
+They are read between steps and change nothing. Only the oldest requests are asked why they wait, and for each group its
+oldest one; a view says when that left some out.
 """
 
 from __future__ import annotations
@@ -11,12 +11,17 @@ from dataclasses import dataclass
 
 from policies.at_most import at_most
 from sidecar.core import eligibility
+from sidecar.core.durations import seconds
 from sidecar.core.enums import Why
-from sidecar.core.state import Request, State
+from sidecar.core.state import NEVER_NS, Request, State
+from sidecar.core.troubles import idle, troubles
 
 EXAMINED_MAX = 1_000
 """Requests of one view whose reason to wait is computed, oldest first."""
 PLACES_NAMED_MAX = 2
+FLOOD_MIN = 10
+FLOOD_SHARE = 0.8
+"""The verdict names an adapter or a tenant that has this share of so many waiting requests."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,29 @@ class WaitingView:
 
 
 @dataclass(frozen=True)
+class GroupView:
+    """The requests of one adapter and tenant at one backend; `backend` is "" for those that no backend can take.
+
+    `tokens` is what the waiting ones ask for, prompts included. `oldest` is the waiting one that arrived first, None if
+    all run.
+    """
+
+    adapter: str
+    tenant: str
+    backend: str
+    waiting: int
+    running: int
+    tokens: int
+    oldest: WaitingView | None
+
+
+@dataclass(frozen=True)
 class QueueView:
-    """The queue. `why` counts the reasons of the oldest `examined` requests, most frequent first."""
+    """The queue. `why` counts the reasons of the oldest `examined` requests, most frequent first.
+
+    `groups` holds at most as many as asked for, of `groups_total`: those that wait come first, the longest wait first,
+    then those that only run, the largest first.
+    """
 
     verdict: str
     waiting: int
@@ -50,16 +76,26 @@ class QueueView:
     requests: tuple[WaitingView, ...]
     why: tuple[tuple[Why, int], ...]
     examined: int
+    groups: tuple[GroupView, ...]
+    groups_total: int
 
 
 def queue_view(
-    state: State, now_ns: int, adapter: str = "", backend: str = "", limit: int = 100, tenant: str | None = None
+    state: State,
+    now_ns: int,
+    adapter: str = "",
+    backend: str = "",
+    limit: int = 100,
+    tenant: str | None = None,
 ) -> QueueView:
     """Return the queue, or the part of it for one adapter, backend or tenant.
 
-    Lists at most `limit` requests and examines at most `EXAMINED_MAX`, oldest first.
+    Lists at most `limit` requests and groups, and examines at most `EXAMINED_MAX` requests, oldest first. The verdict
+    begins with what is wrong with the pool, unless the view is confined to a tenant.
     """
-    waiting, running = _counts(state, adapter, backend, tenant)
+    groups = _groups(state, adapter, backend, tenant)
+    waiting = sum(group.waiting for group in groups)
+    running = sum(group.running for group in groups)
     oldest = [
         _waiting_view(state, request, now_ns)
         for request in at_most(EXAMINED_MAX, _matching(state, adapter, backend, tenant, running=False))
@@ -67,14 +103,43 @@ def queue_view(
     why: dict[Why, int] = {}
     for view in oldest:
         why[view.why] = why.get(view.why, 0) + 1
+    groups.sort(key=_Group.place)
+    shown = tuple(group.view(state, now_ns) for group in groups[:limit])
+    told = [_verdict(oldest, waiting, running, _flood(groups, waiting), _silent_ns(state, now_ns))]
+    if tenant is None:
+        told = [*troubles(state, now_ns), *told, *_idle(state, groups)]
     return QueueView(
-        verdict=_verdict(oldest, waiting, running, _silent_ns(state, now_ns)),
+        verdict="; ".join(told),
         waiting=waiting,
         running=running,
         requests=tuple(oldest[:limit]),
         why=tuple(sorted(why.items(), key=lambda pair: (-pair[1], pair[0].value))),
         examined=len(oldest),
+        groups=shown,
+        groups_total=len(groups),
     )
+
+
+@dataclass
+class _Group:
+    """The requests of one group, counted."""
+
+    adapter: str
+    tenant: str
+    backend: str
+    waiting: int = 0
+    running: int = 0
+    tokens: int = 0
+    oldest: Request | None = None
+
+    def place(self) -> tuple[int, int, str, str, str]:
+        """Return what groups are sorted by. Requests are numbered in order of arrival."""
+        first = NEVER_NS if self.oldest is None else self.oldest.id
+        return first, -self.running, self.adapter, self.tenant, self.backend
+
+    def view(self, state: State, now_ns: int) -> GroupView:
+        oldest = None if self.oldest is None else _waiting_view(state, self.oldest, now_ns)
+        return GroupView(self.adapter, self.tenant, self.backend, self.waiting, self.running, self.tokens, oldest)
 
 
 def reasons(state: State, now_ns: int) -> dict[Why, int]:
@@ -91,26 +156,57 @@ def reasons(state: State, now_ns: int) -> dict[Why, int]:
     return counts
 
 
-def _counts(state: State, adapter: str, backend: str, tenant: str | None) -> tuple[int, int]:
-    """Return how many requests wait and run. Only the counts for one adapter or tenant walk over all requests."""
-    if adapter or tenant is not None:
-        waiting = sum(1 for _ in _matching(state, adapter, backend, tenant, running=False))
-        return waiting, sum(1 for _ in _matching(state, adapter, backend, tenant, running=True))
-    if backend:
-        chosen = state.backends[backend]
-        return len(chosen.queued), len(chosen.running)
-    return state.queued, sum(len(each.running) for each in state.backends.values())
-
-
-def _matching(state: State, adapter: str, backend: str, tenant: str | None, running: bool) -> Iterator[Request]:
+def _matching(
+    state: State, adapter: str, backend: str, tenant: str | None, running: bool | None = None
+) -> Iterator[Request]:
     """Yield requests in order of arrival, which is the order of their dict."""
     for request in state.requests.values():
-        if request.running is not running:
+        if running is not None and request.running is not running:
             continue
         if tenant is not None and request.view.tenant != tenant:
             continue
         if (not adapter or request.view.name == adapter) and (not backend or request.backend == backend):
             yield request
+
+
+def _groups(state: State, adapter: str, backend: str, tenant: str | None) -> list[_Group]:
+    groups: dict[tuple[str, str, str], _Group] = {}
+    for request in _matching(state, adapter, backend, tenant):
+        view = request.view
+        key = view.name, view.tenant, request.backend or ""
+        group = groups.get(key)
+        if group is None:
+            group = groups[key] = _Group(*key)
+        if request.running:
+            group.running += 1
+            continue
+        group.waiting += 1
+        group.tokens += request.footprint
+        if group.oldest is None:
+            group.oldest = request
+    return list(groups.values())
+
+
+def _flood(groups: list[_Group], waiting: int) -> str:
+    """Return whose most of a long queue is: ", 58 of them for sql of tenant acme"; "" if it is nobody's."""
+    if waiting < FLOOD_MIN:
+        return ""
+    counts: dict[tuple[str, str], int] = {}
+    for group in groups:
+        for what in {("adapter", group.adapter), ("tenant", group.tenant)}:
+            counts[what] = counts.get(what, 0) + group.waiting
+    most = {what: name for (what, name), count in counts.items() if count >= FLOOD_SHARE * waiting}
+    parts = [f"for {most['adapter'] or 'the base model'}"] if "adapter" in most else []
+    parts += [f"of tenant {most['tenant']}"] if most.get("tenant") else []
+    if not parts:
+        return ""
+    least = min(counts[what, name] for what, name in most.items() if name or what == "adapter")
+    return f", {'all' if least == waiting else least} of them {' '.join(parts)}"
+
+
+def _idle(state: State, groups: list[_Group]) -> Iterator[str]:
+    if groups and groups[0].oldest is not None:
+        yield from idle(state, groups[0].oldest)
 
 
 def _waiting_view(state: State, request: Request, now_ns: int) -> WaitingView:
@@ -135,7 +231,7 @@ def _silent_ns(state: State, now_ns: int) -> int:
     return max((now_ns - b.silence.since_ns for b in state.backends.values() if b.silence.suspected), default=0)
 
 
-def _verdict(oldest: list[WaitingView], waiting: int, running: int, silent_ns: int) -> str:
+def _verdict(oldest: list[WaitingView], waiting: int, running: int, whose: str, silent_ns: int) -> str:
     if not oldest:
         return f"nobody waits, {running} running" if running else "nobody waits, nothing runs"
     first = oldest[0]
@@ -152,7 +248,7 @@ def _verdict(oldest: list[WaitingView], waiting: int, running: int, silent_ns: i
         return f"1 waiting for {since} because {because}"
     share = "all" if count == waiting else str(count)
     among = "them" if len(oldest) == waiting else f"the oldest {len(oldest)}"
-    return f"{waiting} waiting, the oldest for {since}, {share} of {among} because {because}"
+    return f"{waiting} waiting{whose}, the oldest for {since}, {share} of {among} because {because}"
 
 
 def _limits(view: WaitingView) -> str:
@@ -174,11 +270,3 @@ def _because(why: Why, backends: list[str]) -> str:
 
 def _joined(backends: list[str]) -> str:
     return " and ".join(backends) if len(backends) <= PLACES_NAMED_MAX else f"{len(backends)} backends"
-
-
-def seconds(duration_ns: int) -> str:
-    """Return a duration for people: "250 ms", "1.5 s", "120 s"."""
-    if 0 < duration_ns < 1_000_000_000:
-        return f"{duration_ns / 1e6:.0f} ms"
-    seconds = duration_ns / 1e9
-    return f"{seconds:.1f} s" if seconds < 100 and round(seconds, 1) % 1 else f"{seconds:.0f} s"

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable
 
 from policies.views import BASE
 from sidecar.core import eligibility
+from sidecar.core.durations import seconds
 from sidecar.core.enums import Phase, Why
 from sidecar.core.state import Backend, Request, State
-from sidecar.core.waiting import seconds
 
 NAMED_MAX = 6
 """The most adapters or backends that a sentence names; it counts the rest."""

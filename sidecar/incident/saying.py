@@ -5,8 +5,8 @@ from __future__ import annotations
 from policies.views import Candidate
 from sidecar.core import effects as do
 from sidecar.core import events as ev
+from sidecar.core.durations import seconds
 from sidecar.core.state import Request, State
-from sidecar.core.waiting import seconds
 from sidecar.incident.obstacles import listed
 from sidecar.incident.witness import Routed
 

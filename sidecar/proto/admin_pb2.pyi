@@ -878,18 +878,42 @@ class QueueRequest(_message.Message):
     def __init__(self, adapter: _Optional[str] = ..., backend: _Optional[str] = ..., limit: _Optional[int] = ...) -> None: ...
 
 class QueueResponse(_message.Message):
-    __slots__ = ("verdict", "waiting", "running", "requests", "why")
+    __slots__ = ("verdict", "waiting", "running", "requests", "why", "groups", "groups_total", "runs")
     VERDICT_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     WHY_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    RUNS_FIELD_NUMBER: _ClassVar[int]
     verdict: str
     waiting: int
     running: int
     requests: _containers.RepeatedCompositeFieldContainer[WaitingRequest]
     why: _containers.RepeatedCompositeFieldContainer[WhyCount]
-    def __init__(self, verdict: _Optional[str] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., requests: _Optional[_Iterable[_Union[WaitingRequest, _Mapping]]] = ..., why: _Optional[_Iterable[_Union[WhyCount, _Mapping]]] = ...) -> None: ...
+    groups: _containers.RepeatedCompositeFieldContainer[QueueGroup]
+    groups_total: int
+    runs: _containers.RepeatedCompositeFieldContainer[OpenRequest]
+    def __init__(self, verdict: _Optional[str] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., requests: _Optional[_Iterable[_Union[WaitingRequest, _Mapping]]] = ..., why: _Optional[_Iterable[_Union[WhyCount, _Mapping]]] = ..., groups: _Optional[_Iterable[_Union[QueueGroup, _Mapping]]] = ..., groups_total: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[OpenRequest, _Mapping]]] = ...) -> None: ...
+
+class QueueGroup(_message.Message):
+    __slots__ = ("adapter", "tenant", "backend", "waiting", "running", "tokens", "oldest")
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_FIELD_NUMBER: _ClassVar[int]
+    adapter: str
+    tenant: str
+    backend: str
+    waiting: int
+    running: int
+    tokens: int
+    oldest: WaitingRequest
+    def __init__(self, adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., backend: _Optional[str] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., tokens: _Optional[int] = ..., oldest: _Optional[_Union[WaitingRequest, _Mapping]] = ...) -> None: ...
 
 class WhyCount(_message.Message):
     __slots__ = ("why", "count")

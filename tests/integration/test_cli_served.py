@@ -72,7 +72,7 @@ async def test_json_everywhere(served: Served, tmp_path: Path) -> None:
     assert [each["id"] for each in (await served.cli("backends", "list", "--json")).json()] == ["trt-0", "trt-1"]
     for verb, state in (("drain", "draining"), ("undrain", "up"), ("show", "up")):
         assert (await served.cli("backends", verb, "trt-0", "--json")).json()["state"] == state
-    assert (await served.cli("queue", "--json")).json()["verdict"] == "nobody waits, nothing runs"
+    assert (await served.cli("queue", "--json")).json()["verdict"] == ("trt-1 is down; nobody waits, nothing runs")
     assert (await served.cli("adapters", "unregister", "sql", "--json")).json() == {}
 
 
@@ -93,8 +93,13 @@ async def test_backends_and_queue_for_people(served: Served, tmp_path: Path) -> 
     tickets = [served.gateway.submit(RequestFacts("slow", tenant="acme"), PAYLOAD, "mine", OURSELVES) for _ in range(3)]
     await served.gateway.backends["trt-0"].running_are(2)  # type: ignore[attr-defined]
     lines = (await served.cli("queue")).out.splitlines()
-    assert re.match(r"1 waiting for .* \(bound \d+ s, expires 600 s\) because all seats are taken on trt-0", lines[0])
-    assert re.search(r"\d+ \w+ +10 min +slow +acme +default +trt-0 +seats full +\d+ +mine *$", lines[-1])
+    assert re.match(
+        r"trt-1 is down; 1 waiting for .* \(bound \d+ s, expires 600 s\) because all seats are taken on trt-0", lines[0]
+    )
+    assert re.search(r"^slow +acme +trt-0 +1 +2 +.* +\d+ +seats full *$", lines[-1])
+    lines = (await served.cli("queue", "--requests")).out.splitlines()
+    assert any(re.search(r"\d+ \w+ +10 min +slow +acme +default +trt-0 +seats full +\d+ +mine *$", at) for at in lines)
+    assert sum(bool(re.search(r"^mine +running +.* slow@v1 +acme +default +trt-0", line)) for line in lines) == 2
     assert re.search(r"^trt-1 +down +0/2 ", (await served.cli("backends", "list")).out, re.M)
     shown = (await served.cli("backends", "show", "trt-0")).out
     assert "2 of 2 taken, 1 queued" in shown

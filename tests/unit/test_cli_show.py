@@ -42,7 +42,7 @@ def waiting(request_id: str) -> Any:
 @pytest.mark.parametrize("request_id", [ID, LONG_ID])
 def test_the_queue(request_id: str, width: int) -> None:
     """A request's id can be pasted after --explain, and no header is broken."""
-    text = printed(queue.shown(waiting(request_id)), width)
+    text = printed(queue.shown(waiting(request_id), by_request=True), width)
     for whole in (request_id, "EXPIRES", "customer-support-german", "127.0.0.1:8001", "all slots are busy"):
         assert whole in text
     assert all(len(line) <= width for line in text.splitlines() if LONG_ID not in line)

@@ -9,6 +9,7 @@ import pytest
 from sidecar.core import events as ev
 from sidecar.core import queries, waiting
 from sidecar.core.config import CoreConfig
+from sidecar.core.durations import seconds
 from sidecar.core.enums import Why
 from sidecar.core.facts import Adapter, Row
 from sidecar.journal.codec import encode
@@ -34,7 +35,7 @@ def test_one_waiting_request_is_a_sentence_of_its_own() -> None:
     queue = view(world)
     bound_ns = promised_ns(world, request)
     assert queue.verdict == (
-        f"1 waiting for 3 ms (bound {waiting.seconds(bound_ns)}, expires 600 s) because weights are being fetched"
+        f"1 waiting for 3 ms (bound {seconds(bound_ns)}, expires 600 s) because weights are being fetched"
     )
     assert queue.why == ((Why.FETCHING, 1),)
     shown = queue.requests[0]
@@ -55,7 +56,7 @@ def test_the_bound_stands_alone_when_nothing_else_ends_the_wait_before() -> None
     world = busy_world(1)
     bound_ns = promised_ns(world, 2)
     world.core.state.requests[2].expires_ns = world.core.state.requests[2].view.arrived_ns + bound_ns
-    assert f"(bound {waiting.seconds(bound_ns)}) because" in view(world).verdict
+    assert f"(bound {seconds(bound_ns)}) because" in view(world).verdict
 
 
 def test_an_order_that_promises_nothing_shows_when_requests_expire() -> None:
@@ -98,7 +99,8 @@ def test_the_oldest_come_first_and_the_rest_is_counted() -> None:
     assert [shown.request for shown in queue.requests] == [2, 3, 4]
     assert queue.why == ((Why.SEATS_FULL, 12),)
     assert queue.verdict == (
-        f"12 waiting, the oldest for 15 ms (bound {waiting.seconds(promised_ns(world, 2))}, expires 600 s), "
+        "12 waiting, all of them for the base model, the oldest for 15 ms "
+        f"(bound {seconds(promised_ns(world, 2))}, expires 600 s), "
         "all of them because all seats are taken on b0"
     )
 
@@ -135,6 +137,85 @@ def test_the_queue_of_one_adapter_and_of_one_backend() -> None:
     assert haiku.waiting + haiku.running == 1
     here = view(world, backend="b0")
     assert here.waiting + here.running == 2
+
+
+def test_requests_of_one_kind_are_one_group() -> None:
+    """By adapter, tenant and backend: how many, the oldest with its bound, what they ask for; who runs comes last."""
+    world = World(seats=1)
+    world.register("sql")
+    world.send("sql", tenant="acme", input_tokens=5, output_tokens=7)
+    world.run(for_ns=world.fetch_ns + 2 * MS)
+    for tenant, count in (("acme", 3), ("zeta", 2)):
+        for _ in range(count):
+            world.send("sql", tenant=tenant, input_tokens=5, output_tokens=7)
+            world.run(for_ns=MS)
+    queue = view(world)
+    assert [(g.adapter, g.tenant, g.backend, g.waiting, g.running, g.tokens) for g in queue.groups] == [
+        ("sql", "acme", "b0", 3, 1, 36),
+        ("sql", "zeta", "b0", 2, 0, 24),
+    ]
+    first = queue.groups[0].oldest
+    assert first == queue.requests[0]
+    world.run()
+    assert view(world).groups == ()
+
+
+def test_groups_are_limited_and_counted() -> None:
+    """The oldest waiting come first."""
+    world = busy_world(0)
+    for number in range(5):
+        world.send(tenant=f"t{number}")
+        world.run(for_ns=MS)
+    queue = view(world, limit=2)
+    assert [group.tenant for group in queue.groups] == ["t0", "t1"]
+    assert queue.groups_total == 6
+    last = view(world).groups[-1]
+    assert (last.tenant, last.running, last.waiting, last.oldest) == ("", 1, 0, None)
+
+
+def test_the_verdict_names_whose_flood_it_is() -> None:
+    """Of ten and more that wait, the adapter and the tenant that have most of them."""
+    world = World(seats=1)
+    world.register("sql")
+    world.send()
+    for number in range(20):
+        world.send("sql", tenant="acme" if number else "zeta")
+    assert "20 waiting, 19 of them for sql of tenant acme, the oldest" in view(world).verdict
+    assert "acme" not in view(world, tenant="zeta").verdict
+
+
+def test_the_verdict_begins_with_what_is_wrong_with_the_pool() -> None:
+    """A lost engine, one that drains, one that tells nothing, and this process when it drains."""
+    world = World(CoreConfig(routing="resident_first"), engines=3)
+    world.send()
+    world.run(for_ns=MS)
+    world.lose("b1")
+    world.run(for_ns=MS)
+    assert view(world).verdict.startswith("b1 is down, lost ")
+    world.feed(ev.DrainSet("b2", True))
+    assert "b2 is draining; " in view(world).verdict
+    world.feed(ev.ShutdownBegun())
+    assert view(world).verdict.startswith("this process drains: it takes nothing new, ")
+
+
+def test_the_verdict_names_the_engine_that_tells_nothing() -> None:
+    """Before it is suspected, too."""
+    world = World(seats=1)
+    world.send()
+    now_ns = world.now_ns + 3 * SECOND
+    verdict = waiting.queue_view(world.core.state, now_ns).verdict
+    assert verdict.startswith("b0 is quiet: nothing came for 3 s with 1 running; ")
+
+
+def test_the_verdict_says_when_another_engine_is_empty() -> None:
+    """And what keeps the oldest from going there."""
+    world = World(engines=0, seats=1)
+    world.add_engine("b0", facts_of(seats=1))
+    world.add_engine("b1", with_facts(facts_of(), rank_max=4))
+    world.register("sql")
+    for _ in range(3):
+        world.send("sql")
+    assert view(world).verdict.endswith("; b1 is idle, but max rank 4 < 8")
 
 
 def test_without_a_backend_that_is_up() -> None:
@@ -190,7 +271,7 @@ def test_an_adapter_that_goes_while_the_list_is_made_is_left_out() -> None:
 )
 def test_seconds(duration_ns: int, text: str) -> None:
     """Milliseconds and tenths where they matter, whole seconds where they do not."""
-    assert waiting.seconds(duration_ns) == text
+    assert seconds(duration_ns) == text
 
 
 def test_an_adapter_on_its_way_is_fetching_then_loading_then_on_the_gpu() -> None:

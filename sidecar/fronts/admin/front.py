@@ -7,6 +7,7 @@ from dataclasses import replace
 from time import monotonic_ns
 from typing import Any
 
+from policies.at_most import at_most
 from sidecar.access.principal import Action
 from sidecar.core import queries, waiting
 from sidecar.fronts.admin.access import AccessService
@@ -90,7 +91,11 @@ class QueuesService(admin_pb2_grpc.QueuesServicer):
             self._gateway.known_backend(request.backend)
         limit = min(request.limit or LISTED_DEFAULT, LISTED_MAX)
         view = waiting.queue_view(self._gateway.state, monotonic_ns(), request.adapter, request.backend, limit, tenant)
-        return queue_message(view)
+        message = queue_message(view)
+        chosen = Chosen(adapter=request.adapter, tenant=tenant or "", backend=request.backend)
+        running = (each for each in open_requests(self._gateway, chosen) if each.state == "running")
+        message.runs.extend(map(_open_request_message, at_most(limit, running)))
+        return message
 
     @answers_errors
     async def List(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -153,28 +158,44 @@ def _open_message(view: queries.OpenView) -> Any:
 
 def queue_message(view: waiting.QueueView) -> Any:
     """Return the queue as the API shows it."""
-    message = admin_pb2.QueueResponse(
+    return admin_pb2.QueueResponse(
         verdict=view.verdict,
         waiting=view.waiting,
         running=view.running,
+        requests=map(_waiting_message, view.requests),
         why=[admin_pb2.WhyCount(why=why.value, count=count) for why, count in view.why],
+        groups=map(_group_message, view.groups),
+        groups_total=view.groups_total,
     )
-    for item in view.requests:
-        fields = {"class": item.klass}  # a keyword of Python's
-        message.requests.add(
-            request=item.request,
-            request_id=item.client_id,
-            adapter=item.adapter,
-            tenant=item.tenant,
-            backend=item.backend,
-            waited_s=item.waited_ns / 1e9,
-            bound_s=(item.bound_ns or 0) / 1e9,
-            expires_s=item.expires_ns / 1e9,
-            voided=item.voided,
-            why=item.why.value,
-            **fields,
-        )
-    return message
+
+
+def _group_message(group: waiting.GroupView) -> Any:
+    return admin_pb2.QueueGroup(
+        adapter=group.adapter,
+        tenant=group.tenant,
+        backend=group.backend,
+        waiting=group.waiting,
+        running=group.running,
+        tokens=group.tokens,
+        oldest=None if group.oldest is None else _waiting_message(group.oldest),
+    )
+
+
+def _waiting_message(item: waiting.WaitingView) -> Any:
+    fields = {"class": item.klass}  # a keyword of Python's
+    return admin_pb2.WaitingRequest(
+        request=item.request,
+        request_id=item.client_id,
+        adapter=item.adapter,
+        tenant=item.tenant,
+        backend=item.backend,
+        waited_s=item.waited_ns / 1e9,
+        bound_s=(item.bound_ns or 0) / 1e9,
+        expires_s=item.expires_ns / 1e9,
+        voided=item.voided,
+        why=item.why.value,
+        **fields,
+    )
 
 
 def _open_request_message(request: OpenRequest) -> Any:
