@@ -84,10 +84,10 @@ def show(client: Client, name: Name, as_json: AsJson = False) -> None:
     if as_json:
         print_json(adapter)
     else:
-        console().print(Group(*_shown(adapter)))
+        console().print(Group(*shown(adapter)))
 
 
-def _shown(adapter: Any) -> list[Any]:
+def shown(adapter: Any) -> list[Any]:
     head = facts(
         (
             ("adapter", adapter.version or adapter.name),

@@ -200,10 +200,10 @@ def _print(backend: Any, as_json: bool) -> None:
     if as_json:
         print_json(backend)
     else:
-        console().print(Group(*_shown(backend)))
+        console().print(Group(*shown(backend)))
 
 
-def _shown(backend: Any) -> list[Any]:
+def shown(backend: Any) -> list[Any]:
     from sidecar.backends.registry import model_kind, url_of
 
     kind = model_kind(backend.kind)

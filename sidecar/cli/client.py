@@ -33,6 +33,7 @@ class Client:
         self.adapters: Any = stubs.AdaptersStub(self._channel)
         self.backends: Any = stubs.BackendsStub(self._channel)
         self.queues: Any = stubs.QueuesStub(self._channel)
+        self.pool: Any = stubs.PoolStub(self._channel)
         self.replicas: Any = stubs.ReplicasStub(self._channel)
         self.access: Any = stubs.AccessStub(self._channel)
         data: Any = gateway_pb2_grpc

@@ -40,6 +40,10 @@ COMMANDS = {
         "sidecar.cli.queue:queue",
         "Show which requests wait, how long, their bounds, and why. The first line is the verdict.",
     ),
+    "top": (
+        "sidecar.cli.top.command:top",
+        "Show the pool live: queue, engines and their slots, adapters, tenants, requests; keys cancel, pause, drain.",
+    ),
     "usage": (
         "sidecar.cli.usage:usage",
         "Show what tenants have used: requests, tokens, hours of seats and slots, loads, and what it costs.",

@@ -28,7 +28,7 @@ class Why(Enum):
 
     @property
     def because(self) -> str:
-        """The reason as a clause of a sentence, with {places} for the backends where it holds."""
+        """The reason as a clause of a sentence; {places} are the backends where it holds, {names} the adapters."""
         return BECAUSE[self]
 
 
@@ -36,15 +36,15 @@ BECAUSE = {
     Why.BACKEND_DOWN: "no backend that could serve is up",
     Why.STALLED: "nothing comes from {places}",
     Why.BACKING_OFF: "a pause is kept after a refusal by {places}",
-    Why.FETCHING: "weights are being fetched",
-    Why.STORE_FULL: "the host store has no room for more weights",
-    Why.LOADING: "weights are being loaded on {places}",
+    Why.FETCHING: "weights of {names} are being fetched",
+    Why.STORE_FULL: "the host store has no room for {names}",
+    Why.LOADING: "weights of {names} are being loaded on {places}",
     Why.HOST_CACHE_FULL: "the adapter host cache of {places} is full",
     Why.SLOTS_BUSY: "all slots are busy on {places}",
     Why.SEATS_FULL: "all seats are taken on {places}",
     Why.KV_FULL: "the KV cache is full on {places}",
-    Why.PROBATION: "a first load is under way elsewhere",
-    Why.APART: "a suspect load on {places} is kept apart",
+    Why.PROBATION: "a first load of {names} is under way elsewhere",
+    Why.APART: "a suspect load of {names} on {places} is kept apart",
     Why.GATED: "the ordering policy holds back on {places}",
     Why.TENANT_CAP: "a tenant has its share of {places}",
     Why.NEXT: "the turn on {places} has just come",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from sidecar.core import eligibility, promising
@@ -201,10 +201,18 @@ def backend_view(state: State, backend_id: str, now_ns: int) -> BackendView:
     return _backend_view(state, state.backends[backend_id], _names_by_digest(state), now_ns)
 
 
-def backend_views(state: State, now_ns: int) -> list[BackendView]:
-    """Return the view of every backend, in configured order."""
+def backend_views(state: State, now_ns: int, ids: Iterable[str] | None = None) -> list[BackendView]:
+    """Return the views of some backends, or of every backend in configured order."""
     names = _names_by_digest(state)
-    return [_backend_view(state, backend, names, now_ns) for backend in state.backends.values()]
+    return [
+        _backend_view(state, state.backends[each], names, now_ns) for each in (state.backends if ids is None else ids)
+    ]
+
+
+def labels(state: State, digests: Iterable[str]) -> list[str]:
+    """Return what people call some versions."""
+    names = _names_by_digest(state)
+    return [_label(names, digest) for digest in digests]
 
 
 def _names_by_digest(state: State) -> dict[str, str]:

@@ -6,7 +6,7 @@ oldest one; a view says when that left some out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from policies.at_most import at_most
@@ -18,6 +18,8 @@ from sidecar.core.troubles import idle, troubles
 
 EXAMINED_MAX = 1_000
 """Requests of one view whose reason to wait is computed, oldest first."""
+EXAMINED_OFTEN_MAX = 100
+"""The same for a verdict that is made every second."""
 PLACES_NAMED_MAX = 2
 FLOOD_MIN = 10
 FLOOD_SHARE = 0.8
@@ -93,35 +95,48 @@ def queue_view(
     Lists at most `limit` requests and groups, and examines at most `EXAMINED_MAX` requests, oldest first. The verdict
     begins with what is wrong with the pool, unless the view is confined to a tenant.
     """
-    groups = _groups(state, adapter, backend, tenant)
-    waiting = sum(group.waiting for group in groups)
-    running = sum(group.running for group in groups)
-    oldest = [
-        _waiting_view(state, request, now_ns)
-        for request in at_most(EXAMINED_MAX, _matching(state, adapter, backend, tenant, running=False))
-    ]
+    groups = groups_of(state, adapter, backend, tenant)
+    oldest = _oldest(state, now_ns, EXAMINED_MAX, adapter, backend, tenant)
     why: dict[Why, int] = {}
     for view in oldest:
         why[view.why] = why.get(view.why, 0) + 1
-    groups.sort(key=_Group.place)
-    shown = tuple(group.view(state, now_ns) for group in groups[:limit])
-    told = [_verdict(oldest, waiting, running, _flood(groups, waiting), _silent_ns(state, now_ns))]
-    if tenant is None:
-        told = [*troubles(state, now_ns), *told, *_idle(state, groups)]
+    groups.sort(key=Group.place)
     return QueueView(
-        verdict="; ".join(told),
-        waiting=waiting,
-        running=running,
+        verdict=_told(state, now_ns, groups, oldest, tenant),
+        waiting=sum(group.waiting for group in groups),
+        running=sum(group.running for group in groups),
         requests=tuple(oldest[:limit]),
         why=tuple(sorted(why.items(), key=lambda pair: (-pair[1], pair[0].value))),
         examined=len(oldest),
-        groups=shown,
+        groups=tuple(group.view(state, now_ns) for group in groups[:limit]),
         groups_total=len(groups),
     )
 
 
+def verdict(state: State, now_ns: int, groups: list[Group], tenant: str | None = None) -> str:
+    """Return the verdict of `queue_view` for groups that are known; it looks at fewer requests."""
+    return _told(state, now_ns, groups, _oldest(state, now_ns, EXAMINED_OFTEN_MAX, "", "", tenant), tenant)
+
+
+def _oldest(state: State, now_ns: int, most: int, adapter: str, backend: str, tenant: str | None) -> list[WaitingView]:
+    oldest = at_most(most, _matching(state, adapter, backend, tenant, running=False))
+    return [waiting_view(state, request, now_ns) for request in oldest]
+
+
+def _told(state: State, now_ns: int, groups: list[Group], oldest: list[WaitingView], tenant: str | None) -> str:
+    """Return the verdict. Who is confined to a tenant hears nothing of the pool."""
+    waiting = sum(group.waiting for group in groups)
+    running = sum(group.running for group in groups)
+    of_queue = _verdict(oldest, waiting, running, _flood(groups, waiting), _silent_ns(state, now_ns))
+    if tenant is not None:
+        return of_queue
+    longest = min((group.oldest for group in groups if group.oldest is not None), key=lambda r: r.id, default=None)
+    empty = idle(state, longest) if longest is not None else ()
+    return "; ".join((*troubles(state, now_ns), of_queue, *empty))
+
+
 @dataclass
-class _Group:
+class Group:
     """The requests of one group, counted."""
 
     adapter: str
@@ -138,7 +153,7 @@ class _Group:
         return first, -self.running, self.adapter, self.tenant, self.backend
 
     def view(self, state: State, now_ns: int) -> GroupView:
-        oldest = None if self.oldest is None else _waiting_view(state, self.oldest, now_ns)
+        oldest = None if self.oldest is None else waiting_view(state, self.oldest, now_ns)
         return GroupView(self.adapter, self.tenant, self.backend, self.waiting, self.running, self.tokens, oldest)
 
 
@@ -169,14 +184,24 @@ def _matching(
             yield request
 
 
-def _groups(state: State, adapter: str, backend: str, tenant: str | None) -> list[_Group]:
-    groups: dict[tuple[str, str, str], _Group] = {}
-    for request in _matching(state, adapter, backend, tenant):
+def groups_of(state: State, adapter: str = "", backend: str = "", tenant: str | None = None) -> list[Group]:
+    groups: Groups = {}
+    add_to_groups(groups, _matching(state, adapter, backend, tenant))
+    return list(groups.values())
+
+
+Groups = dict[tuple[str, str, str], Group]
+"""By the name of the adapter, the tenant, and the backend."""
+
+
+def add_to_groups(groups: Groups, requests: Iterable[Request]) -> None:
+    """Count requests, which come in order of arrival."""
+    for request in requests:
         view = request.view
         key = view.name, view.tenant, request.backend or ""
         group = groups.get(key)
         if group is None:
-            group = groups[key] = _Group(*key)
+            group = groups[key] = Group(*key)
         if request.running:
             group.running += 1
             continue
@@ -184,10 +209,9 @@ def _groups(state: State, adapter: str, backend: str, tenant: str | None) -> lis
         group.tokens += request.footprint
         if group.oldest is None:
             group.oldest = request
-    return list(groups.values())
 
 
-def _flood(groups: list[_Group], waiting: int) -> str:
+def _flood(groups: list[Group], waiting: int) -> str:
     """Return whose most of a long queue is: ", 58 of them for sql of tenant acme"; "" if it is nobody's."""
     if waiting < FLOOD_MIN:
         return ""
@@ -204,12 +228,7 @@ def _flood(groups: list[_Group], waiting: int) -> str:
     return f", {'all' if least == waiting else least} of them {' '.join(parts)}"
 
 
-def _idle(state: State, groups: list[_Group]) -> Iterator[str]:
-    if groups and groups[0].oldest is not None:
-        yield from idle(state, groups[0].oldest)
-
-
-def _waiting_view(state: State, request: Request, now_ns: int) -> WaitingView:
+def waiting_view(state: State, request: Request, now_ns: int) -> WaitingView:
     view = request.view
     return WaitingView(
         request=request.id,
@@ -236,14 +255,14 @@ def _verdict(oldest: list[WaitingView], waiting: int, running: int, whose: str, 
         return f"nobody waits, {running} running" if running else "nobody waits, nothing runs"
     first = oldest[0]
     since = f"{seconds(first.waited_ns)} ({_limits(first)})"
-    backends: dict[Why, list[str]] = {}
+    by_reason: dict[Why, list[WaitingView]] = {}
     for view in oldest:
-        backends.setdefault(view.why, []).append(view.backend)
-    why, where = min(backends.items(), key=lambda pair: (-len(pair[1]), pair[0].value))
-    because = _because(why, list(dict.fromkeys(where)))
+        by_reason.setdefault(view.why, []).append(view)
+    why, views = min(by_reason.items(), key=lambda pair: (-len(pair[1]), pair[0].value))
+    because = _because(why, views)
     if why is Why.STALLED:
         because += f" for {seconds(silent_ns)}"
-    count = len(where)
+    count = len(views)
     if waiting == 1:
         return f"1 waiting for {since} because {because}"
     share = "all" if count == waiting else str(count)
@@ -260,13 +279,14 @@ def _limits(view: WaitingView) -> str:
     return bound if view.bound_ns == view.expires_ns else f"{bound}, {expires}"
 
 
-def _because(why: Why, backends: list[str]) -> str:
-    """Return a reason as a clause about these backends; [""] stands for a request without a backend."""
-    known = [backend for backend in backends if backend]
-    if why is Why.BACKEND_DOWN and known:
-        return f"nothing answers on {_joined(known)}"
-    return why.because.format(places=_joined(known))
+def _because(why: Why, views: list[WaitingView]) -> str:
+    """Return a reason as a clause about the backends and adapters of the requests for which it holds."""
+    backends = list(dict.fromkeys(view.backend for view in views if view.backend))
+    if why is Why.BACKEND_DOWN and backends:
+        return f"nothing answers on {_joined(backends, 'backends')}"
+    adapters = list(dict.fromkeys(view.adapter or "the base model" for view in views))
+    return why.because.format(places=_joined(backends, "backends"), names=_joined(adapters, "adapters"))
 
 
-def _joined(backends: list[str]) -> str:
-    return " and ".join(backends) if len(backends) <= PLACES_NAMED_MAX else f"{len(backends)} backends"
+def _joined(names: list[str], what: str) -> str:
+    return " and ".join(names) if len(names) <= PLACES_NAMED_MAX else f"{len(names)} {what}"

@@ -947,3 +947,125 @@ class WaitingRequest(_message.Message):
     voided: str
     request_id: str
     def __init__(self, request: _Optional[int] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., backend: _Optional[str] = ..., waited_s: _Optional[float] = ..., bound_s: _Optional[float] = ..., why: _Optional[str] = ..., expires_s: _Optional[float] = ..., voided: _Optional[str] = ..., request_id: _Optional[str] = ..., **kwargs) -> None: ...
+
+class WatchPoolRequest(_message.Message):
+    __slots__ = ("page", "sort", "filter", "offset", "limit", "interval_s", "lanes_of")
+    PAGE_FIELD_NUMBER: _ClassVar[int]
+    SORT_FIELD_NUMBER: _ClassVar[int]
+    FILTER_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    INTERVAL_S_FIELD_NUMBER: _ClassVar[int]
+    LANES_OF_FIELD_NUMBER: _ClassVar[int]
+    page: str
+    sort: str
+    filter: str
+    offset: int
+    limit: int
+    interval_s: float
+    lanes_of: str
+    def __init__(self, page: _Optional[str] = ..., sort: _Optional[str] = ..., filter: _Optional[str] = ..., offset: _Optional[int] = ..., limit: _Optional[int] = ..., interval_s: _Optional[float] = ..., lanes_of: _Optional[str] = ...) -> None: ...
+
+class PoolView(_message.Message):
+    __slots__ = ("time", "replica", "verdict", "waiting", "running", "tokens_per_s", "backends", "backends_up", "seats", "adapters", "rows_total", "groups", "backend_rows", "adapter_rows", "tenant_rows", "request_rows", "lanes")
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    VERDICT_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    BACKENDS_FIELD_NUMBER: _ClassVar[int]
+    BACKENDS_UP_FIELD_NUMBER: _ClassVar[int]
+    SEATS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_ROWS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_ROWS_FIELD_NUMBER: _ClassVar[int]
+    TENANT_ROWS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ROWS_FIELD_NUMBER: _ClassVar[int]
+    LANES_FIELD_NUMBER: _ClassVar[int]
+    time: float
+    replica: str
+    verdict: str
+    waiting: int
+    running: int
+    tokens_per_s: float
+    backends: int
+    backends_up: int
+    seats: int
+    adapters: int
+    rows_total: int
+    groups: _containers.RepeatedCompositeFieldContainer[QueueGroup]
+    backend_rows: _containers.RepeatedCompositeFieldContainer[BackendRow]
+    adapter_rows: _containers.RepeatedCompositeFieldContainer[AdapterRow]
+    tenant_rows: _containers.RepeatedCompositeFieldContainer[TenantRow]
+    request_rows: _containers.RepeatedCompositeFieldContainer[OpenRequest]
+    lanes: _containers.RepeatedCompositeFieldContainer[Lane]
+    def __init__(self, time: _Optional[float] = ..., replica: _Optional[str] = ..., verdict: _Optional[str] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., backends: _Optional[int] = ..., backends_up: _Optional[int] = ..., seats: _Optional[int] = ..., adapters: _Optional[int] = ..., rows_total: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[QueueGroup, _Mapping]]] = ..., backend_rows: _Optional[_Iterable[_Union[BackendRow, _Mapping]]] = ..., adapter_rows: _Optional[_Iterable[_Union[AdapterRow, _Mapping]]] = ..., tenant_rows: _Optional[_Iterable[_Union[TenantRow, _Mapping]]] = ..., request_rows: _Optional[_Iterable[_Union[OpenRequest, _Mapping]]] = ..., lanes: _Optional[_Iterable[_Union[Lane, _Mapping]]] = ...) -> None: ...
+
+class BackendRow(_message.Message):
+    __slots__ = ("backend", "tokens_per_s", "silent_s")
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    SILENT_S_FIELD_NUMBER: _ClassVar[int]
+    backend: Backend
+    tokens_per_s: float
+    silent_s: float
+    def __init__(self, backend: _Optional[_Union[Backend, _Mapping]] = ..., tokens_per_s: _Optional[float] = ..., silent_s: _Optional[float] = ...) -> None: ...
+
+class AdapterRow(_message.Message):
+    __slots__ = ("name", "version", "waiting", "running", "oldest", "tokens_per_s", "on_gpu", "in_engine_host", "loading", "store", "pinned", "quarantined", "paused_s")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    ON_GPU_FIELD_NUMBER: _ClassVar[int]
+    IN_ENGINE_HOST_FIELD_NUMBER: _ClassVar[int]
+    LOADING_FIELD_NUMBER: _ClassVar[int]
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINED_FIELD_NUMBER: _ClassVar[int]
+    PAUSED_S_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    version: str
+    waiting: int
+    running: int
+    oldest: WaitingRequest
+    tokens_per_s: float
+    on_gpu: int
+    in_engine_host: int
+    loading: int
+    store: str
+    pinned: bool
+    quarantined: str
+    paused_s: float
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., oldest: _Optional[_Union[WaitingRequest, _Mapping]] = ..., tokens_per_s: _Optional[float] = ..., on_gpu: _Optional[int] = ..., in_engine_host: _Optional[int] = ..., loading: _Optional[int] = ..., store: _Optional[str] = ..., pinned: _Optional[bool] = ..., quarantined: _Optional[str] = ..., paused_s: _Optional[float] = ...) -> None: ...
+
+class TenantRow(_message.Message):
+    __slots__ = ("tenant", "waiting", "running", "oldest", "tokens_per_s", "tokens", "weight")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    waiting: int
+    running: int
+    oldest: WaitingRequest
+    tokens_per_s: float
+    tokens: int
+    weight: float
+    def __init__(self, tenant: _Optional[str] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., oldest: _Optional[_Union[WaitingRequest, _Mapping]] = ..., tokens_per_s: _Optional[float] = ..., tokens: _Optional[int] = ..., weight: _Optional[float] = ...) -> None: ...
+
+class Lane(_message.Message):
+    __slots__ = ("held", "names")
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    held: _containers.RepeatedScalarFieldContainer[int]
+    names: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, held: _Optional[_Iterable[int]] = ..., names: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -1166,6 +1166,82 @@ class Queues:
             _registered_method=True)
 
 
+class PoolStub:
+    """The pool as it changes.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Watch = channel.unary_stream(
+                '/lorasidecar.v1.Pool/Watch',
+                request_serializer=sidecar_dot_proto_dot_admin__pb2.WatchPoolRequest.SerializeToString,
+                response_deserializer=sidecar_dot_proto_dot_admin__pb2.PoolView.FromString,
+                _registered_method=True)
+
+
+class PoolServicer:
+    """The pool as it changes.
+    """
+
+    def Watch(self, request, context):
+        """Shows one page of the pool again and again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_PoolServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Watch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=sidecar_dot_proto_dot_admin__pb2.WatchPoolRequest.FromString,
+                    response_serializer=sidecar_dot_proto_dot_admin__pb2.PoolView.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'lorasidecar.v1.Pool', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('lorasidecar.v1.Pool', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Pool:
+    """The pool as it changes.
+    """
+
+    @staticmethod
+    def Watch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/lorasidecar.v1.Pool/Watch',
+            sidecar_dot_proto_dot_admin__pb2.WatchPoolRequest.SerializeToString,
+            sidecar_dot_proto_dot_admin__pb2.PoolView.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
 class AccessStub:
     """Who may do what and how much of it, and the record of it.
     """

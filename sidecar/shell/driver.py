@@ -69,6 +69,10 @@ class Driver:
         if of_refused:
             self._of_refused.append(observer)
 
+    def forget(self, observer: Observer) -> None:
+        """Show an observer no further step."""
+        self._observers.remove(observer)
+
     def post(self, event: Event) -> None:
         """Queue an event. Raises Refused for a request if the queue is full or the core has failed."""
         if self.crash.raised is not None:

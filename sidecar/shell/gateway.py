@@ -42,6 +42,7 @@ from sidecar.shell.catalogue import Catalogue
 from sidecar.shell.crash import Crash, last_ending
 from sidecar.shell.driver import Driver, Observer
 from sidecar.shell.fleet import Fleet
+from sidecar.shell.flow import Lanes
 from sidecar.shell.requests import Elsewhere, RequestFacts
 from sidecar.shell.sources import Sources
 from sidecar.shell.store import BlobStore
@@ -110,6 +111,7 @@ class Gateway:
         self._asks: dict[int, asyncio.Future[do.Answer]] = {}
         self._client_stall_ns = int(client_stall_s * 1e9)
         self._sweeper: asyncio.Task[None] | None = None
+        self.lanes = Lanes(lambda: self.core.state)
 
     @property
     def state(self) -> State:
@@ -343,9 +345,10 @@ class Gateway:
             self._left.pop(ticket.request, None)
 
     async def _sweep(self) -> None:
-        """Cancel requests whose clients have been too far behind for too long, and drop sources that are not needed."""
+        """Once a second: cancel requests whose clients have been too far behind for too long, and drop old sources."""
         while True:
             await asyncio.sleep(min(STALL_CHECK_S, self._client_stall_ns / 4e9))
+            self.lanes.sample()
             self.catalogue.forget_unneeded()
             self._cancel_stalled()
 

@@ -56,7 +56,12 @@ def open_requests(gateway: Gateway, chosen: Chosen) -> Iterator[OpenRequest]:
     for request in gateway.state.requests.values():
         view = request.view
         if not request.settled and chosen.takes(request.client_id, view.name, view.tenant, request.backend or ""):
-            yield _own(request, now_ns)
+            yield shown(request, now_ns)
+    yield from passed_on(gateway, chosen)
+
+
+def passed_on(gateway: Gateway, chosen: Chosen) -> Iterator[OpenRequest]:
+    """Yield the chosen ones of the requests that other replicas run for this one."""
     for ticket, facts, age_s in gateway.elsewhere.passed_on() if gateway.elsewhere is not None else ():
         name, _, version = facts.adapter.partition("@")
         if chosen.takes(ticket.client_id, name, facts.tenant, ""):
@@ -66,7 +71,8 @@ def open_requests(gateway: Gateway, chosen: Chosen) -> Iterator[OpenRequest]:
             )  # fmt: skip
 
 
-def _own(request: Request, now_ns: int) -> OpenRequest:
+def shown(request: Request, now_ns: int) -> OpenRequest:
+    """Return an open request of this replica's core as operators see it."""
     view = request.view
     return OpenRequest(
         request=request.id,

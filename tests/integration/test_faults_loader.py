@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from sidecar.backends.triton import loads
 from sidecar.core.effects import Load
 from tests.kit.emulated import running_engine
 from tests.kit.faults import DUMMY, ENDLESS, assert_nothing_left, assert_right, attempt, heals, occupied
@@ -122,3 +123,16 @@ async def test_the_loader_ends_when_its_parent_is_gone_and_ignores_ctrl_c() -> N
     assert b'"load": 2' in await process.stdout.readline()
     process.stdin.close()
     assert await process.wait() == 0
+
+
+async def test_a_loader_that_stands_still_does_not_keep_the_sidecar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loads, "END_S", 0.2)
+    write_adapters(tmp_path, 1)
+    async with running_engine(**DUMMY) as engine:
+        async with serving([engine], tmp_path) as served:
+            await until(lambda: served.sidecar._loader.pid is not None)
+            loader = loader_of(served)
+            os.kill(loader, signal.SIGSTOP)
+        assert not psutil.pid_exists(loader)

@@ -212,7 +212,7 @@ def test_every_reason_to_wait_has_words() -> None:
     """A label of its own, and a clause that names nothing but places."""
     labels = [why.value for why in enums.Why]
     assert len({*labels}) == len(labels) == len({why.because for why in enums.Why})
-    assert all("{" not in why.because.format(places="b0") for why in enums.Why)
+    assert all("{" not in why.because.format(places="b0", names="sql") for why in enums.Why)
 
 
 def test_what_members_ask_each_other_keeps_its_names() -> None:

@@ -35,7 +35,7 @@ def test_one_waiting_request_is_a_sentence_of_its_own() -> None:
     queue = view(world)
     bound_ns = promised_ns(world, request)
     assert queue.verdict == (
-        f"1 waiting for 3 ms (bound {seconds(bound_ns)}, expires 600 s) because weights are being fetched"
+        f"1 waiting for 3 ms (bound {seconds(bound_ns)}, expires 600 s) because weights of sql are being fetched"
     )
     assert queue.why == ((Why.FETCHING, 1),)
     shown = queue.requests[0]
@@ -241,19 +241,18 @@ def test_all_that_wait_are_counted_by_the_first_of_each_version() -> None:
 @pytest.mark.parametrize("why", list(Why))
 def test_every_why_has_words(why: Why) -> None:
     """The verdict can say each reason."""
-    assert "{" not in waiting._because(why, ["b0"])
-    assert "{" not in waiting._because(why, [""])
+    assert "{" not in why.because.format(places="b0", names="sql")
 
 
-def test_a_reason_on_several_backends_is_counted_once() -> None:
+@pytest.mark.parametrize(("engines", "places"), [(2, "b0 and b1"), (3, "3 backends")])
+def test_a_reason_on_several_backends_is_counted_once(engines: int, places: str) -> None:
     """Seats that are full on two backends are one reason, and both are named; more are counted."""
-    world = World(CoreConfig(routing="resident_first"), engines=2, seats=1)
-    for _ in range(6):
+    world = World(CoreConfig(routing="resident_first"), engines=engines, seats=1)
+    for _ in range(4 + engines):
         world.send()
     queue = view(world)
     assert queue.why == ((Why.SEATS_FULL, 4),)
-    assert "all of them because all seats are taken on b0 and b1" in queue.verdict
-    assert waiting._because(Why.SEATS_FULL, ["b0", "b1", "b2"]) == "all seats are taken on 3 backends"
+    assert f"all of them because all seats are taken on {places}" in queue.verdict
 
 
 def test_an_adapter_that_goes_while_the_list_is_made_is_left_out() -> None:

@@ -107,7 +107,7 @@ more, as `sidecar queue` shows them and `lora_sidecar_wait_bounds_voided_total` 
 
 
 def waiting_page() -> str:
-    told = {why.value: why.because.format(places="the backend") for why in Why}
+    told = {why.value: why.because.format(places="the backend", names="the adapter") for why in Why}
     rows = (f"| {reason} | {because[0].upper()}{because[1:]}. |\n" for reason, because in told.items())
     return WAITING_PAGE + "".join(rows) + VOIDED + "".join(f"* {reason.value}\n" for reason in Voided)
 

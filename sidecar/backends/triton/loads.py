@@ -18,6 +18,8 @@ from sidecar.core.effects import Load
 logger = logging.getLogger(__name__)
 
 LINE_BYTES_MAX = 1 << 22
+END_S = 5.0
+"""How long a loader process may take to end."""
 TRIES = 2
 """Processes that one load is given to. If both end during it, the core is told."""
 
@@ -130,6 +132,10 @@ class _Child:
         self._closing = True
         assert self.process.stdin is not None
         self.process.stdin.close()
+        _, standing = await asyncio.wait([self._reader], timeout=END_S)
+        if standing:  # a file system that does not answer keeps it, and would keep the sidecar
+            logger.warning("the loader process did not end within %g s and is killed", END_S)
+            self.process.kill()
         await self._reader
 
     def _send(self, record: dict[str, Any]) -> None:

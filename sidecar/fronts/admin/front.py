@@ -12,13 +12,15 @@ from sidecar.access.principal import Action
 from sidecar.core import queries, waiting
 from sidecar.fronts.admin.access import AccessService
 from sidecar.fronts.admin.adapters import AdaptersService
+from sidecar.fronts.admin.messages import backend_message, open_request_message, queue_message
 from sidecar.fronts.admin.own_tenant import confined_to
+from sidecar.fronts.admin.pool import PoolService
 from sidecar.fronts.status import answers_errors
 from sidecar.ownership.facts import Member
 from sidecar.proto import admin_pb2, admin_pb2_grpc
 from sidecar.replicas.replica import Replica
 from sidecar.shell.gateway import Gateway
-from sidecar.shell.open_requests import Chosen, OpenRequest, cancel, check_chosen, open_requests
+from sidecar.shell.open_requests import Chosen, cancel, check_chosen, open_requests
 
 LISTED_DEFAULT = 100
 LISTED_MAX = waiting.EXAMINED_MAX
@@ -31,6 +33,8 @@ def add_admin(server: Any, gateway: Gateway, replica: Replica | None = None, acc
     services.add_BackendsServicer_to_server(BackendsService(gateway, replica), server)
     services.add_ReplicasServicer_to_server(ReplicasService(replica), server)
     services.add_QueuesServicer_to_server(QueuesService(gateway), server)
+    me = "" if replica is None else replica.member.id
+    services.add_PoolServicer_to_server(PoolService(gateway, me), server)
     services.add_AccessServicer_to_server(AccessService(*access), server)
 
 
@@ -94,7 +98,7 @@ class QueuesService(admin_pb2_grpc.QueuesServicer):
         message = queue_message(view)
         chosen = Chosen(adapter=request.adapter, tenant=tenant or "", backend=request.backend)
         running = (each for each in open_requests(self._gateway, chosen) if each.state == "running")
-        message.runs.extend(map(_open_request_message, at_most(limit, running)))
+        message.runs.extend(map(open_request_message, at_most(limit, running)))
         return message
 
     @answers_errors
@@ -105,7 +109,7 @@ class QueuesService(admin_pb2_grpc.QueuesServicer):
         chosen = Chosen(adapter=request.adapter, tenant=tenant or request.tenant, backend=request.backend)
         found = list(open_requests(self._gateway, chosen))
         shown = found[: min(request.limit or LISTED_DEFAULT, LISTED_MAX)]
-        return admin_pb2.ListRequestsResponse(requests=map(_open_request_message, shown), total=len(found))
+        return admin_pb2.ListRequestsResponse(requests=map(open_request_message, shown), total=len(found))
 
     @answers_errors
     async def Cancel(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -114,105 +118,6 @@ class QueuesService(admin_pb2_grpc.QueuesServicer):
         check_chosen(asked)
         chosen = replace(asked, tenant=tenant or request.tenant)
         return admin_pb2.CancelResponse(cancelled=cancel(self._gateway, chosen))
-
-
-def backend_message(view: queries.BackendView) -> Any:
-    """Return a backend as the API shows it, without its address."""
-    return admin_pb2.Backend(
-        id=view.id,
-        kind=view.kind,
-        state=view.state,
-        base_model=view.base_model,
-        dtype=view.dtype,
-        rank_max=view.rank_max,
-        running=view.running,
-        queued=view.queued,
-        seats=view.seats,
-        host_pages=view.host_pages,
-        device_pages=view.device_pages,
-        kv_tokens=view.kv_tokens,
-        kv_reserved=view.kv_reserved,
-        page_limit=view.page_limit,
-        open=[_open_message(version) for version in view.open],
-        heals=[
-            admin_pb2.HealNote(age_s=heal.age_ns / 1e9, reason=heal.reason, adapter=heal.adapter) for heal in view.heals
-        ],
-        resident=view.resident,
-        detail="; ".join(view.notes),
-        pace=view.pace,
-        predicted_wait_s=None if view.predicted_wait_ns is None else view.predicted_wait_ns / 1e9,
-    )
-
-
-def _open_message(view: queries.OpenView) -> Any:
-    return admin_pb2.OpenVersion(
-        name=view.name,
-        digest=view.digest,
-        age_s=view.age_ns / 1e9,
-        pages=view.pages,
-        running=view.running,
-        queued=view.queued,
-        pinned_by=view.pinned_by,
-    )
-
-
-def queue_message(view: waiting.QueueView) -> Any:
-    """Return the queue as the API shows it."""
-    return admin_pb2.QueueResponse(
-        verdict=view.verdict,
-        waiting=view.waiting,
-        running=view.running,
-        requests=map(_waiting_message, view.requests),
-        why=[admin_pb2.WhyCount(why=why.value, count=count) for why, count in view.why],
-        groups=map(_group_message, view.groups),
-        groups_total=view.groups_total,
-    )
-
-
-def _group_message(group: waiting.GroupView) -> Any:
-    return admin_pb2.QueueGroup(
-        adapter=group.adapter,
-        tenant=group.tenant,
-        backend=group.backend,
-        waiting=group.waiting,
-        running=group.running,
-        tokens=group.tokens,
-        oldest=None if group.oldest is None else _waiting_message(group.oldest),
-    )
-
-
-def _waiting_message(item: waiting.WaitingView) -> Any:
-    fields = {"class": item.klass}  # a keyword of Python's
-    return admin_pb2.WaitingRequest(
-        request=item.request,
-        request_id=item.client_id,
-        adapter=item.adapter,
-        tenant=item.tenant,
-        backend=item.backend,
-        waited_s=item.waited_ns / 1e9,
-        bound_s=(item.bound_ns or 0) / 1e9,
-        expires_s=item.expires_ns / 1e9,
-        voided=item.voided,
-        why=item.why.value,
-        **fields,
-    )
-
-
-def _open_request_message(request: OpenRequest) -> Any:
-    fields = {"class": request.klass}  # a keyword of Python's
-    return admin_pb2.OpenRequest(
-        request=request.request,
-        request_id=request.client_id,
-        adapter=request.adapter,
-        version=request.version,
-        tenant=request.tenant,
-        backend=request.backend,
-        state=request.state,
-        age_s=request.age_s,
-        input_tokens=request.input_tokens,
-        output_tokens_max=request.output_tokens_max,
-        **fields,
-    )
 
 
 class ReplicasService(admin_pb2_grpc.ReplicasServicer):

@@ -172,6 +172,7 @@ QUEUES = {
     "List": Verb(Action.SEE_QUEUE, each=True),
     "Cancel": Verb(Action.CANCEL, _tenant, _always, _asked, lambda reply: {"cancelled": reply.cancelled}, each=True),
 }
+POOL = {"Watch": Verb(Action.SEE_QUEUE, each=True)}
 REPLICAS = {"List": Verb(Action.LIST)}
 
 
@@ -261,6 +262,7 @@ _SERVICES: Mapping[str, Mapping[str, Verb]] = {
     f"{API}.Adapters": ADAPTERS,
     f"{API}.Backends": BACKENDS,
     f"{API}.Queues": QUEUES,
+    f"{API}.Pool": POOL,
     f"{API}.Replicas": REPLICAS,
     f"{API}.Access": ACCESS,
     KSERVE: ON_ENGINES | dict.fromkeys(NOT_ON_ADMIN, ANYBODY),

@@ -1,0 +1,1 @@
+"""`sidecar top`: the pool, live, in the terminal."""

@@ -1,0 +1,386 @@
+"""The screen of `sidecar top`: one page of the pool, its verdict above, its keys below."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from math import inf
+from typing import Any, ClassVar
+
+import grpc
+from rich.console import Group, RenderableType
+from rich.text import Text
+from textual.app import App, ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
+from textual.events import Resize
+from textual.screen import ModalScreen
+from textual.widgets import Input, Static
+
+from sidecar.cli.client import Client, call_failed
+from sidecar.cli.exits import CommandError
+from sidecar.cli.show import count
+from sidecar.cli.top import opened
+from sidecar.cli.top.feed import Feed
+from sidecar.cli.top.lanes import drawn
+from sidecar.cli.top.pages import PAGES, Lever, PageView, laid_out
+from sidecar.proto import admin_pb2 as pb
+
+SORTS = ("", "name", "waiting", "running", "tokens")
+SORTED_BY = {"": "oldest"}
+ENGINES = next(page for page in PAGES if page.rows == "backend_rows")
+API_PAGES = {"engines": "backends"}
+"""The names of pages that the API calls otherwise."""
+NOTICE_S = 8.0
+KEYS = (
+    "1–5 pages   ↑ ↓ PgUp PgDn Home move   enter open   esc back",
+    "s sort      / filter                  q quit",
+    "c cancel requests   p pause or resume an adapter   d drain or undrain an engine",
+    "Every lever asks before it acts. Of an engine's slots, those with * run requests.",
+)
+
+
+class Top(App[None]):
+    """Show the pool until the user quits."""
+
+    CSS = """
+    Screen { background: ansi_default; }
+    #verdict { max-height: 5; text-style: bold; }
+    #tabs, #keys, #head, #filter { height: 1; }
+    #body { height: 1fr; }
+    Input { border: none; padding: 0; background: ansi_default; }
+    ModalScreen { align: center middle; }
+    .box { width: 90%; max-width: 110; height: auto; max-height: 90%; border: round; padding: 0 1; }
+    """
+    ENABLE_COMMAND_PALETTE = False
+    AUTO_FOCUS = ""
+    BINDINGS: ClassVar[list[BindingType]] = [
+        *(Binding(str(number), f"page({number - 1})", show=False) for number in range(1, len(PAGES) + 1)),
+        *(Binding(key, f"move({by})", show=False) for key, by in (("up,k", -1), ("down,j", 1))),
+        Binding("pageup", "screens(-1)", show=False),
+        Binding("pagedown", "screens(1)", show=False),
+        Binding("home", "begin", show=False),
+        Binding("s", "sort", show=False),
+        Binding("slash", "filter", show=False),
+        Binding("enter", "open", show=False),
+        Binding("escape", "back", show=False),
+        *(Binding(key, f"pull('{key}')", show=False) for key in "cpd"),
+        Binding("question_mark", "keys", show=False),
+        Binding("q", "quit", show=False),
+    ]
+
+    def __init__(self, client: Client, page: str, interval_s: float) -> None:
+        super().__init__()
+        self.theme = "ansi-dark"  # the terminal's own colours
+        self._client, self._interval_s = client, interval_s
+        self._page = next(each for each in PAGES if each.name == page)
+        self._sort, self._filter, self._offset, self._cursor = "", "", 0, 0
+        self._selected: str | None = None
+        """The key of the row under the cursor, which stays there when rows move."""
+        self._view: Any = None
+        self._trouble, self._notice = "", ""
+        self._asked: Any = None
+        self._feed: Feed
+
+    # What is on the screen.
+
+    def compose(self) -> ComposeResult:
+        yield Static(id="head")
+        yield Static(id="verdict")
+        yield Static(id="tabs")
+        yield Static(id="body")
+        yield Input(id="filter", placeholder="part of a name or id; enter filters, esc clears")
+        yield Static(id="keys")
+
+    def on_mount(self) -> None:
+        self.query_one("#filter").display = False
+        loop = asyncio.get_running_loop()
+        self._feed = Feed(
+            self._client,
+            lambda view: call_soon(loop, self._show, view),
+            lambda error, lasts: call_soon(loop, self._fail, error, lasts),
+        )
+        self._draw()
+
+    def on_unmount(self) -> None:
+        self._feed.stop()
+
+    def on_resize(self, event: Resize) -> None:
+        self.call_after_refresh(self._ask)
+
+    def _show(self, view: Any) -> None:
+        self._view, self._trouble = view, ""
+        if self._offset >= view.rows_total and self._offset:
+            self._go(max(0, view.rows_total - self._room()))
+        keys = [self._page.key(row) for row in self._rows()]
+        if self._selected in keys:
+            self._cursor = keys.index(self._selected)
+        self._cursor = max(0, min(self._cursor, len(keys) - 1))
+        self._selected = keys[self._cursor] if keys else None
+        self._ask()
+        self._draw()
+
+    def _fail(self, error: CommandError, lasts: bool) -> None:
+        if lasts:
+            self.exit(return_code=error.exit_code, message=None)
+            self.failure = error
+            return
+        self._trouble = str(error)
+        self._draw()
+
+    failure: CommandError | None = None
+    """Why the screen was left, if that was not the user's wish."""
+
+    def _draw(self) -> None:
+        view, width = self._view, self.size.width or 80
+        self._set("#head", self._head(view))
+        if self._trouble:
+            self._set("#verdict", Text(self._trouble + ("; what is below is old" if view is not None else ""), "red"))
+        else:
+            self._set("#verdict", Text("waiting for the first view" if view is None else view.verdict))
+        tabs = Text(no_wrap=True, overflow="ellipsis")
+        for number, page in enumerate(PAGES, 1):
+            tabs.append(f" {number} {page.name} ", "reverse" if page is self._page else "")
+        tabs.append(f"  by {SORTED_BY.get(self._sort, self._sort)}")
+        if self._filter:
+            tabs.append(f"  /{self._filter}", "bold")
+        if view is not None:
+            tabs.append(f"  {self._span()}", "dim")
+        self._set("#tabs", tabs)
+        self._set("#body", self._body(width))
+        keys = self._notice or "↑↓ move  enter open  s sort  / filter  c cancel  p pause  d drain  ? keys  q quit"
+        self._set("#keys", Text(keys, "bold" if self._notice else "dim", no_wrap=True, overflow="ellipsis"))
+
+    def _set(self, name: str, what: RenderableType) -> None:
+        self.query_one(name, Static).update(what)
+
+    def _head(self, view: Any) -> Text:
+        if view is None:
+            return Text("sidecar top", "bold")
+        parts = [view.replica, datetime.fromtimestamp(view.time).strftime("%H:%M:%S"), f"{view.waiting} waiting"]
+        if view.backends:
+            parts += [f"{view.running}/{view.seats} seats", f"{view.backends_up}/{view.backends} engines up"]
+        else:
+            parts.append(f"{view.running} running")
+        if view.HasField("tokens_per_s"):
+            parts.append(f"{view.tokens_per_s:.0f} tok/s")
+        return Text("top", "bold", no_wrap=True, overflow="ellipsis").append(
+            Text(" · " + " · ".join(filter(None, parts)), "not bold")
+        )
+
+    def _span(self) -> str:
+        shown, total = len(self._rows()), self._view.rows_total
+        if shown == total:
+            return str(total)
+        return f"{self._offset + 1}–{self._offset + shown} of {total}"
+
+    def _body(self, width: int) -> RenderableType:
+        if self._view is None:
+            return ""
+        rows = self._rows()
+        if not rows:
+            return Text(f'nothing has "{self._filter}" in its name' if self._filter else "nothing to show")
+        table = laid_out(self._page, rows, width, self._cursor)
+        if self._page is not ENGINES:
+            return table
+        lines = drawn(self._view.lanes, width)
+        room = self.query_one("#body").size.height - len(rows) - 3
+        head = Text(f"slots of {self._selected}, the last minute", "bold")
+        return Group(table, "", head, *(lines if len(lines) <= room else [*lines[: max(room - 2, 1)], *lines[-2:]]))
+
+    def _rows(self) -> list[Any]:
+        return list(getattr(self._view, self._page.rows)) if self._view is not None else []
+
+    # What is asked for.
+
+    def _room(self) -> int:
+        """Return how many rows fit: the engines' slots take the lower half of their page."""
+        height = self.query_one("#body").size.height - 1
+        return max(1, height // 2 if self._page is ENGINES else height)
+
+    def _ask(self) -> None:
+        """Ask for what the screen has room for, if that is not what is watched already."""
+        request = pb.WatchPoolRequest(
+            page=API_PAGES.get(self._page.name, self._page.name),
+            sort=self._sort,
+            filter=self._filter,
+            offset=self._offset,
+            limit=self._room(),
+            interval_s=self._interval_s,
+            lanes_of=self._selected or "" if self._page is ENGINES else "",
+        )
+        if request != self._asked:
+            self._asked = request
+            self._feed.ask(request)
+
+    def _go(self, offset: int) -> None:
+        self._offset = max(0, offset)
+        self._ask()
+
+    def _turn_to(self, page: PageView, wanted: str = "") -> None:
+        self._page, self._filter, self._offset, self._cursor, self._selected = page, wanted, 0, 0, None
+        if self._view is not None:
+            self._view.ClearField(page.rows)
+        self._ask()
+        self._draw()
+
+    # Keys.
+
+    def action_page(self, number: int) -> None:
+        self._turn_to(PAGES[number])
+
+    def action_move(self, by: int) -> None:
+        rows = self._rows()
+        cursor = self._cursor + by
+        if 0 <= cursor < len(rows):
+            self._cursor, self._selected = cursor, self._page.key(rows[cursor])
+            self._ask()
+        elif cursor < 0 < self._offset or (cursor >= len(rows) and self._offset + len(rows) < self._view.rows_total):
+            self._selected = None
+            self._go(self._offset + by)
+        self._draw()
+
+    def action_screens(self, by: int) -> None:
+        offset = self._offset + by * self._room()
+        if self._view is not None and offset < self._view.rows_total:
+            self._selected = None
+            self._go(offset)
+
+    def action_begin(self) -> None:
+        self._cursor, self._selected = 0, None
+        self._go(0)
+
+    def action_sort(self) -> None:
+        self._sort = SORTS[(SORTS.index(self._sort) + 1) % len(SORTS)]
+        self.action_begin()
+        self._draw()
+
+    def action_filter(self) -> None:
+        entry = self.query_one("#filter", Input)
+        entry.value, entry.display = self._filter, True
+        entry.focus()
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        self._filter = event.value.strip()
+        self._close_filter()
+
+    def _close_filter(self) -> None:
+        self.query_one("#filter").display = False
+        self.set_focus(None)
+        self.action_begin()
+        self._draw()
+
+    def action_back(self) -> None:
+        if self._filter or self.query_one("#filter").display:
+            self._filter = ""
+            self._close_filter()
+
+    def action_keys(self) -> None:
+        self.push_screen(Shown([Text(line) for line in KEYS]))
+
+    def action_open(self) -> None:
+        row = self._row()
+        if row is None:
+            return
+        target = self._page.opens(row)
+        if target is not None:
+            self._turn_to(next(page for page in PAGES if page.name == target[0]), target[1])
+        else:
+            self.run_worker(self._open(self._page.shown, row), exclusive=True)
+
+    async def _open(self, what: str, row: Any) -> None:
+        answer = await self._answer(lambda: opened.OPENED[what](self._client, row))
+        if answer is not None:
+            await self.push_screen(Shown(answer))
+
+    def action_pull(self, key: str) -> None:
+        row = self._row()
+        lever = next((each for each in self._page.levers(row) if each.key == key), None) if row is not None else None
+        if lever is None:
+            return
+        self.run_worker(self._pull(lever))
+
+    async def _pull(self, lever: Lever) -> None:
+        if not await self.push_screen_wait(Question(lever.question)):
+            return
+        service, method = lever.method.split(".")
+        request = LEVER_REQUESTS[lever.method](**lever.request)
+        answer = await self._answer(lambda: self._client.ask(getattr(getattr(self._client, service), method), request))
+        if answer is not None:
+            self._tell(LEVER_ANSWERS[lever.method](answer))
+
+    async def _answer(self, ask: Callable[[], Any]) -> Any:
+        """Return what a call answers, or tell why it failed and return None."""
+        try:
+            return await asyncio.to_thread(ask)
+        except grpc.RpcError as error:
+            self._tell(str(call_failed(error, self._client.endpoint)))
+        except CommandError as error:
+            self._tell(str(error))
+        return None
+
+    def _tell(self, notice: str) -> None:
+        self._notice = notice
+        self._draw()
+        self.set_timer(NOTICE_S, self._forget_notice)
+
+    def _forget_notice(self) -> None:
+        self._notice = ""
+        self._draw()
+
+    def _row(self) -> Any:
+        rows = self._rows()
+        return rows[self._cursor] if self._cursor < len(rows) else None
+
+
+LEVER_REQUESTS: dict[str, Any] = {
+    "queues.Cancel": pb.CancelRequest,
+    "adapters.Pause": pb.PauseRequest,
+    "adapters.Resume": pb.AdapterRequest,
+    "backends.Drain": pb.BackendRequest,
+    "backends.Undrain": pb.BackendRequest,
+}
+LEVER_ANSWERS: dict[str, Callable[[Any], str]] = {
+    "queues.Cancel": lambda answer: f"{count(answer.cancelled, 'request')} cancelled",
+    "adapters.Pause": lambda answer: f"{answer.name} is paused{'' if answer.paused_s == inf else ' for a while'}",
+    "adapters.Resume": lambda answer: f"{answer.name} takes requests",
+    "backends.Drain": lambda answer: f"{answer.id} drains",
+    "backends.Undrain": lambda answer: f"{answer.id} is sent requests again",
+}
+
+
+class Question(ModalScreen[bool]):
+    """Ask before a lever is pulled; only "y" means yes."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("y", "dismiss(True)"),
+        Binding("n,escape,enter,q", "dismiss(False)"),
+    ]
+
+    def __init__(self, question: str) -> None:
+        super().__init__()
+        self._question = question
+
+    def compose(self) -> ComposeResult:
+        yield Static(Text.assemble(self._question, ("  [y/N]", "bold")), classes="box")
+
+
+class Shown(ModalScreen[None]):
+    """Show one thing whole; it scrolls."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,enter,q", "dismiss(None)")]
+
+    def __init__(self, what: Iterable[RenderableType]) -> None:
+        super().__init__()
+        self._what = Group(*what)
+
+    def compose(self) -> ComposeResult:
+        with VerticalScroll(classes="box"):
+            yield Static(self._what)
+
+
+def call_soon(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *arguments: Any) -> None:
+    """Call from another thread; after the screen was left there is no loop, and nothing to call."""
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(call, *arguments)

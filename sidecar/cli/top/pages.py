@@ -1,0 +1,296 @@
+"""The pages of `sidecar top`: their columns, what a row is called, and which levers it has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.cells import cell_len, set_cell_size
+from rich.text import Text
+
+from sidecar.cli.show import duration
+
+GAP = "  "
+LAST_WIDTH_MIN = 12
+"""The last column, which is cut to what is left, has this width at least; else columns of less weight are left out."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column; of those that do not fit, the ones with the highest `spare` are left out first."""
+
+    name: str
+    cell: Callable[[Any], str]
+    right: bool = False
+    spare: int = 0
+
+
+@dataclass(frozen=True)
+class Lever:
+    """What an operator may do to a row: the key that does it, the RPC, and the question before."""
+
+    key: str
+    method: str
+    """Service and method, as the client has them: "queues.Cancel"."""
+    request: dict[str, Any]
+    question: str
+
+
+@dataclass(frozen=True)
+class PageView:
+    """One page. `rows` names the field of PoolView; `opens` is the page and the filter that a row opens, if any."""
+
+    name: str
+    rows: str
+    columns: tuple[Column, ...]
+    levers: Callable[[Any], Sequence[Lever]]
+    opens: Callable[[Any], tuple[str, str] | None] = lambda row: None
+    shown: str = ""
+    """What shows one row: "backend", "adapter" or "request"."""
+    key: Callable[[Any], str] = field(default=lambda row: row.name)
+    bad: Callable[[Any], bool] = lambda row: False
+
+
+def laid_out(page: PageView, rows: Sequence[Any], width: int, cursor: int) -> Text:
+    """Return the head and the rows as lines of one width; the row under the cursor is reversed, a bad one red."""
+    cells = [[column.cell(row) for column in page.columns] for row in rows]
+    widths = [
+        max(cell_len(column.name), *(cell_len(line[index]) for line in cells), 0)
+        for index, column in enumerate(page.columns)
+    ]
+    kept = _kept(page.columns, widths, width)
+    lines = [Text(_line(page.columns, kept, widths, [column.name for column in page.columns], width), style="bold")]
+    for number, (row, line) in enumerate(zip(rows, cells, strict=True)):
+        style = " ".join(filter(None, ("red" if page.bad(row) else "", "reverse" if number == cursor else "")))
+        lines.append(Text(_line(page.columns, kept, widths, line, width), style=style))
+    return Text("\n", no_wrap=True, overflow="crop").join(lines)
+
+
+def _kept(columns: Sequence[Column], widths: Sequence[int], width: int) -> list[int]:
+    """Return which columns fit."""
+    kept = list(range(len(columns)))
+    while len(kept) > 1:
+        needed = sum(widths[index] for index in kept[:-1]) + len(GAP) * (len(kept) - 1)
+        needed += min(widths[kept[-1]], LAST_WIDTH_MIN)
+        spare = max(kept, key=lambda index: (columns[index].spare, index))
+        if needed <= width or not columns[spare].spare:
+            break
+        kept.remove(spare)
+    return kept
+
+
+def _line(columns: Sequence[Column], kept: list[int], widths: Sequence[int], cells: Sequence[str], width: int) -> str:
+    parts = []
+    for index in kept:
+        room = " " * (widths[index] - cell_len(cells[index]))
+        parts.append(room + cells[index] if columns[index].right else cells[index] + room)
+    line = GAP.join(parts).rstrip()
+    if cell_len(line) > width:
+        line = set_cell_size(line, width - 1) + "…"
+    return set_cell_size(line, width)
+
+
+# Cells.
+
+
+def _adapter(name: str) -> str:
+    return name or "base model"
+
+
+def _oldest(row: Any) -> str:
+    return duration(row.oldest.waited_s) if row.HasField("oldest") else "-"
+
+
+def _bound(row: Any) -> str:
+    if not row.HasField("oldest"):
+        return "-"
+    if row.oldest.voided:
+        return "void"
+    return duration(row.oldest.bound_s) if row.oldest.bound_s else "-"
+
+
+def _rate(row: Any) -> str:
+    return f"{row.tokens_per_s:.0f}" if row.HasField("tokens_per_s") else "-"
+
+
+def _why(row: Any) -> str:
+    if not row.HasField("oldest"):
+        return "running" if row.running else "-"
+    return f"void: {row.oldest.voided}" if row.oldest.voided else row.oldest.why
+
+
+def _where(row: Any) -> str:
+    places = [
+        f"gpu {row.on_gpu}" if row.on_gpu else "",
+        f"engine host {row.in_engine_host}" if row.in_engine_host else "",
+        f"loading {row.loading}" if row.loading else "",
+        row.store,
+    ]
+    return ", ".join(filter(None, places)) or "-"
+
+
+def _notes(row: Any) -> str:
+    notes = ["pinned" if row.pinned else "", "quarantined" if row.quarantined else "", "paused" if row.paused_s else ""]
+    return ", ".join(filter(None, notes)) or "-"
+
+
+def _slots(row: Any) -> str:
+    open_names = [version.name + ("*" if version.running else "") for version in row.backend.open]
+    return " ".join(open_names) or "-"
+
+
+def _silent(row: Any) -> str:
+    return duration(row.silent_s) if row.HasField("silent_s") else "-"
+
+
+def _state(row: Any) -> str:
+    return str(row.backend.state)
+
+
+# Levers.
+
+
+def _cancel(what: str, count: int, **request: Any) -> Lever:
+    requests = "the request" if count == 1 else f"{count} requests"
+    return Lever("c", "queues.Cancel", request, f"Cancel {requests} {what}? The clients are told that an operator did.")
+
+
+def _pause(name: str, paused_s: float) -> Lever:
+    if paused_s:
+        return Lever("p", "adapters.Resume", {"name": name}, f"Resume {name}: take requests for it again?")
+    question = f"Pause {name}? New requests for it are refused until it is resumed; running ones go on."
+    return Lever("p", "adapters.Pause", {"name": name}, question)
+
+
+def _group_levers(row: Any) -> list[Lever]:
+    if not row.adapter:
+        return []  # an RPC without an adapter would mean every adapter
+    tenant = f" of tenant {row.tenant}" if row.tenant else ""
+    wanted = {"adapter": row.adapter} | ({"tenant": row.tenant} if row.tenant else {})
+    # The same adapter and tenant may wait at other backends too: all of theirs are cancelled, and so no count is said.
+    cancel = Lever(
+        "c",
+        "queues.Cancel",
+        wanted,
+        f"Cancel all requests for {row.adapter}{tenant}? The clients are told that an operator did.",
+    )
+    return [cancel, _pause(row.adapter, 0)]
+
+
+def _backend_levers(row: Any) -> list[Lever]:
+    name = row.backend.id
+    if row.backend.state == "draining":
+        return [Lever("d", "backends.Undrain", {"backend": name}, f"Undrain {name}: send it requests again?")]
+    question = f"Drain {name}? It gets nothing new and ends what it runs; what waits for it moves to others."
+    return [Lever("d", "backends.Drain", {"backend": name}, question)]
+
+
+def _adapter_levers(row: Any) -> list[Lever]:
+    if not row.name:
+        return []
+    return [_cancel(f"for {row.name}", row.waiting + row.running, adapter=row.name), _pause(row.name, row.paused_s)]
+
+
+def _tenant_levers(row: Any) -> list[Lever]:
+    return [_cancel(f"of tenant {row.tenant}", row.waiting + row.running, tenant=row.tenant)] if row.tenant else []
+
+
+def _request_levers(row: Any) -> list[Lever]:
+    if not row.request_id:
+        return []
+    return [_cancel(f"{row.request_id} for {_adapter(row.adapter)}", 1, request_id=row.request_id)]
+
+
+PAGES = (
+    PageView(
+        "queue",
+        "groups",
+        (
+            Column("ADAPTER", lambda row: _adapter(row.adapter)),
+            Column("TENANT", lambda row: row.tenant or "-"),
+            Column("BACKEND", lambda row: row.backend or "-"),
+            Column("WAIT", lambda row: str(row.waiting), right=True),
+            Column("RUN", lambda row: str(row.running), right=True),
+            Column("OLDEST", _oldest, right=True),
+            Column("BOUND", _bound, right=True, spare=1),
+            Column("TOKENS", lambda row: str(row.tokens), right=True, spare=2),
+            Column("WHY", _why),
+        ),
+        _group_levers,
+        opens=lambda row: ("requests", row.adapter),
+        key=lambda row: f"{row.adapter} {row.tenant} {row.backend}",
+        bad=lambda row: row.HasField("oldest") and bool(row.oldest.voided),
+    ),
+    PageView(
+        "engines",
+        "backend_rows",
+        (
+            Column("ENGINE", lambda row: row.backend.id),
+            Column("STATE", _state),
+            Column("SEATS", lambda row: f"{row.backend.running}/{row.backend.seats}", right=True),
+            Column("WAIT", lambda row: str(row.backend.queued), right=True),
+            Column("TOK/S", _rate, right=True),
+            Column("SILENT", _silent, right=True),
+            Column("KIND", lambda row: row.backend.kind, spare=1),
+            Column("SLOTS", _slots),
+        ),
+        _backend_levers,
+        shown="backend",
+        key=lambda row: row.backend.id,
+        bad=lambda row: row.backend.state not in ("up", "joining"),
+    ),
+    PageView(
+        "adapters",
+        "adapter_rows",
+        (
+            Column("ADAPTER", lambda row: _adapter(row.name)),
+            Column("VERSION", lambda row: row.version or "-", spare=2),
+            Column("WAIT", lambda row: str(row.waiting), right=True),
+            Column("RUN", lambda row: str(row.running), right=True),
+            Column("OLDEST", _oldest, right=True),
+            Column("BOUND", _bound, right=True, spare=1),
+            Column("TOK/S", _rate, right=True),
+            Column("NOTE", _notes, spare=3),
+            Column("WHERE", _where),
+        ),
+        _adapter_levers,
+        shown="adapter",
+        bad=lambda row: bool(row.quarantined),
+    ),
+    PageView(
+        "tenants",
+        "tenant_rows",
+        (
+            Column("TENANT", lambda row: row.tenant or "-"),
+            Column("WAIT", lambda row: str(row.waiting), right=True),
+            Column("RUN", lambda row: str(row.running), right=True),
+            Column("OLDEST", _oldest, right=True),
+            Column("BOUND", _bound, right=True),
+            Column("TOK/S", _rate, right=True),
+            Column("TOKENS", lambda row: str(row.tokens), right=True, spare=1),
+            Column("WEIGHT", lambda row: f"{row.weight:g}", right=True, spare=2),
+            Column("WHY", _why),
+        ),
+        _tenant_levers,
+        opens=lambda row: ("requests", row.tenant),
+        key=lambda row: row.tenant,
+    ),
+    PageView(
+        "requests",
+        "request_rows",
+        (
+            Column("ID", lambda row: row.request_id or "-"),
+            Column("STATE", lambda row: row.state),
+            Column("AGE", lambda row: duration(row.age_s), right=True),
+            Column("ADAPTER", lambda row: _adapter(row.adapter)),
+            Column("TENANT", lambda row: row.tenant or "-", spare=1),
+            Column("CLASS", lambda row: getattr(row, "class"), spare=3),
+            Column("TOKENS", lambda row: f"{row.input_tokens}+{row.output_tokens_max}", right=True, spare=2),
+            Column("BACKEND", lambda row: row.backend or "-"),
+        ),
+        _request_levers,
+        shown="request",
+        key=lambda row: str(row.request),
+    ),
+)

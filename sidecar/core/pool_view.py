@@ -1,0 +1,141 @@
+"""The pool a page at a time: rows of groups, backends, adapters and tenants, sorted, filtered and cut to a screen.
+
+Everything is read between steps and changes nothing. A row costs only when it is shown: what the rows are sorted by
+comes from one walk over the open requests (`waiting.groups_of`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from policies.views import BASE
+from sidecar.core.state import NEVER_NS, Backend, Request, State
+from sidecar.core.waiting import Group
+
+Row = TypeVar("Row")
+SORTS = ("", "name", "waiting", "running", "oldest", "tokens")
+
+
+@dataclass(frozen=True)
+class Page:
+    """Which rows are shown. `sort` is one of SORTS; "" means the longest wait first."""
+
+    sort: str = ""
+    filter: str = ""
+    offset: int = 0
+    limit: int = 100
+
+    def cut(self, rows: Sequence[Row]) -> Sequence[Row]:
+        return rows[self.offset : self.offset + self.limit]
+
+    def takes(self, *names: str) -> bool:
+        """Return True if the filter's text is in one of a row's names, in whatever case."""
+        return not self.filter or any(self.filter.lower() in name.lower() for name in names)
+
+
+@dataclass
+class Activity:
+    """The open requests of one adapter, tenant or backend."""
+
+    name: str
+    waiting: int = 0
+    running: int = 0
+    tokens: int = 0
+    oldest: Request | None = None
+
+    def add(self, group: Group) -> None:
+        self.waiting += group.waiting
+        self.running += group.running
+        self.tokens += group.tokens
+        if group.oldest is not None and (self.oldest is None or group.oldest.id < self.oldest.id):
+            self.oldest = group.oldest
+
+
+def activities(groups: Iterable[Group], name_of: Callable[[Group], str]) -> dict[str, Activity]:
+    """Return the open requests by adapter, tenant or backend."""
+    found: dict[str, Activity] = {}
+    for group in groups:
+        name = name_of(group)
+        found.setdefault(name, Activity(name)).add(group)
+    return found
+
+
+def in_order(rows: Iterable[Activity], page: Page, rates: Mapping[str, float]) -> list[Activity]:
+    """Return the rows that the page's filter takes, sorted."""
+    keys: dict[str, Callable[[Activity], float]] = {
+        "": _by_age,
+        "name": lambda row: 0,
+        "waiting": lambda row: -row.waiting,
+        "running": lambda row: -row.running,
+        "oldest": _by_age,
+        "tokens": lambda row: -rates.get(row.name, 0.0),
+    }
+    key = keys[page.sort]
+    return sorted((row for row in rows if page.takes(row.name)), key=lambda row: (key(row), -row.running, row.name))
+
+
+def _by_age(row: Activity | Group) -> float:
+    """Requests are numbered in order of arrival."""
+    return NEVER_NS if row.oldest is None else row.oldest.id
+
+
+def groups_in_order(groups: Iterable[Group], page: Page) -> list[Group]:
+    """Return the groups that the page's filter takes, sorted; all groups of a name have the same rate."""
+    keys: dict[str, Callable[[Group], float]] = {
+        "name": lambda group: 0,
+        "waiting": lambda group: -group.waiting,
+        "running": lambda group: -group.running,
+        "tokens": lambda group: -group.tokens,
+    }
+    key = keys.get(page.sort, _by_age)
+    taken = [group for group in groups if page.takes(group.adapter or "base model", group.tenant, group.backend)]
+    return sorted(taken, key=lambda group: (key(group), -group.running, group.adapter, group.tenant, group.backend))
+
+
+def adapter_activities(state: State, groups: Iterable[Group]) -> list[Activity]:
+    """Return every registered name, and the base model while it has requests."""
+    active = activities(groups, lambda group: group.adapter)
+    return [*active.values(), *(Activity(name) for name in state.names if name not in active)]
+
+
+def backend_activities(state: State, groups: Iterable[Group]) -> list[Activity]:
+    """Return every backend."""
+    active = activities(groups, lambda group: group.backend)
+    return [active.get(backend) or Activity(backend) for backend in state.backends]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a version is: on how many backends, and in the host store ("memory", "disk", "fetching" or "")."""
+
+    on_gpu: int = 0
+    in_engine_host: int = 0
+    loading: int = 0
+    store: str = ""
+
+
+def places_of(state: State, digests: Iterable[str]) -> dict[str, Places]:
+    """Return where some versions are. The store is walked once for all of them."""
+    stored: dict[str, str] = {}
+    for tier, store in (("disk", state.disk), ("memory", state.store)):
+        for entry in store.entries.values():
+            stored[entry.digest] = tier if entry.ready else stored.get(entry.digest, "fetching")
+    return {digest: _places(state, digest, stored.get(digest, "")) for digest in digests if digest != BASE}
+
+
+def _places(state: State, digest: str, store: str) -> Places:
+    tiers = [backend.shadow.tier(digest) for backend in state.backends.values()]
+    version = state.versions.get(digest)
+    return Places(
+        on_gpu=tiers.count("gpu"),
+        in_engine_host=tiers.count("engine_host"),
+        loading=0 if version is None else len(version.loads),
+        store=store,
+    )
+
+
+def silent_ns(backend: Backend, now_ns: int) -> int | None:
+    """Return how long nothing has come from a backend, or None while nothing is in flight."""
+    return now_ns - backend.silence.since_ns if backend.in_flight else None

@@ -1,0 +1,88 @@
+"""What is wrong with the pool now, in clauses that name the culprit: the begin of the queue's first line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sidecar.core import eligibility
+from sidecar.core.durations import seconds
+from sidecar.core.enums import Fault, Phase
+from sidecar.core.state import Backend, Request, State
+
+NAMED_MAX = 2
+QUIET_NS = 2_000_000_000
+"""An engine that runs something and has told nothing for so long is named, before it is suspected."""
+
+
+def troubles(state: State, now_ns: int) -> Iterator[str]:
+    """Yield a clause for each thing that keeps requests from being answered, the gravest first."""
+    backends = state.backends.values()
+    if state.draining:
+        running = sum(len(backend.running) for backend in backends)
+        yield f"this process drains: it takes nothing new, {running} running and {state.queued} waiting"
+    down = [backend for backend in backends if backend.phase is Phase.DOWN]
+    if down:
+        share = "no backend is up" if len(down) == len(backends) and len(down) > 1 else ""
+        yield f"{share or joined(down) + _is(down) + ' down'}{_since(down, now_ns)}"
+    for name, each in (("stalled", _suspected), ("quiet", _quiet)):
+        for backend in each(state, now_ns)[:NAMED_MAX]:
+            silent = seconds(now_ns - backend.silence.since_ns)
+            found = f" ({backend.silence.found})" if backend.silence.found else ""
+            yield f"{backend.id} is {name}: nothing came for {silent} with {_in_flight(backend)}{found}"
+    draining = [backend for backend in backends if backend.draining]
+    if draining:
+        yield f"{joined(draining)}{_is(draining)} draining"
+
+
+def idle(state: State, request: Request) -> Iterator[str]:
+    """Yield a clause for the engines that do nothing while a request waits, with what keeps it from them."""
+    empty: dict[str, list[Backend]] = {}
+    for backend in state.backends.values():
+        if backend.takes_requests and not backend.in_flight and not backend.queued and backend.id != request.backend:
+            empty.setdefault(_why_not(state, backend, request), []).append(backend)
+    for why, backends in sorted(empty.items())[:NAMED_MAX]:
+        yield f"{joined(backends)}{_is(backends)} idle" + (f", but {why}" if why else "")
+
+
+def joined(backends: list[Backend]) -> str:
+    """Return "b0", "b0 and b1", or how many there are."""
+    return " and ".join(b.id for b in backends) if len(backends) <= NAMED_MAX else f"{len(backends)} backends"
+
+
+def _is(backends: list[Backend]) -> str:
+    return " is" if len(backends) == 1 else " are"
+
+
+def _since(down: list[Backend], now_ns: int) -> str:
+    """Return when the last of some backends that are down was lost; "" if none was ever up."""
+    lost = [note.at_ns for backend in down for note in backend.heals if note.reason == Fault.LOST.value]
+    return f", lost {seconds(now_ns - max(lost))} ago" if lost else ""
+
+
+def _suspected(state: State, now_ns: int) -> list[Backend]:
+    return [backend for backend in state.backends.values() if backend.silence.suspected]
+
+
+def _quiet(state: State, now_ns: int) -> list[Backend]:
+    return [
+        backend
+        for backend in state.backends.values()
+        if backend.in_flight
+        and backend.phase is Phase.UP
+        and not backend.silence.suspected
+        and now_ns - backend.silence.since_ns >= QUIET_NS
+    ]
+
+
+def _in_flight(backend: Backend) -> str:
+    loads = f", {len(backend.loads)} loading" if backend.loads else ""
+    return f"{len(backend.running)} running{loads}"
+
+
+def _why_not(state: State, backend: Backend, request: Request) -> str:
+    misfit = eligibility.cannot_serve(state, backend, request.version)
+    if misfit is not None:
+        return misfit.short
+    if backend not in eligibility.servers_for(state, request):
+        return "the request is for others"
+    return "" if eligibility.long_enough(backend, request.view.input_tokens) else "the prompt is too long for it"

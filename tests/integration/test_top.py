@@ -1,0 +1,191 @@
+"""`sidecar top` in a terminal, and the first line of `sidecar queue`: what is wrong is on the screen at once."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic
+
+import pytest
+
+from sidecar.proto import admin_pb2 as pb
+from tests.kit.cli_runs import runner
+from tests.kit.emulated import EngineProcess
+from tests.kit.faults import attempt
+from tests.kit.serving import Serving, serving, until, write_adapters
+from tests.kit.terminal import DOWN, ENTER, ESCAPE, Terminal
+
+ENGINE = ("--compute", "none", "--max-seq-tokens", "1000000", "--kv-blocks", "1000000", "--seats", "2")
+LONG = 100_000
+WITHIN_S = 5.0
+"""The screen names the culprit so soon on an idle machine; the test prints how long it took, and does not assert it."""
+
+
+@dataclass
+class Pool:
+    served: Serving
+    engines: list[EngineProcess]
+    asking: list[asyncio.Task[object]] = field(default_factory=list)
+
+    def ask(self, name: str, count: int = 1, **fields: str) -> None:
+        """Send requests that go on for as long as the test."""
+        for _ in range(count):
+            self.asking.append(asyncio.create_task(attempt(self.served, name, LONG, **fields)))
+
+    async def runs(self, count: int) -> None:
+        await until(lambda: sum(bool(r.first_token) for r in self.served.state.requests.values()) >= count)
+
+    @property
+    def admin(self) -> tuple[str, str]:
+        return "--admin", self.served.sidecar.admin_address
+
+
+@asynccontextmanager
+async def pool(tmp_path: Path) -> AsyncIterator[Pool]:
+    """Run two engines of two seats each, in processes of their own, and four adapters."""
+    write_adapters(tmp_path, 4)
+    async with (
+        EngineProcess(*ENGINE, time_scale=1.0) as first,
+        EngineProcess(*ENGINE, time_scale=1.0) as second,
+        serving([first, second], tmp_path) as served,
+    ):
+        made = Pool(served, [first, second])
+        try:
+            yield made
+        finally:
+            for asking in made.asking:
+                asking.cancel()
+            await asyncio.gather(*made.asking, return_exceptions=True)
+
+
+async def stuck(pool: Pool) -> str:
+    pool.ask("a00")
+    await pool.runs(1)
+    (request,) = pool.served.state.requests.values()
+    pool.engines[int(request.backend[-1])].signal(signal.SIGSTOP)
+    return rf"{request.backend} is (quiet|stalled): nothing came for "
+
+
+async def flood(pool: Pool) -> str:
+    pool.ask("a00", 40, tenant="acme")
+    return r"\d\d waiting, all of them for a00 of tenant acme, the oldest for "
+
+
+async def cold(pool: Pool) -> str:
+    loader = pool.served.sidecar._loader.pid
+    assert loader is not None
+    os.kill(loader, signal.SIGSTOP)
+    pool.ask("a03")
+    return "1 waiting for .* because weights of a03 are being (fetched|loaded)"
+
+
+async def lost(pool: Pool) -> str:
+    for engine in pool.engines:
+        await engine.kill()
+    return r"no backend is up, lost [\d.]+ m?s ago; "
+
+
+async def drained(pool: Pool) -> str:
+    pool.ask("a00")
+    await pool.runs(1)
+    (request,) = pool.served.state.requests.values()
+    await pool.served.backends.Drain(pb.BackendRequest(backend=request.backend))
+    return f"{request.backend} is draining; "
+
+
+@pytest.mark.parametrize("cause", [stuck, flood, cold, lost, drained], ids=lambda cause: cause.__name__)
+async def test_the_first_line_names_the_culprit(tmp_path: Path, cause: Callable[[Pool], Awaitable[str]]) -> None:
+    async with pool(tmp_path) as made:
+        with Terminal("top", *made.admin) as top:
+            await top.shows("2/2 engines up")
+            wanted = await cause(made)
+            begun_s = monotonic()
+            await top.matches(wanted)
+            print(f"{cause.__name__}: named after {monotonic() - begun_s:.1f} s (wanted within {WITHIN_S:g} s)")
+        with Terminal("queue", *made.admin) as queue:
+            await queue.matches(wanted)
+
+
+@pytest.mark.parametrize(("columns", "lines"), [(80, 24), (200, 60)])
+async def test_every_page_fits_the_screen(tmp_path: Path, columns: int, lines: int) -> None:
+    async with pool(tmp_path) as made:
+        made.ask("a00", 6, tenant="acme")
+        await made.runs(2)
+        with Terminal("top", *made.admin, columns=columns, lines=lines) as top:
+            await top.shows("ADAPTER TENANT BACKEND WAIT RUN OLDEST BOUND", "a00 acme trt-")
+            top.press("2")
+            await top.shows("ENGINE STATE SEATS WAIT TOK/S", "slots of trt-", "now", "A a00", "a00*")
+            top.press("3")
+            await top.shows("ADAPTER VERSION WAIT RUN OLDEST", "gpu 1, memory")
+            top.press("4")
+            await top.shows("TENANT WAIT RUN OLDEST BOUND", "acme")
+            top.press("5")
+            await top.shows("ID STATE AGE ADAPTER", "waiting", "running")
+            assert all(len(line) <= columns for line in top.lines)
+            assert len(top.lines) == lines
+            top.press("q")
+            assert await asyncio.to_thread(top.process.wait) == 0
+
+
+async def test_levers_ask_first(tmp_path: Path) -> None:
+    """A key asks; "n" leaves all as it is; "y" cancels, pauses and drains, and the screen says so."""
+    async with pool(tmp_path) as made:
+        made.ask("a00", request_id="mine", tenant="acme")
+        await made.runs(1)
+        state = made.served.state
+        with Terminal("top", *made.admin, "--page", "requests") as top:
+            await top.shows("mine running")
+            top.press("c")
+            await top.shows("Cancel the request mine for a00?", "[y/N]")
+            top.press("n")
+            await top.shows("ID STATE AGE")
+            assert state.requests
+            top.press("c")
+            await top.shows("[y/N]")
+            top.press("y")
+            await top.shows("1 request cancelled")
+            await until(lambda: not state.requests)
+            top.press("3/a02" + ENTER)
+            await top.shows("/a02", "a02 v1")
+            top.press("p")
+            await top.shows("Pause a02?")
+            top.press("y")
+            await top.shows("a02 is paused", "a02 v1 0 0 - - 0 paused")
+            top.press("p")
+            await top.shows("Resume a02")
+            top.press("y")
+            await top.shows("a02 takes requests")
+            top.press("2" + DOWN)
+            await top.shows("slots of trt-1")
+            top.press("d")
+            await top.shows("Drain trt-1?")
+            top.press("y")
+            await until(lambda: state.backends["trt-1"].draining)
+            await top.shows("trt-1 is draining; ", "trt-1 draining")
+            top.press(ENTER)
+            await top.shows("address triton://", "open adapters")
+            top.press(ESCAPE)
+            await top.shows("slots of trt-1")
+
+
+async def test_a_sidecar_that_is_away_is_said_and_found_again(tmp_path: Path) -> None:
+    """A terminal that lost its sidecar says so, and what it shows is old."""
+    async with pool(tmp_path) as made:
+        with Terminal("top", *made.admin) as top:
+            await top.shows("2/2 engines up")
+            await made.served.sidecar.stop()
+            await top.shows("cannot reach the admin listener", "what is below is old")
+            top.press("q")
+            assert await asyncio.to_thread(top.process.wait) == 0
+
+
+def test_without_a_terminal_it_names_what_scripts_use(capfd: pytest.CaptureFixture[str]) -> None:
+    ended = runner(capfd)("top")
+    assert ended.code == 2
+    assert ended.err == 'error: top needs a terminal; "sidecar queue --watch --json" prints for scripts\n'
+    assert runner(capfd)("top", "--page", "x").err.startswith('error: --page is "x"; it is one of queue, engines, ')
