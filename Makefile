@@ -222,8 +222,8 @@ pictures: $(DEVELOPING)
 lock:
 	$(PIP) uv
 	$(BIN)/uv $(COMPILE) --extra build --output-file requirements.lock
-	$(BIN)/uv $(COMPILE) --extra build --extra dev --extra lab --extra cedar --extra tokenizer --constraint requirements.lock --output-file requirements-dev.lock
-	$(BIN)/uv $(COMPILE) --extra build --extra s3 --extra gs --extra az --extra hf --extra cedar --extra tokenizer --constraint requirements.lock \
+	$(BIN)/uv $(COMPILE) --extra build --extra dev --extra lab --extra cedar --extra tokenizer --extra otel --constraint requirements.lock --output-file requirements-dev.lock
+	$(BIN)/uv $(COMPILE) --extra build --extra s3 --extra gs --extra az --extra hf --extra cedar --extra tokenizer --extra otel --constraint requirements.lock \
 	  --output-file deploy/requirements-origins.lock
 	$(BIN)/uv $(COMPILE) --extra build --extra release --constraint requirements-dev.lock \
 	  --output-file requirements-release.lock
