@@ -128,6 +128,16 @@ class Charged(Protocol):
         """
 
 
+class Traced(Protocol):
+    """The trace that a request belongs to."""
+
+    def headers(self, leg: int) -> tuple[tuple[str, str], ...]:
+        """Return the trace context to send along, as W3C's traceparent and tracestate; () if it is not sampled.
+
+        `leg` numbers where the request is sent: an engine's attempt, or below zero another replica.
+        """
+
+
 class Ticket:
     """One request between its front, the shell and its backend, all on one event loop.
 
@@ -149,6 +159,7 @@ class Ticket:
         "delivered",
         "dispatch",
         "payload",
+        "peer",
         "prompt_tokens",
         "rejected_with",
         "replies",
@@ -156,6 +167,7 @@ class Ticket:
         "reservation",
         "settled",
         "settled_ns",
+        "trace",
         "trip",
     )
 
@@ -177,6 +189,10 @@ class Ticket:
         """The gRPC status code of an engine's unary error, or an `HttpRejection`: passed on to the client unchanged."""
         self.caller: Any = None
         """Who sent it (`access.Caller`); None for a request that another replica has passed on."""
+        self.peer = ""
+        """The address from which it came to the first replica."""
+        self.trace: Traced | None = None
+        """None if nothing is traced."""
         self.prompt_tokens: int | None = None
         """The prompt's tokens as the engine or its tokenizer has counted them, once that is known."""
         self.reservation: Charged | None = None

@@ -172,6 +172,10 @@ COMMANDS = {
         "sidecar.cli.requests:list_requests",
         "List the requests that wait and run, the oldest first.",
     ),
+    "requests show": (
+        "sidecar.cli.requests:show",
+        "Tell what a request waits for, or waited for, moment by moment: an open one, or one that ended lately.",
+    ),
     "requests cancel": (
         "sidecar.cli.requests:cancel",
         "Cancel a request by its id, or all of an adapter or tenant; their clients are told that an operator did.",
@@ -240,7 +244,7 @@ function's docstring (a test compares the two), so that the help needs no import
 GROUPS = {
     "adapters": "Register adapters, see where they are, move and forget them.",
     "backends": "See backends, drain them and take them back.",
-    "requests": "See the open requests, and cancel some.",
+    "requests": "See the open requests, tell the story of one, and cancel some.",
     "replicas": "See the replicas of the pool.",
     "keys": "Make, list and revoke API keys.",
     "limits": "Set and see what requests may take.",

@@ -1,7 +1,8 @@
-"""`sidecar requests`: list the open requests, and cancel some."""
+"""`sidecar requests`: list the open requests, tell the story of one, and cancel some."""
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 import typer
@@ -46,6 +47,23 @@ def list_requests(
     console().print(table(OPEN, [open_row(each) for each in answer.requests]))
     if answer.total > len(answer.requests):
         print(f"and {answer.total - len(answer.requests)} more")
+
+
+@admin_command
+def show(
+    client: Client,
+    request: Annotated[
+        str,
+        typer.Argument(metavar="ID", help="The request's id, as its client knows it, or its number in the log."),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Tell what a request waits for, or waited for, moment by moment: an open one, or one that ended lately."""
+    answer = client.ask(client.queues.Show, pb.ShowRequestRequest(request=request))
+    if as_json:
+        print_json(json.loads(answer.record))
+    else:
+        print("\n".join(answer.lines))
 
 
 def open_row(request: Any) -> tuple[str, ...]:

@@ -13,10 +13,10 @@ from sidecar.core.state import State
 from sidecar.errors import Misused, Reason
 from sidecar.incident.finding import find_request, utc_of
 from sidecar.incident.story import Story
-from sidecar.incident.timeline import Timeline
 from sidecar.incident.witness import Witness
 from sidecar.journal.archive import opened
 from sidecar.journal.replay import Replayed, SegmentFile, segments_of
+from sidecar.timelines.timeline import Timeline
 
 Progress = Callable[[int, int], None]
 """Takes the number of replayed bytes of the segments, and their total."""

@@ -12,12 +12,12 @@ from sidecar.core import effects as do
 from sidecar.core import eligibility
 from sidecar.core import events as ev
 from sidecar.core.state import Request, State
-from sidecar.incident import saying
-from sidecar.incident.obstacles import in_the_way
 from sidecar.incident.surroundings import Surroundings, may_concern
-from sidecar.incident.timeline import AT_AN_ENGINE, NOT_JOURNALED, Timeline, Waits
 from sidecar.incident.witness import Routed
 from sidecar.journal.replay import Replayed
+from sidecar.timelines import saying
+from sidecar.timelines.obstacles import in_the_way
+from sidecar.timelines.timeline import AT_AN_ENGINE, NOT_JOURNALED, Timeline, Waits
 
 
 class Story:
@@ -98,7 +98,7 @@ class Story:
             if self._was_queued_again(step, request):
                 self._queued_again(step.at_ns)
         for choice in routed:
-            self._waits.moment(step.at_ns, "routed", saying.routed(choice))
+            self._waits.moment(step.at_ns, "routed", saying.routed(choice.choice, choice.candidates))
         if request is not None:
             self._surroundings.settle_in(state, request)
             self._promised(request, step.at_ns)
@@ -135,13 +135,13 @@ class Story:
             line.promised_ns = request.promise.bound_ns
         if request.voided and not line.voided:
             line.voided = request.voided
-            self._waits.moment(now_ns, "voided", f"what it was promised is void: {request.voided}")
+            self._waits.moment(now_ns, *saying.voided(request.voided))
 
     def _own_event(self, event: ev.Event, now_ns: int) -> None:
         moment = saying.own_event(event, self._request, self._attempt)
         if moment is not None:
             self._waits.moment(now_ns, *moment)
-        elif self._waits.reason or isinstance(event, ev.BackendLost):
+        elif self._waits.reason or isinstance(event, ev.BackendLost | ev.DrainSet):
             for what, text in self._surroundings.of_event(event):
                 self._waits.moment(now_ns, what, text)
 
@@ -159,9 +159,9 @@ class Story:
 
     def _queued_again(self, now_ns: int) -> None:
         assert self._sent_ns is not None
-        self._waits.begin(AT_AN_ENGINE, self._sent_ns, self._surroundings.backend, "it was sent, and failed there")
+        self._waits.begin(AT_AN_ENGINE, self._sent_ns, self._surroundings.backend, saying.IN_VAIN)
         self._waits.end(now_ns)
-        self._waits.moment(now_ns, "queued_again", "queued again under its old place")
+        self._waits.moment(now_ns, *saying.QUEUED_AGAIN)
         self._sent_ns = None
 
     def _add_moments(self, step: Replayed, state: State) -> None:

@@ -12,12 +12,11 @@ from sidecar.core import effects as do
 from sidecar.core import eligibility
 from sidecar.core import events as ev
 from sidecar.core.state import Backend, Request, State
-from sidecar.incident.obstacles import name_of
-from sidecar.incident.timeline import IDS_KEPT_MAX, Tally
 from sidecar.journal.replay import Replayed
-
-Told = tuple[str, str]
-"""The kind of a moment, in a word, and its sentence."""
+from sidecar.timelines import saying
+from sidecar.timelines.obstacles import name_of
+from sidecar.timelines.saying import Told
+from sidecar.timelines.timeline import IDS_KEPT_MAX, Tally
 
 _CHANGES_THE_CACHE = (ev.LoadDone, ev.LoadFailed, ev.RunFailed, ev.BackendUp, ev.BackendLost)
 _OF_A_REQUEST = (ev.Received, ev.FirstToken, ev.RunEnded, ev.RunFailed)
@@ -67,15 +66,15 @@ class Surroundings:
     def of_event(self, event: ev.Event) -> Iterator[Told]:
         """Yield the moments of an event that concerns the request."""
         if isinstance(event, ev.Fetched) and event.key == self._key:
-            yield "fetched", "its weights are in the host store"
+            yield saying.FETCHED
         elif isinstance(event, ev.FetchFailed) and event.key == self._key:
-            yield "fetch_failed", f"its weights could not be fetched: {event.text}"
+            yield saying.fetch_failed(event)
         elif isinstance(event, ev.LoadDone) and event.load in self._loads:
-            yield "loaded", f"load {event.load} is done: {self._backend} has its version"
+            yield saying.loaded(event, self._backend)
         elif isinstance(event, ev.LoadFailed) and event.load in self._loads:
-            yield "load_failed", f"load {event.load} failed ({event.fault.value}): {event.text}"
+            yield saying.load_failed(event)
         elif isinstance(event, ev.BackendUp | ev.BackendLost | ev.DrainSet) and event.backend in self._backends(event):
-            yield "backend", _standing(event)
+            yield saying.standing(event)
 
     def _backends(self, event: ev.BackendUp | ev.BackendLost | ev.DrainSet) -> tuple[str, ...]:
         """Return the backends whose events concern the request: its own, or all while it has none."""
@@ -84,19 +83,17 @@ class Surroundings:
     def of_effect(self, effect: do.Effect, step: Replayed) -> Iterator[Told]:
         """Yield the moments of an effect that concerns the request."""
         if isinstance(effect, do.Fetch) and effect.key == self._key:
-            dropped = sum(isinstance(other, do.Drop) for other in step.effects)
-            room = f", for which {dropped} of others had to go" if dropped else ""
-            yield "fetch", f"a fetch of its weights began from {'disk' if effect.from_disk else 'its origin'}{room}"
+            yield saying.fetch(effect, sum(isinstance(other, do.Drop) for other in step.effects))
         elif isinstance(effect, do.Drop) and effect.key == self._key:
-            yield "dropped", "its weights were dropped from the host store"
+            yield saying.DROPPED
         elif isinstance(effect, do.Load) and effect.digest == self._version and effect.backend == self._backend:
             self._loads[effect.load] = None
-            yield "load", f"load {effect.load} of its version into {effect.backend} began"
+            yield saying.load(effect)
         elif isinstance(effect, do.Heal) and effect.backend == self._backend and effect.version == self._version:
             if self._version != BASE and not isinstance(step.event, ev.LoadFailed):
-                yield "heal", f"{effect.backend}: {effect.reason} of its version is being mended"
+                yield saying.heal(effect)
         elif isinstance(effect, do.Quarantine) and self._version.startswith(effect.digest):
-            yield "quarantine", f"its version was quarantined: {effect.text}"
+            yield saying.quarantine(effect)
 
     # Counts.
 
@@ -146,14 +143,6 @@ class Surroundings:
                 yield "evicted", f"its version is believed to have left {backend.id}"
             else:
                 _count(tally.evicted, name_of(state, version))
-
-
-def _standing(event: ev.BackendUp | ev.BackendLost | ev.DrainSet) -> str:
-    if isinstance(event, ev.BackendUp):
-        return f"{event.backend} is up"
-    if isinstance(event, ev.BackendLost):
-        return f"{event.backend} was lost: {event.cause}"
-    return f"{event.backend} {'is being drained' if event.draining else 'takes requests again'}"
 
 
 def _count(names: dict[str, int], name: str) -> None:

@@ -354,6 +354,20 @@ class ListRequestsResponse(_message.Message):
     total: int
     def __init__(self, requests: _Optional[_Iterable[_Union[OpenRequest, _Mapping]]] = ..., total: _Optional[int] = ...) -> None: ...
 
+class ShowRequestRequest(_message.Message):
+    __slots__ = ("request",)
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    request: str
+    def __init__(self, request: _Optional[str] = ...) -> None: ...
+
+class ShowRequestResponse(_message.Message):
+    __slots__ = ("lines", "record")
+    LINES_FIELD_NUMBER: _ClassVar[int]
+    RECORD_FIELD_NUMBER: _ClassVar[int]
+    lines: _containers.RepeatedScalarFieldContainer[str]
+    record: str
+    def __init__(self, lines: _Optional[_Iterable[str]] = ..., record: _Optional[str] = ...) -> None: ...
+
 class OpenRequest(_message.Message):
     __slots__ = ("request", "request_id", "adapter", "version", "tenant", "backend", "state", "age_s", "input_tokens", "output_tokens_max")
     REQUEST_FIELD_NUMBER: _ClassVar[int]

@@ -1023,6 +1023,11 @@ class QueuesStub:
                 request_serializer=sidecar_dot_proto_dot_admin__pb2.ListRequestsRequest.SerializeToString,
                 response_deserializer=sidecar_dot_proto_dot_admin__pb2.ListRequestsResponse.FromString,
                 _registered_method=True)
+        self.Show = channel.unary_unary(
+                '/lorasidecar.v1.Queues/Show',
+                request_serializer=sidecar_dot_proto_dot_admin__pb2.ShowRequestRequest.SerializeToString,
+                response_deserializer=sidecar_dot_proto_dot_admin__pb2.ShowRequestResponse.FromString,
+                _registered_method=True)
         self.Cancel = channel.unary_unary(
                 '/lorasidecar.v1.Queues/Cancel',
                 request_serializer=sidecar_dot_proto_dot_admin__pb2.CancelRequest.SerializeToString,
@@ -1047,6 +1052,13 @@ class QueuesServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Show(self, request, context):
+        """Tells what a request waits or waited for, while it is open and for a while after its end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Cancel(self, request, context):
         """Ends requests; their clients are told that an operator did.
         """
@@ -1066,6 +1078,11 @@ def add_QueuesServicer_to_server(servicer, server):
                     servicer.List,
                     request_deserializer=sidecar_dot_proto_dot_admin__pb2.ListRequestsRequest.FromString,
                     response_serializer=sidecar_dot_proto_dot_admin__pb2.ListRequestsResponse.SerializeToString,
+            ),
+            'Show': grpc.unary_unary_rpc_method_handler(
+                    servicer.Show,
+                    request_deserializer=sidecar_dot_proto_dot_admin__pb2.ShowRequestRequest.FromString,
+                    response_serializer=sidecar_dot_proto_dot_admin__pb2.ShowRequestResponse.SerializeToString,
             ),
             'Cancel': grpc.unary_unary_rpc_method_handler(
                     servicer.Cancel,
@@ -1128,6 +1145,33 @@ class Queues:
             '/lorasidecar.v1.Queues/List',
             sidecar_dot_proto_dot_admin__pb2.ListRequestsRequest.SerializeToString,
             sidecar_dot_proto_dot_admin__pb2.ListRequestsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Show(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasidecar.v1.Queues/Show',
+            sidecar_dot_proto_dot_admin__pb2.ShowRequestRequest.SerializeToString,
+            sidecar_dot_proto_dot_admin__pb2.ShowRequestResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -53,7 +53,7 @@ class ForwardReplies(_message.Message):
     def __init__(self, replies: _Optional[_Iterable[_Union[ForwardReply, _Mapping]]] = ..., dispatched: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
-    __slots__ = ("member", "backend", "adapter", "tenant", "klass", "input_tokens", "output_tokens_max", "deadline_s", "session", "size_bytes", "client_id", "payload", "number", "sequences", "versions", "is_estimated")
+    __slots__ = ("member", "backend", "adapter", "tenant", "klass", "input_tokens", "output_tokens_max", "deadline_s", "session", "size_bytes", "client_id", "payload", "number", "sequences", "versions", "is_estimated", "peer", "traceparent", "tracestate")
     MEMBER_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +70,9 @@ class ForwardRequest(_message.Message):
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     IS_ESTIMATED_FIELD_NUMBER: _ClassVar[int]
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    TRACESTATE_FIELD_NUMBER: _ClassVar[int]
     member: str
     backend: str
     adapter: str
@@ -86,7 +89,10 @@ class ForwardRequest(_message.Message):
     sequences: int
     versions: Ordinals
     is_estimated: bool
-    def __init__(self, member: _Optional[str] = ..., backend: _Optional[str] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., klass: _Optional[str] = ..., input_tokens: _Optional[int] = ..., output_tokens_max: _Optional[int] = ..., deadline_s: _Optional[float] = ..., session: _Optional[str] = ..., size_bytes: _Optional[int] = ..., client_id: _Optional[str] = ..., payload: _Optional[_Union[ForwardedPayload, _Mapping]] = ..., number: _Optional[int] = ..., sequences: _Optional[int] = ..., versions: _Optional[_Union[Ordinals, _Mapping]] = ..., is_estimated: _Optional[bool] = ...) -> None: ...
+    peer: str
+    traceparent: str
+    tracestate: str
+    def __init__(self, member: _Optional[str] = ..., backend: _Optional[str] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., klass: _Optional[str] = ..., input_tokens: _Optional[int] = ..., output_tokens_max: _Optional[int] = ..., deadline_s: _Optional[float] = ..., session: _Optional[str] = ..., size_bytes: _Optional[int] = ..., client_id: _Optional[str] = ..., payload: _Optional[_Union[ForwardedPayload, _Mapping]] = ..., number: _Optional[int] = ..., sequences: _Optional[int] = ..., versions: _Optional[_Union[Ordinals, _Mapping]] = ..., is_estimated: _Optional[bool] = ..., peer: _Optional[str] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ...) -> None: ...
 
 class Ordinals(_message.Message):
     __slots__ = ("ordinals",)

@@ -186,6 +186,7 @@ class Answers:
 
     def _ticket(self, number: int, payload: Payload, request: Any) -> PassedOn:
         ticket = PassedOn(number, payload, request.client_id, self, request.number)
+        ticket.peer = request.peer
         self._tickets[request.number] = ticket
         return ticket
 

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from time import monotonic_ns
 from typing import Any
 
 import grpc
 
 from sidecar.backends import wire
-from sidecar.backends.api import Form, HttpForm, HttpRejection, Payload, Prompt, Reply
+from sidecar.backends.api import Form, HttpForm, HttpRejection, Payload, Prompt, Reply, Ticket
 from sidecar.core.effects import Dispatch, Settle
 from sidecar.core.enums import Cache, outcome_of
 from sidecar.errors import Reason
 from sidecar.proto import peers_pb2
-from sidecar.shell.requests import RequestFacts
+from sidecar.shell.requests import RequestFacts, TraceOrigin
 
 CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
-def forwarded(member: str, backend: str, facts: RequestFacts, payload: Payload, client_id: str) -> Any:
-    """Return the message that forwards a request to a backend's owner."""
+def forwarded(member: str, backend: str, facts: RequestFacts, ticket: Ticket, leg: int) -> Any:
+    """Return the message that forwards a request to a backend's owner. `leg` is what `Traced.headers` takes."""
+    payload, trace = ticket.payload, dict(ticket.trace.headers(leg)) if ticket.trace is not None else {}
     return peers_pb2.ForwardRequest(
         member=member,
         backend=backend,
@@ -31,7 +33,10 @@ def forwarded(member: str, backend: str, facts: RequestFacts, payload: Payload, 
         session=facts.session,
         size_bytes=facts.size_bytes,
         sequences=facts.sequences,
-        client_id=client_id,
+        client_id=ticket.client_id,
+        peer=ticket.peer,
+        traceparent=trace.get("traceparent", ""),
+        tracestate=trace.get("tracestate", ""),
         versions=None if facts.versions is None else peers_pb2.Ordinals(ordinals=facts.versions),
         is_estimated=facts.is_estimated,
         payload=peers_pb2.ForwardedPayload(
@@ -62,6 +67,7 @@ def facts_of(request: Any) -> RequestFacts:
         max(1, request.sequences),  # an older replica omits it
         tuple(request.versions.ordinals) if request.HasField("versions") else None,
         is_estimated=request.is_estimated,
+        trace=TraceOrigin(request.traceparent, request.tracestate, monotonic_ns()),
     )
 
 

@@ -62,9 +62,11 @@ class Forward:
         backend: str,
         owner: str,
         for_client: Callable[[Settle, Ticket], Settle],
+        leg: int,
     ) -> None:
         self._ticket = ticket
         self._for_client = for_client
+        self._leg = leg
         self._facts = facts
         self.backend = backend
         self.owner = owner
@@ -84,7 +86,7 @@ class Forward:
         Cancelling this coroutine cancels the request at the owner.
         """
         ticket = self._ticket
-        request = forms.forwarded(member, self.backend, self._facts, ticket.payload, ticket.client_id)
+        request = forms.forwarded(member, self.backend, self._facts, ticket, self._leg)
         self._call, self._number, self._busy_s = call, call.open(self, request), monotonic()
         try:
             return await self._end

@@ -140,7 +140,11 @@ class Router:
                 trip.task.cancel()
 
     def _start_forwarding(self, ticket: Ticket, trip: Trip, after_s: float = 0.0) -> None:
+        chronicle = self._gateway.chronicle
+        chronicle.leaves(ticket, trip.facts)
         trip.task = asyncio.create_task(self._forward_or_fail(ticket, trip, after_s))
+        # A callback, for a task that is cancelled before it began runs nothing of its own.
+        trip.task.add_done_callback(lambda _: chronicle.ended_elsewhere(ticket))
 
     async def _forward_or_fail(self, ticket: Ticket, trip: Trip, after_s: float) -> None:
         try:
@@ -173,13 +177,15 @@ class Router:
             call = None if owner is None else self._forward_call(owner, trip.facts.size_bytes)
             if owner is not None and call is not None:
                 self.forwards += 1
+                leg = self._gateway.chronicle.passed_on(ticket, backend, owner)
                 forward = Forward(
-                    ticket, trip.facts_now(backend, monotonic()), backend, owner, self._gateway.for_client
+                    ticket, trip.facts_now(backend, monotonic()), backend, owner, self._gateway.for_client, leg
                 )
                 given = await self._forward_once(ticket, forward, call)
                 if given is None:
                     return
                 trip.why = given.why
+                self._gateway.chronicle.given_back(ticket, given.why)
                 trip.suspicion.given_back(owner, given, monotonic())
                 self.reroutes += 1
             if self._is_over(trip):

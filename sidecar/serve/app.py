@@ -111,7 +111,9 @@ class Sidecar:
         self.metrics.policy = lambda: (self.access.policy.epoch, self.access.policy.fault)
         self.metrics.set_aside = lambda: len(self.gateway.catalogue.set_aside)
         self.gateway.observe(self.metrics, of_refused=True)
-        self.gateway.observe(RequestLog(), of_refused=True)
+        log = RequestLog()
+        self.gateway.observe(log)
+        self.gateway.chronicle.on_end.append(log.ended)
         self.usage = UsageKeeper(data, config.access.usage) if config.access.usage.enabled else None
         if self.usage is not None:
             usage = self.usage

@@ -24,7 +24,7 @@ from sidecar.adapters.origins.allowing import AllowList
 from sidecar.adapters.packed import PackReport
 from sidecar.adapters.shared_memory import Mount
 from sidecar.adapters.staging import Staging
-from sidecar.backends.api import Backend, Charged, Payload, Ticket
+from sidecar.backends.api import Backend, Charged, Payload, Ticket, Traced
 from sidecar.backends.buffers import AnswerBuffers
 from sidecar.config import identities
 from sidecar.config.identities import checked
@@ -39,6 +39,7 @@ from sidecar.core.state import State
 from sidecar.errors import Misused, Reason, Refused, SidecarError
 from sidecar.journal.raised import Raised
 from sidecar.shell.catalogue import Catalogue
+from sidecar.shell.chronicle import Chronicle
 from sidecar.shell.crash import Crash, last_ending
 from sidecar.shell.driver import Driver, Observer
 from sidecar.shell.fleet import Fleet
@@ -112,6 +113,11 @@ class Gateway:
         self._client_stall_ns = int(client_stall_s * 1e9)
         self._sweeper: asyncio.Task[None] | None = None
         self.lanes = Lanes(lambda: self.core.state)
+        self.chronicle = Chronicle(lambda: self.core.state, self._ticket_of)
+        self.driver.observe(self.chronicle, of_refused=True)
+        self.begin_trace: Callable[[Ticket, RequestFacts], Traced] | None = None
+        """Begins the trace of a request; None if nothing is traced."""
+        self._watcher: asyncio.Task[None] | None = None
 
     @property
     def state(self) -> State:
@@ -151,6 +157,7 @@ class Gateway:
         for backend, _ in backends:
             await self.fleet.start(backend)
         self._sweeper = asyncio.create_task(self._sweep())
+        self._watcher = asyncio.create_task(self.chronicle.watch())
 
     async def add_backend(self, backend: Backend, facts: EngineFacts, pool: str = "", fresh: bool = True) -> None:
         """Add a backend and begin to reach it; `fresh` says that its engine is new."""
@@ -170,8 +177,9 @@ class Gateway:
         self.store.close()
 
     async def _stop_backends(self) -> None:
-        if self._sweeper is not None:
-            self._sweeper.cancel()
+        for task in (self._sweeper, self._watcher):
+            if task is not None:
+                task.cancel()
         await self.fleet.stop()
 
     # After a crash.
@@ -222,7 +230,7 @@ class Gateway:
             self.show_refused(facts.tenant, facts.klass, facts.input_tokens, error)
             raise
         ticket = Ticket(next(self._numbers), payload, client_id, self.answers)
-        ticket.caller = caller
+        ticket.caller, ticket.peer = caller, caller.peer
         ticket.reservation = self._reserved(facts, client_id, caller)
         try:
             self._take(facts, ticket, self.admit if self.elsewhere is None else self.elsewhere.submit)
@@ -288,6 +296,8 @@ class Gateway:
             raise self.crash.refused()
         checked(identities.REQUEST_ID, ticket.client_id)
         self.tickets[ticket.request] = ticket
+        if self.begin_trace is not None:
+            ticket.trace = self.begin_trace(ticket, facts)
         try:
             admit(ticket, facts)
         except Refused:
@@ -304,8 +314,11 @@ class Gateway:
 
     def prompt_tokens(self, request: int) -> int | None:
         """Return the tokens of an open request's prompt as they were counted since it came, None if they were not."""
-        ticket = self.tickets.get(request) or self._left.get(request)
+        ticket = self._ticket_of(request)
         return None if ticket is None else ticket.prompt_tokens
+
+    def _ticket_of(self, request: int) -> Ticket | None:
+        return self.tickets.get(request) or self._left.get(request)
 
     def admit_again(self, ticket: Ticket, facts: RequestFacts) -> None:
         """Admit a request that was given back. The core gets it under a new number."""
@@ -319,9 +332,11 @@ class Gateway:
         self.driver.tell(ev.ClientLeft(number, moved=True))
 
     def _renumber(self, ticket: Ticket) -> None:
-        del self.tickets[ticket.request]
+        old = ticket.request
+        del self.tickets[old]
         ticket.request = next(self._numbers)
         self.tickets[ticket.request] = ticket
+        self.chronicle.renumbered(old, ticket.request)
 
     def close(self, ticket: Ticket, moved: bool = False) -> None:
         """Release a ticket. If its request has not ended, its client has left, or (`moved`) another replica has it."""

@@ -10,41 +10,31 @@ from collections.abc import Sequence
 from typing import Any
 
 from sidecar.core.effects import Dispatch, Effect, Heal, Quarantine, Settle
-from sidecar.core.events import BackendLost, BackendUp, Event, Received
+from sidecar.core.events import BackendLost, BackendUp, Event
 from sidecar.errors import SidecarError
 from sidecar.shell.logs import Fields
+from sidecar.timelines.record import Record
 
 requests = logging.getLogger("sidecar.requests")
 logger = logging.getLogger(__name__)
 
 
 class RequestLog:
-    """An observer that logs requests as they settle, and important changes of backends and versions."""
-
-    def __init__(self) -> None:
-        self._dispatched: dict[int, Dispatch] = {}
-        self._client_ids: dict[int, str] = {}
+    """Logs requests as they end, as `Chronicle.on_end` tells, and important changes of backends and versions."""
 
     def observed(self, event: Event, effects: Sequence[Effect], now_ns: int) -> None:
-        if isinstance(event, Received):
-            self._client_ids[event.request] = event.client_id
-        elif isinstance(event, BackendUp):
+        if isinstance(event, BackendUp):
             logger.info("backend %s is up", event.backend)
         elif isinstance(event, BackendLost) and any(isinstance(effect, Heal) for effect in effects):
             logger.warning("backend %s is lost: %s", event.backend, event.cause)
         for effect in effects:
-            if isinstance(effect, Dispatch):
-                self._dispatched[effect.request] = effect
-            elif isinstance(effect, Settle) and effect.request:  # else it never had a number, and its front logs it
-                self._log_ending(effect)
-            elif isinstance(effect, Quarantine):
+            if isinstance(effect, Quarantine):
                 logger.warning("version %s is quarantined: %s", effect.digest[:12], effect.text)
 
-    def _log_ending(self, settle: Settle) -> None:
-        dispatch = self._dispatched.pop(settle.request, None)
-        client_id = self._client_ids.pop(settle.request, "")
-        if requests.isEnabledFor(logging.INFO):
-            requests.info(ending_fields(settle, dispatch, client_id))
+    def ended(self, record: Record) -> None:
+        """Log the ending of a request of this replica's core; the replica that answers another one logs that."""
+        if requests.isEnabledFor(logging.INFO) and record.settle is not None and not record.is_elsewhere:
+            requests.info(ending_fields(record.settle, record.dispatch, record.client_id, record.peer))
 
 
 def log_refused(client_id: str, error: SidecarError) -> None:
@@ -55,7 +45,7 @@ def log_refused(client_id: str, error: SidecarError) -> None:
         )
 
 
-def ending_fields(settle: Settle, dispatch: Dispatch | None, client_id: str) -> Fields:
+def ending_fields(settle: Settle, dispatch: Dispatch | None, client_id: str, peer: str) -> Fields:
     """Return a request's log line. `dispatch` is its last one; None if it was never sent to an engine."""
     values: dict[str, Any] = {
         "request": settle.request,
@@ -66,6 +56,7 @@ def ending_fields(settle: Settle, dispatch: Dispatch | None, client_id: str) -> 
         "version": version_shown(settle, dispatch),
         "backend": dispatch.backend if dispatch is not None else "",
         "tenant": settle.tenant,
+        "peer": peer,
         "class": settle.klass,
         "cache": dispatch.cache.value if dispatch is not None else "",
         "queue_ms": round(settle.queue_ns / 1e6, 3),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from time import monotonic_ns
+from typing import NamedTuple, Protocol
 
 from sidecar.access.keys import without_secrets
 from sidecar.backends.api import Ticket
@@ -15,6 +16,21 @@ from sidecar.errors import Reason
 
 COUNT_MAX = 1 << 28
 """Largest count of tokens or sequences: more than any engine produces. A client may write any number."""
+
+
+class TraceOrigin(NamedTuple):
+    """The trace context that a request came with, as W3C's headers, "" for none, and when its front began with it."""
+
+    traceparent: str = ""
+    tracestate: str = ""
+    began_ns: int = 0
+
+    @classmethod
+    def of(cls, headers: Mapping[str, str]) -> TraceOrigin:
+        return cls(headers.get("traceparent", ""), headers.get("tracestate", ""), monotonic_ns())
+
+
+NO_TRACE = TraceOrigin()
 
 
 @dataclass(frozen=True)
@@ -43,6 +59,7 @@ class RequestFacts:
     """False if the client has set no `output_tokens_max`: then that is an assumption."""
     is_estimated: bool = False
     """True if `input_tokens` are the bytes of a text, whose tokens nothing has counted."""
+    trace: TraceOrigin = NO_TRACE
 
     def __post_init__(self) -> None:
         for name in ("input_tokens", "output_tokens_max", "sequences"):

@@ -11,10 +11,10 @@ import pytest
 
 from sidecar.errors import Misused, Reason
 from sidecar.incident.explain import explain
-from sidecar.incident.timeline import NOT_JOURNALED, Moment, Period, Timeline, Waits, folded
-from sidecar.incident.wording import PERIODS_SHOWN_MAX, lines_of
 from sidecar.journal.replay import SegmentFile
 from sidecar.journal.segments import segment_paths
+from sidecar.timelines.timeline import NOT_JOURNALED, Moment, Period, Timeline, Waits, folded
+from sidecar.timelines.wording import PERIODS_SHOWN_MAX, lines_of
 from tests.kit.corekit import MS, World
 from tests.kit.identities import REAL
 from tests.kit.journals import write_journal
@@ -49,8 +49,8 @@ def test_a_long_wait_is_told_in_a_few_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_folding_while_reading_loses_no_time(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """With room for a few periods only, all reasons keep their time and all counts, in a bounded number of periods."""
-    monkeypatch.setattr("sidecar.incident.timeline.PERIODS_HELD_MAX", 50)
-    monkeypatch.setattr("sidecar.incident.timeline.PERIODS_KEPT_MAX", 10)
+    monkeypatch.setattr("sidecar.timelines.timeline.PERIODS_HELD_MAX", 50)
+    monkeypatch.setattr("sidecar.timelines.timeline.PERIODS_KEPT_MAX", 10)
     random, timeline = Random(seed), Timeline(1)
     made, expected, at_ns = Waits(timeline), {}, 0
     for number in range(2_000):

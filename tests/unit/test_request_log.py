@@ -13,6 +13,7 @@ import pytest
 
 from sidecar.core import events as ev
 from sidecar.core.enums import Fault
+from sidecar.shell.chronicle import Chronicle
 from sidecar.shell.logs import Fields, LogWriter, QueuedHandler, configure_logging
 from sidecar.shell.request_log import RequestLog
 from tests.kit.corekit import MS, World
@@ -28,11 +29,12 @@ def _root_level() -> Iterator[None]:
 
 def logged(world: World) -> None:
     """Show an observer what a world went through."""
-    log = RequestLog()
+    log, chronicle = RequestLog(), Chronicle(lambda: world.core.state, lambda _: None)
+    chronicle.on_end.append(log.ended)
     for (now_ns, event), effects in zip(world.events, world.by_step, strict=True):
         log.observed(event, effects, now_ns)
-    assert not log._dispatched
-    assert not log._client_ids
+        chronicle.observed(event, effects, now_ns)
+    assert not chronicle._open
 
 
 def lines_of(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:

@@ -96,6 +96,8 @@ class OpenAiRun(ABC):
         size_bytes = sum(map(len, body))
         content = b"".join(body) if size_bytes <= PIECE_BYTES else _in_pieces(body)
         headers = HEADERS | {"content-length": str(size_bytes)} | epoch_header(self.effect.epoch)
+        if self.ticket.trace is not None:
+            headers |= dict(self.ticket.trace.headers(self.effect.attempt))
         try:
             async with client.stream("POST", self._form.path, content=content, headers=headers) as reply:
                 if reply.status_code != httpx.codes.OK:

@@ -23,6 +23,7 @@ from sidecar.core.enums import Fault
 from sidecar.core.events import Event, FirstToken, RunEnded, RunFailed
 
 IDLE_STREAMS_MAX = 256
+Metadata = tuple[tuple[str, str], ...]
 END_OF_STREAM: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 
 
@@ -43,17 +44,19 @@ class StreamPool:
         )
         self._idle: deque[Any] = deque()
 
-    def take(self) -> Any:
-        """Return an idle stream, or a new one."""
+    def take(self, metadata: Metadata = ()) -> Any:
+        """Return an idle stream, or a new one. One with metadata is for a single request."""
+        if metadata:
+            return self._method(metadata=metadata)
         while self._idle:
             call = self._idle.pop()
             if not call.done():
                 return call
         return self._method()
 
-    def give_back(self, call: Any) -> None:
-        """Keep a stream whose request ended cleanly."""
-        if not call.done() and len(self._idle) < IDLE_STREAMS_MAX:
+    def give_back(self, call: Any, metadata: Metadata = ()) -> None:
+        """Keep a stream whose request ended cleanly, unless it was for that request alone."""
+        if not metadata and not call.done() and len(self._idle) < IDLE_STREAMS_MAX:
             self._idle.append(call)
         else:
             call.cancel()
@@ -136,7 +139,8 @@ class Run:
     async def stream(self, pool: StreamPool) -> None:
         """Run on a stream of the pool. Raises CancelledError if it is cancelled."""
         self._work = asyncio.current_task()
-        call = self._call = pool.take()
+        metadata = self._trace_context()
+        call = self._call = pool.take(metadata)
         try:
             await call.write(self.message(stream=True))
             while True:
@@ -151,13 +155,16 @@ class Run:
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
             await self._wire_broke(error)
         except EngineGone as gone:
-            pool.give_back(call)
+            pool.give_back(call, metadata)
             await self._ended_with(None, str(gone))
         else:
             if self.cancelled:
                 call.cancel()
             else:
-                pool.give_back(call)
+                pool.give_back(call, metadata)
+
+    def _trace_context(self) -> Metadata:
+        return () if self.ticket.trace is None else self.ticket.trace.headers(self.effect.attempt)
 
     async def _room(self) -> None:
         """Wait for the client. Nothing is read meanwhile, so the engine cannot be blamed for silence."""
@@ -204,7 +211,7 @@ class Run:
         method = channel.unary_unary(
             f"{wire.SERVICE}/ModelInfer", request_serializer=unchanged, response_deserializer=unchanged
         )
-        call = self._call = method(self.message(stream=False))
+        call = self._call = method(self.message(stream=False), metadata=self._trace_context())
         try:
             raw = await call
         except grpc.RpcError as error:

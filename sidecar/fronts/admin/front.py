@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from time import monotonic_ns
@@ -19,8 +20,10 @@ from sidecar.fronts.status import answers_errors
 from sidecar.ownership.facts import Member
 from sidecar.proto import admin_pb2, admin_pb2_grpc
 from sidecar.replicas.replica import Replica
+from sidecar.shell.chronicle import story
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.open_requests import Chosen, cancel, check_chosen, open_requests
+from sidecar.timelines.wording import lines_of, record_of
 
 LISTED_DEFAULT = 100
 LISTED_MAX = waiting.EXAMINED_MAX
@@ -110,6 +113,12 @@ class QueuesService(admin_pb2_grpc.QueuesServicer):
         found = list(open_requests(self._gateway, chosen))
         shown = found[: min(request.limit or LISTED_DEFAULT, LISTED_MAX)]
         return admin_pb2.ListRequestsResponse(requests=map(open_request_message, shown), total=len(found))
+
+    @answers_errors
+    async def Show(self, request: Any, context: Any) -> Any:  # noqa: N802
+        tenant = confined_to(self._gateway.access, Action.SEE_QUEUE, "", context)
+        timeline = story(self._gateway.chronicle, request.request, monotonic_ns(), tenant)
+        return admin_pb2.ShowRequestResponse(lines=lines_of(timeline), record=json.dumps(record_of(timeline)))
 
     @answers_errors
     async def Cancel(self, request: Any, context: Any) -> Any:  # noqa: N802

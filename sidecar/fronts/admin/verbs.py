@@ -170,6 +170,7 @@ def _asked(message: Any, sight: Sight) -> Facts:
 QUEUES = {
     "Get": Verb(Action.SEE_QUEUE, each=True),
     "List": Verb(Action.SEE_QUEUE, each=True),
+    "Show": Verb(Action.SEE_QUEUE, each=True),
     "Cancel": Verb(Action.CANCEL, _tenant, _always, _asked, lambda reply: {"cancelled": reply.cancelled}, each=True),
 }
 POOL = {"Watch": Verb(Action.SEE_QUEUE, each=True)}

@@ -23,7 +23,7 @@ from sidecar.fronts.status import abort, status_of_ending
 from sidecar.proto import gateway_pb2, gateway_pb2_grpc
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.request_log import log_refused
-from sidecar.shell.requests import RequestFacts
+from sidecar.shell.requests import RequestFacts, TraceOrigin
 
 FIELDS = {"lora_name": "adapter", "lora_tenant": "tenant", "lora_class": "class", "lora_session": "session"}
 """Fields that mean the same as our parameters in the other APIs."""
@@ -75,6 +75,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
             only=self._eligible(request, payload.kinds),
             has_length=request.max_tokens > 0,
             is_estimated=request.WhichOneof("prompt") == "text",
+            trace=TraceOrigin.of(metadata),
         )
         return self._gateway.submit(facts, payload, request_id, caller, request.text or None)
 

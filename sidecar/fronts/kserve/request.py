@@ -18,7 +18,7 @@ from sidecar.errors import Reason, Refused
 from sidecar.fronts.kserve.parameters import own_parameters, seconds_until
 from sidecar.fronts.kserve.structure import Structure
 from sidecar.fronts.kserve.tensors import CORE_LORA_TENSORS, LLMAPI_LORA_TENSORS, LORA_TENSORS, Tensors, check_word
-from sidecar.shell.requests import RequestFacts
+from sidecar.shell.requests import RequestFacts, TraceOrigin
 
 IDS = ("lora_task_id", "lora_id")
 CLIENT_TASK_IDS_END = 1 << 32
@@ -89,6 +89,7 @@ def read(
         deadline_s=seconds_until(own.get("lora_deadline_ms")),
         session=session_of(own.get("lora_session", "")),
         size_bytes=structure.size_bytes,
+        trace=TraceOrigin.of(metadata),
     )
     parameters = message.parameters
     return KServeRequest(

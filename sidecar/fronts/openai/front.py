@@ -54,7 +54,7 @@ from sidecar.fronts.openai.request import (
 from sidecar.fronts.openai.text_forms import TextRequest
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.request_log import log_refused
-from sidecar.shell.requests import RequestFacts
+from sidecar.shell.requests import RequestFacts, TraceOrigin
 
 MODELS = "/v1/models"
 Place = Callable[[OpenAiRequest, Sequence[TextRequest | Refusal] | None], Destination]
@@ -240,6 +240,7 @@ class OpenAiFront:
             sequences=asked.answers,
             has_length=asked.has_length or destination.length is not None,
             is_estimated=text_tokens > 0,
+            trace=TraceOrigin(*caller.trace_context, caller.came_ns),
         )
         return self._gateway.submit(facts, destination.payload, request_id, sender, _text(asked, destination))
 

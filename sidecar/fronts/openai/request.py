@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from time import monotonic_ns
 from typing import Any
 
 from sidecar.config import identities
@@ -43,12 +44,17 @@ class Unfit(Refused):
 
 @dataclass(frozen=True)
 class Caller:
-    """The headers' values. `tenant` is the client's own claim."""
+    """The headers' values, and when they came. `tenant` is the client's own claim.
+
+    `trace_context` has W3C's traceparent and tracestate, "" for none.
+    """
 
     tenant: str
     klass: str
     session: str
     deadline_s: float | None
+    trace_context: tuple[str, str]
+    came_ns: int
 
 
 @dataclass(frozen=True)
@@ -223,12 +229,15 @@ def _bytes_in(prompts: Sequence[Any]) -> int:
 def read_caller(headers: Iterable[tuple[bytes, bytes]]) -> Caller:
     """Read our headers. Raises Refused(INVALID_REQUEST) for one that is unknown or given twice."""
     own: dict[str, str] = {}
+    trace = {b"traceparent": "", b"tracestate": ""}
     once: set[bytes] = set()
     for raw_name, raw in headers:
         if raw_name in once:
             raise Refused(Reason.INVALID_REQUEST, f"the header {raw_name.decode()} is given twice; send it once")
         if raw_name in ONCE:
             once.add(raw_name)
+        if raw_name in trace:
+            trace[raw_name] = raw.decode("latin-1")
         if raw_name[:6] == b"x-lora":
             name = raw_name.decode("latin-1")
             if name not in HEADERS:
@@ -239,6 +248,8 @@ def read_caller(headers: Iterable[tuple[bytes, bytes]]) -> Caller:
         klass=own.get("x-lora-class") or "default",
         session=session_of(own.get("x-lora-session", "")),
         deadline_s=seconds_until(own.get("x-lora-deadline-ms")),
+        trace_context=(trace[b"traceparent"], trace[b"tracestate"]),
+        came_ns=monotonic_ns(),
     )
 
 

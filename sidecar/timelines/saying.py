@@ -1,16 +1,23 @@
-"""Describe the moments of a request's life, one sentence each."""
+"""Describe the moments of a request's life, one sentence each.
+
+A story from a journal and one from the live process use the same sentences.
+"""
 
 from __future__ import annotations
 
-from policies.views import Candidate
+from collections.abc import Sequence
+
+from policies.views import Candidate, Choice
 from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.durations import seconds
 from sidecar.core.state import Request, State
-from sidecar.incident.obstacles import listed
-from sidecar.incident.witness import Routed
+from sidecar.timelines.obstacles import listed
 
 CANDIDATES_NAMED_MAX = 4
+
+Told = tuple[str, str]
+"""The kind of a moment, in a word, and its sentence."""
 
 
 def arrived(state: State, request: Request | None) -> str:
@@ -26,10 +33,9 @@ def arrived(state: State, request: Request | None) -> str:
     return f"arrived as number {len(backend.queued)} in the queue of {backend.id}, {own} before it of its own version"
 
 
-def routed(choice: Routed) -> str:
+def routed(chosen: Choice, candidates: Sequence[Candidate]) -> str:
     """Return the routing policy's choice for a request, its reason, and the other candidates."""
-    chosen = choice.choice
-    others = [_candidate(candidate) for candidate in choice.candidates]
+    others = [_candidate(candidate) for candidate in candidates]
     return f"routed to {chosen.backend} ({chosen.reason}) of {listed(others, CANDIDATES_NAMED_MAX)}"
 
 
@@ -53,7 +59,7 @@ def ended(settle: do.Settle) -> str:
 LEFT = "its client cancelled it or went away"
 
 
-def own_event(event: ev.Event, request: int, attempt: int) -> tuple[str, str] | None:
+def own_event(event: ev.Event, request: int, attempt: int) -> Told | None:
     """Return the kind and the sentence of an event of the request itself, or None for any other event."""
     if isinstance(event, ev.ClientLeft) and event.request == request:
         if event.by_operator:
@@ -68,6 +74,58 @@ def own_event(event: ev.Event, request: int, attempt: int) -> tuple[str, str] | 
     if isinstance(event, ev.RunFailed) and (event.request, event.attempt) == (request, attempt):
         return "run_failed", f"the engine failed ({event.fault.value}): {event.text}"
     return None
+
+
+# The way of its version to an engine.
+
+FETCHED = "fetched", "its weights are in the host store"
+DROPPED = "dropped", "its weights were dropped from the host store"
+
+
+def fetch(effect: do.Fetch, dropped: int) -> Told:
+    """Describe a fetch; `dropped` counts the blobs of others that made room for it."""
+    room = f", for which {dropped} of others had to go" if dropped else ""
+    return "fetch", f"a fetch of its weights began from {'disk' if effect.from_disk else 'its origin'}{room}"
+
+
+def fetch_failed(event: ev.FetchFailed) -> Told:
+    return "fetch_failed", f"its weights could not be fetched: {event.text}"
+
+
+def load(effect: do.Load) -> Told:
+    return "load", f"load {effect.load} of its version into {effect.backend} began"
+
+
+def loaded(event: ev.LoadDone, backend: str) -> Told:
+    return "loaded", f"load {event.load} is done: {backend} has its version"
+
+
+def load_failed(event: ev.LoadFailed) -> Told:
+    return "load_failed", f"load {event.load} failed ({event.fault.value}): {event.text}"
+
+
+def heal(effect: do.Heal) -> Told:
+    return "heal", f"{effect.backend}: {effect.reason} of its version is being mended"
+
+
+def quarantine(effect: do.Quarantine) -> Told:
+    return "quarantine", f"its version was quarantined: {effect.text}"
+
+
+def standing(event: ev.BackendUp | ev.BackendLost | ev.DrainSet) -> Told:
+    if isinstance(event, ev.BackendUp):
+        return "backend", f"{event.backend} is up"
+    if isinstance(event, ev.BackendLost):
+        return "backend", f"{event.backend} was lost: {event.cause}"
+    return "backend", f"{event.backend} {'is being drained' if event.draining else 'takes requests again'}"
+
+
+def voided(why: str) -> Told:
+    return "voided", f"what it was promised is void: {why}"
+
+
+QUEUED_AGAIN = "queued_again", "queued again under its old place"
+IN_VAIN = "it was sent, and failed there"
 
 
 def duration(duration_ns: int) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from sidecar.incident.obstacles import listed
-from sidecar.incident.saying import duration
-from sidecar.incident.timeline import Entry, Moment, Period, Tally, Timeline, folded
+from sidecar.timelines.obstacles import listed
+from sidecar.timelines.saying import duration
+from sidecar.timelines.timeline import Entry, Moment, Period, Tally, Timeline, folded
 
 PERIODS_SHOWN_MAX = 24
 """Short neighbouring periods are folded until at most about twice as many are left."""

@@ -1,0 +1,483 @@
+"""Keep what each open request has been through, and the same of those that ended lately.
+
+Own events are kept as they come. What several requests share is kept once: the reasons to wait of a version at a
+backend, the way of a version to the engines, and what happened to a backend. All of it is bounded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Reversible, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from operator import attrgetter
+from time import monotonic_ns, perf_counter, time_ns
+from typing import Any, TypeVar
+
+from policies.views import BASE
+from sidecar.backends.api import Ticket
+from sidecar.config.identities import clipped
+from sidecar.core import effects as do
+from sidecar.core import eligibility
+from sidecar.core import events as ev
+from sidecar.core.enums import Phase, Why
+from sidecar.core.facts import version_of_key
+from sidecar.core.state import Request, State
+from sidecar.errors import Misused, Reason
+from sidecar.shell.requests import RequestFacts
+from sidecar.timelines import saying
+from sidecar.timelines.obstacles import in_the_way
+from sidecar.timelines.record import (
+    Entry,
+    GivenBack,
+    Happened,
+    News,
+    Note,
+    PassedOn,
+    PromiseVoided,
+    Queued,
+    QueuedAgain,
+    Record,
+    timeline_of,
+)
+from sidecar.timelines.timeline import Timeline
+
+ENDED_MAX = 2_000
+"""Requests that are kept after their end."""
+NOTES_MAX = 256
+"""Changes of the reason that are kept of a version at a backend."""
+NEWS_MAX = 64
+"""What is kept of a version, and of a backend."""
+SUBJECTS_MAX = 10_000
+"""Versions at backends whose reasons are kept, and versions with news."""
+LOOK_S = 0.25
+SHARE_MAX = 0.01
+"""The share of a core that looking at reasons may take; with more to look at, looks become rarer."""
+SLICE = 100
+"""Reasons that are found, and SLICE * 10 requests that are looked at, before other tasks run."""
+OTHERS_NAMED_MAX = 4
+FRESH_NS = 50_000_000
+"""A reason that was looked at so lately is not looked at for another arrival."""
+
+Key = tuple[str, str]
+"""A backend, "" for none, and a version."""
+_T = TypeVar("_T", Note, News)
+
+
+class _Notes(deque[Note]):
+    """The reasons of a version at a backend, and when it was looked at last."""
+
+    def __init__(self) -> None:
+        super().__init__(maxlen=NOTES_MAX)
+        self.looked_ns = 0
+
+
+class Chronicle:
+    """An observer. `ticket_of(number)` returns the ticket of an open request; `on_end` is told of each ending."""
+
+    def __init__(
+        self,
+        state: Callable[[], State],
+        ticket_of: Callable[[int], Ticket | None],
+        clock_ns: Callable[[], int] = monotonic_ns,
+    ) -> None:
+        self.on_end: list[Callable[[Record], None]] = []
+        self._state = state
+        self._clock_ns = clock_ns
+        self._count = 0
+        self._ticket_of = ticket_of
+        self._open: dict[int, Record] = {}
+        self._ended: OrderedDict[int, Record] = OrderedDict()
+        self._notes: OrderedDict[Key, _Notes] = OrderedDict()
+        self._of_versions: OrderedDict[str, deque[News]] = OrderedDict()
+        self._of_backends: dict[str, deque[News]] = {}
+        self._loads: dict[int, do.Load] = {}
+
+    # Stories.
+
+    def find(self, asked: str) -> list[Record]:
+        """Return the requests with a number or a client's id, oldest first; notes and news as far as they are known."""
+        number = int(asked) if asked.isdecimal() and len(asked) < 19 else 0
+        found = [
+            record
+            for record in (*self._ended.values(), *self._open.values())
+            if record.client_id == asked or record.request == number
+        ]
+        for record in found:
+            if record.settle is None:
+                self._complete(record)
+        return sorted(found, key=attrgetter("number"))
+
+    # Steps.
+
+    def observed(self, event: ev.Event, effects: Sequence[do.Effect], now_ns: int) -> None:
+        self._count += 1
+        handler = _EVENTS.get(type(event))
+        if handler is not None:
+            handler(self, event, now_ns)
+        for effect in effects:
+            of_effect = _EFFECTS.get(type(effect))
+            if of_effect is not None:
+                of_effect(self, effect, now_ns, event, effects)
+
+    def _received(self, event: ev.Received, now_ns: int) -> None:
+        state, record = self._state(), self._open.get(event.request)
+        if record is None:
+            record = self._open[event.request] = Record(event, now_ns, time_ns(), self._count)
+            if (ticket := self._ticket_of(event.request)) is not None:
+                record.peer, record.trace = ticket.peer, ticket.trace
+        request = state.requests.get(event.request)
+        record.arrival = saying.arrived(state, request)
+        if request is None:
+            return
+        record.version, record.ordinal = request.version, request.ordinal
+        record.bound_ns = request.expires_ns - request.view.arrived_ns
+        record.promised_ns = None if request.promise is None else request.promise.bound_ns
+        if not request.running:
+            self._see_in_queue(record, request, now_ns)
+
+    def _own(self, event: Any, now_ns: int) -> None:
+        record = self._open.get(event.request)
+        if record is not None:
+            self._add(record, now_ns, event)
+
+    def _dispatched(self, effect: do.Dispatch, now_ns: int, *_: Any) -> None:
+        record = self._open.get(effect.request)
+        if record is not None:
+            record.dispatch, record.place = effect, None
+            self._add(record, now_ns, effect)
+
+    def _settled(self, effect: do.Settle, now_ns: int, *_: Any) -> None:
+        record = self._open.get(effect.request)
+        if record is not None:
+            record.version = record.version or effect.version
+            self._end(record, effect, now_ns)
+
+    def _end(self, record: Record, settle: do.Settle, now_ns: int) -> None:
+        self._see_promise(record, settle.voided, now_ns)
+        record.settle, record.ended_ns = settle, now_ns
+        self._add(record, now_ns, settle)
+        self._complete(record)
+        self._ended[record.request] = self._open.pop(record.request)
+        if len(self._ended) > ENDED_MAX:
+            self._ended.popitem(last=False)
+        for told in self.on_end:
+            told(record)
+
+    def _run_failed(self, event: ev.RunFailed, now_ns: int) -> None:
+        self._own(event, now_ns)
+        record = self._open.get(event.request)
+        if record is not None and record.dispatch is not None:
+            self._look_after(record.dispatch.backend, now_ns, (record,))
+
+    def _look_after(self, backend: str, now_ns: int, failed: Iterable[Record] = ()) -> None:
+        """Look at where requests are after an engine's failure: at all of them, if the engine is lost by it."""
+        known = self._state().backends.get(backend)
+        if known is None or known.phase is Phase.DOWN or not known.owned:
+            failed = self._open.values()
+        self._look_at_requests(failed, now_ns)
+
+    def _look_at_requests(self, records: Iterable[Record], now_ns: int) -> None:
+        """Note which requests were sent in vain, and in whose queue each waits."""
+        requests = self._state().requests
+        for record in records:
+            request = requests.get(record.request)
+            if request is None or request.settled:
+                continue
+            if self._has_failed(record, request):
+                self._add(record, now_ns, QueuedAgain())
+            if not request.running:  # else it was sent again in this very step
+                self._see_in_queue(record, request, now_ns)
+
+    def _has_failed(self, record: Record, request: Request) -> bool:
+        """Return True if its last dispatch was in vain, which was not noted yet."""
+        dispatch = record.dispatch
+        if dispatch is None or record.place is not None:
+            return False
+        return request.attempt != dispatch.attempt or not request.running
+
+    def _see_in_queue(self, record: Record, request: Request, now_ns: int) -> None:
+        """Note in whose queue a request waits, if that is new, and why it waits there."""
+        self._see_promise(record, request.voided, now_ns)
+        place = request.backend or ""
+        if place != record.place:
+            record.place = place
+            self._add(record, now_ns, Queued(place))
+            self._note(request, now_ns)
+
+    def _see_promise(self, record: Record, voided: str, now_ns: int) -> None:
+        if voided and not record.is_voided:
+            record.is_voided = True
+            self._add(record, now_ns, PromiseVoided(voided))
+
+    def _add(self, record: Record, now_ns: int, what: Happened) -> None:
+        self._count += 1
+        record.happened.append(Entry(self._count, now_ns, what))
+
+    # The way of a version, and what happens to backends.
+
+    def _fetched(self, event: ev.Fetched, now_ns: int) -> None:
+        self._tell(version_of_key(event.key), self._news(now_ns, "", *saying.FETCHED))
+
+    def _fetch_failed(self, event: ev.FetchFailed, now_ns: int) -> None:
+        self._tell(version_of_key(event.key), self._news(now_ns, "", *saying.fetch_failed(event)))
+
+    def _load_done(self, event: ev.LoadDone, now_ns: int) -> None:
+        load = self._loads.pop(event.load, None)
+        if load is not None:
+            self._tell(
+                load.digest, self._news(now_ns, load.backend, *saying.loaded(event, load.backend), load=event.load)
+            )
+
+    def _load_failed(self, event: ev.LoadFailed, now_ns: int) -> None:
+        load = self._loads.pop(event.load, None)
+        if load is not None:
+            self._tell(load.digest, self._news(now_ns, load.backend, *saying.load_failed(event), load=event.load))
+            self._look_after(load.backend, now_ns)
+
+    def _standing(self, event: ev.BackendUp | ev.BackendLost | ev.DrainSet, now_ns: int) -> None:
+        news = self._of_backends.setdefault(event.backend, deque(maxlen=NEWS_MAX))
+        news.append(self._news(now_ns, event.backend, *saying.standing(event)))
+        if not isinstance(event, ev.DrainSet):  # many requests may have moved, and their news begin in this step
+            self._look_at_requests(self._open.values(), now_ns)
+
+    def _given_up(self, event: ev.BackendGivenUp, now_ns: int) -> None:
+        self._look_at_requests(self._open.values(), now_ns)
+
+    def _removed(self, event: ev.BackendRemoved, now_ns: int) -> None:
+        self._of_backends.pop(event.backend, None)
+        self._look_at_requests(self._open.values(), now_ns)
+
+    def _fetch(self, effect: do.Fetch, now_ns: int, event: ev.Event, effects: Sequence[do.Effect]) -> None:
+        dropped = sum(isinstance(other, do.Drop) for other in effects)
+        self._tell(effect.digest, self._news(now_ns, "", *saying.fetch(effect, dropped)), effect.key)
+
+    def _drop(self, effect: do.Drop, now_ns: int, *_: Any) -> None:
+        version = version_of_key(effect.key)
+        if version in self._of_versions:
+            self._tell(version, self._news(now_ns, "", *saying.DROPPED))
+
+    def _load(self, effect: do.Load, now_ns: int, *_: Any) -> None:
+        self._loads[effect.load] = effect
+        backend = self._state().backends.get(effect.backend)
+        queue = None if backend is None else backend.queued_by_version.get(effect.digest)
+        if queue is not None:  # they may have come from another backend in this step
+            known = map(self._open.get, queue.first_few(SLICE))
+            self._look_at_requests((record for record in known if record is not None), now_ns)
+        self._tell(effect.digest, self._news(now_ns, effect.backend, *saying.load(effect), load=effect.load))
+
+    def _heal(self, effect: do.Heal, now_ns: int, event: ev.Event, effects: Sequence[do.Effect]) -> None:
+        if effect.version != BASE and not isinstance(event, ev.LoadFailed):
+            self._tell(effect.version, self._news(now_ns, effect.backend, *saying.heal(effect)))
+
+    def _quarantine(self, effect: do.Quarantine, now_ns: int, *_: Any) -> None:
+        self._tell(effect.digest, self._news(now_ns, "", *saying.quarantine(effect)))
+
+    def _news(self, now_ns: int, backend: str, what: str, text: str, load: int = 0) -> News:
+        self._count += 1
+        return News(self._count, now_ns, backend, what, text, load)
+
+    def _tell(self, version: str, news: News, key: str = "") -> None:
+        version = version_of_key(key) or version
+        held = self._of_versions.get(version)
+        if held is None:
+            held = self._of_versions[version] = deque(maxlen=NEWS_MAX)
+            if len(self._of_versions) > SUBJECTS_MAX:
+                self._of_versions.popitem(last=False)
+        held.append(news)
+
+    # Reasons.
+
+    def _note(self, request: Request, now_ns: int) -> None:
+        """Look at the reason for which a request waits, unless that of its version there was looked at just now."""
+        state = self._state()
+        key = request.backend or "", request.version
+        notes = self._notes_of(key)
+        backend = state.backends.get(key[0])
+        is_first = backend is None or len(backend.queued_by_version.get(key[1], ())) <= 1
+        if not is_first and now_ns - notes.looked_ns < FRESH_NS:
+            return
+        self._look_at(notes, request, now_ns, is_first)
+
+    def _notes_of(self, key: Key) -> _Notes:
+        notes = self._notes.get(key)
+        if notes is None:
+            notes = self._notes[key] = _Notes()
+            if len(self._notes) > SUBJECTS_MAX:
+                self._notes.popitem(last=False)
+        return notes
+
+    def _look_at(self, notes: _Notes, request: Request, now_ns: int, is_new: bool = False) -> None:
+        state = self._state()
+        why = Why.BACKEND_DOWN if request.backend is None else eligibility.why_waiting(state, request, now_ns)
+        notes.looked_ns = now_ns
+        if is_new or not notes or notes[-1].why is not why:
+            notes.append(Note(now_ns, why, in_the_way(state, request, why, now_ns)))
+
+    async def watch(self) -> None:
+        """Look at the reasons again and again, a slice at a time, for ever."""
+        while True:
+            spent_s = await self._look()
+            await asyncio.sleep(max(LOOK_S, spent_s / SHARE_MAX))
+
+    async def _look(self) -> float:
+        """Look at everything, and return the seconds that it took."""
+        spent_s = 0.0
+        for look in self.looks():
+            begun_s = perf_counter()
+            look()
+            spent_s += perf_counter() - begun_s
+            await asyncio.sleep(0)
+        return spent_s
+
+    def looks(self) -> Iterator[Callable[[], None]]:
+        """Yield looks at where each request waits, and at the reason of each version at each backend: a slice each."""
+        state = self._state()
+        for some in _slices(list(self._open.values()), SLICE * 10):
+            yield partial(self._look_at_requests, some, self._clock_ns())
+        keys = [(backend.id, version) for backend in state.backends.values() for version in backend.queued_by_version]
+        keys += dict.fromkeys(("", state.requests[number].version) for number in state.unrouted)
+        for some_keys in _slices(keys, SLICE):
+            yield partial(self._look_at_reasons, some_keys)
+
+    def _look_at_reasons(self, keys: Sequence[Key]) -> None:
+        state, now_ns = self._state(), self._clock_ns()
+        unrouted: dict[str, int] = {}
+        if any(not backend for backend, _ in keys):
+            for number in state.unrouted:
+                unrouted.setdefault(state.requests[number].version, number)
+        for key in keys:
+            backend, version = key
+            queue = state.backends[backend].queued_by_version.get(version) if backend in state.backends else None
+            first = unrouted.get(version) if not backend else queue.first() if queue else None
+            if first is not None:
+                self._look_at(self._notes_of(key), state.requests[first], now_ns)
+
+    # Requests that other replicas answer.
+
+    def leaves(self, ticket: Ticket, facts: RequestFacts) -> None:
+        """Note that another replica is looked for, for a request that is not, or no longer, in this replica's core."""
+        number = ticket.request
+        record = self._ended.pop(number, None)
+        if record is not None:  # our own core gave it back
+            record.settle = record.ended_ns = record.dispatch = None
+            self._open[number] = record
+        elif number not in self._open:
+            received = facts.received(number, None, ticket.client_id)
+            self._open[number] = Record(received, monotonic_ns(), time_ns(), self._count, ticket.peer, ticket.trace)
+
+    def passed_on(self, ticket: Ticket, backend: str, replica: str) -> int:
+        """Note that a replica gets a request. Return the number of this leg, for `Traced.headers`."""
+        record = self._open.get(ticket.request)
+        if record is None:
+            return -1
+        leg = -1 - sum(isinstance(entry.what, PassedOn) for entry in record.happened)
+        self._add(record, self._clock_ns(), PassedOn(replica, backend, leg))
+        return leg
+
+    def given_back(self, ticket: Ticket, why: str) -> None:
+        record = self._open.get(ticket.request)
+        if record is not None:
+            self._add(record, self._clock_ns(), GivenBack(why))
+
+    def renumbered(self, old: int, new: int) -> None:
+        """Note that this replica's core gets a request under a new number."""
+        record = self._open.pop(old, None)
+        if record is not None:
+            record.received = replace(record.received, request=new)
+            self._open[new] = record
+
+    def ended_elsewhere(self, ticket: Ticket) -> None:
+        """Note the ending of a request that another replica had."""
+        record = self._open.get(ticket.request)
+        if record is not None and ticket.settled is not None:
+            record.dispatch = ticket.dispatch
+            self._end(record, ticket.settled, monotonic_ns())
+
+    # What is known of a request.
+
+    def _complete(self, record: Record) -> None:
+        """Add the reasons and the news of the time that it waited."""
+        since_ns, places = record.arrived_ns, record.places
+        record.notes = {
+            backend: _since(self._notes.get((backend, record.version), ()), since_ns, 1) for backend in places
+        }
+        news = [_since(self._of_versions.get(record.version, ()), since_ns)] if places else []
+        if record.dispatch is not None:
+            places.add(record.dispatch.backend)
+        if "" in places:
+            places.update(self._of_backends)
+        news += [_since(self._of_backends.get(backend, ()), since_ns) for backend in places]
+        since = (each for told in news for each in told if each.number > record.number)
+        record.news = tuple(sorted(since, key=attrgetter("number")))
+
+
+def story(chronicle: Chronicle, asked: str, now_ns: int, tenant: str | None = None) -> Timeline:
+    """Return the timeline of the last request with a number or a client's id, for who is confined to a tenant.
+
+    Raises Misused(UNKNOWN_REQUEST).
+    """
+    found = [record for record in chronicle.find(asked) if tenant is None or record.received.tenant == tenant]
+    if not found:
+        raise Misused(
+            Reason.UNKNOWN_REQUEST,
+            f'no request "{clipped(asked)}" is known here: it was refused before it was queued, ended more than '
+            f"{ENDED_MAX} requests ago, or came to another replica. A journal tells of older ones: sidecar replay "
+            "--explain ID DATA_DIRECTORY",
+        )
+    timeline = timeline_of(found[-1], now_ns, hides_others=tenant is not None)
+    if timeline.ended_ns is None:
+        timeline.notes.append("it has not ended")
+    if len(found) > 1:
+        others = ", ".join(str(record.request) for record in found[-1 - OTHERS_NAMED_MAX : -1])
+        timeline.notes.append(
+            f"{len(found)} requests have this id, the last is told; ask by number for another: {others}"
+        )
+    return timeline
+
+
+def _since(held: Reversible[_T], since_ns: int, before: int = 0) -> tuple[_T, ...]:
+    """Return what was noted from a time on, and so many before it."""
+    found: list[_T] = []
+    for each in reversed(held):
+        if each.at_ns < since_ns:
+            before -= 1
+            if before < 0:
+                break
+        found.append(each)
+    return tuple(reversed(found))
+
+
+def _slices(what: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    each = iter(what)
+    while slice_ := list(islice(each, size)):
+        yield slice_
+
+
+_EVENTS: dict[type, Callable[[Chronicle, Any, int], None]] = {
+    ev.Received: Chronicle._received,
+    ev.FirstToken: Chronicle._own,
+    ev.RunFailed: Chronicle._run_failed,
+    ev.ClientLeft: Chronicle._own,
+    ev.ClientStalled: Chronicle._own,
+    ev.Fetched: Chronicle._fetched,
+    ev.FetchFailed: Chronicle._fetch_failed,
+    ev.LoadDone: Chronicle._load_done,
+    ev.LoadFailed: Chronicle._load_failed,
+    ev.BackendUp: Chronicle._standing,
+    ev.BackendLost: Chronicle._standing,
+    ev.DrainSet: Chronicle._standing,
+    ev.BackendGivenUp: Chronicle._given_up,
+    ev.BackendRemoved: Chronicle._removed,
+}
+_EFFECTS: dict[type, Callable[..., None]] = {
+    do.Fetch: Chronicle._fetch,
+    do.Drop: Chronicle._drop,
+    do.Load: Chronicle._load,
+    do.Dispatch: Chronicle._dispatched,
+    do.Settle: Chronicle._settled,
+    do.Heal: Chronicle._heal,
+    do.Quarantine: Chronicle._quarantine,
+}

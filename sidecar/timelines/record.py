@@ -1,0 +1,303 @@
+"""What the live process keeps of one request, and its timeline.
+
+The reasons to wait are looked at several times a second, for all requests of a version at a backend at once. So a
+reason that came and went between two looks is missing here; a replay of the journal has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+from sidecar.core import effects as do
+from sidecar.core import events as ev
+from sidecar.core.enums import Why
+from sidecar.timelines import saying
+from sidecar.timelines.timeline import AT_AN_ENGINE, Timeline, Waits
+
+NOT_LOOKED_AT = "not looked at"
+"""The reason of a wait so long ago, or so many changes ago, that it is not kept any more."""
+PASSED_ON = "passed on"
+"""The reason of a period in which another replica has the request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Since when the requests of a version wait at a backend for a reason, and what is in their way."""
+
+    at_ns: int
+    why: Why
+    because: str
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What happened to a version, or to a backend; `backend` is "" if it concerns all. `load` numbers a load.
+
+    `number` counts what the chronicle has seen: several steps of the core may have the same time.
+    """
+
+    number: int
+    at_ns: int
+    backend: str
+    what: str
+    text: str
+    load: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedAgain:
+    """An engine failed before the first token, so the request waits again."""
+
+
+@dataclass(frozen=True, slots=True)
+class PassedOn:
+    """Another replica, which owns the backend, got the request. `leg` is what `Traced.headers` was asked for."""
+
+    replica: str
+    backend: str
+    leg: int
+
+
+@dataclass(frozen=True, slots=True)
+class GivenBack:
+    """The other replica gave the request back before its first token."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class PromiseVoided:
+    """What the request was promised was seen to be void."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """It was seen in a backend's queue; "" is where requests wait that no backend can take."""
+
+    backend: str
+
+
+Happened = ev.Event | do.Dispatch | do.Settle | QueuedAgain | PassedOn | GivenBack | PromiseVoided | Queued
+
+
+class Entry(NamedTuple):
+    """What happened to a request. `number` counts as that of `News`."""
+
+    number: int
+    at_ns: int
+    what: Happened | News
+
+
+@dataclass(slots=True)
+class Record:
+    """One request. Times are monotonic; `utc_ns` is the time of day of its arrival.
+
+    `trace` is its trace, None if it has none. `notes` and `news` are filled in at its end.
+    """
+
+    received: ev.Received
+    arrived_ns: int
+    utc_ns: int
+    number: int = 0
+    """What the chronicle had counted when it arrived."""
+    peer: str = ""
+    trace: Any = None
+    version: str = ""
+    ordinal: int = 0
+    bound_ns: int | None = None
+    promised_ns: int | None = None
+    arrival: str = "arrived"
+    place: str | None = None
+    """The backend in whose queue it was seen last; None if it has not been queued."""
+    is_voided: bool = False
+    happened: list[Entry] = field(default_factory=list)
+    dispatch: do.Dispatch | None = None
+    settle: do.Settle | None = None
+    ended_ns: int | None = None
+    notes: dict[str, Sequence[Note]] = field(default_factory=dict)
+    """By backend."""
+    news: Sequence[News] = ()
+
+    @property
+    def request(self) -> int:
+        return self.received.request
+
+    @property
+    def client_id(self) -> str:
+        return self.received.client_id
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """True if another replica has it, or answered it."""
+        legs = [entry.what for entry in self.happened if isinstance(entry.what, PassedOn | GivenBack)]
+        return bool(legs) and isinstance(legs[-1], PassedOn)
+
+    @property
+    def places(self) -> set[str]:
+        """The backends in whose queues it was seen."""
+        return {entry.what.backend for entry in self.happened if isinstance(entry.what, Queued)}
+
+    def entries(self) -> list[Entry]:
+        """Return what happened to it, and the news of its version and its backends, in order."""
+        news = [Entry(each.number, each.at_ns, each) for each in self.news]
+        return sorted([*self.happened, *news], key=itemgetter(0))
+
+
+class _Telling:
+    """Turns a record into a timeline. At any moment the request waits here, or an engine or another replica has it."""
+
+    def __init__(self, record: Record, now_ns: int, hides_others: bool) -> None:
+        self._record = record
+        self._hides_others = hides_others
+        self._until_ns = now_ns if record.ended_ns is None else record.ended_ns
+        received = record.received
+        name, _, _ = received.adapter.partition("@")
+        self.timeline = Timeline(
+            received.request,
+            client_id=received.client_id,
+            adapter=name if record.ordinal else received.adapter,
+            version=record.version,
+            ordinal=record.ordinal,
+            tenant=received.tenant,
+            klass=received.klass,
+            input_tokens=received.input_tokens,
+            output_tokens_max=received.output_tokens_max,
+            arrived_ns=record.arrived_ns,
+            arrived_utc=_utc(record.utc_ns),
+            bound_ns=record.bound_ns,
+            promised_ns=record.promised_ns,
+            deadline_ns=received.deadline_ns,
+        )
+        self._waits = Waits(self.timeline)
+        self._since_ns = record.arrived_ns
+        self._has_it: Queued | do.Dispatch | PassedOn | None = Queued("")
+
+    def tell(self) -> Timeline:
+        record = self._record
+        self._waits.moment(record.arrived_ns, "arrived", "arrived" if self._hides_others else record.arrival)
+        for _, at_ns, what in record.entries():
+            _TOLD.get(type(what), _Telling._own)(self, at_ns, what)
+        if record.settle is None:
+            self._hand_over(self._until_ns, None)
+        self._waits.put_in_order()
+        return self.timeline
+
+    @property
+    def _attempt(self) -> int:
+        return self._has_it.attempt if isinstance(self._has_it, do.Dispatch) else 0
+
+    def _hand_over(self, at_ns: int, to: Queued | do.Dispatch | PassedOn | None) -> None:
+        """End the period of who has the request, and say who has it now."""
+        had = self._has_it
+        if isinstance(had, Queued):
+            self._waited(had.backend, self._since_ns, at_ns)
+        elif isinstance(had, PassedOn):
+            self._waits.begin(PASSED_ON, self._since_ns, had.backend, f"replica {had.replica} had it")
+            self.timeline.notes = [f"replica {had.replica} has the rest of the story: ask it"]
+        elif isinstance(had, do.Dispatch) and isinstance(to, Queued):
+            self._waits.begin(AT_AN_ENGINE, self._since_ns, had.backend, saying.IN_VAIN)
+        self._waits.end(at_ns)
+        self._has_it, self._since_ns = to, at_ns
+
+    def _own(self, at_ns: int, what: ev.Event) -> None:
+        told = saying.own_event(what, self._record.request, self._attempt)
+        if told is not None:
+            self._waits.moment(at_ns, *told)
+
+    def _sent(self, at_ns: int, what: do.Dispatch) -> None:
+        self._hand_over(at_ns, what)
+        self._waits.moment(at_ns, "sent", saying.sent(what))
+
+    def _queued(self, at_ns: int, what: Queued) -> None:
+        self._hand_over(at_ns, what)
+
+    def _queued_again(self, at_ns: int, what: QueuedAgain) -> None:
+        had = self._has_it
+        self._hand_over(at_ns, Queued(had.backend if had is not None else ""))
+        self._waits.moment(at_ns, *saying.QUEUED_AGAIN)
+
+    def _passed_on(self, at_ns: int, what: PassedOn) -> None:
+        self._hand_over(at_ns, what)
+        self._waits.moment(at_ns, "passed_on", f"passed on to replica {what.replica}, which owns {what.backend}")
+
+    def _given_back(self, at_ns: int, what: GivenBack) -> None:
+        self._hand_over(at_ns, Queued(""))
+        self._waits.moment(at_ns, "given_back", f"given back: {what.why}")
+
+    def _voided(self, at_ns: int, what: PromiseVoided) -> None:
+        self.timeline.voided = what.why
+        self._waits.moment(at_ns, *saying.voided(what.why))
+
+    def _news(self, at_ns: int, what: News) -> None:
+        had = self._has_it
+        is_standing = what.what == "backend"
+        if isinstance(had, Queued):
+            concerns = what.backend in ("", had.backend) if had.backend else is_standing
+        else:
+            concerns = isinstance(had, do.Dispatch) and is_standing and what.backend == had.backend
+        if concerns and not (self._hides_others and is_standing):
+            self._waits.moment(at_ns, what.what, what.text)
+
+    def _ended(self, at_ns: int, what: do.Settle) -> None:
+        self._hand_over(at_ns, None)
+        line = self.timeline
+        shown = replace(what, message="its client has the message") if self._hides_others else what
+        self._waits.moment(at_ns, "ended", saying.ended(shown))
+        line.ended_ns, line.output_tokens, line.outcome = at_ns, shown.output_tokens, shown.outcome.value
+        line.reason = shown.reason.value if shown.reason is not None else ""
+        line.message, line.voided = shown.message, shown.voided
+
+    def _waited(self, backend: str, since_ns: int, until_ns: int) -> None:
+        """Add the periods of a wait at one backend. The last note before it is the reason at its begin."""
+        if until_ns <= since_ns:
+            return
+        first, rest = None, []
+        for note in self._record.notes.get(backend, ()):
+            if note.at_ns <= since_ns:
+                first = note
+            elif note.at_ns < until_ns:
+                rest.append(note)
+        if first is None and rest and rest[0].at_ns - since_ns <= LOOK_LATE_NS:
+            first, rest = rest[0], rest[1:]
+        reason, because = (NOT_LOOKED_AT, "too much has happened since") if first is None else self._said(first)
+        if (reason, backend) != (self._waits.reason, self._waits.backend):
+            self._waits.begin(reason, since_ns, backend, because)
+        for note in rest:
+            reason, because = self._said(note)
+            if reason != self._waits.reason:
+                self._waits.begin(reason, note.at_ns, backend, because)
+
+    def _said(self, note: Note) -> tuple[str, str]:
+        if not self._hides_others:
+            return note.why.value, note.because
+        return note.why.value, note.why.because.format(places="its backend", names="its adapter")
+
+
+_TOLD: dict[type, Callable[[_Telling, int, Any], None]] = {
+    do.Dispatch: _Telling._sent,
+    do.Settle: _Telling._ended,
+    QueuedAgain: _Telling._queued_again,
+    Queued: _Telling._queued,
+    PassedOn: _Telling._passed_on,
+    GivenBack: _Telling._given_back,
+    PromiseVoided: _Telling._voided,
+    News: _Telling._news,
+}
+LOOK_LATE_NS = 1_000_000_000
+"""A reason that was seen so soon after a wait began was its reason from the beginning."""
+
+
+def timeline_of(record: Record, now_ns: int, hides_others: bool = False) -> Timeline:
+    """Return a request's timeline until now. With `hides_others` it names no other adapter, request or tenant."""
+    return _Telling(record, now_ns, hides_others).tell()
+
+
+def _utc(utc_ns: int) -> str:
+    at = datetime.fromtimestamp(utc_ns / 1e9, UTC)
+    return at.isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,145 @@
+"""From the id that a client sent to the reason of its wait, in one command: live, after its end, and from a capture."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from sidecar.proto import gateway_pb2
+from tests.integration.test_incident import command
+from tests.kit.emulated import EngineProcess
+from tests.kit.faults import attempt
+from tests.kit.forked import python
+from tests.kit.kserve_clients import OpenStream, aio_client, core_inputs
+from tests.kit.serving import Serving, serving, until, write_adapters
+from tests.kit.terminal import Terminal
+from tests.kit.vllm_emulated import VllmProcess
+
+LONG = 100_000
+ASKED = "order-17/retry 2"
+"""An id as clients make them."""
+
+
+async def generate(served: Serving) -> None:
+    tokens = gateway_pb2.TokenIds(ids=[1, 2, 3])
+    request = gateway_pb2.GenerateRequest(adapter="a00", tokens=tokens, max_tokens=2, request_id=ASKED)
+    async for _ in served.gateway.Generate(request):
+        pass
+
+
+async def unary(served: Serving) -> None:
+    async with aio_client(served.sidecar.data_address) as client:
+        await client.infer(
+            "tensorrt_llm", core_inputs(2, streaming=False), request_id=ASKED, parameters={"lora_name": "a00"}
+        )
+
+
+async def stream(served: Serving) -> None:
+    async with aio_client(served.sidecar.data_address) as client:
+        call = OpenStream(client)
+        call.send("a00", ASKED, 2)
+        await call.take_final(ASKED)
+
+
+async def completion(served: Serving) -> None:
+    body = {"model": "a00", "prompt": "hi", "max_tokens": 2}
+    await _post(served, "completions", body)
+
+
+async def chat(served: Serving) -> None:
+    body = {"model": "a00", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, "stream": True}
+    await _post(served, "chat/completions", body)
+
+
+async def _post(served: Serving, path: str, body: dict[str, Any]) -> None:
+    async with httpx.AsyncClient(base_url=f"http://{served.sidecar.http_address}/v1", timeout=60) as client:
+        answer = await client.post(f"/{path}", json=body, headers={"x-request-id": ASKED})
+        assert answer.status_code == 200, answer.text
+
+
+FRONTS = {"generate": generate, "unary": unary, "stream": stream, "completion": completion, "chat": chat}
+
+
+@dataclass
+class Busy:
+    served: Serving
+    taken: asyncio.Task[Any]
+    """The request that has the only seat."""
+
+
+@asynccontextmanager
+async def busy(tmp_path: Path, front: str = "generate") -> AsyncIterator[Busy]:
+    """Serve an engine with one seat, which is taken for as long as the test likes."""
+    write_adapters(tmp_path / "adapters", 1)
+    sizes = ("--compute", "none", "--seats", "1", "--max-seq-tokens", "1000000", "--kv-blocks", "1000000")
+    made = VllmProcess if front == "chat" else EngineProcess
+    more = ("--no-decoupled",) if front == "unary" else ()
+    backend = {"adapters_dir": str(tmp_path / "shared"), "engine": {"seats": 1}} if front == "chat" else {}
+    data = str(tmp_path / "data")
+    async with (
+        made(*sizes, *more, time_scale=1.0) as engine,
+        serving([engine], tmp_path / "adapters", data_directory=data, backend=backend) as served,
+    ):
+        taken = asyncio.create_task(attempt(served, "a00", LONG))
+        await until(lambda: any(request.running for request in served.state.requests.values()))
+        yield Busy(served, taken)
+        taken.cancel()
+
+
+@pytest.mark.parametrize("front", list(FRONTS))
+async def test_from_an_id_to_the_reason(tmp_path: Path, front: str) -> None:
+    out = tmp_path / "incident.tgz"
+    async with busy(tmp_path, front) as at:
+        served, admin = at.served, ("--admin", at.served.sidecar.admin_address)
+        asked = asyncio.create_task(FRONTS[front](served))
+        await until(lambda: any(r.client_id == ASKED and not r.running for r in served.state.requests.values()))
+        live = await command("requests", "show", ASKED, *admin)
+        at.taken.cancel()
+        await asyncio.wait_for(asked, 60)
+        await until(lambda: not served.state.requests)
+        after = await command("requests", "show", ASKED, *admin)
+        assert served.sidecar._journal is not None
+        await asyncio.to_thread(served.sidecar._journal.flush)
+        await command("debug", "capture", "--data-dir", str(tmp_path / "data"), "-o", str(out))
+    replayed = await command("replay", str(out), "--explain", ASKED)
+    assert (live["outcome"], after["outcome"], replayed["outcome"]) == ("", "ok", "ok")
+    waits = [[at for at in told["timeline"] if at["what"] == "waited"] for told in (live, after, replayed)]
+    assert [told[0]["why"] for told in waits] == ["seats full"] * 3
+    assert {told[0]["text"] for told in waits} == {"1 of 1 seats are taken: a00 1"}
+    assert after["waited_ns"] == replayed["waited_ns"] > live["waited_ns"] > 0
+    kinds = [
+        [at["what"] for at in told["timeline"] if at["what"] not in ("routed", "opened")] for told in (after, replayed)
+    ]
+    assert kinds[0] == kinds[1]
+
+
+async def test_the_story_on_a_narrow_terminal(tmp_path: Path) -> None:
+    """It begins with whose request it is, and says while it waits that it has not ended."""
+    async with busy(tmp_path) as at:
+        asked = asyncio.create_task(generate(at.served))
+        await until(lambda: len(at.served.state.requests) == 2)
+        with Terminal("requests", "show", ASKED, "--admin", at.served.sidecar.admin_address) as screen:
+            await screen.matches("note: it has not ended")
+            await screen.matches(re.escape("seats full: 1 of 1 seats are taken: a00 1"))
+        asked.cancel()
+
+
+async def test_an_id_that_nobody_sent(tmp_path: Path) -> None:
+    """The error says where else to look; scripts get the reason."""
+    async with busy(tmp_path) as at:
+        process = await python(
+            "-m", "sidecar", "requests", "show", "nobody", "--json", "--admin", at.served.sidecar.admin_address,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        _, error = await process.communicate()
+        assert process.returncode == 1
+        assert json.loads(error)["error"]["reason"] == "UNKNOWN_REQUEST"

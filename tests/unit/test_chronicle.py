@@ -1,0 +1,148 @@
+"""The live story of a request against the one that a replay of the journal tells."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sidecar.config.plugins import policies_of
+from sidecar.core.core import Core
+from sidecar.core.enums import Why
+from sidecar.errors import Misused, Reason
+from sidecar.incident.explain import explain
+from sidecar.shell import chronicle as module
+from sidecar.shell.chronicle import Chronicle, story
+from sidecar.timelines.timeline import Moment, Timeline
+from sidecar.timelines.wording import lines_of
+from tests.kit.cases import first
+from tests.kit.corekit import MS, World
+from tests.kit.journals import write_journal
+from tests.unit.test_explain import SCENES, busy_world
+
+
+def lived(world: World, look_every_ns: int = 0, until_step: int | None = None) -> Chronicle:
+    """Return the chronicle of a world's events, which looks at the reasons after the steps, as often as is said."""
+    core = Core(world.config, policies_of(world.config))
+    now = [0]
+    chronicle = Chronicle(lambda: core.state, lambda _: None, lambda: now[0])
+    looked_ns = 0
+    for now_ns, event in world.events[: None if until_step is None else until_step + 1]:
+        now[0] = now_ns
+        chronicle.observed(event, core.step(event, now_ns), now_ns)
+        if now_ns - looked_ns >= look_every_ns:
+            looked_ns = now_ns
+            for look in chronicle.looks():
+                look()
+    return chronicle
+
+
+def moments(timeline: Timeline) -> list[tuple[int, str, str]]:
+    """Return the moments, but for those that only a replay tells to the nanosecond, or at all."""
+    only_replayed = ("routed", "voided", "opened", "closed", "evicted")
+    return [
+        (entry.at_ns, entry.what, entry.text)
+        for entry in timeline.entries
+        if isinstance(entry, Moment) and entry.what not in only_replayed
+    ]
+
+
+@pytest.mark.parametrize("seed", first(1, range(4)))
+def test_the_same_words_as_a_replay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """With engines that fail at random: the same moments at the same times, and the same wait to the nanosecond."""
+    monkeypatch.setattr(module, "NEWS_MAX", 10_000)
+    monkeypatch.setattr(module, "NOTES_MAX", 10_000)
+    world = busy_world(seed, fault_rate=0.1)
+    write_journal(world, tmp_path)
+    chronicle = lived(world)
+    agreed_ns = waited_ns = 0
+    for request in range(1, 61):
+        exact, live = explain(tmp_path, request), story(chronicle, str(request), 0)
+        assert moments(live) == moments(exact)
+        assert live.waited_ns == exact.waited_ns == world.settled[request].queue_ns
+        assert (live.outcome, live.reason, live.voided) == (exact.outcome, exact.reason, exact.voided)
+        reasons, known = live.reasons_ns(), exact.reasons_ns()
+        assert sum(reasons.values()) == exact.waited_ns
+        agreed_ns += sum(min(held, known.get(reason, 0)) for reason, held in reasons.items())
+        waited_ns += exact.waited_ns
+    assert agreed_ns >= 0.97 * waited_ns  # the first of a version stands for all of it
+
+
+@pytest.mark.parametrize("why", list(SCENES))
+def test_each_reason_is_told_live(why: Why, tmp_path: Path) -> None:
+    """While a request waits and after its end: the reason, and the same sentence as in a replay."""
+    world, request = SCENES[why]()
+    world.run()
+    write_journal(world, tmp_path)
+    exact = explain(tmp_path, request, allowed=[world.config.ordering])
+    ended = story(lived(world), str(request), 0)
+    steps = [number for number, (at_ns, _) in enumerate(world.events) if at_ns < exact.arrived_ns + exact.waited_ns]
+    waiting = story(lived(world, until_step=steps[-1]), str(request), world.events[steps[-1] + 1][0])
+    for live in (waiting, ended):
+        told = {reason: period.because for period in live.periods() for reason in period.durations_ns}
+        assert told[why.value] in {period.because for period in exact.periods()}
+    assert "it has not ended" in waiting.notes
+    assert ended.reasons_ns() == exact.reasons_ns()
+
+
+def test_rare_looks_tell_what_lasts(tmp_path: Path) -> None:
+    """Four looks a second find a reason that holds for seconds, within a quarter of a second."""
+    world, request = SCENES[Why.STALLED]()
+    world.run()
+    write_journal(world, tmp_path)
+    exact, live = explain(tmp_path, request), story(lived(world, 250 * MS), str(request), 0)
+    assert abs(exact.reasons_ns()[Why.STALLED.value] - live.reasons_ns()[Why.STALLED.value]) <= 250 * MS
+    assert live.waited_ns == exact.waited_ns
+
+
+def test_of_several_requests_with_an_id_the_last_is_told() -> None:
+    """An id is a client's choice; the others are named by number, which asks for one of them."""
+    world = World()
+    first_of_all, last = world.send(client_id="mine"), world.send(client_id="mine")
+    world.run()
+    chronicle = lived(world)
+    timeline = story(chronicle, "mine", 0)
+    assert timeline.request == last
+    assert timeline.notes == [f"2 requests have this id, the last is told; ask by number for another: {first_of_all}"]
+    assert story(chronicle, str(first_of_all), 0).request == first_of_all
+
+
+def test_what_is_not_known_says_where_else_to_look() -> None:
+    """A request that nobody sent, or that ended long ago."""
+    with pytest.raises(Misused, match="replay --explain ID DATA_DIRECTORY") as error:
+        story(lived(World()), "nobody", 0)
+    assert error.value.reason is Reason.UNKNOWN_REQUEST
+
+
+def test_a_tenant_is_told_of_itself_only() -> None:
+    """Its story names no other adapter, tenant, request or engine; another's request is not known to it."""
+    world = World(seats=1, device_pages=1)
+    world.register("sql", "secret")
+    world.send("secret", tenant="rival", client_id="theirs")
+    request = world.send("sql", tenant="acme", client_id="ours")
+    world.run(for_ns=3 * MS)
+    world.lose("b0")
+    world.run(for_ns=40 * MS)
+    world.bring_up("b0")
+    world.run()
+    chronicle = lived(world)
+    assert "secret" in "\n".join(lines_of(story(chronicle, "ours", 0)))
+    text = "\n".join(lines_of(story(chronicle, "ours", 0, "acme")))
+    assert text
+    assert not any(word in text for word in ("secret", "rival", "theirs", "was lost", "connection"))
+    assert str(request) in text
+    with pytest.raises(Misused):
+        story(chronicle, "theirs", 0, "acme")
+
+
+def test_everything_that_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With small bounds a busy world leaves no more than these, and open requests keep nothing after their end."""
+    for name in ("ENDED_MAX", "NOTES_MAX", "NEWS_MAX", "SUBJECTS_MAX"):
+        monkeypatch.setattr(module, name, 3)
+    chronicle = lived(busy_world(fault_rate=0.1))
+    assert not chronicle._open
+    assert len(chronicle._ended) == 3
+    assert len(chronicle._notes) <= 3
+    assert len(chronicle._of_versions) <= 3
+    assert all(len(news) <= 3 for news in (*chronicle._of_versions.values(), *chronicle._of_backends.values()))
+    assert len(chronicle._loads) <= 2
