@@ -21,7 +21,6 @@ from sidecar.cli import findings
 from sidecar.core import core, dispatching, effects, eligibility, enums, events, healing
 from sidecar.errors import Family, Reason
 from sidecar.fronts.openai import errors as openai_errors
-from sidecar.incident import obstacles
 from sidecar.journal.written_names import WRITTEN
 from sidecar.kubernetes import standings
 from sidecar.lab.plan import record as plan_record
@@ -33,6 +32,7 @@ from sidecar.ownership import events as ownership_events
 from sidecar.ownership import ownership, slots
 from sidecar.replicas import keeper
 from sidecar.shell import gateway, metrics
+from sidecar.timelines import obstacles
 from tests.kit.closed_sets import cases_of, classes_in, differences, made_in, members_of, named_in, without
 from tests.kit.corekit import World
 from tests.unit.test_explain import SCENES
@@ -69,7 +69,7 @@ CORE = [
     Closed(Decision, cases_of(dispatching.pump), "the decisions in core/dispatching.py"),
     Closed(Hold, eligibility._HOLDS, "_HOLDS of core/eligibility.py"),
     Closed(enums.Why, enums.BECAUSE, "BECAUSE of core/enums.py"),
-    Closed(enums.Why, obstacles._SENTENCES, "_SENTENCES of incident/obstacles.py"),
+    Closed(enums.Why, obstacles._SENTENCES, "_SENTENCES of timelines/obstacles.py"),
     Closed(enums.Why, [*SCENES, enums.Why.NEXT, enums.Why.TENANT_CAP], "SCENES of tests/unit/test_explain.py"),
     Closed(enums.Fault, healing._TOKENLESS, "_TOKENLESS of core/healing.py"),
     Closed(enums.Fault, healing._LOADS, "_LOADS of core/healing.py"),

@@ -16,7 +16,8 @@ from sidecar.proto import admin_pb2 as pb
 READS = {
     "Adapters": {"Get", "List", "Watch", "Verify"},
     "Backends": {"List", "Get"},
-    "Queues": {"Get", "List"},
+    "Queues": {"Get", "List", "Show"},
+    "Pool": {"Watch"},
     "Replicas": {"List"},
     "Access": {"ListKeys", "ListLimits", "Check", "WhoAmI", "GetUsage", "ReadAudit"},
 }
