@@ -131,6 +131,9 @@ class Charged(Protocol):
 class Traced(Protocol):
     """The trace that a request belongs to."""
 
+    @property
+    def is_sampled(self) -> bool: ...
+
     def headers(self, leg: int) -> tuple[tuple[str, str], ...]:
         """Return the trace context to send along, as W3C's traceparent and tracestate; () if it is not sampled.
 

@@ -179,7 +179,7 @@ def _owner_that(reason: Reason | None, is_bystander: bool) -> Owner:
 def ended(
     request: int,
     facts: RequestFacts,
-    reason: Reason,
+    reason: Reason | None,
     message: str,
     backend: str = "",
     retry_after_s: float | None = None,

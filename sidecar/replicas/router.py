@@ -119,7 +119,9 @@ class Router:
         if trip is None or trip.task is None:
             return False
         trip.task.cancel()
-        if ticket.settled is None:
+        if ticket.settled is None and ticket.came is not None and ticket.came.final:
+            ticket.settle(ended(ticket.request, trip.facts, None, ""))  # only the owner's word of the ending is missing
+        elif ticket.settled is None:
             ticket.settle(ended(ticket.request, trip.facts, reason, message))
         return True
 

@@ -36,6 +36,7 @@ from sidecar.serve.membership import figures_of, join, link_of, member_of
 from sidecar.serve.pool import base_models, make_backends, pools_of, prompt_counter_of, shared_memory_for, stagings_of
 from sidecar.serve.restarting import Restarts
 from sidecar.serve.served_folders import ServedFolders
+from sidecar.serve.traced import trace_requests
 from sidecar.shell.crash import Crash
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.metrics import Metrics
@@ -128,6 +129,7 @@ class Sidecar:
             self.gateway.observe(self._journal)
             self.metrics.journal = self._journal
             self.crash.then(self._journal.ended)
+        self.traces = trace_requests(config.tracing, self.gateway, self.metrics, self._member.id)
         self.crash.then(self._on_crash)
         self.access.calls += (Checks(self.access.policy, self.gateway), UsageCalls(self.usage, self.access.access))
         self.listening = Listening(config, self.entries, self.gateway, self.metrics, self.drain, self.access)
@@ -391,6 +393,8 @@ class Sidecar:
             self.gateway.counter.close()
         if self.usage is not None:
             await self.usage.stop()
+        if self.traces is not None:
+            await self.traces.stop()
         await self._loader.close()
         if self._memory.mount is not None:
             self._memory.mount.close()

@@ -17,7 +17,7 @@ from time import monotonic_ns, perf_counter, time_ns
 from typing import Any, TypeVar
 
 from policies.views import BASE
-from sidecar.backends.api import Ticket
+from sidecar.backends.api import Ticket, Traced
 from sidecar.config.identities import clipped
 from sidecar.core import effects as do
 from sidecar.core import eligibility
@@ -93,7 +93,9 @@ class Chronicle:
         self._notes: OrderedDict[Key, _Notes] = OrderedDict()
         self._of_versions: OrderedDict[str, deque[News]] = OrderedDict()
         self._of_backends: dict[str, deque[News]] = {}
-        self._loads: dict[int, do.Load] = {}
+        self._loads: dict[int, tuple[do.Load, Traced | None]] = {}
+        """The loads that are under way, each with the trace of the request that it is for."""
+        self._packed_ns: dict[str, int] = {}
 
     # Stories.
 
@@ -150,6 +152,15 @@ class Chronicle:
             self._add(record, now_ns, effect)
 
     def _settled(self, effect: do.Settle, now_ns: int, *_: Any) -> None:
+        if effect.reason is not Reason.NOT_OWNER:  # else it may go on at another replica: see `given_up`
+            self._settle(effect, now_ns)
+
+    def given_up(self, effect: do.Settle) -> None:
+        """Note that an ending for want of the backend's ownership is the request's end in this process."""
+        if effect.reason is Reason.NOT_OWNER:
+            self._settle(effect, self._clock_ns())
+
+    def _settle(self, effect: do.Settle, now_ns: int) -> None:
         record = self._open.get(effect.request)
         if record is not None:
             record.version = record.version or effect.version
@@ -218,23 +229,28 @@ class Chronicle:
 
     # The way of a version, and what happens to backends.
 
+    def packed(self, key: str, pack_ns: int) -> None:
+        """Note how long the packing took of a fetch that is about to end."""
+        self._packed_ns[key] = pack_ns
+
     def _fetched(self, event: ev.Fetched, now_ns: int) -> None:
-        self._tell(version_of_key(event.key), self._news(now_ns, "", *saying.FETCHED))
+        news = self._news(now_ns, "", *saying.FETCHED)
+        self._tell(version_of_key(event.key), replace(news, pack_ns=self._packed_ns.pop(event.key, 0)))
 
     def _fetch_failed(self, event: ev.FetchFailed, now_ns: int) -> None:
         self._tell(version_of_key(event.key), self._news(now_ns, "", *saying.fetch_failed(event)))
 
     def _load_done(self, event: ev.LoadDone, now_ns: int) -> None:
-        load = self._loads.pop(event.load, None)
+        load, trace = self._loads.pop(event.load, (None, None))
         if load is not None:
-            self._tell(
-                load.digest, self._news(now_ns, load.backend, *saying.loaded(event, load.backend), load=event.load)
-            )
+            told = saying.loaded(event, load.backend)
+            self._tell(load.digest, self._news(now_ns, load.backend, *told, load=event.load, trace=trace))
 
     def _load_failed(self, event: ev.LoadFailed, now_ns: int) -> None:
-        load = self._loads.pop(event.load, None)
+        load, trace = self._loads.pop(event.load, (None, None))
         if load is not None:
-            self._tell(load.digest, self._news(now_ns, load.backend, *saying.load_failed(event), load=event.load))
+            told = saying.load_failed(event)
+            self._tell(load.digest, self._news(now_ns, load.backend, *told, load=event.load, trace=trace))
             self._look_after(load.backend, now_ns)
 
     def _standing(self, event: ev.BackendUp | ev.BackendLost | ev.DrainSet, now_ns: int) -> None:
@@ -260,13 +276,16 @@ class Chronicle:
             self._tell(version, self._news(now_ns, "", *saying.DROPPED))
 
     def _load(self, effect: do.Load, now_ns: int, *_: Any) -> None:
-        self._loads[effect.load] = effect
         backend = self._state().backends.get(effect.backend)
         queue = None if backend is None else backend.queued_by_version.get(effect.digest)
-        if queue is not None:  # they may have come from another backend in this step
-            known = map(self._open.get, queue.first_few(SLICE))
-            self._look_at_requests((record for record in known if record is not None), now_ns)
-        self._tell(effect.digest, self._news(now_ns, effect.backend, *saying.load(effect), load=effect.load))
+        first = () if queue is None else queue.first_few(SLICE)
+        known = [record for number in first if (record := self._open.get(number)) is not None]
+        self._look_at_requests(known, now_ns)  # they may have come from another backend in this step
+        trace = next((each.trace for each in known if each.trace is not None and each.trace.is_sampled), None)
+        self._loads[effect.load] = effect, trace
+        self._tell(
+            effect.digest, self._news(now_ns, effect.backend, *saying.load(effect), load=effect.load, trace=trace)
+        )
 
     def _heal(self, effect: do.Heal, now_ns: int, event: ev.Event, effects: Sequence[do.Effect]) -> None:
         if effect.version != BASE and not isinstance(event, ev.LoadFailed):
@@ -275,9 +294,9 @@ class Chronicle:
     def _quarantine(self, effect: do.Quarantine, now_ns: int, *_: Any) -> None:
         self._tell(effect.digest, self._news(now_ns, "", *saying.quarantine(effect)))
 
-    def _news(self, now_ns: int, backend: str, what: str, text: str, load: int = 0) -> News:
+    def _news(self, now_ns: int, backend: str, what: str, text: str, load: int = 0, trace: Any = None) -> News:
         self._count += 1
-        return News(self._count, now_ns, backend, what, text, load)
+        return News(self._count, now_ns, backend, what, text, load, trace)
 
     def _tell(self, version: str, news: News, key: str = "") -> None:
         version = version_of_key(key) or version
@@ -359,14 +378,16 @@ class Chronicle:
 
     def leaves(self, ticket: Ticket, facts: RequestFacts) -> None:
         """Note that another replica is looked for, for a request that is not, or no longer, in this replica's core."""
-        number = ticket.request
-        record = self._ended.pop(number, None)
-        if record is not None:  # our own core gave it back
-            record.settle = record.ended_ns = record.dispatch = None
-            self._open[number] = record
-        elif number not in self._open:
+        number, now_ns = ticket.request, self._clock_ns()
+        record = self._open.get(number)
+        if record is None:
             received = facts.received(number, None, ticket.client_id)
-            self._open[number] = Record(received, monotonic_ns(), time_ns(), self._count, ticket.peer, ticket.trace)
+            record = Record(received, now_ns, time_ns(), self._count, ticket.peer, ticket.trace)
+            self._open[number] = record
+        elif record.dispatch is not None and record.place is None:
+            self._add(record, now_ns, QueuedAgain())
+        record.dispatch = None
+        record.place = ""
 
     def passed_on(self, ticket: Ticket, backend: str, replica: str) -> int:
         """Note that a replica gets a request. Return the number of this leg, for `Traced.headers`."""

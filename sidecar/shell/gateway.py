@@ -445,10 +445,12 @@ class Gateway:
         self.estimated.discard(effect.request)
         ticket = self.tickets.get(effect.request)
         if ticket is None:
+            self.chronicle.given_up(effect)
             if (left := self._left.pop(effect.request, None)) is not None:
                 left.settle(effect)
             return
         if effect.reason is not Reason.NOT_OWNER or self.elsewhere is None or not self.elsewhere.given_back(ticket):
+            self.chronicle.given_up(effect)
             ticket.settle(self.for_client(effect, ticket))
 
     def for_client(self, ending: do.Settle, ticket: Ticket) -> do.Settle:
@@ -500,7 +502,11 @@ class Gateway:
         return found
 
     def on_packed(self, callback: Callable[[str, PackReport], None]) -> None:
-        self.store.on_packed = callback
+        def packed(key: str, report: PackReport) -> None:
+            self.chronicle.packed(key, report.pack_ns)
+            callback(key, report)
+
+        self.store.on_packed = packed
 
 
 _EFFECTS: dict[type, Callable[[Gateway, Any], None]] = {

@@ -165,6 +165,11 @@ METRICS: tuple[Metric, ...] = (
         "observed",
     ),
     _gauge("access_state_away_seconds", "Time since which the keys and limits in Redis could not be read."),
+    _counter(
+        "traces_total",
+        "Traces of requests, by what became of them: sent, failed (not received), or dropped (too many at once).",
+        "result",
+    ),
     _counter("audit_lines_total", "Lines written to the audit, by kind: change or denial.", "kind"),
     _counter("audit_lost_total", "Changes and denials that could not be recorded in the audit.", "kind"),
     _gauge("policy_epoch", "Policies that have decided so far: 1, and 1 more for each change of their file."),

@@ -158,6 +158,8 @@ class Metrics:
         """Source of the number of failed writes of usage; set by its starter."""
         self.audit: Callable[[], Mapping[str, tuple[int, int]]] = lambda: dict.fromkeys(KINDS, (0, 0))
         """Source of the audit's written and lost lines by kind; set by its starter."""
+        self.traces: Callable[[], Mapping[str, int]] = dict
+        """Source of the traces by what became of them; set by their starter."""
         self.registry = CollectorRegistry()
         self._standing = _Standing()
         self.registry.register(self._standing)
@@ -244,6 +246,7 @@ class Metrics:
             family("ownership_changes_total", changes),
             family("arrivals_refused_total", [((why,), count) for why, count in arrivals.refused.items()]),
             family("access_denied_total", list(self.denials().items())),
+            family("traces_total", [((result,), count) for result, count in self.traces().items()]),
             family("audit_lines_total", [((kind,), written) for kind, (written, _) in self.audit().items()]),
             family("audit_lost_total", [((kind,), lost) for kind, (_, lost) in self.audit().items()]),
             *_declared_families(self.declared()),

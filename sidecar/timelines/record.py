@@ -20,6 +20,8 @@ from sidecar.timelines.timeline import AT_AN_ENGINE, Timeline, Waits
 
 NOT_LOOKED_AT = "not looked at"
 """The reason of a wait so long ago, or so many changes ago, that it is not kept any more."""
+NO_OWNER = "no owner yet"
+"""The reason of a wait for another replica, before one has the request."""
 PASSED_ON = "passed on"
 """The reason of a period in which another replica has the request."""
 
@@ -46,6 +48,10 @@ class News:
     what: str
     text: str
     load: int = 0
+    trace: Any = None
+    """The trace of the request for which a load was begun."""
+    pack_ns: int = 0
+    """How long of a fetch was packing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +271,7 @@ class _Telling:
                 rest.append(note)
         if first is None and rest and rest[0].at_ns - since_ns <= LOOK_LATE_NS:
             first, rest = rest[0], rest[1:]
-        reason, because = (NOT_LOOKED_AT, "too much has happened since") if first is None else self._said(first)
+        reason, because = self._said(first)
         if (reason, backend) != (self._waits.reason, self._waits.backend):
             self._waits.begin(reason, since_ns, backend, because)
         for note in rest:
@@ -273,7 +279,11 @@ class _Telling:
             if reason != self._waits.reason:
                 self._waits.begin(reason, note.at_ns, backend, because)
 
-    def _said(self, note: Note) -> tuple[str, str]:
+    def _said(self, note: Note | None) -> tuple[str, str]:
+        if note is None and not self._record.version:
+            return NO_OWNER, "another replica owns the backend that it is for"
+        if note is None:
+            return NOT_LOOKED_AT, "too much has happened since"
         if not self._hides_others:
             return note.why.value, note.because
         return note.why.value, note.why.because.format(places="its backend", names="its adapter")

@@ -8,6 +8,7 @@ import pytest
 
 from sidecar.config.plugins import policies_of
 from sidecar.core.core import Core
+from sidecar.core.effects import Settle
 from sidecar.core.enums import Why
 from sidecar.errors import Misused, Reason
 from sidecar.incident.explain import explain
@@ -29,7 +30,11 @@ def lived(world: World, look_every_ns: int = 0, until_step: int | None = None) -
     looked_ns = 0
     for now_ns, event in world.events[: None if until_step is None else until_step + 1]:
         now[0] = now_ns
-        chronicle.observed(event, core.step(event, now_ns), now_ns)
+        effects = core.step(event, now_ns)
+        chronicle.observed(event, effects, now_ns)
+        for effect in effects:
+            if isinstance(effect, Settle):
+                chronicle.given_up(effect)  # as the gateway does: no other replica takes the request
         if now_ns - looked_ns >= look_every_ns:
             looked_ns = now_ns
             for look in chronicle.looks():

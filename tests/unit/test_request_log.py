@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from sidecar.core import events as ev
+from sidecar.core.effects import Settle
 from sidecar.core.enums import Fault
 from sidecar.shell.chronicle import Chronicle
 from sidecar.shell.logs import Fields, LogWriter, QueuedHandler, configure_logging
@@ -34,6 +35,9 @@ def logged(world: World) -> None:
     for (now_ns, event), effects in zip(world.events, world.by_step, strict=True):
         log.observed(event, effects, now_ns)
         chronicle.observed(event, effects, now_ns)
+        for effect in effects:
+            if isinstance(effect, Settle):
+                chronicle.given_up(effect)
     assert not chronicle._open
 
 

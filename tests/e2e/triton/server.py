@@ -30,7 +30,7 @@ class TritonServer(Server):
     """One server over a model repository in `folder`; its group has the stubs of the models, its ports are three.
 
     `ports` are those of gRPC, HTTP and metrics; by default they are chosen at the first start and kept.
-    `control` is Triton's model control: "none", "poll" (every second) or "explicit" (all models are loaded at start).
+    `traces` is the URL of an OTLP receiver of traces of all its requests. `control` is Triton's model control: "none", "poll" (every second) or "explicit" (all models are loaded at start).
     """
 
     NAME = "tritonserver"
@@ -47,11 +47,13 @@ class TritonServer(Server):
         repository: Repository | None = None,
         control: str = "none",
         ports: tuple[int, int, int] | None = None,
+        traces: str = "",
     ) -> None:
         super().__init__(folder, ports)
         self.installed = TritonInstalled.find()
         self.repository = repository or Repository()
         self._control = control
+        self._traces = traces
         # Regions of the Python backend outlive a killed server: by this name they are told from other servers'.
         self.region_prefix = f"triton_python_backend_shm_region_{secrets.token_hex(6)}_"
 
@@ -128,7 +130,15 @@ class TritonServer(Server):
             f"--backend-config=python,shm-region-prefix-name={self.region_prefix}",
             f"--model-control-mode={self._control}",
             *_CONTROL_OPTIONS[self._control],
+            *_traced(self._traces),
         ]
 
     def _environment(self) -> dict[str, str]:
         return self.installed.environment()
+
+
+def _traced(url: str) -> list[str]:
+    if not url:
+        return []
+    settings = ("mode=opentelemetry", "rate=1", "level=TIMESTAMPS", f"opentelemetry,url={url}")
+    return [f"--trace-config={setting}" for setting in settings]

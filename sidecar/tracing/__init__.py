@@ -1,0 +1,1 @@
+"""Traces of requests in the form of OpenTelemetry, sent by OTLP."""

@@ -1,0 +1,107 @@
+"""A thread that makes spans of ended requests and sends them. What comes too fast for it is dropped and counted."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from importlib.metadata import version
+from threading import Event, Thread
+from time import monotonic, sleep
+
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+
+from sidecar.timelines.record import Record
+from sidecar.tracing.spans import Spans
+
+logger = logging.getLogger(__name__)
+
+QUEUED_MAX = 2_048
+"""Ended requests that wait for the thread."""
+BATCH_SPANS = 128
+"""A batch is encoded at once, and while it is the event loop does not run."""
+EVERY_S = 1.0
+STOP_S = 3.0
+
+
+def sender_to(endpoint: str, protocol: str, instance: str) -> Sender:
+    """Return a sender by OTLP to a collector. `instance` tells this process from others."""
+    about = {"service.version": version("lora-sidecar"), "service.instance.id": instance}
+    # The environment's own OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win.
+    resource = Resource({"service.name": "lora-sidecar"} | about).merge(OTELResourceDetector().detect())
+    exporter: SpanExporter
+    if protocol == "grpc":
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
+
+        exporter = GrpcExporter(endpoint=endpoint)
+    else:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpExporter
+
+        exporter = HttpExporter(endpoint=f"{endpoint.rstrip('/')}/v1/traces")
+    return Sender(exporter, resource)
+
+
+class Sender:
+    """Takes the records of ended requests on the event loop, and sends their spans from a thread.
+
+    `sent`, `failed` and `dropped` count requests whose spans were received, were not, and were never made.
+    """
+
+    def __init__(self, exporter: SpanExporter, resource: Resource) -> None:
+        self.sent = self.failed = self.dropped = 0
+        self._exporter = exporter
+        self._resource = resource
+        self._records: deque[Record] = deque()
+        self._has_more, self._stops = Event(), False
+        self._thread = Thread(target=self._run, name="traces", daemon=True)
+
+    def figures(self) -> dict[str, int]:
+        return {"sent": self.sent, "failed": self.failed, "dropped": self.dropped}
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def take(self, record: Record) -> None:
+        """Queue a record; never waits."""
+        if len(self._records) >= QUEUED_MAX:
+            self.dropped += 1
+            return
+        self._records.append(record)
+
+    def stop(self) -> None:
+        """Send what is queued, for `STOP_S` at most."""
+        self._stops = True
+        self._has_more.set()
+        self._thread.join(STOP_S)
+        self._exporter.shutdown()
+
+    def _run(self) -> None:
+        while not self._stops or self._records:
+            self._has_more.wait(EVERY_S)
+            until_s = monotonic() + STOP_S
+            while self._records and (not self._stops or monotonic() < until_s):
+                self._send_batch()
+            if self._stops:
+                return
+
+    def _send_batch(self) -> None:
+        spans: list[ReadableSpan] = []
+        requests = 0
+        while self._records and len(spans) < BATCH_SPANS:
+            try:
+                spans += Spans(self._records.popleft(), self._resource).made()
+                requests += 1
+            except Exception:
+                self.failed += 1
+                logger.exception("a request has no trace: its spans could not be made")
+            sleep(0)  # gives the interpreter to the event loop, which would wait for it for milliseconds
+        try:
+            result = self._exporter.export(spans)
+        except Exception:
+            logger.exception("%s traces could not be sent", requests)
+            result = SpanExportResult.FAILURE
+        if result is SpanExportResult.SUCCESS:
+            self.sent += requests
+        else:
+            self.failed += requests

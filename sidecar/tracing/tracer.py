@@ -1,0 +1,116 @@
+"""Begin a trace for each request, and decide at its end whether it is sent.
+
+The trace context is W3C's (https://www.w3.org/TR/trace-context/). Sampling is parent-based; a request without a sampled
+or unsampled parent is sampled at random. A request that failed, or waited for more than half of what it may wait, is
+always sent, but engines and other replicas hear only of a trace that was sampled when it began.
+"""
+
+from __future__ import annotations
+
+from random import getrandbits
+
+from opentelemetry.sdk.trace.sampling import TraceIdRatioBased
+from opentelemetry.trace import INVALID_SPAN_CONTEXT, SpanContext, TraceFlags, get_current_span
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from sidecar.backends.api import HttpForm, Ticket
+from sidecar.core.enums import Outcome
+from sidecar.shell.requests import RequestFacts, TraceOrigin
+from sidecar.timelines.record import Record
+from sidecar.tracing.sending import Sender
+
+CHAT, COMPLETION = "chat", "text_completion"
+"""Operations, by the GenAI conventions."""
+_propagator = TraceContextTextMapPropagator()
+
+
+class Trace:
+    """The trace of one request (implements `backends.api.Traced`). Its spans' ids are made when they are asked for."""
+
+    __slots__ = ("_spans", "began_ns", "context", "operation", "parent")
+
+    def __init__(self, context: SpanContext, parent: SpanContext | None, began_ns: int, operation: str) -> None:
+        self.context = context
+        """Of the request's own span."""
+        self.parent = parent
+        """The client's span."""
+        self.began_ns = began_ns
+        self.operation = operation
+        self._spans: dict[int | str, int] = {}
+
+    @property
+    def is_sampled(self) -> bool:
+        return self.context.trace_flags.sampled
+
+    def span(self, key: int | str) -> SpanContext:
+        """Return the context of one of its spans: the same for the same leg, or for the same load."""
+        own, number = self.context, self._spans.get(key)
+        if number is None:
+            number = self._spans[key] = _span_id()
+        return SpanContext(own.trace_id, number, False, own.trace_flags, own.trace_state)
+
+    def headers(self, leg: int) -> tuple[tuple[str, str], ...]:
+        if not self.is_sampled:
+            return ()
+        sent = self.span(leg)
+        headers = (("traceparent", f"00-{sent.trace_id:032x}-{sent.span_id:016x}-01"),)
+        return (*headers, ("tracestate", sent.trace_state.to_header())) if sent.trace_state else headers
+
+
+class Tracer:
+    """Begins traces, and gives `sender` the records of those that are to be sent. `share` is that of new traces."""
+
+    def __init__(self, share: float, sender: Sender) -> None:
+        self._sender = sender
+        self._bound = TraceIdRatioBased.get_bound_for_rate(share)
+
+    def begin(self, ticket: Ticket, facts: RequestFacts) -> Trace:
+        parent = parent_of(facts.trace)
+        if parent is None:
+            trace_id = _trace_id()
+            is_sampled = trace_id & TraceIdRatioBased.TRACE_ID_LIMIT < self._bound
+            flags, state = TraceFlags(TraceFlags.SAMPLED if is_sampled else TraceFlags.DEFAULT), None
+        else:
+            trace_id, flags, state = parent.trace_id, parent.trace_flags, parent.trace_state
+        context = SpanContext(trace_id, _span_id(), False, flags, state)
+        return Trace(context, parent, facts.trace.began_ns, _operation_of(ticket))
+
+    def ended(self, record: Record) -> None:
+        """Give a request's record to the sender, if its trace is to be sent. Called with every ending."""
+        if isinstance(record.trace, Trace) and (record.trace.is_sampled or is_worth_it(record)):
+            self._sender.take(record)
+
+
+def parent_of(origin: TraceOrigin) -> SpanContext | None:
+    """Return the client's span, None if the request came without a valid trace context."""
+    if not origin.traceparent:
+        return None
+    carrier = {"traceparent": origin.traceparent, "tracestate": origin.tracestate}
+    found = get_current_span(_propagator.extract(carrier)).get_span_context()
+    return found if found is not INVALID_SPAN_CONTEXT and found.is_valid else None
+
+
+def is_worth_it(record: Record) -> bool:
+    """Return True if a request failed, or waited for more than half of its bound."""
+    settle = record.settle
+    if settle is None or settle.outcome not in (Outcome.OK, Outcome.CANCELLED):
+        return True
+    bound_ns = settle.bound_ns if settle.bound_ns is not None else record.bound_ns
+    return bound_ns is not None and 2 * settle.queue_ns > bound_ns
+
+
+def _operation_of(ticket: Ticket) -> str:
+    forms = (ticket.payload.head, *ticket.payload.forms.values())
+    return (
+        CHAT
+        if any(isinstance(form, HttpForm) and form.path.endswith("chat/completions") for form in forms)
+        else COMPLETION
+    )
+
+
+def _trace_id() -> int:
+    return getrandbits(128) or 1
+
+
+def _span_id() -> int:
+    return getrandbits(64) or 1

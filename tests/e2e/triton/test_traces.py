@@ -1,0 +1,87 @@
+"""A trace through two replicas and a real Triton: the client's span is our parent, and the engine's lie under ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from secrets import token_hex
+from typing import Any
+
+import pytest
+
+from sidecar.proto import gateway_pb2
+from tests.e2e.triton.repository import Repository
+from tests.e2e.triton.server import TritonServer
+from tests.kit.emulated import add_lora, channel_to, core_request, random_adapter, stream_answers
+from tests.kit.otlp import Collector, Received, collector, tree
+from tests.kit.redis_servers import running
+from tests.kit.replica_pool import CALM_S, owned, replicas
+from tests.kit.serving import Serving, until, write_adapters
+
+ENGINE = {"compute": "none", "shape": "tiny", "lora_host_pages": 1, "lora_device_pages": 1, "claim_errors": 1}
+"""Room for one adapter; the first load fails by the engine's own fault."""
+
+
+async def traced(received: Collector, asked: Serving) -> list[Received]:
+    """Ask for an adapter in a trace of the client's, and return the spans that came, its engine's too."""
+    trace, span = token_hex(16), token_hex(8)
+    request = gateway_pb2.GenerateRequest(
+        adapter="a00", tokens=gateway_pb2.TokenIds(ids=[1, 2, 3]), max_tokens=4, request_id=trace
+    )
+    context = (("traceparent", f"00-{trace}-{span}-01"), ("tracestate", "vendor=1"))
+    async for _ in asked.gateway.Generate(request, metadata=context):
+        pass
+
+    def whole() -> bool:
+        names = [each.name for each in received.of(trace)]
+        return names.count("text_completion a00") == 2 and names.count("compute") == names.count("lora.attempt") > 0
+
+    await until(whole)
+    found = received.of(trace)
+    (root,) = [each for each in found if each.name == "text_completion a00" and each.parent == span]
+    assert {each.parent for each in found} <= {each.id for each in found} | {span}
+    assert all(each.span.trace_state in ("vendor=1", "") for each in found)
+    assert root.about["lora.outcome"] == "ok"
+    return found
+
+
+def named(spans: list[Received], name: str) -> list[Received]:
+    return sorted([span for span in spans if span.name == name], key=lambda span: span.span.start_time_unix_nano)
+
+
+@pytest.mark.parametrize("protocol", ["grpc", pytest.param("http", marks=pytest.mark.nightly)])
+async def test_a_cold_healed_and_forwarded_request(tmp_path: Path, protocol: str) -> None:
+    """A replica that owns nothing is asked. First nothing is loaded, and the first load fails; then the engine has
+    forgotten the adapter, so that the first attempt is in vain.
+    """
+    write_adapters(tmp_path / "adapters", 1)
+    async with collector() as received:
+        server = TritonServer(tmp_path / "triton", Repository(engine=ENGINE), traces=f"{received.http_url}/v1/traces")
+        endpoint = received.grpc_url if protocol == "grpc" else received.http_url
+        tracing: dict[str, Any] = {"endpoint": endpoint, "protocol": protocol, "share": 0.0}
+        async with (
+            running(tmp_path / "redis") as redis,
+            server,
+            replicas(2, redis.url, [server], tmp_path / "adapters", lease_s=CALM_S, tracing=tracing) as pool,
+        ):
+            asked = next(served for served in pool if not owned(served))
+            cold = await traced(received, asked)
+            async with channel_to(server.grpc_address) as stub:  # an adapter that no sidecar knows of
+                await stream_answers(stub, add_lora(core_request(streaming=True), 7, random_adapter(7)))
+            healed = await traced(received, asked)
+    assert tree(cold)["lora.forward"] == ["text_completion a00"]
+    owners = [span for span in cold if span.parent == named(cold, "lora.forward")[0].id]
+    children = [span.name for span in cold if span.parent == owners[0].id]
+    assert children.count("lora.load") == 2
+    assert {"lora.resolve", "lora.wait", "lora.fetch", "lora.pack", "lora.load", "lora.attempt"} == set(children)
+    failed, loaded = named(cold, "lora.load")
+    assert (failed.span.status.code, loaded.span.status.code) == (2, 0)
+    assert "fetching" in named(cold, "lora.wait")[-1].events
+    attempts = named(healed, "lora.attempt")
+    assert [span.span.status.code for span in attempts] == [2, 0]
+    assert "engine_miss" in attempts[0].span.status.message
+    assert attempts[1].about["lora.attempt"] == 2
+    for attempt, spans in ((named(cold, "lora.attempt")[0], cold), *((each, healed) for each in attempts)):
+        (engines,) = [span for span in spans if span.parent == attempt.id and span.service != attempt.service]
+        assert engines.name == "InferRequest"
+        assert [span.name for span in spans if span.parent == engines.id] == ["tensorrt_llm"]
+    assert len({span.instance for span in cold if span.service == "lora-sidecar"}) == 2
