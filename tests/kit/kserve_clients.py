@@ -143,9 +143,9 @@ async def ask_all(
 class OpenStream:
     """An open stream: send requests and take answers at any time."""
 
-    def __init__(self, client: triton_aio.InferenceServerClient) -> None:
+    def __init__(self, client: triton_aio.InferenceServerClient, headers: dict[str, str] | None = None) -> None:
         self._requests: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
-        self._answers = client.stream_infer(self._each())
+        self._answers = client.stream_infer(self._each(), headers=headers)
 
     async def _each(self) -> AsyncIterator[dict[str, Any]]:
         while (request := await self._requests.get()) is not None:
