@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from sidecar.core.events import ClientLeft
 from sidecar.shell.chronicle import Chronicle, story
 from sidecar.shell.requests import RequestFacts, TraceOrigin
 from sidecar.tracing import sending
+from sidecar.tracing import spans as spans_module
 from sidecar.tracing.sending import Sender
 from sidecar.tracing.spans import Spans
 from sidecar.tracing.tracer import Trace, Tracer, parent_of
@@ -292,3 +295,11 @@ def test_a_collector_that_refuses(caplog: pytest.LogCaptureFixture) -> None:
 def test_nothing_is_held_by_a_trace_but_ids() -> None:
     """A Trace has no room for a prompt."""
     assert Trace.__slots__ == ("_spans", "began_ns", "context", "operation", "parent")
+
+
+def test_the_page_names_every_span_and_attribute() -> None:
+    """What spans.py writes is in docs/tracing.md, and the other way round."""
+    page, code = Path("docs/tracing.md").read_text(), Path(spans_module.__file__).read_text()
+    written = set(re.findall(r'"((?:lora|gen_ai|error)\.[a-z_.]+)"', code))
+    told = set(re.findall(r"`((?:lora|gen_ai|error)\.[a-z_.]+)`", page))
+    assert written == told
