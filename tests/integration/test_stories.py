@@ -16,10 +16,12 @@ import pytest
 
 from sidecar.proto import gateway_pb2
 from tests.integration.test_incident import command
-from tests.kit.emulated import EngineProcess
+from tests.kit.emulated import EngineProcess, running_engine
 from tests.kit.faults import attempt
 from tests.kit.forked import python
 from tests.kit.kserve_clients import OpenStream, aio_client, core_inputs
+from tests.kit.redis_servers import running
+from tests.kit.replica_pool import CALM_S, owned, replicas
 from tests.kit.serving import Serving, serving, until, write_adapters
 from tests.kit.terminal import Terminal
 from tests.kit.vllm_emulated import VllmProcess
@@ -143,3 +145,27 @@ async def test_an_id_that_nobody_sent(tmp_path: Path) -> None:
         _, error = await process.communicate()
         assert process.returncode == 1
         assert json.loads(error)["error"]["reason"] == "UNKNOWN_REQUEST"
+
+
+async def test_a_request_that_another_replica_answers(tmp_path: Path) -> None:
+    """The replica that was asked says who has it; that one tells the story, and knows from where it came."""
+    write_adapters(tmp_path / "adapters", 1)
+    async with (
+        running(tmp_path / "redis") as redis,
+        running_engine(compute="none", shape="tiny") as engine,
+        replicas(2, redis.url, [engine], tmp_path / "adapters", lease_s=CALM_S) as pool,
+    ):
+        asked = next(served for served in pool if not owned(served))
+        owner = next(served for served in pool if owned(served))
+        await generate(asked)
+        there, here = [
+            await command("requests", "show", ASKED, "--admin", served.sidecar.admin_address)
+            for served in (owner, asked)
+        ]
+    name = owner.sidecar.replica.member.id  # type: ignore[union-attr]
+    assert f"passed on to replica {name}, which owns b0" in [at["text"] for at in here["timeline"]]
+    assert here["notes"] == [f"replica {name} has the rest of the story: ask it"]
+    assert [(told["outcome"], told["client_id"]) for told in (here, there)] == [("ok", ASKED)] * 2
+    assert {"fetch", "load", "sent", "first_token"} <= {at["what"] for at in there["timeline"]}
+    (record,) = owner.sidecar.gateway.chronicle.find(ASKED)
+    assert record.peer.startswith("127.0.0.1:")
