@@ -6,18 +6,20 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 
 import pytest
 
+from sidecar.config import parse
 from sidecar.proto import admin_pb2 as pb
+from sidecar.serve.app import Sidecar
 from tests.kit.cli_runs import runner
 from tests.kit.emulated import EngineProcess
 from tests.kit.faults import attempt
-from tests.kit.serving import Serving, serving, until, write_adapters
+from tests.kit.serving import Serving, place_of, serving, until, write_adapters
 from tests.kit.terminal import DOWN, ENTER, ESCAPE, Terminal
 
 ENGINE = ("--compute", "none", "--max-seq-tokens", "1000000", "--kv-blocks", "1000000", "--seats", "2")
@@ -60,6 +62,9 @@ async def pool(tmp_path: Path) -> AsyncIterator[Pool]:
         finally:
             for asking in made.asking:
                 asking.cancel()
+            for engine in made.engines:
+                with suppress(ProcessLookupError):
+                    engine.signal(signal.SIGCONT)
             await asyncio.gather(*made.asking, return_exceptions=True)
 
 
@@ -121,7 +126,7 @@ async def test_every_page_fits_the_screen(tmp_path: Path, columns: int, lines: i
             top.press("2")
             await top.shows("ENGINE STATE SEATS WAIT TOK/S", "slots of trt-", "now", "A a00", "a00*")
             top.press("3")
-            await top.shows("ADAPTER VERSION WAIT RUN OLDEST", "gpu 1, memory")
+            await top.shows("ADAPTER VERSION WAIT RUN OLDEST", "gpu 2, memory")
             top.press("4")
             await top.shows("TENANT WAIT RUN OLDEST BOUND", "acme")
             top.press("5")
@@ -174,14 +179,27 @@ async def test_levers_ask_first(tmp_path: Path) -> None:
 
 
 async def test_a_sidecar_that_is_away_is_said_and_found_again(tmp_path: Path) -> None:
-    """A terminal that lost its sidecar says so, and what it shows is old."""
-    async with pool(tmp_path) as made:
-        with Terminal("top", *made.admin) as top:
-            await top.shows("2/2 engines up")
-            await made.served.sidecar.stop()
+    """A terminal that lost its sidecar says so, and what it shows is old; it goes on once the sidecar is there again."""
+    free, admin = {"address": "127.0.0.1:0"}, f"unix:{tmp_path}/admin"
+    async with EngineProcess(*ENGINE) as engine:
+        config = {
+            "backends": [place_of(engine, 0)],
+            "listeners": {"data": free, "admin": {"address": admin}, "http": free},
+        }
+        sidecar = await Sidecar.start(parse(config, "the test"))
+        with Terminal("top", "--admin", admin) as top:
+            try:
+                await top.shows("1/1 engines up")
+            finally:
+                await sidecar.stop()
             await top.shows("cannot reach the admin listener", "what is below is old")
-            top.press("q")
-            assert await asyncio.to_thread(top.process.wait) == 0
+            sidecar = await Sidecar.start(parse(config, "the test"))
+            try:
+                await top.matches("1/1 engines up nobody waits")
+                top.press("q")
+                assert await asyncio.to_thread(top.process.wait) == 0
+            finally:
+                await sidecar.stop()
 
 
 def test_without_a_terminal_it_names_what_scripts_use(capfd: pytest.CaptureFixture[str]) -> None:

@@ -14,9 +14,9 @@ from rich.text import Text
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
-from textual.events import Resize
+from textual.events import Key, Paste, Resize
 from textual.screen import ModalScreen
-from textual.widgets import Input, Static
+from textual.widgets import Static
 
 from sidecar.cli.client import Client, call_failed
 from sidecar.cli.exits import CommandError
@@ -47,9 +47,8 @@ class Top(App[None]):
     CSS = """
     Screen { background: ansi_default; }
     #verdict { max-height: 5; text-style: bold; }
-    #tabs, #keys, #head, #filter { height: 1; }
+    #tabs, #keys, #head { height: 1; }
     #body { height: 1fr; }
-    Input { border: none; padding: 0; background: ansi_default; }
     ModalScreen { align: center middle; }
     .box { width: 90%; max-width: 110; height: auto; max-height: 90%; border: round; padding: 0 1; }
     """
@@ -67,7 +66,7 @@ class Top(App[None]):
         Binding("escape", "back", show=False),
         *(Binding(key, f"pull('{key}')", show=False) for key in "cpd"),
         Binding("question_mark", "keys", show=False),
-        Binding("q", "quit", show=False),
+        Binding("q,ctrl+c", "quit", show=False),
     ]
 
     def __init__(self, client: Client, page: str, interval_s: float) -> None:
@@ -76,6 +75,8 @@ class Top(App[None]):
         self._client, self._interval_s = client, interval_s
         self._page = next(each for each in PAGES if each.name == page)
         self._sort, self._filter, self._offset, self._cursor = "", "", 0, 0
+        self._typed: str | None = None
+        """The filter while it is typed. No widget takes the focus for it: that comes too late for who types fast."""
         self._selected: str | None = None
         """The key of the row under the cursor, which stays there when rows move."""
         self._view: Any = None
@@ -90,11 +91,9 @@ class Top(App[None]):
         yield Static(id="verdict")
         yield Static(id="tabs")
         yield Static(id="body")
-        yield Input(id="filter", placeholder="part of a name or id; enter filters, esc clears")
         yield Static(id="keys")
 
     def on_mount(self) -> None:
-        self.query_one("#filter").display = False
         loop = asyncio.get_running_loop()
         self._feed = Feed(
             self._client,
@@ -149,8 +148,14 @@ class Top(App[None]):
             tabs.append(f"  {self._span()}", "dim")
         self._set("#tabs", tabs)
         self._set("#body", self._body(width))
+        self._set("#keys", self._keys())
+
+    def _keys(self) -> Text:
+        if self._typed is not None:
+            hint = "  part of a name or id; enter filters, esc clears"
+            return Text.assemble(("/", "bold"), self._typed, ("▏", "bold"), (hint, "dim"), no_wrap=True, overflow="crop")
         keys = self._notice or "↑↓ move  enter open  s sort  / filter  c cancel  p pause  d drain  ? keys  q quit"
-        self._set("#keys", Text(keys, "bold" if self._notice else "dim", no_wrap=True, overflow="ellipsis"))
+        return Text(keys, "bold" if self._notice else "dim", no_wrap=True, overflow="ellipsis")
 
     def _set(self, name: str, what: RenderableType) -> None:
         self.query_one(name, Static).update(what)
@@ -233,7 +238,9 @@ class Top(App[None]):
     def action_move(self, by: int) -> None:
         rows = self._rows()
         cursor = self._cursor + by
-        if 0 <= cursor < len(rows):
+        if not rows:  # they are under way: `_show` puts the cursor on one of them
+            self._cursor = max(0, cursor)
+        elif 0 <= cursor < len(rows):
             self._cursor, self._selected = cursor, self._page.key(rows[cursor])
             self._ask()
         elif cursor < 0 < self._offset or (cursor >= len(rows) and self._offset + len(rows) < self._view.rows_total):
@@ -257,24 +264,40 @@ class Top(App[None]):
         self._draw()
 
     def action_filter(self) -> None:
-        entry = self.query_one("#filter", Input)
-        entry.value, entry.display = self._filter, True
-        entry.focus()
+        self._typed = self._filter
+        self._draw()
 
-    def on_input_submitted(self, event: Input.Submitted) -> None:
-        self._filter = event.value.strip()
-        self._close_filter()
+    def on_key(self, event: Key) -> None:
+        """Take a key for the filter while that is typed, before any binding does."""
+        if self._typed is None or len(self.screen_stack) > 1:
+            return
+        event.prevent_default()
+        if event.key in ("enter", "escape"):
+            self._use_filter("" if event.key == "escape" else self._typed.strip())
+            return
+        if event.key in ("backspace", "ctrl+h"):
+            self._typed = self._typed[:-1]
+        elif event.key == "ctrl+u":
+            self._typed = ""
+        elif event.key == "ctrl+c":
+            self.exit()
+        elif event.character is not None and event.is_printable:
+            self._typed += event.character
+        self._draw()
 
-    def _close_filter(self) -> None:
-        self.query_one("#filter").display = False
-        self.set_focus(None)
+    def on_paste(self, event: Paste) -> None:
+        if self._typed is not None:
+            self._typed += " ".join(event.text.split())
+            self._draw()
+
+    def _use_filter(self, wanted: str) -> None:
+        self._typed, self._filter = None, wanted
         self.action_begin()
         self._draw()
 
     def action_back(self) -> None:
-        if self._filter or self.query_one("#filter").display:
-            self._filter = ""
-            self._close_filter()
+        if self._filter:
+            self._use_filter("")
 
     def action_keys(self) -> None:
         self.push_screen(Shown([Text(line) for line in KEYS]))

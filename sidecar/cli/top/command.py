@@ -33,6 +33,6 @@ def top(
     from sidecar.cli.top.app import Top  # the library for screens takes a fifth of a second to import
 
     app = Top(client, page, interval)
-    app.run()
+    app.run(mouse=False)  # ids can be marked and copied as elsewhere in the terminal
     if app.failure is not None:
         raise app.failure
