@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import grpc
+from google.protobuf.message import Message
 
 from sidecar.cli import credentials
 from sidecar.cli.endpoint import Endpoint
-from sidecar.cli.exits import CommandError, Exit
+from sidecar.cli.exits import CommandError, Exit, harmless
 from sidecar.errors import Reason
 from sidecar.proto import admin_pb2_grpc, gateway_pb2_grpc
 
@@ -30,12 +31,13 @@ class Client:
         self._channel = _channel(endpoint)
         self._secret = secret
         stubs: Any = admin_pb2_grpc
-        self.adapters: Any = stubs.AdaptersStub(self._channel)
-        self.backends: Any = stubs.BackendsStub(self._channel)
-        self.queues: Any = stubs.QueuesStub(self._channel)
-        self.pool: Any = stubs.PoolStub(self._channel)
-        self.replicas: Any = stubs.ReplicasStub(self._channel)
-        self.access: Any = stubs.AccessStub(self._channel)
+        shown: Any = _Harmless(self._channel)
+        self.adapters: Any = stubs.AdaptersStub(shown)
+        self.backends: Any = stubs.BackendsStub(shown)
+        self.queues: Any = stubs.QueuesStub(shown)
+        self.pool: Any = stubs.PoolStub(shown)
+        self.replicas: Any = stubs.ReplicasStub(shown)
+        self.access: Any = stubs.AccessStub(shown)
         data: Any = gateway_pb2_grpc
         self.gateway: Any = data.GatewayStub(self._channel)
 
@@ -48,6 +50,42 @@ class Client:
 
     def close(self) -> None:
         self._channel.close()
+
+
+class _Harmless:
+    """A channel whose answers can be shown: names, ids and reasons come from clients, engines and their texts."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self._channel = channel
+
+    def __getattr__(self, kind: str) -> Any:
+        return partial(self._made, getattr(self._channel, kind))
+
+    def _made(self, make: Any, method: str, *, response_deserializer: Any, **others: Any) -> Any:
+        return make(method, response_deserializer=lambda data: _made_harmless(response_deserializer(data)), **others)
+
+
+def _made_harmless(message: Message) -> Message:
+    for field, value in message.ListFields():
+        if isinstance(value, str):
+            if not value.isprintable():
+                setattr(message, field.name, harmless(value))
+        elif isinstance(value, Message):
+            _made_harmless(value)
+        elif hasattr(value, "items"):
+            labels = {_text(name): _text(each) for name, each in value.items()}
+            value.clear()
+            value.update(labels)
+        elif field.message_type is not None:
+            for each in value:
+                _made_harmless(each)
+        elif field.is_repeated and field.cpp_type == field.CPPTYPE_STRING:
+            value[:] = map(_text, value)
+    return message
+
+
+def _text(value: Any) -> Any:
+    return harmless(value) if isinstance(value, str) else value
 
 
 def _channel(endpoint: Endpoint) -> grpc.Channel:

@@ -35,6 +35,16 @@ _EXITS = {
 }
 
 
+def harmless(text: str) -> str:
+    """Return text with what can't be printed spelled, as "\\x1b": no text of others moves a cursor or sets a colour.
+
+    Line ends and tabs stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1] for each in text)
+
+
 class CommandError(Exception):
     """An error that is printed as one line.
 
@@ -43,8 +53,8 @@ class CommandError(Exception):
     """
 
     def __init__(self, message: str, exit_code: Exit = Exit.FAILED, reason: str = "", **details: Any) -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = harmless(message)
+        super().__init__(self.message)
         self.exit_code = exit_code
         self.reason = reason
         self.details = details

@@ -13,7 +13,7 @@ from rich.text import Text
 from sidecar.cli import completing
 from sidecar.cli.client import Client
 from sidecar.cli.endpoint import data_command
-from sidecar.cli.exits import CommandError, Exit
+from sidecar.cli.exits import CommandError, Exit, harmless
 from sidecar.cli.show import AsJson, console, count, duration, print_json, record_of, table
 from sidecar.proto import gateway_pb2 as pb
 
@@ -114,7 +114,7 @@ def _print(messages: Iterable[Any]) -> Any:
         for message in messages:
             text = message.text or "".join(f"{token} " for token in message.token_ids)
             if text:
-                sys.stdout.write(text)
+                sys.stdout.write(harmless(text) if sys.stdout.isatty() else text)
                 sys.stdout.flush()
                 line_open = not text.endswith("\n")
             origin = message.origin if message.HasField("origin") else origin

@@ -12,7 +12,7 @@ import typer
 
 from sidecar.cli.durations import seconds_in
 from sidecar.cli.endpoint import CA_VARIABLE, PANEL
-from sidecar.cli.exits import CommandError, Exit
+from sidecar.cli.exits import CommandError, Exit, harmless
 from sidecar.cli.serving import resolve
 from sidecar.cli.show import AsJson, JournalPolicies, bar, count, print_json, size
 from sidecar.errors import Misused, Reason
@@ -139,7 +139,10 @@ def replay(
     from sidecar.journal import replay as replaying
 
     if explain is None:
-        return replaying.run(path, effects, as_json, print, lambda line: print(line, file=sys.stderr), policy or ())
+        write = print if effects or as_json else lambda line: print(harmless(line))
+        return replaying.run(
+            path, effects, as_json, write, lambda line: print(harmless(line), file=sys.stderr), policy or ()
+        )
     if effects:
         raise CommandError("--effects and --explain are two questions; ask one of them", Exit.MISUSED)
     return _explain(path, explain, policy or [], as_json)
@@ -154,5 +157,5 @@ def _explain(path: Path, request: str, policies: list[str], as_json: bool) -> in
     if as_json:
         print_json(record_of(timeline))
     else:
-        print("\n".join(lines_of(timeline)))
+        print(harmless("\n".join(lines_of(timeline))))
     return Exit.OK

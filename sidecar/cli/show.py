@@ -14,8 +14,11 @@ from google.protobuf.message import Message
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.padding import Padding
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
+
+from sidecar.cli.exits import harmless
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, errors too.")]
 
@@ -40,9 +43,17 @@ FOLDED_WIDTH_MIN = 30
 """A column that would be narrower is not folded but moved below its row."""
 
 
+class _Plain(Console):
+    """Prints what a file, an engine or a journal names harmlessly; `Client` does so with what a sidecar answers."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(harmless(segment.text), segment.style)
+
+
 def console() -> Console:
     """Return a console on stdout that prints text as it is: no markup, no highlighting."""
-    return Console(width=None if sys.stdout.isatty() else WIDTH_UNBOUNDED, markup=False, highlight=False, emoji=False)
+    return _Plain(width=None if sys.stdout.isatty() else WIDTH_UNBOUNDED, markup=False, highlight=False, emoji=False)
 
 
 def record_of(message: Message) -> dict[str, Any]:
@@ -93,7 +104,14 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> Rende
     On a narrow terminal, the last column is folded; if that is not enough, columns that do not fit move below their
     row. No other cell is broken, so that ids and names can be copied.
     """
-    return _Table(columns, [[Text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows])
+    return _Table(columns, [[_cell(cell) for cell in row] for row in rows])
+
+
+def _cell(cell: str | Text) -> Text:
+    """Return text whose width is that of what `console` prints."""
+    if isinstance(cell, str):
+        return Text(harmless(cell))
+    return cell if cell.plain.isprintable() else Text(harmless(cell.plain), cell.style)
 
 
 class _Table:
@@ -176,7 +194,7 @@ def facts(pairs: Iterable[tuple[str, str | Text]]) -> Table:
     made.add_column(overflow="fold")
     for name, value in pairs:
         if value:
-            made.add_row(name, Text(value) if isinstance(value, str) else value)
+            made.add_row(name, _cell(value))
     return made
 
 

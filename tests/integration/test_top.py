@@ -10,11 +10,14 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
+import grpc
 import pytest
 
 from sidecar.config import parse
 from sidecar.proto import admin_pb2 as pb
+from sidecar.proto import admin_pb2_grpc
 from sidecar.serve.app import Sidecar
 from tests.kit.cli_runs import runner
 from tests.kit.emulated import EngineProcess
@@ -179,7 +182,7 @@ async def test_levers_ask_first(tmp_path: Path) -> None:
 
 
 async def test_a_sidecar_that_is_away_is_said_and_found_again(tmp_path: Path) -> None:
-    """A terminal that lost its sidecar says so, and what it shows is old; it goes on once the sidecar is there again."""
+    """A terminal that lost its sidecar says so, and what it shows is old; it goes on once that is back."""
     free, admin = {"address": "127.0.0.1:0"}, f"unix:{tmp_path}/admin"
     async with EngineProcess(*ENGINE) as engine:
         config = {
@@ -200,6 +203,47 @@ async def test_a_sidecar_that_is_away_is_said_and_found_again(tmp_path: Path) ->
                 assert await asyncio.to_thread(top.process.wait) == 0
             finally:
                 await sidecar.stop()
+
+
+ODD = "\x1b[2J\x1b]0;title\x07\x9b31m\rend\u202e"
+SPELLED = r"\x1b[2J\x1b]0;title\x07\x9b31m\rend\u202e"
+
+
+class Odd(admin_pb2_grpc.QueuesServicer, admin_pb2_grpc.PoolServicer):
+    """Answers with sequences that would clear a screen, name a window and turn text around."""
+
+    async def Get(self, request: Any, context: Any) -> Any:
+        return pb.QueueResponse(verdict=ODD, groups=[pb.QueueGroup(adapter=ODD, tenant=ODD, waiting=1)], groups_total=1)
+
+    async def List(self, request: Any, context: Any) -> None:
+        await context.abort(grpc.StatusCode.INTERNAL, ODD)
+
+    async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        yield pb.PoolView(
+            verdict=ODD,
+            replica=ODD,
+            rows_total=1,
+            adapter_rows=[pb.AdapterRow(name=ODD, waiting=1, oldest=pb.WaitingRequest(adapter=ODD, voided=ODD))],
+        )
+        await asyncio.Event().wait()
+
+
+async def test_text_of_others_is_spelled_and_moves_no_cursor() -> None:
+    """Whatever a server sends as a verdict, a name or an error appears as text in its place."""
+    server = grpc.aio.server()
+    admin_pb2_grpc.add_QueuesServicer_to_server(Odd(), server)
+    admin_pb2_grpc.add_PoolServicer_to_server(Odd(), server)
+    admin = "--admin", f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    try:
+        with Terminal("queue", *admin, columns=200) as queue:
+            await queue.shows(f"{SPELLED} ADAPTER", f"{SPELLED} {SPELLED} -")
+        with Terminal("requests", "list", *admin, columns=200) as requests:
+            await requests.shows(f"error: {SPELLED}")
+        with Terminal("top", *admin, "--page", "adapters", columns=200) as top:
+            await top.shows(f"top · {SPELLED}", f"{SPELLED} 1 queue", "ADAPTER VERSION", f"{SPELLED} - 1 0")
+    finally:
+        await server.stop(None)
 
 
 def test_without_a_terminal_it_names_what_scripts_use(capfd: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from sidecar.cli import backends, queue
-from sidecar.cli.show import table
+from sidecar.cli.show import bad, console, table
 from sidecar.proto import admin_pb2
 
 ID = "6e0c8c5e-4a0d-4c53-a1ff-6a1b6c8f2d11"
@@ -36,6 +36,12 @@ def waiting(request_id: str) -> Any:
     setattr(request, "class", "interactive")
     request.why, request.request, request.request_id = "all slots are busy", 12, request_id
     return made
+
+
+def test_text_of_others_moves_no_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    """Escape sequences in a name or a title are spelled; line ends stay."""
+    console().print("a\x1b[2J\nb", table(("NAME",), [("c\x9b31m",)]), bad("\x1b]0;d\x07"))
+    assert capsys.readouterr().out.split() == ["a\\x1b[2J", "b", "NAME", "c\\x9b31m", "\\x1b]0;d"]
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 200])

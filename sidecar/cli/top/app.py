@@ -63,7 +63,7 @@ class Top(App[None]):
         Binding("s", "sort", show=False),
         Binding("slash", "filter", show=False),
         Binding("enter", "open", show=False),
-        Binding("escape", "back", show=False),
+        Binding("escape", "unfilter", show=False),
         *(Binding(key, f"pull('{key}')", show=False) for key in "cpd"),
         Binding("question_mark", "keys", show=False),
         Binding("q,ctrl+c", "quit", show=False),
@@ -153,7 +153,9 @@ class Top(App[None]):
     def _keys(self) -> Text:
         if self._typed is not None:
             hint = "  part of a name or id; enter filters, esc clears"
-            return Text.assemble(("/", "bold"), self._typed, ("▏", "bold"), (hint, "dim"), no_wrap=True, overflow="crop")
+            return Text.assemble(
+                ("/", "bold"), self._typed, ("▏", "bold"), (hint, "dim"), no_wrap=True, overflow="crop"
+            )
         keys = self._notice or "↑↓ move  enter open  s sort  / filter  c cancel  p pause  d drain  ? keys  q quit"
         return Text(keys, "bold" if self._notice else "dim", no_wrap=True, overflow="ellipsis")
 
@@ -295,7 +297,7 @@ class Top(App[None]):
         self.action_begin()
         self._draw()
 
-    def action_back(self) -> None:
+    def action_unfilter(self) -> None:
         if self._filter:
             self._use_filter("")
 
