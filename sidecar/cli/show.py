@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sidecar.cli.exits import harmless
+from sidecar.core.durations import readable
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, errors too.")]
 
@@ -252,9 +253,9 @@ def duration(seconds: float) -> str:
     """Format a duration in readable units."""
     if seconds < 1:
         return f"{seconds * 1000:.0f} ms"
-    if seconds < 120:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    if 10 <= seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds:.1f} s" if seconds < 10 else readable(int(seconds * 1e9))
 
 
 def count(number: int, thing: str) -> str:

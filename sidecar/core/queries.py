@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from sidecar.core import eligibility, promising
-from sidecar.core.durations import seconds
+from sidecar.core.durations import readable
 from sidecar.core.enums import Phase, Why
 from sidecar.core.facts import task_id_of
 from sidecar.core.layout import WHOLE_MLP
@@ -285,7 +285,7 @@ def _notes(state: State, backend: Backend, now_ns: int) -> Iterator[str]:
         yield f"about to go: {len(backend.running)} still running"
     if backend.silence.suspected:
         found = f"; {backend.silence.found}" if backend.silence.found else ""
-        yield f"nothing came for {seconds(now_ns - backend.silence.since_ns)}, so nothing new is sent{found}"
+        yield f"nothing came for {readable(now_ns - backend.silence.since_ns)}, so nothing new is sent{found}"
     joining = state.joining.get(backend.id)
     if joining is not None:
         left = (
@@ -293,7 +293,7 @@ def _notes(state: State, backend: Backend, now_ns: int) -> Iterator[str]:
         )
         yield f"spared until {left}"
     if now_ns < backend.quiet_until_ns:
-        yield f"its queue was full: nothing is sent for {seconds(backend.quiet_until_ns - now_ns)}"
+        yield f"its queue was full: nothing is sent for {readable(backend.quiet_until_ns - now_ns)}"
     if now_ns < backend.full_until_ns:
         yield "its adapter host cache was full: loads wait for a completion"
     if backend.seats_learned is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sidecar.core import eligibility
-from sidecar.core.durations import seconds
+from sidecar.core.durations import readable
 from sidecar.core.enums import Fault, Phase
 from sidecar.core.state import Backend, Request, State
 
@@ -26,7 +26,7 @@ def troubles(state: State, now_ns: int) -> Iterator[str]:
         yield f"{share or joined(down) + _is(down) + ' down'}{_since(down, now_ns)}"
     for name, each in (("stalled", _suspected), ("quiet", _quiet)):
         for backend in each(state, now_ns)[:NAMED_MAX]:
-            silent = seconds(now_ns - backend.silence.since_ns)
+            silent = readable(now_ns - backend.silence.since_ns)
             found = f" ({backend.silence.found})" if backend.silence.found else ""
             yield f"{backend.id} is {name}: nothing came for {silent} with {_in_flight(backend)}{found}"
     draining = [backend for backend in backends if backend.draining]
@@ -56,7 +56,7 @@ def _is(backends: list[Backend]) -> str:
 def _since(down: list[Backend], now_ns: int) -> str:
     """Return when the last of some backends that are down was lost; "" if none was ever up."""
     lost = [note.at_ns for backend in down for note in backend.heals if note.reason == Fault.LOST.value]
-    return f", lost {seconds(now_ns - max(lost))} ago" if lost else ""
+    return f", lost {readable(now_ns - max(lost))} ago" if lost else ""
 
 
 def _suspected(state: State, now_ns: int) -> list[Backend]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from policies.at_most import at_most
 from sidecar.core import eligibility
-from sidecar.core.durations import seconds
+from sidecar.core.durations import readable
 from sidecar.core.enums import Why
 from sidecar.core.state import NEVER_NS, Request, State
 from sidecar.core.troubles import idle, troubles
@@ -254,14 +254,14 @@ def _verdict(oldest: list[WaitingView], waiting: int, running: int, whose: str, 
     if not oldest:
         return f"nobody waits, {running} running" if running else "nobody waits, nothing runs"
     first = oldest[0]
-    since = f"{seconds(first.waited_ns)} ({_limits(first)})"
+    since = f"{readable(first.waited_ns)} ({_limits(first)})"
     by_reason: dict[Why, list[WaitingView]] = {}
     for view in oldest:
         by_reason.setdefault(view.why, []).append(view)
     why, views = min(by_reason.items(), key=lambda pair: (-len(pair[1]), pair[0].value))
     because = _because(why, views)
     if why is Why.STALLED:
-        because += f" for {seconds(silent_ns)}"
+        because += f" for {readable(silent_ns)}"
     count = len(views)
     if waiting == 1:
         return f"1 waiting for {since} because {because}"
@@ -272,10 +272,10 @@ def _verdict(oldest: list[WaitingView], waiting: int, running: int, whose: str, 
 
 def _limits(view: WaitingView) -> str:
     """Return what was promised and when the request expires; once if both are the same."""
-    expires = f"expires {seconds(view.expires_ns)}"
+    expires = f"expires {readable(view.expires_ns)}"
     if view.bound_ns is None:
         return f"bound void: {view.voided}, {expires}" if view.voided else expires
-    bound = f"bound {seconds(view.bound_ns)}"
+    bound = f"bound {readable(view.bound_ns)}"
     return bound if view.bound_ns == view.expires_ns else f"{bound}, {expires}"
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 from policies.views import BASE
 from sidecar.core import eligibility
-from sidecar.core.durations import seconds
+from sidecar.core.durations import readable
 from sidecar.core.enums import Phase, Why
 from sidecar.core.state import Backend, Request, State
 
@@ -58,11 +58,11 @@ def _down(state: State, backend: Backend, request: Request, now_ns: int) -> str:
 
 def _stalled(state: State, backend: Backend, request: Request, now_ns: int) -> str:
     found = f" ({backend.silence.found})" if backend.silence.found else ""
-    return f"nothing came from {backend.id} for {seconds(now_ns - backend.silence.since_ns)}{found}"
+    return f"nothing came from {backend.id} for {readable(now_ns - backend.silence.since_ns)}{found}"
 
 
 def _backing_off(state: State, backend: Backend, request: Request, now_ns: int) -> str:
-    pause = seconds(backend.quiet_until_ns - now_ns)
+    pause = readable(backend.quiet_until_ns - now_ns)
     return f"{backend.id} refused work or broke a wire, so for {pause} nothing is sent there"
 
 
@@ -86,11 +86,11 @@ def _loading(state: State, backend: Backend, request: Request, now_ns: int) -> s
     load = state.loads.get(state.versions[request.version].loads.get(backend.id, 0))
     if load is None:
         return f"{backend.id} lost it while others of it still run: it is to be loaded again"
-    return f"load {load.id} into {backend.id}, begun {seconds(now_ns - load.begun_ns)} before"
+    return f"load {load.id} into {backend.id}, begun {readable(now_ns - load.begun_ns)} before"
 
 
 def _host_cache_full(state: State, backend: Backend, request: Request, now_ns: int) -> str:
-    pause = seconds(backend.full_until_ns - now_ns)
+    pause = readable(backend.full_until_ns - now_ns)
     return f"{backend.id} said so; loads wait for a completion there, or for {pause}"
 
 

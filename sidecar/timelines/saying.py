@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from policies.views import Candidate, Choice
 from sidecar.core import effects as do
 from sidecar.core import events as ev
-from sidecar.core.durations import seconds
+from sidecar.core.durations import readable
 from sidecar.core.state import Request, State
 from sidecar.timelines.obstacles import listed
 
@@ -134,4 +134,4 @@ def duration(duration_ns: int) -> str:
         return f"{duration_ns / 1e6:.2f} ms"
     if duration_ns < 100_000_000_000 and duration_ns >= 1_000_000_000:
         return f"{duration_ns / 1e9:.2f} s"
-    return seconds(duration_ns)
+    return readable(duration_ns)

@@ -94,7 +94,8 @@ async def test_backends_and_queue_for_people(served: Served, tmp_path: Path) -> 
     await served.gateway.backends["trt-0"].running_are(2)  # type: ignore[attr-defined]
     lines = (await served.cli("queue")).out.splitlines()
     assert re.match(
-        r"trt-1 is down; 1 waiting for .* \(bound \d+ s, expires 600 s\) because all seats are taken on trt-0", lines[0]
+        r"trt-1 is down; 1 waiting for .* \(bound [\d.]+ min, expires 10 min\) because all seats are taken on trt-0",
+        lines[0],
     )
     assert re.search(r"^slow +acme +trt-0 +1 +2 +.* +\d+ +seats full *$", lines[-1])
     lines = (await served.cli("queue", "--requests")).out.splitlines()

@@ -9,7 +9,7 @@ import pytest
 from sidecar.core import events as ev
 from sidecar.core import queries, waiting
 from sidecar.core.config import CoreConfig
-from sidecar.core.durations import seconds
+from sidecar.core.durations import readable
 from sidecar.core.enums import Why
 from sidecar.core.facts import Adapter, Row
 from sidecar.journal.codec import encode
@@ -35,7 +35,7 @@ def test_one_waiting_request_is_a_sentence_of_its_own() -> None:
     queue = view(world)
     bound_ns = promised_ns(world, request)
     assert queue.verdict == (
-        f"1 waiting for 3 ms (bound {seconds(bound_ns)}, expires 600 s) because weights of sql are being fetched"
+        f"1 waiting for 3 ms (bound {readable(bound_ns)}, expires 10 min) because weights of sql are being fetched"
     )
     assert queue.why == ((Why.FETCHING, 1),)
     shown = queue.requests[0]
@@ -56,7 +56,7 @@ def test_the_bound_stands_alone_when_nothing_else_ends_the_wait_before() -> None
     world = busy_world(1)
     bound_ns = promised_ns(world, 2)
     world.core.state.requests[2].expires_ns = world.core.state.requests[2].view.arrived_ns + bound_ns
-    assert f"(bound {seconds(bound_ns)}) because" in view(world).verdict
+    assert f"(bound {readable(bound_ns)}) because" in view(world).verdict
 
 
 def test_an_order_that_promises_nothing_shows_when_requests_expire() -> None:
@@ -65,7 +65,7 @@ def test_an_order_that_promises_nothing_shows_when_requests_expire() -> None:
     world.send()
     world.send()
     queue = view(world)
-    assert "(expires 600 s)" in queue.verdict
+    assert "(expires 10 min)" in queue.verdict
     assert (queue.requests[0].bound_ns, queue.requests[0].voided) == (None, "")
 
 
@@ -76,7 +76,7 @@ def test_a_void_promise_says_why() -> None:
     world.send()
     world.lose("b0")
     queue = view(world)
-    assert "(bound void: backend lost, expires 600 s)" in queue.verdict
+    assert "(bound void: backend lost, expires 10 min)" in queue.verdict
     assert [(shown.bound_ns, shown.voided) for shown in queue.requests] == [(None, "backend lost")] * 2
 
 
@@ -100,7 +100,7 @@ def test_the_oldest_come_first_and_the_rest_is_counted() -> None:
     assert queue.why == ((Why.SEATS_FULL, 12),)
     assert queue.verdict == (
         "12 waiting, all of them for the base model, the oldest for 15 ms "
-        f"(bound {seconds(promised_ns(world, 2))}, expires 600 s), "
+        f"(bound {readable(promised_ns(world, 2))}, expires 10 min), "
         "all of them because all seats are taken on b0"
     )
 
@@ -266,11 +266,22 @@ def test_an_adapter_that_goes_while_the_list_is_made_is_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("duration_ns", "text"), [(0, "0 s"), (16 * MS, "16 ms"), (3_240_000_000, "3.2 s"), (600 * SECOND, "600 s")]
+    ("duration_ns", "text"),
+    [
+        (0, "0 s"),
+        (16 * MS, "16 ms"),
+        (3_240_000_000, "3.2 s"),
+        (119 * SECOND, "119 s"),
+        (150 * SECOND, "2.5 min"),
+        (600 * SECOND, "10 min"),
+        (7_199 * SECOND, "120 min"),
+        (16_127 * SECOND, "4.5 h"),
+        (100_000 * SECOND, "28 h"),
+    ],
 )
-def test_seconds(duration_ns: int, text: str) -> None:
-    """Milliseconds and tenths where they matter, whole seconds where they do not."""
-    assert seconds(duration_ns) == text
+def test_durations(duration_ns: int, text: str) -> None:
+    """Milliseconds and tenths where they matter; from two minutes and two hours on, these."""
+    assert readable(duration_ns) == text
 
 
 def test_an_adapter_on_its_way_is_fetching_then_loading_then_on_the_gpu() -> None:
