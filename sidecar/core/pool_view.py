@@ -32,7 +32,7 @@ class Page:
 
     def takes(self, *names: str) -> bool:
         """Return True if the filter's text is in one of a row's names, in whatever case."""
-        return not self.filter or any(self.filter.lower() in name.lower() for name in names)
+        return not self.filter or self.filter.lower() in "\n".join(names).lower()
 
 
 @dataclass

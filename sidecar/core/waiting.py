@@ -6,8 +6,10 @@ oldest one; a view says when that left some out.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 
 from policies.at_most import at_most
 from sidecar.core import eligibility
@@ -195,8 +197,10 @@ Groups = dict[tuple[str, str, str], Group]
 
 
 def add_to_groups(groups: Groups, requests: Iterable[Request]) -> None:
-    """Count requests, which come in order of arrival."""
+    """Count requests, which come in order of arrival, but not those that have ended meanwhile."""
     for request in requests:
+        if request.settled:
+            continue
         view = request.view
         key = view.name, view.tenant, request.backend or ""
         group = groups.get(key)
@@ -206,7 +210,7 @@ def add_to_groups(groups: Groups, requests: Iterable[Request]) -> None:
             group.running += 1
             continue
         group.waiting += 1
-        group.tokens += request.footprint
+        group.tokens += view.input_tokens + view.output_tokens_max
         if group.oldest is None:
             group.oldest = request
 
@@ -215,17 +219,19 @@ def _flood(groups: list[Group], waiting: int) -> str:
     """Return whose most of a long queue is: ", 58 of them for sql of tenant acme"; "" if it is nobody's."""
     if waiting < FLOOD_MIN:
         return ""
-    counts: dict[tuple[str, str], int] = {}
+    adapters: Counter[str] = Counter()
+    tenants: Counter[str] = Counter()
     for group in groups:
-        for what in {("adapter", group.adapter), ("tenant", group.tenant)}:
-            counts[what] = counts.get(what, 0) + group.waiting
-    most = {what: name for (what, name), count in counts.items() if count >= FLOOD_SHARE * waiting}
-    parts = [f"for {most['adapter'] or 'the base model'}"] if "adapter" in most else []
-    parts += [f"of tenant {most['tenant']}"] if most.get("tenant") else []
-    if not parts:
-        return ""
-    least = min(counts[what, name] for what, name in most.items() if name or what == "adapter")
-    return f", {'all' if least == waiting else least} of them {' '.join(parts)}"
+        adapters[group.adapter] += group.waiting
+        tenants[group.tenant] += group.waiting
+    del tenants[""]
+    parts, counts = [], []
+    for named, whose in ((adapters, "for {}"), (tenants, "of tenant {}")):
+        name, count = max(named.items(), key=itemgetter(1), default=("", 0))
+        if count >= FLOOD_SHARE * waiting:
+            parts.append(whose.format(name or "the base model"))
+            counts.append(count)
+    return f", {'all' if min(counts) == waiting else min(counts)} of them {' '.join(parts)}" if parts else ""
 
 
 def waiting_view(state: State, request: Request, now_ns: int) -> WaitingView:

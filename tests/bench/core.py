@@ -33,7 +33,7 @@ class Pool:
         config = CoreConfig(queued_max=1 << 20, tenant_queued_max=1 << 20, queued_tokens_max=1 << 40)
         self.core = Core(config, policies_of(config))
         self.running: deque[do.Dispatch] = deque()
-        self._now_ns = 0
+        self.now_ns = 0
         self._request = 0
         self._pending: deque[ev.Event] = deque()
         facts = facts_of(host_pages=PAGES, device_pages=PAGES, seats=64)
@@ -64,8 +64,8 @@ class Pool:
     def _take(self, event: ev.Event) -> None:
         self._pending.append(event)
         while self._pending:
-            self._now_ns += 1000
-            for effect in self.core.step(self._pending.popleft(), self._now_ns):
+            self.now_ns += 1000
+            for effect in self.core.step(self._pending.popleft(), self.now_ns):
                 self._answer(effect)
 
     def _answer(self, effect: do.Effect) -> None:

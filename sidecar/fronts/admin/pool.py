@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from math import isfinite
 from time import monotonic_ns, thread_time, time
 from typing import Any
@@ -96,8 +96,8 @@ class PoolService(admin_pb2_grpc.PoolServicer):
         lanes_of = request.lanes_of if tenant is None else ""
         return lambda rates: self._view(page, cut, lanes_of, tenant, rates)
 
-    async def _walked(self, page: Page, tenant: str | None) -> tuple[list[Group], list[Request]]:
-        """Return the groups of all open requests, and the open requests that the page's filter takes.
+    async def _walked(self, listed: Page | None, tenant: str | None) -> tuple[list[Group], list[Request]]:
+        """Return the groups of all open requests and, if they are listed, those that the page's filter takes.
 
         They are walked a slice at a time: the loop serves requests in between.
         """
@@ -105,11 +105,12 @@ class PoolService(admin_pb2_grpc.PoolServicer):
         taken: list[Request] = []
         requests = list(self._gateway.state.requests.values())
         for start in range(0, len(requests), SLICE):
-            part = [each for each in requests[start : start + SLICE] if not each.settled]
+            part = requests[start : start + SLICE]
             if tenant is not None:
                 part = [each for each in part if each.view.tenant == tenant]
             waiting.add_to_groups(groups, part)
-            taken += part if not page.filter else [each for each in part if page.takes(*_names_of(each))]
+            if listed is not None:
+                taken += part if not listed.filter else [each for each in part if listed.takes(*_names_of(each))]
             await asyncio.sleep(0)
         for group in groups.values():
             if group.oldest is not None and (group.oldest.running or group.oldest.settled):
@@ -117,7 +118,7 @@ class PoolService(admin_pb2_grpc.PoolServicer):
         return list(groups.values()), [each for each in taken if not each.settled]
 
     async def _view(self, page: str, cut: Page, lanes_of: str, tenant: str | None, counted: TokenRates) -> Any:
-        groups, taken = await self._walked(cut, tenant)
+        groups, taken = await self._walked(cut if page == "requests" else None, tenant)
         state, now_ns = self._gateway.state, monotonic_ns()
         rates = counted.rates(now_ns)
         message = admin_pb2.PoolView(
@@ -141,7 +142,7 @@ class PoolService(admin_pb2_grpc.PoolServicer):
             else:
                 PAGES[page](self, message, groups, cut, rates, now_ns)
         if lanes_of in state.backends:
-            message.lanes.extend(self._lane(lane) for lane in self._gateway.lanes.of(lanes_of))
+            message.lanes.extend(self._lanes(self._gateway.lanes.of(lanes_of)))
         return message
 
     # Pages.
@@ -221,11 +222,14 @@ class PoolService(admin_pb2_grpc.PoolServicer):
         if row.oldest is not None:
             message.oldest.CopyFrom(waiting_message(waiting.waiting_view(self._gateway.state, row.oldest, now_ns)))
 
-    def _lane(self, versions: list[str]) -> Any:
-        """Return a lane with names in place of versions."""
-        names: dict[str, int] = {}
-        held = [names.setdefault(version, len(names) + 1) if version else 0 for version in versions]
-        return admin_pb2.Lane(held=held, names=queries.labels(self._gateway.state, names))
+    def _lanes(self, lanes: Sequence[Sequence[str]]) -> Iterator[Any]:
+        """Yield lanes with names in place of versions."""
+        versions = list({version for lane in lanes for version in lane if version})
+        labels = dict(zip(versions, queries.labels(self._gateway.state, versions), strict=True))
+        for lane in lanes:
+            numbers: dict[str, int] = {}
+            held = [numbers.setdefault(version, len(numbers) + 1) if version else 0 for version in lane]
+            yield admin_pb2.Lane(held=held, names=map(labels.__getitem__, numbers))
 
 
 def _names_of(request: Request) -> tuple[str, ...]:
