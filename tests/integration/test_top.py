@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -190,15 +193,17 @@ async def test_a_sidecar_that_is_away_is_said_and_found_again(tmp_path: Path) ->
             "listeners": {"data": free, "admin": {"address": admin}, "http": free},
         }
         sidecar = await Sidecar.start(parse(config, "the test"))
-        with Terminal("top", "--admin", admin) as top:
+        with Terminal("top", "--admin", admin, "--page", "engines") as top:
             try:
-                await top.shows("1/1 engines up")
+                await top.shows("1/1 engines up", "slots of trt-0")
             finally:
                 await sidecar.stop()
             await top.shows("cannot reach the admin listener", "what is below is old")
+            config["backends"] = [place_of(engine, 0) | {"id": "renamed"}]
             sidecar = await Sidecar.start(parse(config, "the test"))
             try:
                 await top.matches("1/1 engines up nobody waits")
+                await top.shows("slots of renamed")
                 top.press("q")
                 assert await asyncio.to_thread(top.process.wait) == 0
             finally:
@@ -228,26 +233,101 @@ class Odd(admin_pb2_grpc.QueuesServicer, admin_pb2_grpc.PoolServicer):
         await asyncio.Event().wait()
 
 
-async def test_text_of_others_is_spelled_and_moves_no_cursor() -> None:
-    """Whatever a server sends as a verdict, a name or an error appears as text in its place."""
+@asynccontextmanager
+async def answering(servicer: Any) -> AsyncIterator[str]:
+    """Serve queues and the pool as a servicer does; yield the address."""
     server = grpc.aio.server()
-    admin_pb2_grpc.add_QueuesServicer_to_server(Odd(), server)
-    admin_pb2_grpc.add_PoolServicer_to_server(Odd(), server)
-    admin = "--admin", f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    admin_pb2_grpc.add_QueuesServicer_to_server(servicer, server)
+    admin_pb2_grpc.add_PoolServicer_to_server(servicer, server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     try:
-        with Terminal("queue", *admin, columns=200) as queue:
-            await queue.shows(f"{SPELLED} ADAPTER", f"{SPELLED} {SPELLED} -")
-        with Terminal("requests", "list", *admin, columns=200) as requests:
-            await requests.shows(f"error: {SPELLED}")
-        with Terminal("top", *admin, "--page", "adapters", columns=200) as top:
-            await top.shows(f"top · {SPELLED}", f"{SPELLED} 1 queue", "ADAPTER VERSION", f"{SPELLED} - 1 0")
+        yield address
     finally:
         await server.stop(None)
+
+
+async def test_text_of_others_is_spelled_and_moves_no_cursor() -> None:
+    """Whatever a server sends as a verdict, a name or an error appears as text in its place."""
+    async with answering(Odd()) as admin:
+        with Terminal("queue", "--admin", admin, columns=200) as queue:
+            await queue.shows(f"{SPELLED} ADAPTER", f"{SPELLED} {SPELLED} -")
+        with Terminal("requests", "list", "--admin", admin, columns=200) as requests:
+            await requests.shows(f"error: {SPELLED}")
+        with Terminal("top", "--admin", admin, "--page", "adapters", columns=200) as top:
+            await top.shows(f"top · {SPELLED}", f"{SPELLED} 1 queue", "ADAPTER VERSION", f"{SPELLED} - 1 0")
+            await top.shows(f"nothing has come from the sidecar at {admin} for 1", "what is below is old")
+
+
+class Failing(admin_pb2_grpc.QueuesServicer, admin_pb2_grpc.PoolServicer):
+    """Refuses with one status."""
+
+    def __init__(self, code: grpc.StatusCode) -> None:
+        self._code = code
+
+    async def Get(self, request: Any, context: Any) -> None:
+        await context.abort(self._code, "as the test wants it")
+
+    async def Watch(self, request: Any, context: Any) -> None:
+        await context.abort(self._code, "as the test wants it")
+
+
+FAILURES = {
+    grpc.StatusCode.UNAUTHENTICATED: 1,
+    grpc.StatusCode.PERMISSION_DENIED: 1,
+    grpc.StatusCode.INTERNAL: 1,
+    grpc.StatusCode.UNIMPLEMENTED: 4,
+    grpc.StatusCode.UNAVAILABLE: 4,
+}
+
+
+@pytest.mark.parametrize("code", FAILURES, ids=lambda code: code.name)
+async def test_a_call_that_fails_at_the_start_ends_it_as_it_ends_other_commands(
+    code: grpc.StatusCode, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async with answering(Failing(code)) as admin:
+        for more in ((), ("--json",)):
+            other = await asyncio.to_thread(runner(capfd), "queue", "--admin", admin, *more)
+            assert other.code == FAILURES[code]
+            with Terminal("top", "--admin", admin, *more, columns=300) as top:
+                await top.shows(" ".join(other.err.split()))
+                assert await asyncio.to_thread(top.process.wait) == FAILURES[code]
+
+
+async def test_a_token_file_that_is_not_there_ends_it(tmp_path: Path) -> None:
+    """What is found before anything is sent ends it, too."""
+    token = tmp_path / "token"
+    with Terminal("top", "--admin", "127.0.0.1:1", "--token-file", str(token), columns=200) as top:
+        await top.shows(f"error: {token}: No such file or directory")
+        assert await asyncio.to_thread(top.process.wait) == 2
+
+
+async def test_scripts_get_views_as_lines_of_json(tmp_path: Path) -> None:
+    """`top --json` prints one view a line; `queue --json` has the same verdict and groups."""
+    async with pool(tmp_path) as made:
+        made.ask("a00", 6, tenant="acme")
+        await made.runs(2)
+        admin = "--admin", made.served.sidecar.admin_address
+        top = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "sidecar", "top", "--json", "--interval", "0.2", *admin, stdout=subprocess.PIPE
+        )
+        assert top.stdout is not None
+        first, second = [json.loads(await top.stdout.readline()) for _ in range(2)]
+        top.send_signal(signal.SIGINT)
+        assert await top.wait() == 130
+        queue = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "sidecar", "queue", "--json", *admin, stdout=subprocess.PIPE
+        )
+        asked = json.loads((await queue.communicate())[0])
+        assert first["time"] < second["time"]
+        for view in (first, second, asked):
+            assert " waiting, " in view["verdict"]
+            assert {(each["adapter"], each["tenant"]) for each in view["groups"]} == {("a00", "acme")}
+            assert sum(each["waiting"] + each["running"] for each in view["groups"]) == 6
 
 
 def test_without_a_terminal_it_names_what_scripts_use(capfd: pytest.CaptureFixture[str]) -> None:
     ended = runner(capfd)("top")
     assert ended.code == 2
-    assert ended.err == 'error: top needs a terminal; "sidecar queue --watch --json" prints for scripts\n'
+    assert ended.err == "error: top needs a terminal; with --json it prints a line of JSON an update\n"
     assert runner(capfd)("top", "--page", "x").err.startswith('error: --page is "x"; it is one of queue, engines, ')

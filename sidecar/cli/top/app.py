@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from math import inf
+from time import monotonic
 from typing import Any, ClassVar
 
 import grpc
@@ -20,19 +21,20 @@ from textual.widgets import Static
 
 from sidecar.cli.client import Client, call_failed
 from sidecar.cli.exits import CommandError
-from sidecar.cli.show import count
+from sidecar.cli.show import count, duration
 from sidecar.cli.top import opened
 from sidecar.cli.top.feed import Feed
 from sidecar.cli.top.lanes import drawn
 from sidecar.cli.top.pages import PAGES, Lever, PageView, laid_out
+from sidecar.errors import Reason
 from sidecar.proto import admin_pb2 as pb
 
 SORTS = ("", "name", "waiting", "running", "tokens")
 SORTED_BY = {"": "oldest"}
 ENGINES = next(page for page in PAGES if page.rows == "backend_rows")
-API_PAGES = {"engines": "backends"}
-"""The names of pages that the API calls otherwise."""
 NOTICE_S = 8.0
+SILENT_S = 10.0
+"""So long after the last view the screen says that nothing comes. Of the largest pools views come every few seconds."""
 KEYS = (
     "1–5 pages   ↑ ↓ PgUp PgDn Home move   enter open   esc back",
     "s sort      / filter                  q quit",
@@ -80,6 +82,7 @@ class Top(App[None]):
         self._selected: str | None = None
         """The key of the row under the cursor, which stays there when rows move."""
         self._view: Any = None
+        self._came_s = monotonic()
         self._trouble, self._notice = "", ""
         self._asked: Any = None
         self._feed: Feed
@@ -100,6 +103,7 @@ class Top(App[None]):
             lambda view: call_soon(loop, self._show, view),
             lambda error, lasts: call_soon(loop, self._fail, error, lasts),
         )
+        self.set_interval(1.0, self._watch_silence)
         self._draw()
 
     def on_unmount(self) -> None:
@@ -109,7 +113,7 @@ class Top(App[None]):
         self.call_after_refresh(self._ask)
 
     def _show(self, view: Any) -> None:
-        self._view, self._trouble = view, ""
+        self._view, self._trouble, self._came_s = view, "", monotonic()
         if self._offset >= view.rows_total and self._offset:
             self._go(max(0, view.rows_total - self._room()))
         keys = [self._page.key(row) for row in self._rows()]
@@ -120,22 +124,38 @@ class Top(App[None]):
         self._ask()
         self._draw()
 
-    def _fail(self, error: CommandError, lasts: bool) -> None:
-        if lasts:
-            self.exit(return_code=error.exit_code, message=None)
-            self.failure = error
-            return
-        self._trouble = str(error)
-        self._draw()
-
     failure: CommandError | None = None
     """Why the screen was left, if that was not the user's wish."""
+
+    def _fail(self, error: CommandError, lasts: bool) -> None:
+        """End as other commands do if nothing was ever shown; a sidecar that was there may come back."""
+        if lasts or self._view is None:
+            self.failure = error
+            self.exit()
+            return
+        if error.reason == Reason.UNKNOWN_BACKEND.value:
+            self._selected = None  # its slots were asked for, and it is gone
+            self._ask()
+        self._trouble = error.message
+        self._draw()
+
+    def _watch_silence(self) -> None:
+        if self._silence():
+            self._draw()
+
+    def _silence(self) -> str:
+        """Return that nothing comes, though the connection did not fail; "" while views come."""
+        silent_s = monotonic() - self._came_s
+        if self._view is None or silent_s < max(SILENT_S, 3 * self._interval_s):
+            return ""
+        return f"nothing has come from the sidecar at {self._client.endpoint.address} for {duration(silent_s)}"
 
     def _draw(self) -> None:
         view, width = self._view, self.size.width or 80
         self._set("#head", self._head(view))
-        if self._trouble:
-            self._set("#verdict", Text(self._trouble + ("; what is below is old" if view is not None else ""), "red"))
+        trouble = self._trouble or self._silence()
+        if trouble:
+            self._set("#verdict", Text(f"{trouble}; what is below is old", "red"))
         else:
             self._set("#verdict", Text("waiting for the first view" if view is None else view.verdict))
         tabs = Text(no_wrap=True, overflow="ellipsis")
@@ -209,7 +229,7 @@ class Top(App[None]):
     def _ask(self) -> None:
         """Ask for what the screen has room for, if that is not what is watched already."""
         request = pb.WatchPoolRequest(
-            page=API_PAGES.get(self._page.name, self._page.name),
+            page=self._page.asked,
             sort=self._sort,
             filter=self._filter,
             offset=self._offset,

@@ -52,15 +52,18 @@ class Feed:
 
     def _watch(self, request: Any, asked: int) -> None:
         while True:
-            with self._changed:
-                if asked != self._asked:
-                    return
-                call = self._call = self._client.ask(self._client.pool.Watch, request, timeout_s=None)
             try:
+                with self._changed:
+                    if asked != self._asked:
+                        return
+                    call = self._call = self._client.ask(self._client.pool.Watch, request, timeout_s=None)
                 for view in call:
                     if asked != self._asked:
                         return
                     self._shown(view)
+            except CommandError as error:  # the credential can't be read, or must not be sent
+                self._failed(error, True)
+                return
             except grpc.RpcError as error:
                 if asked != self._asked:
                     return

@@ -51,6 +51,11 @@ class PageView:
     key: Callable[[Any], str] = field(default=lambda row: row.name)
     bad: Callable[[Any], bool] = lambda row: False
 
+    @property
+    def asked(self) -> str:
+        """The name of the page in the API."""
+        return self.rows.removesuffix("_rows") + "s" if self.rows != "groups" else "queue"
+
 
 def laid_out(page: PageView, rows: Sequence[Any], width: int, cursor: int) -> Text:
     """Return the head and the rows as lines of one width; the row under the cursor is reversed, a bad one red."""
