@@ -253,9 +253,9 @@ def duration(seconds: float) -> str:
     """Format a duration in readable units."""
     if seconds < 1:
         return f"{seconds * 1000:.0f} ms"
-    if 10 <= seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds:.1f} s" if seconds < 10 else readable(int(seconds * 1e9))
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    return f"{seconds:.0f} s" if seconds < 120 else readable(int(seconds * 1e9))
 
 
 def count(number: int, thing: str) -> str:

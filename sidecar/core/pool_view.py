@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from policies.views import BASE
+from sidecar.core.queries import state_of
 from sidecar.core.state import NEVER_NS, Backend, Request, State
 from sidecar.core.waiting import Group
 
 Row = TypeVar("Row")
+FINE = ("", "up", "joining")
 SORTS = ("", "name", "waiting", "running", "oldest", "tokens")
 
 
@@ -44,6 +46,8 @@ class Activity:
     running: int = 0
     tokens: int = 0
     oldest: Request | None = None
+    state: str = ""
+    """Of a backend."""
 
     def add(self, group: Group) -> None:
         self.waiting += group.waiting
@@ -63,7 +67,7 @@ def activities(groups: Iterable[Group], name_of: Callable[[Group], str]) -> dict
 
 
 def in_order(rows: Iterable[Activity], page: Page, rates: Mapping[str, float]) -> list[Activity]:
-    """Return the rows that the page's filter takes, sorted."""
+    """Return the rows that the page's filter takes, sorted; backends that are not up precede, unless one asks else."""
     keys: dict[str, Callable[[Activity], float]] = {
         "": _by_age,
         "name": lambda row: 0,
@@ -73,7 +77,11 @@ def in_order(rows: Iterable[Activity], page: Page, rates: Mapping[str, float]) -
         "tokens": lambda row: -rates.get(row.name, 0.0),
     }
     key = keys[page.sort]
-    return sorted((row for row in rows if page.takes(row.name)), key=lambda row: (key(row), -row.running, row.name))
+    taken = [row for row in rows if page.takes(row.name, row.state)]
+    taken.sort(key=lambda row: (key(row), -row.running, row.name))
+    if not page.sort:
+        taken.sort(key=lambda row: row.state in FINE)
+    return taken
 
 
 def _by_age(row: Activity | Group) -> float:
@@ -103,7 +111,10 @@ def adapter_activities(state: State, groups: Iterable[Group]) -> list[Activity]:
 def backend_activities(state: State, groups: Iterable[Group]) -> list[Activity]:
     """Return every backend."""
     active = activities(groups, lambda group: group.backend)
-    return [active.get(backend) or Activity(backend) for backend in state.backends]
+    rows = [active.get(backend) or Activity(backend) for backend in state.backends]
+    for row in rows:
+        row.state = state_of(state, state.backends[row.name])
+    return rows
 
 
 @dataclass(frozen=True)

@@ -225,7 +225,7 @@ def _backend_view(state: State, backend: Backend, names: dict[str, str], now_ns:
     return BackendView(
         id=backend.id,
         kind=facts.kind,
-        state=_state_of(state, backend),
+        state=state_of(state, backend),
         base_model=facts.base_models[0] if facts.base_models else "",
         dtype=facts.dtype or "",
         rank_max=facts.rank_max or 0,
@@ -254,7 +254,8 @@ def _pace_source(backend: Backend) -> str:
     return "learned" if promising.wait_is_known(backend) else "guess"
 
 
-def _state_of(state: State, backend: Backend) -> str:
+def state_of(state: State, backend: Backend) -> str:
+    """Return what operators call the state of a backend."""
     if backend.phase is Phase.DOWN:
         return "down"
     if backend.leaving:

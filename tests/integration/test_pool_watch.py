@@ -81,11 +81,11 @@ async def test_every_page_has_the_totals_and_its_rows(served: Served) -> None:
     ]
     backends = await first_view(served, page="backends")
     assert [(row.backend.id, row.backend.running, row.backend.queued) for row in backends.backend_rows] == [
+        ("trt-1", 0, 0),  # it is down, so it comes first
         ("trt-0", 2, 2),
-        ("trt-1", 0, 0),
     ]
-    assert backends.backend_rows[0].HasField("silent_s")
-    assert not backends.backend_rows[1].HasField("silent_s")
+    assert not backends.backend_rows[0].HasField("silent_s")
+    assert backends.backend_rows[1].HasField("silent_s")
     adapters = await first_view(served, page="adapters")
     rows = {row.name: row for row in adapters.adapter_rows}
     assert adapters.rows_total == len(rows) == 2
@@ -114,6 +114,10 @@ async def test_rows_are_sorted_filtered_and_cut(served: Served) -> None:
     assert [row.name for row in (await first_view(served, page="adapters", filter="QUI")).adapter_rows] == ["quick"]
     assert [row.request_id for row in (await first_view(served, page="requests", filter="beta")).request_rows] == ["r3"]
     assert [g.tenant for g in (await first_view(served, filter="beta")).groups] == ["beta"]
+    down = (await first_view(served, page="backends", filter="down")).backend_rows
+    assert [row.backend.id for row in down] == ["trt-1"]
+    calm = (await first_view(served, page="backends", sort="name")).backend_rows
+    assert [row.backend.id for row in calm] == ["trt-0", "trt-1"]
 
 
 async def test_what_is_not_there_is_refused(served: Served) -> None:

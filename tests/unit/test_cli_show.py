@@ -10,6 +10,7 @@ from rich.console import Console, RenderableType
 
 from sidecar.cli import backends, queue
 from sidecar.cli.show import bad, console, table
+from sidecar.cli.top.pages import PAGES, laid_out
 from sidecar.proto import admin_pb2
 
 ID = "6e0c8c5e-4a0d-4c53-a1ff-6a1b6c8f2d11"
@@ -36,6 +37,20 @@ def waiting(request_id: str) -> Any:
     setattr(request, "class", "interactive")
     request.why, request.request, request.request_id = "all slots are busy", 12, request_id
     return made
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_long_names_leave_room_for_counts_in_top(width: int) -> None:
+    """Names are cut in their middle; what is counted, and why it waits, stays on the screen."""
+    oldest = admin_pb2.WaitingRequest(waited_s=600, why="seats full")
+    group = admin_pb2.QueueGroup(
+        adapter=LONG_ID, tenant="customer-support-german", backend=ID, waiting=12, running=345, oldest=oldest
+    )
+    head, row = laid_out(PAGES[0], [group], width, 0).plain.splitlines()
+    assert [len(head), len(row)] == [width, width]
+    assert head.index("RUN") == row.index(" 345 ") + 1
+    for whole in (" 12 ", " 10 min ", " sea"):
+        assert whole in row
 
 
 def test_text_of_others_moves_no_cursor(capsys: pytest.CaptureFixture[str]) -> None:

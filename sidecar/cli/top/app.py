@@ -21,7 +21,7 @@ from textual.widgets import Static
 
 from sidecar.cli.client import Client, call_failed
 from sidecar.cli.exits import CommandError
-from sidecar.cli.show import count, duration
+from sidecar.cli.show import count, duration, facts
 from sidecar.cli.top import opened
 from sidecar.cli.top.feed import Feed
 from sidecar.cli.top.lanes import drawn
@@ -36,11 +36,18 @@ NOTICE_S = 8.0
 SILENT_S = 10.0
 """So long after the last view the screen says that nothing comes. Of the largest pools views come every few seconds."""
 KEYS = (
-    "1–5 pages   ↑ ↓ PgUp PgDn Home move   enter open   esc back",
-    "s sort      / filter                  q quit",
-    "c cancel requests   p pause or resume an adapter   d drain or undrain an engine",
-    "Every lever asks before it acts. Of an engine's slots, those with * run requests.",
+    ("1–5", "the pages"),
+    ("↑ ↓ PgUp PgDn Home", "move; j and k, too"),
+    ("enter", "open: a group's or a tenant's requests, or all of one thing"),
+    ("s", "sort by the longest wait, name, waiting, running or tokens"),
+    ("/", "show only what has a text in its name, id or state"),
+    ("esc", "leave a filter or what was opened"),
+    ("c", "cancel requests"),
+    ("p", "pause or resume an adapter"),
+    ("d", "drain or undrain an engine"),
+    ("q", "quit"),
 )
+KEYS_NOTE = "c, p and d ask before they act. Slots with * run requests. SILENT: since an engine last told anything."
 
 
 class Top(App[None]):
@@ -51,7 +58,7 @@ class Top(App[None]):
     #verdict { max-height: 5; text-style: bold; }
     #tabs, #keys, #head { height: 1; }
     #body { height: 1fr; }
-    ModalScreen { align: center middle; }
+    ModalScreen { align: center middle; background: transparent; }
     .box { width: 90%; max-width: 110; height: auto; max-height: 90%; border: round; padding: 0 1; }
     """
     ENABLE_COMMAND_PALETTE = False
@@ -161,7 +168,7 @@ class Top(App[None]):
         tabs = Text(no_wrap=True, overflow="ellipsis")
         for number, page in enumerate(PAGES, 1):
             tabs.append(f" {number} {page.name} ", "reverse" if page is self._page else "")
-        tabs.append(f"  by {SORTED_BY.get(self._sort, self._sort)}")
+        tabs.append(f"  by {SORTED_BY.get(self._sort, self._sort) if self._page.sorts else 'oldest'}")
         if self._filter:
             tabs.append(f"  /{self._filter}", "bold")
         if view is not None:
@@ -281,6 +288,9 @@ class Top(App[None]):
         self._go(0)
 
     def action_sort(self) -> None:
+        if not self._page.sorts:
+            self._tell("requests are listed by age")
+            return
         self._sort = SORTS[(SORTS.index(self._sort) + 1) % len(SORTS)]
         self.action_begin()
         self._draw()
@@ -322,7 +332,7 @@ class Top(App[None]):
             self._use_filter("")
 
     def action_keys(self) -> None:
-        self.push_screen(Shown([Text(line) for line in KEYS]))
+        self.push_screen(Shown([facts(KEYS), Text(KEYS_NOTE)]))
 
     def action_open(self) -> None:
         row = self._row()
@@ -368,11 +378,12 @@ class Top(App[None]):
     def _tell(self, notice: str) -> None:
         self._notice = notice
         self._draw()
-        self.set_timer(NOTICE_S, self._forget_notice)
+        self.set_timer(NOTICE_S, lambda: self._forget(notice))
 
-    def _forget_notice(self) -> None:
-        self._notice = ""
-        self._draw()
+    def _forget(self, notice: str) -> None:
+        if self._notice is notice:
+            self._notice = ""
+            self._draw()
 
     def _row(self) -> Any:
         rows = self._rows()
@@ -414,6 +425,7 @@ class Question(ModalScreen[bool]):
 class Shown(ModalScreen[None]):
     """Show one thing whole; it scrolls."""
 
+    AUTO_FOCUS = "VerticalScroll"
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,enter,q", "dismiss(None)")]
 
     def __init__(self, what: Iterable[RenderableType]) -> None:

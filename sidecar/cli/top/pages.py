@@ -14,6 +14,8 @@ from sidecar.cli.show import duration
 GAP = "  "
 LAST_WIDTH_MIN = 12
 """The last column, which is cut to what is left, has this width at least; else columns of less weight are left out."""
+NAME_WIDTH_MIN = 10
+"""To this width names are cut if that is not enough."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class PageView:
     columns: tuple[Column, ...]
     levers: Callable[[Any], Sequence[Lever]]
     opens: Callable[[Any], tuple[str, str] | None] = lambda row: None
+    sorts: bool = True
     shown: str = ""
     """What shows one row: "backend", "adapter" or "request"."""
     key: Callable[[Any], str] = field(default=lambda row: row.name)
@@ -65,6 +68,7 @@ def laid_out(page: PageView, rows: Sequence[Any], width: int, cursor: int) -> Te
         for index, column in enumerate(page.columns)
     ]
     kept = _kept(page.columns, widths, width)
+    _narrow(page.columns, kept, widths, width)
     lines = [Text(_line(page.columns, kept, widths, [column.name for column in page.columns], width), style="bold")]
     for number, (row, line) in enumerate(zip(rows, cells, strict=True)):
         style = " ".join(filter(None, ("red" if page.bad(row) else "", "reverse" if number == cursor else "")))
@@ -75,21 +79,44 @@ def laid_out(page: PageView, rows: Sequence[Any], width: int, cursor: int) -> Te
 def _kept(columns: Sequence[Column], widths: Sequence[int], width: int) -> list[int]:
     """Return which columns fit."""
     kept = list(range(len(columns)))
-    while len(kept) > 1:
-        needed = sum(widths[index] for index in kept[:-1]) + len(GAP) * (len(kept) - 1)
-        needed += min(widths[kept[-1]], LAST_WIDTH_MIN)
+    while len(kept) > 1 and _needed(kept, widths) > width:
         spare = max(kept, key=lambda index: (columns[index].spare, index))
-        if needed <= width or not columns[spare].spare:
+        if not columns[spare].spare:
             break
         kept.remove(spare)
     return kept
 
 
+def _needed(kept: Sequence[int], widths: Sequence[int]) -> int:
+    needed = sum(widths[index] for index in kept[:-1]) + len(GAP) * (len(kept) - 1)
+    return needed + min(widths[kept[-1]], LAST_WIDTH_MIN)
+
+
+def _narrow(columns: Sequence[Column], kept: Sequence[int], widths: list[int], width: int) -> None:
+    """Take from the widest names what is missing for the rest."""
+    while (missing := _needed(kept, widths) - width) > 0:
+        names = [index for index in kept[:-1] if not columns[index].right and widths[index] > NAME_WIDTH_MIN]
+        if not names:
+            break
+        widest, *others = sorted(names, key=lambda index: -widths[index])
+        least = max(NAME_WIDTH_MIN, widths[widest] - missing, *(widths[each] - 1 for each in others[:1]))
+        widths[widest] = min(least, widths[widest] - 1)
+
+
+def _fitted(cell: str, width: int) -> str:
+    """Return a cell cut in its middle, if it is too wide: names often differ in their ends."""
+    if cell_len(cell) <= width:
+        return cell
+    end = (width - 1) // 2
+    return set_cell_size(cell, width - 1 - end) + "…" + set_cell_size(cell[::-1], end)[::-1]
+
+
 def _line(columns: Sequence[Column], kept: list[int], widths: Sequence[int], cells: Sequence[str], width: int) -> str:
     parts = []
     for index in kept:
-        room = " " * (widths[index] - cell_len(cells[index]))
-        parts.append(room + cells[index] if columns[index].right else cells[index] + room)
+        cell = _fitted(cells[index], widths[index]) if index != kept[-1] else cells[index]
+        room = " " * (widths[index] - cell_len(cell))
+        parts.append(room + cell if columns[index].right else cell + room)
     line = GAP.join(parts).rstrip()
     if cell_len(line) > width:
         line = set_cell_size(line, width - 1) + "…"
@@ -219,7 +246,7 @@ PAGES = (
             Column("RUN", lambda row: str(row.running), right=True),
             Column("OLDEST", _oldest, right=True),
             Column("BOUND", _bound, right=True, spare=1),
-            Column("TOKENS", lambda row: str(row.tokens), right=True, spare=2),
+            Column("TOKENS", lambda row: str(row.tokens) if row.waiting else "-", right=True, spare=2),
             Column("WHY", _why),
         ),
         _group_levers,
@@ -295,6 +322,7 @@ PAGES = (
             Column("BACKEND", lambda row: row.backend or "-"),
         ),
         _request_levers,
+        sorts=False,
         shown="request",
         key=lambda row: str(row.request),
     ),
