@@ -118,7 +118,7 @@ def backend_activities(state: State, groups: Iterable[Group]) -> list[Activity]:
 
 
 @dataclass(frozen=True)
-class Places:
+class Copies:
     """Where a version is: on how many backends, and in the host store ("memory", "disk", "fetching" or "")."""
 
     on_gpu: int = 0
@@ -127,19 +127,19 @@ class Places:
     store: str = ""
 
 
-def places_of(state: State, digests: Iterable[str]) -> dict[str, Places]:
+def copies_of(state: State, digests: Iterable[str]) -> dict[str, Copies]:
     """Return where some versions are. The store is walked once for all of them."""
     stored: dict[str, str] = {}
     for tier, store in (("disk", state.disk), ("memory", state.store)):
         for entry in store.entries.values():
             stored[entry.digest] = tier if entry.ready else stored.get(entry.digest, "fetching")
-    return {digest: _places(state, digest, stored.get(digest, "")) for digest in digests if digest != BASE}
+    return {digest: _copies(state, digest, stored.get(digest, "")) for digest in digests if digest != BASE}
 
 
-def _places(state: State, digest: str, store: str) -> Places:
+def _copies(state: State, digest: str, store: str) -> Copies:
     tiers = [backend.shadow.tier(digest) for backend in state.backends.values()]
     version = state.versions.get(digest)
-    return Places(
+    return Copies(
         on_gpu=tiers.count("gpu"),
         in_engine_host=tiers.count("engine_host"),
         loading=0 if version is None else len(version.loads),

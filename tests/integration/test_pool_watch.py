@@ -29,7 +29,7 @@ async def served(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> AsyncIter
         await served.register("slow", tmp_path)
         await served.register("quick", tmp_path, seed=1)
         async with grpc.aio.insecure_channel(served.address) as channel:
-            stub: Any = gateway_pb2_grpc.GatewayStub(channel)  # type: ignore[no-untyped-call]
+            stub: Any = gateway_pb2_grpc.GatewayStub(channel)
             calls = [await begun(served, stub, f"r{number}", tenant) for number, tenant in enumerate(TENANTS)]
             yield served
             for call in calls:
@@ -48,7 +48,7 @@ async def begun(served: Served, stub: Any, request_id: str, tenant: str) -> Any:
 @asynccontextmanager
 async def watching(served: Served, **fields: Any) -> AsyncIterator[Any]:
     async with grpc.aio.insecure_channel(served.address) as channel:
-        stub: Any = admin_pb2_grpc.PoolStub(channel)  # type: ignore[no-untyped-call]
+        stub: Any = admin_pb2_grpc.PoolStub(channel)
         call = stub.Watch(pb.WatchPoolRequest(interval_s=QUICK_S, **fields))
         try:
             yield call

@@ -33,11 +33,12 @@ class Terminal:
 
     def __enter__(self) -> Self:
         self._ours, theirs = pty.openpty()
+        size = {"COLUMNS": str(self._size[1]), "LINES": str(self._size[0])}  # ours may name another
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", *self._size, 0, 0))
         self.process = subprocess.Popen(
             [sys.executable, "-m", "sidecar", *self._arguments],
             stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-            env=os.environ | {"TERM": "xterm-256color", "COLORTERM": "truecolor"},
+            env=os.environ | size | {"TERM": "xterm-256color", "COLORTERM": "truecolor"},
         )  # fmt: skip
         os.close(theirs)
         self._reading = threading.Thread(target=self._read, daemon=True)

@@ -172,14 +172,14 @@ class PoolService(admin_pb2_grpc.PoolServicer):
         by_name = {} if rates is None else rates.adapters
         rows = self._cut(message, pool_view.adapter_activities(state, groups), page, by_name)
         digests = {row.name: state.names[row.name].digest for row in rows if row.name in state.names}
-        places = pool_view.places_of(state, digests.values())
+        copies = pool_view.copies_of(state, digests.values())
         for row in rows:
             made = message.adapter_rows.add(name=row.name, waiting=row.waiting, running=row.running)
             self._set_oldest(made, row, now_ns)
             _set_rate(made, row.name, rates, by_name)
             digest = digests.get(row.name, BASE)
-            if digest in places:
-                where, name = places[digest], state.names[row.name]
+            if digest in copies:
+                where, name = copies[digest], state.names[row.name]
                 made.on_gpu, made.in_engine_host, made.loading = where.on_gpu, where.in_engine_host, where.loading
                 made.store, made.pinned, made.version = where.store, name.pinned, f"v{name.ordinal}"
                 made.quarantined = state.versions[digest].quarantined
