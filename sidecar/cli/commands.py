@@ -38,7 +38,7 @@ COMMANDS = {
     ),
     "queue": (
         "sidecar.cli.queue:queue",
-        "Show which requests wait, how long, their bounds, and why. The first line is the verdict.",
+        "Show who waits and runs, by adapter, tenant and backend, and why. The first line is the verdict.",
     ),
     "top": (
         "sidecar.cli.top.command:top",

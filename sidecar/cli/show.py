@@ -19,7 +19,6 @@ from rich.table import Table
 from rich.text import Text
 
 from sidecar.cli.exits import harmless
-from sidecar.core.durations import readable
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, errors too.")]
 
@@ -255,7 +254,10 @@ def duration(seconds: float) -> str:
         return f"{seconds * 1000:.0f} ms"
     if seconds < 9.95:
         return f"{seconds:.1f} s"
-    return f"{seconds:.0f} s" if seconds < 120 else readable(int(seconds * 1e9))
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    value, unit = (seconds / 60, "min") if seconds < 7200 else (seconds / 3600, "h")
+    return f"{value:.1f} {unit}".replace(".0 ", " ") if value < 9.95 else f"{value:.0f} {unit}"
 
 
 def count(number: int, thing: str) -> str:

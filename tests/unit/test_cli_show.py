@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from sidecar.cli import backends, queue
-from sidecar.cli.show import bad, console, table
+from sidecar.cli.show import bad, console, duration, table
 from sidecar.cli.top.pages import PAGES, laid_out
 from sidecar.proto import admin_pb2
 
@@ -37,6 +37,24 @@ def waiting(request_id: str) -> Any:
     setattr(request, "class", "interactive")
     request.why, request.request, request.request_id = "all slots are busy", 12, request_id
     return made
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.016, "16 ms"),
+        (3.24, "3.2 s"),
+        (9.97, "10 s"),
+        (119, "119 s"),
+        (150, "2.5 min"),
+        (600, "10 min"),
+        (16_127, "4.5 h"),
+        (100_000, "28 h"),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    """They read as the core's own do, with fewer digits in a table."""
+    assert duration(seconds) == text
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 200])

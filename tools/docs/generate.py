@@ -91,8 +91,9 @@ OF_ACCESS = {
 }
 WAITING_PAGE = """# Why a request waits
 
-`sidecar queue` and `sidecar top` give one of these reasons for the oldest of each group that waits, `sidecar queue --requests`
-for each request, and `lora_sidecar_waiting_requests` counts requests by them. [Operations](operations.md#when-something-is-wrong) and the [runbook](runbook.md) say what to do.
+`sidecar queue` and `sidecar top` give one of these reasons for the oldest of each group that waits, `sidecar queue
+--requests` for each request, and `lora_sidecar_waiting_requests` counts requests by them.
+[Operations](operations.md#when-something-is-wrong) and the [runbook](runbook.md) say what to do.
 
 | reason | means |
 |---|---|
