@@ -154,7 +154,7 @@ async def test_levers_ask_first(tmp_path: Path) -> None:
             top.press("c")
             await top.shows("Cancel the request mine for a00?", "[y/N]")
             top.press("n")
-            await top.shows("ID STATE AGE")
+            await top.hides("[y/N]")
             assert state.requests
             top.press("c")
             await top.shows("[y/N]")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import termios
 import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -73,13 +74,20 @@ class Terminal:
 
     async def matches(self, pattern: str) -> None:
         """Wait until a pattern is on the screen. Raises AssertionError with the screen if it does not come."""
+        await self._until(lambda: bool(re.search(pattern, self.flat)), f"{pattern} did not appear")
+
+    async def hides(self, part: str) -> None:
+        """Wait until this is not on the screen any more."""
+        await self._until(lambda: part not in self.flat, f"{part} did not go")
+
+    async def _until(self, holds: Callable[[], bool], what: str) -> None:
         try:
             async with asyncio.timeout(PATIENCE_S):
-                while not re.search(pattern, self.flat):
+                while not holds():
                     await asyncio.sleep(0.02)
         except TimeoutError:
             screen = "\n".join(self.lines)
-            raise AssertionError(f"{pattern} did not appear; the screen is:\n{screen}") from None
+            raise AssertionError(f"{what}; the screen is:\n{screen}") from None
 
     def _read(self) -> None:
         while True:

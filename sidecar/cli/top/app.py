@@ -89,6 +89,7 @@ class Top(App[None]):
         self._selected: str | None = None
         """The key of the row under the cursor, which stays there when rows move."""
         self._view: Any = None
+        self._awaits_rows = True
         self._came_s = monotonic()
         self._trouble, self._notice = "", ""
         self._asked: Any = None
@@ -107,7 +108,7 @@ class Top(App[None]):
         loop = asyncio.get_running_loop()
         self._feed = Feed(
             self._client,
-            lambda view: call_soon(loop, self._show, view),
+            lambda request, view: call_soon(loop, self._show, request, view),
             lambda error, lasts: call_soon(loop, self._fail, error, lasts),
         )
         self.set_interval(1.0, self._watch_silence)
@@ -119,8 +120,10 @@ class Top(App[None]):
     def on_resize(self, event: Resize) -> None:
         self.call_after_refresh(self._ask)
 
-    def _show(self, view: Any) -> None:
-        self._view, self._trouble, self._came_s = view, "", monotonic()
+    def _show(self, request: Any, view: Any) -> None:
+        if request is not self._asked:
+            return  # it came while something else was asked for
+        self._view, self._trouble, self._came_s, self._awaits_rows = view, "", monotonic(), False
         if self._offset >= view.rows_total and self._offset:
             self._go(max(0, view.rows_total - self._room()))
         keys = [self._page.key(row) for row in self._rows()]
@@ -214,7 +217,9 @@ class Top(App[None]):
             return ""
         rows = self._rows()
         if not rows:
-            return Text(f'nothing has "{self._filter}" in its name' if self._filter else "nothing to show")
+            if self._awaits_rows:
+                return ""
+            return Text(f'nothing here has "{self._filter}" in its name' if self._filter else "nothing to show")
         table = laid_out(self._page, rows, width, self._cursor)
         if self._page is not ENGINES:
             return table
@@ -253,11 +258,8 @@ class Top(App[None]):
         self._ask()
 
     def _turn_to(self, page: PageView, wanted: str = "") -> None:
-        self._page, self._filter, self._offset, self._cursor, self._selected = page, wanted, 0, 0, None
-        if self._view is not None:
-            self._view.ClearField(page.rows)
-        self._ask()
-        self._draw()
+        self._page = page
+        self._use_filter(wanted)
 
     # Keys.
 
@@ -323,7 +325,10 @@ class Top(App[None]):
             self._draw()
 
     def _use_filter(self, wanted: str) -> None:
-        self._typed, self._filter = None, wanted
+        """Forget the rows, so that no key acts on one that is about to go, and ask anew."""
+        self._typed, self._filter, self._awaits_rows = None, wanted, True
+        if self._view is not None:
+            self._view.ClearField(self._page.rows)
         self.action_begin()
         self._draw()
 

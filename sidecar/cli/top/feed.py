@@ -22,12 +22,12 @@ LASTING = (
 
 
 class Feed:
-    """Gives `shown` each view of what was asked for last, and `failed` an error and whether it will last.
+    """Gives `shown` what was asked for last and each view of it, and `failed` an error and whether it will last.
 
     Both are called in the feed's thread.
     """
 
-    def __init__(self, client: Client, shown: Callable[[Any], None], failed: Callable[[CommandError, bool], None]):
+    def __init__(self, client: Client, shown: Callable[[Any, Any], None], failed: Callable[[CommandError, bool], None]):
         self._client = client
         self._shown, self._failed = shown, failed
         self._asked = 0
@@ -60,7 +60,7 @@ class Feed:
                 for view in call:
                     if asked != self._asked:
                         return
-                    self._shown(view)
+                    self._shown(request, view)
             except CommandError as error:  # the credential can't be read, or must not be sent
                 self._failed(error, True)
                 return
