@@ -22,6 +22,7 @@ def test_expired_in_the_queue_is_never_dispatched() -> None:
     world.run()
     end = world.settled[late]
     assert (end.outcome, end.reason) == (Outcome.EXPIRED, Reason.EXPIRED)
+    assert "waited 50 ms and its own deadline of 50 ms passed; send it with a longer one" in end.message
     assert late not in world.dispatches
     assert world.ended_ns[late] == 1 * SECOND + 51 * MS, "it ended at its deadline, not when a seat came free"
 
@@ -45,7 +46,10 @@ def test_the_class_bounds_the_wait() -> None:
     short, long = world.send(klass="short"), world.send()
     world.run(3 * SECOND)
     assert world.settled[short].outcome is Outcome.EXPIRED
-    assert "2.0 s" in world.settled[short].message
+    assert world.settled[short].message.endswith(
+        'waited 2 s and class "short" waits at most 2 s; send it again later, or raise '
+        "queue.classes.short.queue_wait_s_max"
+    )
     assert long not in world.settled
 
 
