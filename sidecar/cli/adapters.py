@@ -69,6 +69,7 @@ def _notes(adapter: Any) -> str | Text:
     notes = [
         paused_phrase(adapter.paused_s) if adapter.paused_s else "",
         "pinned" if adapter.pinned else "",
+        f"{adapter.canary_version} gets {adapter.canary_weight} %" if adapter.canary_weight else "",
         f"for {', '.join(adapter.allow)}" if adapter.allow else "",
         f"held for {duration(adapter.held_s)}" if adapter.held_s else "",
         f"{adapter.requests} in work" if adapter.requests else "",
@@ -186,7 +187,11 @@ def unpin(client: Client, name: Name, as_json: AsJson = False) -> None:
 @admin_command
 def release(client: Client, name: Name, as_json: AsJson = False) -> None:
     """Lift a quarantine: the adapter's next load is tried alone in the whole pool."""
-    _print_done(client.ask(client.adapters.Release, pb.AdapterRequest(name=name)), "is served again", as_json)
+    adapter = client.ask(client.adapters.Release, pb.AdapterRequest(name=name))
+    if as_json:
+        print_json(adapter)
+    else:  # in all its versions
+        print(f"{adapter.name} is served again")
 
 
 @admin_command

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
+from time import sleep
 from typing import Annotated, Any, Literal
 
 import typer
@@ -28,6 +30,7 @@ from sidecar.proto import admin_pb2 as pb
 
 ENGINE = "Engine"
 COLUMNS = ("BACKEND", "STATE", ">SEATS", ">QUEUED", ">PAGES", ">OPEN", ">RESIDENT", ">HEALS", "DETAIL")
+POLL_S = 0.5
 GOOD = ("up", "joining")
 """The states of a backend that serves, or is about to."""
 
@@ -177,13 +180,36 @@ def _seen_by_a_sidecar(client: Client, as_json: bool) -> int:
 
 
 @admin_command
-def drain(client: Client, backend: Identity, as_json: AsJson = False) -> None:
+def drain(
+    client: Client,
+    backend: Identity,
+    wait: Annotated[bool, typer.Option("--wait", help="Return only when nothing runs there any more.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Stop sending requests to a backend. Running ones end there; waiting ones go elsewhere."""
     answer = client.ask(client.backends.Drain, pb.BackendRequest(backend=backend))
+    if wait:
+        answer = _emptied(client, answer)
     if as_json:
         print_json(answer)
-    else:
+    elif answer.state == "draining":
         print(f"{answer.id} is draining, {answer.running} still running")
+    else:
+        print(f"{answer.id} is {answer.state}: nothing runs there")
+
+
+def _emptied(client: Client, answer: Any) -> Any:
+    """Wait until a drained backend runs nothing, and print how much it still runs whenever that changes."""
+    running = None
+    while answer.state == "draining":
+        if answer.running != running:
+            running = answer.running
+            print(f"{answer.id} is draining, {running} still running", file=sys.stderr, flush=True)
+        sleep(POLL_S)
+        answer = client.ask(client.backends.Get, pb.BackendRequest(backend=answer.id))
+    if answer.state not in ("drained", "down"):  # it was undrained meanwhile
+        raise CommandError(f"{answer.id} is {answer.state}, so it does not become empty: somebody ended the drain")
+    return answer
 
 
 @admin_command

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -71,11 +72,23 @@ def rollback(
     name: Annotated[
         str, typer.Argument(help="The adapter's name.", show_default=False, autocompletion=completing.adapter_names)
     ],
+    to: Annotated[
+        str,
+        typer.Option(metavar="VERSION", help="Go back to this version instead: v7 or a digest.", show_default=False),
+    ] = "",
     hold: Hold = "",
     as_json: AsJson = False,
 ) -> None:
-    """Undo the last promotion: end a canary, or make the previous version current."""
-    adapter = client.ask(client.adapters.Rollback, pb.RollbackRequest(name=name, hold_s=seconds_of(hold)))
+    """Undo the last promotion: end a canary, or make the previous version current.
+
+    A second rollback does not return to the version that the first one left; --to VERSION goes to any.
+    """
+    to = to.rpartition("@")[2]
+    withdrawn = bool(to) and _is_withdrawn(client.ask(client.adapters.Get, pb.AdapterRequest(name=name)), to)
+    request = pb.RollbackRequest(name=name, version=to, hold_s=seconds_of(hold))
+    adapter = client.ask(client.adapters.Rollback, request)
+    if withdrawn:
+        print(f"warning: {_ordinal(adapter)} of {name} was itself rolled back from", file=sys.stderr)
     if as_json:
         print_json(adapter)
     else:
@@ -132,6 +145,13 @@ def versions_table(adapter: Any) -> Any:
         for version in reversed(adapter.versions)
     ]
     return table(("VERSION", "ROLE", "DIGEST", ">REFRESHED", "SINCE (UTC)", "LABELS", "ORIGIN"), rows)
+
+
+def _is_withdrawn(adapter: Any, selector: str) -> bool:
+    return any(
+        version.role == "withdrawn" and (version.version == selector or version.digest.startswith(selector))
+        for version in adapter.versions
+    )
 
 
 def _selected(version: str) -> tuple[str, str]:

@@ -181,13 +181,16 @@ def prefetch_asked(step: Step, event: PrefetchAsked) -> None:
 
 
 def release_asked(step: Step, event: ReleaseAsked) -> None:
-    """Handle ReleaseAsked: put a quarantined version back on probation, and forget every backend's refusal of it."""
-    digest = step.state.names[event.name].digest
-    version = step.state.versions[digest]
-    version.quarantined = ""
-    version.refused_by.clear()
-    step.state.forget_servers_of(digest)
-    suspects.clear(step.state, digest)
+    """Handle ReleaseAsked: put a name's versions back on probation, and forget every backend's refusal of them.
+
+    All its versions: a quarantined one may have been rolled back meanwhile.
+    """
+    for digest in step.state.names[event.name].versions.values():
+        version = step.state.versions[digest]
+        version.quarantined = ""
+        version.refused_by.clear()
+        step.state.forget_servers_of(digest)
+        suspects.clear(step.state, digest)
 
 
 def drain_set(step: Step, event: DrainSet) -> None:

@@ -261,7 +261,7 @@ def state_of(state: State, backend: Backend) -> str:
     if backend.leaving:
         return "leaving"
     if backend.draining:
-        return "draining"
+        return "draining" if backend.running else "drained"
     if backend.silence.suspected:
         return Why.STALLED.value
     return "joining" if backend.id in state.joining else "up"
@@ -280,7 +280,7 @@ def _label(names: dict[str, str], digest: str) -> str:
 
 
 def _notes(state: State, backend: Backend, now_ns: int) -> Iterator[str]:
-    if backend.draining:
+    if backend.draining and backend.running:
         yield f"draining: {len(backend.running)} still running"
     if backend.leaving:
         yield f"about to go: {len(backend.running)} still running"

@@ -209,11 +209,17 @@ class Catalogue:
 
         return await self._change(name, promoted)
 
-    async def roll_back(self, name: str, hold_s: float = 0.0) -> Record:
-        """Undo the last promotion. Tried once only: after another writer's change it would undo a different one."""
-        return await self._change(
-            name, lambda record: records.rolled_back(taken_over(record, Wanted(hold_s=hold_s), time())), attempts_max=1
-        )
+    async def roll_back(self, name: str, selector: str = "", hold_s: float = 0.0) -> Record:
+        """Undo the last promotion, or go back to the selected version.
+
+        Tried once only: after another writer's change it would undo a different one.
+        """
+
+        def rolled_back(record: Record) -> Record:
+            mine = taken_over(record, Wanted(hold_s=hold_s), time())
+            return records.rolled_back(mine, self._ordinal(mine, selector) if selector else None)
+
+        return await self._change(name, rolled_back, attempts_max=1)
 
     async def change_declared(self, name: str, owner: str, changed: Callable[[Record], Record]) -> Record:
         """Change a name on behalf of its owner or one in the same namespace. Raises Invalid while it is held."""
@@ -275,8 +281,16 @@ class Catalogue:
         return True
 
     def release(self, name: str) -> None:
-        """Lift the quarantine of a name's version."""
+        """Lift the quarantine of a name's versions, and forget engines' refusals. Raises Refused if there is none."""
         self.known(name)
+        state = self._state()
+        versions = [state.versions[digest] for digest in state.names[name].versions.values()]
+        if not any(version.quarantined or version.refused_by for version in versions):
+            raise Refused(
+                Reason.INVALID_REQUEST,
+                f"{name} is not quarantined, and no backend refuses it: there is nothing to release",
+                adapter=name,
+            )
         self._step(ev.ReleaseAsked(name))
 
     async def _change(self, name: str, changed: Callable[[Record], Record], attempts_max: int = ATTEMPTS_MAX) -> Record:

@@ -62,7 +62,8 @@ class Declared:
 class Record:
     """A registered name.
 
-    `current` and `previous` are ordinals; `canary` is (ordinal, percent). `managed_by` is the name's owner: "cli",
+    `current` and `previous` are ordinals; `canary` is (ordinal, percent); `withdrawn` has the ordinals that a rollback
+    left and nobody has promoted since. `managed_by` is the name's owner: "cli",
     "config", "push", or a cluster object, whose declaration is `declared`. Until `held_until` (Unix seconds), a change
     made by somebody else overrides the owner. Until `paused_until` (Unix seconds, infinite until it is resumed),
     requests for the name are refused.
@@ -79,6 +80,7 @@ class Record:
     held_until: float = 0.0
     declared: Declared | None = None
     paused_until: float = 0.0
+    withdrawn: frozenset[int] = frozenset()
 
     def is_for(self, tenant: str) -> bool:
         """Return True if the allow list admits a tenant."""
@@ -213,20 +215,46 @@ def promoted(record: Record, ordinal: int, percent: int = 100) -> Record:
         return replace(record, canary=None)
     if percent < 100:
         return replace(record, canary=(ordinal, percent))
-    return replace(record, current=ordinal, previous=record.current, canary=None)
+    withdrawn = record.withdrawn - {ordinal}
+    return replace(record, current=ordinal, previous=record.current, canary=None, withdrawn=withdrawn)
 
 
-def rolled_back(record: Record) -> Record:
-    """Undo the last promotion: end a canary, or make the previous version current."""
-    if record.canary is not None:
-        return replace(record, canary=None)
-    if record.previous is None:
+def rolled_back(record: Record, to: int | None = None) -> Record:
+    """Undo the last promotion: end a canary, or make the previous version current, or the version `to`.
+
+    What is left is withdrawn, and no further rollback returns to it unless `to` names it.
+    """
+    if record.canary is not None and to in (None, record.current):
+        return replace(record, canary=None, withdrawn=record.withdrawn | {record.canary[0]})
+    to = record.previous if to is None else to
+    if to is None:
+        raise Invalid(Reason.NO_PREVIOUS_VERSION, _nothing_before(record), adapter=record.name)
+    if to == record.current:
         raise Invalid(
             Reason.NO_PREVIOUS_VERSION,
-            f"{record.name} has no version before v{record.current} to go back to",
+            f"{record.name} stands for v{to} already; {_others(record)}",
             adapter=record.name,
         )
-    return replace(record, current=record.previous, previous=record.current)
+    left = {record.current, *(record.canary or ())[:1]}
+    return replace(
+        promoted(record, to), previous=None, withdrawn=frozenset((record.withdrawn | left) - {to})
+    )  # without a previous version: it would be the one that was left
+
+
+def _nothing_before(record: Record) -> str:
+    if not record.withdrawn:
+        return f"{record.name} has no version before v{record.current} to go back to; {_others(record)}"
+    left = ", ".join(f"v{ordinal}" for ordinal in sorted(record.withdrawn))
+    return f"{record.name} was rolled back to v{record.current} already, from {left}; {_others(record)}"
+
+
+def _others(record: Record) -> str:
+    others = [
+        f"v{version.ordinal}" + (" (withdrawn)" if version.ordinal in record.withdrawn else "")
+        for version in record.versions
+        if version.ordinal != record.current
+    ]
+    return f"--to names another version: {', '.join(others)}" if others else "it has no other version"
 
 
 def as_declared(record: Record, declared: Declared, owner: str, allow: tuple[str, ...], pinned: bool) -> Record:

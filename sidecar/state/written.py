@@ -37,6 +37,8 @@ def to_json(record: Record) -> str:
     }
     if record.declared is not None:
         fields["declared"] = asdict(record.declared)
+    if record.withdrawn:
+        fields["withdrawn"] = sorted(record.withdrawn)
     if record.paused_until:  # JSON has no infinity
         fields["paused_until"] = None if record.paused_until == inf else record.paused_until
     return json.dumps(fields)
@@ -79,6 +81,7 @@ def _record(name: str, fields: dict[str, Any]) -> Record:
         managed_by=fields["managed_by"],
         held_until=fields["held_until"],
         declared=_declared_from_json(fields.get("declared")),
+        withdrawn=frozenset(fields.get("withdrawn", ())),
         paused_until=inf if (until := fields.get("paused_until", 0.0)) is None else until,
     )
 
@@ -128,7 +131,7 @@ def check_sound(record: Record) -> None:
     for value, kind in (
         (record.name, str), (record.pinned, bool), (record.managed_by, str), (record.held_until, (int, float)),
         (record.paused_until, (int, float)),
-        *((name, str) for name in record.allow or ()),
+        *((name, str) for name in record.allow or ()), *((ordinal, int) for ordinal in record.withdrawn),
         *((part, kind) for version in record.versions for part, kind in _parts_of(version)),
     ):  # fmt: skip
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):

@@ -6,6 +6,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -18,6 +19,7 @@ from tests.kit.cli_runs import Ended, runner
 from tests.kit.cli_served import Served, serve_here
 from tests.kit.peft_files import write_adapter
 from tests.kit.scripted_backend import PAYLOAD
+from tests.kit.serving import until
 
 TOKEN = "s3cret"
 
@@ -65,15 +67,82 @@ async def test_json_everywhere(served: Served, tmp_path: Path) -> None:
     shown = (await served.cli("adapters", "show", "sql", "--json")).json()
     assert (shown["rank"], shown["pinned"], shown["modules"]) == (8, False, ["attn_q", "attn_v"])
     assert [place["tier"] for place in shown["backends"]] == ["absent", "absent"]
-    for verb in ("pin", "unpin", "release"):
+    for verb in ("pin", "unpin"):
         assert (await served.cli("adapters", verb, "sql", "--json")).json()["name"] == "sql"
     for verb in ("prefetch", "evict"):
         assert (await served.cli("adapters", verb, "sql", "--json")).json()["places"]
     assert [each["id"] for each in (await served.cli("backends", "list", "--json")).json()] == ["trt-0", "trt-1"]
-    for verb, state in (("drain", "draining"), ("undrain", "up"), ("show", "up")):
+    for verb, state in (("drain", "drained"), ("undrain", "up"), ("show", "up")):
         assert (await served.cli("backends", verb, "trt-0", "--json")).json()["state"] == state
     assert (await served.cli("queue", "--json")).json()["verdict"] == ("trt-1 is down; nobody waits, nothing runs")
     assert (await served.cli("adapters", "unregister", "sql", "--json")).json() == {}
+
+
+async def test_a_release_of_what_is_not_quarantined(served: Served, tmp_path: Path) -> None:
+    """It says that there is nothing to release, and ends with 1; a quarantined adapter is served again."""
+    await served.register("sql", tmp_path)
+    ended = await served.cli("adapters", "release", "sql")
+    assert (ended.code, ended.out) == (1, "")
+    assert ended.err.startswith("error: sql is not quarantined, and no backend refuses it: there is nothing to ")
+    state = served.gateway.state
+    state.versions[state.names["sql"].digest].quarantined = "two engines died of it"
+    ended = await served.cli("adapters", "release", "sql")
+    assert (ended.code, ended.out) == (0, "sql is served again\n")
+
+
+async def test_a_release_of_what_was_rolled_back(served: Served, tmp_path: Path) -> None:
+    """The quarantine of a version that is not current any more ends, too."""
+    await served.register("sql", tmp_path)
+    await served.register("sql", tmp_path, seed=2)
+    state = served.gateway.state
+    bad = state.versions[state.names["sql"].digest]
+    bad.quarantined = "two engines died of it"
+    assert (await served.cli("adapters", "rollback", "sql")).out == "sql stands for v1\n"
+    ended = await served.cli("adapters", "release", "sql")
+    assert (ended.code, bad.quarantined) == (0, "")
+
+
+async def test_a_canary_is_listed(served: Served, tmp_path: Path) -> None:
+    """Which version it is and its share."""
+    await served.register("sql", tmp_path)
+    write_adapter(tmp_path / "sql", seed=2)
+    staged = await served.cli("adapters", "register", "sql", str(tmp_path / "sql"), "--stage")
+    assert staged.code == 0, staged.err
+    await served.cli("adapters", "promote", "sql@v2", "--weight", "5")
+    assert re.search(r"^sql +v1 .* v2 gets 5 %", (await served.cli("adapters", "list")).out, re.M)
+    await served.cli("adapters", "promote", "sql@v2")
+    assert "gets" not in (await served.cli("adapters", "list")).out
+
+
+async def test_a_drain_is_waited_for(served: Served, tmp_path: Path) -> None:
+    """`--wait` tells on stderr how much still runs, and returns once nothing does; the backend is then drained."""
+    await served.register("slow", tmp_path)
+    backend: Any = served.gateway.backends["trt-0"]
+    tickets = [served.gateway.submit(RequestFacts("slow"), PAYLOAD, "mine", OURSELVES) for _ in range(2)]
+    await backend.running_are(2)
+    waiting = asyncio.create_task(served.cli("backends", "drain", "trt-0", "--wait"))
+    await until(lambda: served.gateway.state.backends["trt-0"].draining)
+    for ticket in tickets:
+        assert not waiting.done()
+        served.gateway.cancel(ticket)
+    ended = await waiting
+    assert (ended.code, ended.out) == (0, "trt-0 is drained: nothing runs there\n")
+    assert ended.err.startswith("trt-0 is draining, ")
+    assert re.search(r"^trt-0 +drained +0/2 ", (await served.cli("backends", "list")).out, re.M)
+
+
+async def test_a_drain_that_somebody_ends(served: Served, tmp_path: Path) -> None:
+    """Who waits for it is told."""
+    await served.register("slow", tmp_path)
+    backend: Any = served.gateway.backends["trt-0"]
+    served.gateway.submit(RequestFacts("slow"), PAYLOAD, "mine", OURSELVES)
+    await backend.running_are(1)
+    waiting = asyncio.create_task(served.cli("backends", "drain", "trt-0", "--wait"))
+    await until(lambda: served.gateway.state.backends["trt-0"].draining)
+    served.gateway.set_drain("trt-0", False)
+    ended = await waiting
+    assert ended.code == 1
+    assert "trt-0 is up, so it does not become empty: somebody ended the drain" in ended.err
 
 
 async def test_the_sidecars_errors(served: Served, tmp_path: Path) -> None:

@@ -52,6 +52,15 @@ async def test_a_names_life_through_its_versions(tmp_path: Path) -> None:
         assert "previous" in out
         code, out, _ = await sidecar(served, "adapters", "rollback", "voice")
         assert out == "voice stands for v1\n"
+        assert roles(await sidecar(served, "adapters", "show", "voice", "--json")) == ["current", "withdrawn"]
+        code, _, error = await sidecar(served, "adapters", "rollback", "voice")
+        assert code == 1
+        assert "voice was rolled back to v1 already, from v2; --to names another version: v2 (withdrawn)" in error
+        code, out, error = await sidecar(served, "adapters", "rollback", "voice", "--to", "v2")
+        assert (code, out) == (0, "voice stands for v2\n")
+        assert error == "warning: v2 of voice was itself rolled back from\n"
+        code, out, error = await sidecar(served, "adapters", "rollback", "voice", "--to", "voice@v1")
+        assert (code, out) == (0, "voice stands for v1\n")
         code, out, _ = await sidecar(served, "adapters", "refresh", "voice", "--json")
         assert json.loads(out)["versions"][0]["generation"] == 1
         code, out, error = await sidecar(served, "adapters", "promote", "voice@v9")
@@ -60,6 +69,10 @@ async def test_a_names_life_through_its_versions(tmp_path: Path) -> None:
         code, out, error = await sidecar(served, "adapters", "rollback", "voice", "--hold", "soon")
         assert code == 2
         assert "--hold wants a duration" in error
+
+
+def roles(ended: tuple[int, str, str]) -> list[str]:
+    return [version["role"] for version in json.loads(ended[1])["versions"]]
 
 
 def test_the_first_difference_is_found() -> None:

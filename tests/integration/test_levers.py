@@ -205,7 +205,7 @@ async def test_what_the_audit_says_before_and_after(client: Client) -> None:
     drain, backend = VERBS["/lorasidecar.v1.Backends/Drain"], pb.BackendRequest(backend="trt-0")
     assert drain.facts(backend, sight) == {"state": "up"}
     assert await served.cli("backends", "drain", "trt-0")
-    assert drain.facts(backend, sight) == {"state": "draining"}
+    assert drain.facts(backend, sight) == {"state": "drained"}
     evict = VERBS["/lorasidecar.v1.Adapters/Evict"]
     assert set(evict.facts(pb.AdapterRequest(name="slow"), sight)) == {"store", "backends"}
     verify = VERBS["/lorasidecar.v1.Adapters/Verify"]

@@ -89,7 +89,7 @@ async def test_1000_requests_while_a_name_rolls_back_20_times(tmp_path: Path) ->
         known = {version.digest for version in (await versions(served)).values()}
 
         async def switch(number: int) -> None:
-            await served.adapters.Rollback(pb.RollbackRequest(name="sql"))
+            await served.adapters.Rollback(pb.RollbackRequest(name="sql", version=f"v{2 - number % 2}"))
 
         answers = await switching(served, switch)
         assert {of_one_version(answer) for _, answer in answers} == known
@@ -120,8 +120,9 @@ async def test_rollback_never_fetches(tmp_path: Path) -> None:
         fetches = served.recorder.count(Fetch)
         await served.adapters.Rollback(pb.RollbackRequest(name="sql"))
         assert (await served.ask("sql", 3)).tokens == first.tokens
-        await served.adapters.Rollback(pb.RollbackRequest(name="sql"))
-        assert (await served.ask("sql", 3)).tokens == second.tokens
+        with pytest.raises(grpc.aio.AioRpcError, match="rolled back to v1 already, from v2"):
+            await served.adapters.Rollback(pb.RollbackRequest(name="sql"))
+        assert (await served.ask("sql", 3)).tokens == first.tokens
         assert served.recorder.count(Fetch) == fetches
 
 

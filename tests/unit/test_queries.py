@@ -358,7 +358,7 @@ def test_a_backend_shows_its_last_heals_newest_first() -> None:
 
 
 def test_how_backends_stand() -> None:
-    """Up, draining and down; a draining one says how much still runs there."""
+    """Up, draining, drained and down; a draining one says how much still runs there."""
     world = World(CoreConfig(routing="resident_first"), engines=3)
     world.send()
     world.run(for_ns=MS)
@@ -367,6 +367,9 @@ def test_how_backends_stand() -> None:
     shown = queries.backend_views(world.core.state, world.now_ns)
     assert [(backend.id, backend.state) for backend in shown] == [("b0", "draining"), ("b1", "down"), ("b2", "up")]
     assert shown[0].notes == ("draining: 1 still running",)
+    world.run()
+    (shown, *_) = queries.backend_views(world.core.state, world.now_ns)
+    assert (shown.state, shown.notes) == ("drained", ())
 
 
 def test_the_wait_at_an_engine_whose_pace_is_not_known() -> None:

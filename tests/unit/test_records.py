@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from sidecar.core.facts import Adapter, Row
-from sidecar.errors import Reason, Refused
-from sidecar.state.records import Record, added, check_not_paused, paused_for, rolled_back
+from sidecar.errors import Invalid, Reason, Refused
+from sidecar.state.records import Record, added, check_not_paused, paused_for, promoted, rolled_back
 from sidecar.state.written import UnreadableRecord, from_json, to_json
 
 ROWS = some.lists(
@@ -93,6 +93,39 @@ def test_a_pause_without_an_end(until: float) -> None:
     with pytest.raises(Refused, match=r"until they resume it; .* ask your operator") as refused:
         check_not_paused(replace(record(()), paused_until=until), NOON)
     assert refused.value.retry_after_s == 60.0
+
+
+def grown_to(versions: int) -> Record:
+    """Return a name of which so many versions were registered, each promoted at once."""
+    made = record(())
+    for number in range(2, versions + 1):
+        adapter = Adapter(f"{number}" * 64, "base", (), "float16")
+        made, _ = added(made, "sql", adapter, f"/{number}", now=float(number))
+    return made
+
+
+def test_a_second_rollback_does_not_return_to_what_the_first_one_left() -> None:
+    """It says which versions there are; a version is named to go back further, or to that one nevertheless."""
+    back = rolled_back(grown_to(3))
+    assert (back.current, back.previous, back.withdrawn) == (2, None, {3})
+    with pytest.raises(Invalid, match=r"rolled back to v2 already, from v3; --to names .*: v1, v3 \(withdrawn\)"):
+        rolled_back(back)
+    assert (rolled_back(back, to=1).current, rolled_back(back, to=1).withdrawn) == (1, {2, 3})
+    assert (rolled_back(back, to=3).current, rolled_back(back, to=3).withdrawn) == (3, {2})
+    with pytest.raises(Invalid, match="stands for v2 already"):
+        rolled_back(back, to=2)
+    assert from_json("sql", to_json(back)) == back
+
+
+def test_a_version_that_was_left_stays_withdrawn_until_it_is_promoted() -> None:
+    """The next promotion can be undone; a canary that a rollback ends is withdrawn, too."""
+    fixed, _ = added(rolled_back(grown_to(3)), "sql", Adapter("e" * 64, "base", (), "float16"), "/sql", now=9.0)
+    assert (fixed.current, fixed.previous, fixed.withdrawn) == (4, 2, {3})
+    assert rolled_back(fixed).current == 2
+    assert not promoted(rolled_back(grown_to(3)), 3).withdrawn
+    tried = promoted(fixed, 1, percent=10)
+    assert (rolled_back(tried).current, rolled_back(tried).withdrawn) == (4, {1, 3})
+    assert rolled_back(rolled_back(tried)).current == 2
 
 
 def test_new_versions_leave_a_pause_as_it_is() -> None:

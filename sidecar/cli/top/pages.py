@@ -212,7 +212,7 @@ def _group_levers(row: Any) -> list[Lever]:
 
 def _backend_levers(row: Any) -> list[Lever]:
     name = row.backend.id
-    if row.backend.state == "draining":
+    if row.backend.state in ("draining", "drained"):
         return [Lever("d", "backends.Undrain", {"backend": name}, f"Undrain {name}: send it requests again?")]
     question = f"Drain {name}? It gets nothing new and ends what it runs; what waits for it moves to others."
     return [Lever("d", "backends.Drain", {"backend": name}, question)]

@@ -141,7 +141,7 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
 
     @answers_errors
     async def Rollback(self, request: Any, context: Any) -> Any:  # noqa: N802
-        await self._catalogue.roll_back(request.name, request.hold_s)
+        await self._catalogue.roll_back(request.name, request.version, request.hold_s)
         return self._adapter(request.name)
 
     @answers_errors
@@ -254,7 +254,8 @@ def _add_record(message: Any, record: Record, shown: Collection[int]) -> None:
 
 
 def _version_messages(record: Record, shown: Collection[int]) -> list[Any]:
-    roles = {record.previous: "previous", record.current: "current"}
+    roles: dict[int | None, str] = dict.fromkeys(record.withdrawn, "withdrawn")
+    roles |= {record.previous: "previous", record.current: "current"}
     if record.canary is not None:
         roles[record.canary[0]] = "canary"
     return [
