@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from secrets import token_hex
 from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
 from sidecar.cli import completing
+from sidecar.cli.awaiting import reason_of, until_begun
 from sidecar.cli.client import Client
-from sidecar.cli.endpoint import data_command
+from sidecar.cli.durations import positive_seconds_in
+from sidecar.cli.endpoint import ADMIN_DEFAULT, ADMIN_VARIABLE, PANEL, data_command
 from sidecar.cli.exits import CommandError, Exit, harmless
 from sidecar.cli.show import AsJson, console, count, duration, print_json, record_of, table
 from sidecar.proto import gateway_pb2 as pb
 
+Asked = Callable[[Any], Iterator[Any]]
+"""Sends a request and yields its answer."""
+
+TIMEOUT_S = 60.0
 SAMPLING, CALLER, COMPARING = "Sampling", "Who asks", "Comparing"
 
 CACHE_WORDS = {
@@ -58,22 +66,45 @@ def generate(
     deadline_ms: Annotated[
         int, typer.Option(min=0, help="Deadline in milliseconds; 0: none.", rich_help_panel=CALLER)
     ] = 0,
+    timeout: Annotated[
+        str,
+        typer.Option(
+            metavar="TIME", help="How long to wait for the answer to begin: 30s, 5m. Default: 1m, or the deadline."
+        ),
+    ] = "",
     compare: Annotated[
         str | None, typer.Option(help="Versions to compare: sql@v7,sql@v8,base.", rich_help_panel=COMPARING)
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="A file of prompts, one per line.", rich_help_panel=COMPARING)
     ] = None,
+    admin: Annotated[
+        str,
+        typer.Option(
+            envvar=ADMIN_VARIABLE, help="Address of the admin listener, to say why it waits.", rich_help_panel=PANEL
+        ),
+    ] = ADMIN_DEFAULT,
     as_json: AsJson = False,
 ) -> None:
-    """Send a prompt to an adapter and print the answer as it arrives."""
+    """Send a prompt to an adapter and print the answer as it arrives.
+
+    What an answer waits for that has not begun after two seconds is said on stderr, and after a minute it is given up.
+    """
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     fields: dict[str, Any] = {name: value for name, value in sampling.items() if value is not None}
     fields["class"] = klass
+    limit_s = positive_seconds_in(timeout, "--timeout") if timeout else None if deadline_ms else TIMEOUT_S
+
+    def asked(request: Any) -> Iterator[Any]:
+        request.request_id = request.request_id or token_hex(16)
+        call = client.ask(client.gateway.Generate, request, timeout_s=None)
+        why = partial(reason_of, client, admin, request.request_id)
+        return until_begun(call, request.adapter or "the base model", limit_s, why, quiet=as_json)
+
     if compare is not None:  # there is no adapter argument then: the first word is the prompt
         fields |= {"max_tokens": max_tokens, "stop_words": stop, "tenant": tenant, "deadline_ms": deadline_ms}
         fields["request_id"] = request_id
-        _compare(client, compare.split(","), _read_prompts(adapter, prompts), fields, as_json)
+        _compare(asked, compare.split(","), _read_prompts(adapter, prompts), fields, as_json)
         return
     if adapter is None:
         raise CommandError("name an adapter, or versions with --compare", Exit.MISUSED)
@@ -88,7 +119,7 @@ def generate(
         **_prompt(prompt, tokens),
         **fields,
     )
-    messages = client.ask(client.gateway.Generate, request, timeout_s=None)
+    messages = asked(request)
     origin = _collect(messages) if as_json else _print(messages)
     if stats and origin is not None:
         print(sentence(origin), file=sys.stderr)
@@ -167,11 +198,11 @@ def _read_prompts(prompt: str | None, file: Path | None) -> list[str]:
 
 
 def _compare(
-    client: Client, versions: Sequence[str], prompts: Sequence[str], fields: dict[str, Any], as_json: bool
+    asked: Asked, versions: Sequence[str], prompts: Sequence[str], fields: dict[str, Any], as_json: bool
 ) -> None:
     """Send each prompt to every version and print the answers side by side."""
     for prompt in prompts:
-        answers = {version: _answer(client, version, prompt, fields) for version in versions}
+        answers = {version: _answer(asked, version, prompt, fields) for version in versions}
         reference = answers[versions[0]]
         places = {version: first_difference(reference, answer) for version, answer in answers.items()}
         if as_json:
@@ -182,10 +213,10 @@ def _compare(
         console().print(Text(prompt, style="bold"), table(("VERSION", "ANSWER"), rows), "")
 
 
-def _answer(client: Client, version: str, prompt: str, fields: dict[str, Any]) -> list[str]:
+def _answer(asked: Asked, version: str, prompt: str, fields: dict[str, Any]) -> list[str]:
     """Return an answer token by token; "base" is the base model."""
     request = pb.GenerateRequest(adapter="" if version == "base" else version, text=prompt, **fields)
-    return [m.text for m in client.ask(client.gateway.Generate, request, timeout_s=None) if m.text]
+    return [message.text for message in asked(request) if message.text]
 
 
 def first_difference(reference: Sequence[str], answer: Sequence[str]) -> int | None:

@@ -12,7 +12,8 @@ import grpc
 import pytest
 
 from sidecar.access.access import OURSELVES
-from sidecar.cli.generating import sentence
+from sidecar.cli import awaiting
+from sidecar.cli.generating import TIMEOUT_S, sentence
 from sidecar.proto import gateway_pb2
 from sidecar.shell.requests import RequestFacts
 from tests.kit.cli_runs import Ended, runner
@@ -194,6 +195,51 @@ async def test_generate(served: Served, tmp_path: Path) -> None:
     assert answer["origin"]["request_id"] == "mine"
     assert answer["text"] == "I am sql — ja"
     assert (answer["origin"]["cache"], answer["origin"]["backend"]) == ("resident", "trt-0")
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an answer waits for is said at once."""
+    monkeypatch.setattr(awaiting, "SAID_AFTER_S", 0.01)
+
+
+@pytest.mark.usefixtures("soon")
+async def test_generate_says_what_it_waits_for(served: Served, tmp_path: Path) -> None:
+    """For a seat, then for the engine; after the timeout the request is cancelled, and the error has the reason."""
+    await served.register("slow", tmp_path)
+    backend: Any = served.gateway.backends["trt-0"]
+    tickets = [served.gateway.submit(RequestFacts("slow"), PAYLOAD, "mine", OURSELVES) for _ in range(2)]
+    await backend.running_are(2)
+    words = ("generate", "slow", "hi", "--admin", served.address, "--timeout")
+    ended = await served.cli(*words, "0.3s")
+    assert (ended.code, ended.out) == (1, "")
+    assert ended.err.splitlines() == [
+        "waiting for slow: all seats are taken on trt-0",
+        "error: slow: no answer began within 300 ms: all seats are taken on trt-0; --timeout TIME waits longer",
+    ]
+    await until(lambda: len(served.gateway.state.requests) == len(tickets))
+    served.gateway.cancel(tickets[0])
+    ended = await served.cli(*words, "0.3s", "--json")
+    assert "it runs on trt-0, which has sent nothing of it yet" in ended.error()["message"]
+
+
+@pytest.mark.usefixtures("soon")
+async def test_generate_where_nobody_tells_why(served: Served, tmp_path: Path) -> None:
+    """Without an admin listener it says so, and how to name it."""
+    await served.register("slow", tmp_path)
+    ended = await served.cli("generate", "slow", "hi", "--admin", "127.0.0.1:1", "--timeout", "0.3s")
+    said, error = ended.err.splitlines()
+    assert said == (
+        "waiting for slow: the admin listener at 127.0.0.1:1 does not say why (UNREACHABLE); --admin names it"
+    )
+    assert error.startswith("error: slow: no answer began within 300 ms: ")
+
+
+def test_generate_waits_a_minute(sidecar: Callable[..., Ended]) -> None:
+    """By default, and its help says so."""
+    assert TIMEOUT_S == 60
+    assert re.search(r"Default: 1m", " ".join(sidecar("generate", "--help").out.split()))
+    assert sidecar("generate", "sql", "hi", "--timeout", "soon").code == 2
 
 
 async def test_generate_when_it_cannot(served: Served, tmp_path: Path) -> None:
