@@ -78,6 +78,8 @@ class Endpoint(ABC):
         self._post: Callable[[Event], None] = lambda event: None
         self._up = False
         self._trouble = "not reached yet"
+        self._is_told = False
+        """The log says that it is not up."""
         self._closing = ""
         self._runs: dict[tuple[int, int], Running] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -362,27 +364,31 @@ class Endpoint(ABC):
                 else:
                     await self._reach_once()
             except Misused as error:
-                self._down(error.message)
+                self._down(error.message, is_new=error.message != self._trouble)
             except self.WIRE_ERRORS as error:
                 late_s = monotonic() - self.pulse.seen_at_s  # a busy server may be late once
                 if not self._up or not self._is_late(error) or late_s > self._patience_s:
                     self._down(f"{self.address} does not answer: {self._error_text(error)}")
             except Exception as error:
-                logger.exception("looking at %s failed", self.id)
-                self._down(f"the sidecar failed to look at it: {error}")
+                trouble = f"the sidecar failed to look at it: {error}"
+                if trouble != self._trouble:
+                    logger.exception("looking at %s failed", self.id)
+                self._down(trouble)
             await asyncio.sleep(self._look_s if self._up else min(REACH_S, self._look_s))
 
-    def _down(self, trouble: str) -> None:
-        """Record why the engine is not up, and log it once."""
+    def _down(self, trouble: str, is_new: bool = False) -> None:
+        """Record why the engine is not up, and log it once, and again for a trouble of another kind."""
         if self._up:
             self._lose(trouble)
-        elif trouble != self._trouble:
-            self._trouble = trouble
+            return
+        self._trouble = trouble
+        if is_new or not self._is_told:
+            self._is_told = True
             logger.warning("%s is down: %s", self.id, trouble)
 
     async def _reach_once(self) -> None:
         facts = await self._reach()
-        self._up, self._measured = True, None
+        self._up, self._measured, self._is_told = True, None, False
         logger.info("%s is up: %s, %s", self.id, self.address, self.detail())
         self._post(BackendUp(self.id, facts))
 
@@ -435,8 +441,7 @@ class Endpoint(ABC):
 
     def _lose(self, cause: str) -> None:
         """Report the backend lost and give up all runs and loads; what can be cancelled is cancelled."""
-        logger.warning("%s is lost: %s", self.id, cause)
-        self._up, self._closing = False, ""
+        self._up, self._closing, self._is_told = False, "", True  # whoever hears of the event logs it
         self._trouble = cause
         self._post(BackendLost(self.id, cause))
         for run in list(self._runs.values()):

@@ -215,6 +215,16 @@ def labels(state: State, digests: Iterable[str]) -> list[str]:
     return [_label(names, digest) for digest in digests]
 
 
+def version_label(state: State, digest: str) -> str:
+    """Return a version's name and ordinal, or the start of its digest if it has none left."""
+    version = state.versions.get(digest)
+    for name in version.names if version is not None else ():
+        for ordinal, held in state.names[name].versions.items():
+            if held == digest:
+                return f"{name}@v{ordinal}"
+    return digest[:12]
+
+
 def _names_by_digest(state: State) -> dict[str, str]:
     """Return the alphabetically first name of each version that has one."""
     return {state.names[name].digest: name for name in sorted(state.names, reverse=True)}

@@ -21,6 +21,7 @@ from sidecar.backends.registry import entries_of
 from sidecar.backends.triton.loads import LoaderProcess
 from sidecar.config import Config, plugins
 from sidecar.config.discover import Discover
+from sidecar.core.queries import version_label
 from sidecar.discovery.found import Finder
 from sidecar.fronts.admin.checks import Checks
 from sidecar.fronts.admin.usage import UsageCalls
@@ -112,7 +113,7 @@ class Sidecar:
         self.metrics.policy = lambda: (self.access.policy.epoch, self.access.policy.fault)
         self.metrics.set_aside = lambda: len(self.gateway.catalogue.set_aside)
         self.gateway.observe(self.metrics, of_refused=True)
-        log = RequestLog()
+        log = RequestLog(lambda digest: version_label(self.gateway.state, digest))
         self.gateway.observe(log)
         self.gateway.chronicle.on_end.append(log.ended)
         self.usage = UsageKeeper(data, config.access.usage) if config.access.usage.enabled else None

@@ -6,11 +6,12 @@ It replaces an access log. It holds ids, names, lengths and times only: no promp
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sidecar.core.effects import Dispatch, Effect, Heal, Quarantine, Settle
-from sidecar.core.events import BackendLost, BackendUp, Event
+from sidecar.core.enums import Outcome
+from sidecar.core.events import BackendLost, Event
 from sidecar.errors import SidecarError
 from sidecar.shell.logs import Fields
 from sidecar.timelines.record import Record
@@ -20,21 +21,32 @@ logger = logging.getLogger(__name__)
 
 
 class RequestLog:
-    """Logs requests as they end, as `Chronicle.on_end` tells, and important changes of backends and versions."""
+    """Logs requests as they end, as `Chronicle.on_end` tells, and as an observer lost backends and quarantines.
+
+    A failed request is a warning. `label` returns the name of a version for people. That a backend is up its own module
+    logs, which knows more of it.
+    """
+
+    def __init__(self, label: Callable[[str], str]) -> None:
+        self._label = label
 
     def observed(self, event: Event, effects: Sequence[Effect], now_ns: int) -> None:
-        if isinstance(event, BackendUp):
-            logger.info("backend %s is up", event.backend)
-        elif isinstance(event, BackendLost) and any(isinstance(effect, Heal) for effect in effects):
+        if isinstance(event, BackendLost) and any(isinstance(effect, Heal) for effect in effects):
             logger.warning("backend %s is lost: %s", event.backend, event.cause)
         for effect in effects:
             if isinstance(effect, Quarantine):
-                logger.warning("version %s is quarantined: %s", effect.digest[:12], effect.text)
+                logger.warning(
+                    "%s is quarantined: %s (version %s)", self._label(effect.digest), effect.text, effect.digest[:12]
+                )
 
     def ended(self, record: Record) -> None:
         """Log the ending of a request of this replica's core; the replica that answers another one logs that."""
-        if requests.isEnabledFor(logging.INFO) and record.settle is not None and not record.is_elsewhere:
-            requests.info(ending_fields(record.settle, record.dispatch, record.client_id, record.peer))
+        settle = record.settle
+        if settle is None or record.is_elsewhere:
+            return
+        level = logging.WARNING if settle.outcome is Outcome.FAILED else logging.INFO
+        if requests.isEnabledFor(level):
+            requests.log(level, ending_fields(settle, record.dispatch, record.client_id, record.peer))
 
 
 def log_refused(client_id: str, error: SidecarError) -> None:

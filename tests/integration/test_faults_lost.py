@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2_grpc
 
+from sidecar.backends import endpoint
+from sidecar.backends.triton.backend import TritonBackend
 from sidecar.backends.triton.probe import PROBE_ID
 from sidecar.core.enums import Phase
 from sidecar.core.events import BackendLost, BackendUp
@@ -53,6 +56,29 @@ async def test_lost_before_the_first_token_with_one_backend(tmp_path: Path) -> N
         assert_right(served, tried, 400)
         assert tried.origins[0].heals == 1
         await assert_nothing_left(served)
+
+
+async def test_an_outage_is_two_lines_of_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lost and up again, however often the engine is looked for meanwhile and whatever the error says each time."""
+    caplog.set_level(logging.INFO)
+    attempts: list[Exception] = []
+
+    def text(error: Exception) -> str:
+        attempts.append(error)
+        return f"attempt {len(attempts)}"
+
+    monkeypatch.setattr(TritonBackend, "_error_text", staticmethod(text))
+    monkeypatch.setattr(endpoint, "REACH_S", 0.01)
+    async with EngineProcess(*SLOW) as engine, serving([engine], tmp_path) as served:
+        caplog.clear()
+        await engine.kill()
+        await until(lambda: len(attempts) > 5)
+        await engine.start()
+        await until(lambda: served.state.backends["trt-0"].phase is Phase.UP)
+        said = [record.getMessage() for record in caplog.records if "trt-0" in record.getMessage()]
+        assert [line.partition(": ")[0] for line in said] == ["backend trt-0 is lost", "trt-0 is up"]
 
 
 async def test_lost_after_the_first_token(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -36,11 +37,12 @@ class Served:
 
 
 @asynccontextmanager
-async def sidecar(*arguments: str) -> AsyncIterator[Served]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "sidecar", "serve", "--json", *FREE, *arguments,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
-    )  # fmt: skip
+async def sidecar(*arguments: str, log: Path = Path(os.devnull)) -> AsyncIterator[Served]:
+    with log.open("w") as stderr:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "sidecar", "serve", "--json", *FREE, *arguments,
+            stdout=asyncio.subprocess.PIPE, stderr=stderr,
+        )  # fmt: skip
     try:
         assert process.stdout is not None
         ready = json.loads(await process.stdout.readline())
@@ -66,11 +68,20 @@ async def ask(address: str, adapter: str, tokens: int, started: asyncio.Event | 
 
 
 async def test_sigterm_finishes_what_is_in_flight_and_exits_0(tmp_path: Path) -> None:
-    """A running answer comes in full, a new request is refused, an idle stream delays nothing, the exit code is 0."""
+    """A running answer comes in full, a new request is refused, an idle stream and a watching operator delay nothing, the
+    exit code is 0, and nothing is an error in the log.
+    """
+    log = tmp_path / "log"
     write_adapter(tmp_path / "loras" / "sql")
     async with running_engine(compute="none", time_scale=0.2) as engine:
         backend = ("--backend", f"triton://{engine.grpc_address}", "--adapters", str(tmp_path / "loras"))
-        async with sidecar(*backend) as served, grpc.aio.insecure_channel(served.data) as channel:
+        async with (
+            sidecar(*backend, log=log) as served,
+            grpc.aio.insecure_channel(served.data) as channel,
+            grpc.aio.insecure_channel(served.admin) as admin,
+        ):
+            watching = admin_pb2_grpc.AdaptersStub(admin).Watch(admin_pb2.WatchRequest())
+            assert (await watching.read()).name == "sql"
             idle: Any = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")()
             await idle.wait_for_connection()
             started = asyncio.Event()
@@ -81,6 +92,9 @@ async def test_sigterm_finishes_what_is_in_flight_and_exits_0(tmp_path: Path) ->
             assert await ended == 0
             with pytest.raises(grpc.aio.AioRpcError):
                 await ask(served.data, "sql", 1)
+    lines = log.read_text().splitlines()
+    assert any("WARNING" in line and "draining" in line for line in lines)
+    assert not [line for line in lines if " ERROR " in line or "Traceback" in line]
 
 
 async def test_a_restart_keeps_names_pins_and_allow_lists_and_the_journal_replays(tmp_path: Path) -> None:

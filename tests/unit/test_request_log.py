@@ -7,6 +7,7 @@ import json
 import logging
 import queue
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from sidecar.core import events as ev
 from sidecar.core.effects import Settle
 from sidecar.core.enums import Fault
+from sidecar.core.queries import version_label
 from sidecar.shell.chronicle import Chronicle
 from sidecar.shell.logs import Fields, LogWriter, QueuedHandler, configure_logging
 from sidecar.shell.request_log import RequestLog
@@ -30,7 +32,8 @@ def _root_level() -> Iterator[None]:
 
 def logged(world: World) -> None:
     """Show an observer what a world went through."""
-    log, chronicle = RequestLog(), Chronicle(lambda: world.core.state, lambda _: None)
+    log = RequestLog(partial(version_label, world.core.state))
+    chronicle = Chronicle(lambda: world.core.state, lambda _: None)
     chronicle.on_end.append(log.ended)
     for (now_ns, event), effects in zip(world.events, world.by_step, strict=True):
         log.observed(event, effects, now_ns)
@@ -98,6 +101,24 @@ def test_the_line_has_the_bound_or_why_it_is_void(caplog: pytest.LogCaptureFixtu
     assert lines[never] == (None, "")
 
 
+def test_a_failed_request_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """With its id and the error, where only warnings are logged; what was served or refused is none."""
+    caplog.set_level(logging.WARNING)
+    world = World()
+    world.send("nobody")
+    served = world.send("")
+    world.run()
+    failed = world.send("", client_id="mine")
+    world.run(for_ns=1 * MS)
+    world.fail_run(failed, Fault.REJECTED)
+    world.run()
+    logged(world)
+    assert world.settled[served].reason is None
+    (line,) = lines_of(caplog)
+    assert (line["request"], line["id"], line["outcome"]) == (failed, "mine", "failed")
+    assert "engine says rejected" in line["error"]
+
+
 def test_a_heal_is_counted_on_the_line(caplog: pytest.LogCaptureFixture) -> None:
     """A request that was dispatched twice because the engine had lost its adapter says so."""
     caplog.set_level(logging.INFO)
@@ -124,7 +145,7 @@ def test_lost_backends_and_quarantines_are_warnings(caplog: pytest.LogCaptureFix
     logged(world)
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert sum(" is lost: the engine died" in warning for warning in warnings) == 2
-    assert sum(" is quarantined: " in warning for warning in warnings) == 1
+    assert sum(warning.startswith("bad@v1 is quarantined: its first loads coincided") for warning in warnings) == 1
     assert lines_of(caplog)[0]["reason"] == "QUARANTINED"
 
 
