@@ -68,8 +68,9 @@ async def ask(address: str, adapter: str, tokens: int, started: asyncio.Event | 
 
 
 async def test_sigterm_finishes_what_is_in_flight_and_exits_0(tmp_path: Path) -> None:
-    """A running answer comes in full, a new request is refused, an idle stream and a watching operator delay nothing, the
-    exit code is 0, and nothing is an error in the log.
+    """A running answer comes in full, a new request is refused, an idle stream and a watching operator delay nothing.
+
+    The exit code is 0, and the log has no error.
     """
     log = tmp_path / "log"
     write_adapter(tmp_path / "loras" / "sql")
