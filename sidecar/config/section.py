@@ -85,7 +85,8 @@ def told(problem: ErrorDetails, model: type[BaseModel], within: Sequence[str] = 
         near = (_near(loc[-1], known) for known in (own, dict(_paths(model))))
         return f"unknown key {key}" + next((f"; did you mean {path}?" for path in near if path), "")
     what = f"{key} as a key" if OF_A_KEY in problem["loc"] else key
-    return f"{what}: {_wrong(problem)}{_shown(loc, problem)}".removeprefix(": ")
+    shown = _shown(loc, problem)
+    return f"{what}: {_wrong(problem)}{shown}{_written(model, loc, problem) if shown else ''}".removeprefix(": ")
 
 
 def _wrong(problem: ErrorDetails) -> str:
@@ -109,6 +110,19 @@ def _shown(loc: Sequence[str], problem: ErrorDetails) -> str:
     else:
         return ""
     return f" ({text})" if len(text) <= SHOWN_CHARACTERS_MAX else ""
+
+
+def _written(model: type[BaseModel], loc: Sequence[str], problem: ErrorDetails) -> str:
+    """Return how to write a text that stands where a section is expected, if one key of that is what it must be."""
+    if problem["type"] not in ("model_type", "dict_type") or not isinstance(problem["input"], str) or not loc:
+        return ""
+    is_engine = len(loc) == 2 and loc[0] == "backends"  # these are read later, by their kinds
+    known = ("url",) if is_engine else _section_at(model, loc).model_fields
+    name = next((each for each in ("address", "url", "serve", "name") if each in known), None)
+    if name is None:
+        return ""
+    section = f"{{{name}: {without_users(json.dumps(problem['input'], ensure_ascii=False))}}}"
+    return f"; write {'- ' if is_engine else f'{loc[-1]}: '}{section}"
 
 
 def _section_at(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:

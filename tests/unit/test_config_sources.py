@@ -90,6 +90,15 @@ def test_the_null_device_is_an_empty_configuration() -> None:
         ("drain_timeout_s: !!int x", "FILE: it cannot be read as YAML: line 1, column 18: this is no int"),
         ("data_directory: !!binary //8=", "FILE: .* could not determine a constructor for the tag .*binary'"),
         ("store:\n", "FILE: store: it must be keys with their values .it is null."),
+        (
+            "listeners: {data: '0.0.0.0:9000'}",
+            'FILE: listeners.data: it must be keys with their values .it is "0.0.0.0:9000".; '
+            'write data: {address: "0.0.0.0:9000"}',
+        ),
+        ("adapters: ./loras", r'FILE: adapters: .* .it is "./loras".; write adapters: {serve: "./loras"}'),
+        ("state: redis://me:pw@r", r'FILE: state: .*; write state: {url: "redis://[^p]*@r"}'),
+        ("backends: ['triton://a:1']", r'FILE: backends.0: .*; write - {url: "triton://a:1"}'),
+        ("store: much", r'FILE: store: it must be keys with their values \(it is "much"\)'),
         ("store: {memory_bytes: much}", r'FILE: store.memory_bytes: it must be a whole number \(it is "much"\)'),
         ("data_directory: 5", r"FILE: data_directory: it must be text; put it into quotes \(it is 5\)"),
         ("adapters: {roots: ./loras}", r'FILE: adapters.roots: it must be a list \(it is "./loras"\)'),
