@@ -6,7 +6,10 @@ import asyncio
 import json
 from pathlib import Path
 
+import pytest
+
 from sidecar.backends.checks.finding import Target
+from tests.kit.emulated import running_engine
 from tests.kit.forked import python
 from tests.kit.looking import engine_and_target
 from tests.kit.ports import free_port
@@ -50,6 +53,21 @@ async def test_a_configured_backend_by_its_id(tmp_path: Path) -> None:
         code, _, err = await sidecar("backends", "check", "nobody", "--config", str(file))
         assert code == 2
         assert 'has no backend "nobody"; it has good, typo, dead' in err
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+async def test_the_configuration_that_an_emulated_engine_writes(with_config: bool, tmp_path: Path) -> None:
+    """It has what the engine does not publish, adapter pages above all, and every check of it passes."""
+    file, config = tmp_path / "pool.yaml", {"write_engine_config": tmp_path / "engine.json"} if with_config else {}
+    async with running_engine(
+        compute="none", metrics_port=0, lora_device_pages=30, lora_host_pages=70, write_config=file, **config
+    ) as engine:
+        code, out, err = await sidecar("backends", "check", engine.grpc_address, "--config", str(file), "--json")
+        assert code == 0, out + err
+        shown = await sidecar("config", "check", str(file), "--json")
+        (declared,) = json.loads(shown[1])["backends"]
+        assert (declared["engine"]["device_pages"], declared["engine"]["host_pages"]) == (30, 70)
+        assert declared["metrics"] == f"http://{engine.metrics_address}/metrics"
 
 
 async def test_config_check_connects_to_all(tmp_path: Path) -> None:

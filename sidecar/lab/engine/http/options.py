@@ -9,6 +9,7 @@ from sidecar.lab.engine.kserve.options import HTTP_ONLY, SERVER, Options, cli
 _TRITONS = (
     "instances",
     "write_engine_config",
+    "write_config",
     "max_queue",
     "crash_on_weights",
     "full_errors",

@@ -75,6 +75,9 @@ class Options:
     write_engine_config: Path | None = field(
         default=None, metadata=cli(SERVER, "Write the engine's config.json there, for backends to read.")
     )
+    write_config: Path | None = field(
+        default=None, metadata=cli(SERVER, "Write a sidecar's configuration for this engine there, with its sizes.")
+    )
     served_log: Path | None = field(
         default=None, metadata=cli(SERVER, "Append a JSON line for each request that ends.")
     )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import grpc
+import yaml
 from tritonclient.grpc import service_pb2_grpc
 
 from sidecar.lab.engine.engine import Engine
@@ -127,7 +128,25 @@ async def serve(options: Options) -> Server:
         with listening_at(options.host, options.metrics_port, "--metrics-port"):
             metrics = MetricsServer(written_by, options.host, options.metrics_port)
     await grpc_server.start()
-    return Server(options, grpc_server, grpc_port, drivers, log, metrics)
+    server = Server(options, grpc_server, grpc_port, drivers, log, metrics)
+    if options.write_config is not None:
+        options.write_config.write_text(yaml.safe_dump({"backends": [_as_backend(server, spec)]}, sort_keys=False))
+    return server
+
+
+def _as_backend(server: Server, spec: EngineSpec) -> dict[str, Any]:
+    """Return the entry of a sidecar's `backends` for a server, with what the server itself does not publish."""
+    sizes: dict[str, Any] = {
+        "host_pages": spec.host_pages,
+        "device_pages": spec.device_pages,
+        "rank_max": spec.max_lora_rank,
+        "seats": spec.max_batch_size,
+        "kv_tokens": spec.kv_blocks * spec.tokens_per_block,
+    }
+    if server.options.write_engine_config is not None:
+        sizes["config"] = str(server.options.write_engine_config.absolute())
+    metrics = {} if server.metrics_address is None else {"metrics": f"http://{server.metrics_address}/metrics"}
+    return {"url": f"triton://{server.grpc_address}", **metrics, "engine": sizes}
 
 
 def _add_port(grpc_server: grpc.aio.Server, options: Options) -> int:
