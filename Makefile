@@ -4,12 +4,12 @@
 # make test-slow  the tests that it leaves out: more worlds, whole pools of processes, large bodies; 12 minutes
 # make bench-tests  the tests of make test, and what each file costs in CPU seconds; TESTS=tests/unit CHOSEN='-m slow'
 # make e2e-triton  the tests that need a real Triton server, which .venv-triton holds; no GPU
-# make triton  that server with the emulated engine as its model, on the usual ports
+# make triton  that server with the emulated engine as its model, on the usual ports; GRPC_PORT=18001 HTTP_PORT=… METRICS_PORT=…
 # make bench-triton  what the sidecar does and costs in front of it
 # make e2e-vllm  the tests that need a real vLLM, 0.33 over what .venv-vllm holds; no GPU; about 15 minutes
 # make e2e-attack  attacks that take whole processes: bursts, resets, half messages, requests of death; 1 minute
 # make e2e-replicas  three replicas restarted under load, beside an older build too, and Redis away; about 3 minutes
-# make vllm    a toy vLLM on its usual port, until Ctrl-C
+# make vllm    a toy vLLM on its usual port, until Ctrl-C; HTTP_PORT=18000
 # make e2e-release  a release is built, bundled, installed without a network, upgraded from the last one and taken back; 4 minutes
 # make ci      what each change must pass: lint, tests, and the core of every lane; at most 25 minutes on an idle machine
 # make nightly all lanes whole, soak, chaos, fuzz and fault worlds; about 90 minutes
@@ -42,6 +42,10 @@ WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 4); echo $$((n < 8 ? 2 * n : n
 PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 MINUTES ?= 10
+# The ports of make triton; make vllm takes the second.
+GRPC_PORT ?= 8001
+HTTP_PORT ?= 8000
+METRICS_PORT ?= 8002
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INSTALLED := .venv/installed
@@ -96,7 +100,7 @@ e2e-triton: $(DEVELOPING) .venv-triton
 	$(BIN)/pytest tests/e2e/triton $(CHOSEN)
 
 triton: $(DEVELOPING) .venv-triton
-	$(BIN)/python -m tests.e2e.triton
+	$(BIN)/python -m tests.e2e.triton --grpc-port $(GRPC_PORT) --http-port $(HTTP_PORT) --metrics-port $(METRICS_PORT)
 
 bench-triton: $(DEVELOPING) .venv-triton
 	$(BIN)/python -m tests.bench.triton
@@ -108,7 +112,8 @@ bench-triton: $(DEVELOPING) .venv-triton
 	  $$python -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && break; \
 	done && $$python -m venv --clear .venv-triton || \
 	  { echo "Triton's Python backend needs Python 3.11 or 3.12, and here is neither: name one with make PYTHON=…"; exit 1; }
-	.venv-triton/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	@echo "installing Triton into .venv-triton, once: 350 MB"
+	.venv-triton/bin/python -m pip install --disable-pip-version-check --no-deps -r $<
 	@touch $@
 
 e2e-vllm: $(DEVELOPING) $(if $(VLLM_VENV),,.venv-vllm)
@@ -117,7 +122,7 @@ e2e-vllm: $(DEVELOPING) $(if $(VLLM_VENV),,.venv-vllm)
 
 vllm: $(DEVELOPING) $(if $(VLLM_VENV),,.venv-vllm)
 	$(BIN)/python -m tests.e2e.vllm.newer
-	$(BIN)/python -m tests.e2e.vllm
+	$(BIN)/python -m tests.e2e.vllm --http-port $(HTTP_PORT)
 
 .venv-vllm: .venv-vllm/installed
 
@@ -125,6 +130,7 @@ vllm: $(DEVELOPING) $(if $(VLLM_VENV),,.venv-vllm)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
 	  { echo "vLLM's environment is pinned for Python 3.11 and 3.12; name one with make PYTHON=python3.11 …"; exit 1; }
 	$(PYTHON) -m venv --clear .venv-vllm
+	@echo "installing vLLM into .venv-vllm, once: 2.5 GB"
 	tests/e2e/vllm/install.sh .venv-vllm
 
 helm-test: $(DEVELOPING) .venv-helm

@@ -68,7 +68,11 @@ def serve(
     ] = None,
     http: Annotated[
         str | None,
-        typer.Option(help="Address for the OpenAI API.", rich_help_panel=LISTENERS, show_default="0.0.0.0:9002"),
+        typer.Option(
+            help="Address for the OpenAI API, which is at /v1 there.",
+            rich_help_panel=LISTENERS,
+            show_default="0.0.0.0:9002",
+        ),
     ] = None,
     probes: Annotated[
         str | None,

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from sidecar.cli.commands import COMMANDS, GROUPS, imported
+from sidecar.cli.serving import _ready
+from sidecar.config import Config
 
 WITH_MODULES = """
 import json, sys
@@ -33,6 +36,18 @@ def modules_of(*arguments: str, code: int = 0) -> set[str]:
 
 def rooms(modules: set[str]) -> set[str]:
     return {name.split(".")[1] for name in modules if name.startswith("sidecar.")}
+
+
+def test_the_openai_api_is_named_with_its_path() -> None:
+    """A client's base URL ends with /v1: the ready line and the help of `--http` say so."""
+    listening = SimpleNamespace(probes=None)
+    gateway = SimpleNamespace(state=SimpleNamespace(names={}))
+    sidecar = SimpleNamespace(
+        data_address="h:9000", admin_address="h:9001", http_address="h:9002", listening=listening, gateway=gateway
+    )
+    assert "OpenAI's API on h:9002/v1, " in _ready(sidecar, Config(), as_json=False)
+    (option,) = [each for each in imported("serve").params if "--http" in each.opts]
+    assert "/v1" in option.help
 
 
 @pytest.mark.parametrize("words", COMMANDS)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.e2e import foreground
+from tests.e2e.installed import ROOT
 from tests.e2e.server import Server, StartFailed
 from tests.e2e.triton import guard
 from tests.e2e.triton.server import TritonServer
+from tests.kit.serving import until
 
 SERVER = """
 import http.server, os, pathlib, sys
@@ -94,3 +100,45 @@ async def test_any_other_crash_is_not_tried_again(tmp_path: Path) -> None:
         await server.start()
     assert server.starts == 1
     assert Server.crashes == []
+
+
+async def test_a_server_in_the_foreground_says_that_it_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How long it may take and where its log is, then the last line of that, until it is ready; SIGTERM ends it."""
+    monkeypatch.setattr(foreground, "TOLD_EVERY_S", 0.01)
+    started, said = asyncio.Event(), ""
+
+    class Slow(Crashing):
+        async def start(self) -> None:
+            self.log_path.write_text("first\nloading models\n")
+            await started.wait()
+
+    running = asyncio.create_task(foreground._serve("slow-", lambda folder: (Slow(folder, 0), "it is ready")))
+
+    def has_said(words: str) -> bool:
+        nonlocal said
+        said += capsys.readouterr().out
+        return words in said
+
+    await until(lambda: has_said("crashing is starting, 0 s: loading models\n"))
+    started.set()
+    await until(lambda: has_said("it is ready\n"))
+    assert said.startswith("crashing starts, within 60 s; its log is ")
+    os.kill(os.getpid(), signal.SIGTERM)
+    await running
+
+
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [("triton", "--grpc-port 18001 --http-port 18000 --metrics-port 8002"), ("vllm", "--http-port 18000")],
+)
+def test_the_ports_of_a_real_server_are_ones_choice(target: str, options: str) -> None:
+    """Variables of make reach the server's command line; without them it is on the usual ports."""
+    command = ("make", "--dry-run", "--always-make", target, "VLLM_VENV=x")
+    run = subprocess.run(
+        [*command, "GRPC_PORT=18001", "HTTP_PORT=18000"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.splitlines()[-1].endswith(f"-m tests.e2e.{target} {options}")
+    usual = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "--http-port 8000" in usual.splitlines()[-1]

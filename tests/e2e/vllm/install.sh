@@ -4,7 +4,7 @@
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 venv="$1"
-pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps)
+pip=("$venv/bin/python" -m pip install --disable-pip-version-check --no-deps)
 torch="$(grep -E '^torch==' "$here/requirements.txt")"
 
 if ! "${pip[@]}" "$torch" 2>"$venv/pip.log"; then

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import grpc
-import yaml
 from tritonclient.grpc import service_pb2_grpc
 
 from sidecar.lab.engine.engine import Engine
@@ -130,6 +129,8 @@ async def serve(options: Options) -> Server:
     await grpc_server.start()
     server = Server(options, grpc_server, grpc_port, drivers, log, metrics)
     if options.write_config is not None:
+        import yaml  # here: the environment of a real Triton, whose models use this package, has none
+
         options.write_config.write_text(yaml.safe_dump({"backends": [_as_backend(server, spec)]}, sort_keys=False))
     return server
 
