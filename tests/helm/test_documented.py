@@ -36,6 +36,30 @@ def test_every_value_is_documented() -> None:
     assert rows == list(leaves(yaml.safe_load((CHART / "values.yaml").read_text())))
 
 
+def test_every_value_has_its_meaning_beside_it() -> None:
+    """Whoever reads values.yaml reads what the README says of each value, above it."""
+    meanings = {name: meaning for name, _, meaning in ROW.findall((CHART / "README.md").read_text())}
+    said = dict(commented((CHART / "values.yaml").read_text()))
+    for name, meaning in meanings.items():
+        expected = re.sub(r"\[(\w+)\]\(#\w+\)", r"\1 in README.md", meaning.replace("**", ""))
+        assert said.get(name) == expected, name
+
+
+def commented(text: str) -> Iterator[tuple[str, str]]:
+    """Yield the path of each key in a values file, with the comment right above it."""
+    path: list[tuple[int, str]] = []
+    comment: list[str] = []
+    for line in text.splitlines():
+        key = re.match(r"( *)(\w+):", line)
+        if line.lstrip().startswith("# "):
+            comment.append(line.strip()[2:])
+            continue
+        if key is not None:
+            path = [*(above for above in path if above[0] < len(key[1])), (len(key[1]), key[2])]
+            yield ".".join(name for _, name in path), " ".join(comment)
+        comment = []
+
+
 def test_every_value_is_in_the_schema() -> None:
     """The schema knows every value: none is refused by default, none is let through unread."""
     schema = json.loads((CHART / "values.schema.json").read_text())

@@ -63,6 +63,7 @@ BY_CHART: list[tuple[dict[str, Any], str]] = [
         "sidecar.engine.enabled needs sidecar.engine.image",
     ),
     ({"mode": "sidecar", "persistence": {"enabled": True}}, "one sidecar in each engine's pod"),
+    ({"backends": []}, "backends is empty, so the gateway would have no engine to send requests to: name the engines"),
     ({"adapters": [{"name": "a", "source": "/a"}, {"name": "a", "source": "/b"}]}, "adapters: a is declared twice"),
     ({"resources": {"limits": {"memory": "2 Gigs"}}}, '"2 Gigs" is not an amount of memory: write 2Gi, 512Mi or bytes'),
 ]

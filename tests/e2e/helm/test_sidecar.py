@@ -96,8 +96,9 @@ def test_another_charts_pod(helm: Renderer, other_chart: Path) -> None:
 
 def test_gateway_values_are_refused_there(helm: Renderer, other_chart: Path) -> None:
     """Whoever includes the templates and leaves the mode at gateway is told."""
+    values = {"mode": "gateway", "backends": [{"url": "triton://triton:8001"}]}
     with pytest.raises(Refused, match="set mode: sidecar in the chart's values"):
-        helm.objects({"lora-sidecar": {"mode": "gateway"}}, chart=other_chart)
+        helm.objects({"lora-sidecar": values}, chart=other_chart)
 
 
 def test_own_engines_are_scaled(newest: Renderer) -> None:

@@ -56,6 +56,9 @@
 {{- end -}}
 {{- $names = append $names .name -}}
 {{- end -}}
+{{- if and (eq .Values.mode "gateway") (not .Values.backends) -}}
+{{- fail "backends is empty, so the gateway would have no engine to send requests to: name the engines, as in --set 'backends[0].url=triton://HOST:8001', or set mode: sidecar for one beside an engine in its pod" -}}
+{{- end -}}
 {{- include "lora-sidecar.checkVolume" . -}}
 {{- end }}
 
