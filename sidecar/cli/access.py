@@ -10,7 +10,7 @@ import typer
 from sidecar.cli import completing
 from sidecar.cli.client import Client
 from sidecar.cli.endpoint import admin_command
-from sidecar.cli.exits import Exit
+from sidecar.cli.exits import Exit, say
 from sidecar.cli.keys import known_roles
 from sidecar.cli.show import AsJson, print_json, record_of
 from sidecar.cli.versions import labels_of
@@ -59,9 +59,9 @@ def check(
     else:
         note = NOTES.get(answer.name_state, "")
         judged = f"; judged: {name.partition('@')[0]}@{answer.version}" if answer.version else ""
-        print(f"{'allowed' if answer.allowed else 'denied'}{note}" + (f" by {answer.by}{judged}" if explain else ""))
+        say(f"{'allowed' if answer.allowed else 'denied'}{note}" + (f" by {answer.by}{judged}" if explain else ""))
         if answer.fault:
-            print(f"{answer.source} has changed since and does not decide: {answer.fault}")
+            say(f"{answer.source} has changed since and does not decide: {answer.fault}")
     return Exit.OK if answer.allowed else Exit.FAILED
 
 

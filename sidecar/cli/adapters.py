@@ -13,6 +13,7 @@ from sidecar.cli import completing, versions
 from sidecar.cli.client import Client
 from sidecar.cli.durations import positive_seconds_in
 from sidecar.cli.endpoint import admin_command
+from sidecar.cli.exits import say
 from sidecar.cli.show import AsJson, bad, console, duration, facts, print_json, size, table, titled, working
 from sidecar.proto import admin_pb2 as pb
 
@@ -30,7 +31,7 @@ def list_adapters(client: Client, as_json: AsJson = False) -> None:
     if as_json:
         print_json(list(adapters))
     elif not adapters:
-        print('no adapter is registered; register one with "sidecar adapters register NAME PATH"')
+        say('no adapter is registered; register one with "sidecar adapters register NAME PATH"')
     else:
         columns = ("NAME", "VERSION", ">RANK", "MODULES", "STORE", "ON", "NOTES")
         console().print(table(columns, [_row(adapter) for adapter in adapters]))
@@ -169,7 +170,7 @@ def unregister(client: Client, name: Name, hold: versions.Hold = "", as_json: As
     if as_json:
         print_json(answer)
     else:
-        print(f"{name} is forgotten")
+        say(f"{name} is forgotten")
 
 
 @admin_command
@@ -191,7 +192,7 @@ def release(client: Client, name: Name, as_json: AsJson = False) -> None:
     if as_json:
         print_json(adapter)
     else:  # in all its versions
-        print(f"{adapter.name} is served again")
+        say(f"{adapter.name} is served again")
 
 
 @admin_command
@@ -209,7 +210,7 @@ def pause(
     if as_json:
         print_json(adapter)
     else:  # a pause is of the name, in all its versions
-        print(f"{adapter.name} is {paused_phrase(adapter.paused_s)}")
+        say(f"{adapter.name} is {paused_phrase(adapter.paused_s)}")
 
 
 @admin_command
@@ -226,4 +227,4 @@ def _print_done(adapter: Any, done: str, as_json: bool) -> None:
     if as_json:
         print_json(adapter)
     else:
-        print(f"{adapter.version or adapter.name} {done}")
+        say(f"{adapter.version or adapter.name} {done}")

@@ -16,6 +16,7 @@ from sidecar.cli import completing
 from sidecar.cli.client import Client
 from sidecar.cli.durations import seconds_in
 from sidecar.cli.endpoint import admin_command
+from sidecar.cli.exits import say
 from sidecar.cli.show import GAP, AsJson, bad, console
 from sidecar.proto import admin_pb2 as pb
 
@@ -48,7 +49,7 @@ def audit(
             for part in parts_of(json.loads(line.json)):
                 shown.print(part)
     if not (found or as_json):
-        print(f"nothing was changed or denied in the last {since}")
+        say(f"nothing was changed or denied in the last {since}")
 
 
 def parts_of(line: dict[str, Any]) -> Iterator[RenderableType]:

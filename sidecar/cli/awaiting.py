@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from threading import Event, Thread
@@ -12,7 +11,7 @@ from typing import Any
 import grpc
 
 from sidecar.cli.client import Client, connected
-from sidecar.cli.exits import CommandError
+from sidecar.cli.exits import CommandError, say
 from sidecar.cli.show import duration
 from sidecar.proto import admin_pb2 as pb
 
@@ -36,7 +35,7 @@ def until_begun(call: Any, what: str, limit_s: float | None, why: Callable[[], s
             if begun.is_set():
                 return
             if reason != reasons[-1] and not quiet:
-                print(f"waiting for {what}: {reason}", file=sys.stderr, flush=True)
+                say(f"waiting for {what}: {reason}", error=True)
             reasons.append(reason)
             if monotonic() >= end_s:
                 given_up.set()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from time import sleep
 from typing import Annotated, Any, Literal
@@ -24,7 +23,7 @@ from sidecar.cli.endpoint import (
     Endpoint,
     admin_command,
 )
-from sidecar.cli.exits import CommandError, Exit
+from sidecar.cli.exits import CommandError, Exit, say
 from sidecar.cli.show import AsJson, bad, console, duration, facts, print_json, table, titled
 from sidecar.proto import admin_pb2 as pb
 
@@ -56,7 +55,7 @@ def list_backends(client: Client, as_json: AsJson = False) -> None:
     if as_json:
         print_json(list(backends))
     elif not backends:
-        print("there is no backend: none is configured, or none has been found yet")
+        say("there is no backend: none is configured, or none has been found yet")
     else:
         console().print(table(COLUMNS, [_row(backend) for backend in backends]), crop=False)
 
@@ -193,9 +192,9 @@ def drain(
     if as_json:
         print_json(answer)
     elif answer.state == "draining":
-        print(f"{answer.id} is draining, {answer.running} still running")
+        say(f"{answer.id} is draining, {answer.running} still running")
     else:
-        print(f"{answer.id} is {answer.state}: nothing runs there")
+        say(f"{answer.id} is {answer.state}: nothing runs there")
 
 
 def _emptied(client: Client, answer: Any) -> Any:
@@ -204,7 +203,7 @@ def _emptied(client: Client, answer: Any) -> Any:
     while answer.state == "draining":
         if answer.running != running:
             running = answer.running
-            print(f"{answer.id} is draining, {running} still running", file=sys.stderr, flush=True)
+            say(f"{answer.id} is draining, {running} still running", error=True)
         sleep(POLL_S)
         answer = client.ask(client.backends.Get, pb.BackendRequest(backend=answer.id))
     if answer.state not in ("drained", "down"):  # it was undrained meanwhile
@@ -219,7 +218,7 @@ def undrain(client: Client, backend: Identity, as_json: AsJson = False) -> None:
     if as_json:
         print_json(answer)
     else:
-        print(f"{answer.id} takes requests again" if answer.state == "up" else f"{answer.id} is {answer.state}")
+        say(f"{answer.id} takes requests again" if answer.state == "up" else f"{answer.id} is {answer.state}")
 
 
 def _print(backend: Any, as_json: bool) -> None:

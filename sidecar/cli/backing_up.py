@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sidecar.cli.exits import CommandError, Exit
+from sidecar.cli.exits import CommandError, Exit, say
 from sidecar.cli.serving import resolve
 from sidecar.cli.show import AsJson, count, duration, print_json, size
 
@@ -52,7 +52,7 @@ def backup(
     if as_json:
         print_json({"file": str(file), **asdict(summary)})
     else:
-        print(f"{file}: {size(file.stat().st_size)} from {location} with {_held(summary, summary.keys)}")
+        say(f"{file}: {size(file.stat().st_size)} from {location} with {_held(summary, summary.keys)}")
 
 
 def restore(
@@ -83,9 +83,9 @@ def restore(
             }
         )
         return
-    print(f"restored into {location}: {_held(restored.backup, restored.keys.restored)}")
+    say(f"restored into {location}: {_held(restored.backup, restored.keys.restored)}")
     for line in _told(restored, time()):
-        print(line)
+        say(line)
 
 
 def _location(path: Path | None, data: Path | None) -> StateLocation:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
+from inspect import cleandoc
 from typing import Any
 
 import typer
@@ -300,4 +301,12 @@ def imported(words: str) -> Any:
     module, _, name = COMMANDS[words][0].partition(":")
     alone = typer.Typer(add_completion=False)
     alone.command(words.rpartition(" ")[2])(getattr(import_module(module), name))
-    return get_command(alone)
+    command = get_command(alone)
+    command.help = _unwrapped(command.help or "")
+    return command
+
+
+def _unwrapped(text: str) -> str:
+    """Return a help text with each paragraph in one line, for the terminal to wrap; indented lines stay as they are."""
+    paragraphs = cleandoc(text).split("\n\n")
+    return "\n\n".join(each if "\n " in f"\n{each}" else " ".join(each.split("\n")) for each in paragraphs)

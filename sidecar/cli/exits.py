@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from enum import IntEnum
+from textwrap import fill
 from typing import Any
 
 from sidecar.errors import CRASHED_EXIT, Reason, SidecarError
@@ -26,6 +28,10 @@ EXPLAINED = (
     "Exit codes: 0 done · 1 failed · 2 wrong usage or configuration · 3 the data directory is in use by another "
     "process · 4 no sidecar answers · 70 the sidecar could no longer trust its own state · 130 interrupted"
 )
+
+WIDTH_ASSUMED = 80
+"""The columns of a terminal that tells none."""
+FOLDED: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": "  "}
 
 _EXITS = {
     Reason.DATA_DIRECTORY_IN_USE: Exit.DATA_DIRECTORY_IN_USE,
@@ -73,8 +79,17 @@ def tell(error: CommandError, as_json: bool) -> Exit:
     """Print an error on stderr, as a sentence or as a JSON object, and return its exit code."""
     if as_json:
         record = {"message": error.message, "reason": error.reason or error.exit_code.name, **error.details}
-        line = json.dumps({"error": record}, ensure_ascii=False)
+        print(json.dumps({"error": record}, ensure_ascii=False), file=sys.stderr, flush=True)
     else:
-        line = f"error: {error.message}" + (f" [{error.reason}]" if error.reason else "")
-    print(line, file=sys.stderr, flush=True)
+        say(f"error: {error.message}" + (f" [{error.reason}]" if error.reason else ""), error=True)
     return error.exit_code
+
+
+def say(text: str, error: bool = False) -> None:
+    """Print lines on stdout or stderr; a terminal gets them folded between words, anything else as they are."""
+    stream = sys.stderr if error else sys.stdout
+    if stream.isatty():
+        width = os.get_terminal_size(stream.fileno()).columns or WIDTH_ASSUMED
+        lines = (fill(each, width, **FOLDED) if len(each) > width else each for each in text.split("\n"))
+        text = "\n".join(lines)
+    print(text, file=stream, flush=True)

@@ -11,6 +11,7 @@ import typer
 from rich.console import Group
 from rich.text import Text
 
+from sidecar.cli.exits import say
 from sidecar.cli.serving import resolve
 from sidecar.cli.show import AsJson, bad, bar, console, facts, print_json, size, table, titled, working
 
@@ -123,8 +124,8 @@ def convert(
         print_json({**record, "weights": str(report.weights), "config": str(report.config)})
         return
     shape = "×".join(map(str, report.shape))
-    print(f"{report.weights}: {shape} {layout.dtype}, {size(report.size_bytes)}")
-    print(f"{report.config}: 1×{report.shape[1]}×3 int32")
+    say(f"{report.weights}: {shape} {layout.dtype}, {size(report.size_bytes)}")
+    say(f"{report.config}: 1×{report.shape[1]}×3 int32")
     for row in report.packing.rebalanced:
         print(
             f"{row.module} of layer {row.layer} was rebalanced by 2^{row.exponent} to fit {layout.dtype}",

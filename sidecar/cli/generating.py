@@ -17,7 +17,7 @@ from sidecar.cli.awaiting import reason_of, until_begun
 from sidecar.cli.client import Client
 from sidecar.cli.durations import positive_seconds_in
 from sidecar.cli.endpoint import ADMIN_DEFAULT, ADMIN_VARIABLE, PANEL, data_command
-from sidecar.cli.exits import CommandError, Exit, harmless
+from sidecar.cli.exits import CommandError, Exit, harmless, say
 from sidecar.cli.show import AsJson, console, count, duration, print_json, record_of, table
 from sidecar.proto import gateway_pb2 as pb
 
@@ -122,7 +122,7 @@ def generate(
     messages = asked(request)
     origin = _collect(messages) if as_json else _print(messages)
     if stats and origin is not None:
-        print(sentence(origin), file=sys.stderr)
+        say(sentence(origin), error=True)
 
 
 def _prompt(prompt: str | None, tokens: str | None) -> dict[str, Any]:

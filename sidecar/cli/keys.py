@@ -11,7 +11,7 @@ import typer
 from sidecar.cli.client import Client
 from sidecar.cli.durations import positive_seconds_in
 from sidecar.cli.endpoint import admin_command
-from sidecar.cli.exits import CommandError, Exit
+from sidecar.cli.exits import CommandError, Exit, say
 from sidecar.cli.show import AsJson, bad, console, print_json, table, with_never
 from sidecar.proto import admin_pb2 as pb
 
@@ -54,7 +54,7 @@ def create(
         print_json(_record(key) | {"secret": made.secret})
         return
     until = f"good until {_time(key.expires_at)}" if key.expires_at else "without an end"
-    print(f"key {key.id} of tenant {key.tenant}, {until}")
+    say(f"key {key.id} of tenant {key.tenant}, {until}")
     print(f"\n{made.secret}\n\n{USAGE}")
 
 
@@ -69,7 +69,7 @@ def list_keys(
     if as_json:
         print_json([_record(key) for key in keys])
     elif not keys:
-        print("no keys; sidecar keys create --tenant NAME makes one")
+        say("no keys; sidecar keys create --tenant NAME makes one")
     else:
         columns = ("KEY", "TENANT", "STATE", "ROLES", "GROUPS", "CLASS", "CREATED", "UNTIL", "LAST USED", "NOTE")
         console().print(table(columns, [_row(key) for key in keys]), crop=False)
@@ -115,7 +115,7 @@ def revoke(
     if as_json:
         print_json(_record(key))
     else:
-        print(f"key {key.id} of tenant {key.tenant} is revoked; no replica that answers takes it any more")
+        say(f"key {key.id} of tenant {key.tenant} is revoked; no replica that answers takes it any more")
 
 
 def _time(at: float) -> str:

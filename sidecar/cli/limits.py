@@ -9,7 +9,7 @@ import typer
 
 from sidecar.cli.client import Client
 from sidecar.cli.endpoint import admin_command
-from sidecar.cli.exits import CommandError, Exit
+from sidecar.cli.exits import CommandError, Exit, say
 from sidecar.cli.show import AsJson, console, print_json, table
 from sidecar.proto import admin_pb2 as pb
 
@@ -82,7 +82,7 @@ def set_limit(
     if as_json:
         print_json(limit)
     else:
-        print(f"{_whose(limit)}: {', '.join(f'{name} {value:,}' for name, value in _numbers(limit))}")
+        say(f"{_whose(limit)}: {', '.join(f'{name} {value:,}' for name, value in _numbers(limit))}")
 
 
 @admin_command
@@ -99,7 +99,7 @@ def list_limits(
     if as_json:
         print_json(list(limits))
     elif not limits:
-        print("no limits; sidecar limits set TENANT --tokens-per-minute 20k sets one")
+        say("no limits; sidecar limits set TENANT --tokens-per-minute 20k sets one")
     else:
         columns = ("TENANT", "CLASS", "ADAPTER", "NUMBER", "LIMIT", "TAKEN", "SET IN")
         console().print(table(columns, [row for limit in limits for row in _rows(limit)]), crop=False)
@@ -120,7 +120,7 @@ def remove(
     if as_json:
         print_json(limit)
     else:
-        print(f"{_whose(limit)}: the limit is removed")
+        say(f"{_whose(limit)}: the limit is removed")
 
 
 def _words(tenant: str | None, klass: str | None, adapter: str | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from sidecar.cli import credentials
 from sidecar.cli.client import Client, connected
 from sidecar.cli.credentials import Credential
 from sidecar.cli.endpoint import admin_command
-from sidecar.cli.exits import CommandError, Exit
+from sidecar.cli.exits import CommandError, Exit, say
 from sidecar.cli.show import AsJson, print_json, with_never
 from sidecar.proto import admin_pb2 as pb
 
@@ -60,7 +60,7 @@ def login(
     if as_json:
         print_json(with_never(who, "expires_at"))
     else:
-        print(f"logged in at {client.endpoint.address} as {_phrase(who)}")
+        say(f"logged in at {client.endpoint.address} as {_phrase(who)}")
 
 
 def _secret(key_file: Path | None) -> str:
@@ -81,7 +81,7 @@ def logout(client: Client, as_json: AsJson = False) -> None:
     if as_json:
         print_json({"address": address, "logged_out": was_there})
     else:
-        print(f"logged out of {address}" if was_there else f"there was no login at {address}")
+        say(f"logged out of {address}" if was_there else f"there was no login at {address}")
 
 
 @admin_command
@@ -91,7 +91,7 @@ def whoami(client: Client, as_json: AsJson = False) -> None:
     if as_json:
         print_json(with_never(who, "expires_at"))
     else:
-        print(_phrase(who))
+        say(_phrase(who))
 
 
 def _phrase(who: Any) -> str:

@@ -56,7 +56,10 @@ def plan(
     workload: Workload = None,
     trace: Annotated[
         Path | None,
-        of_load("CSV of arrival_s,adapter,input_tokens,output_tokens[,tenant], gzip too; its busiest stretches count."),
+        of_load(
+            "CSV of arrival_s, adapter, input_tokens, output_tokens and perhaps tenant, gzip too; its busiest "
+            "stretches count."
+        ),
     ] = None,
     adapters: Adapters = None,
     requests: Annotated[int | None, of_load("Requests of a sample.", "2048 or more")] = None,

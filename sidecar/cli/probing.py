@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from sidecar.backends.checking import check, names_of
 from sidecar.backends.checks.finding import State, Target, failed, skipped
 from sidecar.backends.kind import Checks
 from sidecar.backends.registry import KINDS, entries_of, kind_named, urls
-from sidecar.cli.exits import CommandError, Exit
+from sidecar.cli.exits import CommandError, Exit, say
 from sidecar.cli.findings import Lines, Report, drawn
 from sidecar.cli.serving import resolve, shared_folder
 from sidecar.cli.show import console, print_json, working
@@ -142,7 +141,7 @@ def _served(folder: str | Path | None) -> tuple[Adapter, ...]:
                 with read_adapter(path) as source:
                     found.append(adapter_of(source))
             except Invalid as error:
-                print(f"not counted: {error.message}", file=sys.stderr)
+                say(f"not counted: {error.message}", error=True)
     return tuple(found)
 
 

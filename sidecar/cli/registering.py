@@ -13,7 +13,7 @@ from sidecar.cli import versions
 from sidecar.cli.adapters import Name
 from sidecar.cli.client import Client
 from sidecar.cli.endpoint import admin_command
-from sidecar.cli.exits import CommandError, Exit
+from sidecar.cli.exits import CommandError, Exit, say
 from sidecar.cli.show import AsJson, bar, print_json, working
 from sidecar.errors import Reason
 from sidecar.proto import admin_pb2 as pb
@@ -51,9 +51,9 @@ def register(
     if as_json:
         print_json(answer)
         return
-    print(_registered(answer))
+    say(_registered(answer))
     for warning in answer.warnings:
-        print(f"warning: {warning}")
+        say(f"warning: {warning}")
 
 
 def _registered(answer: Any) -> str:

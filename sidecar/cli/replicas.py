@@ -6,6 +6,7 @@ from typing import Any
 
 from sidecar.cli.client import Client
 from sidecar.cli.endpoint import admin_command
+from sidecar.cli.exits import say
 from sidecar.cli.show import AsJson, console, print_json, table
 from sidecar.proto import admin_pb2 as pb
 
@@ -17,7 +18,7 @@ def list_replicas(client: Client, as_json: AsJson = False) -> None:
     if as_json:
         print_json(list(replicas))
     elif not replicas:
-        print("one replica; several have a replicas.address and a state.url in their configuration")
+        say("one replica; several have a replicas.address and a state.url in their configuration")
     else:
         console().print(table(("REPLICA", "ADDRESS", "OWNS", ">WEIGHT", "DETAIL"), [_row(each) for each in replicas]))
 

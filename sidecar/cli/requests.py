@@ -10,7 +10,7 @@ import typer
 from sidecar.cli import completing
 from sidecar.cli.client import Client
 from sidecar.cli.endpoint import admin_command
-from sidecar.cli.exits import CommandError, Exit
+from sidecar.cli.exits import CommandError, Exit, say
 from sidecar.cli.show import AsJson, console, count, duration, print_json, table
 from sidecar.proto import admin_pb2 as pb
 
@@ -42,11 +42,11 @@ def list_requests(
         print_json(answer)
         return
     if not answer.requests:
-        print("no request is open")
+        say("no request is open")
         return
     console().print(table(OPEN, [open_row(each) for each in answer.requests]))
     if answer.total > len(answer.requests):
-        print(f"and {answer.total - len(answer.requests)} more")
+        say(f"and {answer.total - len(answer.requests)} more")
 
 
 @admin_command
@@ -99,4 +99,4 @@ def cancel(
     if as_json:
         print_json(answer)
     else:
-        print(f"{count(answer.cancelled, 'request')} cancelled")
+        say(f"{count(answer.cancelled, 'request')} cancelled")

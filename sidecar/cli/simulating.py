@@ -62,7 +62,10 @@ def simulate(
     workload: Workload = None,
     trace: Annotated[
         Path | None,
-        of_load("CSV of arrival_s,adapter,input_tokens,output_tokens[,tenant], gzip too, instead of a workload."),
+        of_load(
+            "CSV of arrival_s, adapter, input_tokens, output_tokens and perhaps tenant, gzip too, instead of a "
+            "workload."
+        ),
     ] = None,
     journal: Annotated[
         Path | None, of_load("A live run's journal, data directory or incident, to repeat its load.")

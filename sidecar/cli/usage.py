@@ -19,7 +19,7 @@ from sidecar.cli import completing
 from sidecar.cli.client import Client
 from sidecar.cli.durations import seconds_in
 from sidecar.cli.endpoint import admin_command
-from sidecar.cli.exits import CommandError, Exit
+from sidecar.cli.exits import CommandError, Exit, say
 from sidecar.cli.show import AsJson, console, print_json, size, table
 from sidecar.proto import admin_pb2 as pb
 
@@ -102,7 +102,7 @@ def usage(
     else:
         console().print(_shown(rows, names, span, currency), crop=False)
     for line in _notes(answer):
-        print(line, file=sys.stderr)
+        say(line, error=True)
 
 
 def _check(names: Sequence[str], two_formats: bool, nothing_to_spread: bool) -> None:

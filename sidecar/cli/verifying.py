@@ -12,7 +12,7 @@ from rich.text import Text
 from sidecar.cli import completing
 from sidecar.cli.client import Client
 from sidecar.cli.endpoint import admin_command
-from sidecar.cli.exits import CommandError, Exit
+from sidecar.cli.exits import CommandError, Exit, say
 from sidecar.cli.show import AsJson, bad, console, count, print_json, record_of
 from sidecar.proto import admin_pb2 as pb
 
@@ -88,7 +88,7 @@ def verify(
     if as_json:
         print_json(_record(findings))
     elif not findings.compared:
-        print(NOTHING_COMPARED)
+        say(NOTHING_COMPARED)
     return Exit.OK if findings.good else Exit.FAILED
 
 

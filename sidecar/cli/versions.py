@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -12,7 +11,7 @@ from sidecar.cli import completing
 from sidecar.cli.client import Client
 from sidecar.cli.durations import seconds_in
 from sidecar.cli.endpoint import admin_command
-from sidecar.cli.exits import CommandError, Exit
+from sidecar.cli.exits import CommandError, Exit, say
 from sidecar.cli.show import AsJson, print_json, record_of, table
 from sidecar.proto import admin_pb2 as pb
 
@@ -61,9 +60,9 @@ def promote(
     if as_json:
         print_json(adapter)
     elif weight < 100:
-        print(f"{weight} % of {name} go to {adapter.canary_version}, the rest to {_ordinal(adapter)}")
+        say(f"{weight} % of {name} go to {adapter.canary_version}, the rest to {_ordinal(adapter)}")
     else:
-        print(f"{name} stands for {_ordinal(adapter)}")
+        say(f"{name} stands for {_ordinal(adapter)}")
 
 
 @admin_command
@@ -88,11 +87,11 @@ def rollback(
     request = pb.RollbackRequest(name=name, version=to, hold_s=seconds_of(hold))
     adapter = client.ask(client.adapters.Rollback, request)
     if withdrawn:
-        print(f"warning: {_ordinal(adapter)} of {name} was itself rolled back from", file=sys.stderr)
+        say(f"warning: {_ordinal(adapter)} of {name} was itself rolled back from", error=True)
     if as_json:
         print_json(adapter)
     else:
-        print(f"{name} stands for {_ordinal(adapter)}")
+        say(f"{name} stands for {_ordinal(adapter)}")
 
 
 @admin_command
@@ -112,7 +111,7 @@ def refresh(
     if as_json:
         print_json(adapter)
     else:
-        print(f"{version} is loaded anew on its next request")
+        say(f"{version} is loaded anew on its next request")
 
 
 @admin_command

@@ -21,6 +21,7 @@ from tests.kit.cli_served import Served, serve_here
 from tests.kit.peft_files import write_adapter
 from tests.kit.scripted_backend import PAYLOAD
 from tests.kit.serving import until
+from tests.kit.terminal import Terminal
 
 TOKEN = "s3cret"
 
@@ -58,6 +59,37 @@ async def test_an_adapters_life(served: Served, tmp_path: Path) -> None:
     assert "no unload" in (await served.cli("adapters", "evict", "sql")).out
     assert (await served.cli("adapters", "unregister", "sql")).out == "sql is forgotten\n"
     assert "no adapter is registered" in (await served.cli("adapters", "list")).out
+
+
+async def test_80_columns_are_enough(tmp_path: Path, sidecar: Callable[..., Ended]) -> None:
+    """In a terminal of 80 columns no name, header or word is cut, in tables and sentences, long as names may be."""
+    gpus = "triton-gpu-pool-a100-eu-west-0.llm", "triton-gpu-pool-a100-eu-west-1.llm"
+    adapter, tenant, ours = "acme-corporation/customer-support-german", "acme-corporation", "6e0c8c5e-4a0d-4c53-a1ff"
+    shown = {
+        ("adapters", "list"): (adapter, gpus[0], "VERSION", "MODULES", "attn_q,attn_v"),
+        ("adapters", "show", adapter): (adapter, *gpus, "REFRESHED", "CANNOT SERVE IT"),
+        ("adapters", "show", adapter + "x"): (f'"{adapter}x";', "[UNKNOWN_ADAPTER]"),
+        ("backends", "list"): (*gpus, "RESIDENT", "scripted"),
+        ("backends", "show", gpus[0]): ("slow", "RUNNING", "backends[].engine.cost"),
+        ("backends", "check"): (*gpus, "STATE", "backends[].engine.cost"),
+        ("queue",): (gpus[0], tenant, "WAITING", "seats"),
+        ("queue", "--requests"): (gpus[0], tenant, ours, "EXPIRES", "WAITED"),
+        ("requests", "list"): (gpus[0], tenant, ours, "running", "STATE"),
+        ("replicas", "list"): ("replicas.address", "configuration"),
+        ("adapters", "prefetch", adapter): (*gpus, "RESULT"),
+    }
+    async for served in serve_here(tmp_path, sidecar, ids=gpus):
+        await served.register(adapter, tmp_path)
+        await served.register("slow", tmp_path, seed=2)
+        for _ in range(3):
+            served.gateway.submit(RequestFacts("slow", tenant=tenant), PAYLOAD, ours, OURSELVES)
+        backend: Any = served.gateway.backends[gpus[0]]
+        await backend.running_are(2)
+        for words, wholes in shown.items():
+            with Terminal(*words, "--admin", served.address, lines=60) as terminal:
+                await terminal.ended()
+                cut = [whole for whole in wholes if not any(whole in line for line in terminal.lines)]
+                assert not cut, "\n".join(terminal.lines)
 
 
 async def test_json_everywhere(served: Served, tmp_path: Path) -> None:

@@ -57,6 +57,10 @@ class Terminal:
     def press(self, keys: str) -> None:
         os.write(self._ours, keys.encode())
 
+    async def ended(self) -> None:
+        """Wait until the command has ended and all that it wrote is on the screen."""
+        await asyncio.to_thread(self._reading.join)
+
     @property
     def lines(self) -> list[str]:
         with self._lock:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from typer import rich_utils
 
+from sidecar.cli import run
 from sidecar.cli.commands import COMMANDS, GROUPS, imported
 from sidecar.cli.serving import _ready
 from sidecar.config import Config
@@ -48,6 +51,23 @@ def test_the_openai_api_is_named_with_its_path() -> None:
     assert "OpenAI's API on h:9002/v1, " in _ready(sidecar, Config(), as_json=False)
     (option,) = [each for each in imported("serve").params if "--http" in each.opts]
     assert "/v1" in option.help
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_no_word_of_a_help_is_cut_at_80_columns(
+    words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Options, values and explanations: each word is whole in a line, and no line is longer."""
+    monkeypatch.setattr(rich_utils, "MAX_WIDTH", 80)
+    assert run([*words.split(), "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    command = imported(words)
+    said = [command.help, *(getattr(option, "help", None) or "" for option in command.params)]
+    said += [" ".join((*option.opts, *option.secondary_opts)) for option in command.params if "--" in option.opts[0]]
+    cut = [word for word in " ".join(said).split() if not any(word in line for line in lines)]
+    assert not cut
+    assert not [line for line in lines if re.search(r"\w…", line)]
 
 
 @pytest.mark.parametrize("words", COMMANDS)

@@ -17,12 +17,14 @@ from rich.console import Console
 
 from sidecar.lab.engine.http.driver import EngineDied
 from sidecar.lab.engine.kserve import Options, Server, serve
-from sidecar.lab.engine.kserve.options import PANELS, SERVER, TRTLLM
+from sidecar.lab.engine.kserve.options import HTTP_ONLY, PANELS, SERVER, TRTLLM
 from sidecar.lab.engine.openai import VllmOptions, VllmServer, serve_vllm
 from sidecar.lab.engine.spec import VLLM
 from sidecar.lab.engine.trtllm import TrtllmOptions, TrtllmServer, serve_trtllm
 
 AnyServer = Server | VllmServer | TrtllmServer
+VLLM_NAMES = {"max_model_len": "max_seq_tokens", "max_num_batched_tokens": "max_tokens_per_step"}
+"""Options that are also called as vLLM calls them."""
 GRACE_S = 1.0
 """How long requests in flight may run on after SIGTERM."""
 
@@ -36,7 +38,8 @@ def _parameter(declared: Field[Any], hint: Any) -> Parameter:
     if get_origin(hint) is tuple:
         hint = str if default else list[str]
     annotation = hint if default is not None or type(None) in get_args(hint) else hint | None
-    option = typer.Option(*meta["flags"], help=meta["help"], rich_help_panel=meta["panel"])
+    shown = meta.get("shown", True)
+    option = typer.Option(*meta["flags"], help=meta["help"], rich_help_panel=meta["panel"], show_default=shown)
     return Parameter(declared.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, option])
 
 
@@ -50,6 +53,12 @@ def _signature() -> Signature:
             if each.metadata and each.name not in declared:
                 declared[each.name] = _parameter(each, hints[each.name])
                 panels[each.metadata["panel"]].append(declared[each.name])
+    for alias, name in VLLM_NAMES.items():
+        flag = name.replace("_", "-")
+        option = typer.Option(help=f"--{flag}, by vLLM's name.", rich_help_panel=HTTP_ONLY)
+        panels[HTTP_ONLY].append(
+            Parameter(alias, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[int | None, option])
+        )
     as_json = typer.Option("--json", help="Print the ready line as JSON.", rich_help_panel=SERVER)
     panels[SERVER].append(
         Parameter("as_json", Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, as_json])
@@ -76,6 +85,9 @@ emulate.__signature__ = _signature()  # type: ignore[attr-defined]
 def _options(given: dict[str, Any]) -> Options:
     """Return the options of the engine that `given` asks for; raises ValueError if they contradict each other."""
     given["lora_modules"] = [name for name in given["lora_modules"].split(",") if name]
+    for alias, name in VLLM_NAMES.items():
+        value = given.pop(alias)
+        given[name] = given[name] if value is None else value
     kinds: dict[str, type[Options]] = {VLLM: VllmOptions, TRTLLM: TrtllmOptions}
     kind = kinds.get(given["protocol"], Options)
     if kind is not Options:

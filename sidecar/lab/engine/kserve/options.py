@@ -15,9 +15,9 @@ COMPUTES = ("llama", "none")
 TRITON, LLMAPI = "triton", "llmapi"
 TRTLLM = "trtllm"
 PROTOCOLS = (TRITON, LLMAPI, VLLM, TRTLLM)
-SERVER, ENGINE, LORA, FAULTS = "Server", "Engine", "LoRA caches", "Faults"
+SERVER, MODELS, ENGINE, LORA, FAULTS = "Server", "Triton's models", "Engine", "LoRA caches", "Faults"
 HTTP_ONLY, VLLM_ONLY, TRTLLM_ONLY = "Engines with an OpenAI API", "vLLM", "trtllm-serve"
-PANELS = SERVER, ENGINE, LORA, HTTP_ONLY, VLLM_ONLY, TRTLLM_ONLY, FAULTS
+PANELS = SERVER, MODELS, ENGINE, LORA, HTTP_ONLY, VLLM_ONLY, TRTLLM_ONLY, FAULTS
 """The panels of `sidecar emulate --help`."""
 
 
@@ -57,14 +57,14 @@ class Options:
     metrics_port: int | None = field(
         default=0, metadata=cli(SERVER, "Port of the metrics; 0 takes a free one.", default=8002)
     )
-    decoupled: bool = field(default=True, metadata=cli(SERVER, "Serve decoupled models (streams only) or not."))
-    separate_final: bool = field(default=False, metadata=cli(SERVER, "Mark ends with an empty response of its own."))
+    decoupled: bool = field(default=True, metadata=cli(MODELS, "Serve decoupled models (streams only) or not."))
+    separate_final: bool = field(default=False, metadata=cli(MODELS, "Mark ends with an empty response of its own."))
     exclude_input_in_output: bool = False
     triton_max_batch_size: int = field(default=64, metadata=cli(SERVER, "max_batch_size of the models."))
     instances: int = field(
         default=1, metadata=cli(SERVER, "Model instances, each with an engine and caches of its own.")
     )
-    text_model: bool = field(default=True, metadata=cli(SERVER, "Serve the text model (ensemble) as well."))
+    text_model: bool = field(default=True, metadata=cli(MODELS, "Serve the text model (ensemble) as well."))
     protocol: str = field(
         default=TRITON,
         metadata=cli(
@@ -99,12 +99,10 @@ class Options:
     tp: int = field(default=1, metadata=cli(ENGINE, "Tensor-parallel ranks, for page sizes."))
     seats: int = field(default=64, metadata=cli(ENGINE, "Requests that run at a time.", "--seats", "--max-num-seqs"))
     max_input_tokens: int = field(default=4096, metadata=cli(ENGINE, "Longest prompt."))
-    max_seq_tokens: int = field(
-        default=8192, metadata=cli(ENGINE, "Longest prompt and answer together.", "--max-seq-tokens", "--max-model-len")
-    )
+    max_seq_tokens: int = field(default=8192, metadata=cli(ENGINE, "Longest prompt and answer together."))
     max_tokens_per_step: int = field(
         default=8192,
-        metadata=cli(ENGINE, "Tokens that one step computes.", "--max-tokens-per-step", "--max-num-batched-tokens"),
+        metadata=cli(ENGINE, "Tokens that one step computes."),
     )
     kv_blocks: int = field(default=4096, metadata=cli(ENGINE, "Blocks of the KV cache."))
     tokens_per_block: int = field(
@@ -122,7 +120,10 @@ class Options:
     )
 
     lora_modules: tuple[str, ...] = field(
-        default=ALL_LINEAR, metadata=cli(LORA, "LoRA modules of the engine, by commas.", default=",".join(ALL_LINEAR))
+        default=ALL_LINEAR,
+        metadata=cli(
+            LORA, "LoRA modules of the engine, by commas.", default=",".join(ALL_LINEAR), shown="all linear layers"
+        ),
     )
     lora_weights: str | None = field(
         default=None, metadata=cli(LORA, "Type of lora_weights in ModelConfig: fp16, bf16; default: dtype.")

@@ -41,18 +41,16 @@ class VllmOptions(HttpOptions):
     )
     rust_frontend: bool = field(
         default=False,
-        metadata=cli(VLLM_ONLY, "VLLM_USE_RUST_FRONTEND: be the Rust front end.", "--rust-frontend"),
+        metadata=cli(VLLM_ONLY, "Be the Rust front end.", "--rust-frontend"),
     )
     allowed_prefix: tuple[str, ...] = field(
         default=(),
         metadata=cli(
             VLLM_ONLY,
-            "A folder of VLLM_RUNTIME_LORA_ALLOWED_PATH_PREFIXES; the Rust front end loads from none other.",
+            "A folder from which adapters may be loaded; the Rust front end loads from none other.",
         ),
     )
-    runtime_lora: bool = field(
-        default=True, metadata=cli(VLLM_ONLY, "VLLM_ALLOW_RUNTIME_LORA_UPDATING: load and unload calls.")
-    )
+    runtime_lora: bool = field(default=True, metadata=cli(VLLM_ONLY, "Take the calls that load and unload adapters."))
     stream_interval: int = field(
         default=1, metadata=cli(VLLM_ONLY, "Tokens in a chunk of a stream, the first chunk aside.")
     )
