@@ -63,7 +63,7 @@ def show(
     if as_json:
         print_json(json.loads(answer.record))
     else:
-        print("\n".join(answer.lines))
+        say(harmless("\n".join(answer.lines)))
 
 
 def open_row(request: Any) -> tuple[str, ...]:

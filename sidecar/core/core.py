@@ -30,7 +30,7 @@ from sidecar.core import (
 )
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
-from sidecar.core.durations import seconds
+from sidecar.core.durations import readable
 from sidecar.core.effects import Effect, WakeAt
 from sidecar.core.enums import Phase, Voided
 from sidecar.core.shadow import CacheShadow, EngineShadow
@@ -150,7 +150,7 @@ def _end_overdue(step: Step) -> None:
             continue
         name = request.view.name or "base model"
         if not request.running:
-            waited = f"the request waited {seconds(step.now_ns - request.view.arrived_ns)}"
+            waited = f"the request waited {readable(step.now_ns - request.view.arrived_ns)}"
             queueing.drop(step, request, Reason.EXPIRED, f"{name}: {waited} and {_limit_passed(step, request)}")
         elif request.deadline_ns is not None and request.deadline_ns <= step.now_ns:
             running.cancel(
@@ -167,7 +167,7 @@ def _limit_passed(step: Step, request: Request) -> str:
     if request.deadline_ns is not None and request.deadline_ns <= step.now_ns:
         return f"{_deadline_passed(request)}; send it with a longer one, or with none"
     klass = request.view.klass
-    longest = seconds(step.state.config.classes[klass].queue_wait_ns_max)
+    longest = readable(step.state.config.classes[klass].queue_wait_ns_max)
     return (
         f'class "{klass}" waits at most {longest}; send it again later, or raise queue.classes.{klass}.queue_wait_s_max'
     )
@@ -175,7 +175,7 @@ def _limit_passed(step: Step, request: Request) -> str:
 
 def _deadline_passed(request: Request) -> str:
     assert request.deadline_ns is not None
-    return f"its own deadline of {seconds(request.deadline_ns - request.view.arrived_ns)} passed"
+    return f"its own deadline of {readable(request.deadline_ns - request.view.arrived_ns)} passed"
 
 
 def _received(step: Step, event: ev.Received) -> None:
