@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -21,6 +22,7 @@ def _of_grpc(address: str) -> str:
 
 Address = Annotated[str, AfterValidator(_of_tcp)]
 GrpcAddress = Annotated[str, AfterValidator(_of_grpc)]
+_ORIGIN = re.compile(r"https?://[^/?#\s@,]+")
 
 
 class Listener(Section):
@@ -85,7 +87,8 @@ class DataListener(GrpcListener):
 
 class HttpListener(Listener):
     """The listener of the OpenAI API. `body_bytes_max` bounds one request, `prompts_max` the prompts of one completion.
-    With `probes` it also has health and metrics, for one more release.
+    With `probes` it also has health and metrics, for one more release. Pages of `cors_origins`, such as
+    `https://chat.example.com`, may ask it from a browser; "*" means every page.
     """
 
     address: Address = "0.0.0.0:9002"
@@ -93,6 +96,15 @@ class HttpListener(Listener):
     body_bytes_max: int = Field(16 << 20, ge=1024)
     prompts_max: int = Field(1024, ge=1)
     probes: bool = True
+    cors_origins: tuple[str, ...] = ()
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(f'"{origin[:80]}" is no origin: name scheme, host and perhaps port, as browsers do')
+        return origins
 
 
 class ProbesListener(Section):

@@ -36,6 +36,7 @@ from sidecar.fronts.intake import Intake, IntakeLimits
 from sidecar.fronts.kserve.front import add_kserve, add_kserve_admin
 from sidecar.fronts.kserve.lifetime import Lifetimes, connection_age_options
 from sidecar.fronts.openai.chat_templates import ChatTemplate, read_chat_template
+from sidecar.fronts.openai.description import description_of
 from sidecar.fronts.openai.front import OpenAiFront
 from sidecar.fronts.openai.load_calls import LoadCalls
 from sidecar.proto import admin_pb2, gateway_pb2, gateway_pb2_grpc
@@ -154,6 +155,8 @@ class Listening:
             _http_tls(http.tls, http.address),
             http.probes,
             self._config.identity.mode != "enforce",
+            description_of(self._config),
+            http.cors_origins,
         )
         await self._http.start()
         self.http = self._http.address

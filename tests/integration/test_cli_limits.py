@@ -70,7 +70,7 @@ async def test_a_limits_life_from_the_command_line(tmp_path: Path) -> None:
         refused = await complete(served, key)
         assert refused.status_code == 429
         error_body = refused.json()["error"]
-        assert (error_body["code"], error_body["type"]) == ("rate_limited", "rate_limit_error")
+        assert (error_body["reason"], error_body["type"]) == ("rate_limited", "rate_limit_error")
         assert error_body["message"].startswith(
             "tenant acme may send 3 requests a day; sent so far: 3; send it again in "
         )
@@ -87,7 +87,7 @@ async def test_a_limits_life_from_the_command_line(tmp_path: Path) -> None:
         assert code == 0, error
         assert await generate(served, key) is None
         too_long = await complete(served, key, max_tokens=6)
-        assert (too_long.status_code, too_long.json()["error"]["code"]) == (400, "invalid_request")
+        assert (too_long.status_code, too_long.json()["error"]["reason"]) == (400, "invalid_request")
         nothing = ("--requests-per-day", "none", "--tokens-per-day", "none", "--max-tokens", "none")
         code, out, error = await sidecar(served, "limits", "set", "acme", *nothing)
         assert "no number of the limit would be left; sidecar limits remove takes it away" in error

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import httpx
@@ -12,6 +14,7 @@ import pytest_asyncio
 
 from sidecar.access.access import OURSELVES
 from sidecar.backends.api import Payload, Ticket, Weights
+from sidecar.config import parse
 from sidecar.config.plugins import policies_of
 from sidecar.core.config import CoreConfig
 from sidecar.core.effects import Dispatch, Load, Settle
@@ -179,14 +182,77 @@ async def test_not_ready_while_shutting_down(house: House) -> None:
 
 
 async def test_other_paths_and_methods(house: House) -> None:
-    """Unknown paths are 404 and name what there is; a POST is 405; HEAD has the headers alone."""
+    """Unknown paths are 404 and name what there is; a POST is 405; HEAD has the headers alone. Errors are JSON."""
     answer = await house.client.get("/")
-    assert answer.status_code == 404
-    assert "/metrics, /livez, /readyz" in answer.text
+    assert answer.status_code == answer.json()["error"]["code"] == 404
+    assert "/metrics, /livez, /readyz" in answer.json()["error"]["message"]
+    assert answer.headers["x-request-id"]
     answer = await house.client.post("/metrics", content=b"x" * 1000)
     assert (answer.status_code, answer.headers["allow"]) == (405, "GET, HEAD")
+    assert answer.json()["error"]["code"] == 405
+    for path in ("/", "/health", "/livez", "/v1/models", "/anything"):  # a browser's question before it sends
+        headers = {"origin": "https://page.example", "access-control-request-method": "POST"}
+        answer = await house.client.options(path, headers=headers)
+        assert answer.status_code == answer.json()["error"]["code"] in (404, 405)
+        assert not any(name.startswith("access-control") for name in answer.headers)
     answer = await house.client.head("/livez")
     assert (answer.status_code, answer.content, answer.headers["content-length"]) == (200, b"", "3")
+
+
+async def test_what_vllms_clients_ask_before_they_begin(house: House) -> None:
+    """vLLM answers /health and /ping with 200 and nothing, /version with an object; all without a key."""
+    for method, path in (("GET", "/health"), ("GET", "/ping"), ("POST", "/ping"), ("HEAD", "/health")):
+        answer = await house.client.request(method, path)
+        assert (answer.status_code, answer.content) == (200, b""), path
+    answer = await house.client.get("/version")
+    assert (answer.headers["content-type"], list(answer.json())) == ("application/json", ["version"])
+    assert answer.json()["version"] == version("lora-sidecar")
+    assert (await house.client.post("/health")).headers["allow"] == "GET, HEAD"
+    house.gateway.driver.step(BackendLost("b0", "gone"))
+    for path in ("/health", "/ping"):
+        answer = await house.client.get(path)
+        assert answer.status_code == answer.json()["error"]["code"] == 503
+        assert "b0" not in answer.text  # what backends there are is not for everybody
+        assert answer.headers["retry-after"] == "1"
+
+
+async def test_an_application_that_breaks(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """500 in the form of all errors, without what went wrong."""
+
+    def breaks(path: str, method: str) -> None:
+        raise ValueError("secret")
+
+    monkeypatch.setattr(house.front, "_answer", breaks)
+    answer = await house.client.get("/nothing")
+    assert answer.status_code == answer.json()["error"]["code"] == 500
+    assert "secret" not in answer.text
+
+
+async def test_pages_of_named_origins_may_ask(house: House) -> None:
+    """Their browsers are told so before they send, and with the answer; those of other origins are not."""
+    front = HttpFront(house.gateway, Metrics(house.gateway), "127.0.0.1:0", "x:1", origins=["https://chat.example"])
+    await front.start()
+    try:
+        async with httpx.AsyncClient(base_url=f"http://{front.address}", trust_env=False) as client:
+            asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+            for origin, allowed in (
+                ("https://chat.example", "https://chat.example"),
+                ("https://chat.example.evil", None),
+            ):
+                preflight = await client.options("/v1/completions", headers={"origin": origin} | asks)
+                assert (preflight.status_code == 200) is (allowed is not None)
+                assert preflight.headers.get("access-control-allow-origin") == allowed
+                answer = await client.get("/version", headers={"origin": origin})
+                assert answer.headers.get("access-control-allow-origin") == allowed
+            assert preflight.headers.get("access-control-allow-credentials") is None
+    finally:
+        await front.stop()
+
+
+@pytest.mark.parametrize("origin", ["chat.example", "https://chat.example/page", "https://a,https://b", ""])
+def test_what_is_no_origin(origin: str) -> None:
+    with pytest.raises(Misused, match="is no origin"):
+        parse({"listeners": {"http": {"cors_origins": [origin]}}}, "the test")
 
 
 MODEL = "/v2/models/tensorrt_llm"
@@ -284,7 +350,9 @@ async def test_one_connection_serves_many_requests(house: House) -> None:
 )
 async def test_broken_requests_are_refused_and_the_listener_serves_on(house: House, sent: bytes, status: bytes) -> None:
     """What is not HTTP, too long or without a host gets its status, and the next client is served."""
-    assert (await talk(house, sent)).startswith(status)
+    head, _, body = (await talk(house, sent)).partition(b"\r\n\r\n")
+    assert head.startswith(status)
+    assert json.loads(body)["error"]["code"] == int(status.split()[1])
     assert (await house.client.get("/livez")).status_code == 200
 
 

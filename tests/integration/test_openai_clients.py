@@ -109,7 +109,8 @@ async def test_errors_are_the_clients_own_kinds(tmp_path: Path, kind: str) -> No
     async with in_front(tmp_path, (kind,)) as (served, _), asynchronous(served) as client:
         with pytest.raises(openai.NotFoundError) as missing:
             await client.completions.create(model="a0", prompt="hi")
-        assert missing.value.code == "model_not_found"
+        body: Any = missing.value.body
+        assert (body["code"], body["reason"]) == (404, "model_not_found")
         assert "did you mean a0" in missing.value.message
         with pytest.raises(openai.BadRequestError):
             await client.completions.create(model="a00", prompt="hi", max_tokens=-1)

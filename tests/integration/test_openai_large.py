@@ -42,9 +42,9 @@ async def test_only_large_bodies_are_read_elsewhere(tmp_path: Path) -> None:
             assert form.before + b'"base"' + form.after == body
             assert (reader_of(served) is None) is is_read_here
         refused = await ask(served, b"\n" + at_most.replace(b"base", b"bose"))
-        assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
+        assert (refused.status_code, refused.json()["error"]["reason"]) == (404, "model_not_found")
         refused = await ask(served, b"\n" + at_most.replace(b":3", b":-"))
-        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_request")
+        assert (refused.status_code, refused.json()["error"]["reason"]) == (400, "invalid_request")
 
 
 async def test_admission_counts_what_a_large_body_asks(tmp_path: Path) -> None:

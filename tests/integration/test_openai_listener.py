@@ -137,7 +137,7 @@ async def test_a_crowd_does_not_hide_the_process(tmp_path: Path) -> None:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
             await until(lambda: len(listener._server.server_state.connections) == 3)
             response = await client.post(COMPLETIONS, json=BODY)
-            assert (response.status_code, response.json()["error"]["code"]) == (503, "too_many_connections")
+            assert (response.status_code, response.json()["error"]["reason"]) == (503, "too_many_connections")
             assert (response.headers["retry-after"], response.headers["connection"]) == ("1", "close")
             assert (await client.get("/livez")).status_code == 200
         more = [await asyncio.open_connection("127.0.0.1", port) for _ in range(SPARE_CONNECTIONS)]

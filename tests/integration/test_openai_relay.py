@@ -157,7 +157,7 @@ async def test_an_error_in_the_middle_of_a_stream(tmp_path: Path) -> None:
         first, last, rest = response.text.split("\n\n")
         assert (response.status_code, first, rest) == (200, event("a").decode().strip(), "")
         error = json.loads(last.removeprefix("data: "))["error"]
-        assert (error["code"], error["type"]) == ("backend_failed", "server_error")
+        assert (error["reason"], error["type"]) == ("backend_failed", "server_error")
         assert "the engine gave up" in error["message"]
 
 
@@ -172,10 +172,10 @@ async def test_refusals_have_their_status_and_when_to_come_back(tmp_path: Path) 
         await until(lambda: served.gateway.state.waiting.requests == 1)
         full = await ask(served)
         assert (full.status_code, full.headers["retry-after"], full.headers["x-should-retry"]) == (429, "1", "true")
-        assert full.json()["error"]["code"] == "queue_full"
+        assert full.json()["error"]["reason"] == "queue_full"
         assert full.json()["error"]["type"] == "rate_limit_error"
         late = await waiting
-        assert (late.status_code, late.json()["error"]["code"]) == (504, "expired")
+        assert (late.status_code, late.json()["error"]["reason"]) == (504, "expired")
         assert late.headers["x-should-retry"] == "false"
         unknown = await ask(served, {"model": "sqll"}, headers={"x-lora-tenant": "blue"})
         assert unknown.status_code == 404
@@ -183,16 +183,17 @@ async def test_refusals_have_their_status_and_when_to_come_back(tmp_path: Path) 
             "message": 'unknown adapter "sqll"; did you mean sql?',
             "type": "invalid_request_error",
             "param": "model",
-            "code": "model_not_found",
+            "code": 404,
+            "reason": "model_not_found",
         }
         for model in ("sql@v7", "sql@aaaaaaaaaaaa"):
             response = await ask(served, {"model": model}, headers={"x-lora-tenant": "blue"})
-            assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
+            assert (response.status_code, response.json()["error"]["reason"]) == (404, "model_not_found")
         assert (await ask(served, {"model": "sql"})).status_code == 404
         draining = asyncio.create_task(served.gateway.drain())
         await until(lambda: served.gateway.state.draining)
         gone = await ask(served)
-        assert (gone.status_code, gone.json()["error"]["code"], gone.headers["retry-after"]) == (503, "draining", "1")
+        assert (gone.status_code, gone.json()["error"]["reason"], gone.headers["retry-after"]) == (503, "draining", "1")
         engine.deliver(b"{}", final=True)
         assert (await running).status_code == 200
         await draining
@@ -255,13 +256,13 @@ async def test_bodies_are_bounded(tmp_path: Path) -> None:
 
 
 async def test_paths_and_methods(tmp_path: Path) -> None:
-    """In OpenAI's form below /v1; the other paths are as they were."""
+    """In OpenAI's form below /v1; the probes are as they were."""
     async with house(tmp_path, [ScriptedVllm()]) as served:
         response = await served.client.get("/v1/embeddings")
-        assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")
+        assert (response.status_code, response.json()["error"]["reason"]) == (404, "not_found")
         response = await served.client.get(COMPLETIONS)
         assert (response.status_code, response.headers["allow"]) == (405, "POST")
-        assert response.json()["error"]["code"] == "method_not_allowed"
+        assert response.json()["error"]["reason"] == "method_not_allowed"
         assert (await served.client.get("/livez")).text == "ok\n"
 
 
@@ -388,5 +389,5 @@ async def test_nothing_serves_it_at_the_moment(tmp_path: Path) -> None:
     async with house(tmp_path, [engine]) as served:
         served.gateway.set_drain("v0", True)
         response = await ask(served)
-        assert (response.status_code, response.json()["error"]["code"]) == (503, "no_backend")
+        assert (response.status_code, response.json()["error"]["reason"]) == (503, "no_backend")
         assert response.headers["retry-after"] == "1"

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
+import openapi_spec_validator
 import pytest
 
 from sidecar.core.events import FirstToken
@@ -40,10 +42,16 @@ async def client_of(served: Serving) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @asynccontextmanager
-async def in_front(tmp_path: Path, template: str = "", **options: Any) -> AsyncIterator[tuple[Any, ...]]:
-    """Serve two adapters from an emulated engine; `template` is a chat template."""
+async def in_front(
+    tmp_path: Path, template: str = "", base_model: dict[str, Any] | None = None, /, **options: Any
+) -> AsyncIterator[tuple[Any, ...]]:
+    """Serve two adapters from an emulated engine; `template` is a chat template, `base_model` more of that section.
+
+    `identity` is configuration, the other options are the engine's.
+    """
+    record = {"identity": options.pop("identity")} if "identity" in options else {}
     names = write_adapters(tmp_path / "adapters", 2)
-    base: dict[str, Any] = {"name": BASE_MODEL, "aliases": ["other-name"]}
+    base: dict[str, Any] = {"name": BASE_MODEL, "aliases": ["other-name"]} | (base_model or {})
     if template:
         (tmp_path / "template").mkdir()
         (tmp_path / "template" / "chat_template.jinja").write_text(template)
@@ -51,7 +59,7 @@ async def in_front(tmp_path: Path, template: str = "", **options: Any) -> AsyncI
         base["chat_template"] = str(tmp_path / "template")
     async with (
         running_engine(**(DUMMY | options)) as engine,
-        serving([engine], tmp_path / "adapters", backend={"base_model": base}) as served,
+        serving([engine], tmp_path / "adapters", backend={"base_model": base}, **record) as served,
         client_of(served) as client,
     ):
         assert names == ["a00", "a01"]
@@ -181,7 +189,7 @@ async def test_what_such_engines_cannot_do(tmp_path: Path, more: dict[str, Any],
         body = {"model": "a00", "prompt": "hi", "max_tokens": 4} | more
         response = await client.post(COMPLETIONS, json=body)
         error = response.json()["error"]
-        assert (response.status_code, error["param"], error["code"]) == (400, param, "invalid_request")
+        assert (response.status_code, error["param"], error["reason"]) == (400, param, "invalid_request")
         assert not engine.served
 
 
@@ -240,7 +248,7 @@ async def test_a_prompt_that_is_too_long(tmp_path: Path) -> None:
             body = {"model": "a00", "prompt": "x" * 200, "stream": stream}
             response = await client.post(COMPLETIONS, json=body)
             error = response.json()["error"]
-            assert (response.status_code, error["code"]) == (400, "context_length_exceeded")
+            assert (response.status_code, error["reason"]) == (400, "context_length_exceeded")
             assert "exceeds maximum input length" in error["message"]
             assert "request id" not in error["message"]
 
@@ -311,7 +319,7 @@ async def test_a_backend_that_is_lost(tmp_path: Path) -> None:
                 text += piece
         *_, last, rest = text.split("\n\n")
         error = json.loads(last.removeprefix("data: "))["error"]
-        assert (rest, error["code"], error["type"]) == ("", "backend_failed", "server_error")
+        assert (rest, error["reason"], error["type"]) == ("", "backend_failed", "server_error")
 
 
 async def test_models(tmp_path: Path) -> None:
@@ -332,4 +340,32 @@ async def test_models(tmp_path: Path) -> None:
             assert (await client.get(f"/v1/models/{name}")).json()["id"] == name
         for name in ("a07", "a00@v2", "a00@abcdefgh"):
             response = await client.get(f"/v1/models/{name}")
-            assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found"), name
+            assert (response.status_code, response.json()["error"]["reason"]) == (404, "model_not_found"), name
+
+
+@pytest.mark.parametrize("more", [{}, {"identity": {"mode": "enforce", "keys_file": ""}}])
+async def test_the_description(tmp_path: Path, more: dict[str, Any]) -> None:
+    """It is OpenAPI, every path in it is served, and answers have the described form."""
+    if more:
+        (tmp_path / "keys.yaml").write_text("[]\n")
+        more["identity"]["keys_file"] = str(tmp_path / "keys.yaml")
+    async with in_front(tmp_path, TEMPLATE, {}, **more) as (_, _, client):
+        document = (await client.get("/openapi.json")).json()
+        openapi_spec_validator.validate(document)
+        for path, operations in document["paths"].items():
+            for method, operation in operations.items():
+                asked = operation.get("requestBody")
+                body = {"json": {"model": "a00", "max_tokens": 2}} if asked else {}
+                if asked:
+                    body["json"] |= {"messages": USER} if path == CHAT else {"prompt": "hi"}
+                answer = await client.request(method, path.replace("{model}", "a00"), **body)
+                if more and "security" in operation:
+                    assert answer.status_code == 401, path
+                else:
+                    assert answer.status_code == 200, path
+                described = operation["responses"]["200" if answer.is_success else "default"].get("content")
+                if described is None:
+                    assert answer.content == b""
+                    continue
+                schema = described[answer.headers["content-type"]]["schema"] | {"components": document["components"]}
+                jsonschema.validate(answer.json(), schema)

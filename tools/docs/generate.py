@@ -28,7 +28,7 @@ registered, are counted under `_other`, requests for the base model under `_base
 ERRORS_PAGE = """# Errors
 
 Every error names the thing, the reason and the way out. Its machine-readable part is `google.rpc.ErrorInfo` in gRPC's
-details, `code` in an OpenAI error body, and `[REASON]` at the beginning of the message on a KServe stream.
+details, `reason` in an OpenAI error body, and `[REASON]` at the beginning of the message on a KServe stream.
 
 The family answers the first question, whether the request may have run:
 

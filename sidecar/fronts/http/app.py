@@ -1,4 +1,5 @@
-"""The http listener: the OpenAI API below `/v1`, and KServe's REST paths, which are refused with a hint to gRPC.
+"""The http listener: the OpenAI API below `/v1`, what vLLM's clients ask beside it, and KServe's REST paths, which are
+refused with a hint to gRPC.
 
 For one more release it also has the paths of the listener for probes.
 """
@@ -9,20 +10,23 @@ import json
 import logging
 import re
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
-from starlette.responses import Response
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Message, Receive, Scope, Send
 
 from sidecar.errors import Misused, Reason
 from sidecar.files import file_for_ssl
 from sidecar.fronts.http.connection import HttpLimits
 from sidecar.fronts.http.listener import HttpListener
-from sidecar.fronts.http.probes import METRICS, NO_STORE, PATHS, Probes, text_response
+from sidecar.fronts.http.probes import METRICS, NO_STORE, PATHS, Probes, why_not_ready
+from sidecar.fronts.openai.answering import send_failure
+from sidecar.fronts.openai.errors import CLOSE, Failure, closing, failure, wrong_method
 from sidecar.fronts.openai.load_calls import LOAD_IN_PLACE
-from sidecar.fronts.openai.request import REQUEST_ID_HEADER, request_id_of
+from sidecar.fronts.openai.request import request_id_of
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.metrics import Metrics
 
@@ -31,11 +35,11 @@ logger = logging.getLogger(__name__)
 BODY_BYTES_MAX = 64 << 10
 """Size of bodies that are read and ignored. The OpenAI API has a bound of its own."""
 API = "/v1"
-CLOSE = {"connection": "close"}
-"""Header of an answer to a request whose body is not read to its end."""
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 PREFIX = "/v2"
 READS, WRITES = ("GET", "HEAD"), ("POST",)
+OPEN = {"/health": READS, "/ping": READS + WRITES, "/version": READS, "/openapi.json": READS}
+"""Paths that need no credential, as on vLLM, and their methods."""
 _MODEL = r"/models/[^/]+(/versions/[^/]+)?"
 _REGIONS = r"/(system|cuda)sharedmemory(/region/[^/]+)?"
 _PATHS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -58,8 +62,9 @@ class HttpFront:
     """One listener. `address` is HOST:PORT; with port 0 it has the port that was taken, once `start` has returned.
 
     `grpc_address` is the data listener's, which answers to KServe's REST paths name; `api` is the application below
-    `/v1`. With `probes` the paths of the listener for probes are here as well, that of the metrics only with
-    `shows_metrics`: they name adapters and tenants.
+    `/v1`, and `description` the text of its OpenAPI document. With `probes` the paths of the listener for probes are
+    here as well, that of the metrics only with `shows_metrics`: they name adapters and tenants. Pages of `origins` may
+    read answers in a browser.
     """
 
     def __init__(
@@ -73,13 +78,20 @@ class HttpFront:
         tls: ssl.SSLContext | None = None,
         probes: bool = True,
         shows_metrics: bool = True,
+        description: bytes = b"{}",
+        origins: Sequence[str] = (),
     ) -> None:
+        self._gateway = gateway
         self._metrics = metrics
         self.address = address
         self._grpc_address = grpc_address
         self._api = api
-        self._listener = HttpListener(self._serve, limits or HttpLimits(), tls)
+        app: Any = self._serve
+        if origins:
+            app = CORSMiddleware(app, origins, allow_methods=("GET", "POST"), allow_headers=["*"], expose_headers=["*"])
+        self._listener = HttpListener(app, limits or HttpLimits(), tls)
         self._listens = False
+        self._description = description
         self._probes = Probes(gateway, metrics) if probes else None
         self._shows_metrics = shows_metrics
         self._has_warned = False
@@ -99,31 +111,61 @@ class HttpFront:
         await self._listener.stop()
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def sending(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
         try:
-            await self._route(scope, receive, send)
+            await self._route(scope, receive, sending)
         except Exception:
             logger.exception("%s %s broke", scope["method"], scope["path"][:200])
-            raise  # the server answers with 500, or closes the connection
+            if begun:
+                raise  # the server closes the connection
+            failed = failure(500, "the sidecar failed to answer; its log says why", "sidecar_failed")
+            await send_failure(send, closing(failed), request_id_of(scope["headers"]))
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"]
+        path, method = scope["path"], scope["method"]
         if self._api is not None and (path.startswith(f"{API}/") or path == LOAD_IN_PLACE):
             await self._api(scope, receive, send)
-            return
-        send = _with_id(scope, send)
-        if is_rest(path):
-            await self._answer_rest(scope)(scope, receive, send)
-        elif await _is_too_long(receive):
-            await text_response(413, "not a request: the body is too long", CLOSE)(scope, receive, send)
-        elif path not in PATHS:
-            await self._nothing_here()(scope, receive, send)
-        elif self._probes is None or (path == METRICS and not self._shows_metrics):
-            await text_response(404, f"{path} has moved to the address of listeners.probes")(scope, receive, send)
-        elif scope["method"] not in ("GET", "HEAD"):
-            await text_response(405, f"{path} is to be read with GET", {"allow": "GET, HEAD"})(scope, receive, send)
-        else:
+        elif is_rest(path):
+            await self._answer_rest(scope, send)
+        elif self._probes is not None and method in READS and self._is_probe(path):
             self._warn_of_move(path)
             await self._probes(scope, receive, send)
+        else:
+            answer = self._answer(path, method)
+            if await _is_too_long(receive):
+                answer = closing(failure(413, f"the body is longer than {BODY_BYTES_MAX} bytes", "invalid_request"))
+            await send_failure(send, answer, request_id_of(scope["headers"]))
+
+    def _is_probe(self, path: str) -> bool:
+        return path in PATHS and (path != METRICS or self._shows_metrics)
+
+    def _answer(self, path: str, method: str) -> Failure:
+        """Return the answer to a path beside the API."""
+        if path in OPEN:
+            return self._open_answer(path) if method in OPEN[path] else wrong_method(path, OPEN[path])
+        if path not in PATHS:
+            api = [f"{API}/models, {API}/completions, {API}/chat/completions"] if self._api is not None else []
+            present = [*(PATHS if self._probes is not None else ()), *api, *OPEN]
+            return failure(404, f"nothing is here; there are {', '.join(present)}", "not_found")
+        if self._probes is None or not self._is_probe(path):
+            return failure(404, f"{path} has moved to the address of listeners.probes", "not_found")
+        return wrong_method(path, READS)
+
+    def _open_answer(self, path: str) -> Failure:
+        if path == "/version":
+            return Failure(200, json.dumps({"version": version("lora-sidecar")}).encode())
+        if path == "/openapi.json":
+            return Failure(200, self._description)
+        if not why_not_ready(self._gateway):
+            return Failure(200, b"", media_type=b"")
+        # The reason names backends, which not everybody may see.
+        return failure(503, "no request can be served now; /readyz says why", "not_ready", retry_ms=1000, retry=True)
 
     def _warn_of_move(self, path: str) -> None:
         if not self._has_warned:
@@ -134,29 +176,14 @@ class HttpFront:
             )
             self._has_warned = True
 
-    def _nothing_here(self) -> Response:
-        api = [f"{API}/models, {API}/completions, {API}/chat/completions"] if self._api is not None else []
-        present = [*(PATHS if self._probes is not None else ()), *api]
-        return text_response(404, f"nothing is here; there are {', '.join(present)}")
-
-    def _answer_rest(self, scope: Scope) -> Response:
+    async def _answer_rest(self, scope: Scope, send: Send) -> None:
         rest = rest_answer(scope["method"], scope["path"], self._grpc_address)
-        headers = NO_STORE | ({"allow": rest.allow} if rest.allow else {})
-        if scope["method"] not in ("GET", "HEAD"):
-            headers |= CLOSE
-        return Response(rest.body, rest.status, headers, media_type="application/json")
-
-
-def _with_id(scope: Scope, send: Send) -> Send:
-    """Return a `send` that adds the request's id to an answer that is an error."""
-
-    async def send_with_id(message: Message) -> None:
-        if message.get("status", 200) >= 400:
-            header = (REQUEST_ID_HEADER, request_id_of(scope["headers"]).encode())
-            message = {**message, "headers": [*message["headers"], header]}
-        await send(message)
-
-    return send_with_id
+        headers = [(name.encode(), value.encode()) for name, value in NO_STORE.items()]
+        if rest.allow:
+            headers.append((b"allow", rest.allow.encode()))
+        if scope["method"] not in READS:
+            headers.append(CLOSE)
+        await send_failure(send, Failure(rest.status, rest.body, tuple(headers)), request_id_of(scope["headers"]))
 
 
 async def _is_too_long(receive: Receive) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from sidecar.access.certificates import names_of_tls
+from sidecar.fronts.openai.errors import failure
 
 CONNECTIONS_MAX = 4096
 SPARE_CONNECTIONS = 64
@@ -181,8 +182,8 @@ class Connection(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """Answer a malformed or refused request; uvicorn would always send 400."""
         status = self._refusal or HTTPStatus.BAD_REQUEST
-        body = f"not a request: {status.phrase}\n".encode()
-        head = f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: text/plain; charset=utf-8\r\n"
+        body = failure(status, f"this is not a request of HTTP/1.1: {status.phrase}", "invalid_request").body
+        head = f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
         self.transport.write(f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body)
         self.transport.close()
 

@@ -100,7 +100,8 @@ def _check_size(size_bytes: int, size_bytes_max: int) -> None:
 async def send_failure(send: Send, failed: Failure, request_id: str = "", origin: Headers = ()) -> None:
     """Send a response that is complete, as errors are."""
     length = (b"content-length", str(len(failed.body)).encode())
-    headers = [(b"content-type", failed.media_type), length, *failed.headers, *request_id_header(request_id), *origin]
+    kind = [(b"content-type", failed.media_type)] if failed.media_type else []
+    headers = [*kind, length, *failed.headers, *request_id_header(request_id), *origin]
     await send({"type": "http.response.start", "status": failed.status, "headers": headers})
     await send({"type": "http.response.body", "body": failed.body, "more_body": False})
 

@@ -1,5 +1,7 @@
 """Turn endings into OpenAI's form: an HTTP status, an error object, and whether and when to retry.
 
+Its `code` is the status as a number, as vLLM's is; `reason` is the word that programs compare.
+
 Clients of that API retry by themselves after 408, 409, 429 and 5xx. A request that may have run must never run twice,
 so every error has the header with which they let a server decide.
 """
@@ -32,7 +34,7 @@ STATUSES = {
 }
 """HTTP statuses by the gRPC codes in the table of reasons; other codes, which only engines send, are 500."""
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-CODES = {Reason.UNKNOWN_ADAPTER: "model_not_found"}
+REASONS = {Reason.UNKNOWN_ADAPTER: "model_not_found"}
 PARAMS = {
     Reason.UNKNOWN_ADAPTER: "model",
     Reason.NOT_ALLOWED: "model",
@@ -41,6 +43,7 @@ PARAMS = {
 }
 TOO_LONG = ("exceeds maximum input length", "exceeds the maximum input length")
 """TensorRT-LLM's messages for a prompt that is too long. It has no code for them."""
+CLOSE = (b"connection", b"close")
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,11 @@ class Failure:
 
 
 def failure(
-    status: int, message: str, code: str, param: str | None = None, retry_ms: int | None = None, retry: bool = False
+    status: int, message: str, reason: str, param: str | None = None, retry_ms: int | None = None, retry: bool = False
 ) -> Failure:
     """Return an error of ours; `retry` if it is safe to send the request again, after `retry_ms` if given."""
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    error = {"message": message, "type": kind, "param": param, "code": code}
+    error = {"message": message, "type": kind, "param": param, "code": status, "reason": reason}
     headers = [(b"x-should-retry", b"true" if retry else b"false")]
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
@@ -66,6 +69,17 @@ def failure(
         headers.append((b"retry-after", str(-(-retry_ms // 1000)).encode()))
         headers.append((b"retry-after-ms", str(retry_ms).encode()))
     return Failure(status, json.dumps({"error": error}).encode(), tuple(headers))
+
+
+def wrong_method(path: str, methods: tuple[str, ...]) -> Failure:
+    allow = ", ".join(methods)
+    failed = failure(405, f"{path} takes {allow}", "method_not_allowed")
+    return replace(failed, headers=(*failed.headers, (b"allow", allow.encode())))
+
+
+def closing(failed: Failure) -> Failure:
+    """Return a failure after which the connection is closed: the request's body is not read."""
+    return replace(failed, headers=(*failed.headers, CLOSE))
 
 
 def without_retry(failed: Failure) -> Failure:
@@ -102,8 +116,8 @@ def _of_reason(reason: Reason, message: str, retry_ms: int | None, param: str | 
         retry_ms = 1000
     # SDKs wait for a minute at most, and twice: a pause is longer.
     again = row.retryable and row.family is Family.REFUSED and reason is not Reason.PAUSED
-    code = CODES.get(reason, reason.value.lower())
-    return failure(status, message, code, param or PARAMS.get(reason), retry_ms, again)
+    word = REASONS.get(reason, reason.value.lower())
+    return failure(status, message, word, param or PARAMS.get(reason), retry_ms, again)
 
 
 def _without_our_id(message: str) -> str:

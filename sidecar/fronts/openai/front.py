@@ -34,7 +34,7 @@ from sidecar.fronts.openai.answering import Answering, ClientLeft, TooLong, body
 from sidecar.fronts.openai.body import read_body
 from sidecar.fronts.openai.candidates import Destination, Destinations
 from sidecar.fronts.openai.chat_templates import ChatTemplate
-from sidecar.fronts.openai.errors import Failure, failure, failure_of_error
+from sidecar.fronts.openai.errors import Failure, closing, failure, failure_of_error, wrong_method
 from sidecar.fronts.openai.large import LARGE_BYTES, LargeBodies, Refusal
 from sidecar.fronts.openai.load_calls import LoadCalls
 from sidecar.fronts.openai.models import Models
@@ -58,7 +58,6 @@ from sidecar.shell.requests import RequestFacts, TraceOrigin
 
 MODELS = "/v1/models"
 Place = Callable[[OpenAiRequest, Sequence[TextRequest | Refusal] | None], Destination]
-CLOSE = (b"connection", b"close")
 METHODS = {COMPLETIONS: ("POST",), CHAT: ("POST",), MODELS: ("GET", "HEAD")}
 
 
@@ -93,26 +92,22 @@ class OpenAiFront:
             sender = await self._gateway.access.identify(_presented(scope), Purpose(request_id, *_purpose_of(known)))
         except SidecarError as error:
             log_refused(request_id, error)
-            await send_failure(send, _closing(_failure_of(error)), request_id)
+            await send_failure(send, closing(_failure_of(error)), request_id)
             return
         if known not in self._methods:
-            off = "; for load calls set openai.load_calls: true" if path in load_calls.PATHS else ""
-            message = f"{scope['method']} {path[:80]} is not served{off}; there are {', '.join(self._methods)}"
+            there_is = load_calls.OFF if path in load_calls.PATHS else f"there are {', '.join(self._methods)}"
+            message = f"{scope['method']} {path[:80]} is not served; {there_is}"
             await send_failure(send, failure(404, message, "not_found"), request_id)
         elif scope["method"] not in self._methods[known]:
-            allow = ", ".join(self._methods[known])
-            failed = failure(405, f"{known} takes {allow}", "method_not_allowed")
-            failed = replace(failed, headers=(*failed.headers, (b"allow", allow.encode())))
-            await send_failure(send, failed, request_id)
+            await send_failure(send, wrong_method(known, self._methods[known]), request_id)
         elif known == MODELS:
             await self._show_models(scope, sender, path, send, request_id)
         elif scope["state"].get(CROWDED):
             message = "the http listener has as many connections as it takes; try again, or raise connections_max"
             full = failure(503, message, "too_many_connections", retry_ms=1000, retry=True)
-            await send_failure(send, replace(full, headers=(*full.headers, CLOSE)), request_id)
+            await send_failure(send, closing(full), request_id)
         elif why := why_not_json(scope["headers"]):
-            failed = failure(415, why, "unsupported_media_type")
-            await send_failure(send, replace(failed, headers=(*failed.headers, CLOSE)), request_id)
+            await send_failure(send, closing(failure(415, why, "unsupported_media_type")), request_id)
         elif self._loads is not None and path in load_calls.PATHS:
             await self._carry_out(self._loads, scope, sender, path, receive, send, request_id)
         else:
@@ -334,11 +329,6 @@ def _claims(caller: Caller) -> tuple[str, ...]:
     return (caller.tenant,) if caller.tenant else ()
 
 
-def _closing(failed: Failure) -> Failure:
-    """Return a failure after which the connection is closed: the request's body is not read."""
-    return replace(failed, headers=(*failed.headers, CLOSE))
-
-
 def _text(asked: OpenAiRequest, destination: Destination) -> str | None:
     """Return the prompt as its engine gets it, if it is a text. Engines write chats themselves, and count them."""
     if destination.text is not None:
@@ -355,5 +345,5 @@ def _of_one_session(caller: Caller, asked: OpenAiRequest) -> Caller:
 def _failure_of(error: SidecarError) -> Failure:
     failed = failure_of_error(error, error.param if isinstance(error, Unfit) else None)
     if isinstance(error, TooLong):
-        return replace(failed, status=413, headers=(*failed.headers, CLOSE))
+        return closing(failure(413, error.message, error.reason.value.lower()))
     return failed

@@ -34,6 +34,11 @@ logger = logging.getLogger(__name__)
 
 LOAD, UNLOAD, LOAD_IN_PLACE = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/load_lora_adapter"
 PATHS = (LOAD, UNLOAD, LOAD_IN_PLACE)
+OFF = (
+    "here operators add and remove adapters, by registering them or in the folder that is served, and "
+    "openai.load_calls: true lets trainers do it by these calls; /v1/models lists those that there are"
+)
+"""What to do instead, where load calls are not served."""
 BODY_BYTES_MAX = 64 << 10
 CALLS_MAX = 64
 """Calls that may be under way or wait."""
