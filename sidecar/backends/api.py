@@ -159,6 +159,7 @@ class Ticket:
         "caller",
         "came",
         "client_id",
+        "counting",
         "delivered",
         "dispatch",
         "payload",
@@ -198,6 +199,8 @@ class Ticket:
         """None if nothing is traced."""
         self.prompt_tokens: int | None = None
         """The prompt's tokens as the engine or its tokenizer has counted them, once that is known."""
+        self.counting: asyncio.Future[int] | None = None
+        """Done when the tokenizer has counted the prompt, if it does."""
         self.reservation: Charged | None = None
         """What it has taken of its tenant's budgets until it is settled."""
         self.delivered = 0

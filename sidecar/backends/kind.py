@@ -50,6 +50,7 @@ class Ask:
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     ignore_eos: bool = False
+    min_tokens: int | None = None
 
 
 class Piece(NamedTuple):

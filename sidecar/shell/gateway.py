@@ -239,7 +239,7 @@ class Gateway:
                 ticket.reservation.settle(0, 0, False, None)
             raise
         if text is not None and self.counter is not None:
-            self.counter.count(self._base_model(facts.adapter), text, ticket.counted)
+            ticket.counting = self.counter.count(self._base_model(facts.adapter), text, ticket.counted)
         return ticket
 
     def _base_model(self, adapter: str) -> str:

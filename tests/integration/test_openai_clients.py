@@ -71,6 +71,7 @@ async def test_the_asynchronous_client(tmp_path: Path, kind: str) -> None:
             assert (whole.model, whole.choices[0].text, whole.choices[0].finish_reason) == (name, text, "length")
             assert whole.usage is not None
             assert whole.usage.completion_tokens == 5
+            assert whole.usage.total_tokens == whole.usage.prompt_tokens + 5 > 5
             stream = await client.completions.create(model=name, prompt="hi", max_tokens=5, stream=True)
             assert "".join([chunk.choices[0].text async for chunk in stream]) == text
             chat = await client.chat.completions.create(model=name, messages=USER, max_completion_tokens=5)
@@ -82,6 +83,7 @@ async def test_the_asynchronous_client(tmp_path: Path, kind: str) -> None:
             assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == text
             assert chunks[-1].usage is not None
             assert chunks[-1].usage.completion_tokens == 5
+            assert chunks[-1].usage.total_tokens == chunks[-1].usage.prompt_tokens + 5 > 5
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,6 +15,7 @@ import openapi_spec_validator
 import pytest
 
 from sidecar.core.events import FirstToken
+from tests.integration.test_prompt_counts import write_tokenizer
 from tests.kit.emulated import EngineProcess, read_served, running_engine
 from tests.kit.openai_house import JSON
 from tests.kit.peft_files import BASE_MODEL
@@ -26,6 +27,8 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+ESTIMATED = {"prompt_tokens": 1, "prompt_tokens_estimated": True}
+"""The prompt "hi" where nothing counts it: OpenAI's rule of thumb has four characters to a token."""
 USER = [{"role": "user", "content": "hi"}]
 
 
@@ -75,7 +78,7 @@ def events_of(text: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("separate_final", [False, True])
 async def test_a_completion(tmp_path: Path, separate_final: bool) -> None:
-    """As one object, with the tokens that it took; the prompt's only the engine could count."""
+    """As one object, with the tokens that it took; of the prompt's it says that they are an estimate."""
     async with in_front(tmp_path, separate_final=separate_final) as (served, _, client):
         for name in ("a00", "a01@v1", "base", BASE_MODEL, "other-name"):
             response = await client.post(COMPLETIONS, json={"model": name, "prompt": "hi", "max_tokens": 5})
@@ -85,7 +88,7 @@ async def test_a_completion(tmp_path: Path, separate_final: bool) -> None:
                 {"index": 0, "text": text_of(served, adapter, 5), "logprobs": None, "finish_reason": "length"}
             ]
             assert (record["object"], record["model"]) == ("text_completion", name)
-            assert record["usage"] == {"completion_tokens": 5}
+            assert record["usage"] == ESTIMATED | {"completion_tokens": 5, "total_tokens": 6}
             assert response.headers.get("x-lora-version", "") == (f"{adapter}@v1" if adapter else "")
             assert response.headers["x-lora-backend"] == "trt-0"
 
@@ -102,7 +105,7 @@ async def test_a_streamed_completion(tmp_path: Path) -> None:
         body["stream_options"] = {"include_usage": True}
         *chunks, last = events_of((await client.post(COMPLETIONS, json=body)).text)
         assert all(chunk["usage"] is None for chunk in chunks)
-        assert (last["choices"], last["usage"]) == ([], {"completion_tokens": 4})
+        assert (last["choices"], last["usage"]) == ([], ESTIMATED | {"completion_tokens": 4, "total_tokens": 5})
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -137,6 +140,27 @@ async def test_what_a_chat_is_to_the_engine(tmp_path: Path) -> None:
         assert chat.json()["choices"][0]["message"]["content"] == texts[0]
 
 
+async def test_a_tokenizer_counts_prompts(tmp_path: Path) -> None:
+    """Of completions and of chats, as the engine gets them; streamed and whole, and for each prompt of a list."""
+    tokenizer = write_tokenizer(tmp_path / "tokenizer.json")  # one token for each word, and one that begins a text
+    template = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+    async with in_front(tmp_path, template, {"tokenizer": str(tokenizer)}) as (_, _, client):
+        for stream in (False, True):
+            more = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+            for path, asked, tokens in (
+                (COMPLETIONS, {"prompt": "one two three"}, 4),
+                (COMPLETIONS, {"prompt": ["one", "one two"]}, 5),
+                (COMPLETIONS, {"prompt": "one two three", "n": 2}, 4),
+                (CHAT, {"messages": USER}, 3),
+            ):
+                response = await client.post(path, json={"model": "a00", "max_tokens": 2, **asked, **more})
+                usage = (events_of(response.text)[-1] if stream else response.json())["usage"]
+                answers = 2 if asked.get("n") or isinstance(asked.get("prompt"), list) else 1
+                assert usage == {
+                    "prompt_tokens": tokens, "completion_tokens": 2 * answers, "total_tokens": tokens + 2 * answers,
+                }, asked  # fmt: skip
+
+
 async def test_two_templates(tmp_path: Path) -> None:
     """A chat goes to engines that would make the same of it, and not to one that has no template."""
     write_adapters(tmp_path / "adapters", 1)
@@ -167,7 +191,10 @@ async def test_a_chat_without_a_template(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "param"),
     [
-        ({"n": 2}, "n"),
+        ({"n": 1025}, "n"),
+        ({"n": 2, "best_of": 3}, "best_of"),
+        ({"min_tokens": 5}, "min_tokens"),
+        ({"min_tokens": "1"}, "min_tokens"),
         ({"best_of": 3}, "best_of"),
         ({"logprobs": 1}, "logprobs"),
         ({"echo": True}, "echo"),
@@ -191,6 +218,36 @@ async def test_what_such_engines_cannot_do(tmp_path: Path, more: dict[str, Any],
         error = response.json()["error"]
         assert (response.status_code, error["param"], error["reason"]) == (400, param, "invalid_request")
         assert not engine.served
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_several_answers_to_a_prompt(tmp_path: Path, path: str, stream: bool) -> None:
+    """Each is a request of its own at the engine, and a choice of one answer; the prompt counts once, as in vLLM."""
+    async with in_front(tmp_path, TEMPLATE) as (served, engine, client):
+        asked = {"messages": USER} if path == CHAT else {"prompt": ["hi", "you"]}
+        body = {"model": "a00", "max_tokens": 3, "n": 3, "temperature": 1, "seed": 7, "stream": stream} | asked
+        response = await client.post(path, json=body | ({"stream_options": {"include_usage": True}} if stream else {}))
+        records = events_of(response.text) if stream else [response.json()]
+        texts: dict[int, str] = {}
+        for choice in (choice for record in records for choice in record["choices"]):
+            piece = choice.get("delta", choice.get("message", choice))
+            texts[choice["index"]] = texts.get(choice["index"], "") + (piece.get("content") or piece.get("text") or "")
+        count = 3 if path == CHAT else 6
+        assert texts == dict.fromkeys(range(count), text_of(served, "a00", 3))
+        usage = records[-1]["usage"]
+        prompts = len(b"<user>hi<assistant>") // 4 + 1 if path == CHAT else 2
+        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (prompts, 3 * count)
+        assert usage["prompt_tokens_estimated"] is True
+        assert len([one for one in engine.served if not one.weights]) == count
+
+
+async def test_a_shortest_length(tmp_path: Path) -> None:
+    """The engine has an input for it."""
+    async with in_front(tmp_path) as (served, _, client):
+        body = {"model": "a00", "prompt": "hi", "max_tokens": 6, "min_tokens": 6, "ignore_eos": True}
+        response = await client.post(COMPLETIONS, json=body)
+        assert response.json()["choices"][0]["text"] == text_of(served, "a00", 6)
 
 
 async def test_tools_are_refused(tmp_path: Path) -> None:
@@ -232,11 +289,14 @@ async def test_stop_words(tmp_path: Path, stream: bool) -> None:
 
 
 async def test_an_engine_that_is_not_decoupled(tmp_path: Path) -> None:
-    """It answers at once: that is told as a stream, too, and no count is made up."""
+    """It answers at once: that is told as a stream, too, and a count is an estimate and says so."""
     async with in_front(tmp_path, decoupled=False) as (served, _, client):
         body = {"model": "a00", "prompt": "hi", "max_tokens": 4}
         record = (await client.post(COMPLETIONS, json=body)).json()
-        assert (record["choices"][0]["text"], record["usage"]) == (text_of(served, "a00", 4), None)
+        assert record["choices"][0]["text"] == text_of(served, "a00", 4)
+        usage = record["usage"]
+        assert (usage["prompt_tokens_estimated"], usage["completion_tokens_estimated"]) == (True, True)
+        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
         chunks = events_of((await client.post(COMPLETIONS, json=body | {"stream": True})).text)
         assert chunks[0]["choices"][0]["text"] == text_of(served, "a00", 4)
 
@@ -295,7 +355,7 @@ async def test_the_llm_api_model(tmp_path: Path) -> None:
         text = whole["choices"][0]["text"]
         assert len(text) == 5
         assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == text
-        assert whole["usage"] == {"completion_tokens": 5}
+        assert whole["usage"] == ESTIMATED | {"completion_tokens": 5, "total_tokens": 6}
         refused = await client.post(COMPLETIONS, json=body | {"repetition_penalty": 1.5})
         assert refused.status_code == 400
         assert "no repetition_penalty" in refused.json()["error"]["message"]

@@ -140,6 +140,8 @@ def tensors(raw: Any) -> dict[str, bytes]:
         ({"seed": 3, "repetition_penalty": 1.5}, {"seed", "repetition_penalty"}),
         ({"presence_penalty": 1, "frequency_penalty": 0}, {"presence_penalty"}),
         ({"ignore_eos": True}, {"end_id"}),
+        ({"min_tokens": 3}, {"min_tokens"}),
+        ({"min_tokens": 0}, set()),
         ({"stop": "x"}, {"stop_words"}),
         ({"stop": []}, set()),
     ],
@@ -224,7 +226,8 @@ def test_every_reason_has_a_status(reason: Reason) -> None:
     failed = _of_reason(reason, "words", None)
     headers = dict(failed.headers)
     error = json.loads(failed.body)["error"]
-    assert set(error) == {"message", "type", "param", "code"}
+    assert set(error) == {"message", "type", "param", "code", "reason"}
+    assert error["code"] == failed.status
     assert 400 <= failed.status < 600
     may_have_run = reason.row.family is Family.FAILED
     is_soon = reason is not Reason.PAUSED  # SDKs wait for a minute at most

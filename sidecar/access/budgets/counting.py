@@ -52,14 +52,15 @@ class PromptCounter:
         self._threads = ThreadPoolExecutor(1, "prompts")
         self._waiting_characters = 0
 
-    def count(self, base_model: str, text: str, tell: Callable[[int], None]) -> None:
+    def count(self, base_model: str, text: str, tell: Callable[[int], None]) -> asyncio.Future[int] | None:
         """Count a text's tokens and call `tell` with them, in this event loop; never if the model has no tokenizer.
 
         The tokens that begin a text count, as they do in engines. A model without a name here has the only tokenizer.
+        Returns what is done then, or None.
         """
         tokenizer = self._by_model.get(base_model, self._only)
         if tokenizer is None or self._waiting_characters + len(text) > WAITING_CHARACTERS_MAX:
-            return
+            return None
         self._waiting_characters += len(text)
 
         def tokens() -> int:
@@ -74,6 +75,7 @@ class PromptCounter:
                 tell(future.result())
 
         counting.add_done_callback(counted)
+        return counting
 
     def close(self) -> None:
         """Count nothing further."""

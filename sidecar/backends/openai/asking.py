@@ -11,6 +11,7 @@ from sidecar.backends.kind import Ask
 COMPLETIONS = "/v1/completions"
 _OPTIONAL = (
     "temperature", "top_k", "top_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty",
+    "min_tokens",
 )  # fmt: skip
 
 

@@ -21,9 +21,10 @@ _SAMPLING = (
     ("top_p", "FP32", "<f"),
     ("seed", "UINT64", "<Q"),
     ("repetition_penalty", "FP32", "<f"),
+    ("min_tokens", "INT32", "<i"),
 )
 _PENALTIES = ("presence_penalty", "frequency_penalty")
-_LLMAPI_LACKS = ("repetition_penalty", "ignore_eos")
+_LLMAPI_LACKS = ("repetition_penalty", "ignore_eos", "min_tokens")
 """Fields for which the LLM-API model has no input."""
 NO_END = -1
 """The id of no token: the answer ends by its length only."""

@@ -62,6 +62,8 @@ class _Answer(Protocol):
 
     def take(self, reply: Reply) -> bytes: ...
 
+    def end(self, prompt_tokens: int | None) -> bytes: ...
+
 
 def declared_size(headers: Headers, size_bytes_max: int) -> int:
     """Return a body's size in bytes by its headers; `size_bytes_max` if they do not say. Raises TooLong."""
@@ -116,16 +118,15 @@ class Answering:
     def __init__(
         self,
         gateway: Gateway,
-        asked: OpenAiRequest,
-        destination: Destination,
+        requests: Sequence[tuple[OpenAiRequest, Destination]],
         tickets: Sequence[Ticket],
         hide_backend: bool,
         limits: Headers = (),
     ) -> None:
         self._limits = limits
         self._gateway = gateway
-        self._asked = asked
-        self._destination = destination
+        self._requests = requests
+        self._asked, self._destination = requests[0]
         self._tickets = tickets
         self._hide_backend = hide_backend
         self._request_id = tickets[0].client_id
@@ -159,7 +160,7 @@ class Answering:
         if len(self._tickets) > 1:
             await self._relay_all(send)
             return
-        async for body, ended in self._pieces(self._tickets[0]):
+        async for body, ended in self._pieces(0):
             if body or self._asked.streams:
                 await self._write(send, body, ended)
 
@@ -167,9 +168,9 @@ class Answering:
         """Relay the answers to several prompts. They are one request: the first that ends early ends all."""
         merged, writing = Merged(self._asked.answers), asyncio.Lock()
 
-        async def relay_one(part: int, ticket: Ticket) -> bytes:
+        async def relay_one(part: int) -> bytes:
             answer = b""
-            async for body, _ in self._pieces(ticket):
+            async for body, _ in self._pieces(part):
                 if not self._asked.streams:
                     answer = body
                 elif events := merged.events(part, body):
@@ -177,7 +178,7 @@ class Answering:
                         await self._write(send, events, False)
             return answer
 
-        relays = [asyncio.create_task(relay_one(part, ticket)) for part, ticket in enumerate(self._tickets)]
+        relays = [asyncio.create_task(relay_one(part)) for part in range(len(self._tickets))]
         try:
             answers = await asyncio.gather(*relays)
         finally:
@@ -186,32 +187,38 @@ class Answering:
             await asyncio.gather(*relays, return_exceptions=True)
         await self._write(send, merged.end() if self._asked.streams else merged.whole(answers), True)
 
-    async def _pieces(self, ticket: Ticket) -> AsyncIterator[tuple[bytes, bool]]:
-        """Yield the bytes to write, and True with the last. Replies that came during a write go together.
+    async def _pieces(self, part: int) -> AsyncIterator[tuple[bytes, bool]]:
+        """Yield the bytes to write of one ticket's answer, and True with the last.
 
-        Raises _Ended if the answer is incomplete.
+        Replies that came during a write go together. Raises _Ended if the answer is incomplete.
         """
+        ticket = self._tickets[part]
         answer: _Answer | None = None
         while answer is None or not answer.ended:
             item = await ticket.next()
             if isinstance(item, Settle):
                 raise _Ended(item, ticket)
             if answer is None:
-                answer = self._new_answer(ticket)
+                answer = self._new_answer(part)
             pieces = [answer.take(item)]
             while not answer.ended and (more := ticket.another()) is not None:
                 pieces.append(answer.take(more))
+            if answer.ended:
+                if ticket.counting is not None and (self._asked.wants_usage or not self._asked.streams):
+                    await asyncio.wait([ticket.counting])
+                pieces.append(answer.end(ticket.prompt_tokens))
             yield pieces[0] if len(pieces) == 1 else b"".join(pieces), answer.ended
 
-    def _new_answer(self, ticket: Ticket) -> _Answer:
+    def _new_answer(self, part: int) -> _Answer:
+        (asked, destination), ticket = self._requests[part], self._tickets[part]
         dispatch = ticket.dispatch
         assert dispatch is not None
         model = model_kind(self._gateway.fleet.kind_of(dispatch.backend))
         if model.native is Native.OPENAI:
             return PassedOn()
-        assert self._destination.text is not None, "a request without a text for an engine that takes nothing else"
+        assert destination.text is not None, "a request without a text for an engine that takes nothing else"
         reader = relay.reader_of(self._gateway, ticket, is_text=True)
-        return TextAnswer(self._asked, self._destination.text, self._gateway.fleet.streams(dispatch.backend), reader)
+        return TextAnswer(asked, destination.text, self._gateway.fleet.streams(dispatch.backend), reader)
 
     async def _write(self, send: Send, body: bytes, ended: bool) -> None:
         self._blocked(monotonic_ns())

@@ -43,9 +43,11 @@ from sidecar.fronts.openai.request import (
     CHAT,
     COMPLETIONS,
     Caller,
+    N,
     OpenAiRequest,
     Unfit,
     check_request_id,
+    choices_of,
     parts_of,
     read_caller,
     read_request,
@@ -168,9 +170,8 @@ class OpenAiFront:
                     failed = replace(failed, headers=(*failed.headers, *self._limits(tenant, caller, requests[0][0])))
                 await send_failure(send, failed, request_id)
                 return
-            asked, destination = requests[0]
-            limits = self._limits(tenant, caller, asked)
-            await Answering(self._gateway, asked, destination, tickets, self._hide_backend, limits).serve(receive, send)
+            limits = self._limits(tenant, caller, requests[0][0])
+            await Answering(self._gateway, requests, tickets, self._hide_backend, limits).serve(receive, send)
         finally:
             for ticket in reversed(tickets):  # queued ones first, as in `Answering`
                 self._gateway.close(ticket)
@@ -190,10 +191,20 @@ class OpenAiFront:
         if size_bytes <= LARGE_BYTES:
             parts = parts_of(read_request(path, read_body(b"".join(pieces))), *bounds)
             self._permit(sender, parts[0].model, tenant, request_id)
-            return [(asked, place(asked, None)) for asked in parts]
+            return [each for asked in parts for each in self._placed(asked, place, len(parts))]
         found = await self.large_bodies.read(pieces, self._destinations.order(path, size_bytes, *bounds))
         self._permit(sender, found[0].asked.model, tenant, request_id)
         return [(each.asked, place(each.asked, each.texts)) for each in found]
+
+    def _placed(self, asked: OpenAiRequest, place: Place, prompts: int) -> list[tuple[OpenAiRequest, Destination]]:
+        """Return a request and where it goes; several if its engines give one answer to a request and it wants more."""
+        try:
+            return [(asked, place(asked, None))]
+        except Unfit as unfit:
+            if unfit.param != N:
+                raise
+        choices = choices_of(asked, prompts, self._prompts_max, self._body_bytes_max)
+        return [(each, place(each, None)) for each in choices]
 
     def _permit(self, sender: access.Caller, model: str, tenant: str, request_id: str) -> None:
         """Ask before engines are looked for: what they can answer would tell that a name is there.

@@ -60,13 +60,18 @@ class Merged:
 
 
 def added_up(usages: Sequence[Mapping[str, Any]]) -> Record:
-    """Return the sums of counts by name, details within details; a count that no answer has is null."""
+    """Return the sums of counts by name, details within details; a count that no answer has is null.
+
+    A flag of one answer, as that a count is an estimate, is one of the sum.
+    """
     total: Record = {}
     for usage in usages:
         for name, value in usage.items():
             total.setdefault(name, None)
             if isinstance(value, Mapping):
                 total[name] = added_up([total[name] or {}, value])
+            elif isinstance(value, bool):
+                total[name] = value or bool(total[name])
             elif value is not None:
                 total[name] = (total[name] or 0) + value
     return total

@@ -15,6 +15,7 @@ from sidecar.fronts.callers import REQUEST_ID_KEY, made_id
 from sidecar.fronts.kserve.parameters import seconds_until
 from sidecar.fronts.openai.body import LENGTHS, Body, Span
 
+N = "n"
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 COMPLETION_TOKENS_DEFAULT = 16
 """OpenAI's default for completions; a chat is as long as the engine allows."""
@@ -80,6 +81,8 @@ class OpenAiRequest:
     has_length: bool = False
     """True if the client says how long the answer may be, in a member that engines read on this path."""
     part: Span | None = None
+    choice: int | None = None
+    """Which of several answers to one prompt it is, if each is a request of its own."""
 
     def around(self, length: int | None = None) -> tuple[bytes, bytes]:
         """Return the body's bytes before and after the model's name; with `length`, it asks for so many tokens."""
@@ -120,7 +123,7 @@ def read_request(path: str, body: Body) -> OpenAiRequest:
         has_length = any(values.get(name) is not None for name in COMPLETION_LENGTHS)
     if max_tokens is None and path == COMPLETIONS:
         max_tokens = COMPLETION_TOKENS_DEFAULT
-    each = max(1, _count(values, "n") or 1, _count(values, "best_of") or 1)
+    each = max(1, _count(values, N) or 1, _count(values, "best_of") or 1)
     return OpenAiRequest(
         path=path,
         body=body,
@@ -163,6 +166,26 @@ def parts_of(asked: OpenAiRequest, prompts_max: int, bytes_max: int) -> tuple[Op
         replace(asked, part=span, answers=each, prompt_tokens=_tokens_in([prompt]), prompt_bytes=_bytes_in([prompt]))
         for prompt, span in zip(prompts, body.prompts(), strict=True)
     )
+
+
+def choices_of(asked: OpenAiRequest, prompts: int, requests_max: int, bytes_max: int) -> tuple[OpenAiRequest, ...]:
+    """Return one of `prompts` prompts as a request for each of its answers, for engines that give one to a request.
+
+    Raises Unfit for more than `requests_max` answers to all prompts, or if they would have more than `bytes_max`.
+    """
+    total = prompts * asked.answers
+    best_of = asked.body.values.get("best_of")
+    if best_of not in (None, 1, asked.body.values.get(N)):
+        raise Unfit(
+            "best_of", "the engines behind this model cannot choose the best of their answers; leave best_of out"
+        )
+    if total > requests_max or total * asked.size_bytes > bytes_max:
+        raise Unfit(
+            N,
+            f"each of the {total} answers is a request of its own here: at most {requests_max} are taken at once "
+            f"(listeners.http.prompts_max), and {bytes_max} bytes in all; set a smaller n",
+        )
+    return tuple(replace(asked, choice=choice, answers=1) for choice in range(asked.answers))
 
 
 def _are_several(prompt: Any) -> bool:

@@ -1,7 +1,8 @@
 """Write an engine's text in the form of completions and chats: chunks as they come, or one object at the end.
 
-What the engine does not report is left out: a usage has the known counts only, and an answer ended by its length if it
-has as many tokens as were allowed.
+Such engines do not report how an answer ended: by its length if it has as many tokens as were allowed. Nor do they
+count tokens: an answer's are counted as they come, a prompt's by its tokenizer. Where neither can be, the usage has an
+estimate and says so, since clients add up and bill whole numbers.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from sidecar.fronts.openai.request import OpenAiRequest
 from sidecar.fronts.openai.text_forms import TextRequest
 
 DONE = b"data: [DONE]\n\n"
+TOKEN_BYTES = 4
+"""Bytes of text that are estimated to be one token, as OpenAI's rule of thumb for English has it."""
 
 
 class TextAnswer:
@@ -25,11 +28,11 @@ class TextAnswer:
 
     def __init__(self, asked: OpenAiRequest, text: TextRequest, counts: bool, reader: Reader) -> None:
         self._asked = asked
-        self._max_tokens = text.max_tokens
+        self._text = text
         self._counts = counts
         self._reader = reader
         self._stop = StopWords(text.stop)
-        self._tokens = 0
+        self._tokens = self._bytes = 0
         self._pieces: list[str] = []
         self.ended = False
         self._id = f"{'chatcmpl' if asked.is_chat else 'cmpl'}-{uuid4().hex}"
@@ -38,24 +41,34 @@ class TextAnswer:
         self._has_begun = False
 
     def take(self, reply: Reply) -> bytes:
-        """Return what a reply adds to the response: events of a stream, or at the end the whole object."""
+        """Return what a reply adds to the response: events of a stream, else nothing until the end."""
         piece = self._reader.read(reply)
         self._tokens += piece.tokens
         text = self._stop.pass_on(piece.text, reply.final)
+        self._bytes += len(text.encode())
         self.ended = reply.final or self._stop.found
         if self._asked.streams:
             return self._events(text)
         self._pieces.append(text)
-        return self._whole() if self.ended else b""
+        return b""
+
+    def end(self, prompt_tokens: int | None) -> bytes:
+        """Return the end of a stream, or the whole object. `prompt_tokens` is None if nothing has counted them."""
+        return self._last_events(prompt_tokens) if self._asked.streams else self._whole(prompt_tokens)
 
     @property
     def _reason(self) -> str:
-        by_length = self._counts and not self._stop.found and self._tokens >= self._max_tokens
+        by_length = self._counts and not self._stop.found and self._tokens >= self._text.max_tokens
         return "length" if by_length else "stop"
 
-    @property
-    def _usage(self) -> dict[str, int]:
-        return {"completion_tokens": self._tokens} if self._counts else {}
+    def _usage(self, prompt_tokens: int | None) -> dict[str, int]:
+        if self._asked.choice:  # the prompt counts once, with the first of its answers
+            prompt_tokens = 0
+        estimated = {"prompt": prompt_tokens is None, "completion": not self._counts}
+        prompt = _estimated(len(self._text.prompt.encode())) if prompt_tokens is None else prompt_tokens
+        completion = self._tokens if self._counts else _estimated(self._bytes)
+        usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return usage | {f"{which}_tokens_estimated": True for which, is_so in estimated.items() if is_so}
 
     def _around(self) -> tuple[bytes, bytes]:
         """Return a chunk split at the JSON string of its text, so that only the text is encoded for each."""
@@ -85,20 +98,21 @@ class TextAnswer:
         self._has_begun = True
         if text:
             events.append(self._before + json.dumps(text).encode() + self._after)
-        if self.ended:
-            nothing: dict[str, Any] = {"delta": {}} if self._asked.is_chat else {"text": ""}
-            events.append(self._chunk([{"index": 0, **nothing, "logprobs": None, "finish_reason": self._reason}]))
-            if self._asked.wants_usage:
-                events.append(self._chunk([], self._usage))
-            events.append(DONE)
         return b"".join(events)
 
-    def _whole(self) -> bytes:
+    def _last_events(self, prompt_tokens: int | None) -> bytes:
+        nothing: dict[str, Any] = {"delta": {}} if self._asked.is_chat else {"text": ""}
+        events = [self._chunk([{"index": 0, **nothing, "logprobs": None, "finish_reason": self._reason}])]
+        if self._asked.wants_usage:
+            events.append(self._chunk([], self._usage(prompt_tokens)))
+        return b"".join((*events, DONE))
+
+    def _whole(self, prompt_tokens: int | None) -> bytes:
         text = "".join(self._pieces)
         content = {"message": {"role": "assistant", "content": text}} if self._asked.is_chat else {"text": text}
         choice = {"index": 0, **content, "logprobs": None, "finish_reason": self._reason}
         record = self._record("chat.completion" if self._asked.is_chat else "text_completion")
-        return json.dumps(record | {"choices": [choice], "usage": self._usage or None}).encode()
+        return json.dumps(record | {"choices": [choice], "usage": self._usage(prompt_tokens)}).encode()
 
 
 class PassedOn:
@@ -109,6 +123,9 @@ class PassedOn:
     def take(self, reply: Reply) -> bytes:
         self.ended = reply.final
         return reply.raw
+
+    def end(self, prompt_tokens: int | None) -> bytes:
+        return b""
 
 
 class StopWords:
@@ -142,3 +159,7 @@ def _begun(text: str, word: str) -> int:
         if text.endswith(word[:length]):
             return length
     return 0
+
+
+def _estimated(size_bytes: int) -> int:
+    return -(-size_bytes // TOKEN_BYTES)

@@ -17,13 +17,13 @@ from sidecar.backends.api import Form
 from sidecar.backends.kind import Ask, write_for
 from sidecar.fronts.generate.forms import INT32_MAX
 from sidecar.fronts.openai.chat_templates import ChatTemplate, plain_messages
-from sidecar.fronts.openai.request import OpenAiRequest, Unfit
+from sidecar.fronts.openai.request import N, OpenAiRequest, Unfit
 
 READ = frozenset(
     {
         "model", "prompt", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature",
         "top_k", "top_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty", "stop", "ignore_eos",
-        "chat_template_kwargs", "add_generation_prompt",
+        "min_tokens", "chat_template_kwargs", "add_generation_prompt",
     }
 )  # fmt: skip
 ABOUT_THE_CALLER = frozenset(
@@ -48,7 +48,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "min_p": (0,),
-    "min_tokens": (0,),
     "length_penalty": (1,),
     "use_beam_search": (False,),
     "stop_token_ids": ([],),
@@ -90,12 +89,15 @@ def text_request(
     models = {registry.model_kind(name): does_stream for name, does_stream in streams.items()}
     where = f"the engines behind this model ({', '.join(dict.fromkeys(model.title for model in models))})"
     values = asked.body.values
-    _check_members(values, where)
+    _check_members(values if asked.choice is None else {**values, N: 1, "best_of": 1}, where)
     max_tokens = tokens_assumed if asked.max_tokens is None else asked.max_tokens
     if limited is not None:
         max_tokens = min(max_tokens, limited)
     if not 0 < max_tokens <= INT32_MAX:
         raise Unfit("max_tokens", f"max_tokens must be 1 to {INT32_MAX} for {where}")
+    min_tokens = _whole(values, "min_tokens", 0)
+    if min_tokens is not None and min_tokens > max_tokens:
+        raise Unfit("min_tokens", f"min_tokens is {min_tokens} and the answer has {max_tokens} tokens at most")
     stop = _stop_words(values)
     ask = Ask(
         text=_text(asked, template, where),
@@ -103,7 +105,8 @@ def text_request(
         model=asked.model,
         stop_words=stop,
         ignore_eos=values.get("ignore_eos") is True,
-        **_sampling(values),
+        min_tokens=min_tokens or None,
+        **_sampling(values, asked.choice or 0),
     )
     forms, why_not = write_for(ask, models)
     return TextRequest(forms, why_not, max_tokens, stop, ask.text or "")
@@ -155,8 +158,8 @@ def _stop_words(values: dict[str, Any]) -> tuple[str, ...]:
     return tuple(word.encode(errors="replace").decode() for word in words)
 
 
-def _sampling(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the sampling parameters.
+def _sampling(values: dict[str, Any], choice: int) -> dict[str, Any]:
+    """Return the sampling parameters; each choice of several is drawn by a seed of its own.
 
     TensorRT-LLM is greedy until it is given a number of candidates, whatever the temperature, and draws the same random
     numbers for every request until it is given a seed. Clients of this API expect neither.
@@ -172,6 +175,8 @@ def _sampling(values: dict[str, Any]) -> dict[str, Any]:
             top_p = 1.0
         if seed is None:
             seed = secrets.randbits(63)
+    if seed is not None:
+        seed = (seed + choice) % 2**64
     if top_k is not None and top_k <= 0:
         top_k = None
     return sampling | {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
