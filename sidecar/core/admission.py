@@ -179,8 +179,10 @@ def _unknown(state: State, text: str, tenant: str | None) -> str:
     if near:
         return f'unknown adapter "{shown}"; did you mean {" or ".join(near)}?'
     if not usable:
+        if tenant is None:
+            return f'unknown adapter "{shown}": none is registered; "sidecar adapters register" does it'
         whose = f' for tenant "{tenant}"' if tenant else ""
-        return f'unknown adapter "{shown}": none is registered{whose}; operators do so with "sidecar adapters register"'
+        return f'unknown adapter "{shown}": none is registered{whose}; ask your operator for one'
     if tenant is not None:
         return f'unknown adapter "{shown}"; GET /v1/models of the http listener lists those that you may use'
     return f'unknown adapter "{shown}"; "sidecar adapters list" shows those that are registered, and for whom'

@@ -138,7 +138,7 @@ def no_backend_message(state: State, name: str, digest: str) -> str:
             sentence = sentence or f" {backend.id}: {unfit.sentence}."
     total = len(state.backends)
     if total and not counts:
-        return f'{name}: no backend that the request may go to is configured; "sidecar backends list" shows them'
+        return f"{name}: no backend that the request may go to is configured; ask your operator which take it"
     if not total and state.config.pools:
         return f"{name}: no engine has been found yet, and none of {', '.join(state.config.pools)} could serve it"
     if not total:

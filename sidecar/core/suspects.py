@@ -47,6 +47,6 @@ def clear(state: State, digest: str) -> None:
 
 def quarantine_message(name: str, why: str) -> str:
     return (
-        f"{name} is quarantined: {why}; find out why the engine dies of it, then lift it with "
-        f'"sidecar adapters release {name}"'
+        f"{name} is quarantined: {why}; an operator finds out why the engine dies of it, and releases it; until then "
+        "name another model of /v1/models"
     )

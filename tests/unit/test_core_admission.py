@@ -50,8 +50,11 @@ def test_the_nearest_is_found_among_thousands(typo: str) -> None:
 
 
 def test_unknown_adapter_when_none_is_registered() -> None:
-    """With an empty registry the message says how to register."""
-    assert "sidecar adapters register" in refusal(World(), "sql").message
+    """Operators are told how to register; clients, who cannot, whom to ask."""
+    message = refusal(World(), "sql").message
+    assert "none is registered" in message
+    assert "sidecar adapters" not in message
+    assert "sidecar adapters register" in unknown_adapter(World().core.state, "sql").message
 
 
 def test_a_ten_megabyte_name_is_refused_in_few_words() -> None:

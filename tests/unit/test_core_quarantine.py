@@ -77,7 +77,7 @@ def test_quarantine_says_why_and_what_to_do() -> None:
     message = world.settled[refused].message
     assert "bad is quarantined" in message
     assert message.count(" b") >= 2
-    assert "sidecar adapters release bad" in message
+    assert "name another model of /v1/models" in message
     assert not world.settled[refused].retry_after_ns
 
 

@@ -162,7 +162,7 @@ async def abort_with_first(context: Any, verb: str, errors: Sequence[grpc.aio.Ai
     """End a call with the first error; without one, with NO_BACKEND."""
     if errors:
         await _abort_with(context, errors[0])
-    message = f'{verb}: no backend is up; "sidecar backends list" says why'
+    message = f"{verb}: no backend is up; try again later"
     await abort(context, Refused(Reason.NO_BACKEND, message, retry_after_s=1.0))
 
 

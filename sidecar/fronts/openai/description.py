@@ -22,9 +22,10 @@ from sidecar.fronts.openai.body import MEMBERS_MAX, MODEL_CHARACTERS_MAX
 from sidecar.fronts.openai.request import CHAT, COMPLETIONS, HEADERS
 
 Text = Annotated[str, Field(min_length=1)]
+Texts = Annotated[list[Text], Field(min_length=1)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=INT32_MAX)]], Field(min_length=1)]
-PRINTABLE = r"^[!-~]([ -~]*[!-~])?$"
-"""A header's value as every client can send it: one line of ASCII without blanks at the ends."""
+PRINTABLE = r"^([!-~]([ -~]*[!-~])?)?$"
+"""A header's value as every client can send it: one line of ASCII without blanks at the ends, or nothing."""
 MODEL_NAME = r"^[^/]+(/[^/]+)*$"
 
 
@@ -59,7 +60,7 @@ class Asked(_Object):
 
 
 class CompletionRequest(Asked):
-    prompt: Text | TokenIds | Annotated[list[Text] | list[TokenIds], Field(min_length=1)]
+    prompt: Text | TokenIds | Texts | Annotated[list[TokenIds], Field(min_length=1)]
 
 
 class Message(_Object):
@@ -152,7 +153,8 @@ def description_of(config: Config) -> bytes:
         "info": {
             "title": "lora-sidecar",
             "version": version("lora-sidecar"),
-            "description": "The OpenAI API: `model` names an adapter, one of its versions, or the base model.",
+            "description": "The OpenAI API: `model` names an adapter, one of its versions, or the base model. Engines "
+            "that take text only refuse token ids, and members that they have no input for.",
         },
         "paths": _paths(config),
         "components": {"schemas": schemas["$defs"]},
@@ -168,12 +170,12 @@ def _paths(config: Config) -> dict[str, Any]:
     tenant = [each for each in headers if each["name"] == "x-lora-tenant"]
     request_id = _header(REQUEST_ID_KEY, identities.REQUEST_ID, config)
     model = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "pattern": MODEL_NAME}}
-    versions = {"name": "versions", "in": "query", "schema": {"type": "boolean"}}
+    versions = {"name": "versions", "in": "query", "schema": {"type": "string", "examples": ["true"]}}
     streamed = {"text/event-stream": {"schema": {"type": "string"}}}
     text = {"text/plain": {"schema": {"type": "string"}}}
 
     def get(summary: str, answer: type[BaseModel], *parameters: Any, **more: Any) -> dict[str, Any]:
-        return {"get": _operation(summary, _json(answer), [request_id, *parameters]) | more}
+        return {"get": _operation(summary, _json(answer), list(parameters)) | more}
 
     def post(summary: str, body: type[BaseModel], answer: dict[str, Any], *parameters: Any) -> dict[str, Any]:
         asked = {"requestBody": {"required": True, "content": _json(body)}}
@@ -211,7 +213,7 @@ def _json(model: type[BaseModel]) -> dict[str, Any]:
 def _header(name: str, shape: Shape, config: Config) -> dict[str, Any]:
     schema: dict[str, Any] = {"type": "string", "maxLength": shape.characters_max, "pattern": PRINTABLE}
     if shape is identities.DEADLINE:
-        schema = {"type": "integer", "minimum": 1}
+        schema = {"type": "integer", "minimum": 1, "exclusiveMaximum": 10**12}
     elif shape is identities.CLASS:
         schema = {"type": "string", "enum": sorted({"default", *config.queue.classes})}
     return {"name": name, "in": "header", "schema": schema}

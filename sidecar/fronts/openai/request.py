@@ -190,7 +190,7 @@ def choices_of(asked: OpenAiRequest, prompts: int, requests_max: int, bytes_max:
 
 def _are_several(prompt: Any) -> bool:
     """Return True for a list of several prompts; False for one of token ids, or of one prompt."""
-    return isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
+    return isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int | float)
 
 
 def _flag(values: dict[str, Any], name: str) -> bool:
@@ -202,12 +202,17 @@ def _flag(values: dict[str, Any], name: str) -> bool:
 
 
 def _count(values: dict[str, Any], name: str) -> int | None:
-    value = values.get(name)
+    value = whole_number(values.get(name))
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise Unfit(name, f'"{name}" must be a whole number, and not below 0')
     return value
+
+
+def whole_number(value: Any) -> Any:
+    """Return a number such as 4.0 as an integer, since JSON's schemas and engines take it for one."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _chat_bytes(body: Body) -> int:
@@ -230,7 +235,7 @@ def _prompt_sizes(prompt: Any) -> tuple[int, int, int]:
     if isinstance(prompt, str):
         return 0, _bytes_in([prompt]), 1
     if isinstance(prompt, list) and prompt:
-        if isinstance(prompt[0], int):
+        if isinstance(prompt[0], int | float):
             return len(prompt), 0, 1
         if all(isinstance(one, str) for one in prompt) or all(_is_token_ids(one) for one in prompt):
             return _tokens_in(prompt), _bytes_in(prompt), len(prompt)

@@ -17,7 +17,7 @@ from sidecar.backends.api import Form
 from sidecar.backends.kind import Ask, write_for
 from sidecar.fronts.generate.forms import INT32_MAX
 from sidecar.fronts.openai.chat_templates import ChatTemplate, plain_messages
-from sidecar.fronts.openai.request import N, OpenAiRequest, Unfit
+from sidecar.fronts.openai.request import N, OpenAiRequest, Unfit, whole_number
 
 READ = frozenset(
     {
@@ -192,7 +192,7 @@ def _number(values: dict[str, Any], name: str, least: float) -> float | None:
 
 
 def _whole(values: dict[str, Any], name: str, least: int) -> int | None:
-    value = values.get(name)
+    value = whole_number(values.get(name))
     most = INT32_MAX if name == "top_k" else 2**64 - 1
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most):
         raise Unfit(name, f'"{name}" must be a whole number from {least} to {most}')
