@@ -35,6 +35,7 @@ from sidecar.fronts.http.probes import HttpProbes, Probes
 from sidecar.fronts.intake import Intake, IntakeLimits
 from sidecar.fronts.kserve.front import add_kserve, add_kserve_admin
 from sidecar.fronts.kserve.lifetime import Lifetimes, connection_age_options
+from sidecar.fronts.kserve.verbs import SERVICE as KSERVE
 from sidecar.fronts.openai.chat_templates import ChatTemplate, read_chat_template
 from sidecar.fronts.openai.description import description_of
 from sidecar.fronts.openai.front import OpenAiFront
@@ -127,6 +128,7 @@ class Listening:
         gateway_pb2_grpc.add_GatewayServicer_to_server(service, data)
         self.streams = add_kserve(data, self._gateway, config).lifetimes
         health_pb2_grpc.add_HealthServicer_to_server(self._health, data)
+        _reflect(data, gateway_pb2)
         self.data = _bind(data, wanted, "data", calls)
 
     def _open_admin(self, replica: Replica | None) -> None:
@@ -139,8 +141,7 @@ class Listening:
         add_admin(admin, self._gateway, replica, self._access.calls)
         add_kserve_admin(admin, self._gateway)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, admin)
-        names = [d.full_name for pb in (gateway_pb2, admin_pb2) for d in pb.DESCRIPTOR.services_by_name.values()]
-        reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], admin)
+        _reflect(admin, admin_pb2)
         self.admin = _bind(admin, wanted, "admin", calls)
 
     async def _open_http(self) -> None:
@@ -195,6 +196,12 @@ def chat_templates(configured: Sequence[Entry]) -> dict[str, ChatTemplate]:
         for backend in configured
         if backend.base_model is not None and backend.base_model.chat_template is not None
     }
+
+
+def _reflect(server: grpc.aio.Server, described: Any) -> None:
+    """Tell clients of a server's services: those of a module of ours, KServe's, and what every listener has."""
+    names = [service.full_name for service in described.DESCRIPTOR.services_by_name.values()]
+    reflection.enable_server_reflection([*names, KSERVE, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
 
 
 def _http_tls(tls: Tls | None, address: str) -> ssl.SSLContext | None:

@@ -416,14 +416,13 @@ async def test_a_model_that_only_one_backend_has(tmp_path: Path) -> None:
 class Curl:
     """What `grpcurl` does: learn a service by reflection, call it with JSON, print JSON."""
 
-    def __init__(self, reflecting: str, address: str) -> None:
-        self._reflected = grpc.insecure_channel(reflecting)
-        self._channel = self._reflected if address == reflecting else grpc.insecure_channel(address)
-        self._database = ProtoReflectionDescriptorDatabase(self._reflected)
+    def __init__(self, address: str) -> None:
+        self._channel = grpc.insecure_channel(address)
+        self._database = ProtoReflectionDescriptorDatabase(self._channel)
         self._pool = descriptor_pool.DescriptorPool(self._database)
 
-    def services(self) -> list[str]:
-        return list(self._database.get_services())
+    def services(self) -> set[str]:
+        return set(self._database.get_services())
 
     def call(self, service: str, method: str, request: dict[str, Any]) -> list[dict[str, Any]]:
         found = self._pool.FindServiceByName(service).FindMethodByName(method)
@@ -439,28 +438,33 @@ class Curl:
 
     def close(self) -> None:
         self._channel.close()
-        self._reflected.close()
 
 
 async def test_a_client_that_knows_nothing_but_reflection(tmp_path: Path) -> None:
-    """As grpcurl works: list the services, list the adapters, generate; schemas from the admin listener."""
+    """As grpcurl works: list the services, list the adapters, generate. Each listener tells of what it serves."""
     write_adapters(tmp_path, 2)
     async with running_engine(**DUMMY) as engine, serving([engine], tmp_path) as served:
         services, adapters, answers = await in_thread(lambda: curl(served))
-        assert {"lorasidecar.v1.Gateway", "lorasidecar.v1.Adapters", "lorasidecar.v1.Backends"} <= set(services)
+        both = {"inference.GRPCInferenceService", "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+        ours = {"Access", "Adapters", "Backends", "Pool", "Queues", "Replicas"}
+        assert services[0] == both | {f"lorasidecar.v1.{name}" for name in ours}
+        assert services[1] == both | {"lorasidecar.v1.Gateway"}
         assert [adapter["name"] for adapter in json.loads(json.dumps(adapters))["adapters"]] == ["a00", "a01"]
         text = "".join(answer.get("text", "") for answer in answers)
         assert list(text.encode()) == served.expected("a01", 4)
         assert answers[-1]["origin"]["version"] == "a01@v1"
 
 
-def curl(served: Serving) -> tuple[list[str], dict[str, Any], list[dict[str, Any]]]:
-    admin, data = served.sidecar.admin_address, served.sidecar.data_address
-    tools = [Curl(admin, admin), Curl(admin, data)]
+def curl(served: Serving) -> tuple[list[set[str]], dict[str, Any], list[dict[str, Any]]]:
+    tools = [Curl(served.sidecar.admin_address), Curl(served.sidecar.data_address)]
     try:
         (adapters,) = tools[0].call("lorasidecar.v1.Adapters", "List", {})
         request = {"adapter": "a01", "text": "hello", "maxTokens": 4}
-        return tools[0].services(), adapters, tools[1].call("lorasidecar.v1.Gateway", "Generate", request)
+        return (
+            [tool.services() for tool in tools],
+            adapters,
+            tools[1].call("lorasidecar.v1.Gateway", "Generate", request),
+        )
     finally:
         for tool in tools:
             tool.close()
