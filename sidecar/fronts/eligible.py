@@ -11,14 +11,31 @@ from dataclasses import replace
 from sidecar.backends.api import Payload
 from sidecar.backends.kind import Native
 from sidecar.backends.registry import model_kind
+from sidecar.config.identities import clipped
+from sidecar.core.admission import BASE_NAMES
 from sidecar.core.facts import EngineFacts
 from sidecar.core.state import State
 from sidecar.errors import Reason, Refused
 
 
-def backends_of(state: State, kinds: Collection[str]) -> tuple[str, ...] | None:
-    """Return the backends of these kinds: () if all backends are, None if none is."""
-    return fitting_backends(state, lambda facts: facts.kind in kinds)
+def backends_of(state: State, kinds: Collection[str], base: str = "") -> tuple[str, ...] | None:
+    """Return the backends of these kinds, with `base` those of that base model: () for all backends, None for none."""
+    return fitting_backends(state, lambda facts: facts.kind in kinds and _has_base(facts, base))
+
+
+def is_base(state: State, name: str) -> bool:
+    """Return True if a name means a base model."""
+    if name.partition("@")[0] in state.names:
+        return False
+    if name in BASE_NAMES:
+        return True
+    declared = (*(backend.facts for backend in state.backends.values()), *state.config.pools.values())
+    return any(name in base_names(facts) for facts in declared)
+
+
+def _has_base(facts: EngineFacts, base: str) -> bool:
+    """Return True if an engine's base model has a name; each has "" and "base"."""
+    return base in BASE_NAMES or base in base_names(facts)
 
 
 def fitting_backends(state: State, fits: Callable[[EngineFacts], bool]) -> tuple[str, ...] | None:
@@ -55,11 +72,13 @@ def empty_pools(state: State) -> list[tuple[str, EngineFacts]]:
     return [(pool, facts) for pool, facts in state.config.pools.items() if pool not in filled]
 
 
-def kserve_eligibility(state: State, payload: Payload) -> tuple[Payload, tuple[str, ...]]:
+def kserve_eligibility(state: State, payload: Payload, base: str = "") -> tuple[Payload, tuple[str, ...]]:
     """Return a KServe client's payload and the backends that it is restricted to, () for any.
 
-    If all backends are of one kind, the payload goes there unchecked: the engine reports what is wrong with it, an
-    unknown model included. Raises Refused(INVALID_REQUEST) if no backend speaks KServe.
+    `base` names the base model, "" whichever it is. If all backends are of one kind, the payload goes there unchecked:
+    the engine reports what is wrong with it, an unknown model included.
+
+    Raises Refused(INVALID_REQUEST) if no backend speaks KServe, or none of that base model.
     """
     engines = _engines(state)
     kserve = [facts for facts in engines if model_kind(facts.kind).native is Native.KSERVE]
@@ -81,9 +100,14 @@ def kserve_eligibility(state: State, payload: Payload) -> tuple[Payload, tuple[s
         payload = replace(payload, kind=kinds.pop())
 
     def fits(facts: EngineFacts) -> bool:
-        return facts.kind in payload.kinds and (not having or has_model(facts))
+        return facts.kind in payload.kinds and (not having or has_model(facts)) and _has_base(facts, base)
 
-    return payload, fitting_backends(state, fits) or ()
+    fitting = fitting_backends(state, fits)
+    if fitting is None and base not in BASE_NAMES:
+        raise Refused(
+            Reason.INVALID_REQUEST, f'no backend of the base model "{clipped(base)}" takes this; use the OpenAI API'
+        )
+    return payload, fitting or ()
 
 
 def _engines(state: State) -> list[EngineFacts]:

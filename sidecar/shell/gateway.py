@@ -272,6 +272,14 @@ class Gateway:
             check_not_paused(record, time())
         return replace(facts, klass=klass, versions=permit.versions)
 
+    def permit(self, caller: Caller, reference: str, request_id: str, is_base: bool, tenant: str) -> None:
+        """Raise as `access.permit` does, and show the refusal, for a request that is submitted by another reference."""
+        try:
+            self.access.permit(caller, reference, request_id, is_base, tenant)
+        except SidecarError as error:
+            self.show_refused(caller.principal.tenant, caller.principal.klass, 0, error)
+            raise
+
     def show_refused(self, tenant: str, klass: str, input_tokens: int, error: SidecarError, name: str = "") -> None:
         """Show a request that was not taken to those who count; `name` is "" of one that may not exist."""
         klass = klass if klass in self.state.config.classes else "default"

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import pytest
+from tritonclient.grpc import service_pb2_grpc
 
 from sidecar.proto import admin_pb2 as pb
-from tests.kit.emulated import running_engine
+from tests.kit.emulated import running_engine, stream_answers, text_request
 from tests.kit.forked import python
 from tests.kit.peft_files import write_adapter
 from tests.kit.serving import Serving, serving
@@ -85,3 +87,39 @@ async def test_inspect_says_which_backends_could_serve_it(tmp_path: Path) -> Non
     first, second = json.loads(out)["backends"]
     assert (first["backend"], first["serves"]) == ("one:8001", True)
     assert (second["backend"], second["serves"], second["short"]) == ("two:8001", False, "max rank 4 < 8")
+
+
+async def test_a_base_model_is_asked_by_its_own_name(tmp_path: Path) -> None:
+    """In each protocol, by its name or an alias, and only its engines answer; an adapter of that name comes first."""
+    async with running_engine(**DUMMY) as one, running_engine(**DUMMY) as two:
+        names = (("one", "org/tiny"), ("two", "org/other"))
+        backends = [
+            {
+                "url": f"triton://{engine.grpc_address}",
+                "id": backend,
+                "base_model": {"name": name, "aliases": [backend]},
+            }
+            for engine, (backend, name) in zip((one, two), names, strict=True)
+        ]
+        async with (
+            serving([], roots=[tmp_path], backends=backends) as served,
+            httpx.AsyncClient(base_url=f"http://{served.sidecar.http_address}", trust_env=False) as http,
+        ):
+            kserve: Any = service_pb2_grpc.GRPCInferenceServiceStub(served.channel)
+            assert [each["id"] for each in (await http.get("/v1/models")).json()["data"]] == [name for _, name in names]
+            for backend, name in (*names, *((alias, alias) for alias, _ in names)):
+                answer = await served.ask(name, 3)
+                assert (answer.origins[0].backend, answer.origins[0].version) == (backend, "")
+                assert answer.tokens == served.expected("", 3)
+                (message,) = await stream_answers(kserve, text_request("hi", 3, lora_name=name))
+                assert message.infer_response.parameters["lora_backend"].string_param == backend
+                body = {"model": name, "prompt": "hi", "max_tokens": 3}
+                assert (await http.post("/v1/completions", json=body)).headers["x-lora-backend"] == backend
+            for name in ("base", ""):
+                assert (await served.ask(name, 3)).tokens == served.expected("", 3)
+            with pytest.raises(grpc.aio.AioRpcError) as unknown:
+                await served.ask("org/nothing", 3)
+            assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
+            request = pb.RegisterRequest(name="one", path=str(write_adapter(tmp_path / "one")), base="org/other")
+            await served.adapters.Register(request)
+            assert (await served.ask("one", 3)).origins[0].version == "one@v1"

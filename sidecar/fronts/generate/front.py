@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -15,7 +15,7 @@ from sidecar.core.effects import Settle
 from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts import callers, relay
 from sidecar.fronts.callers import earliest
-from sidecar.fronts.eligible import backends_of
+from sidecar.fronts.eligible import backends_of, is_base
 from sidecar.fronts.generate.forms import MAX_TOKENS_DEFAULT, payload_of, why_not
 from sidecar.fronts.kserve.parameters import PARAMETERS, own_metadata, seconds_until
 from sidecar.fronts.lengths import text_tokens_max
@@ -57,14 +57,18 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
         fields, access, caller = fields_of(request, metadata), self._gateway.access, callers.CALLER.get()
         tenant = access.tenant_of(caller, callers.claimed_tenants(metadata, fields.tenant), request_id)
         klass = access.class_of(caller, fields.klass)
-        limited = access.default_max_tokens(tenant, klass, fields.adapter)
+        adapter, base = fields.adapter, ""
+        if is_base(self._gateway.state, adapter):
+            self._gateway.permit(caller, adapter, request_id, True, tenant)
+            caller, adapter, base = replace(caller, is_recorded=True), "", adapter
+        limited = access.default_max_tokens(tenant, klass, adapter)
         if not request.max_tokens and limited is not None:
             request.max_tokens = min(limited, MAX_TOKENS_DEFAULT)
         payload, input_tokens = payload_of(request, self._may_stream, self._kinds)
         if request.WhichOneof("prompt") == "text":
             input_tokens = text_tokens_max(self._gateway.state, input_tokens)
         facts = RequestFacts(
-            adapter=fields.adapter,
+            adapter=adapter,
             tenant=tenant,
             klass=klass,
             input_tokens=input_tokens,
@@ -72,16 +76,16 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
             deadline_s=callers.earliest(fields.deadline_s, callers.remaining_s(context)),
             session=fields.session,
             size_bytes=request.ByteSize(),
-            only=self._eligible(request, payload.kinds),
+            only=self._eligible(request, payload.kinds, base),
             has_length=request.max_tokens > 0,
             is_estimated=request.WhichOneof("prompt") == "text",
             trace=TraceOrigin.of(metadata),
         )
         return self._gateway.submit(facts, payload, request_id, caller, request.text or None)
 
-    def _eligible(self, request: Any, kinds: tuple[str, ...]) -> tuple[str, ...]:
+    def _eligible(self, request: Any, kinds: tuple[str, ...], base: str) -> tuple[str, ...]:
         """Return the backends that a request may go to, () for any. Raises Refused(INVALID_REQUEST)."""
-        backends = backends_of(self._gateway.state, kinds)
+        backends = backends_of(self._gateway.state, kinds, base)
         if backends is None:
             raise Refused(Reason.INVALID_REQUEST, why_not(request, self._kinds))
         return backends

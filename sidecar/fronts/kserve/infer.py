@@ -21,14 +21,14 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from sidecar.access.access import unknown
+from sidecar.access.access import Caller, unknown
 from sidecar.backends import wire
 from sidecar.backends.api import Reply, Ticket
 from sidecar.config import Config
 from sidecar.core.effects import Settle
 from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts import callers, relay
-from sidecar.fronts.eligible import kserve_eligibility
+from sidecar.fronts.eligible import is_base, kserve_eligibility
 from sidecar.fronts.kserve import request
 from sidecar.fronts.kserve.lifetime import Lifetimes
 from sidecar.fronts.kserve.live import Live, LiveRequests, NotAccepted, for_client, stop_answer, stopped_answer
@@ -96,14 +96,14 @@ class KServe:
             metadata = callers.metadata_of(context) if stream is None else stream.metadata
             request_id = callers.request_id_of(structure.message.id, metadata)
             client_id = structure.message.id
-            asked = self._read(structure, context, metadata, request_id, unary=stream is None)
+            asked, caller = self._read(structure, context, metadata, request_id, unary=stream is None)
             task = asked.task
             if asked.stop:
                 self._stop(asked, context.peer(), call)
                 return asked
             if stream is not None:
                 stream.lifetime.check()
-            ticket = self.gateway.submit(asked.facts, asked.payload, request_id, callers.CALLER.get(), asked.text)
+            ticket = self.gateway.submit(asked.facts, asked.payload, request_id, caller, asked.text)
         except SidecarError as error:
             if not request_id:
                 own = id_in(raw)
@@ -119,28 +119,35 @@ class KServe:
 
     def _read(
         self, structure: Structure, context: Any, metadata: Mapping[str, str], request_id: str, unary: bool
-    ) -> KServeRequest:
-        """Return a request with its tenant, deadline and eligible backends. Raises Refused(INVALID_REQUEST)."""
+    ) -> tuple[KServeRequest, Caller]:
+        """Return a request with its tenant, deadline and eligible backends, and its sender.
+
+        Raises Refused(INVALID_REQUEST), or for a base model that the sender may not use.
+        """
         hidden = self.regions.hide((*structure.message.inputs, *structure.message.outputs), context)
         if hidden:
             structure.changed()
         asked = request.read(
             structure, unary, metadata, self._rules, request_id, with_text=self.gateway.counter is not None
         )
-        payload, only = kserve_eligibility(self.gateway.state, asked.payload)
-        facts, tokens = asked.facts, asked.facts.input_tokens
+        facts, tokens, caller = asked.facts, asked.facts.input_tokens, callers.CALLER.get()
+        tenant = self.gateway.access.tenant_of(caller, callers.claimed_tenants(metadata, facts.tenant), request_id)
+        base = facts.adapter if is_base(self.gateway.state, facts.adapter) else ""
+        if base:
+            self.gateway.permit(caller, base, request_id, True, tenant)
+            caller = replace(caller, is_recorded=True)
+        payload, only = kserve_eligibility(self.gateway.state, asked.payload, base)
         facts = replace(
             facts,
-            tenant=self.gateway.access.tenant_of(
-                callers.CALLER.get(), callers.claimed_tenants(metadata, facts.tenant), request_id
-            ),
+            adapter="" if base else facts.adapter,
+            tenant=tenant,
             deadline_s=callers.earliest(facts.deadline_s, callers.remaining_s(context)),
             input_tokens=text_tokens_max(self.gateway.state, tokens) if asked.is_text else tokens,
             only=only,
             has_length=facts.output_tokens_max > 0,
             is_estimated=asked.is_text,
         )
-        return replace(asked, facts=facts, payload=payload, hidden_regions=hidden)
+        return replace(asked, facts=facts, payload=payload, hidden_regions=hidden), caller
 
     def close(self, live: Live) -> None:
         self.live.remove(live)

@@ -16,11 +16,11 @@ from sidecar.backends.api import Form, HttpForm, Payload, Prompt
 from sidecar.backends.kind import ModelKind, Native
 from sidecar.backends.registry import model_kind
 from sidecar.core import eligibility
-from sidecar.core.admission import BASE_NAMES, unknown_adapter
+from sidecar.core.admission import unknown_adapter
 from sidecar.core.facts import EngineFacts
 from sidecar.core.state import State
 from sidecar.errors import Reason, Refused
-from sidecar.fronts.eligible import base_names, empty_pools, restriction_to
+from sidecar.fronts.eligible import base_names, empty_pools, is_base, restriction_to
 from sidecar.fronts.openai.chat_templates import ChatTemplate
 from sidecar.fronts.openai.large import Order, Refusal, Template
 from sidecar.fronts.openai.request import CHAT, OpenAiRequest, Unfit
@@ -145,9 +145,7 @@ class Destinations:
 
     def is_base(self, model: str) -> bool:
         """Return True if a model's name means a base model."""
-        if model.partition("@")[0] in self._state.names:
-            return False
-        return model in BASE_NAMES or any(model in names for names in self._base_models())
+        return is_base(self._state, model)
 
     def _servers(self, model: str, tenant: str) -> tuple[str, tuple[Engine, ...]]:
         """Return the core's name for a model and the engines that can serve it, those of empty pools included."""
@@ -158,7 +156,7 @@ class Destinations:
             return model, self._serving(name.digest) if name.is_for(tenant) else ()
         serving = self._serving(BASE)
         named_so = tuple(engine for engine in serving if model in base_names(engine.facts))
-        if named_so or model in BASE_NAMES or any(model in names for names in self._base_models()):
+        if is_base(state, model):
             if not state.config.base_requests:
                 raise Unfit(
                     "model",
@@ -174,9 +172,6 @@ class Destinations:
         ]
         pools = [Engine(pool, pool, facts) for pool, facts in empty_pools(self._state)]
         return (*present, *(pool for pool in pools if eligibility.may_come(self._state, version, (pool.id,))))
-
-    def _base_models(self) -> Iterator[tuple[str, ...]]:
-        return map(base_names, self._declared())
 
     def _declared(self) -> Iterator[EngineFacts]:
         """Yield the facts of each engine, and those that each pool declares."""

@@ -211,11 +211,7 @@ class OpenAiFront:
 
         The gateway asks again, for each prompt of a list.
         """
-        try:
-            self._gateway.access.permit(sender, model, request_id, self._destinations.is_base(model), tenant)
-        except SidecarError as error:
-            self._gateway.show_refused(sender.principal.tenant, sender.principal.klass, 0, error)
-            raise
+        self._gateway.permit(sender, model, request_id, self._destinations.is_base(model), tenant)
 
     def _submit(
         self,
