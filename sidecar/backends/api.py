@@ -430,6 +430,10 @@ class Backend(Protocol):
         `key` is the packed key of files in a shared folder, or the name of a blob's shared-memory region.
         """
 
+    @property
+    def own_models(self) -> tuple[str, ...]:
+        """KServe's names of the models that serve adapters, the one that takes text first; () if it has none."""
+
     async def call(self, verb: str, request: Any) -> Any:
         """Pass on a KServe verb unchanged. Called only for engines whose model is native to KServe.
 

@@ -143,6 +143,10 @@ class Endpoint(ABC):
     def register_regions(self) -> None:  # noqa: B027 — most engines have none
         """Do nothing: most engines have no regions."""
 
+    @property
+    def own_models(self) -> tuple[str, ...]:
+        return ()
+
     async def call(self, verb: str, request: Any) -> Any:
         text, empty = f"{self.id} does not speak KServe, and has no {verb}", grpc.aio.Metadata()
         raise grpc.aio.AioRpcError(grpc.StatusCode.UNIMPLEMENTED, empty, empty, text, None)

@@ -83,8 +83,10 @@ class Client:
             seen.append(await self._get(f"/v1/models/{model}"))
             seen.append(await self._generate(model))
             seen += [await self._infer(model), await self._stream(model)]
+            seen += await self._asked_as_a_model(model)
             seen += [await self._check(action, model) for action in ON_NAMES]
-        return [*seen, await self._get("/v1/models"), await self._get("/v1/models?versions=true")]
+        index = await self._kserve.RepositoryIndex(service_pb2.RepositoryIndexRequest(), metadata=self._metadata)
+        return [*seen, index, await self._get("/v1/models"), await self._get("/v1/models?versions=true")]
 
     async def _post(self, path: str, body: dict[str, Any]) -> Any:
         return _shown(await self._http.post(path, json=body, headers=self._headers))
@@ -113,6 +115,23 @@ class Client:
             tensor = request.inputs.add(name=name, datatype="INT32", shape=[1, len(values)])
             tensor.contents.int_contents.extend(values)
         return request
+
+    async def _asked_as_a_model(self, model: str) -> list[Any]:
+        """Ask the verbs that a client of KServe asks about a model."""
+        seen = []
+        for version in ("", "1", "2"):
+            asked = {"name": model, "version": version}
+            for call, request in (
+                (self._kserve.ModelReady, service_pb2.ModelReadyRequest(**asked)),
+                (self._kserve.ModelMetadata, service_pb2.ModelMetadataRequest(**asked)),
+                (self._kserve.ModelConfig, service_pb2.ModelConfigRequest(**asked)),
+                (self._kserve.ModelStatistics, service_pb2.ModelStatisticsRequest(**asked)),
+            ):
+                try:
+                    seen.append(await call(request, metadata=self._metadata))
+                except grpc.aio.AioRpcError as error:
+                    seen.append(_status(error))
+        return seen
 
     async def _infer(self, model: str) -> Any:
         try:

@@ -23,6 +23,7 @@ from tritonclient.utils import InferenceServerException
 
 from sidecar.core.enums import Phase
 from sidecar.fronts.kserve.verbs import Verbs
+from sidecar.proto import admin_pb2
 from tests.kit.emulated import EngineProcess, running_engine, start_engine
 from tests.kit.kserve_clients import CORE, DUMMY, aio_client, ask, core_inputs, in_thread, status_of, tensor
 from tests.kit.serving import Serving, serving, until, write_adapters
@@ -224,6 +225,37 @@ async def test_read_only_verbs_pass_to_an_engine(tmp_path: Path) -> None:
                 return bool(blocking.is_server_ready()) and bool(blocking.is_model_ready(CORE))
 
         assert await in_thread(program)
+
+
+async def test_adapters_are_found_as_models(tmp_path: Path) -> None:
+    """By tritonclient's own calls: in the index, ready while an engine can serve them, with the inputs to send."""
+    write_adapters(tmp_path, 2)
+    async with (
+        running_engine(**DUMMY) as engine,
+        serving([engine], tmp_path) as served,
+        aio_client(served.sidecar.data_address) as client,
+        aio_client(engine.grpc_address) as direct,
+    ):
+        index = {(each.name, each.version): each.state for each in (await client.get_model_repository_index()).models}
+        engines = {each.name for each in (await direct.get_model_repository_index()).models}
+        assert {name for name, _ in index} == engines | {"a00", "a01"}
+        assert index["a00", "1"] == "READY"
+        for name, version in (("a00", ""), ("a00", "1"), ("a01@v1", "")):
+            assert await client.is_model_ready(name, version)
+        for name, version in (("a07", ""), ("a00", "2"), ("a00@v2", "")):
+            assert not await client.is_model_ready(name, version)
+            with pytest.raises(InferenceServerException, match="is not found"):
+                await client.get_model_metadata(name, version)
+        text = await direct.get_model_metadata("ensemble")
+        found = await client.get_model_metadata("a00")
+        assert (found.name, list(found.versions), found.platform) == ("a00", ["1"], "lora_name of ensemble")
+        assert list(found.outputs) == list(text.outputs)
+        inputs = [each for each in text.inputs if not each.name.startswith("lora_")]
+        assert list(found.inputs) == inputs != list(text.inputs)
+        await served.adapters.Pause(admin_pb2.PauseRequest(name="a00"))
+        assert not await client.is_model_ready("a00")
+        states = {each.name: each.state for each in (await client.get_model_repository_index()).models}
+        assert (states["a00"], states["a01"]) == ("UNAVAILABLE", "READY")
 
 
 async def test_server_ready_is_false_when_no_backend_is_up(tmp_path: Path) -> None:

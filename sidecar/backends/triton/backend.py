@@ -106,8 +106,12 @@ class TritonBackend(Endpoint):
     def _model_of(self, ticket: Ticket) -> str:
         """Return the model for a request of ours; "" for a client's own, which names its model."""
         prompt = ticket.payload.prompt
-        takes_text = prompt is Prompt.TEXT and not isinstance(self._server.dialect, LlmApi)
-        return "" if prompt is None else self._entry.text_model if takes_text else self._entry.model
+        return "" if prompt is None else self.own_models[0] if prompt is Prompt.TEXT else self._entry.model
+
+    @property
+    def own_models(self) -> tuple[str, ...]:
+        core = self._entry.model
+        return (core,) if isinstance(self._server.dialect, LlmApi) else (self._entry.text_model, core)
 
     async def _attached(self, run: Run, weights: Weights) -> bytes:
         """Return a fragment that names or holds a run's weights; b"" if a client's typed contents allow neither."""

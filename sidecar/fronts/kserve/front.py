@@ -1,7 +1,8 @@
 """The KServe v2 service: an unmodified Triton client changes its address, names an adapter and drops the weights.
 
 `add_kserve` adds the verbs of the data listener, `add_kserve_admin` those of the admin listener, which change or show
-how a server runs. The repository's index only lists models, and is on both. `infer` has inference.
+how a server runs. The repository's index only lists models, and is on both: on data with the adapters, on admin as the
+engines have it. `infer` has inference.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import grpc.aio
 from tritonclient.grpc import service_pb2
 
 from sidecar.config import Config
+from sidecar.fronts.kserve.adapters import AdapterVerbs
 from sidecar.fronts.kserve.infer import KServe
 from sidecar.fronts.kserve.regions import NO_CUDA, region_verbs
 from sidecar.fronts.kserve.verbs import Later, Verb, Verbs, to_all, to_one, to_sum, verb_handler
 from sidecar.shell.gateway import Gateway
 
-PASSED_ON = ("ServerMetadata", "ModelMetadata", "ModelConfig", "RepositoryIndex")
+PASSED_ON = ("ServerMetadata", "ModelConfig")
 ADMIN_VERBS = ("RepositoryModelLoad", "RepositoryModelUnload", "TraceSetting", "LogSettings")
 ALL_VERBS = tuple(service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_name)
 ON_ADMIN = ("RepositoryIndex", *ADMIN_VERBS)
@@ -40,9 +42,9 @@ def add_kserve(server: grpc.aio.Server, gateway: Gateway, config: Config) -> KSe
     verbs: dict[str, Verb] = {
         "ServerLive": _live,
         "ServerReady": _ready(gateway),
-        "ModelReady": to_one(gateway, "ModelReady", lambda reply: bool(reply.ready)),
         "ModelStatistics": to_sum(gateway, "ModelStatistics", summed),
         **{verb: to_one(gateway, verb) for verb in PASSED_ON},
+        **AdapterVerbs(gateway).verbs,
         **region_verbs(gateway, Later(gateway), front.regions),
     }
     inference: dict[str, grpc.RpcMethodHandler[Any, Any]] = {

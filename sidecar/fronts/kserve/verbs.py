@@ -77,23 +77,31 @@ def to_one(gateway: Gateway, verb: str, is_good: Callable[[Any], bool] = lambda 
     """
 
     async def handle(request: Any, context: Any) -> Any:
-        poor: Any = None
-        errors: list[grpc.aio.AioRpcError] = []
-        for endpoint in [gateway.backends[backend] for backend in up(gateway)]:
-            try:
-                reply = await endpoint.call(verb, request)
-            except grpc.aio.AioRpcError as error:
-                errors.append(error)
-                continue
-            if is_good(reply):
-                return reply
-            poor = reply
-        if poor is None:
-            errors.sort(key=lambda error: error.code() is not grpc.StatusCode.UNAVAILABLE)
+        reply, errors = await ask_one(gateway, verb, request, is_good)
+        if reply is None:
             await abort_with_first(context, verb, errors)
-        return poor
+        return reply
 
     return handle
+
+
+async def ask_one(
+    gateway: Gateway, verb: str, request: Any, is_good: Callable[[Any], bool] = lambda reply: True
+) -> tuple[Any, list[grpc.aio.AioRpcError]]:
+    """Return the first good reply of a backend that is up, else the last reply, or None; and the errors of others."""
+    poor: Any = None
+    errors: list[grpc.aio.AioRpcError] = []
+    for endpoint in [gateway.backends[backend] for backend in up(gateway)]:
+        try:
+            reply = await endpoint.call(verb, request)
+        except grpc.aio.AioRpcError as error:
+            errors.append(error)
+            continue
+        if is_good(reply):
+            return reply, errors
+        poor = reply
+    errors.sort(key=lambda error: error.code() is not grpc.StatusCode.UNAVAILABLE)
+    return poor, errors
 
 
 def to_all(gateway: Gateway, verb: str, later: Later | None = None) -> Verb:
