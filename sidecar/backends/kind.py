@@ -51,14 +51,18 @@ class Ask:
     frequency_penalty: float | None = None
     ignore_eos: bool = False
     min_tokens: int | None = None
+    log_probs: bool = False
 
 
 class Piece(NamedTuple):
-    """What one reply adds to an answer: text or token ids, and their number of tokens."""
+    """What one reply adds to an answer: text or token ids, their number of tokens, and where it was asked for the
+    logarithm of each token's probability.
+    """
 
     text: str = ""
     token_ids: Sequence[int] = ()
     tokens: int = 0
+    log_probs: Sequence[float] = ()
 
 
 class Reader(Protocol):

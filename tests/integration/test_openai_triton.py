@@ -9,14 +9,24 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
 import httpx
 import jsonschema
+import numpy as np
 import openapi_spec_validator
 import pytest
+from tritonclient.grpc import InferResult, service_pb2_grpc
 
 from sidecar.core.events import FirstToken
 from tests.integration.test_prompt_counts import write_tokenizer
-from tests.kit.emulated import EngineProcess, read_served, running_engine
+from tests.kit.emulated import (
+    EngineProcess,
+    add_tensor,
+    read_served,
+    running_engine,
+    stream_answers,
+    text_request,
+)
 from tests.kit.openai_house import JSON
 from tests.kit.peft_files import BASE_MODEL
 from tests.kit.serving import Serving, serving, until, write_adapters
@@ -197,6 +207,7 @@ async def test_a_chat_without_a_template(tmp_path: Path) -> None:
         ({"min_tokens": "1"}, "min_tokens"),
         ({"best_of": 3}, "best_of"),
         ({"logprobs": 1}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
         ({"echo": True}, "echo"),
         ({"suffix": "end"}, "suffix"),
         ({"logit_bias": {"1": 2}}, "logit_bias"),
@@ -240,6 +251,40 @@ async def test_several_answers_to_a_prompt(tmp_path: Path, path: str, stream: bo
         assert (usage["prompt_tokens"], usage["completion_tokens"]) == (prompts, 3 * count)
         assert usage["prompt_tokens_estimated"] is True
         assert len([one for one in engine.served if not one.weights]) == count
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+async def test_the_probability_of_each_token(tmp_path: Path, path: str) -> None:
+    """As the engine tells it to a client of its own, in OpenAI's forms, whole and streamed; none behind a stop word."""
+    async with (
+        in_front(tmp_path, "{{ messages[0].content }}", compute="llama") as (_, engine, client),
+        grpc.aio.insecure_channel(engine.grpc_address) as channel,
+    ):
+        request = text_request("hi", 8, streaming=True)
+        add_tensor(request, "return_log_probs", "BOOL", np.array([[True]]))
+        direct = await stream_answers(service_pb2_grpc.GRPCInferenceServiceStub(channel), request)
+        told = [InferResult(message.infer_response) for message in direct if message.infer_response.outputs]
+        values = [float(one.as_numpy("output_log_probs").ravel()[0]) for one in told]
+        words = [one.as_numpy("text_output").ravel()[0].decode() for one in told]
+        assert len(words) == 8
+        body = {"model": "base", "max_tokens": 8, "logprobs": True if path == CHAT else 0}
+        body |= {"messages": USER} if path == CHAT else {"prompt": "hi"}
+        for stop in (None, "".join(words)[3:5]):
+            count = 8 if stop is None else "".join(words).index(stop)
+            whole = (await client.post(path, json=body | {"stop": stop})).json()["choices"][0]["logprobs"]
+            answer = await client.post(path, json=body | {"stop": stop, "stream": True})
+            parts = [chunk["choices"][0]["logprobs"] for chunk in events_of(answer.text) if chunk["choices"]]
+            streamed = [part for part in parts if part is not None]
+            if path == CHAT:
+                tokens = whole["content"]
+                assert [each for part in streamed for each in part["content"]] == tokens
+                assert [each["logprob"] for each in tokens] == values[:count]
+                assert b"".join(bytes(each["bytes"]) for each in tokens).decode() == "".join(words)[:count]
+            else:
+                for name in ("tokens", "token_logprobs", "text_offset"):
+                    assert [each for part in streamed for each in part[name]] == whole[name]
+                assert (whole["tokens"], whole["token_logprobs"]) == (words[:count], values[:count])
+                assert whole["text_offset"] == list(range(count))
 
 
 async def test_a_shortest_length(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_messages_become_text() -> None:
 def forms_of(path: str = COMPLETIONS, made: ChatTemplate | None = None, **values: Any) -> TextRequest:
     record = {"model": "m"} | ({"prompt": "hi"} if path == COMPLETIONS else {}) | values
     asked = read_request(path, read_body(json.dumps(record).encode()))
-    return text_request(asked, made, 77, {"triton": True, "triton_llmapi": False})
+    return text_request(asked, made, 77, {"triton": True, "triton_llmapi": True})
 
 
 def tensors(raw: Any) -> dict[str, bytes]:
@@ -142,6 +142,8 @@ def tensors(raw: Any) -> dict[str, bytes]:
         ({"ignore_eos": True}, {"end_id"}),
         ({"min_tokens": 3}, {"min_tokens"}),
         ({"min_tokens": 0}, set()),
+        ({"logprobs": 0}, {"return_log_probs"}),
+        ({"logprobs": False}, set()),
         ({"stop": "x"}, {"stop_words"}),
         ({"stop": []}, set()),
     ],
@@ -183,7 +185,7 @@ def test_members_that_nobody_knows_are_named() -> None:
     with pytest.raises(Unfit, match='have no "guided_regex"') as caught:
         forms_of(guided_regex="a+")
     assert caught.value.param == "guided_regex"
-    for name, value in (("n", True), ("echo", 1), ("logprobs", 0), ("presence_penalty", True), ("seed", 2**64)):
+    for name, value in (("n", True), ("echo", 1), ("logprobs", 1), ("presence_penalty", True), ("seed", 2**64)):
         with pytest.raises(Unfit):
             forms_of(**{name: value})
 

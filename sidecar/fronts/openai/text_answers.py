@@ -14,11 +14,13 @@ from typing import Any
 from uuid import uuid4
 
 from sidecar.backends.api import Reply
-from sidecar.backends.kind import Reader
+from sidecar.backends.kind import Piece, Reader
 from sidecar.fronts.openai.request import OpenAiRequest
 from sidecar.fronts.openai.text_forms import TextRequest
 
 DONE = b"data: [DONE]\n\n"
+LOG_PROB_MIN = -9999.0
+"""What vLLM tells for an impossible token, since JSON has no infinity."""
 TOKEN_BYTES = 4
 """Bytes of text that are estimated to be one token, as OpenAI's rule of thumb for English has it."""
 
@@ -33,6 +35,7 @@ class TextAnswer:
         self._reader = reader
         self._stop = StopWords(text.stop)
         self._tokens = self._bytes = 0
+        self._chosen = ChosenTokens(asked.is_chat) if text.log_probs else None
         self._pieces: list[str] = []
         self.ended = False
         self._id = f"{'chatcmpl' if asked.is_chat else 'cmpl'}-{uuid4().hex}"
@@ -47,6 +50,8 @@ class TextAnswer:
         text = self._stop.pass_on(piece.text, reply.final)
         self._bytes += len(text.encode())
         self.ended = reply.final or self._stop.found
+        if self._chosen is not None:
+            self._chosen.add(piece, len(text))
         if self._asked.streams:
             return self._events(text)
         self._pieces.append(text)
@@ -96,13 +101,18 @@ class TextAnswer:
             role = {"role": "assistant", "content": ""}
             events.append(self._chunk([{"index": 0, "delta": role, "logprobs": None, "finish_reason": None}]))
         self._has_begun = True
-        if text:
+        if text and self._chosen is not None:
+            content: dict[str, Any] = {"delta": {"content": text}} if self._asked.is_chat else {"text": text}
+            choice = {"index": 0, **content, "logprobs": self._chosen.take(), "finish_reason": None}
+            events.append(self._chunk([choice]))
+        elif text:
             events.append(self._before + json.dumps(text).encode() + self._after)
         return b"".join(events)
 
     def _last_events(self, prompt_tokens: int | None) -> bytes:
         nothing: dict[str, Any] = {"delta": {}} if self._asked.is_chat else {"text": ""}
-        events = [self._chunk([{"index": 0, **nothing, "logprobs": None, "finish_reason": self._reason}])]
+        chosen = None if self._chosen is None else self._chosen.take()
+        events = [self._chunk([{"index": 0, **nothing, "logprobs": chosen, "finish_reason": self._reason}])]
         if self._asked.wants_usage:
             events.append(self._chunk([], self._usage(prompt_tokens)))
         return b"".join((*events, DONE))
@@ -110,9 +120,50 @@ class TextAnswer:
     def _whole(self, prompt_tokens: int | None) -> bytes:
         text = "".join(self._pieces)
         content = {"message": {"role": "assistant", "content": text}} if self._asked.is_chat else {"text": text}
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": self._reason}
+        chosen = None if self._chosen is None else self._chosen.take()
+        choice = {"index": 0, **content, "logprobs": chosen, "finish_reason": self._reason}
         record = self._record("chat.completion" if self._asked.is_chat else "text_completion")
         return json.dumps(record | {"choices": [choice], "usage": self._usage(prompt_tokens)}).encode()
+
+
+class ChosenTokens:
+    """The tokens of a text with the logarithm of each one's probability, as OpenAI's API has them.
+
+    A token is passed on with the text that it ends in, and not at all if a stop word begins before its end.
+    """
+
+    def __init__(self, is_chat: bool) -> None:
+        self._is_chat = is_chat
+        self._waiting: list[tuple[str, float | None]] = []
+        self._passed: list[tuple[str, float | None, int]] = []
+        self._offset = self._end = 0
+
+    def add(self, piece: Piece, passed_characters: int) -> None:
+        """Add a piece, of which and of those before it so many characters more were passed on."""
+        if piece.text or piece.tokens:
+            value = max(piece.log_probs[0], LOG_PROB_MIN) if piece.log_probs else None
+            self._waiting.append((piece.text, value))
+        self._end += passed_characters
+        while self._waiting and self._offset + len(self._waiting[0][0]) <= self._end:
+            token, value = self._waiting.pop(0)
+            self._passed.append((token, value, self._offset))
+            self._offset += len(token)
+
+    def take(self) -> dict[str, Any]:
+        """Return what has been passed on since the last call."""
+        passed, self._passed = self._passed, []
+        if self._is_chat:
+            content = [
+                {"token": token, "logprob": value, "bytes": list(token.encode()), "top_logprobs": []}
+                for token, value, _ in passed
+            ]
+            return {"content": content, "refusal": None}
+        return {
+            "tokens": [token for token, _, _ in passed],
+            "token_logprobs": [value for _, value, _ in passed],
+            "top_logprobs": None,
+            "text_offset": [offset for _, _, offset in passed],
+        }
 
 
 class PassedOn:

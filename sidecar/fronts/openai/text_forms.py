@@ -23,7 +23,7 @@ READ = frozenset(
     {
         "model", "prompt", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature",
         "top_k", "top_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty", "stop", "ignore_eos",
-        "min_tokens", "chat_template_kwargs", "add_generation_prompt",
+        "logprobs", "min_tokens", "chat_template_kwargs", "add_generation_prompt",
     }
 )  # fmt: skip
 ABOUT_THE_CALLER = frozenset(
@@ -37,7 +37,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
     "echo": (False,),
-    "logprobs": (False,),
     "top_logprobs": (0,),
     "prompt_logprobs": (),
     "suffix": ("",),
@@ -58,6 +57,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "priority": (0,),
 }
 """Members that ask for nothing if they have one of these values, or null."""
+LOG_PROBS = "logprobs"
 PENALTIES = ("presence_penalty", "frequency_penalty")
 
 
@@ -73,6 +73,7 @@ class TextRequest:
     max_tokens: int
     stop: tuple[str, ...]
     prompt: str = ""
+    log_probs: bool = False
 
 
 def text_request(
@@ -98,7 +99,7 @@ def text_request(
     min_tokens = _whole(values, "min_tokens", 0)
     if min_tokens is not None and min_tokens > max_tokens:
         raise Unfit("min_tokens", f"min_tokens is {min_tokens} and the answer has {max_tokens} tokens at most")
-    stop = _stop_words(values)
+    stop, log_probs = _stop_words(values), _log_probs(asked, where)
     ask = Ask(
         text=_text(asked, template, where),
         max_tokens=max_tokens,
@@ -106,10 +107,14 @@ def text_request(
         stop_words=stop,
         ignore_eos=values.get("ignore_eos") is True,
         min_tokens=min_tokens or None,
+        log_probs=log_probs,
         **_sampling(values, asked.choice or 0),
     )
     forms, why_not = write_for(ask, models)
-    return TextRequest(forms, why_not, max_tokens, stop, ask.text or "")
+    for name in [name for name in forms if log_probs and not streams[name]]:
+        del forms[name]
+        why_not[name] = f"{where} answer at once, so that no token is told from the next; leave logprobs out"
+    return TextRequest(forms, why_not, max_tokens, stop, ask.text or "", log_probs)
 
 
 def _check_members(values: dict[str, Any], where: str) -> None:
@@ -148,6 +153,17 @@ def _text(asked: OpenAiRequest, template: ChatTemplate | None, where: str) -> st
     if not text:
         raise Unfit("messages" if asked.is_chat else "prompt", "the prompt is empty")
     return text.encode(errors="replace").decode()
+
+
+def _log_probs(asked: OpenAiRequest, where: str) -> bool:
+    """Return True if each token's probability is asked for. Raises Unfit for those of tokens that were not chosen."""
+    value = asked.body.values.get(LOG_PROBS)
+    if value is None or value is False:
+        return False
+    if value is True if asked.is_chat else value == 0:
+        return True
+    least = '"logprobs": true in a chat, 0 in a completion'
+    raise Unfit(LOG_PROBS, f"{where} tell the probability of the tokens that they chose and of no others; send {least}")
 
 
 def _stop_words(values: dict[str, Any]) -> tuple[str, ...]:
