@@ -51,7 +51,7 @@ class Ask:
     frequency_penalty: float | None = None
     ignore_eos: bool = False
     min_tokens: int | None = None
-    log_probs: bool = False
+    logprobs: bool = False
 
 
 class Piece(NamedTuple):
@@ -62,7 +62,7 @@ class Piece(NamedTuple):
     text: str = ""
     token_ids: Sequence[int] = ()
     tokens: int = 0
-    log_probs: Sequence[float] = ()
+    logprobs: Sequence[float] = ()
 
 
 class Reader(Protocol):

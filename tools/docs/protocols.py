@@ -12,7 +12,7 @@ from sidecar.backends.kind import Ask, ModelKind, Native
 from sidecar.errors import Refused
 from sidecar.fronts.openai.body import read_body
 from sidecar.fronts.openai.chat_templates import compiled_template
-from sidecar.fronts.openai.request import CHAT, COMPLETIONS, read_request
+from sidecar.fronts.openai.request import CHAT, COMPLETIONS, choices_of, read_request
 from sidecar.fronts.openai.text_forms import text_request
 
 HEAD = """# Engines and protocols
@@ -101,6 +101,8 @@ def _openai(model: ModelKind, path: str, members: Mapping[str, Any]) -> tuple[st
         return ("no", _sentence(why)) if why else ("as sent", "")
     if model.asking is None or Prompt.TEXT not in model.asking.prompts:
         return "no", f"{TITLES[model.name]} takes no text."
+    if asked.answers > 1:
+        asked = choices_of(asked, 1, asked.answers, asked.answers * asked.size_bytes)[0]
     template = compiled_template(PLAIN, "the table's", {}) if path == CHAT else None
     try:
         why_not = text_request(asked, template, 16, {model.name: True}).why_not.get(model.name, "")

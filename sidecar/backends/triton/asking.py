@@ -24,7 +24,7 @@ _SAMPLING = (
     ("min_tokens", "INT32", "<i"),
 )
 _PENALTIES = ("presence_penalty", "frequency_penalty")
-_LLMAPI_LACKS = ("repetition_penalty", "ignore_eos", "min_tokens", "log_probs")
+_LLMAPI_LACKS = ("repetition_penalty", "ignore_eos", "min_tokens", "logprobs")
 """Fields for which the LLM-API model has no input."""
 NO_END = -1
 """The id of no token: the answer ends by its length only."""
@@ -65,7 +65,7 @@ def _ensemble(ask: Ask, streams: bool) -> bytes:
     _add(message, "exclude_input_in_output", "BOOL", _bool(True))
     _add_sampling(message, ask, {})
     _add_penalties(message, ask, "")
-    if ask.log_probs:
+    if ask.logprobs:
         _add(message, "return_log_probs", "BOOL", _bool(True))
     if ask.ignore_eos:
         _add(message, "end_id", "INT32", _int32(NO_END))
@@ -142,7 +142,7 @@ class _Reader:
         text, tokens = "", 0
         ids: list[int] = []
         lengths: list[int] = []
-        log_probs: list[float] = []
+        logprobs: list[float] = []
         for output, data in zip(reply.message.outputs, reply.message.raw_output_contents, strict=False):
             if output.name == "text_output" and self._is_text:
                 text = b"".join(_strings(data)).decode(errors="replace")
@@ -152,10 +152,10 @@ class _Reader:
             elif output.name == "sequence_length":
                 lengths = np.frombuffer(data, "<i4").tolist()
             elif output.name == "output_log_probs":
-                log_probs = np.frombuffer(data, "<f4").tolist()
+                logprobs = np.frombuffer(data, "<f4").tolist()
         if lengths:
             ids, tokens = ids[: lengths[0]], lengths[0]
-        return Piece(text, ids, tokens, log_probs[-tokens:] if tokens else ())
+        return Piece(text, ids, tokens, logprobs[-tokens:] if tokens else ())
 
 
 class _WholeTextReader(_Reader):

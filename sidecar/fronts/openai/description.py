@@ -39,7 +39,7 @@ class StreamOptions(_Object):
     include_usage: bool | None = None
 
 
-class Asked(_Object):
+class CommonRequest(_Object):
     """What completions and chats have in common."""
 
     model: Annotated[str, Field(min_length=1, max_length=MODEL_CHARACTERS_MAX)]
@@ -59,7 +59,7 @@ class Asked(_Object):
     kv_transfer_params: None = None
 
 
-class CompletionRequest(Asked):
+class CompletionRequest(CommonRequest):
     prompt: Text | TokenIds | Texts | Annotated[list[TokenIds], Field(min_length=1)]
 
 
@@ -68,7 +68,7 @@ class Message(_Object):
     content: str | list[dict[str, Any]] | None = None
 
 
-class ChatRequest(Asked):
+class ChatRequest(CommonRequest):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
 

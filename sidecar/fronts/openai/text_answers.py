@@ -35,7 +35,7 @@ class TextAnswer:
         self._reader = reader
         self._stop = StopWords(text.stop)
         self._tokens = self._bytes = 0
-        self._chosen = ChosenTokens(asked.is_chat) if text.log_probs else None
+        self._chosen = ChosenTokens(asked.is_chat) if text.logprobs else None
         self._pieces: list[str] = []
         self.ended = False
         self._id = f"{'chatcmpl' if asked.is_chat else 'cmpl'}-{uuid4().hex}"
@@ -141,7 +141,7 @@ class ChosenTokens:
     def add(self, piece: Piece, passed_characters: int) -> None:
         """Add a piece, of which and of those before it so many characters more were passed on."""
         if piece.text or piece.tokens:
-            value = max(piece.log_probs[0], LOG_PROB_MIN) if piece.log_probs else None
+            value = max(piece.logprobs[0], LOG_PROB_MIN) if piece.logprobs else None
             self._waiting.append((piece.text, value))
         self._end += passed_characters
         while self._waiting and self._offset + len(self._waiting[0][0]) <= self._end:

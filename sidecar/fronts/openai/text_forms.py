@@ -73,7 +73,7 @@ class TextRequest:
     max_tokens: int
     stop: tuple[str, ...]
     prompt: str = ""
-    log_probs: bool = False
+    logprobs: bool = False
 
 
 def text_request(
@@ -99,7 +99,7 @@ def text_request(
     min_tokens = _whole(values, "min_tokens", 0)
     if min_tokens is not None and min_tokens > max_tokens:
         raise Unfit("min_tokens", f"min_tokens is {min_tokens} and the answer has {max_tokens} tokens at most")
-    stop, log_probs = _stop_words(values), _log_probs(asked, where)
+    stop, logprobs = _stop_words(values), _log_probs(asked, where)
     ask = Ask(
         text=_text(asked, template, where),
         max_tokens=max_tokens,
@@ -107,14 +107,14 @@ def text_request(
         stop_words=stop,
         ignore_eos=values.get("ignore_eos") is True,
         min_tokens=min_tokens or None,
-        log_probs=log_probs,
+        logprobs=logprobs,
         **_sampling(values, asked.choice or 0),
     )
     forms, why_not = write_for(ask, models)
-    for name in [name for name in forms if log_probs and not streams[name]]:
+    for name in [name for name in forms if logprobs and not streams[name]]:
         del forms[name]
         why_not[name] = f"{where} answer at once, so that no token is told from the next; leave logprobs out"
-    return TextRequest(forms, why_not, max_tokens, stop, ask.text or "", log_probs)
+    return TextRequest(forms, why_not, max_tokens, stop, ask.text or "", logprobs)
 
 
 def _check_members(values: dict[str, Any], where: str) -> None:
