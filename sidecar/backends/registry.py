@@ -17,6 +17,7 @@ from sidecar.config import Config, plugins
 from sidecar.config.backends import Backend as Entry
 from sidecar.config.redis_address import without_users
 from sidecar.config.section import problems
+from sidecar.core.facts import EngineFacts
 from sidecar.errors import Misused, Reason
 
 P = ParamSpec("P")
@@ -135,6 +136,11 @@ def _models(kinds: tuple[Kind, ...]) -> Mapping[str, ModelKind]:
 def model_kind(name: str) -> ModelKind:
     """Return the kind of model by the name in `EngineFacts.kind`; for an unknown name, one that has only its name."""
     return _model_kind(name, len(KINDS), len(_from_elsewhere))
+
+
+def base_names(facts: EngineFacts) -> tuple[str, ...]:
+    """Return the names by which clients may ask for an engine's base model."""
+    return (*facts.base_models, *(facts.models if model_kind(facts.kind).native is Native.OPENAI else ()))
 
 
 @lru_cache(maxsize=256)

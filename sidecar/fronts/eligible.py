@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from sidecar.backends.api import Payload
 from sidecar.backends.kind import Native
-from sidecar.backends.registry import model_kind
+from sidecar.backends.registry import base_names, model_kind
 from sidecar.config.identities import clipped
 from sidecar.core.admission import BASE_NAMES
 from sidecar.core.facts import EngineFacts
@@ -113,11 +113,6 @@ def kserve_eligibility(state: State, payload: Payload, base: str = "") -> tuple[
 def _engines(state: State) -> list[EngineFacts]:
     """Return the facts of all engines, and the declared facts of empty pools."""
     return [*(backend.facts for backend in state.backends.values()), *(facts for _, facts in empty_pools(state))]
-
-
-def base_names(facts: EngineFacts) -> tuple[str, ...]:
-    """Return the names by which clients may ask for an engine's base model."""
-    return (*facts.base_models, *(facts.models if model_kind(facts.kind).native is Native.OPENAI else ()))
 
 
 def _titles(engines: Iterable[EngineFacts]) -> str:

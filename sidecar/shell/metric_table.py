@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 PREFIX = "lora_sidecar_"
+VLLM = "vllm:"
+"""Prefix of the names that vLLM has."""
 OTHER = "_other"
 """Label of adapters and tenants above the limit, and of unregistered names. No name begins with `_`."""
 BASE_MODEL = "_base"
@@ -25,10 +27,11 @@ class Metric:
     kind: Literal["counter", "gauge", "histogram"]
     labels: tuple[str, ...]
     help: str
+    prefix: str = PREFIX
 
     @property
     def name(self) -> str:
-        return PREFIX + self.short
+        return self.prefix + self.short
 
 
 def _counter(short: str, help: str, *labels: str) -> Metric:  # noqa: A002 — Prometheus's own word
@@ -37,6 +40,10 @@ def _counter(short: str, help: str, *labels: str) -> Metric:  # noqa: A002 — P
 
 def _gauge(short: str, help: str, *labels: str) -> Metric:  # noqa: A002
     return Metric(short, "gauge", labels, help)
+
+
+def _vllm(short: str, help: str, *labels: str) -> Metric:  # noqa: A002
+    return Metric(short, "gauge", labels, help, VLLM)
 
 
 def _histogram(short: str, help: str, *labels: str) -> Metric:  # noqa: A002
@@ -179,7 +186,47 @@ METRICS: tuple[Metric, ...] = (
     _counter("usage_errors_total", "Writes of usage that failed; they are tried again."),
     _gauge("build_info", "Always 1; the label is the running version.", "version"),
 )
-BY_SHORT: dict[str, Metric] = {metric.short: metric for metric in METRICS}
+_OF_POOL, _OF_ENGINE = ("model_name",), ("engine", "model_name")
+MODEL_SERVER: tuple[Metric, ...] = (
+    _vllm("num_requests_waiting", "Requests that wait here for an engine.", *_OF_POOL),
+    _vllm("num_requests_running", "Requests in flight at the engines.", *_OF_POOL),
+    _vllm(
+        "kv_cache_usage_perc",
+        "KV cache in use at the engines, from 0 to 1; no sample unless each engine that is up tells it.",
+        *_OF_POOL,
+    ),
+    _vllm(
+        "lora_requests_info",
+        "When this was told, in seconds since 1970. Labels have the adapters in the GPUs' memory, the others that "
+        "requests wait for, and how many there is room for, empty while that is unknown.",
+        *(*_OF_POOL, "max_lora", "running_lora_adapters", "waiting_lora_adapters"),
+    ),
+    _vllm(
+        "lora_adapter_loaded",
+        "1 for each adapter in an engine's memory. Level gpu: used at once; cpu: in the host's memory only.",
+        *(*_OF_ENGINE, "adapter_name", "level", "pinned"),
+    ),
+    _vllm("num_gpu_loaded_lora_adapters", "Adapter versions in the GPU's memory.", *_OF_ENGINE),
+    _vllm(
+        "num_cpu_loaded_lora_adapters",
+        "Adapter versions in the engine's host memory, with those that are also in the GPU's.",
+        *_OF_ENGINE,
+    ),
+    _vllm(
+        "max_gpu_lora_adapters",
+        "Adapters for which the GPU has room, of the size of the largest there; no sample while that is unknown.",
+        *_OF_ENGINE,
+    ),
+    Metric(
+        "lora_adapter_load_seconds",
+        "histogram",
+        (*_OF_ENGINE, "transition"),
+        "Time that an engine took for a load; transition is always load.",
+        VLLM,
+    ),
+)
+"""Every family on `/metrics/model-server`; `docs/pickers.md` has the sources of names, types and labels."""
+BY_SHORT: dict[str, Metric] = {metric.short: metric for metric in (*METRICS, *MODEL_SERVER)}
 
 
 class LabelValues:

@@ -6,16 +6,12 @@ Counts and durations are taken as they happen, at a few microseconds a step. Gau
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from time import monotonic_ns
 from typing import Any, Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
 from prometheus_client.core import Metric as Family
-from prometheus_client.exposition import choose_encoder
-from prometheus_client.registry import Collector
 
 from sidecar.access.access import DENIALS
 from sidecar.access.audit_log import KINDS
@@ -29,60 +25,17 @@ from sidecar.core.enums import Cache, Outcome
 from sidecar.errors import Reason
 from sidecar.journal.writer import Journal, JournalFigures
 from sidecar.shell.loop_watch import LoopWatch
-from sidecar.shell.metric_table import BASE_MODEL, BY_SHORT, OTHER, LabelValues
+from sidecar.shell.metric_table import BASE_MODEL, OTHER, LabelValues
 from sidecar.shell.metric_table import METRICS as METRICS
+from sidecar.shell.model_server import ModelServer
+from sidecar.shell.series import LOAD_BUCKETS_S, Page, Series
 from sidecar.shell.state_gauges import families_of, family
 
 DECLARED_PHASES = ("Pending", "Loading", "Ready", "Held", "Failed", "Removing")
 TENANT_LABELS_MAX = 50
 """Tenants with a label, in addition to those named in `queue.tenant_weights`."""
-LOAD_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 WAIT_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 BOUND_BUCKETS_S = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 3600)
-
-
-class Series:
-    """A family of the client library with its children cached: finding one by label costs more than counting."""
-
-    def __init__(self, short: str, registry: CollectorRegistry, buckets: Sequence[float] = ()) -> None:
-        metric = BY_SHORT[short]
-        self._family: Any
-        if metric.kind == "counter":
-            self._family = Counter(metric.name, metric.help, metric.labels, registry=registry)
-        else:
-            self._family = Histogram(metric.name, metric.help, metric.labels, registry=registry, buckets=buckets)
-        self._children: dict[tuple[str, ...], Any] = {}
-
-    def child(self, *labels: str) -> Any:
-        child = self._children.get(labels)
-        if child is None:
-            child = self._children[labels] = self._family.labels(*labels) if labels else self._family
-        return child
-
-    def add(self, amount: float, *labels: str) -> None:
-        self.child(*labels).inc(amount)
-
-    def take(self, duration_ns: int, *labels: str) -> None:
-        self.child(*labels).observe(duration_ns / 1e9)
-
-    def end(self, first_label: str) -> None:
-        """Remove every series whose first label has this value."""
-        for labels in [labels for labels in self._children if labels[0] == first_label]:
-            del self._children[labels]
-            self._family.remove(*labels)
-
-
-class _Standing(Collector):
-    """Hands the client library the families computed for the current request."""
-
-    def __init__(self) -> None:
-        self.families: list[Family] = []
-
-    def collect(self) -> Iterable[Family]:
-        return self.families
-
-    def describe(self) -> Iterable[Family]:
-        return ()
 
 
 class Watched(Protocol):
@@ -131,7 +84,6 @@ class Metrics:
     def __init__(
         self, gateway: Watched, adapter_labels_max: int = 200, clock: Callable[[], int] = monotonic_ns
     ) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # it would double every counter
         self._core = gateway.core
         self._gateway = gateway
         self._clock = clock
@@ -160,11 +112,9 @@ class Metrics:
         """Source of the audit's written and lost lines by kind; set by its starter."""
         self.traces: Callable[[], Mapping[str, int]] = dict
         """Source of the traces by what became of them; set by their starter."""
-        self.registry = CollectorRegistry()
-        self._standing = _Standing()
-        self.registry.register(self._standing)
+        self._page = Page()
+        self.model_server = ModelServer(self._core.state)
         self._watch = LoopWatch()
-        self._asking = asyncio.Lock()
         self._adapters = LabelValues(adapter_labels_max)
         self._tenants = LabelValues(TENANT_LABELS_MAX, self._core.state.config.tenant_weights)
         self._steps = 0
@@ -176,7 +126,7 @@ class Metrics:
         self._make_series()
 
     def _make_series(self) -> None:
-        registry = self.registry
+        registry = self._page.registry
         self._requests = Series("requests_total", registry)
         self._adapter_requests = Series("adapter_requests_total", registry)
         self._tenant_requests = Series("tenant_requests_total", registry)
@@ -210,10 +160,7 @@ class Metrics:
 
     async def render(self, accept: str = "") -> tuple[str, bytes]:
         """Return content type and text of all metrics in the format that an Accept header asks for."""
-        encode, content_type = choose_encoder(accept)
-        async with self._asking:
-            self._standing.families = self._families()
-            return content_type, await asyncio.to_thread(encode, self.registry)
+        return await self._page.render(self._families, accept)
 
     def _families(self) -> list[Family]:
         between, arrivals = self.replica(), self.arrivals()
@@ -278,6 +225,10 @@ class Metrics:
         self._loads = {load: held for load, held in self._loads.items() if held[0] != backend}
         self._load_results.end(backend)
         self._heals.end(backend)
+        self.model_server.removed(backend)
+
+    def _measured(self, event: ev.BackendMeasured, now_ns: int) -> None:
+        self.model_server.measured(event.backend, event.kv_used)
 
     def _received(self, event: ev.Received, now_ns: int) -> None:
         request = self._core.state.requests.get(event.request)
@@ -317,6 +268,7 @@ class Metrics:
         if load is not None:
             backend, begun_ns = load
             self._load_time.take(now_ns - begun_ns, "load")
+            self.model_server.loaded(backend, now_ns - begun_ns)
             self._load_results.add(1, backend, "ok")
 
     def _load_failed(self, event: ev.LoadFailed, now_ns: int) -> None:
@@ -326,6 +278,7 @@ class Metrics:
 
     def _backend_lost(self, event: ev.BackendLost, now_ns: int) -> None:
         """Count its loads as failed: they end with it without an event of their own."""
+        self.model_server.lost(event.backend)
         for load in [load for load, (backend, _) in self._loads.items() if backend == event.backend]:
             del self._loads[load]
             self._load_results.add(1, event.backend, "failed")
@@ -409,6 +362,7 @@ _EVENTS: dict[type, Callable[[Metrics, Any, int], None]] = {
     ev.LoadDone: Metrics._load_done,
     ev.LoadFailed: Metrics._load_failed,
     ev.BackendLost: Metrics._backend_lost,
+    ev.BackendMeasured: Metrics._measured,
 }
 _EFFECTS: dict[type, Callable[[Metrics, Any, int], None]] = {
     do.Load: Metrics._load,

@@ -187,7 +187,8 @@ async def test_a_hidden_name_looks_like_none(tmp_path: Path, policy: str, rounds
         httpx.AsyncClient(base_url=f"http://{served.sidecar.http_address}", trust_env=False, timeout=60) as http,
         httpx.AsyncClient(base_url=f"http://{served.sidecar.listening.probes}", trust_env=False, timeout=60) as probes,
     ):
-        assert (await http.get("/metrics")).status_code == 404  # they name adapters and tenants
+        for page in ("/metrics", "/metrics/model-server"):  # they name adapters and tenants
+            assert (await http.get(page)).status_code == 404
         registry = served.sidecar.registry
         while compared < rounds:
             names = {a_name(rng) for _ in range(rng.randrange(1, 6))}

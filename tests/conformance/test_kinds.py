@@ -10,18 +10,22 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import pytest_asyncio
+from prometheus_client.parser import text_string_to_metric_families
 
 from sidecar.backends import registry
 from sidecar.backends.kind import Kind, Wiring
 from sidecar.backends.registry import KINDS, kind_named
 from sidecar.backends.triton.loads import LoaderProcess
 from sidecar.lab.conformance.kinds import LIVE, RECORD, Stage
+from sidecar.proto import admin_pb2
 from tests.conformance.toy.engine import ToyEngine
 from tests.kit.emulated import start_engine
-from tests.kit.peft_files import write_adapter
+from tests.kit.peft_files import BASE_MODEL, write_adapter
 from tests.kit.ports import free_port
+from tests.kit.serving import serving, until
 from tests.kit.trtllm_emulated import BASE_CONFIG, start_trtllm
 from tests.kit.vllm_emulated import start_vllm
 
@@ -108,7 +112,7 @@ def trtllm(shared: Path) -> Emulated:
     record = {
         "url": f"trtllm://127.0.0.1:{port}",
         "adapters_dir": str(shared),
-        "base_model": {"name": "base", "config": str(base)},
+        "base_model": {"name": "base", "aliases": [BASE_MODEL], "config": str(base)},
         "lora_config": {"max_loras": SLOTS, "max_cpu_loras": 2 * SLOTS, "lora_target_modules": ["attn_q", "attn_v"]},
     }
     return Emulated(start_trtllm, record, http_port=port, max_loras=SLOTS, max_cpu_loras=2 * SLOTS)
@@ -162,3 +166,28 @@ async def test_live(
     """Every kind's backends keep every check, in front of an engine for each model that the kind has."""
     name, make_engine = ENGINES[model]
     await check(Stage(kind_named(name), make_engine(tmp_path / "shared"), adapters, Wiring(loader)))
+
+
+@pytest.mark.parametrize("model", ENGINES)
+async def test_pickers_read_adapters_by_their_clients_names(model: str, adapters: list[Path], tmp_path: Path) -> None:
+    """Every kind's engines tell what they have under vLLM's names, whatever an engine itself calls an adapter."""
+    engine = ENGINES[model][1](tmp_path / "shared")
+    await engine.start()
+    try:
+        async with (
+            serving([], adapters[0].parent, backends=[engine.record | {"id": "engine"}]) as served,
+            httpx.AsyncClient() as http,
+        ):
+            await served.adapters.Prefetch(admin_pb2.PrefetchRequest(name="a0", backends=["engine"]))
+            await until(lambda: len(served.state.backends["engine"].shadow.host.held) == 1)
+            page = (await http.get(f"http://{served.sidecar.http_address}/metrics/model-server")).text
+    finally:
+        await engine.kill()
+    families = {family.name: family for family in text_string_to_metric_families(page)}
+    [resident] = families["vllm:lora_adapter_loaded"].samples
+    assert {name: resident.labels[name] for name in ("engine", "adapter_name", "level", "pinned")} == {
+        "engine": "engine", "adapter_name": "a0", "level": "gpu", "pinned": "false",
+    }  # fmt: skip
+    assert {sample.value for sample in families["vllm:max_gpu_lora_adapters"].samples} <= {engine.slots}
+    loads = {sample.name: sample.value for sample in families["vllm:lora_adapter_load_seconds"].samples}
+    assert loads["vllm:lora_adapter_load_seconds_count"] == 1

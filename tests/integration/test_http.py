@@ -185,7 +185,7 @@ async def test_other_paths_and_methods(house: House) -> None:
     """Unknown paths are 404 and name what there is; a POST is 405; HEAD has the headers alone. Errors are JSON."""
     answer = await house.client.get("/")
     assert answer.status_code == answer.json()["error"]["code"] == 404
-    assert "/metrics, /livez, /readyz" in answer.json()["error"]["message"]
+    assert "/metrics, /metrics/model-server, /livez, /readyz" in answer.json()["error"]["message"]
     assert answer.headers["x-request-id"]
     answer = await house.client.post("/metrics", content=b"x" * 1000)
     assert (answer.status_code, answer.headers["allow"]) == (405, "GET, HEAD")

@@ -8,7 +8,7 @@ from pathlib import Path
 from sidecar.core.enums import Voided, Why
 from sidecar.errors import TABLE, Family, Reason
 from sidecar.fronts.openai.errors import STATUSES
-from sidecar.shell.metric_table import METRICS
+from sidecar.shell.metric_table import METRICS, MODEL_SERVER, Metric
 from tools.docs import configuration, protocols
 from tools.docs.pages import ROOT, named
 
@@ -21,6 +21,15 @@ is shown.
 The number of series does not grow with what clients send: adapters past `adapter_labels_max`, and names that nobody
 registered, are counted under `_other`, requests for the base model under `_base`. No histogram has an adapter label.
 [Operations](operations.md) says what to look at first, the [runbook](runbook.md) what each alert asks for.
+
+| metric | type | labels | meaning |
+|---|---|---|---|
+"""
+PICKERS = """
+## For endpoint pickers
+
+`/metrics/model-server` of the same listener says some of it under vLLM's names, for [endpoint pickers](pickers.md) and
+for dashboards made for vLLM. Let Prometheus scrape one page or the other: they count the same requests.
 
 | metric | type | labels | meaning |
 |---|---|---|---|
@@ -114,8 +123,10 @@ def waiting_page() -> str:
 
 
 def metrics_page() -> str:
-    rows = (f"| `{metric.name}` | {metric.kind} | {', '.join(metric.labels)} | {metric.help} |\n" for metric in METRICS)
-    return METRICS_PAGE + "".join(rows)
+    def row(metric: Metric) -> str:
+        return f"| `{metric.name}` | {metric.kind} | {', '.join(metric.labels)} | {metric.help} |\n"
+
+    return METRICS_PAGE + "".join(map(row, METRICS)) + PICKERS + "".join(map(row, MODEL_SERVER))
 
 
 def errors_page() -> str:

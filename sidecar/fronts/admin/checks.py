@@ -10,10 +10,10 @@ from sidecar.access.checking import HIDDEN, TENANTS, Answer, Known, check, princ
 from sidecar.access.deciding import CachedPolicy
 from sidecar.access.policy import READY
 from sidecar.access.principal import SYSTEM, Action, Principal
+from sidecar.backends.registry import base_names
 from sidecar.core.admission import BASE_NAMES
 from sidecar.errors import Reason, Refused
 from sidecar.fronts import callers
-from sidecar.fronts.eligible import base_names
 from sidecar.fronts.status import answers_errors
 from sidecar.proto import admin_pb2
 from sidecar.shell.gateway import Gateway

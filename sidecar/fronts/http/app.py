@@ -22,7 +22,7 @@ from sidecar.errors import Misused, Reason
 from sidecar.files import file_for_ssl
 from sidecar.fronts.http.connection import HttpLimits
 from sidecar.fronts.http.listener import HttpListener
-from sidecar.fronts.http.probes import METRICS, NO_STORE, PATHS, Probes, why_not_ready
+from sidecar.fronts.http.probes import METRICS, MODEL_SERVER, NO_STORE, PATHS, Probes, why_not_ready
 from sidecar.fronts.openai.answering import send_failure
 from sidecar.fronts.openai.errors import CLOSE, Failure, closing, failure, wrong_method
 from sidecar.fronts.openai.load_calls import LOAD_IN_PLACE
@@ -63,7 +63,7 @@ class HttpFront:
 
     `grpc_address` is the data listener's, which answers to KServe's REST paths name; `api` is the application below
     `/v1`, and `description` the text of its OpenAPI document. With `probes` the paths of the listener for probes are
-    here as well, that of the metrics only with `shows_metrics`: they name adapters and tenants. Pages of `origins` may
+    here as well, those of metrics only with `shows_metrics`: they name adapters and tenants. Pages of `origins` may
     read answers in a browser.
     """
 
@@ -143,7 +143,7 @@ class HttpFront:
             await send_failure(send, answer, request_id_of(scope["headers"]))
 
     def _is_probe(self, path: str) -> bool:
-        return path in PATHS and (path != METRICS or self._shows_metrics)
+        return path in PATHS and (path not in (METRICS, MODEL_SERVER) or self._shows_metrics)
 
     def _answer(self, path: str, method: str) -> Failure:
         """Return the answer to a path beside the API."""

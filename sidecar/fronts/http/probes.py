@@ -1,4 +1,4 @@
-"""`/livez`, `/readyz` and `/metrics` on a listener of their own.
+"""`/livez`, `/readyz`, `/metrics` and `/metrics/model-server` on a listener of their own.
 
 Clients cannot exhaust it, and do not see the names of adapters and tenants. It runs on the event loop that serves
 requests, so an answer of `/livez` proves that the loop makes progress. Each connection is closed with its answer, and a
@@ -7,8 +7,10 @@ new one replaces a silent one, so few connections suffice.
 
 from __future__ import annotations
 
+import asyncio
 import ssl
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from time import monotonic
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -22,10 +24,14 @@ from sidecar.fronts.http.listener import HttpListener
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.metrics import Metrics
 
+IDLE_SHARE = 20
+"""A page that took a second is told again for so many. Endpoint pickers ask every 50 ms, each of them."""
 SILENCE_S_MAX = 5.0
 """How long a connection may be silent before its request; a probe asks at once."""
-METRICS, LIVE, READY = PATHS = ("/metrics", "/livez", "/readyz")
+METRICS, MODEL_SERVER, LIVE, READY = PATHS = ("/metrics", "/metrics/model-server", "/livez", "/readyz")
 NO_STORE = {"cache-control": "no-store"}
+Page = tuple[str, bytes]
+"""Content type and text."""
 
 
 def why_not_ready(gateway: Gateway) -> str:
@@ -59,13 +65,37 @@ def _detail(gateway: Gateway, backend: str) -> str:
     return known.detail() if known is not None else "not started"
 
 
+class Kept:
+    """Renders a page, and gives it again for a while, so that who asks often takes at most a twentieth of a core."""
+
+    def __init__(self, render: Callable[[str], Awaitable[Page]], clock: Callable[[], float] = monotonic) -> None:
+        self._render = render
+        self._clock = clock
+        self._asking = asyncio.Lock()
+        self._page: Page = ("", b"")
+        self._accept = ""
+        self._until_s = 0.0
+
+    async def page(self, accept: str) -> Page:
+        """Return content type and text in the format that an Accept header asks for."""
+        async with self._asking:
+            begun_s = self._clock()
+            if begun_s >= self._until_s or accept != self._accept:
+                self._page, self._accept = await self._render(accept), accept
+                ended_s = self._clock()
+                self._until_s = ended_s + IDLE_SHARE * (ended_s - begun_s)
+            return self._page
+
+
 class Probes:
-    """An ASGI application with the three paths."""
+    """An ASGI application with the paths."""
 
     def __init__(self, gateway: Gateway, metrics: Metrics) -> None:
         self._gateway = gateway
         self._metrics = metrics
-        endpoints = zip(PATHS, (self._show_metrics, self._show_live, self._show_ready), strict=True)
+        self._model_server = Kept(metrics.model_server.render)
+        shown = (self._show_metrics, self._show_model_server, self._show_live, self._show_ready)
+        endpoints = zip(PATHS, shown, strict=True)
         self._router = Router([Route(path, endpoint, methods=["GET"]) for path, endpoint in endpoints])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -76,8 +106,10 @@ class Probes:
             await text_response(error.status_code, hint, error.headers)(scope, receive, send)
 
     async def _show_metrics(self, request: Request) -> Response:
-        content_type, body = await self._metrics.render(request.headers.get("accept", ""))
-        return Response(body, headers=NO_STORE | {"content-type": content_type})
+        return _page(*await self._metrics.render(request.headers.get("accept", "")))
+
+    async def _show_model_server(self, request: Request) -> Response:
+        return _page(*await self._model_server.page(request.headers.get("accept", "")))
 
     async def _show_live(self, request: Request) -> Response:
         return text_response(200, "ok")
@@ -111,6 +143,10 @@ class HttpProbes:
             await send(message)
 
         await self._probes(scope, receive, closing)
+
+
+def _page(content_type: str, body: bytes) -> Response:
+    return Response(body, headers=NO_STORE | {"content-type": content_type})
 
 
 def text_response(status: int, sentence: str, headers: Mapping[str, str] | None = None) -> Response:

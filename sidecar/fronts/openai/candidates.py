@@ -14,13 +14,13 @@ from policies.views import BASE
 from sidecar.backends import registry
 from sidecar.backends.api import Form, HttpForm, Payload, Prompt
 from sidecar.backends.kind import ModelKind, Native
-from sidecar.backends.registry import model_kind
+from sidecar.backends.registry import base_names, model_kind
 from sidecar.core import eligibility
 from sidecar.core.admission import unknown_adapter
 from sidecar.core.facts import EngineFacts
 from sidecar.core.state import State
 from sidecar.errors import Reason, Refused
-from sidecar.fronts.eligible import base_names, empty_pools, is_base, restriction_to
+from sidecar.fronts.eligible import empty_pools, is_base, restriction_to
 from sidecar.fronts.openai.chat_templates import ChatTemplate
 from sidecar.fronts.openai.large import Order, Refusal, Template
 from sidecar.fronts.openai.request import CHAT, OpenAiRequest, Unfit

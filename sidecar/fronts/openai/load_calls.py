@@ -20,10 +20,11 @@ from sidecar.access.access import Caller
 from sidecar.access.principal import Action, Resource, Sort
 from sidecar.access.resources import adapter_resource, summary
 from sidecar.adapters.copying import NoAdapter, config_in
+from sidecar.backends.registry import base_names
 from sidecar.config import Config
 from sidecar.core.admission import BASE_NAMES
 from sidecar.errors import Family, Reason, Refused, SidecarError
-from sidecar.fronts.eligible import base_names, empty_pools
+from sidecar.fronts.eligible import empty_pools
 from sidecar.fronts.openai import load_texts as texts
 from sidecar.fronts.openai.errors import Failure, failure_of_error
 from sidecar.fronts.questions import ask

@@ -9,8 +9,8 @@ from time import time
 from typing import Any
 
 from sidecar.access.access import Caller
+from sidecar.backends.registry import base_names
 from sidecar.core.admission import BASE_NAMES
-from sidecar.fronts.eligible import base_names
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.loading import PATH
 from sidecar.state.records import Record, Version

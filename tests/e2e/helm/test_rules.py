@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +13,9 @@ import yaml
 from tests.e2e.helm.alert_cases import CASES, OTHER, POD, Series
 from tests.e2e.helm.installed import CHART
 from tests.e2e.helm.rendering import Object, Renderer, one
+from tests.kit.promtool import promtool
 
 RULES = CHART / "files" / "rules.yaml"
-TIMEOUT_S = 120.0
-
-
-@pytest.fixture(scope="module")
-def promtool() -> str:
-    """The program, of Debian's package prometheus: without it these tests are skipped on a laptop and fail in CI."""
-    path = shutil.which("promtool")
-    if path is None:
-        reason = "no promtool: apt-get install prometheus"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
-    return path
 
 
 def alerts(objects: list[Object]) -> dict[str, Any]:
@@ -52,10 +39,10 @@ def rules(newest: Renderer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_check(promtool: str, rules: Path) -> None:
+def test_check(rules: Path) -> None:
     """Prometheus can read them, as they stand in the chart and as they are rendered."""
     assert yaml.safe_load(rules.read_text()) == yaml.safe_load(RULES.read_text())
-    done = run(promtool, "check", "rules", "--lint=all", "--lint-fatal", str(rules))
+    done = promtool("check", "rules", "--lint=all", "--lint-fatal", str(rules))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -64,18 +51,18 @@ def test_every_alert_has_a_case(newest: Renderer) -> None:
     assert alerts(newest.objects({"monitoring": {"rules": {"enabled": True}}})).keys() == CASES.keys()
 
 
-def test_alerts_fire_and_do_not(promtool: str, rules: Path, tmp_path: Path) -> None:
+def test_alerts_fire_and_do_not(rules: Path, tmp_path: Path) -> None:
     """Each alert fires with the series that it is for, and is silent with those that are near to them."""
     tests = []
     for name, case in CASES.items():
         tests += [_unit(name, case.fires, case.minutes, fires=True), _unit(name, case.quiet, case.minutes, fires=False)]
     file = tmp_path / "tests.yaml"
     file.write_text(yaml.safe_dump({"rule_files": [str(rules)], "evaluation_interval": "1m", "tests": tests}))
-    done = run(promtool, "test", "rules", str(file))
+    done = promtool("test", "rules", str(file))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_open_requests_are_recorded_by_pod(promtool: str, rules: Path, tmp_path: Path) -> None:
+def test_open_requests_are_recorded_by_pod(rules: Path, tmp_path: Path) -> None:
     """What the HPA reads: every open call of a gateway counts, also where no engine's queue is its own."""
     series = {f"lora_sidecar_open_calls{{{POD}}}": "30x5", f"lora_sidecar_open_calls{{{OTHER}}}": "4x5"}
     series |= {f'lora_sidecar_queued_requests{{{POD},backend="gpu-0"}}': "7x5"}
@@ -89,7 +76,7 @@ def test_open_requests_are_recorded_by_pod(promtool: str, rules: Path, tmp_path:
     }
     file = tmp_path / "tests.yaml"
     file.write_text(yaml.safe_dump({"rule_files": [str(rules)], "evaluation_interval": "1m", "tests": [unit]}))
-    done = run(promtool, "test", "rules", str(file))
+    done = promtool("test", "rules", str(file))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -118,7 +105,6 @@ WITH_OUTCOMES = [("failed", *case) for case in TELLS] + [(outcome, *TELLS[0]) fo
     ids=[f"{name}, {outcome}" for outcome, name, *_ in WITH_OUTCOMES],
 )
 def test_the_budget_of_errors(
-    promtool: str,
     tmp_path: Path,
     outcome: str,
     parts: list[tuple[float, int]],
@@ -147,7 +133,7 @@ def test_the_budget_of_errors(
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [group]}))  # all rules for days take a minute
     file = tmp_path / "tests.yaml"
     file.write_text(yaml.safe_dump({"rule_files": ["rules.yaml"], "evaluation_interval": "5m", "tests": [unit]}))
-    done = run(promtool, "test", "rules", str(file))
+    done = promtool("test", "rules", str(file))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -161,12 +147,12 @@ def _counted(parts: list[tuple[float, int]]) -> str:
     return " ".join(texts)
 
 
-def test_a_case_can_fail(promtool: str, rules: Path, tmp_path: Path) -> None:
+def test_a_case_can_fail(rules: Path, tmp_path: Path) -> None:
     """An alert that is expected and does not fire is seen."""
     tests = [_unit("LoraSidecarQuarantine", CASES["LoraSidecarQuarantine"].quiet, 60, fires=True)]
     file = tmp_path / "tests.yaml"
     file.write_text(yaml.safe_dump({"rule_files": [str(rules)], "evaluation_interval": "1m", "tests": tests}))
-    assert run(promtool, "test", "rules", str(file)).returncode != 0
+    assert promtool("test", "rules", str(file)).returncode != 0
 
 
 def _unit(name: str, series: Series, minutes: int, *, fires: bool) -> dict[str, Any]:
@@ -204,7 +190,7 @@ def test_dashboards_are_rendered(helm: Renderer) -> None:
     }
 
 
-def test_panels_are_promql(promtool: str, tmp_path: Path) -> None:
+def test_panels_are_promql(tmp_path: Path) -> None:
     """Prometheus can read the queries of every dashboard; what Grafana puts in is put in."""
     values = {"$namespace": "lora", "$service": "pool", "$tenant": "acme|globex"}
     values |= {"$__rate_interval": "1m", "$__range": "1h"}
@@ -220,7 +206,7 @@ def test_panels_are_promql(promtool: str, tmp_path: Path) -> None:
     assert len(rules) > 60
     file = tmp_path / "panels.yaml"
     file.write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
-    done = run(promtool, "check", "rules", str(file))
+    done = promtool("check", "rules", str(file))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -232,7 +218,3 @@ def test_disabled(newest: Renderer) -> None:
     objects = newest.objects(values)
     assert alerts(objects).keys() == CASES.keys() - {"LoraSidecarBacklog"}
     assert one(objects, "PrometheusRule")["metadata"]["labels"]["release"] == "p"
-
-
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
