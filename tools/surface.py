@@ -57,19 +57,8 @@ WHERE = {
 
 HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 HTTP_PATHS = (
-    *(
-        "/",
-        "/metrics",
-        "/metrics/model-server",
-        "/livez",
-        "/readyz",
-        "/healthz",
-        "/health",
-        "/drain",
-        "/version",
-        "/docs",
-        "/openapi.json",
-    ),
+    *("/", "/metrics", "/metrics/model-server", "/livez", "/readyz", "/healthz", "/health", "/drain", "/version"),
+    *("/docs", "/openapi.json"),
     *("/v1", "/v1/models", "/v1/models/some", "/v1/completions", "/v1/chat/completions", "/v1/embeddings"),
     *("/v1/responses", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/tokenize", "/generate", "/rerank"),
     "/ping",

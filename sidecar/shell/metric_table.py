@@ -1,7 +1,7 @@
 """The metrics contract: every family on `/metrics`, with its labels. docs/metrics.md is generated from it.
 
-No histogram has an adapter label, and only a bounded number of adapters and tenants get a label, the rest `_other`. So
-the number of series does not grow with what clients send.
+Only a bounded number of adapters and tenants get a label, the rest `_other`; a label that is given is kept until its
+adapter is unregistered. So the number of series does not grow with what clients send.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ METRICS: tuple[Metric, ...] = (
         "tenant",
         "direction",
     ),
+    _counter("class_requests_total", "Requests that ended, by class and outcome.", "class", "outcome"),
     _counter("tenant_requests_total", "Requests that ended, by tenant and outcome.", "tenant", "outcome"),
     _counter(
         "tenant_refusals_total",
@@ -76,9 +77,19 @@ METRICS: tuple[Metric, ...] = (
     _histogram(
         "queue_wait_seconds", "Time from arrival to dispatch, or to the end of a request that was never sent.", "class"
     ),
+    _histogram("tenant_wait_seconds", "The same time by tenant.", "tenant"),
+    _histogram("adapter_wait_seconds", "The same time by adapter.", "adapter"),
+    _counter("waits_folded_total", "Waits that were counted under _other, by label: adapter or tenant.", "label"),
     _histogram("first_token_seconds", "Time from arrival to the first token of a streamed answer.", "class"),
     _histogram(
         "wait_bound_seconds", "Promised time to the first token of an admitted request, if it had a promise.", "class"
+    ),
+    _counter(
+        "wait_bounds_total",
+        "Promises that are over, by whether the first token came in time. A promise that became void is judged, too.",
+        "class",
+        "tenant",
+        "kept",
     ),
     _counter("wait_bounds_voided_total", "Promises that became void, by the lost precondition.", "reason"),
     _counter(
@@ -88,6 +99,10 @@ METRICS: tuple[Metric, ...] = (
         "predicted_wait_seconds",
         "Predicted wait of a request that comes now; no sample while it is unknown.",
         "backend",
+    ),
+    _gauge(
+        "longest_promised_wait_seconds",
+        "Longest promise of those that wait; 0 if nobody waits, and no sample if none of them has a promise.",
     ),
     _counter("dispatches_total", "Dispatches, by where the adapter was.", "cache"),
     _gauge("queued_requests", 'Waiting requests by backend; backend "" means none at the moment.', "backend"),
@@ -131,6 +146,16 @@ METRICS: tuple[Metric, ...] = (
     ),
     _gauge("backend_versions_max", "Adapter versions that an engine may keep; no sample without a limit.", "backend"),
     _gauge("open_adapters", "Versions that hold a slot.", "backend"),
+    _gauge(
+        "slots",
+        "Room for adapters in an engine's GPU: adapters, or pages of TensorRT-LLM's cache; no sample while unknown.",
+        "backend",
+    ),
+    _gauge(
+        "slots_needed",
+        "Slots that the adapters of running and waiting requests need, more than there are if some wait for one.",
+        "backend",
+    ),
     _gauge("running_requests", "Requests in flight.", "backend"),
     _gauge("seats", "Requests and Loads that may be in flight.", "backend"),
     _gauge("backend_up", "1 if a backend answers.", "backend"),

@@ -28,14 +28,21 @@ from sidecar.shell.loop_watch import LoopWatch
 from sidecar.shell.metric_table import BASE_MODEL, OTHER, LabelValues
 from sidecar.shell.metric_table import METRICS as METRICS
 from sidecar.shell.model_server import ModelServer
-from sidecar.shell.series import LOAD_BUCKETS_S, Page, Series
+from sidecar.shell.series import (
+    BOUND_BUCKETS_S,
+    FEW_WAIT_BUCKETS_S,
+    LOAD_BUCKETS_S,
+    WAIT_BUCKETS_S,
+    Page,
+    Series,
+)
 from sidecar.shell.state_gauges import families_of, family
 
 DECLARED_PHASES = ("Pending", "Loading", "Ready", "Held", "Failed", "Removing")
-TENANT_LABELS_MAX = 50
+TENANT_LABELS_MAX = 200
 """Tenants with a label, in addition to those named in `queue.tenant_weights`."""
-WAIT_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-BOUND_BUCKETS_S = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 3600)
+TOKEN_SERIES_MAX = 20_000
+"""Series by adapter and tenant; pairs past it are counted as tenant `_other`."""
 
 
 class Watched(Protocol):
@@ -120,8 +127,8 @@ class Metrics:
         self._steps = 0
         self._refused_before_core = 0
         self._dispatched: dict[int, None] = {}
-        self._waiting: dict[int, None] = {}
-        """Admitted requests that have had no token yet."""
+        self._waiting: dict[int, int | None] = {}
+        """What was promised to admitted requests that have had no token yet, whether or not it has become void."""
         self._loads: dict[int, tuple[str, int]] = {}
         self._make_series()
 
@@ -129,11 +136,16 @@ class Metrics:
         registry = self._page.registry
         self._requests = Series("requests_total", registry)
         self._adapter_requests = Series("adapter_requests_total", registry)
+        self._class_requests = Series("class_requests_total", registry)
         self._tenant_requests = Series("tenant_requests_total", registry)
         self._tenant_refusals = Series("tenant_refusals_total", registry)
         self._tenant_seats = Series("tenant_seat_seconds_total", registry)
         self._tokens = Series("tokens_total", registry)
         self._queue_wait = Series("queue_wait_seconds", registry, WAIT_BUCKETS_S)
+        self._tenant_wait = Series("tenant_wait_seconds", registry, FEW_WAIT_BUCKETS_S)
+        self._adapter_wait = Series("adapter_wait_seconds", registry, FEW_WAIT_BUCKETS_S)
+        self._folded = Series("waits_folded_total", registry)
+        self._bounds = Series("wait_bounds_total", registry)
         self._wait_bound = Series("wait_bound_seconds", registry, BOUND_BUCKETS_S)
         self._first_token = Series("first_token_seconds", registry, WAIT_BUCKETS_S)
         self._exceeded = Series("wait_bounds_exceeded_total", registry)
@@ -150,6 +162,8 @@ class Metrics:
             self._dispatches.child(cache.value)
         for result in ("ok", "failed"):
             self._fetch_results.child(result)
+        for label in ("adapter", "tenant"):
+            self._folded.child(label)
 
     def start(self) -> None:
         """Begin to measure the event loop."""
@@ -186,6 +200,10 @@ class Metrics:
             "policy_faulty": int(bool(fault)),
             "usage_errors_total": self.usage_errors(),
         }
+        waiting = [bound for request, bound in self._waiting.items() if request not in self._dispatched]
+        promised = [bound for bound in waiting if bound is not None]
+        if promised or not waiting:
+            counted["longest_promised_wait_seconds"] = max(promised, default=0) / 1e9
         changes = [(("taken",), between.taken), (("given_up",), between.given_up)]
         found = [family(short, [((), value)]) for short, value in counted.items()]
         return [
@@ -235,26 +253,34 @@ class Metrics:
         if request is None:
             self._refused_before_core = event.request
             return
-        self._waiting[event.request] = None
-        if request.promise is not None:
-            self._wait_bound.take(request.promise.bound_ns, request.view.klass)
+        bound_ns = None if request.promise is None else request.promise.bound_ns
+        self._waiting[event.request] = bound_ns
+        if bound_ns is not None:
+            self._wait_bound.take(bound_ns, request.view.klass)
 
     def _had_first_token(self, event: ev.FirstToken, now_ns: int) -> None:
         request = self._core.state.requests.get(event.request)
         if request is None or request.attempt != event.attempt or event.request not in self._waiting:
             return
-        del self._waiting[event.request]
+        promised_ns = self._waiting.pop(event.request)
         waited_ns = now_ns - request.view.arrived_ns
         self._first_token.take(waited_ns, request.view.klass)
+        if promised_ns is not None:
+            self._judge(waited_ns <= promised_ns, request.view.klass, self._tenants.label(request.view.tenant))
         self._check_bound(waited_ns, None if request.promise is None else request.promise.bound_ns)
 
     def _check_bound(self, waited_ns: int, bound_ns: int | None) -> None:
         if bound_ns is not None and waited_ns > bound_ns:
             self._exceeded.add(1)
 
+    def _judge(self, kept: bool, klass: str, tenant: str) -> None:
+        for each in (True, False):  # both are there from the first on, so that a share of them can be computed
+            self._bounds.add(each is kept, klass, tenant, str(each).lower())
+
     def _unregistered(self, event: ev.AdapterUnregistered, now_ns: int) -> None:
         if self._adapters.forget(event.name):
             self._adapter_requests.end(event.name)
+            self._adapter_wait.end(event.name)
             self._tokens.end(event.name)
 
     def _fetched(self, event: ev.Fetched, now_ns: int) -> None:
@@ -299,23 +325,37 @@ class Metrics:
         self._quarantines.add(1)
 
     def _settle(self, effect: do.Settle, now_ns: int) -> None:
-        outcome, adapter = effect.outcome.value, self._adapter_label(effect.name)
+        outcome, adapter, tenant = effect.outcome.value, self._adapter_label(effect.name), self._tenant_label(effect)
         if effect.reason is not Reason.NOT_OWNER:  # else it goes on at another replica
             self._requests.add(1, outcome)
             self._adapter_requests.add(1, adapter, outcome)
-            self._tenant_requests.add(1, self._tenant_label(effect), outcome)
+            self._class_requests.add(1, self._class_label(effect.klass), outcome)
+            self._tenant_requests.add(1, tenant, outcome)
             if effect.outcome is Outcome.REFUSED and effect.reason is not None:
-                self._tenant_refusals.add(1, self._tenant_label(effect), effect.reason.name)
+                self._tenant_refusals.add(1, tenant, effect.reason.name)
         if effect.request != self._refused_before_core:
             self._queue_wait.take(effect.queue_ns, effect.klass)
+            for series, kind, label in (
+                (self._tenant_wait, "tenant", tenant),
+                (self._adapter_wait, "adapter", adapter),
+            ):
+                series.take(effect.queue_ns, label)
+                self._folded.add(label == OTHER, kind)
         if effect.request in self._waiting:  # it had no token, so its wait is known up to its dispatch
-            del self._waiting[effect.request]
+            promised_ns = self._waiting.pop(effect.request)
             self._check_bound(effect.queue_ns, effect.bound_ns)
+            if promised_ns is not None and (effect.outcome is Outcome.OK or effect.queue_ns >= promised_ns):
+                kept = effect.outcome is Outcome.OK and effect.queue_ns <= promised_ns
+                self._judge(kept, effect.klass, tenant)
         if effect.request in self._dispatched:
             del self._dispatched[effect.request]
-            tenant = self._tenants.label(effect.tenant)
+            if (adapter, tenant, "input") not in self._tokens and len(self._tokens) >= TOKEN_SERIES_MAX:
+                tenant = OTHER
             self._tokens.add(effect.input_tokens, adapter, tenant, "input")
             self._tokens.add(effect.output_tokens, adapter, tenant, "output")
+
+    def _class_label(self, klass: str) -> str:
+        return klass if klass in self._core.state.config.classes else OTHER
 
     def _tenant_label(self, effect: do.Settle) -> str:
         """Return the label of a request's tenant. One of which no request was sent gets none: it may be invented."""

@@ -14,6 +14,10 @@ from prometheus_client.registry import Collector
 from sidecar.shell.metric_table import BY_SHORT
 
 LOAD_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+WAIT_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+FEW_WAIT_BUCKETS_S = (0.01, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+"""Of histograms that each tenant or adapter has."""
+BOUND_BUCKETS_S = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 3600)
 
 
 class Series:
@@ -27,6 +31,12 @@ class Series:
         else:
             self._family = Histogram(metric.name, metric.help, metric.labels, registry=registry, buckets=buckets)
         self._children: dict[tuple[str, ...], Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._children)
+
+    def __contains__(self, labels: tuple[str, ...]) -> bool:
+        return labels in self._children
 
     def child(self, *labels: str) -> Any:
         child = self._children.get(labels)

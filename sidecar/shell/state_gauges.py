@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.core import Metric as Family
 
-from sidecar.core import promising, waiting
+from policies.views import BASE
+from sidecar.core import eligibility, promising, waiting
 from sidecar.core.enums import Phase
 from sidecar.core.prefetch_accounting import PrefetchCounts
 from sidecar.core.state import Backend, State
@@ -84,6 +85,23 @@ def _resident(state: State) -> Iterator[tuple[tuple[str, ...], float]]:
         yield (backend.id, "engine_host"), sum(version not in device for version in backend.shadow.host.held)
 
 
+def _of_slots(value_of: Callable[[State, Backend, int], float]) -> Callable[[State], Samples]:
+    """Read a value from each engine of ours whose slots are known rather than estimated, given their number."""
+
+    def read(state: State) -> Samples:
+        for backend in state.backends.values():
+            is_known = backend.facts.device_pages is not None and not backend.facts.base_only
+            if is_known and backend.owned and backend.phase is Phase.UP:
+                yield (backend.id,), value_of(state, backend, eligibility.page_limit(backend) or 0)
+
+    return read
+
+
+def _slots_needed(state: State, backend: Backend, slots: int) -> float:
+    waiting = (version for version in backend.queued_by_version if version != BASE and version not in backend.slots)
+    return backend.busy_pages + sum(state.packed_for(version, backend).pages for version in waiting)
+
+
 READERS: dict[str, Callable[[State], Samples]] = {
     "queued_requests": _queued,
     "queued_tokens": lambda state: _one(state.waiting.tokens),
@@ -102,6 +120,8 @@ READERS: dict[str, Callable[[State], Samples]] = {
     "loads_running": _each_backend(lambda backend: len(backend.loads)),
     "resident": _resident,
     "open_adapters": _each_backend(lambda backend: len(backend.slots)),
+    "slots": _of_slots(lambda state, backend, slots: slots),
+    "slots_needed": _of_slots(_slots_needed),
     "running_requests": _each_backend(lambda backend: len(backend.running)),
     "seats": lambda state: _each_backend(lambda backend: backend.seats(state.config))(state),
     "backend_up": _each_backend(lambda backend: backend.phase is Phase.UP),

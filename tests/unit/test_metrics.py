@@ -11,11 +11,11 @@ from sidecar.adapters.packed import PackReport
 from sidecar.backends.api import Wear
 from sidecar.core import events as ev
 from sidecar.core.config import ClassLimit, CoreConfig
-from sidecar.core.enums import Why
+from sidecar.core.enums import Outcome, Why
 from sidecar.core.pace import Pace
 from sidecar.shell.metric_table import LabelValues
 from sidecar.shell.metrics import METRICS, TENANT_LABELS_MAX, Metrics
-from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, facts_of, with_facts
+from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, facts_of, two_pages, with_facts
 
 LABELS = {metric.name.removesuffix("_total"): (*metric.labels, "le") for metric in METRICS}
 SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_count", "_sum")}
@@ -77,6 +77,7 @@ async def busy() -> Measured:
     world.pack("key", PackReport(fetch_ns=3 * MS, pack_ns=700 * MS))
     world.metrics.wear = lambda: {"b0": Wear(3, 4)}
     world.metrics.used("acme", 2 * SECOND)
+    world.bring_up("b0")
     return world
 
 
@@ -97,9 +98,10 @@ async def test_a_scrape_shows_exactly_the_contract() -> None:
             assert sorted(set(sample.labels) - {"le"}) == sorted(metric.labels), sample
 
 
-def test_no_histogram_has_an_adapter_label() -> None:
+def test_histograms_by_adapter_or_tenant_have_no_other_label() -> None:
     """The table keeps its promise about the number of series."""
-    assert not [metric for metric in METRICS if metric.kind == "histogram" and "adapter" in metric.labels]
+    labels = [set(metric.labels) for metric in METRICS if metric.kind == "histogram"]
+    assert [each for each in labels if each & {"adapter", "tenant"}] == [{"tenant"}, {"adapter"}]
 
 
 async def test_requests_by_outcome() -> None:
@@ -138,6 +140,156 @@ async def test_waits_and_their_bounds() -> None:
     assert samples["lora_sidecar_wait_bounds_exceeded_total"] == {(): 0}
     waited = world.dispatches[1][0].queue_ns + world.dispatches[2][0].queue_ns
     assert samples["lora_sidecar_queue_wait_seconds_sum"][("batch",)] == pytest.approx(waited / 1e9)
+
+
+async def test_waits_by_tenant_and_adapter() -> None:
+    """Each wait is that of its tenant and its adapter, whether or not it was ever sent."""
+    world = Measured(seats=1)
+    world.register("sql")
+    sent = {world.send("sql", tenant="acme"): ("acme", "sql"), world.send(tenant="blue"): ("blue", "_base")}
+    world.run()
+    world.send("nobody", tenant="acme")
+    samples = await scrape(world)
+    waits = {labels: world.dispatches[request][0].queue_ns / 1e9 for request, labels in sent.items()}
+    by_tenant, by_adapter = (
+        samples["lora_sidecar_tenant_wait_seconds_sum"],
+        samples["lora_sidecar_adapter_wait_seconds_sum"],
+    )
+    assert by_tenant == {(tenant,): pytest.approx(wait_s) for (tenant, _), wait_s in waits.items()}
+    assert by_adapter == {(adapter,): pytest.approx(wait_s) for (_, adapter), wait_s in waits.items()}
+    assert sum(waits.values()) > 0
+    assert samples["lora_sidecar_waits_folded_total"] == {("adapter",): 0, ("tenant",): 0}
+
+
+async def test_waits_past_the_labels_are_folded_and_counted() -> None:
+    """Who comes first keeps its label; what is kept is bounded, whatever clients name themselves."""
+    world = Measured(adapter_labels_max=2)
+    world.register("a", "b", "c")
+    for name in ("a", "b", "c", "a"):
+        world.send(name, tenant="t0")
+        world.run()
+    for number in range(TENANT_LABELS_MAX + 9):
+        world.send(tenant=f"t{number}")
+        world.run()
+    samples = await scrape(world)
+    assert samples["lora_sidecar_adapter_wait_seconds_count"] == {
+        ("a",): 2, ("b",): 1, ("_other",): 1, ("_base",): TENANT_LABELS_MAX + 9,
+    }  # fmt: skip
+    by_tenant = samples["lora_sidecar_tenant_wait_seconds_count"]
+    assert len(by_tenant) == TENANT_LABELS_MAX + 1
+    assert (by_tenant[("t0",)], by_tenant[("_other",)]) == (5, 9)
+    assert samples["lora_sidecar_waits_folded_total"] == {("adapter",): 1, ("tenant",): 9}
+    world.feed(ev.AdapterUnregistered("a"))
+    world.send("c")
+    world.run()
+    assert set((await scrape(world))["lora_sidecar_adapter_wait_seconds_count"]) == {
+        ("b",), ("c",), ("_other",), ("_base",),
+    }  # fmt: skip
+
+
+async def test_pairs_of_adapter_and_tenant_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two hundred of each make forty thousand pairs."""
+    monkeypatch.setattr("sidecar.shell.metrics.TOKEN_SERIES_MAX", 4)
+    world = Measured()
+    for tenant in ("a", "b", "c", "a", "d"):
+        world.send(tenant=tenant)
+        world.run()
+    output = {
+        tenant: count
+        for (_, tenant, way), count in (await scrape(world))["lora_sidecar_tokens_total"].items()
+        if way == "output"
+    }
+    assert output == {"a": 20, "b": 10, "_other": 20}
+
+
+async def test_promises_by_whether_they_were_kept() -> None:
+    """By the first token, or by the dispatch of an answer in one piece; one that the client gives up breaks none."""
+    world = Measured(seats=1)
+    engine = world.engines["b0"]
+    for first_token_s in (0, 60):
+        engine.first_token_ns, engine.run_ns = first_token_s * SECOND + MS, 61 * SECOND
+        world.send(tenant="acme")
+        world.run()
+    engine.silent = True
+    in_one_piece = world.send(tenant="blue")
+    world.run(for_ns=100 * SECOND)
+    world.feed(ev.RunEnded(in_one_piece, 1, 10))
+    assert (await scrape(world))["lora_sidecar_wait_bounds_total"] == {
+        ("default", "acme", "true"): 1, ("default", "acme", "false"): 1,
+        ("default", "blue", "true"): 1, ("default", "blue", "false"): 0,
+    }  # fmt: skip
+
+
+async def test_a_request_that_expires_breaks_its_promise_and_one_that_leaves_does_not() -> None:
+    world = Measured(seats=1, config=CoreConfig(classes={"default": ClassLimit(2 * SECOND)}))
+    runs, expires, leaves = (world.send() for _ in range(3))
+    assert all(world.core.state.requests[request].promise for request in (runs, expires, leaves))
+    world.feed(ev.ClientLeft(leaves))
+    world.lose("b0")
+    world.run(for_ns=3 * SECOND)
+    assert {world.settled[request].outcome for request in (runs, expires)} == {Outcome.EXPIRED}
+    kept = (await scrape(world))["lora_sidecar_wait_bounds_total"]
+    assert kept == {("default", "", "true"): 0, ("default", "", "false"): 2}
+
+
+@pytest.mark.parametrize("away_s", [1, 300])
+async def test_a_promise_that_became_void_is_judged_by_what_it_was(away_s: int) -> None:
+    """A client is not told that the engine was lost: its wait was as promised, or it was not."""
+    world = Measured(seats=1)
+    world.send()
+    promise = world.core.state.requests[world.send()].promise
+    assert promise is not None
+    assert SECOND < promise.bound_ns < 300 * SECOND
+    world.lose("b0")
+    world.run(for_ns=away_s * SECOND)
+    world.bring_up("b0")
+    world.run()
+    kept = (await scrape(world))["lora_sidecar_wait_bounds_total"]
+    assert kept == {("default", "", "true"): 2 * (away_s == 1), ("default", "", "false"): 2 * (away_s == 300)}
+
+
+async def test_requests_by_class() -> None:
+    """A class that there is not is none that a client can invent."""
+    world = Measured(config=CoreConfig(classes={"default": ClassLimit(), "batch": ClassLimit(2 * SECOND)}))
+    world.send()
+    world.send("nobody", klass="batch")
+    world.run()
+    assert (await scrape(world))["lora_sidecar_class_requests_total"] == {("default", "ok"): 1, ("batch", "refused"): 1}
+
+
+async def test_slots_and_how_many_are_needed() -> None:
+    """What runs or waits needs a slot, in the engine's own measure; an engine whose slots are a guess tells neither."""
+    world = Measured(engines=0)
+    world.add_engine("b0", facts_of(host_pages=8, device_pages=2))
+    for name in ("a", "b", "c"):
+        world.register(name)
+    world.register_as("wide", two_pages("wide"))
+    samples = await scrape(world)
+    assert (samples["lora_sidecar_slots"], samples["lora_sidecar_slots_needed"]) == ({("b0",): 2}, {("b0",): 0})
+    world.engines["b0"].frozen = True
+    for name in ("a", "a", "b", "c", "wide", ""):
+        world.send(name)
+    world.run(for_ns=SECOND)
+    assert (await scrape(world))["lora_sidecar_slots_needed"] == {("b0",): 5}
+    world.lose("b0")
+    world.add_engine("b1", facts_of(device_pages=None))
+    samples = await scrape(world)
+    assert not {"lora_sidecar_slots", "lora_sidecar_slots_needed"} & set(samples)
+
+
+async def test_the_longest_promise_of_those_that_wait() -> None:
+    world = Measured(seats=1)
+    name = "lora_sidecar_longest_promised_wait_seconds"
+    assert (await scrape(world))[name] == {(): 0}
+    promises = [world.core.state.requests[world.send()].promise for _ in range(4)]
+    longest_ns = max(promise.bound_ns for promise in promises[1:] if promise is not None)
+    assert (await scrape(world))[name] == {(): pytest.approx(longest_ns / 1e9)}
+    world.run()
+    assert (await scrape(world))[name] == {(): 0}
+    silent = Measured(config=CoreConfig(ordering="skip"), seats=1)
+    silent.send()
+    silent.send()
+    assert name not in await scrape(silent)
 
 
 async def test_void_promises_by_reason() -> None:

@@ -18,8 +18,9 @@ METRICS_PAGE = """# Metrics
 `/metrics` of the probes listener speaks Prometheus's text format. Every family is listed here, in the order in which it
 is shown.
 
-The number of series does not grow with what clients send: adapters past `adapter_labels_max`, and names that nobody
-registered, are counted under `_other`, requests for the base model under `_base`. No histogram has an adapter label.
+The number of series does not grow with what clients send. Counted under `_other` are adapters past
+`adapter_labels_max`, tenants past 200 and those of `queue.tenant_weights`, names that nobody registered, and tenants of
+which nothing was sent to an engine; under `_base`, requests for the base model. Who comes first keeps its label.
 [Operations](operations.md) says what to look at first, the [runbook](runbook.md) what each alert asks for.
 
 | metric | type | labels | meaning |
