@@ -13,6 +13,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from sidecar.shell.metric_table import METRICS
+from sidecar.shell.series import WAIT_BUCKETS_S
 from tests.kit.emulated import running_engine
 from tests.kit.peft_files import write_adapter
 from tests.kit.serving import serving
@@ -20,6 +21,8 @@ from tests.kit.serving import serving
 CHART = Path(__file__).parents[2] / "deploy" / "helm" / "lora-sidecar"
 SCRAPED = {"namespace", "service", "pod", "le"}
 """Labels that come from how it is scraped, and from histograms."""
+RECORDED = {"slo", "scope", "class", "tenant"}
+"""Labels of what rules record of objectives."""
 NAME = re.compile(r"\blora_sidecar_\w+")
 KEPT = re.compile(r"\b(?:by|on) \(([^)]*)\)")
 MATCHED = re.compile(r"(lora_sidecar_\w+)\{([^}]*)\}")
@@ -43,7 +46,9 @@ def queries() -> Iterator[tuple[str, str]]:
     for panel in panels():
         for target in panel.get("targets", []):
             yield panel["title"], target["expr"]
-    yield "engineScaling", (CHART / "templates/scaling.yaml").read_text().partition("query: >-")[2].splitlines()[1]
+    scaling = (CHART / "templates/scaling.yaml").read_text()
+    for query in re.findall(r"query: >-\n(.*?)\n +threshold:", scaling, re.DOTALL):
+        yield "engineScaling", query
 
 
 async def test_metrics_are_in_a_scrape(tmp_path: Path) -> None:
@@ -66,7 +71,9 @@ def test_labels_are_the_metrics() -> None:
     """Each label that a query keeps, matches or shows is one of a metric that it reads."""
     labels = {metric.name: {*metric.labels, *SCRAPED} for metric in METRICS}
     for where, query in queries():
-        own = set().union(*(labels[_family(name)] for name in NAME.findall(query)))
+        own = (RECORDED if "lora_sidecar:slo_" in query else set()).union(
+            *(labels[_family(name)] for name in NAME.findall(query))
+        )
         for kept in KEPT.findall(query):
             assert {label.strip() for label in kept.split(",") if label.strip()} <= own, f"{where}: {kept}"
         for name, matchers in MATCHED.findall(query):
@@ -81,6 +88,16 @@ def test_legends_show_what_is_kept() -> None:
             shown = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
             kept = {label.strip() for group in KEPT.findall(target["expr"]) for label in group.split(",")}
             assert shown <= kept, panel["title"]
+
+
+def test_first_tokens_are_judged_at_a_bucket() -> None:
+    """Each time that the chart takes is a bucket of the histogram; the rules as they are have the default."""
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    times = schema["properties"]["monitoring"]["properties"]["rules"]["properties"]["firstTokenSeconds"]["enum"]
+    assert set(times) <= set(WAIT_BUCKETS_S)
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    default = float(values["monitoring"]["rules"]["firstTokenSeconds"])
+    assert set(re.findall(r'le="([^"]*)"', (CHART / "files/rules.yaml").read_text())) == {str(default)}
 
 
 def _family(name: str) -> str:

@@ -90,6 +90,9 @@ def _misses(missed: str) -> Series:
 CASES: dict[str, Case] = {
     "LoraSidecarErrorBudgetBurns": _outcome("failed", 20, 5),
     "LoraSidecarErrorBudgetShrinks": _outcome("expired", 4, 0),
+    "LoraSidecarObjectiveBurns": _share(
+        "tenant_requests_total", {"outcome": "failed"}, {"outcome": "ok"}, 20, 5, tenant="acme"
+    ),
     "LoraSidecarGone": Case(
         {_series("build_info", version="1"): "1x10 _x50"}, {_series("build_info", version="1"): "1x60"}
     ),

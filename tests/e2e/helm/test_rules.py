@@ -24,10 +24,18 @@ def alerts(objects: list[Object]) -> dict[str, Any]:
     return {rule["alert"]: rule for group in groups for rule in group["rules"] if "alert" in rule}
 
 
-def recorded(objects: list[Object]) -> dict[str, str]:
-    """Return the expressions of a release's recorded series by their names."""
-    groups = one(objects, "PrometheusRule")["spec"]["groups"]
-    return {rule["record"]: rule["expr"] for group in groups for rule in group["rules"] if "record" in rule}
+def recorded(objects: list[Object]) -> dict[str, set[str]]:
+    """Return the labels of a release's recorded series by their names."""
+    found: dict[str, set[str]] = {}
+    for group in one(objects, "PrometheusRule")["spec"]["groups"]:
+        for rule in group["rules"]:
+            if "record" in rule:
+                found.setdefault(rule["record"], set()).update(rule.get("labels", ()), kept_by(rule["expr"]))
+    return found
+
+
+def kept_by(expression: str) -> set[str]:
+    return set(re.findall(r"\w+", " ".join(re.findall(r"by \(([^)]*)\)", expression))))
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +180,7 @@ def test_texts_name_labels_that_there_are(newest: Renderer) -> None:
     records = recorded(objects)
     for name, alert in alerts(objects).items():
         read = [records[series] for series in re.findall(r"[\w:]+", alert["expr"]) if series in records]
-        kept = set(re.findall(r"\w+", " ".join(re.findall(r"by \(([^)]*)\)", " ".join([alert["expr"], *read])))))
+        kept = kept_by(alert["expr"]).union(*read)
         shown = set(re.findall(r"\$labels\.(\w+)", " ".join(alert["annotations"].values())))
         assert shown <= kept, name
         assert alert["labels"]["severity"] in ("info", "warning", "critical"), name
@@ -208,6 +216,14 @@ def test_panels_are_promql(tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
     done = promtool("check", "rules", str(file))
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_another_time_for_the_first_token(newest: Renderer) -> None:
+    """Nothing else becomes another."""
+    for seconds, bucket in ((2.5, "2.5"), (60, "60.0")):
+        objects = newest.objects({"monitoring": {"rules": {"enabled": True, "firstTokenSeconds": seconds}}})
+        expected = yaml.safe_load(RULES.read_text().replace('le="10.0"', f'le="{bucket}"'))
+        assert one(objects, "PrometheusRule")["spec"]["groups"] == expected["groups"]
 
 
 def test_disabled(newest: Renderer) -> None:
