@@ -19,6 +19,7 @@ from sidecar.config.access import Access
 from sidecar.config.adapters import Adapters, Origins, Store
 from sidecar.config.identity import Identity
 from sidecar.config.listeners import Listeners, is_local
+from sidecar.config.metrics import Metrics
 from sidecar.config.openai import LOAD_WAIT_S_MAX, LOADS, OpenAi
 from sidecar.config.queue import Queue, RequestClass
 from sidecar.config.section import Section, told
@@ -43,6 +44,7 @@ class Config(Section):
     queue: Queue = Queue()
     journal: Journal = Journal()
     tracing: Tracing = Tracing()
+    metrics: Metrics = Metrics()
     state: State = State()
     replicas: Replicas = Replicas()
     kubernetes: Kubernetes = Kubernetes()

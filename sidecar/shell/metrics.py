@@ -325,7 +325,7 @@ class Metrics:
         self._quarantines.add(1)
 
     def _settle(self, effect: do.Settle, now_ns: int) -> None:
-        outcome, adapter, tenant = effect.outcome.value, self._adapter_label(effect.name), self._tenant_label(effect)
+        outcome, adapter, tenant = effect.outcome.value, self.adapter_label(effect.name), self._tenant_label(effect)
         if effect.reason is not Reason.NOT_OWNER:  # else it goes on at another replica
             self._requests.add(1, outcome)
             self._adapter_requests.add(1, adapter, outcome)
@@ -368,7 +368,7 @@ class Metrics:
         label = OTHER if tenant == OTHERS else self._tenants.label(tenant_of(tenant))
         self._tenant_seats.add(seat_ns / 1e9, label)
 
-    def _adapter_label(self, name: str) -> str:
+    def adapter_label(self, name: str) -> str:
         """Return the label of a name: the name itself only while it is registered, since clients may send anything."""
         if name in self._adapters:
             return name

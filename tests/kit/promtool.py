@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-TIMEOUT_S = 120.0
+TIMEOUT_S = 600.0
 
 
 def promtool(*arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:

@@ -35,6 +35,16 @@ for dashboards made for vLLM. Let Prometheus scrape one page or the other: they 
 | metric | type | labels | meaning |
 |---|---|---|---|
 """
+BY_OTLP = """
+## By OTLP
+
+With `metrics.otlp.endpoint` and the extra `otel` three histograms are also sent to a collector, as the
+[conventions for generative AI](https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-metrics/) have them:
+`gen_ai.server.request.duration` of every request, and of answers `gen_ai.server.time_to_first_token` and
+`gen_ai.server.time_per_output_token`. An answer that comes in one piece has only a duration. `gen_ai.request.model` is
+the adapter as above, with `_base` and `_other`; `error.type` is the reason of [Errors](errors.md);
+`gen_ai.operation.name` is `text_completion` for chats, too; `gen_ai.provider.name` is `lora_sidecar`.
+"""
 ERRORS_PAGE = """# Errors
 
 Every error names the thing, the reason and the way out. Its machine-readable part is `google.rpc.ErrorInfo` in gRPC's
@@ -127,7 +137,7 @@ def metrics_page() -> str:
     def row(metric: Metric) -> str:
         return f"| `{metric.name}` | {metric.kind} | {', '.join(metric.labels)} | {metric.help} |\n"
 
-    return METRICS_PAGE + "".join(map(row, METRICS)) + PICKERS + "".join(map(row, MODEL_SERVER))
+    return METRICS_PAGE + "".join(map(row, METRICS)) + PICKERS + "".join(map(row, MODEL_SERVER)) + BY_OTLP
 
 
 def errors_page() -> str:
