@@ -48,7 +48,8 @@ CONFIGURATION = (
 )
 """Models of the configuration, by the key that they stand below: "" for the whole, "backends[]" for an entry there."""
 WHERE = {
-    "metrics": "sidecar.shell.metric_table:METRICS",  # of each: name, kind, labels, help
+    "/metrics": "sidecar.shell.metric_table:METRICS",  # of each: name, kind, labels, help
+    "/metrics/model-server": "sidecar.shell.metric_table:MODEL_SERVER",
     "exits": "sidecar.cli.exits:Exit",
     "reasons": "sidecar.errors:TABLE",
     "policies": "policies.registry:POLICIES",
@@ -360,16 +361,17 @@ class Serving:
 
 
 def metrics(address: str) -> dict[str, Any]:
-    """Return each exported metric family, with its labels from the table of metrics."""
-    status, text = request(address, "GET", "/metrics")
-    assert status == 200, text
+    """Return each exported metric family of each page, with its labels from the tables of metrics."""
     shown: dict[str, dict[str, Any]] = {}
-    for line in text.splitlines():
-        if line.startswith(("# HELP ", "# TYPE ")):
-            _, what, name, rest = [*line.split(" ", 3), ""][:4]
-            shown.setdefault(name, {})[what.lower()] = rest
-    for metric in imported(WHERE["metrics"]):
-        shown.setdefault(metric.name, {"not shown": True})["labels"] = list(metric.labels)
+    for page in ("/metrics", "/metrics/model-server"):
+        status, text = request(address, "GET", page)
+        assert status == 200, text
+        for line in text.splitlines():
+            if line.startswith(("# HELP ", "# TYPE ")):
+                _, what, name, rest = [*line.split(" ", 3), ""][:4]
+                shown.setdefault(name, {})[what.lower()] = rest
+        for metric in imported(WHERE[page]):
+            shown.setdefault(metric.name, {"not shown": True})["labels"] = list(metric.labels)
     return shown
 
 

@@ -50,6 +50,7 @@ def _histogram(short: str, help: str, *labels: str) -> Metric:  # noqa: A002
     return Metric(short, "histogram", labels, help)
 
 
+_WAIT = "Time from arrival to dispatch, or to the end of a request that was never sent"
 METRICS: tuple[Metric, ...] = (
     # Requests.
     _counter("requests_total", "Requests that ended, by outcome.", "outcome"),
@@ -74,11 +75,9 @@ METRICS: tuple[Metric, ...] = (
         "Seconds from dispatch to end, times the sequences of a request; counted each minute while it runs.",
         "tenant",
     ),
-    _histogram(
-        "queue_wait_seconds", "Time from arrival to dispatch, or to the end of a request that was never sent.", "class"
-    ),
-    _histogram("tenant_wait_seconds", "The same time by tenant.", "tenant"),
-    _histogram("adapter_wait_seconds", "The same time by adapter.", "adapter"),
+    _histogram("queue_wait_seconds", f"{_WAIT}.", "class"),
+    _histogram("tenant_wait_seconds", f"{_WAIT}, by tenant.", "tenant"),
+    _histogram("adapter_wait_seconds", f"{_WAIT}, by adapter.", "adapter"),
     _counter("waits_folded_total", "Waits that were counted under _other, by label: adapter or tenant.", "label"),
     _histogram("first_token_seconds", "Time from arrival to the first token of a streamed answer.", "class"),
     _histogram(
