@@ -43,6 +43,7 @@ class ModelServer:
         return await self._page.render(self._families, accept)
 
     def measured(self, backend: str, kv_used: int | None) -> None:
+        self._kv_used.pop(backend, None)
         if kv_used is not None:
             self._kv_used[backend] = kv_used
 

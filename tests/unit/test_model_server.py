@@ -178,6 +178,9 @@ async def test_what_is_unknown_has_no_sample() -> None:
     usage = first(await scrape(world), "vllm:kv_cache_usage_perc")
     assert usage is not None
     assert usage.value == 0
+    world.feed(ev.BackendMeasured("b1", 8, 1000, None))
+    assert first(await scrape(world), "vllm:kv_cache_usage_perc") is None
+    world.feed(ev.BackendMeasured("b1", 8, 1000, 500))
     world.bring_up("b0")
     assert first(await scrape(world), "vllm:kv_cache_usage_perc") is None
 
