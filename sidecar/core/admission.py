@@ -89,7 +89,7 @@ def _request(step: Step, event: Received, name: Name | None, ordinal: int, diges
         arrived_ns=step.now_ns,
         input_tokens=event.input_tokens,
         output_tokens_max=event.output_tokens_max,
-        weight=step.state.config.tenant_weights.get(event.tenant, 1.0),
+        weight=step.state.config.weight_of(event.tenant),
         sequences=event.sequences,
     )
     return Request(view, ordinal, expires_ns, event.deadline_ns, event.size_bytes, event.only, event.client_id)

@@ -62,3 +62,17 @@ class CoreConfig:
     """The rate limit of speculative fetches."""
     raise_on: str = ""
     """The event or effect whose handling raises on purpose (`core.injected`)."""
+
+    def weight_of(self, tenant: str) -> float:
+        return self.tenant_weights.get(tenant, 1.0)
+
+    def limit_of(self, klass: str) -> ClassLimit:
+        """Return the limits of a class; of one that was taken out while its requests were here those of the default."""
+        return self.classes.get(klass) or self.classes["default"]
+
+
+FIXED = (
+    "store_bytes", "disk_bytes", "fetches_max", "eviction", "disk_eviction", "ordering", "routing", "prefetch",
+    "raise_on",
+)  # fmt: skip
+"""The fields that do not change while the core runs: what it holds was made by them."""

@@ -76,6 +76,9 @@ class Core:
             HANDLERS[type(event)](step, event)
             if isinstance(event, ev.BackendUp):
                 lifecycle.begin_joining(step, self.state.backends[event.backend], self.policies.routing)
+            elif isinstance(event, ev.BackendRemoved) and event.successor is not None:
+                self._backend_added(step, event.successor)
+                queueing.route_unrouted(step)
         if self.state.config.raise_on:
             injected.check(self.state.config.raise_on, event, self.state)  # here: the state is half changed
         _end_overdue(step)
@@ -321,6 +324,7 @@ HANDLERS: dict[type, Callable[[Step, Any], None]] = {
     ev.ReleaseAsked: operators.release_asked,
     ev.DrainSet: operators.drain_set,
     ev.ShutdownBegun: _shutdown_begun,
+    ev.ConfigChanged: operators.config_changed,
     ev.BackendLeaving: lifecycle.leaving,
     ev.BackendRemoved: lifecycle.removed,
     ev.BackendPlanned: lifecycle.planned,

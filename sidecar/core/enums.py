@@ -64,6 +64,7 @@ class Voided(Enum):
     MOVED = "moved"
     NO_BACKEND = "no backend"
     RUN_AGAIN = "run again"
+    SHARES_CHANGED = "shares changed"
 
 
 class Fault(Enum):

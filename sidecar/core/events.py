@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sidecar.core.config import CoreConfig
 from sidecar.core.enums import Fault
 from sidecar.core.facts import Adapter, EngineFacts
 from sidecar.errors import Reason
@@ -147,18 +148,33 @@ class BackendAdded:
 
 @dataclass(frozen=True, slots=True)
 class BackendLeaving:
-    """A backend is about to go, so nothing new is sent to it; or it stays after all."""
+    """A backend is about to go, so nothing new is sent to it; or it stays after all.
+
+    With `serves_queue` it still gets those of its waiting requests that no other backend takes now.
+    """
 
     backend: str
     leaving: bool
+    serves_queue: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class BackendRemoved:
-    """A backend is gone for good. A later one with the same id is a new backend."""
+    """A backend is gone for good. A later one with the same id is a new backend.
+
+    `successor` has its id from this moment on; what waited for that id goes on waiting.
+    """
 
     backend: str
     cause: str
+    successor: BackendAdded | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigChanged:
+    """The configuration was changed while the process runs; the fields in `config.FIXED` are as before."""
+
+    config: CoreConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,6 +331,6 @@ Event = (
     Received | ClientLeft | ClientStalled | AdapterRegistered | AdapterUnregistered | EvictAsked
     | PrefetchAsked | ReleaseAsked | DrainSet | ShutdownBegun | BackendAdded | BackendLeaving | BackendRemoved
     | BackendPlanned | BackendTaken | BackendGivenUp | BackendUp | BackendMeasured | BackendProbed | BackendLost
-    | Fetched | FetchFailed | Spilled | SpillFailed | DiskHolds
+    | ConfigChanged | Fetched | FetchFailed | Spilled | SpillFailed | DiskHolds
     | LoadDone | LoadFailed | FirstToken | RunEnded | RunFailed | Progress | Tick
 )  # fmt: skip

@@ -48,7 +48,7 @@ def leaving(step: Step, event: BackendLeaving) -> None:
     if event.leaving:
         backend.warmups.clear()
         end_joining(step.state, backend.id)
-        queueing.reroute_queue(step, backend)
+        queueing.reroute_queue(step, backend, event.serves_queue)
     step.dirty[backend.id] = None
     queueing.route_unrouted(step)
 
@@ -69,7 +69,8 @@ def removed(step: Step, event: BackendRemoved) -> None:
     _forget(state, backend)
     step.dirty.pop(backend.id, None)
     step.hungry = True
-    queueing.route_unrouted(step)
+    if event.successor is None:
+        queueing.route_unrouted(step)
 
 
 def _forget(state: State, backend: Backend) -> None:

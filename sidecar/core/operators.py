@@ -1,12 +1,15 @@
-"""Requests of operators: register, pin, evict, prefetch, release, drain."""
+"""Requests of operators: register, pin, evict, prefetch, release, drain, change the configuration."""
 
 from __future__ import annotations
 
 from sidecar.core import eligibility, queueing, storing, suspects
+from sidecar.core.config import FIXED
 from sidecar.core.effects import Answer
+from sidecar.core.enums import Voided
 from sidecar.core.events import (
     AdapterRegistered,
     AdapterUnregistered,
+    ConfigChanged,
     DrainSet,
     EvictAsked,
     PrefetchAsked,
@@ -203,3 +206,19 @@ def drain_set(step: Step, event: DrainSet) -> None:
     if event.draining:
         queueing.reroute_queue(step, backend)
     queueing.route_unrouted(step)
+
+
+def config_changed(step: Step, event: ConfigChanged) -> None:
+    """Handle ConfigChanged. A request that is here keeps the longest wait and the promise that it was admitted with;
+    a promise is void only where tenants' weights change the shares on which it rests.
+    """
+    state = step.state
+    before, state.config = state.config, event.config
+    assert all(getattr(before, name) == getattr(event.config, name) for name in FIXED), "a fixed setting has changed"
+    for backend in state.backends.values():
+        if backend.outstanding.reweigh(event.config.weight_of):
+            queueing.void_promises(step, backend, Voided.SHARES_CHANGED)
+    if before.pools != event.config.pools:
+        state.forget_servers()
+        queueing.route_unrouted(step)
+    step.hungry = True  # what may be fetched ahead may have grown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sidecar.core.pace import Demand
@@ -44,6 +45,15 @@ class Outstanding:
         self.tenants[tenant] = self.tenants.get(tenant, 0) + expected_tokens + 1
         length = rounded_up(tokens_max)
         self.lengths[length] = self.lengths.get(length, 0) + 1
+
+    def reweigh(self, weight_of: Callable[[str], float]) -> bool:
+        """Take changed weights; return True if the share of any tenant here has changed."""
+        weights = {tenant: weight_of(tenant) for tenant in self.weights}
+        if weights == self.weights:
+            return False
+        self.weights = weights
+        self.weight_units = sum(map(_units, weights.values()))
+        return True
 
     def remove(self, tenant: str, input_tokens: int, expected_tokens: int, tokens_max: int) -> None:
         """Forget a request that has ended; `expected_tokens` is what it was still expected to generate."""

@@ -107,9 +107,8 @@ def _count_outstanding(step: Step, request: Request, backend: Backend) -> None:
     view = request.view
     request.counted = True
     request.expected_tokens = promising.expected_tokens(step.state, request)
-    backend.outstanding.add(
-        view.tenant, view.weight, view.input_tokens, request.expected_tokens, view.output_tokens_max
-    )
+    weight = step.state.config.weight_of(view.tenant)
+    backend.outstanding.add(view.tenant, weight, view.input_tokens, request.expected_tokens, view.output_tokens_max)
 
 
 def remove_outstanding(step: Step, request: Request, backend: Backend) -> None:
@@ -190,10 +189,12 @@ def _missing_ns(step: Step, request: Request) -> int:
     return step.state.lateness.waited_ns(key, request.view.arrived_ns, request.queued_clock, step.now_ns)
 
 
-def reroute_queue(step: Step, backend: Backend) -> None:
-    """Route every request queued at a backend anew."""
+def reroute_queue(step: Step, backend: Backend, keeps_others: bool = False) -> None:
+    """Route every request queued at a backend anew; with `keeps_others`, only what another backend takes now."""
     for request_id in list(backend.queued):
         request = step.state.requests[request_id]
+        if keeps_others and not eligibility.takers_of(step.state, request.version, request.view, request.only):
+            continue
         dequeue(step, request)
         request.backend = None
         route_or_refuse(step, request)

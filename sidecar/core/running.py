@@ -50,7 +50,7 @@ def _extend_wait(step: Step, request: Request) -> None:
     """Give a request a new expiry if the first one passed while it ran."""
     if request.expires_ns > step.now_ns:
         return
-    limit = step.state.config.classes[request.view.klass]
+    limit = step.state.config.limit_of(request.view.klass)
     request.expires_ns = step.now_ns + limit.queue_wait_ns_max
     if request.deadline_ns is not None:
         request.expires_ns = min(request.expires_ns, request.deadline_ns)

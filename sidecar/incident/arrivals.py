@@ -18,6 +18,7 @@ from sidecar.core.events import (
     BackendMeasured,
     BackendRemoved,
     BackendUp,
+    ConfigChanged,
     Event,
     OtherVersion,
     RunEnded,
@@ -29,7 +30,9 @@ from sidecar.journal import checked
 from sidecar.journal.archive import opened
 from sidecar.journal.replay import SegmentFile, segments_of
 
-SETTING_EVENTS = ("AdapterRegistered", "BackendAdded", "BackendUp", "BackendMeasured", "BackendRemoved")
+SETTING_EVENTS = (
+    "AdapterRegistered", "BackendAdded", "BackendUp", "BackendMeasured", "BackendRemoved", "ConfigChanged",
+)  # fmt: skip
 
 
 class Arrival(NamedTuple):
@@ -56,7 +59,8 @@ class Arrival(NamedTuple):
 class Setting:
     """What a run began with: the core's configuration, the engines, and the registered names.
 
-    Engines' facts are the last measured ones. Each name has its last registration, which lists its older versions too.
+    The configuration is the last one, with the classes that earlier ones had too. Engines' facts are the last measured
+    ones. Each name has its last registration, which lists its older versions too.
     """
 
     config: CoreConfig
@@ -130,6 +134,10 @@ def _take_in(setting: Setting, event: Any) -> None:
         setting.backends[event.backend] = event.facts
     elif isinstance(event, BackendRemoved):
         setting.backends.pop(event.backend, None)
+        if event.successor is not None:
+            setting.backends[event.backend] = event.successor.facts
+    elif isinstance(event, ConfigChanged):
+        setting.config = replace(event.config, classes={**setting.config.classes, **event.config.classes})
     elif isinstance(event, BackendMeasured) and event.backend in setting.backends:
         facts = setting.backends[event.backend]
         measured = replace(facts, seats=event.seats or facts.seats, kv_tokens=event.kv_tokens or facts.kv_tokens)

@@ -219,10 +219,13 @@ class World:
         self._known_down.add(backend)
         self.feed(ev.BackendLost(backend, cause))
 
-    def leave(self, backend: str, leaving: bool = True) -> None:
+    def leave(self, backend: str, leaving: bool = True, serves_queue: bool = False) -> None:
         """Report that a backend is leaving, or stays after all."""
-        self._leaving.add(backend) if leaving else self._leaving.discard(backend)
-        self.feed(ev.BackendLeaving(backend, leaving))
+        if not leaving:
+            self._leaving.discard(backend)
+        elif not serves_queue and not self.core.state.backends[backend].leaving:
+            self._leaving.add(backend)
+        self.feed(ev.BackendLeaving(backend, leaving, serves_queue))
 
     def thaw(self, backend: str) -> None:
         """Resume a frozen engine."""
@@ -232,13 +235,18 @@ class World:
         for say in unsaid:
             say()
 
-    def remove(self, backend: str, late: bool = False) -> None:
-        """Remove a backend. With `late`, its pending answers still arrive afterwards."""
+    def remove(self, backend: str, late: bool = False, successor: EngineFacts | None = None) -> None:
+        """Remove a backend. With `late`, its pending answers still arrive afterwards. `successor` has its id then."""
         engine = self.engines.pop(backend)
         runs, loads = list(engine.runs), list(engine.loads)
         self._known_down.add(backend)
         self._leaving.discard(backend)
-        self.feed(ev.BackendRemoved(backend, "it is gone"))
+        added = None
+        if successor is not None:
+            self._lives += 1000
+            self.engines[backend] = Engine(backend, successor, successor.host_pages or 4, epoch=self._lives)
+            added = ev.BackendAdded(backend, successor, fresh=True)
+        self.feed(ev.BackendRemoved(backend, "it is gone", added))
         if late:
             for load in loads:
                 self.feed(ev.LoadDone(load))
@@ -298,6 +306,7 @@ class World:
             self._unchecked = 0
             check_books(self.core)
         self._check_limits(made)
+        assert not any(self.core.state.backends[backend].queued for backend in self._leaving)
         if isinstance(event, ev.Received):
             self._check_spared(event.request)
         return made
@@ -640,8 +649,6 @@ def check_books(core: Core) -> None:
         for digest, slot in backend.slots.items():
             assert slot.running == sum(request.version == digest for request in running)
         assert sorted(backend.queued) == sorted(i for line in backend.queued_by_version.values() for i in line)
-        if backend.leaving:
-            assert not backend.queued
         if backend.phase is Phase.DOWN:
             assert not backend.running
             assert not backend.loads
@@ -654,7 +661,13 @@ def _check_outstanding(core: Core, backend: Backend) -> None:
     counted = Outstanding()
     for request in every:
         view = request.view
-        counted.add(view.tenant, view.weight, view.input_tokens, request.expected_tokens, view.output_tokens_max)
+        counted.add(
+            view.tenant,
+            core.state.config.weight_of(view.tenant),
+            view.input_tokens,
+            request.expected_tokens,
+            view.output_tokens_max,
+        )
     counted.queued_tokens = sum(request.expected_tokens for request in queued)
     assert backend.outstanding == counted
 

@@ -6,6 +6,7 @@ seed is in the assertion's message: run it alone with `run_world(seed)`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -55,6 +56,8 @@ def build(random: Random, seed: int) -> World:
 def one_act(world: World, random: Random, on: dict[str, bool]) -> None:
     """Do one thing that clients, operators or misfortune do."""
     names = sorted(world.core.state.names)
+    if on["config"] and random.random() < 0.1:
+        world.feed(ev.ConfigChanged(changed(world.core.state.config, random)))
     if on["pool"] and random.random() < 0.1:
         pool_act(world, random, owned=random.random() < 0.5 or not on["owners"])
     if not world.engines:
@@ -69,7 +72,8 @@ def one_act(world: World, random: Random, on: dict[str, bool]) -> None:
         only = random.choice([(), (), ("p",), ("p", "b0"), (backend,)]) if on["pool"] else ()
         sequences = random.choice([1, 1, 1, 2, 4]) if on["sequences"] else 1
         klass = random.choice(["default", "default", "short"])
-        world.send(adapter, klass=klass, deadline_ns=deadline, only=only, sequences=sequences)
+        tenant = random.choice(["", "t0", "t1"]) if on["config"] else ""
+        world.send(adapter, tenant=tenant, klass=klass, deadline_ns=deadline, only=only, sequences=sequences)
     elif pick < 0.68 and world.dispatches:
         world.feed(ev.ClientLeft(random.randint(1, max(world.dispatches))))
     elif pick < 0.72 and on["loss"] and engine.up:
@@ -98,12 +102,31 @@ def pool_act(world: World, random: Random, owned: bool) -> None:
         fresh = random.random() < 0.8
         world.add_engine(backend, facts, up=random.random() < 0.7, owned=owned, pool="p", fresh=fresh)
     elif pick < 0.4:
-        world.leave(backend, random.random() < 0.7)
+        world.leave(backend, random.random() < 0.7, random.random() < 0.3)
     elif pick < 0.8:
-        world.remove(backend, late=random.random() < 0.5)
+        successor = facts_of(random.choice([2, 4]), random.choice([None, 1, 3]), random.randint(1, 8))
+        world.remove(backend, late=random.random() < 0.5, successor=random.choice([None, None, successor]))
     else:
         versions = sorted(world.core.state.versions)
         world.feed(ev.BackendPlanned(backend, tuple(random.sample(versions, random.randint(0, len(versions))))))
+
+
+def changed(config: CoreConfig, random: Random) -> CoreConfig:
+    """Return a configuration that the core may be told while it runs."""
+    return replace(
+        config,
+        tenant_weights={tenant: random.choice([0.5, 1.0, 4.0]) for tenant in ("", "t0", "t1") if random.random() < 0.7},
+        classes={
+            "default": ClassLimit(patience_ns=random.choice([0, SECOND, 20 * SECOND])),
+            **({"short": ClassLimit(random.choice([100, 200]) * MS)} if random.random() < 0.8 else {}),
+        },
+        pools={"p": facts_of()} if random.random() < 0.7 else {},
+        queued_max=random.choice([30, 50_000]),
+        output_tokens_assumed=random.choice([16, 1024]),
+        joining_ns_max=random.choice([0, 30 * MS]),
+        prefetch_bytes_per_s=random.choice([0, 128 << 20]),
+        base_requests=random.random() < 0.8,
+    )
 
 
 def operator_act(world: World, random: Random, name: str, backend: str) -> None:
@@ -122,7 +145,10 @@ def operator_act(world: World, random: Random, name: str, backend: str) -> None:
         world.register_as(name, adapter_of(name + random.choice(["", "x"])))
 
 
-KINDS = ("loss", "lies", "drain", "operators", "faults", "crashers", "tick", "fetch", "owners", "pool", "sequences")
+KINDS = (
+    "loss", "lies", "drain", "operators", "faults", "crashers", "tick", "fetch", "owners", "pool", "sequences",
+    "config",
+)  # fmt: skip
 MILD = ("lies", "tick", "sequences")
 """Faults that no client should ever notice."""
 
@@ -167,6 +193,7 @@ def check_reasons(world: World) -> None:
 def make_peace(world: World) -> None:
     """Stop every fault: what is left must be served or refused, and end."""
     world.unfetchable.clear()
+    world.feed(ev.ConfigChanged(replace(world.core.state.config, pools={"p": facts_of()})))
     if not any(backend.pool for backend in world.core.state.backends.values()) and "b9" not in world.engines:
         world.add_engine("b9", facts_of(), pool="p", fresh=True)
     for backend, engine in world.engines.items():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 from sidecar.config.plugins import policies_of
 from sidecar.core import events as ev
+from sidecar.core.config import ClassLimit, CoreConfig
 from sidecar.core.core import Core
 from sidecar.core.enums import Outcome
 from sidecar.incident.arrivals import arrivals_of, setting_of
@@ -89,3 +91,18 @@ def test_the_setting_of_an_incident_from_the_middle(tmp_path: Path) -> None:
     assert {name: version.adapter for name, version in core.state.versions.items()} == {
         name: version.adapter for name, version in world.core.state.versions.items()
     }
+
+
+def test_the_setting_has_the_last_configuration_and_every_class(tmp_path: Path) -> None:
+    """A request of a class that was taken out since is simulated, too; an engine's successor has its id."""
+    first = CoreConfig(classes={"default": ClassLimit(), "gone": ClassLimit(7 * MS)})
+    world = World(first)
+    world.send(klass="gone")
+    world.run()
+    second = CoreConfig(tenant_weights={"t": 2.0}, classes={"default": ClassLimit(9 * MS)})
+    world.feed(ev.ConfigChanged(second))
+    world.remove("b0", successor=facts_of(seats=3))
+    write_journal(world, tmp_path)
+    setting = setting_of(tmp_path)
+    assert setting.config == replace(second, classes={"default": ClassLimit(9 * MS), "gone": ClassLimit(7 * MS)})
+    assert setting.backends == {"b0": facts_of(seats=3)}

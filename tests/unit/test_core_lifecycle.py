@@ -9,7 +9,7 @@ from sidecar.core.eligibility import why_waiting
 from sidecar.core.enums import Fault, Why
 from sidecar.core.queries import backend_view
 from sidecar.errors import Reason
-from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, adapter_of, assert_idle, facts_of
+from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, adapter_of, assert_idle, facts_of, with_facts
 
 POOL = CoreConfig(store_bytes=64 * BLOB_BYTES, pools={"p": facts_of()})
 
@@ -189,3 +189,42 @@ def test_promises_that_rest_on_the_host_store_are_void_when_it_is_shared_with_on
     assert promised
     world.add_engine("b1", facts_of(), fresh=True)
     assert [world.core.state.requests[request].voided for request in promised] == ["backend added"] * len(promised)
+
+
+def test_one_that_is_taken_out_serves_what_no_other_can() -> None:
+    """What others take goes there at once. Nothing that comes later goes to the one that leaves."""
+    world = World(engines=0)
+    world.add_engine("b0", facts_of(seats=1))
+    world.add_engine("b1", with_facts(facts_of(seats=1), rank_max=1))
+    world.register("a")
+    waiting = [world.send("a") for _ in range(3)]
+    base = [world.send() for _ in range(4)]
+    world.leave("b0", serves_queue=True)
+    left = world.core.state.backends["b0"]
+    assert {*left.running, *left.queued} >= {*waiting}
+    assert not {*left.queued} & {*base}
+    late = world.send("a")
+    world.run(10 * SECOND)
+    assert all(settled(world, request).reason is None for request in (*waiting, *base))
+    assert late not in world.settled
+    world.remove("b0")
+    assert settled(world, late).reason is Reason.NO_BACKEND
+    assert_idle(world.core)
+
+
+def test_what_waits_for_one_that_is_replaced_waits_for_its_successor() -> None:
+    """The id has another engine from the same moment on, whose caches are empty."""
+    world = World(engines=1, seats=1)
+    world.register("a")
+    first = world.send("a")
+    world.run()
+    world.leave("b0", serves_queue=True)
+    late = [world.send("a"), world.send("a", only=("b0",)), world.send()]
+    world.remove("b0", late=True, successor=facts_of(seats=2))
+    assert not world.core.state.backends["b0"].shadow.host.held
+    assert not any(request in world.settled for request in late)
+    world.bring_up("b0")
+    world.run()
+    assert [settled(world, request).reason for request in (first, *late)] == [None] * 4
+    assert len(world.of(fx.Load)) == 2
+    assert_idle(world.core)

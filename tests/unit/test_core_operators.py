@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
+
 from sidecar.core import effects as fx
 from sidecar.core import events as ev
-from sidecar.core.config import CoreConfig
+from sidecar.core.config import ClassLimit, CoreConfig
 from sidecar.core.enums import Outcome
 from sidecar.errors import Reason
 from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, adapter_of, assert_idle, facts_of, with_facts
@@ -281,3 +285,70 @@ def test_unpinning_makes_room_for_those_who_wait() -> None:
     assert [fetch.digest[:4] for fetch in world.of(fx.Fetch)] == ["keep", "sql-"]
     world.run()
     world.assert_all_ok()
+
+
+# A changed configuration.
+
+
+def test_a_waiting_request_keeps_the_longest_wait_that_it_was_admitted_with() -> None:
+    """Shorter and longer ones are for those that come after, and a class may go while its requests are here."""
+    short, long = ClassLimit(SECOND), ClassLimit(60 * SECOND)
+    before = CoreConfig(classes={"default": long, "short": short, "gone": long})
+    world = World(before, engines=0)
+    world.add_engine("b0", facts_of(), up=False)
+    early = [world.send(klass=klass) for klass in ("short", "default", "gone")]
+    world.feed(ev.ConfigChanged(replace(before, classes={"default": short, "short": long})))
+    late = [world.send(klass=klass) for klass in ("short", "default")]
+    assert world.settled[world.send(klass="gone")].reason is Reason.INVALID_REQUEST
+    world.run(2 * SECOND)
+    expired = {early[0], late[1]}
+    assert {request for request in (*early, *late) if request in world.settled} == expired
+    assert {world.settled[request].outcome for request in expired} == {Outcome.EXPIRED}
+    world.bring_up("b0")
+    world.lose("b0")  # what ran is queued again, also of the class that is gone
+    world.bring_up("b0")
+    world.run()
+    assert {world.settled[each].outcome for each in (early[1], early[2], late[0])} == {Outcome.OK}
+    assert_idle(world.core)
+
+
+def test_what_waits_stays_when_the_queue_may_hold_less() -> None:
+    """Only those who come after are refused."""
+    before = CoreConfig()
+    world = World(before, engines=0)
+    world.add_engine("b0", facts_of(), up=False)
+    here = [world.send(tenant="t") for _ in range(4)]
+    world.feed(ev.ConfigChanged(replace(before, queued_max=2, base_requests=False)))
+    assert world.settled[world.send()].reason is Reason.INVALID_REQUEST
+    world.feed(ev.ConfigChanged(replace(before, queued_max=2)))
+    assert world.settled[world.send()].reason is Reason.QUEUE_FULL
+    world.bring_up("b0")
+    world.run()
+    assert {world.settled[request].outcome for request in here} == {Outcome.OK}
+
+
+def test_a_promise_is_void_where_weights_change_the_share_on_which_it_rests() -> None:
+    """Not where only the weights of tenants change that have nothing here, nor for other changes."""
+    before = CoreConfig(tenant_weights={"b": 2.0})
+    world = World(before, engines=1, seats=1)
+    requests = [world.send(tenant=tenant) for tenant in ("a", "b", "a", "b")]
+
+    def promised() -> list[bool]:
+        return [world.core.state.requests[request].promise is not None for request in requests]
+
+    assert promised() == [True] * 4
+    same = replace(before, tenant_weights={"a": 1.0, "b": 2.0, "c": 9.0}, prefetch_bytes_per_s=0, queued_max=9)
+    world.feed(ev.ConfigChanged(same))
+    assert promised() == [True] * 4
+    world.feed(ev.ConfigChanged(replace(before, tenant_weights={"b": 3.0})))
+    assert promised() == [False] * 4
+    assert world.core.state.voided == {"shares changed": 4}
+    assert world.core.state.backends["b0"].outstanding.share_of("b") == 3 / 4
+    world.run()
+    world.assert_all_ok()
+
+
+def test_settings_by_which_the_state_was_made_do_not_change() -> None:
+    for name, value in {"store_bytes": 1, "ordering": "fifo", "fetches_max": 9}.items():
+        with pytest.raises(AssertionError, match="fixed"):
+            World().feed(ev.ConfigChanged(replace(World().config, **{name: value})))

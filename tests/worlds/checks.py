@@ -38,6 +38,7 @@ VOIDED_BY: dict[str, tuple[str, ...]] = {
     "adapter late": ("fetch", "operators", "store"),
     "engine queue full": ("queue",),
     "backend slowed": ("slow", "stalls"),
+    "shares changed": ("config",),
 }
 """Why a promise may become void, and the kinds of fault that are a cause of it."""
 ENDED_BY: dict[Reason, tuple[str, ...]] = {

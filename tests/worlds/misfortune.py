@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from sidecar.core import events as ev
 from sidecar.lab.sim.setup import SECOND_NS
@@ -45,6 +46,7 @@ class Misfortune:
             "operators": self._operate,
             "drain": self._drain,
             "stalls": self._stall,
+            "config": self._configure,
         }
         self._acts = [act for kind, act in acts.items() if scenario.has(kind)]
 
@@ -144,6 +146,20 @@ class Misfortune:
         draining = backend in self._draining
         self._product.feed(ev.DrainSet(backend, draining))
         return f"{backend} {'drains' if draining else 'takes requests again'}"
+
+    def _configure(self, backend: str) -> str:
+        random, config = self._random, self._product.core.state.config
+        classes = {
+            name: replace(limit, patience_ns=random.randint(0, 20) * SECOND_NS)
+            for name, limit in config.classes.items()
+        }
+        weights = {tenant: random.choice([0.5, 1.0, 4.0]) for tenant in ("t0", "t1")}
+        rate, joining_ns = random.choice([0, config.prefetch_bytes_per_s]), random.choice([0, config.joining_ns_max])
+        changed = replace(
+            config, classes=classes, tenant_weights=weights, prefetch_bytes_per_s=rate, joining_ns_max=joining_ns
+        )
+        self._product.feed(ev.ConfigChanged(changed))
+        return f"the configuration has weights {weights}, classes {classes}"
 
     def _send(self, adapter: str, output_tokens: int) -> None:
         """Send a request with the same limits as the load's."""
