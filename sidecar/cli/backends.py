@@ -221,6 +221,49 @@ def undrain(client: Client, backend: Identity, as_json: AsJson = False) -> None:
         say(f"{answer.id} takes requests again" if answer.state == "up" else f"{answer.id} is {answer.state}")
 
 
+@admin_command
+def add(
+    client: Client,
+    backend: Annotated[str, typer.Argument(metavar="BACKEND", help="Its id.", show_default=False)],
+    url: Annotated[
+        str,
+        typer.Option(
+            "--address", help="triton://HOST:PORT, vllm://HOST:PORT or trtllm://HOST:PORT.", show_default=False
+        ),
+    ],
+    like: Annotated[
+        str,
+        typer.Option(
+            metavar="BACKEND",
+            help="A backend whose other settings it gets.",
+            show_default=False,
+            autocompletion=completing.backend_ids,
+        ),
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Add a backend to a running sidecar, until its configuration is read again or it ends: the file wins.
+
+    To keep it, write it into the configuration file, under the same id and with the same settings.
+    """
+    _print(client.ask(client.backends.Add, pb.AddBackendRequest(backend=backend, url=url, like=like)), as_json)
+
+
+@admin_command
+def remove(client: Client, backend: Identity, as_json: AsJson = False) -> None:
+    """Take a backend out of a running sidecar, until its configuration is read again or it ends: the file wins.
+
+    It gets nothing new. What runs there, and what waits there and no other backend takes, ends there first.
+    """
+    answer = client.ask(client.backends.Remove, pb.BackendRequest(backend=backend))
+    if as_json:
+        print_json(answer)
+    elif answer.state == "removed":
+        print(f"{answer.id} is taken out")
+    else:
+        print(f"{answer.id} is being taken out, {answer.running} still running")
+
+
 def _print(backend: Any, as_json: bool) -> None:
     if as_json:
         print_json(backend)

@@ -34,6 +34,7 @@ class Client:
         shown: Any = _Harmless(self._channel)
         self.adapters: Any = stubs.AdaptersStub(shown)
         self.backends: Any = stubs.BackendsStub(shown)
+        self.configuration: Any = stubs.ConfigurationStub(shown)
         self.queues: Any = stubs.QueuesStub(shown)
         self.pool: Any = stubs.PoolStub(shown)
         self.replicas: Any = stubs.ReplicasStub(shown)

@@ -153,6 +153,14 @@ COMMANDS = {
         "sidecar.cli.backends:undrain",
         "Return a drained backend to service.",
     ),
+    "backends add": (
+        "sidecar.cli.backends:add",
+        "Add a backend to a running sidecar, until its configuration is read again or it ends: the file wins.",
+    ),
+    "backends remove": (
+        "sidecar.cli.backends:remove",
+        "Take a backend out of a running sidecar, until its configuration is read again or it ends: the file wins.",
+    ),
     "login": (
         "sidecar.cli.login:login",
         "Keep a credential for the admin listener; later commands send it there, and the audit names you.",
@@ -217,6 +225,14 @@ COMMANDS = {
         "sidecar.cli.checking:check_config",
         "Print the effective configuration, defaults and environment included; exit 2 with the fault.",
     ),
+    "config show": (
+        "sidecar.cli.configuring:show",
+        "Print the configuration that a running sidecar has in force, defaults included.",
+    ),
+    "config reload": (
+        "sidecar.cli.configuring:reload",
+        "Have a running sidecar read its configuration file again, and print the keys that have changed.",
+    ),
     "policies check": (
         "sidecar.cli.checking:check_policy",
         "Check a policy for conformance, purity and a golden trace.",
@@ -244,13 +260,13 @@ function's docstring (a test compares the two), so that the help needs no import
 
 GROUPS = {
     "adapters": "Register adapters, see where they are, move and forget them.",
-    "backends": "See backends, drain them and take them back.",
+    "backends": "See backends, drain them and take them back, add and remove them.",
     "requests": "See the open requests, tell the story of one, and cancel some.",
     "replicas": "See the replicas of the pool.",
     "keys": "Make, list and revoke API keys.",
     "limits": "Set and see what requests may take.",
     "access": "Ask who may do what.",
-    "config": "Check a configuration.",
+    "config": "Check a configuration, and see and reload that of a running sidecar.",
     "policies": "Check a policy.",
     "state": "Where names, keys and limits are kept.",
     "debug": "Keep what is needed to find out what went wrong.",

@@ -10,7 +10,7 @@ import os
 import resource
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,6 +45,9 @@ def serve(
     adapters: Annotated[
         str | None, typer.Option(help="Folder; each PEFT subfolder becomes a name.", show_default=False)
     ] = None,
+    watch_config: Annotated[
+        bool, typer.Option("--watch-config", help="Read the file again whenever it changes, as at SIGHUP.")
+    ] = False,
     adapters_dir: Annotated[
         str | None,
         typer.Option(
@@ -98,10 +101,16 @@ def serve(
         "--admin": ("listeners.admin.address", admin),
         "--http": ("listeners.http.address", http),
         "--probes": ("listeners.probes.address", probes),
+        "--watch-config": ("watch_config", watch_config or None),
         "--admin-token-file": ("listeners.admin.token_file", admin_token_file),
     }
     given = [(option, key, value) for option, (key, value) in options.items() if value is not None]
-    _run(_serve(resolve(config, [*given, *_settings(setting or [])]), as_json))
+    given += _settings(setting or [])
+
+    def read() -> Config:
+        return resolve(config, given)
+
+    _run(_serve(config, read, as_json))
 
 
 def _backends(urls: list[str], adapters_dir: str | None) -> list[dict[str, Any]] | None:
@@ -150,11 +159,14 @@ def _settings(settings: list[str]) -> Iterator[tuple[str, str, Any]]:
         yield option, key, data_of(text, option)
 
 
-async def _serve(config: Config, as_json: bool) -> None:
+async def _serve(file: Path | None, read: Callable[[], Config], as_json: bool) -> None:
     from sidecar.serve.app import Sidecar
+    from sidecar.serve.reloading import Source
     from sidecar.shell.crash import Crash
     from sidecar.shell.logs import configure_logging
 
+    source = None if file is None else Source(file, read)
+    config = read()
     crash, crashed = Crash(), threading.Event()
     crash.then(lambda _: crashed.set())
     threading.Thread(target=_end_for_certain, args=(crashed,), name="end for certain", daemon=True).start()
@@ -162,7 +174,7 @@ async def _serve(config: Config, as_json: bool) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every scrape of an engine's metrics
     open_files_for(config)
     try:
-        sidecar = await Sidecar.start(config, crash=crash)
+        sidecar = await Sidecar.start(config, crash=crash, source=source)
         _spare_collections()
         await sidecar.run_until_signalled(lambda: print(_ready(sidecar, config, as_json), flush=True))
     finally:

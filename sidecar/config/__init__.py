@@ -58,6 +58,7 @@ class Config(Section):
     drain_timeout_s: float = Field(300.0, gt=0)
     adapter_labels_max: int = Field(200, ge=0)
     log_format: Literal["text", "json"] = "text"
+    watch_config: bool = False
     raise_on: str = ""
     """A deliberate fault, to test or to see a crash; see `core.injected`."""
 

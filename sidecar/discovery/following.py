@@ -55,9 +55,16 @@ class Follower:
         self._last: frozenset[Found] | None = None
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._following: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        self._spawn(self._follow())
+        self._following = self._spawn(self._follow())
+
+    async def retire(self) -> None:
+        """Look no further, and see all engines off; `start` would take those back that are still there."""
+        if self._following is not None:
+            self._following.cancel()
+        await self.see(frozenset())
 
     async def stop(self) -> None:
         """Stop following; known engines stay as they are."""

@@ -94,12 +94,23 @@ class AccessParts:
             budgets=self.budgets,
             change_of=lambda: registry.last_change,
         )
+        self._key_calls = KeyCalls(self.store, self.keys, classes_of(config), self.access)
+        self._limit_calls = LimitCalls(self.limits, self.access, registry.get, limited_classes_of(config))
         self.calls: tuple[object, ...] = (
-            KeyCalls(self.store, self.keys, classes_of(config), self.access),
+            self._key_calls,
             AuditCalls(self.audit, Roles(access.policies.roles)),
-            LimitCalls(self.limits, self.access, registry.get, limited_classes_of(config)),
+            self._limit_calls,
         )
         """The parts of the admin service Access."""
+
+    def configure(self, config: Config) -> None:
+        """Take what changes of a configuration while the process runs: limits and classes."""
+        self.config = config
+        self._key_calls.classes = classes_of(config)
+        self._limit_calls.classes = limited_classes_of(config)
+        self.limits.configure(config.access.limits)
+        for text in limits_of_nothing(config):
+            logger.warning("%s; the limit has no effect", text)
 
     async def start(self) -> None:
         self._warn()

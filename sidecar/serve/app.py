@@ -32,12 +32,22 @@ from sidecar.kubernetes.placement import Seen, seen_here
 from sidecar.replicas.board import SERVING
 from sidecar.replicas.replica import Replica
 from sidecar.serve.access_parts import AccessParts
+from sidecar.serve.configured import ConfiguredBackends, settings_of
 from sidecar.serve.discovered import BackendMaker, DiscoveredPools, finder_of
 from sidecar.serve.listening import Listening
 from sidecar.serve.membership import figures_of, join, link_of, member_of
-from sidecar.serve.pool import base_models, make_backends, pools_of, prompt_counter_of, shared_memory_for, stagings_of
+from sidecar.serve.pool import (
+    base_models,
+    facts_of,
+    make_backends,
+    pools_of,
+    prompt_counter_of,
+    shared_memory_for,
+    stagings_of,
+)
+from sidecar.serve.reloading import Parts, Reloads, Source
 from sidecar.serve.restarting import Restarts
-from sidecar.serve.served_folders import ServedFolders
+from sidecar.serve.served_folders import ServedFolders, roots_of
 from sidecar.serve.traced import trace_requests
 from sidecar.shell.crash import Crash
 from sidecar.shell.gateway import Gateway
@@ -63,13 +73,22 @@ TELL_S = 0.5
 class Sidecar:
     """A serving process. `start` makes one; `stop` ends it at once, `drain` first lets everything finish.
 
-    `find(discover)` returns the finder of a pool's engines. `crash` reports that the process has to end.
+    `find(discover)` returns the finder of a pool's engines. `crash` reports that the process has to end. `source` is
+    where the configuration was read, None if from no file.
     """
 
     def __init__(
-        self, config: Config, find: Callable[[Discover], Finder] = finder_of, crash: Crash | None = None
+        self,
+        config: Config,
+        find: Callable[[Discover], Finder] = finder_of,
+        crash: Crash | None = None,
+        source: Source | None = None,
     ) -> None:
         self.config = config
+        """The configuration with which the process has started; that in force is the one of `reloads`."""
+        self._source = source
+        self.reloads: Reloads | None = None
+        self._configured: ConfiguredBackends | None = None
         self.entries = entries_of(config)
         self.crash = crash or Crash()
         self._crashed = asyncio.Event()
@@ -93,7 +112,7 @@ class Sidecar:
             core,
             plugins.policies_of(core),
             self.registry,
-            self._roots(),
+            roots_of(config.adapters),
             config.client_stall_s,
             config.queue.inbox_max,
             sources=self._sources(data),
@@ -200,11 +219,6 @@ class Sidecar:
             if file.exists():
                 logger.warning("names in %s are not read: state.url is set. sidecar state migrate moves them", file)
 
-    def _roots(self) -> list[Path]:
-        adapters = self.config.adapters
-        roots = [*adapters.roots, *([adapters.serve] if adapters.serve else [])]
-        return [Path(root).expanduser() for root in roots]
-
     def _sources(self, data: Path | None) -> Sources:
         origins = self.config.origins
         limits = Limits(
@@ -213,14 +227,20 @@ class Sidecar:
             timeout_s=origins.timeout_s,
             duration_s_max=origins.duration_s_max,
         )
-        return Sources(AllowList.of(origins.allow, self._roots()), Spool(data), limits, origins.downloads_max)
+        return Sources(
+            AllowList.of(origins.allow, roots_of(self.config.adapters)), Spool(data), limits, origins.downloads_max
+        )
 
     @classmethod
     async def start(
-        cls, config: Config, find: Callable[[Discover], Finder] = finder_of, crash: Crash | None = None
+        cls,
+        config: Config,
+        find: Callable[[Discover], Finder] = finder_of,
+        crash: Crash | None = None,
+        source: Source | None = None,
     ) -> Sidecar:
         """Start to serve. Raises Misused naming the obstacle; nothing is left behind then."""
-        sidecar = cls(config, find, crash)
+        sidecar = cls(config, find, crash, source)
         try:
             await sidecar._start()
         except BaseException:
@@ -255,13 +275,25 @@ class Sidecar:
         maker = BackendMaker(self.gateway, self.replica, wiring, self.restarts)
         self._pools = DiscoveredPools(self.entries, maker, self._find, self.config.drain_timeout_s)
         self._pools.start()
+        present = settings_of(self.entries, facts_of(self.entries))
+        self._configured = ConfiguredBackends(maker, present, self.config.drain_timeout_s)
         if not self.entries:
             logger.warning("no backend is configured: name one with --backend triton://HOST:PORT, or under backends")
         await self.served.start()
         if self._declared is not None:
             self._declared.start()
             await self._declared.first_look()
+        self._change_with(self._configured, self._pools)
         await self.listening.open(self.replica)
+
+    def _change_with(self, backends: ConfiguredBackends, pools: DiscoveredPools) -> None:
+        """Let the configuration change from now on."""
+        shared = self._memory.mount is not None
+        parts = Parts(self.gateway, self.access, self.listening, backends, pools, self.served, shared)
+        self.reloads = reloads = Reloads(self.config, parts, self._source)
+        self.listening.changes = reloads
+        self.metrics.config = lambda: (reloads.figures.successful, reloads.figures.read_at)
+        reloads.start()
 
     def _join(self, link: Link) -> None:
         replica = join(self.config, self.entries, self.gateway, self.registry, link, self._member, self.listening)
@@ -306,6 +338,8 @@ class Sidecar:
         loop = asyncio.get_running_loop()
         for name in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(name, signals.put_nowait, None)
+        if self.reloads is not None:
+            loop.add_signal_handler(signal.SIGHUP, self.reloads.hung_up)
         ready()
         stopped, crashed = asyncio.create_task(self._until_stopped(signals)), asyncio.create_task(self._crashed.wait())
         await asyncio.wait((stopped, crashed), return_when=asyncio.FIRST_COMPLETED)
@@ -347,6 +381,10 @@ class Sidecar:
 
     async def _drain(self) -> None:
         await self.restarts.stop()
+        if self.reloads is not None:
+            await self.reloads.stop()
+        if self._configured is not None:
+            await self._configured.stop()
         if self._pools is not None:
             await self._pools.stop()
         await self.listening.refuse()
@@ -396,6 +434,10 @@ class Sidecar:
         if self._draining is not None:
             self._draining.cancel()
         await self.restarts.stop()
+        if self.reloads is not None:
+            await self.reloads.stop()
+        if self._configured is not None:
+            await self._configured.stop()
         if self._pools is not None:
             await self._pools.stop()
         if self.replica is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from sidecar.backends.credentials import read_pem
 from sidecar.config import Config
 from sidecar.config.backends import Backend as Entry
 from sidecar.config.listeners import GrpcListener, Listener
+from sidecar.config.queue import Queue
 from sidecar.config.section import Tls
 from sidecar.errors import Misused, Reason
+from sidecar.fronts.admin.configuration import Changes
 from sidecar.fronts.admin.front import add_admin
 from sidecar.fronts.admin.guard import Guard
 from sidecar.fronts.admin.verbs import purpose_on_admin
@@ -76,6 +78,8 @@ class Listening:
         self.drained = asyncio.Event()
         """Set once a caller of the drain listener has been told that nothing runs any more."""
         self.loads = LoadCalls(gateway, config) if config.openai.load_calls else None
+        self.changes: Changes | None = None
+        """Changes the configuration for operators, once it is set."""
         self._config = config
         self._entries = entries
         self._gateway = gateway
@@ -88,6 +92,7 @@ class Listening:
         metrics.arrivals = lambda: ArrivalFigures(self.intake.held_bytes, self.intake.refused)
         self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._http: HttpFront | None = None
+        self._openai: OpenAiFront | None = None
         self._probes: HttpProbes | None = None
         self._drain_front: HttpDrain | None = None
 
@@ -105,6 +110,11 @@ class Listening:
         for server in self._servers:
             await server.start()
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+
+    def configure(self, queue: Queue, templates: Mapping[str, ChatTemplate]) -> None:
+        """Take what changes of a configuration while the process runs."""
+        if self._openai is not None:
+            self._openai.configure(queue, templates)
 
     async def refuse(self) -> None:
         """Report NOT_SERVING to health checks."""
@@ -138,7 +148,7 @@ class Listening:
         calls = self._calls(wanted, operators.identify, purpose_on_admin)
         guard = Guard(self._gateway, self._access.store)
         admin = self._server([calls, CheckedMessages(), guard], _bounds(wanted, wanted.message_bytes_max))
-        add_admin(admin, self._gateway, replica, self._access.calls)
+        add_admin(admin, self._gateway, replica, self._access.calls, self.changes)
         add_kserve_admin(admin, self._gateway)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, admin)
         _reflect(admin, admin_pb2)
@@ -146,12 +156,14 @@ class Listening:
 
     async def _open_http(self) -> None:
         http, drain = self._config.listeners.http, self._config.listeners.drain
+        templates = chat_templates(self._entries)
+        self._openai = OpenAiFront(self._gateway, self._config, templates, self.intake, self.loads)
         self._http = HttpFront(
             self._gateway,
             self._metrics,
             http.address,
             self.data,
-            OpenAiFront(self._gateway, self._config, chat_templates(self._entries), self.intake, self.loads),
+            self._openai,
             HttpLimits(http.connections_max),
             _http_tls(http.tls, http.address),
             http.probes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from sidecar.config.adapters import Adapters
@@ -29,9 +30,23 @@ class ServedFolders:
 
     async def start(self) -> None:
         """Register all; a failure that may pass is tried again. Raises Misused if the folder does not exist."""
-        self._paths = _adapters_in(self._folder)
+        self._paths = adapters_in(self._folder)
         await asyncio.gather(*(self._register(path) for path in self._paths))
         self._task = asyncio.create_task(self._reconcile())
+
+    async def change(self, wanted: Adapters, paths: Sequence[Path]) -> None:
+        """Register what is new in the folder, and all of it if it or its allow lists are others.
+
+        Names that only the former folder has stay, as after a restart with a data directory.
+        """
+        is_other = (wanted.serve, wanted.allow) != (self._folder, self._allow)
+        former = () if is_other else self._paths
+        self._folder, self._allow, self._paths = wanted.serve, wanted.allow, list(paths)
+        self.left &= {*paths}
+        registering = (self._register(path) for path in paths if path not in former)
+        for failure in await asyncio.gather(*registering, return_exceptions=True):
+            if isinstance(failure, Exception):
+                logger.error("not served: %s", failure)
 
     def stop(self) -> None:
         if self._task is not None:
@@ -69,7 +84,13 @@ class ServedFolders:
                     await self._register(path)
 
 
-def _adapters_in(serve: str | None) -> list[Path]:
+def roots_of(adapters: Adapters) -> list[Path]:
+    """Return the folders from which adapters may be registered."""
+    return [Path(root).expanduser() for root in (*adapters.roots, *([adapters.serve] if adapters.serve else []))]
+
+
+def adapters_in(serve: str | None) -> list[Path]:
+    """Return the adapters of a served folder. Raises Misused if it does not exist."""
     if serve is None:
         return []
     folder = Path(serve).expanduser()

@@ -64,7 +64,7 @@ class Catalogue:
         self.sources = sources
         self._state = state
         self._step = step
-        self._bases = bases
+        self.bases = bases
         self.reconciled = ""
         """Prefix of the owners whose declarations are being followed (`managing.CLUSTER`); "" if none are."""
         self._forgotten_until: dict[str, float] = {}
@@ -159,7 +159,7 @@ class Catalogue:
         adapter = arrival.registration.adapter
         adapter = replace(adapter, base_model=_base_name(name, wanted.base or adapter.base_model))
         _check_content(name, adapter.digest, wanted.digest)
-        check_fit(name, adapter, self._state(), self._bases)
+        check_fit(name, adapter, self._state(), self.bases)
 
         def grown(before: Record | None) -> Record:
             if wanted.confirm is not None:

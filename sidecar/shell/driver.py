@@ -55,7 +55,7 @@ class Driver:
         self._run_effect = run_effect
         self._observers = list(observers)
         self._of_refused: list[Observer] = []
-        self._inbox_max = inbox_max
+        self.inbox_max = inbox_max
         self._engine: deque[Event] = deque()
         self._client: deque[Event] = deque()
         self._scheduled = False
@@ -80,7 +80,7 @@ class Driver:
                 raise self.crash.refused()
             return
         if isinstance(event, CLIENT_EVENTS):
-            if len(self._client) >= self._inbox_max and isinstance(event, Received):
+            if len(self._client) >= self.inbox_max and isinstance(event, Received):
                 raise self._refuse(event)
             self._client.append(event)
         else:
@@ -92,7 +92,7 @@ class Driver:
     def _refuse(self, event: Received) -> Refused:
         refused = Refused(
             Reason.QUEUE_FULL,
-            f"the sidecar's inbox is full ({self._inbox_max} events); try again later",
+            f"the sidecar's inbox is full ({self.inbox_max} events); try again later",
             retry_after_s=1.0,
         )
         ending = Settle(

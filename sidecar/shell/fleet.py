@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from sidecar.backends.api import Backend, Wear
 from sidecar.core import events as ev
@@ -12,6 +13,15 @@ from sidecar.shell.driver import Driver
 
 REMOVED_KEPT_MAX = 1024
 """Removed backends whose kind is remembered: an answer of theirs may still be on its way."""
+
+
+@dataclass(frozen=True)
+class Added:
+    """A backend, the known facts of its engine, and whether this process has its queue at once."""
+
+    backend: Backend
+    facts: EngineFacts
+    owned: bool
 
 
 class Fleet:
@@ -34,12 +44,19 @@ class Fleet:
         """Begin to reach a backend that has been added."""
         await backend.start(self._event_sink(backend))
 
-    def set_leaving(self, backend: str, leaving: bool) -> None:
-        """Send nothing new to a backend that is about to go, or take it back."""
-        self._driver.step(ev.BackendLeaving(backend, leaving))
+    def set_leaving(self, backend: str, leaving: bool, serves_queue: bool = False) -> None:
+        """Send nothing new to a backend that is about to go, or take it back; with `serves_queue` it still gets what
+        waits there and no other backend takes.
+        """
+        self._driver.step(ev.BackendLeaving(backend, leaving, serves_queue))
 
-    async def remove(self, backend_id: str, cause: str) -> None:
-        """Remove a backend that is gone. Its runs are cut off; requests without a token are sent to other backends."""
+    async def remove(
+        self, backend_id: str, cause: str, successor: Callable[[], Added | None] = lambda: None
+    ) -> Added | None:
+        """Remove a backend that is gone. Its runs are cut off; requests without a token are sent to other backends.
+
+        Return the backend that has its id from then on, which is asked for at the end and is yet to be started.
+        """
         backend = self.backends[backend_id]
         self.set_leaving(backend_id, True)
         self._removed[backend_id] = self._kind_now(backend_id)
@@ -50,8 +67,13 @@ class Fleet:
             await backend.stop()  # first: its runs must deliver nothing once the core has sent them elsewhere
         finally:
             self._stopping.discard(backend)
-            self._driver.tell(ev.BackendRemoved(backend_id, cause))
+            after = successor()
+            added = None if after is None else ev.BackendAdded(backend_id, after.facts, after.owned, fresh=True)
+            self._driver.tell(ev.BackendRemoved(backend_id, cause, added))
             del self.backends[backend_id]
+            if after is not None:
+                self.backends[backend_id] = after.backend
+        return after
 
     def _event_sink(self, backend: Backend) -> Callable[[ev.Event], None]:
         """Return the function by which a backend posts events for as long as it is in the fleet.

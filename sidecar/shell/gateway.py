@@ -42,7 +42,7 @@ from sidecar.shell.catalogue import Catalogue
 from sidecar.shell.chronicle import Chronicle
 from sidecar.shell.crash import Crash, last_ending
 from sidecar.shell.driver import Driver, Observer
-from sidecar.shell.fleet import Fleet
+from sidecar.shell.fleet import Added, Fleet
 from sidecar.shell.flow import Lanes
 from sidecar.shell.requests import Elsewhere, RequestFacts
 from sidecar.shell.sources import Sources
@@ -163,6 +163,30 @@ class Gateway:
         """Add a backend and begin to reach it; `fresh` says that its engine is new."""
         self.fleet.add(backend, facts, self.elsewhere is None, pool, fresh)
         await self.fleet.start(backend)
+
+    async def remove_backend(
+        self, backend: str, cause: str, successor: Callable[[], tuple[Backend, EngineFacts] | None] = lambda: None
+    ) -> bool:
+        """Remove a backend, and begin to reach the one that has its id from then on; return True if there is one."""
+
+        def after() -> Added | None:
+            made = successor()
+            return None if made is None else Added(*made, owned=self.elsewhere is None)
+
+        added = await self.fleet.remove(backend, cause, after)
+        if added is not None:
+            await self.fleet.start(added.backend)
+        return added is not None
+
+    def configure(
+        self, config: CoreConfig, bases: Mapping[str, BaseModel], stagings: Sequence[Staging], inbox_max: int
+    ) -> None:
+        """Take another configuration while requests run. `stagings` are open folders besides those in use."""
+        self.catalogue.bases = bases
+        self.store.add_folders(stagings)
+        self.driver.inbox_max = inbox_max
+        if config != self.state.config:
+            self.driver.step(ev.ConfigChanged(config))
 
     async def drain(self) -> None:
         """Admit nothing new, and wait until all requests have ended."""

@@ -207,6 +207,8 @@ METRICS: tuple[Metric, ...] = (
     _gauge(
         "policy_faulty", "1 while the file of policies is faulty, so that those that were read before still decide."
     ),
+    _gauge("config_last_reload_successful", "1 unless the configuration could not be read again the last time."),
+    _gauge("config_last_reload_success_timestamp_seconds", "When the configuration in force was read."),
     _counter("usage_errors_total", "Writes of usage that failed; they are tried again."),
     _gauge("build_info", "Always 1; the label is the running version.", "version"),
 )

@@ -113,6 +113,8 @@ class Metrics:
         """Source of the time since which keys and limits are not read anew; set by the owner of access."""
         self.policy: Callable[[], tuple[int, str]] = lambda: (0, "")
         """Source of the epoch of the policies and of what is wrong with their file; set by the owner of access."""
+        self.config: Callable[[], tuple[bool, float]] = lambda: (True, 0.0)
+        """Source of whether the last reload succeeded, and of the time of the last that did; set by what reloads."""
         self.usage_errors: Callable[[], int] = int
         """Source of the number of failed writes of usage; set by its starter."""
         self.audit: Callable[[], Mapping[str, tuple[int, int]]] = lambda: dict.fromkeys(KINDS, (0, 0))
@@ -179,6 +181,7 @@ class Metrics:
     def _families(self) -> list[Family]:
         between, arrivals = self.replica(), self.arrivals()
         epoch, fault = self.policy()
+        is_reloaded, read_at = self.config()
         figures = self.journal.figures if self.journal is not None else JournalFigures(0, 0, 0, 0)
         counted = {
             "open_calls": len(self._gateway.tickets),
@@ -198,6 +201,8 @@ class Metrics:
             "access_state_away_seconds": self.keys_away_s(),
             "policy_epoch": epoch,
             "policy_faulty": int(bool(fault)),
+            "config_last_reload_successful": int(is_reloaded),
+            "config_last_reload_success_timestamp_seconds": read_at,
             "usage_errors_total": self.usage_errors(),
         }
         waiting = [bound for request, bound in self._waiting.items() if request not in self._dispatched]

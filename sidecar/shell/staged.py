@@ -53,6 +53,14 @@ class StagedFolders:
         for staging in self._stagings:
             await asyncio.to_thread(staging.open)
 
+    def add(self, stagings: Sequence[Staging]) -> None:
+        """Use more folders, which are open. What is held comes into them with its next load (`_renew`)."""
+        self._stagings += tuple(stagings)
+
+    @property
+    def folders(self) -> list[Path]:
+        return [staging.directory for staging in self._stagings]
+
     def close(self) -> None:
         """Give everything up. No thread may be running any more."""
         for staging in self._stagings:

@@ -95,6 +95,15 @@ class BlobStore:
         """Prepare the folders for engines that read files. Raises Misused naming one that cannot be used."""
         await self._staged.open()
 
+    @property
+    def folders(self) -> list[Path]:
+        """The folders from which engines read adapters' files."""
+        return self._staged.folders
+
+    def add_folders(self, stagings: Sequence[Staging]) -> None:
+        """Use more folders from which engines read files; they are open."""
+        self._staged.add(stagings)
+
     def fetch(self, effect: Fetch) -> None:
         """Bring a blob into memory; posts Fetched or FetchFailed."""
         task = asyncio.get_running_loop().create_task(self._fetch(effect))

@@ -39,7 +39,7 @@ class House:
         self.file = data / "audit" / "audit.jsonl"
         self.stubs = {
             name: getattr(admin_pb2_grpc, f"{name}Stub")(served.admin_channel)
-            for name in ("Adapters", "Backends", "Queues", "Access")
+            for name in ("Adapters", "Backends", "Configuration", "Queues", "Access")
         }
         self.triton: Any = service_pb2_grpc.GRPCInferenceServiceStub(served.admin_channel)
         self._command = command
@@ -70,7 +70,13 @@ async def house(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> AsyncItera
         write_adapter(adapters / name, seed=seed)
     async with (
         running_engine(compute="none", shape="tiny") as engine,
-        serving([engine], roots=[adapters], data_directory=str(data), identity={"mode": "enforce"}) as served,
+        serving(
+            [engine],
+            roots=[adapters],
+            file=tmp_path / "config.json",
+            data_directory=str(data),
+            identity={"mode": "enforce"},
+        ) as served,
     ):
         yield House(served, data, adapters, runner(capfd))
 
@@ -130,6 +136,9 @@ async def test_each_rpc_that_changes_something_leaves_one_line(house: House) -> 
         ("Adapters/Unregister", lambda: pb.UnregisterRequest(name="pushed")),
         ("Backends/Drain", lambda: trt),
         ("Backends/Undrain", lambda: trt),
+        ("Backends/Add", lambda: pb.AddBackendRequest(backend="more", url="triton://127.0.0.1:9")),
+        ("Backends/Remove", lambda: pb.BackendRequest(backend="more")),
+        ("Configuration/Reload", lambda: pb.ReloadRequest()),
         ("Queues/Cancel", lambda: pb.CancelRequest(request_id="nobody's")),
         ("Access/CreateKey", lambda: pb.CreateKeyRequest(tenant="acme", roles=["viewer"])),
         ("Access/RevokeKey", lambda: pb.RevokeKeyRequest(id=key["id"])),
@@ -173,6 +182,8 @@ async def test_each_rpc_that_changes_something_leaves_one_line(house: House) -> 
     assert "paused_s" not in facts["Adapters/Resume"]["after"]
     assert facts["Adapters/Unregister"]["after"] == {}
     assert facts["Backends/Drain"]["after"] == {"state": "draining"}
+    assert facts["Backends/Add"]["before"] == {"backend": "more", "url": "triton://127.0.0.1:9"}
+    assert facts["Configuration/Reload"]["after"] == {"changed": []}
     assert facts["Access/SetLimit"]["before"]["tokens_per_minute"] == 1000
     assert facts["Access/SetLimit"]["after"]["tokens_per_minute"] == 2000
     assert facts["Access/RemoveLimit"]["after"] == {}
@@ -221,7 +232,7 @@ QUIET = {
     "serve", "demo", "emulate", "calibrate", "generate", "queue", "replay", "simulate", "plan", "audit", "usage",
     "adapters list", "adapters show", "adapters watch", "adapters verify", "adapters inspect", "adapters convert",
     "backends list", "backends show", "backends check", "requests list", "replicas list", "keys list", "limits list",
-    "config check", "policies check", "access check", "debug capture", "whoami",
+    "config check", "config show", "policies check", "access check", "debug capture", "whoami", "top",
 }  # fmt: skip
 """Commands that change nothing at a running sidecar."""
 ELSEWHERE = {"login", "logout", "state migrate", "state backup", "state restore"}
@@ -248,6 +259,9 @@ async def test_each_command_that_changes_something_leaves_one_line(house: House)
         ("adapters unregister", "pushed"),
         ("backends drain", "trt-0"),
         ("backends undrain", "trt-0"),
+        ("backends add", "more", "--address", "triton://127.0.0.1:9"),
+        ("backends remove", "more"),
+        ("config reload",),
         ("requests cancel", "nobody's"),
         ("keys create", "--tenant", "acme"),
         ("keys revoke", "KEY"),

@@ -65,14 +65,14 @@ def test_the_commands_are_those_that_are_promised() -> None:
     }  # fmt: skip
     assert sorted(" ".join(path) for path in commands() if path and path[0] not in groups) == [
         "audit", "calibrate", "demo", "emulate", "generate", "login", "logout", "plan", "queue", "replay", "serve",
-        "simulate", "usage", "whoami",
+        "simulate", "top", "usage", "whoami",
     ]  # fmt: skip
     assert sorted(path[1] for path in commands() if path[:1] == ("adapters",) and len(path) == 2) == [
         "convert", "evict", "inspect", "list", "pause", "pin", "prefetch", "promote", "refresh", "register", "release",
         "resume", "rollback", "show", "unpin", "unregister", "verify", "watch",
     ]  # fmt: skip
     assert sorted(path[1] for path in commands() if path[:1] == ("backends",) and len(path) == 2) == [
-        "check", "drain", "list", "show", "undrain",
+        "add", "check", "drain", "list", "remove", "show", "undrain",
     ]  # fmt: skip
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+import json
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import grpc.aio
 
-from sidecar.config import parse
+from sidecar.config import parse, validated, written_in
 from sidecar.core.effects import Effect
 from sidecar.core.events import Event
 from sidecar.core.facts import Layout, packed_key, task_id_of
@@ -20,6 +21,7 @@ from sidecar.lab.engine.tokens import BOS
 from sidecar.lab.engine.trtllm import TrtllmServer
 from sidecar.proto import admin_pb2_grpc, gateway_pb2, gateway_pb2_grpc
 from sidecar.serve.app import Sidecar
+from sidecar.serve.reloading import Source
 from tests.kit.peft_files import write_adapter
 from tests.kit.trtllm_emulated import TrtllmProcess
 
@@ -58,6 +60,7 @@ class Serving:
     backends: Any = field(init=False)
     queues: Any = field(init=False)
     replicas: Any = field(init=False)
+    configuration: Any = field(init=False)
 
     def __post_init__(self) -> None:
         self.gateway = gateway_pb2_grpc.GatewayStub(self.channel)
@@ -65,6 +68,7 @@ class Serving:
         self.backends = admin_pb2_grpc.BackendsStub(self.admin_channel)
         self.queues = admin_pb2_grpc.QueuesStub(self.admin_channel)
         self.replicas = admin_pb2_grpc.ReplicasStub(self.admin_channel)
+        self.configuration = admin_pb2_grpc.ConfigurationStub(self.admin_channel)
 
     @property
     def state(self) -> Any:
@@ -110,12 +114,13 @@ async def serving(
     adapters: Path | None = None,
     roots: Sequence[Path] = (),
     until_up: bool = True,
+    file: Path | None = None,
     **record: Any,
 ) -> AsyncIterator[Serving]:
     """Run a sidecar in front of engines (`tests.kit.emulated` servers or processes); wait until all are up if so asked.
 
     `adapters` is the folder whose subfolders are served, `roots` may be registered from; `record` is configuration, and
-    its `backend` (a dict) goes into every backend's entry.
+    its `backend` (a dict) goes into every backend's entry. The configuration is read from `file`, if there is one.
     """
     backend = record.pop("backend", {})
     free = {"address": "127.0.0.1:0"}
@@ -124,7 +129,12 @@ async def serving(
         "listeners": {"data": free, "admin": free, "http": free},
         "adapters": ({"serve": str(adapters)} if adapters else {}) | {"roots": [str(root) for root in roots]},
     }
-    sidecar = await Sidecar.start(parse(config | record, "the test"))
+    if file is None:
+        sidecar = await Sidecar.start(parse(config | record, "the test"))
+    else:
+        _write(file, config | record)
+        source = Source(file, lambda: validated(written_in(file, {})))
+        sidecar = await Sidecar.start(source.read(), source=source)
     recorder = Recorder()
     sidecar.gateway.observe(recorder)
     async with AsyncExitStack() as stack:
@@ -134,6 +144,10 @@ async def serving(
         if until_up:
             await until(lambda: all(b.takes_requests for b in sidecar.gateway.state.backends.values()))
         yield Serving(sidecar, recorder, channel, admin)
+
+
+def _write(file: Path, record: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(record))
 
 
 def place_of(engine: Any, number: int) -> dict[str, str]:

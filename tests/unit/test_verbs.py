@@ -16,8 +16,9 @@ from sidecar.proto import admin_pb2 as pb
 READS = {
     "Adapters": {"Get", "List", "Watch", "Verify"},
     "Backends": {"List", "Get"},
-    "Queues": {"Get", "List", "Show"},
+    "Configuration": {"Get"},
     "Pool": {"Watch"},
+    "Queues": {"Get", "List", "Show"},
     "Replicas": {"List"},
     "Access": {"ListKeys", "ListLimits", "Check", "WhoAmI", "GetUsage", "ReadAudit"},
 }

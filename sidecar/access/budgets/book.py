@@ -49,6 +49,11 @@ class LimitBook:
         if self._leases is not None:
             await self._leases.close()
 
+    def configure(self, configured: Sequence[Limit]) -> None:
+        """Replace the limits of the configuration. What is taken stays taken."""
+        self._configured = tuple(configured)
+        self._apply()
+
     def in_force(self) -> list[tuple[Limit, bool]]:
         """Return each limit, and whether it was set at run time."""
         at_run_time = self._store.limits()

@@ -13,6 +13,7 @@ from sidecar.access.principal import Action
 from sidecar.core import queries, waiting
 from sidecar.fronts.admin.access import AccessService
 from sidecar.fronts.admin.adapters import AdaptersService
+from sidecar.fronts.admin.configuration import Changes, ConfigurationService, checked
 from sidecar.fronts.admin.messages import backend_message, open_request_message, queue_message
 from sidecar.fronts.admin.own_tenant import confined_to
 from sidecar.fronts.admin.pool import PoolService
@@ -29,11 +30,20 @@ LISTED_DEFAULT = 100
 LISTED_MAX = waiting.EXAMINED_MAX
 
 
-def add_admin(server: Any, gateway: Gateway, replica: Replica | None = None, access: Sequence[object] = ()) -> None:
-    """Add the admin services to a gRPC server. `access` has the parts of the service Access."""
+def add_admin(
+    server: Any,
+    gateway: Gateway,
+    replica: Replica | None = None,
+    access: Sequence[object] = (),
+    changes: Changes | None = None,
+) -> None:
+    """Add the admin services to a gRPC server. `access` has the parts of the service Access; without `changes` the
+    configuration does not change.
+    """
     services: Any = admin_pb2_grpc
     services.add_AdaptersServicer_to_server(AdaptersService(gateway), server)
-    services.add_BackendsServicer_to_server(BackendsService(gateway, replica), server)
+    services.add_BackendsServicer_to_server(BackendsService(gateway, replica, changes), server)
+    services.add_ConfigurationServicer_to_server(ConfigurationService(changes), server)
     services.add_ReplicasServicer_to_server(ReplicasService(replica), server)
     services.add_QueuesServicer_to_server(QueuesService(gateway), server)
     me = "" if replica is None else replica.member.id
@@ -42,9 +52,10 @@ def add_admin(server: Any, gateway: Gateway, replica: Replica | None = None, acc
 
 
 class BackendsService(admin_pb2_grpc.BackendsServicer):
-    """Show backends, and take them out of service and back."""
+    """Show backends, take them out of service and back, add and remove them."""
 
-    def __init__(self, gateway: Gateway, replica: Replica | None) -> None:
+    def __init__(self, gateway: Gateway, replica: Replica | None, changes: Changes | None) -> None:
+        self._changes = changes
         self._gateway = gateway
         self._replica = replica
 
@@ -66,6 +77,18 @@ class BackendsService(admin_pb2_grpc.BackendsServicer):
     @answers_errors
     async def Undrain(self, request: Any, context: Any) -> Any:  # noqa: N802
         self._gateway.set_drain(request.backend, False)
+        return self._backend(request.backend)
+
+    @answers_errors
+    async def Add(self, request: Any, context: Any) -> Any:  # noqa: N802
+        await checked(self._changes).add_backend(request.backend, request.url, request.like)
+        return self._backend(request.backend)
+
+    @answers_errors
+    async def Remove(self, request: Any, context: Any) -> Any:  # noqa: N802
+        await checked(self._changes).remove_backend(request.backend)
+        if request.backend not in self._gateway.state.backends:  # a pool, or one at which nothing ran
+            return admin_pb2.Backend(id=request.backend, state="removed")
         return self._backend(request.backend)
 
     def _backend(self, backend: str) -> Any:

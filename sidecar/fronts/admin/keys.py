@@ -28,7 +28,7 @@ class KeyCalls:
         self._access = access
         self._store = store
         self._book = book
-        self._classes = classes
+        self.classes = classes
 
     @answers_errors
     async def CreateKey(self, request: Any, context: Any) -> Any:  # noqa: N802 — gRPC's names, here and below
@@ -75,8 +75,8 @@ class KeyCalls:
                 "an end",
             )
         klass = getattr(request, "class")
-        if klass and klass not in self._classes:
-            raise Refused(Reason.INVALID_REQUEST, unknown_class(clipped(klass), self._classes))
+        if klass and klass not in self.classes:
+            raise Refused(Reason.INVALID_REQUEST, unknown_class(clipped(klass), self.classes))
         try:
             return Key(
                 id=key_id,

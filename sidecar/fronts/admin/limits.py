@@ -37,14 +37,14 @@ class LimitCalls:
         self._book = book
         self._access = access
         self._record_of = record_of
-        self._classes = classes
+        self.classes = classes
 
     @answers_errors
     async def SetLimit(self, request: Any, context: Any) -> Any:  # noqa: N802 — gRPC's names, here and below
         numbers = {name: getattr(request, name) for name in NUMBERS if request.HasField(name)}
         klass = getattr(request, "class")
-        if klass not in ("", "*", *self._classes):
-            raise Refused(Reason.INVALID_REQUEST, unknown_class(clipped(klass), self._classes))
+        if klass not in ("", "*", *self.classes):
+            raise Refused(Reason.INVALID_REQUEST, unknown_class(clipped(klass), self.classes))
         try:
             limit = await self._book.set(*_words(request), numbers)
         except ValidationError as error:

@@ -151,20 +151,27 @@ def _backend_state(message: Any, sight: Sight) -> Facts:
     return {"state": queries.backend_view(sight.gateway.state, message.backend, monotonic_ns()).state}
 
 
+def _asked(message: Any, sight: Sight) -> Facts:
+    return _facts_of(message)
+
+
 BACKENDS = {
     "List": Verb(Action.LIST),
     "Get": Verb(Action.SHOW, _backend),
     "Drain": Verb(Action.DRAIN, _backend, _always, _backend_state),
     "Undrain": Verb(Action.DRAIN, _backend, _always, _backend_state),
+    # Whoever adds a backend sends it the tenants' prompts, which is more than to drain one.
+    "Add": Verb(Action.MANAGE, changes=_always, facts=_asked, outcome=lambda reply: {"state": reply.state}),
+    "Remove": Verb(Action.MANAGE, changes=_always, facts=_asked, outcome=lambda reply: {"state": reply.state}),
+}
+CONFIGURATION = {
+    "Reload": Verb(Action.MANAGE, changes=_always, outcome=lambda reply: {"changed": list(reply.changed)}),
+    "Get": Verb(Action.MANAGE),
 }
 
 
 def _tenant(message: Any, sight: Sight) -> Resource:
     return Resource(Sort.TENANT, message.tenant) if message.tenant else SYSTEM
-
-
-def _asked(message: Any, sight: Sight) -> Facts:
-    return _facts_of(message)
 
 
 QUEUES = {
@@ -262,6 +269,7 @@ ANYBODY = Verb(None)
 _SERVICES: Mapping[str, Mapping[str, Verb]] = {
     f"{API}.Adapters": ADAPTERS,
     f"{API}.Backends": BACKENDS,
+    f"{API}.Configuration": CONFIGURATION,
     f"{API}.Queues": QUEUES,
     f"{API}.Pool": POOL,
     f"{API}.Replicas": REPLICAS,

@@ -22,6 +22,7 @@ from sidecar.backends.api import Ticket
 from sidecar.backends.kind import Native
 from sidecar.backends.registry import model_kind
 from sidecar.config import Config
+from sidecar.config.queue import Queue
 from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts.callers import AUTHORIZATION, FORWARDED, peer_at
 from sidecar.fronts.eligible import empty_pools
@@ -81,10 +82,14 @@ class OpenAiFront:
         self._hide_backend = config.hide_backend
         self._body_bytes_max = config.listeners.http.body_bytes_max
         self._prompts_max = config.listeners.http.prompts_max
-        self._queue = config.queue
-        self._destinations = Destinations(gateway.state, templates, self._may_stream)
+        self.configure(config.queue, templates)
         self._models = Models(gateway)
         self.large_bodies = LargeBodies()
+
+    def configure(self, queue: Queue, templates: Mapping[str, ChatTemplate]) -> None:
+        """Take another configuration. A body that is being read keeps the templates with which that began."""
+        self._queue = queue
+        self._destinations = Destinations(self._gateway.state, templates, self._may_stream)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = request_id_of(scope["headers"])
@@ -251,12 +256,13 @@ class OpenAiFront:
         return headers_of(self._gateway.access.standing(tenant, caller.klass, asked.model))
 
     def _placing(self, tenant: str, klass: str) -> Place:
-        """Return what places the requests of a tenant and class."""
+        """Return what places the requests of a tenant and class. `_read` begins at once, by the same destinations."""
+        destinations = self._destinations
 
         def place(asked: OpenAiRequest, texts: Sequence[TextRequest | Refusal] | None) -> Destination:
-            adapter = "" if self._destinations.is_base(asked.model) else asked.model
+            adapter = "" if destinations.is_base(asked.model) else asked.model
             limited = self._gateway.access.default_max_tokens(tenant, klass, adapter)
-            return self._destinations.place(asked, tenant, self._length_max(tenant, klass, limited), texts, limited)
+            return destinations.place(asked, tenant, self._length_max(tenant, klass, limited), texts, limited)
 
         return place
 
