@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from sidecar.config.reloading import RELOADABLE
 
 HELM = Path(__file__).parents[2] / "deploy" / "helm"
 TIMEOUT_S = 120.0
@@ -38,3 +41,10 @@ def test_panels_do_not_overlap(name: str) -> None:
         taken |= cells
         assert panel["type"] == "row" or panel["targets"], panel["title"]
     assert len({panel["id"] for panel in panels}) == len(panels)
+
+
+def test_the_pods_restart_for_what_a_running_process_does_not_take() -> None:
+    """The chart's list of keys that it does take is the product's."""
+    text = (HELM / "lora-sidecar" / "templates" / "_config.tpl").read_text()
+    listed = text.partition('{{- define "lora-sidecar.reloadable" -}}')[2].partition("{{- end }}")[0]
+    assert tuple(yaml.safe_load(listed)) == RELOADABLE

@@ -135,3 +135,29 @@ async def test_a_killed_sidecar_leaves_no_loader_behind(tmp_path: Path) -> None:
             served.process.kill()
             await served.process.wait()
             await until(lambda: not loader.is_running() or loader.status() == psutil.STATUS_ZOMBIE)
+
+
+async def test_sighup_reads_the_file_again_with_the_options_of_the_start(tmp_path: Path) -> None:
+    """The process goes on; what is wrong in the file, or overridden by an option, changes nothing."""
+    file = tmp_path / "sidecar.yaml"
+    file.write_text("queue: {queued_max: 10}")
+    options = ("--config", str(file), "--set", "queue.joining_s_max=7")
+    async with sidecar(*options) as served, grpc.aio.insecure_channel(served.admin) as channel:
+        configuration: Any = admin_pb2_grpc.ConfigurationStub(channel)
+
+        async def queue() -> Any:
+            return json.loads((await configuration.Get(admin_pb2.GetConfigurationRequest())).json)["queue"]
+
+        assert ((await queue())["queued_max"], (await queue())["joining_s_max"]) == (10, 7)
+        for text, expected in (
+            ("queue: {queued_max: 20, joining_s_max: 1}", 20),
+            ("queue: {queued_max: none}", 20),
+            ("queue: {queued_max: 30}", 30),
+        ):
+            file.write_text(text)
+            served.process.send_signal(signal.SIGHUP)
+            async with asyncio.timeout(60):
+                while expected != (await queue())["queued_max"]:
+                    await asyncio.sleep(0.01)
+        assert (await queue())["joining_s_max"] == 7
+        assert await served.terminate() == 0

@@ -133,6 +133,7 @@ CASES: dict[str, Case] = {
     "LoraSidecarReplicasApart": Case(_apart(1), _apart(2)),
     "LoraSidecarAuditLost": _gauge("audit_lost_total", "0+1", "7+0", kind="denial"),
     "LoraSidecarPolicyFaulty": _gauge("policy_faulty", "1+0", "0+0"),
+    "LoraSidecarConfigRefused": _gauge("config_last_reload_successful", "0+0", "1+0"),
     "LoraSidecarKeysStale": _gauge("access_state_away_seconds", "301+60", "200+0"),
     "LoraSidecarUsageNotWritten": _gauge("usage_errors_total", "0+1", "7+0"),
     "LoraSidecarStalls": _gauge("event_loop_stall_seconds", "0.8+0", "0.02+0"),

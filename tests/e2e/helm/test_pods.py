@@ -171,6 +171,35 @@ def test_a_changed_configuration_restarts_pods(newest: Renderer) -> None:
     assert _template(newest, one_adapter) == _template(newest, two_adapters)
 
 
+TAKEN: dict[str, Any] = {
+    "queue": {"tenant_weights": {"a": 2.0}, "classes": {"batch": {}}, "queued_max": 9},
+    "store": {"prefetch_bytes_per_s": 9},
+    "config": {
+        "access": {"limits": [{"requests_per_day": 9}]},
+        "adapters": {"roots": ["/a"]},
+        "base_requests": "refuse",
+        "origins": {"allow": ["https://"]},
+    },
+    "backends": [{"url": "triton://other:8001"}],
+}
+
+
+@pytest.mark.parametrize("part", TAKEN)
+def test_what_a_running_process_takes_restarts_no_pod(newest: Renderer, part: str) -> None:
+    """The file in their volume changes, and they watch it."""
+    objects = newest.objects({})
+    assert yaml.safe_load(configuration(objects))["watch_config"] is True
+    assert configuration(newest.objects({part: TAKEN[part]})) != configuration(objects)
+    assert _template(newest, {part: TAKEN[part]}) == workload(objects)["spec"]["template"]
+
+
+def test_other_keys_of_the_same_sections_restart_pods(newest: Renderer) -> None:
+    """And pools, whose settings a running process keeps."""
+    pool = {"id": "p", "kind": "triton", "discover": {"dns": "engines:8001"}}
+    for values in ({"queue": {"ordering": "fifo"}}, {"store": {"memory_bytes": 1 << 30}}, {"backends": [pool]}):
+        assert _template(newest, values) != _template(newest, {})
+
+
 def _template(newest: Renderer, values: dict[str, Any]) -> Object:
     template: Object = workload(newest.objects(values))["spec"]["template"]
     return template

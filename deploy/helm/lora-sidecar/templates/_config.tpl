@@ -13,9 +13,59 @@
 {{- toYaml $all -}}
 {{- end }}
 
+{{/* The part of the configuration of which a change restarts the pods. The rest a running process takes by itself, when
+the file in its volume changes; `sidecar/config/reloading.py` has the same keys. Of backends, only pools are here. */}}
+{{- define "lora-sidecar.fixedConfig" -}}
+{{- $all := include "lora-sidecar.config" . | fromYaml -}}
+{{- range include "lora-sidecar.reloadable" . | fromYamlArray -}}
+{{- $path := splitList "." . -}}
+{{- if eq (len $path) 1 -}}
+{{- $_ := unset $all . -}}
+{{- else if hasKey $all (first $path) -}}
+{{- $section := get $all (first $path) -}}
+{{- $_ := unset $section (last $path) -}}
+{{- if not $section -}}
+{{- $_ := unset $all (first $path) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- $pools := list -}}
+{{- range include "lora-sidecar.backends" . | fromYamlArray -}}
+{{- if .discover -}}
+{{- $pools = append $pools . -}}
+{{- end -}}
+{{- end -}}
+{{- toYaml (set $all "pools" $pools) -}}
+{{- end }}
+
+{{- define "lora-sidecar.reloadable" -}}
+- access.limits
+- adapters
+- backends
+- base_requests
+- origins.allow
+- queue.answer_bytes_max
+- queue.answers_bytes_max
+- queue.classes
+- queue.inbox_max
+- queue.joining_s_max
+- queue.output_tokens_assumed
+- queue.queued_bytes_max
+- queue.queued_max
+- queue.queued_tokens_max
+- queue.sequence_tokens_assumed
+- queue.tenant_max_tokens
+- queue.tenant_queued_bytes_max
+- queue.tenant_queued_max
+- queue.tenant_queued_tokens_max
+- queue.tenant_weights
+- store.prefetch_bytes_per_s
+{{- end }}
+
 {{- define "lora-sidecar.ownConfig" -}}
 {{- $any := include "lora-sidecar.anyAddress" . -}}
 log_format: json
+watch_config: true
 listeners:
   data:
     address: {{ printf "%s:9000" $any | quote }}

@@ -47,9 +47,9 @@ preStop:
 {{- include "lora-sidecar.podSelector" . -}}
 {{- end }}
 
-{{/* Annotations with which a changed configuration restarts the pod. */}}
+{{/* Annotations with which a configuration restarts the pod whose change a running process does not take. */}}
 {{- define "lora-sidecar.sidecar.podAnnotations" -}}
-checksum/lora-sidecar-config: {{ include "lora-sidecar.config" . | sha256sum }}
+checksum/lora-sidecar-config: {{ include "lora-sidecar.fixedConfig" . | sha256sum }}
 {{- end }}
 
 {{- define "lora-sidecar.sidecar.sharedMounts" -}}
