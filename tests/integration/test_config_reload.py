@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 
 from sidecar.backends.registry import full_record
@@ -26,9 +26,15 @@ from sidecar.serve import reloading
 from sidecar.serve.app import Sidecar
 from tests.kit.cases import first
 from tests.kit.emulated import running_engine
+from tests.kit.found_engines import loaded, pool_of, up
+from tests.kit.found_engines import served as in_front_of
+from tests.kit.openai_house import JSON
+from tests.kit.peft_files import BASE_MODEL
+from tests.kit.redis_servers import running
+from tests.kit.replica_pool import owned, replicas
 from tests.kit.serving import Serving, serving, until, write_adapters
 
-CHANGES = (40, 1000)
+CHANGES = (12, 1000)
 ENGINE = {"compute": "none", "shape": "tiny", "lora_host_pages": 4, "lora_device_pages": 2}
 
 
@@ -74,7 +80,9 @@ def changed(record: dict[str, Any], random: Random, addresses: list[str]) -> dic
             **({"batch": {"max_tokens": random.randint(1, 99)}} if random.random() < 0.5 else {}),
         }
     elif kind == 2:
-        queue["queued_max"] = random.randint(1_000, 9_000)
+        queue["queued_max"], queue["inbox_max"] = random.randint(1_000, 9_000), random.randint(1_000, 9_000)
+        queue["answer_bytes_max"], queue["answers_bytes_max"] = random.randint(1 << 19, 1 << 20), 1 << 27
+        queue["tenant_max_tokens"] = {"t": random.randint(100, 200)}
         queue["joining_s_max"] = random.choice([0.0, 0.1])
         record["store"] = {"prefetch_bytes_per_s": random.choice([0, 1 << 20])}
     elif kind == 3:
@@ -93,24 +101,20 @@ def changed(record: dict[str, Any], random: Random, addresses: list[str]) -> dic
     return record
 
 
-@asynccontextmanager
-async def loaded(served: Serving, names: list[str]) -> AsyncIterator[list[int]]:
-    """Ask all the time, from eight clients, for the length of a block; no answer may be wrong or missing."""
-    answers, over = [0], asyncio.Event()
-
-    async def one(seed: int) -> None:
-        random = Random(seed)
-        while not over.is_set():
-            name, tenant = random.choice([*names, ""]), random.choice(["", "t"])
-            answer = await served.ask(name, 3, tenant=tenant)
-            assert answer.tokens == served.expected(name, 3)
-            answers[0] += 1
-
-    async with asyncio.TaskGroup() as group:
-        clients = [group.create_task(one(seed)) for seed in range(8)]
-        yield answers
-        over.set()
-        await asyncio.gather(*clients)
+def parts_of(sidecar: Sidecar) -> dict[str, Any]:
+    """Return what parts of a process have taken of its configuration, beside the core."""
+    gateway, front = sidecar.gateway, sidecar.listening._openai
+    assert front is not None
+    return {
+        "inbox": gateway.driver.inbox_max,
+        "answers": (gateway.answers.each_bytes, gateway.answers.all_bytes),
+        "allowed": gateway.sources.allow,
+        "bases": gateway.catalogue.bases,
+        "folders": gateway.store.folders,
+        "limits": sidecar.access.limits.in_force(),
+        "lengths": front._queue,
+        "templates": front._destinations._templates,
+    }
 
 
 @pytest.mark.parametrize("count", first(1, CHANGES))
@@ -118,7 +122,8 @@ async def test_random_changes_under_load(tmp_path: Path, count: int) -> None:
     """No request fails for them; then the configuration, the core's part and the backends are those of a process that
     was started with the file; and the journal replays through them.
     """
-    random, names = Random(count), write_adapters(tmp_path / "adapters", 6)
+    random = Random(count)
+    write_adapters(tmp_path / "adapters", 6)
     file, data = tmp_path / "config.json", tmp_path / "data"
     async with AsyncExitStack() as stack:
         engines = [await stack.enter_async_context(running_engine(**ENGINE)) for _ in range(5)]
@@ -128,12 +133,12 @@ async def test_random_changes_under_load(tmp_path: Path, count: int) -> None:
         options = {"file": file, "backends": backends, "data_directory": str(data), "journal": journal}
         served = await stack.enter_async_context(serving([], tmp_path / "adapters", **options))
         record = json.loads(file.read_text())
-        async with loaded(served, names) as answers:
+        async with loaded(served, tenants=("", "t")) as load:
             for _ in range(count):
-                record, before = changed(record, random, addresses), answers[0]
+                record = changed(record, random, addresses)
                 write(file, record)
                 await reload(served)
-                await until(lambda: answers[0] > before)  # noqa: B023 — awaited in this very turn
+                await load.more(1)
         assert {end.outcome for end in served.recorder.of(Settle)} == {Outcome.OK}
         wanted = {one["id"]: one["url"].partition("://")[2] for one in record["backends"]}
         fleet = served.sidecar.gateway.backends
@@ -147,6 +152,7 @@ async def test_random_changes_under_load(tmp_path: Path, count: int) -> None:
             assert served.state.names.keys() == fresh.gateway.state.names.keys()
             allowed = {name: known.allow for name, known in served.state.names.items()}
             assert allowed == {name: known.allow for name, known in fresh.gateway.state.names.items()}
+            assert parts_of(served.sidecar) == parts_of(fresh)
         finally:
             await fresh.stop()
     assert sum(isinstance(event, ConfigChanged) for event in served.recorder.events) > count / 4
@@ -380,3 +386,76 @@ async def test_a_backend_that_comes_back_stays(tmp_path: Path) -> None:
             assert not served.state.backends["trt-0"].leaving
         assert len((await answer).tokens) == 60
         assert served.sidecar.gateway.backends["trt-0"] is backend
+
+
+async def test_pools_that_are_taken_out_and_come_back(tmp_path: Path) -> None:
+    """Under load: the engines of one go to others and are back with it; another pool is added beside it."""
+    write_adapters(tmp_path / "adapters", 4)
+    file = tmp_path / "config.json"
+    async with pool_of(2, time_scale=0.02) as pool, running_engine(**ENGINE) as engine:
+        record = pool.config(tmp_path / "adapters")
+        fixed = {"id": "fixed", "url": f"triton://{engine.grpc_address}"}
+        [gpu] = record["backends"]
+        async with in_front_of(pool, record, file=file) as served:
+            await until(lambda: len(up(served)) == 2)
+            async with loaded(served) as load:
+                for backends, expected in (
+                    ([gpu, fixed], {"gpu-127.0.0.2", "gpu-127.0.0.3", "fixed"}),
+                    ([fixed], {"fixed"}),
+                    ([fixed, gpu], {"gpu-127.0.0.2", "gpu-127.0.0.3", "fixed"}),
+                    ([gpu], {"gpu-127.0.0.2", "gpu-127.0.0.3"}),
+                ):
+                    write(file, record | {"backends": backends})
+                    await reload(served)
+                    await load.more(20)
+                    await until(lambda: set(served.state.backends) == expected)  # noqa: B023
+                    await load.more(20)
+                write(file, record | {"backends": [fixed]})  # before they are gone, it is back
+                await reload(served)
+                write(file, record | {"backends": [fixed, gpu]})
+                await reload(served)
+                await load.more(20)
+                await until(lambda: len(up(served)) == 3)
+            assert {end.outcome for end in served.recorder.of(Settle)} == {Outcome.OK}
+
+
+async def test_replicas_take_the_same_change_one_after_the_other(tmp_path: Path) -> None:
+    """Under load: one knows an engine earlier than the other, and then no longer."""
+    write_adapters(tmp_path / "adapters", 4)
+    async with AsyncExitStack() as stack:
+        engines = [await stack.enter_async_context(running_engine(**ENGINE)) for _ in range(3)]
+        redis = await stack.enter_async_context(running(tmp_path))
+        pool = await stack.enter_async_context(replicas(2, redis.url, engines[:2], tmp_path / "adapters"))
+        more = admin_pb2.AddBackendRequest(backend="b2", url=f"triton://{engines[2].grpc_address}", like="b0")
+        async with loaded(*pool) as load:
+            for _ in range(2):
+                for each in pool:
+                    await each.backends.Add(more)
+                    await load.more(20)
+                await until(lambda: any("b2" in owned(each) for each in pool))
+                await load.more(20)
+                for each in pool:
+                    await each.backends.Remove(admin_pb2.BackendRequest(backend="b2"))
+                    await load.more(20)
+                await until(lambda: not any("b2" in each.state.backends for each in pool))
+
+
+async def test_a_chat_template_that_comes_later(tmp_path: Path) -> None:
+    """The front takes it with the rest; until then a chat is refused."""
+    write_adapters(tmp_path / "adapters", 1)
+    file, template = tmp_path / "config.json", tmp_path / "chat.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    base = {"base_model": {"name": BASE_MODEL}}
+    asked = {"model": "a00", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+    async with running_engine(**ENGINE) as engine, AsyncExitStack() as stack:
+        served = await stack.enter_async_context(serving([engine], tmp_path / "adapters", file=file, backend=base))
+        url = f"http://{served.sidecar.http_address}"
+        client = await stack.enter_async_context(httpx.AsyncClient(base_url=url, headers=JSON, timeout=60))
+        answer = await client.post("/v1/chat/completions", json=asked)
+        assert "no chat template is configured" in answer.json()["error"]["message"]
+        record = json.loads(file.read_text())
+        record["backends"][0]["base_model"]["chat_template"] = str(template)
+        write(file, record)
+        assert await reload(served) == ["backends.trt-0.base_model.chat_template"]
+        answer = await client.post("/v1/chat/completions", json=asked)
+        assert answer.status_code == 200, answer.text

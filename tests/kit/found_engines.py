@@ -21,7 +21,7 @@ from sidecar.discovery.found import Finder
 from sidecar.serve.app import Sidecar
 from sidecar.serve.discovered import finder_of
 from tests.kit.emulated import start_engine
-from tests.kit.serving import Recorder, Serving, until
+from tests.kit.serving import Recorder, Serving, until, written
 
 HOST = "engines.test"
 DUMMY = {"compute": "none", "shape": "tiny"}
@@ -102,9 +102,12 @@ async def pool_of(count: int, **options: Any) -> AsyncIterator[Pool]:
 
 
 @asynccontextmanager
-async def in_front(config: dict[str, Any], find: Callable[[Discover], Finder] = finder_of) -> AsyncIterator[Serving]:
-    """Run a sidecar for the length of a block; it ends as if killed."""
-    sidecar = await Sidecar.start(parse(config, "the test"), find)
+async def in_front(
+    config: dict[str, Any], find: Callable[[Discover], Finder] = finder_of, file: Path | None = None
+) -> AsyncIterator[Serving]:
+    """Run a sidecar for the length of a block; it ends as if killed. Its configuration is in `file`, if given."""
+    source = None if file is None else written(file, config)
+    sidecar = await Sidecar.start(parse(config, "the test"), find, source=source)
     recorder = Recorder()
     sidecar.gateway.observe(recorder)
     try:
@@ -118,9 +121,11 @@ async def in_front(config: dict[str, Any], find: Callable[[Discover], Finder] = 
 
 
 @asynccontextmanager
-async def served(pool: Pool, config: dict[str, Any], names: Names | None = None) -> AsyncIterator[Serving]:
+async def served(
+    pool: Pool, config: dict[str, Any], names: Names | None = None, file: Path | None = None
+) -> AsyncIterator[Serving]:
     """Run a sidecar that resolves these names, by default the pool's."""
-    async with in_front(config, (names or pool.names).finder) as serving:
+    async with in_front(config, (names or pool.names).finder, file) as serving:
         yield serving
 
 
@@ -132,8 +137,11 @@ def up(serving: Serving) -> set[str]:
 class Load:
     """Clients of one or several sidecars that send requests continuously and check every answer."""
 
-    def __init__(self, pool: Sequence[Serving], clients: int = 12, tokens: int = 6) -> None:
+    def __init__(
+        self, pool: Sequence[Serving], clients: int = 12, tokens: int = 6, tenants: Sequence[str] = ("",)
+    ) -> None:
         self._pool = pool
+        self._tenants = tenants
         self._tokens = tokens
         self._names = sorted(pool[0].state.names)
         self._going = True
@@ -144,7 +152,8 @@ class Load:
         while self._going:
             name = self._names[(number + self.answered) % len(self._names)]
             serving = self._pool[number % len(self._pool)]
-            answer = await serving.ask(name, tokens=self._tokens)
+            tenant = self._tenants[self.answered % len(self._tenants)]
+            answer = await serving.ask(name, tokens=self._tokens, tenant=tenant)
             assert answer.tokens == serving.expected(name, self._tokens)
             assert len(answer.origins) == 1
             self.answered += 1

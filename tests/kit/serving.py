@@ -132,8 +132,7 @@ async def serving(
     if file is None:
         sidecar = await Sidecar.start(parse(config | record, "the test"))
     else:
-        _write(file, config | record)
-        source = Source(file, lambda: validated(written_in(file, {})))
+        source = written(file, config | record)
         sidecar = await Sidecar.start(source.read(), source=source)
     recorder = Recorder()
     sidecar.gateway.observe(recorder)
@@ -146,8 +145,10 @@ async def serving(
         yield Serving(sidecar, recorder, channel, admin)
 
 
-def _write(file: Path, record: Mapping[str, Any]) -> None:
+def written(file: Path, record: Mapping[str, Any]) -> Source:
+    """Write a configuration, and return it as what a sidecar is started with."""
     file.write_text(json.dumps(record))
+    return Source(file, lambda: validated(written_in(file, {})))
 
 
 def place_of(engine: Any, number: int) -> dict[str, str]:

@@ -312,6 +312,21 @@ def test_a_waiting_request_keeps_the_longest_wait_that_it_was_admitted_with() ->
     assert_idle(world.core)
 
 
+def test_a_request_whose_class_is_gone_is_queued_again() -> None:
+    """Its longest wait passed while it ran; it gets another one when it loses its engine, that of the default class."""
+    before = CoreConfig(classes={"default": ClassLimit(9 * SECOND), "gone": ClassLimit(2 * SECOND)})
+    world = World(before)
+    world.engines["b0"].first_token_ns = world.engines["b0"].run_ns = 5 * SECOND
+    request = world.send(klass="gone")
+    world.run(3 * SECOND)
+    world.feed(ev.ConfigChanged(replace(before, classes={"default": ClassLimit(9 * SECOND)})))
+    world.lose("b0")
+    assert world.core.state.requests[request].expires_ns == world.now_ns + 9 * SECOND
+    world.bring_up("b0")
+    world.run()
+    world.assert_all_ok()
+
+
 def test_what_waits_stays_when_the_queue_may_hold_less() -> None:
     """Only those who come after are refused."""
     before = CoreConfig()
