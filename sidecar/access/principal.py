@@ -82,7 +82,7 @@ class Action(Enum):
     SEE_QUEUE = "see_queue"
     """See the requests of other tenants."""
     MANAGE = "manage"
-    """Keys, limits, policies, audit and usage."""
+    """Keys, limits, policies, audit and usage; the configuration, and the backends that it has."""
 
 
 class Sort(Enum):

@@ -235,7 +235,7 @@ def add(
         str,
         typer.Option(
             metavar="BACKEND",
-            help="A backend whose other settings it gets.",
+            help="A backend whose settings it gets, but for url and metrics.",
             show_default=False,
             autocompletion=completing.backend_ids,
         ),

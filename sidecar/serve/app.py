@@ -382,9 +382,7 @@ class Sidecar:
     async def _drain(self) -> None:
         await self.restarts.stop()
         if self.reloads is not None:
-            await self.reloads.stop()
-        if self._configured is not None:
-            await self._configured.stop()
+            self.reloads.watch_no_longer()
         if self._pools is not None:
             await self._pools.stop()
         await self.listening.refuse()

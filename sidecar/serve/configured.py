@@ -132,7 +132,7 @@ class ConfiguredBackends:
             self._removing.discard(identity)
 
     def _succeeded(self, identity: str) -> tuple[Backend, EngineFacts] | None:
-        """Note that a backend is gone, and return its successor, which is there now."""
+        """Note that a backend is gone, and return its successor, which is started once it is there."""
         self._maker.restarts.forget(identity)
         made = self._next.pop(identity)
         del self._present[identity]
@@ -145,6 +145,7 @@ class ConfiguredBackends:
         logger.info("%s is replaced", identity)
         self._present[identity] = made.settings
         self._declare(made)
+        loop.call_soon(lambda: self._spawn(self._gateway.fleet.start(made.backend)))
         return made.backend, made.facts
 
     def _declare(self, made: Made) -> None:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import time
-from typing import Any
+from typing import Any, TypeVar
 
 from sidecar.access.access import OURSELVES
 from sidecar.access.principal import SYSTEM, Action
@@ -34,6 +34,7 @@ from sidecar.serve.served_folders import ServedFolders, adapters_in, roots_of
 from sidecar.shell.gateway import Gateway
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 WATCH_S = 2.0
 """How often the file is compared with what was read last."""
@@ -81,7 +82,8 @@ class Reloads:
         self._parts = parts
         self._source = source
         self._lock = asyncio.Lock()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._watching: asyncio.Task[None] | None = None
 
     # What operators ask for (`fronts.admin.configuration.Changes`).
 
@@ -91,10 +93,13 @@ class Reloads:
 
     async def reload(self) -> list[str]:
         """Read the file again, take what has changed, and return its keys. Raises Misused; then nothing has changed."""
+        return await self._to_its_end(self._reload())
+
+    async def _reload(self) -> list[str]:
         async with self._lock:
             try:
                 changed = await self._change(await self._read())
-            except SidecarError:
+            except Exception:
                 self.figures.successful = False
                 raise
             self.figures.successful, self.figures.read_at = True, time()
@@ -105,6 +110,9 @@ class Reloads:
 
     async def add_backend(self, name: str, url: str, like: str = "") -> None:
         """Add a backend, with the settings of another one if `like` names it. Raises Misused."""
+        await self._to_its_end(self._add_backend(name, url, like))
+
+    async def _add_backend(self, name: str, url: str, like: str) -> None:
         async with self._lock:
             record = self._record_of(like) if like else {}
             entries = entries_of(self.config)
@@ -114,6 +122,9 @@ class Reloads:
 
     async def remove_backend(self, name: str) -> None:
         """Take a backend out. Raises Misused for one that is not configured."""
+        await self._to_its_end(self._remove_backend(name))
+
+    async def _remove_backend(self, name: str) -> None:
         async with self._lock:
             left = [
                 record
@@ -124,11 +135,15 @@ class Reloads:
                 raise self._unknown(name)
             await self._change(self._with(*left))
 
+    async def _to_its_end(self, work: Coroutine[Any, Any, T]) -> T:
+        """Carry out a change to its end, also if the call that asked for it is cut off: half of one must not stay."""
+        return await asyncio.shield(self._spawn(work))
+
     def _record_of(self, name: str) -> dict[str, Any]:
-        """Return the settings of a backend with an address, without what is its own."""
+        """Return the settings of a backend with an address, without its id and its addresses."""
         for record, entry in zip(self.config.backends, entries_of(self.config), strict=True):
             if entry.identity == name and entry.discover is None:
-                return {key: value for key, value in record.items() if key not in ("id", "url")}
+                return {key: value for key, value in record.items() if key not in ("id", "url", "metrics")}
         raise self._unknown(name)
 
     def _unknown(self, name: str) -> Misused:
@@ -145,7 +160,12 @@ class Reloads:
     def start(self) -> None:
         """Read the file again whenever it changes, if the configuration asks for it."""
         if self.config.watch_config and self._source is not None:
-            self._spawn(self._watch(self._source))
+            self._watching = self._spawn(self._watch(self._source))
+
+    def watch_no_longer(self) -> None:
+        """Read the file no more. A change that has begun goes on to its end."""
+        if self._watching is not None:
+            self._watching.cancel()
 
     async def stop(self) -> None:
         tasks = list(self._tasks)
@@ -175,15 +195,15 @@ class Reloads:
         except Exception as broken:
             after, error = {}, f"the sidecar failed: {broken}"
             logger.exception("a reload of the configuration broke (%s)", why)
-            self.figures.successful = False
         await self._parts.access.access.changed(
             OURSELVES, "Configuration.Reload", Action.MANAGE, SYSTEM, before, after, "", error
         )
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     # The change itself.
 

@@ -50,12 +50,10 @@ class Fleet:
         """
         self._driver.step(ev.BackendLeaving(backend, leaving, serves_queue))
 
-    async def remove(
-        self, backend_id: str, cause: str, successor: Callable[[], Added | None] = lambda: None
-    ) -> Added | None:
+    async def remove(self, backend_id: str, cause: str, successor: Callable[[], Added | None] = lambda: None) -> None:
         """Remove a backend that is gone. Its runs are cut off; requests without a token are sent to other backends.
 
-        Return the backend that has its id from then on, which is asked for at the end and is yet to be started.
+        `successor` is asked at the end for the backend that has its id from then on.
         """
         backend = self.backends[backend_id]
         self.set_leaving(backend_id, True)
@@ -73,7 +71,6 @@ class Fleet:
             del self.backends[backend_id]
             if after is not None:
                 self.backends[backend_id] = after.backend
-        return after
 
     def _event_sink(self, backend: Backend) -> Callable[[ev.Event], None]:
         """Return the function by which a backend posts events for as long as it is in the fleet.

@@ -166,17 +166,14 @@ class Gateway:
 
     async def remove_backend(
         self, backend: str, cause: str, successor: Callable[[], tuple[Backend, EngineFacts] | None] = lambda: None
-    ) -> bool:
-        """Remove a backend, and begin to reach the one that has its id from then on; return True if there is one."""
+    ) -> None:
+        """Remove a backend; `successor` returns the one that has its id from then on, which its caller starts."""
 
         def after() -> Added | None:
             made = successor()
             return None if made is None else Added(*made, owned=self.elsewhere is None)
 
-        added = await self.fleet.remove(backend, cause, after)
-        if added is not None:
-            await self.fleet.start(added.backend)
-        return added is not None
+        await self.fleet.remove(backend, cause, after)
 
     def configure(
         self, config: CoreConfig, bases: Mapping[str, BaseModel], stagings: Sequence[Staging], inbox_max: int

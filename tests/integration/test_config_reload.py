@@ -343,7 +343,12 @@ async def test_a_served_folder_is_looked_at_again(tmp_path: Path) -> None:
 async def test_backends_that_are_added_and_removed(tmp_path: Path) -> None:
     """For the life of the process; the file wins when it is read again."""
     file = tmp_path / "config.json"
-    async with running_engine(**ENGINE) as one, running_engine(**ENGINE) as two, serving([one], file=file) as served:
+    like = {"progress_timeout_s": 44.0, "metrics": "http://127.0.0.1:9/metrics"}
+    async with (
+        running_engine(**ENGINE) as one,
+        running_engine(**ENGINE) as two,
+        serving([one], file=file, backend=like) as served,
+    ):
         add = admin_pb2.AddBackendRequest(backend="more", url=f"triton://{two.grpc_address}", like="trt-0")
         assert (await served.backends.Add(add)).id == "more"
         for wrong, words in (
@@ -355,7 +360,8 @@ async def test_backends_that_are_added_and_removed(tmp_path: Path) -> None:
             with pytest.raises(grpc.aio.AioRpcError, match=words):
                 await served.backends.Add(wrong)
         await until(lambda: served.state.backends["more"].takes_requests)
-        assert [each["id"] for each in (await effective(served))["backends"]] == ["trt-0", "more"]
+        old, new = (await effective(served))["backends"]
+        assert new == old | {"id": "more", "url": f"triton://{two.grpc_address}", "metrics": None}
         answer = await served.backends.Remove(admin_pb2.BackendRequest(backend="trt-0"))
         assert answer.state in ("leaving", "removed")
         await until(lambda: list(served.state.backends) == ["more"])
@@ -459,3 +465,46 @@ async def test_a_chat_template_that_comes_later(tmp_path: Path) -> None:
         assert await reload(served) == ["backends.trt-0.base_model.chat_template"]
         answer = await client.post("/v1/chat/completions", json=asked)
         assert answer.status_code == 200, answer.text
+
+
+async def test_a_change_whose_call_is_cut_off_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asked for it has left in the middle."""
+    file = tmp_path / "config.json"
+    (tmp_path / "adapters").mkdir()
+    async with running_engine(**ENGINE) as engine, serving([engine], tmp_path / "adapters", file=file) as served:
+        begun, may_go_on = asyncio.Event(), asyncio.Event()
+        change = served.sidecar.reloads._parts.pools.change
+
+        async def slow(made: Any) -> None:
+            begun.set()
+            await may_go_on.wait()
+            await change(made)
+
+        monkeypatch.setattr(served.sidecar.reloads._parts.pools, "change", slow)
+        [name] = write_adapters(tmp_path / "adapters", 1)
+        call = served.configuration.Reload(admin_pb2.ReloadRequest())
+        await asyncio.wait_for(begun.wait(), 60)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        may_go_on.set()
+        await until(lambda: name in served.state.names)
+
+
+async def test_a_drain_waits_for_what_waits_for_a_successor(tmp_path: Path) -> None:
+    """A process that is told to stop while an engine is being replaced still sends what waits there to the next one."""
+    file = tmp_path / "config.json"
+    slow = ENGINE | {"time_scale": 0.3}
+    async with running_engine(**slow) as one, running_engine(**ENGINE) as two, serving([one], file=file) as served:
+        first_answer = asyncio.create_task(served.ask("", 60))
+        await until(lambda: bool(served.state.backends["trt-0"].running))
+        record = json.loads(file.read_text())
+        record["backends"][0]["url"] = f"triton://{two.grpc_address}"
+        write(file, record)
+        await reload(served)
+        second_answer = asyncio.create_task(served.ask("", 4))
+        await until(lambda: served.state.queued == 1)
+        draining = asyncio.create_task(served.sidecar.drain())
+        assert len((await first_answer).tokens) == 60
+        assert len((await second_answer).tokens) == 4
+        await asyncio.wait_for(draining, 60)
