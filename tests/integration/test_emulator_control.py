@@ -27,6 +27,7 @@ from tests.kit.emulated import (
     running_engine,
     set_parameter,
     stream_answers,
+    text_request,
     tokens_of,
 )
 
@@ -59,7 +60,7 @@ def _share(request: Any, region: SharedMemory, adapter: tuple[Any, Any]) -> Any:
 
 
 async def test_health_and_metadata() -> None:
-    """Live, ready, both models ready, and nothing else."""
+    """Live, ready, the models ready, and nothing else."""
     async with running_engine() as server, channel_to(server.grpc_address) as stub:
         assert (await stub.ServerLive(service_pb2.ServerLiveRequest())).live
         assert (await stub.ServerReady(service_pb2.ServerReadyRequest())).ready
@@ -72,6 +73,8 @@ async def test_health_and_metadata() -> None:
     assert [(entry.name, entry.state) for entry in index.models] == [
         ("tensorrt_llm", "READY"),
         ("ensemble", "READY"),
+        ("preprocessing", "READY"),
+        ("postprocessing", "READY"),
     ]
     assert {tensor.name: list(tensor.shape) for tensor in model.inputs}["lora_weights"] == [-1, -1, -1]
 
@@ -112,12 +115,15 @@ async def test_unknown_models_and_verbs() -> None:
 
 
 async def test_statistics_count_requests() -> None:
-    """Successes and failures are counted per model."""
+    """Successes and failures are counted per model, those of an ensemble for its steps, too."""
     async with running_engine() as server, channel_to(server.grpc_address) as stub:
-        await stream_answers(stub, core_request(), add_lora(core_request(), 1))
-        answer = await stub.ModelStatistics(service_pb2.ModelStatisticsRequest(name="tensorrt_llm"))
-    stats = answer.model_stats[0].inference_stats
-    assert (stats.success.count, stats.fail.count) == (1, 1)
+        await stream_answers(stub, core_request(), add_lora(core_request(), 1), text_request(), text_request())
+        answer = await stub.ModelStatistics(service_pb2.ModelStatisticsRequest())
+    counts = {
+        model.name: (model.inference_stats.success.count, model.inference_stats.fail.count)
+        for model in answer.model_stats
+    }
+    assert counts == {"tensorrt_llm": (3, 1), "ensemble": (2, 0), "preprocessing": (2, 0), "postprocessing": (2, 0)}
 
 
 async def test_weights_from_shared_memory(region: SharedMemory) -> None:

@@ -12,8 +12,8 @@ from google.protobuf import text_format
 
 from sidecar.lab.engine.kserve.models import CORE, ENSEMBLE, Model, model_config, models_of
 from tests.e2e.triton.models.settings import Settings
-from tests.e2e.triton.texts import BLS, bls_config, ensemble_config, step_configs
 
+BLS = "tensorrt_llm_bls"
 _PACKAGE = "tests.e2e.triton.models"
 
 
@@ -51,11 +51,17 @@ class Repository:
 
     def _write_texts(self, folder: Path, served_log: Path) -> None:
         settings = Settings(self._engine(served_log))
-        model = models_of(settings.engine_options())[ENSEMBLE]
-        for name, config in step_configs(model.max_batch_size).items():
-            write_model(folder / name, config, f"{_PACKAGE}.{name}")
-        write_model(folder / BLS, bls_config(model, self.bls_instances), f"{_PACKAGE}.bls", settings)
-        write_model(folder / ENSEMBLE, ensemble_config(model, self.cores[0]))
+        models = models_of(settings.engine_options())
+        for name, model in models.items():
+            if model.is_step:
+                write_model(folder / name, _python_config(model), f"{_PACKAGE}.{name}")
+        # It has the tensors of the ensemble.
+        bls = replace(models[ENSEMBLE], name=BLS, instances=self.bls_instances)
+        write_model(folder / BLS, _python_config(bls), f"{_PACKAGE}.bls", settings)
+        ensemble = model_config(replace(models[ENSEMBLE], core=self.cores[0]))
+        # Triton finds it from the steps.
+        ensemble.ClearField("model_transaction_policy")
+        write_model(folder / ENSEMBLE, text_format.MessageToString(ensemble))
 
     def _engine(self, served_log: Path) -> dict[str, Any]:
         fixed = {"decoupled": self.decoupled, "served_log": str(served_log), "metrics_port": None}

@@ -11,6 +11,7 @@ import grpc
 import httpx
 import numpy as np
 import pytest
+from google.protobuf.json_format import MessageToDict
 from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.grpc import service_pb2
 
@@ -130,6 +131,52 @@ async def test_answers_are_those_of_the_emulator(tmp_path: Path) -> None:
     assert answers[0] == answers[1]
     assert len({tuple(tokens) for tokens in answers[0][0]}) == len(adapters) + 1
     assert by_bls == answers[0][1]
+
+
+async def test_what_is_told_of_models_is_what_the_emulator_tells(tmp_path: Path) -> None:
+    """Configuration, metadata and statistics of the core, the ensemble and its steps have the same shape."""
+    engine = await start_engine(compute="none")
+    async with (
+        TritonServer(tmp_path, Repository(engine={"compute": "none"}, texts=True)) as server,
+        channel_to(server.grpc_address) as real,
+        channel_to(engine.grpc_address) as face,
+    ):
+        names = ["tensorrt_llm", "ensemble", "preprocessing", "postprocessing"]
+        told = []
+        for stub in (real, face):
+            await stream_answers(stub, core_request(), text_request(), text_request())
+            told.append({name: await _told_of(stub, name) for name in names})
+    await engine.stop()
+    assert told[0] == told[1]
+    counts = {name: told[1][name]["statistics"]["inference_stats"]["queue"]["count"] for name in names}
+    assert counts == {"tensorrt_llm": "3", "ensemble": "2", "preprocessing": "2", "postprocessing": "2"}
+
+
+_OF_PYTHON = "backend", "default_model_filename", "runtime"
+"""The model files of a repository in the tests are in Python, not those of NVIDIA's backend."""
+_FILLED_IN = "version_policy", "optimization"
+"""What Triton adds to a configuration, and nobody asks for."""
+
+
+def _as_json(message: Any) -> dict[str, Any]:
+    return MessageToDict(message, preserving_proto_field_name=True)
+
+
+async def _told_of(stub: Any, name: str) -> dict[str, Any]:
+    """Return what a server tells of a model; of times, whether there are any."""
+    asked: dict[str, Any] = {"name": name, "version": "1"}
+    config = _as_json((await stub.ModelConfig(service_pb2.ModelConfigRequest(**asked))).config)
+    metadata = _as_json(await stub.ModelMetadata(service_pb2.ModelMetadataRequest(**asked)))
+    statistics = _as_json((await stub.ModelStatistics(service_pb2.ModelStatisticsRequest(**asked))).model_stats[0])
+    assert metadata.pop("platform") == "ensemble" or name != "ensemble"
+    for field in (*_OF_PYTHON, *_FILLED_IN):
+        config.pop(field, None)
+    for times in (statistics["inference_stats"], *statistics["batch_stats"]):
+        for duration in times.values():
+            if isinstance(duration, dict):
+                duration.pop("ns", None)
+    assert int(statistics.pop("last_inference")) > 1e12
+    return {"config": config, "metadata": metadata, "statistics": statistics}
 
 
 async def _tokens(stub: Any, request: Any) -> list[int]:

@@ -67,7 +67,7 @@ class Control(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
         if request.name and request.version not in ("", "1"):
             text = f"requested model version is not available for model '{request.name}'"
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
-        return service_pb2.ModelStatisticsResponse(model_stats=[self._statistics(name) for name in names])
+        return service_pb2.ModelStatisticsResponse(model_stats=[self._answering.statistics[name] for name in names])
 
     async def RepositoryIndex(self, request: Any, context: Any) -> Any:
         index = service_pb2.RepositoryIndexResponse()
@@ -130,15 +130,6 @@ class Control(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
             return self._answering.model(request.name, request.version)
         except Rejection as rejection:
             return await context.abort(rejection.code, rejection.text)
-
-    def _statistics(self, name: str) -> Any:
-        counts = self._answering.statistics[name]
-        statistics = service_pb2.ModelStatistics(
-            name=name, version="1", inference_count=counts.succeeded, execution_count=counts.succeeded
-        )
-        statistics.inference_stats.success.count = counts.succeeded
-        statistics.inference_stats.fail.count = counts.failed
-        return statistics
 
 
 async def _not_offered(context: Any, what: str) -> None:

@@ -13,10 +13,9 @@ from typing import Any
 from sidecar.lab.engine.kserve.datatypes import BYTES_LENGTH_SIZE
 from sidecar.lab.engine.kserve.errors import Rejection, id_prefix
 from sidecar.lab.engine.kserve.models import Model, TensorSpec
+from sidecar.lab.engine.kserve.steps import QUESTIONS
 from sidecar.lab.engine.kserve.tensors import Tensor
 
-_NAMES_IN_STEPS = {"text_input": "QUERY", "bad_words": "BAD_WORDS_DICT", "stop_words": "STOP_WORDS_DICT"}
-"""Names of the string inputs in the first step of the ensemble, where they are read."""
 _BATCH_NOTE = (
     "NOTE: Setting a non-zero max_batch_size in the model config requires a batch dimension to be prepended to each "
     "input shape. If you want to specify the full shape including the batch dim in your input dims config, try "
@@ -43,7 +42,7 @@ def cut_string(model: Model, tensors: Iterable[Tensor]) -> str | None:
             continue
         for left, length in _starts(tensor.data):
             if length > left - BYTES_LENGTH_SIZE:
-                name = _NAMES_IN_STEPS[tensor.name] if model.is_text else tensor.name
+                name = QUESTIONS[tensor.name] if model.is_text else tensor.name
                 text = (
                     f"incomplete string data for inference input '{name}', expecting string of length {length} but "
                     f"only {left - BYTES_LENGTH_SIZE} bytes available"

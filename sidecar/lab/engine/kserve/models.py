@@ -1,7 +1,7 @@
 """The models of a TensorRT-LLM repository: their tensors, and their ModelConfig and ModelMetadata.
 
-Source: `triton_backend/all_models/inflight_batcher_llm/{tensorrt_llm,ensemble}/config.pbtxt`. Every tensor has a
-leading batch dimension on the wire; a `scalar` one has dims [1] and reshape [].
+Source: `triton_backend/all_models/inflight_batcher_llm/*/config.pbtxt`. Every tensor has a leading batch dimension on
+the wire; a `scalar` one has dims [1] and reshape [].
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from tritonclient.grpc import model_config_pb2, service_pb2
 
 from sidecar.lab.engine.kserve.datatypes import DATATYPES
 from sidecar.lab.engine.kserve.options import LLMAPI, Options
+from sidecar.lab.engine.kserve.steps import POSTPROCESSING, PREPROCESSING, STEPS, scheduling
 
 CORE = "tensorrt_llm"
 ENSEMBLE = "ensemble"
@@ -54,11 +55,18 @@ class Model:
     """True for the LLM-API model, False for the core model of an engine."""
     instances: int = 0
     """Its instances; 0 for an ensemble, which has none of its own."""
+    core: str = CORE
+    """The name of the engine's model that an ensemble asks."""
 
     @property
     def is_text(self) -> bool:
         """True if it takes and gives text."""
         return self.name == ENSEMBLE
+
+    @property
+    def is_step(self) -> bool:
+        """True if it is a step of the ensemble beside the engine's model."""
+        return self.name in (PREPROCESSING, POSTPROCESSING)
 
     @property
     def required_inputs(self) -> list[str]:
@@ -73,7 +81,7 @@ def models_of(options: Options) -> dict[str, Model]:
         (CORE, Names("request_output_len", "streaming"), _core_inputs(options), _CORE_OUTPUTS),
         (ENSEMBLE, Names("max_tokens", "stream"), _ensemble_inputs(options), _ENSEMBLE_OUTPUTS),
     )
-    return {
+    models = {
         name: Model(
             name=name,
             names=names,
@@ -87,6 +95,23 @@ def models_of(options: Options) -> dict[str, Model]:
         for name, names, inputs, outputs in parts
         if name == CORE or options.text_model
     }
+    if options.text_model:
+        models |= {name: _step_model(name, options) for name in _STEP_TENSORS}
+    return models
+
+
+def _step_model(name: str, options: Options) -> Model:
+    inputs, outputs = _STEP_TENSORS[name]
+    return Model(
+        name=name,
+        names=Names("", ""),
+        inputs={tensor.name: tensor for tensor in inputs},
+        outputs={tensor.name: tensor for tensor in outputs},
+        decoupled=False,
+        max_batch_size=options.triton_max_batch_size,
+        parameters={},
+        instances=1,
+    )
 
 
 def _llmapi_model(options: Options) -> Model:
@@ -116,6 +141,7 @@ def model_config(model: Model) -> Any:
         input=[_input_config(tensor) for tensor in model.inputs.values()],
         output=[_output_config(tensor) for tensor in model.outputs.values()],
         model_transaction_policy=model_config_pb2.ModelTransactionPolicy(decoupled=model.decoupled),
+        ensemble_scheduling=scheduling(model.core, model.inputs, model.outputs) if model.is_text else None,
     )
     if model.instances:
         config.instance_group.add(
@@ -160,7 +186,7 @@ def _tensor_metadata(tensor: TensorSpec, model: Model) -> Any:
 
 
 def _backend(model: Model) -> str:
-    return "python" if model.llmapi else "tensorrtllm"
+    return "python" if model.llmapi or model.is_step else "tensorrtllm"
 
 
 def _parameters(options: Options) -> dict[str, str]:
@@ -260,6 +286,26 @@ _CORE_OUTPUTS = [
     *_METADATA_OUTPUTS,
 ]
 _ENSEMBLE_OUTPUTS = [*_lists("BYTES", "text_output"), *_METADATA_OUTPUTS]
+_STEP_TENSORS = {
+    PREPROCESSING: (
+        [
+            TensorSpec("QUERY", "BYTES", (1,), required=True),
+            TensorSpec("REQUEST_OUTPUT_LEN", "INT32", (1,), required=True),
+            *_lists("BYTES", "BAD_WORDS_DICT", "STOP_WORDS_DICT"),
+            *_scalars("INT32", "END_ID", "PAD_ID", reshaped=False),
+        ],
+        [TensorSpec(name, "INT32", (-1,) if name == "INPUT_ID" else (1,)) for name in STEPS],
+    ),
+    POSTPROCESSING: (
+        [
+            TensorSpec("TOKENS_BATCH", "INT32", (-1, -1), required=True),
+            TensorSpec("SEQUENCE_LENGTH", "INT32", (-1,), required=True),
+        ],
+        # One text a beam, without a batch dimension of its own.
+        _lists("BYTES", "OUTPUT"),
+    ),
+}
+"""The inputs and outputs of the ensemble's own steps, as far as this ensemble uses them."""
 
 
 def _all(datatype: str, dims: tuple[int, ...], *names: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:

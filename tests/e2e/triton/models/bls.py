@@ -14,7 +14,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from sidecar.lab.engine.kserve.models import CORE
-from tests.e2e.triton.models.names import CORE_INPUTS, QUESTIONS, STEPS
+from sidecar.lab.engine.kserve.steps import CORE_INPUTS, QUESTIONS, STEPS
 from tests.e2e.triton.models.settings import Settings
 
 
