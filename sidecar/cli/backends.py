@@ -111,7 +111,7 @@ def check(
         Literal["float16", "bfloat16"] | None, typer.Option(help="The engine's dtype.", rich_help_panel=ENGINE)
     ] = None,
     base_model: Annotated[
-        Path | None, typer.Option(help="The base model's config.json or folder.", rich_help_panel=ENGINE)
+        Path | None, typer.Option("--base", help="The base model's config.json or folder.", rich_help_panel=ENGINE)
     ] = None,
     adapters: Annotated[
         Path | None, typer.Option(help="Folder of the PEFT adapters that it must serve.", rich_help_panel=ENGINE)
@@ -129,7 +129,7 @@ def check(
         Path | None, typer.Option(help="PEM file of the CA of the server's certificate.", rich_help_panel=PANEL)
     ] = None,
     certificate: Annotated[
-        Path | None, typer.Option("--cert", help="PEM file of our own certificate.", rich_help_panel=PANEL)
+        Path | None, typer.Option("--certificate", help="PEM file of our own certificate.", rich_help_panel=PANEL)
     ] = None,
     key: Annotated[Path | None, typer.Option(help="PEM file of our own key.", rich_help_panel=PANEL)] = None,
     admin: Annotated[

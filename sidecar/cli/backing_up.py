@@ -26,7 +26,7 @@ Configuration = Annotated[
 ]
 Data = Annotated[
     Path | None,
-    typer.Option("--data-dir", "--data", help="Its data directory.", show_default="the configuration's"),
+    typer.Option("--data-directory", help="Its data directory.", show_default="the configuration's"),
 ]
 
 DAY_S = 86_400
@@ -95,7 +95,7 @@ def _location(path: Path | None, data: Path | None) -> StateLocation:
     if data is None and config.data_directory is not None:
         data = Path(config.data_directory)
     if data is None and config.state.url is None:
-        raise CommandError("name the sidecar's configuration with --config, or its --data-dir", Exit.MISUSED)
+        raise CommandError("name the sidecar's configuration with --config, or its --data-directory", Exit.MISUSED)
     redis = None if config.state.url is None else config.state.location
     return StateLocation(None if data is None else data.expanduser(), redis)
 

@@ -126,7 +126,7 @@ def _lines(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     )
     if "backend" in record:
         yield from _fit_lines(record)
-    yield "use it", f"sidecar emulate --cost-table {record['file']}"
+    yield "use it", f"sidecar emulate --cost {record['file']}"
 
 
 def _fit_lines(record: dict[str, Any]) -> Iterator[tuple[str, str]]:

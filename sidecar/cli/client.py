@@ -187,7 +187,9 @@ def _why_unreached(cause: str, endpoint: Endpoint) -> str:
     if endpoint.speaks_tls and ("Hostname Verification" in cause or "Peer name" in cause):
         return f"by TLS: its certificate does not name {host}; give {endpoint.option} a name that it has"
     if endpoint.speaks_tls and cause == "OK":  # gRPC's complete message for a failed handshake
-        return "by TLS: the CA of --ca did not sign its certificate, or it does not speak TLS, or asks for --cert"
+        return (
+            "by TLS: the CA of --ca did not sign its certificate, or it does not speak TLS, or asks for --certificate"
+        )
     start = "sidecar serve --backend triton://HOST:PORT --adapters FOLDER"
     return f'({cause}); start one with "{start}" or name its address with {endpoint.option}'
 

@@ -94,7 +94,7 @@ def _file_option(name: str, option: str, text: str, variable: str | None = None)
 _TOKEN_FILE = _file_option("token_file", "--token-file", "File with a key or a token to send.", TOKEN_FILE_VARIABLE)
 _TLS_FILES = (
     _file_option("ca", "--ca", "PEM file of the CA that signed the listener; turns TLS on.", CA_VARIABLE),
-    _file_option("certificate", "--cert", "PEM file of our own certificate."),
+    _file_option("certificate", "--certificate", "PEM file of our own certificate."),
     _file_option("key", "--key", "PEM file of our own key."),
 )
 AllowCleartext = Annotated[

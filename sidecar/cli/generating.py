@@ -99,7 +99,7 @@ def generate(
         request.request_id = request.request_id or token_hex(16)
         call = client.ask(client.gateway.Generate, request, timeout_s=None)
         why = partial(reason_of, client, admin, request.request_id)
-        return until_begun(call, request.adapter or "the base model", limit_s, why, quiet=as_json)
+        return until_begun(call, request.adapter or "base", limit_s, why, quiet=as_json)
 
     if compare is not None:  # there is no adapter argument then: the first word is the prompt
         fields |= {"max_tokens": max_tokens, "stop_words": stop, "tenant": tenant, "deadline_ms": deadline_ms}
@@ -175,7 +175,7 @@ def sentence(origin: Any) -> str:
         cache += f" and loaded (load {duration(origin.load_ms / 1000)})"
     queued = f"queued {duration(origin.queue_ms / 1000)}"
     produced, heals = count(origin.output_tokens, "token"), count(origin.heals, "heal")
-    return f"{origin.version or 'base model'}{where}: {cache}, {queued}, {produced}, {heals}"
+    return f"{origin.version or 'base'}{where}: {cache}, {queued}, {produced}, {heals}"
 
 
 # The same prompts to several versions, side by side.

@@ -29,7 +29,7 @@ def capture(
     config: Annotated[Path | None, typer.Option(help="The sidecar's configuration file.", show_default=False)] = None,
     data: Annotated[
         Path | None,
-        typer.Option("--data-dir", "--data", help="Its data directory.", show_default="the configuration's"),
+        typer.Option("--data-directory", help="Its data directory.", show_default="the configuration's"),
     ] = None,
     http: Annotated[
         str | None,
@@ -45,7 +45,7 @@ def capture(
         ),
     ] = None,
     certificate: Annotated[
-        Path | None, typer.Option("--cert", help="PEM file of our own certificate.", rich_help_panel=PANEL)
+        Path | None, typer.Option("--certificate", help="PEM file of our own certificate.", rich_help_panel=PANEL)
     ] = None,
     key: Annotated[Path | None, typer.Option(help="PEM file of our own key.", rich_help_panel=PANEL)] = None,
     redact_ids: Annotated[bool, typer.Option("--redact-ids", help="Remove clients' request ids.")] = False,
@@ -83,9 +83,13 @@ def _wanted(last: timedelta, path: Path | None, data: Path | None, http: str | N
     if data is None and config is not None and config.data_directory is not None:
         data = Path(config.data_directory).expanduser()
     if data is None:
-        why_not += (("journal", "no data directory is known, and without one there is no journal; see --data-dir"),)
+        why_not += (
+            ("journal", "no data directory is known, and without one there is no journal; see --data-directory"),
+        )
     if data is not None and not data.is_dir():
-        raise Misused(Reason.CONFIG_INVALID, f"there is no data directory {data}; name the sidecar's with --data-dir")
+        raise Misused(
+            Reason.CONFIG_INVALID, f"there is no data directory {data}; name the sidecar's with --data-directory"
+        )
     listeners = (config or Config()).listeners
     listener = listeners.http if listeners.probes.address is None else listeners.probes
     speaks_tls = bool(tls) if config is None else listener.tls is not None
@@ -106,7 +110,7 @@ def _configuration(path: Path | None, data: Path | None) -> tuple[Config | None,
         return None, (("config", why_broken(error)),)  # a broken configuration may be the incident
     if path is None and config == Config():
         if data is None:
-            raise CommandError("name the sidecar's configuration with --config, or its --data-dir", Exit.MISUSED)
+            raise CommandError("name the sidecar's configuration with --config, or its --data-directory", Exit.MISUSED)
         return None, (("config", "no file was named with --config, and the environment sets nothing"),)
     return config, ()
 

@@ -72,7 +72,7 @@ def open_row(request: Any) -> tuple[str, ...]:
         request.request_id or "-",
         request.state,
         duration(request.age_s),
-        version or "base model",
+        version or "base",
         request.tenant or "-",
         getattr(request, "class"),
         request.backend or "-",

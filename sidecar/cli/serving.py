@@ -43,7 +43,7 @@ def serve(
         ),
     ] = None,
     adapters: Annotated[
-        str | None, typer.Option(help="Folder; each PEFT subfolder becomes a name.", show_default=False)
+        str | None, typer.Option(help="Folder; each PEFT subfolder becomes a name: adapters.serve.", show_default=False)
     ] = None,
     watch_config: Annotated[
         bool, typer.Option("--watch-config", help="Read the file again whenever it changes, as at SIGHUP.")
@@ -56,30 +56,40 @@ def serve(
         ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Data directory: registry and journal.", show_default="in memory only")
+        str | None,
+        typer.Option(
+            "--data-directory", help="Directory for names, weights and journal.", show_default="in memory only"
+        ),
     ] = None,
     setting: Annotated[
         list[str] | None,
         typer.Option("--set", help="Any key of the configuration: store.memory_bytes=1000000000.", show_default=False),
     ] = None,
     listen: Annotated[
-        str | None, typer.Option(help="Address for requests.", rich_help_panel=LISTENERS, show_default="0.0.0.0:9000")
+        str | None,
+        typer.Option(
+            help="Address for requests by gRPC: listeners.data.", rich_help_panel=LISTENERS, show_default="0.0.0.0:9000"
+        ),
     ] = None,
     admin: Annotated[
         str | None,
-        typer.Option(help="Address for operators.", rich_help_panel=LISTENERS, show_default="127.0.0.1:9001"),
+        typer.Option(
+            help="Address for operators: listeners.admin.", rich_help_panel=LISTENERS, show_default="127.0.0.1:9001"
+        ),
     ] = None,
     http: Annotated[
         str | None,
         typer.Option(
-            help="Address for the OpenAI API, which is at /v1 there.",
+            help="Address for the OpenAI API, which is at /v1 there: listeners.http.",
             rich_help_panel=LISTENERS,
             show_default="0.0.0.0:9002",
         ),
     ] = None,
     probes: Annotated[
         str | None,
-        typer.Option(help="Address for health and metrics.", rich_help_panel=LISTENERS, show_default="off"),
+        typer.Option(
+            help="Address for health and metrics: listeners.probes.", rich_help_panel=LISTENERS, show_default="off"
+        ),
     ] = None,
     admin_token_file: Annotated[
         str | None,
@@ -96,7 +106,7 @@ def serve(
     options = {
         engines: ("backends", _backends(backend or [], adapters_dir)),
         "--adapters": ("adapters.serve", adapters),
-        "--data": ("data_directory", data),
+        "--data-directory": ("data_directory", data),
         "--listen": ("listeners.data.address", listen),
         "--admin": ("listeners.admin.address", admin),
         "--http": ("listeners.http.address", http),

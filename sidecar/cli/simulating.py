@@ -115,11 +115,13 @@ def simulate(
         of_engines("For how long reading an adapter stops an engine that reads them itself, in ms.", "200"),
     ] = None,
     order: Annotated[
-        str | None, _sidecar(f"{_names('ordering')}, or {BARE}: the bare engine.", Sidecar.ordering)
+        str | None, _sidecar(f"{_names('ordering')}, or {BARE}: the bare engine.", Sidecar.ordering, "--ordering")
     ] = None,
     compare: Annotated[str | None, _sidecar(f"Several orders on the same arrivals, side by side: {BARE},skip.")] = None,
-    route: Annotated[str | None, _sidecar(f"{_names('routing')}.", Sidecar.routing)] = None,
-    store: Annotated[str | None, _sidecar(f"Eviction from the store: {_names('eviction')}.", Sidecar.eviction)] = None,
+    route: Annotated[str | None, _sidecar(f"{_names('routing')}.", Sidecar.routing, "--routing")] = None,
+    store: Annotated[
+        str | None, _sidecar(f"Eviction from the store: {_names('eviction')}.", Sidecar.eviction, "--eviction")
+    ] = None,
     store_bytes: Annotated[int | None, _sidecar("Size of the store.", str(Sidecar.store_bytes))] = None,
     prefetch: Annotated[str | None, _sidecar(f"{_names('prefetch')}.", Sidecar.prefetch)] = None,
     wait_limit: Annotated[

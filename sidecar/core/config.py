@@ -60,6 +60,8 @@ class CoreConfig:
     prefetch: str = "planned"
     prefetch_bytes_per_s: int = 128 << 20
     """The rate limit of speculative fetches."""
+    names_limits: bool = False
+    """The error of a request that expires says which limit passed; journals of 0.1.0 have the texts that did not."""
     raise_on: str = ""
     """The event or effect whose handling raises on purpose (`core.injected`)."""
 

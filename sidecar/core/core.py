@@ -153,27 +153,37 @@ def _end_overdue(step: Step) -> None:
             continue
         name = request.view.name or "base model"
         if not request.running:
-            waited = f"the request waited {readable(step.now_ns - request.view.arrived_ns)}"
-            queueing.drop(step, request, Reason.EXPIRED, f"{name}: {waited} and {_limit_passed(step, request)}")
+            queueing.drop(step, request, Reason.EXPIRED, f"{name}: {_expired(step, request)}")
         elif request.deadline_ns is not None and request.deadline_ns <= step.now_ns:
             running.cancel(
                 step,
                 request,
                 Reason.DEADLINE_EXCEEDED,
-                f"{name}: {_deadline_passed(request)} while it was being answered; send it with a longer one, or with "
-                "none",
+                f"{name}: {_cut_short(step, request)}",
             )
 
 
-def _limit_passed(step: Step, request: Request) -> str:
+def _expired(step: Step, request: Request) -> str:
     """Return which limit of a waiting request has passed, and what to change."""
+    waited_ns = step.now_ns - request.view.arrived_ns
+    if not step.state.config.names_limits:
+        return (
+            f"the request waited {waited_ns / 1e9:.1f} s and its deadline or its class's longest wait passed; "
+            '"sidecar queue" says what requests wait for'
+        )
+    waited = f"the request waited {readable(waited_ns)} and"
     if request.deadline_ns is not None and request.deadline_ns <= step.now_ns:
-        return f"{_deadline_passed(request)}; send it with a longer one, or with none"
+        return f"{waited} {_deadline_passed(request)}; send it with a longer one, or with none"
     klass = request.view.klass
     longest = readable(step.state.config.classes[klass].queue_wait_ns_max)
-    return (
-        f'class "{klass}" waits at most {longest}; send it again later, or raise queue.classes.{klass}.queue_wait_s_max'
-    )
+    key = f"queue.classes.{klass}.queue_wait_s_max"
+    return f'{waited} class "{klass}" waits at most {longest}; send it again later, or raise {key}'
+
+
+def _cut_short(step: Step, request: Request) -> str:
+    if not step.state.config.names_limits:
+        return "the request's deadline passed while it was being answered"
+    return f"{_deadline_passed(request)} while it was being answered; send it with a longer one, or with none"
 
 
 def _deadline_passed(request: Request) -> str:

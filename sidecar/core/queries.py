@@ -286,7 +286,7 @@ def _open_view(backend: Backend, digest: str, names: dict[str, str], now_ns: int
 
 def _label(names: dict[str, str], digest: str) -> str:
     """Return a version's name for people, or the start of its digest if it has none left."""
-    return names.get(digest, digest[:12]) if digest else "base model"
+    return names.get(digest, digest[:12]) if digest else "base"
 
 
 def _notes(state: State, backend: Backend, now_ns: int) -> Iterator[str]:

@@ -204,7 +204,7 @@ class HttpListener:
         if self.tls is None:
             return "--http names another address, --ca turns TLS on"
         if self.asks_back and "certificate" not in self.tls:
-            return "it asks its clients for a certificate: --cert and --key name the PEM files of one"
+            return "it asks its clients for a certificate: --certificate and --key name the PEM files of one"
         if "certificate verify failed" not in str(error):
             return "--http names another address"
         if "mismatch" in str(error):

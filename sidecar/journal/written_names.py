@@ -187,7 +187,8 @@ WRITTEN: dict[type, Form] = {
         "store_bytes disk_bytes fetches_max output_tokens_assumed sequence_tokens_assumed queued_max "
         "queued_tokens_max queued_bytes_max tenant_queued_max tenant_queued_tokens_max tenant_queued_bytes_max "
         "tenant_weights heals_max visits_max seat_slack seats_default retry_ns retry_ns_max joining_ns_max pools "
-        "base_requests classes eviction disk_eviction ordering routing prefetch prefetch_bytes_per_s raise_on",
+        "base_requests classes eviction disk_eviction ordering routing prefetch prefetch_bytes_per_s raise_on "
+        "names_limits",
     ),
     views.Waiting: Form(
         "Waiting",

@@ -227,7 +227,7 @@ def commands() -> dict[str, list[str]]:
 def _commands(command: Any, context: Any, path: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
     if not hasattr(command, "list_commands"):
         names = [name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)]
-        yield " ".join(path), sorted(names)
+        yield " ".join(path), sorted({*names, *command.earlier_names()})
         return
     for name in command.list_commands(context):
         yield from _commands(command.get_command(context, name), context, (*path, name))

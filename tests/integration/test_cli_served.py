@@ -313,4 +313,4 @@ def test_a_sentence_for_each_cache() -> None:
     origin = gateway_pb2.Origin(version="sql@v1", backend="b", cache="resident", queue_ms=3, output_tokens=24, heals=1)
     assert sentence(origin) == "sql@v1 from b: adapter resident, queued 3 ms, 24 tokens, 1 heal"
     origin = gateway_pb2.Origin(cache="base", output_tokens=1)
-    assert sentence(origin) == "base model: no adapter needed, queued 0 ms, 1 token, 0 heals"
+    assert sentence(origin) == "base: no adapter needed, queued 0 ms, 1 token, 0 heals"

@@ -76,10 +76,10 @@ async def test_a_listener_that_asks_for_a_certificate(tmp_path: Path) -> None:
     async with serving_by_tls(tmp_path, asks_back=True) as (authority, http):
         key, certificate = await authority.sign("operator")
         ca = ("--ca", str(authority.ca))
-        ours = ("--cert", str(certificate), "--key", str(key))
+        ours = ("--certificate", str(certificate), "--key", str(key))
         assert "metrics" not in await capture(tmp_path, *config, http, *ca, *ours)
         missing = await capture(tmp_path, *config, http, *ca)
-        assert "--cert and --key name the PEM files of one" in missing["metrics"]
+        assert "--certificate and --key name the PEM files of one" in missing["metrics"]
 
 
 @NEEDS_OPENSSL

@@ -138,7 +138,7 @@ def test_the_command_writes_a_file(tmp_path: Path, capfd: pytest.CaptureFixture[
     assert load_cost_table(out).engine == "vLLM 1"
     shown = runner(capfd)("calibrate", *names, "--out", str(out))
     assert (shown.code, shown.err) == (0, "")
-    assert f"sidecar emulate --cost-table {out}" in shown.out
+    assert f"sidecar emulate --cost {out}" in shown.out
     assert [path.name for path in tmp_path.iterdir()] == ["cost.json"]
 
 

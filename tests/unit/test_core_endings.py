@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from sidecar.config import Config
 from sidecar.core import effects as fx
 from sidecar.core import events as ev
 from sidecar.core.config import ClassLimit, CoreConfig
@@ -14,7 +15,7 @@ from tests.kit.corekit import MS, SECOND, World, assert_idle, facts_of
 
 def test_expired_in_the_queue_is_never_dispatched() -> None:
     """A deadline that passes while all seats are taken ends as Expired and never reaches an engine."""
-    world = World(seats=1)
+    world = World(CoreConfig(names_limits=True), seats=1)
     world.engines["b0"].run_ns = 200 * MS
     world.send()
     world.run(1 * MS)
@@ -25,6 +26,18 @@ def test_expired_in_the_queue_is_never_dispatched() -> None:
     assert "waited 50 ms and its own deadline of 50 ms passed; send it with a longer one" in end.message
     assert late not in world.dispatches
     assert world.ended_ns[late] == 1 * SECOND + 51 * MS, "it ended at its deadline, not when a seat came free"
+
+
+def test_a_sidecar_names_the_limit() -> None:
+    """Only what replays a journal of 0.1.0 gives the text of that."""
+    assert Config().core().names_limits
+    world = World(seats=1)
+    world.engines["b0"].run_ns = 200 * MS
+    world.send()
+    world.run(1 * MS)
+    late = world.send(deadline_ns=50 * MS)
+    world.run()
+    assert "its deadline or its class's longest wait passed" in world.settled[late].message
 
 
 def test_a_late_tick_lets_nothing_expired_out() -> None:
@@ -41,7 +54,9 @@ def test_a_late_tick_lets_nothing_expired_out() -> None:
 
 def test_the_class_bounds_the_wait() -> None:
     """Without a deadline of its own a request waits no longer than its class allows."""
-    world = World(CoreConfig(classes={"default": ClassLimit(), "short": ClassLimit(2 * SECOND)}), engines=0)
+    world = World(
+        CoreConfig(names_limits=True, classes={"default": ClassLimit(), "short": ClassLimit(2 * SECOND)}), engines=0
+    )
     world.add_engine("b0", facts_of(), up=False)
     short, long = world.send(klass="short"), world.send()
     world.run(3 * SECOND)

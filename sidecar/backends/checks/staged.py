@@ -74,7 +74,7 @@ def can_be_made(base: BaseModel | None) -> bool:
 def not_made() -> Finding:
     return skipped(
         "no adapter can be made for a base model that is not known",
-        "config.yaml: base_model: {name: …, config: the folder of the model}   (or --base-model)",
+        "config.yaml: base_model: {name: …, config: the folder of the model}   (or --base)",
     )
 
 

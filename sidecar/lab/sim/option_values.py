@@ -48,9 +48,13 @@ EXPECTED: dict[str, tuple[float, float, str]] = {
 """The least and the most of each option, and the range as text. NaN is in none."""
 
 
+FLAGS = {"order": "ordering", "route": "routing", "store": "eviction"}
+"""Options of the command line that are called otherwise than the field."""
+
+
 def option(name: str) -> str:
     """Return an option as it is written on the command line."""
-    return f"--{name.replace('_', '-')}"
+    return f"--{FLAGS.get(name, name).replace('_', '-')}"
 
 
 def wrong(name: str, value: object, expected: str) -> Misused:

@@ -18,7 +18,7 @@ from sidecar.lab.sim.setup import MODULES, Sidecar
 from sidecar.lab.sim.workloads import WORKLOADS
 
 BARE = "none"
-"""The name by which `--order` means the bare engine, with no sidecar in front of it."""
+"""The name by which `--ordering` means the bare engine, with no sidecar in front of it."""
 LORA_MODULES = (*MODULES, BARE)
 
 DRAWN = (

@@ -71,7 +71,7 @@ async def adapter(look: VllmLook) -> Finding:
             "gone, and the next request for that would be the engine's end"
         )
     if base_model is None:
-        return warning(f"no adapter can be made: {SIZES_UNKNOWN}", f"{SIZES_FIX}   (or --base-model)")
+        return warning(f"no adapter can be made: {SIZES_UNKNOWN}", f"{SIZES_FIX}   (or --base)")
     if not can_be_made(base_model):
         return not_made()
     rank = min(RANK, look.facts.rank_max or RANK)

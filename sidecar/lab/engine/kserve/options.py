@@ -116,7 +116,8 @@ class Options:
         default=1.0, metadata=cli(ENGINE, "1: as slow as the modelled GPU; 0: as fast as possible.")
     )
     cost_table: Path | None = field(
-        default=None, metadata=cli(ENGINE, "Step times to model; default: an A100 with an 8B model.")
+        default=None,
+        metadata=cli(ENGINE, "Step times to model; default: an A100 with an 8B model.", "--cost", "--cost-table"),
     )
 
     lora_modules: tuple[str, ...] = field(
