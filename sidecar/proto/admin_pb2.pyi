@@ -811,6 +811,36 @@ class Backend(_message.Message):
     epoch: int
     def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., base_model: _Optional[str] = ..., dtype: _Optional[str] = ..., rank_max: _Optional[int] = ..., running: _Optional[int] = ..., queued: _Optional[int] = ..., seats: _Optional[int] = ..., host_pages: _Optional[int] = ..., device_pages: _Optional[int] = ..., kv_tokens: _Optional[int] = ..., kv_reserved: _Optional[int] = ..., page_limit: _Optional[int] = ..., open: _Optional[_Iterable[_Union[OpenVersion, _Mapping]]] = ..., heals: _Optional[_Iterable[_Union[HealNote, _Mapping]]] = ..., resident: _Optional[_Iterable[str]] = ..., detail: _Optional[str] = ..., pace: _Optional[str] = ..., predicted_wait_s: _Optional[float] = ..., owner: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
 
+class AddBackendRequest(_message.Message):
+    __slots__ = ("backend", "url", "like")
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    URL_FIELD_NUMBER: _ClassVar[int]
+    LIKE_FIELD_NUMBER: _ClassVar[int]
+    backend: str
+    url: str
+    like: str
+    def __init__(self, backend: _Optional[str] = ..., url: _Optional[str] = ..., like: _Optional[str] = ...) -> None: ...
+
+class ReloadRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ReloadResponse(_message.Message):
+    __slots__ = ("changed",)
+    CHANGED_FIELD_NUMBER: _ClassVar[int]
+    changed: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, changed: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class GetConfigurationRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class EffectiveConfiguration(_message.Message):
+    __slots__ = ("json",)
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    json: str
+    def __init__(self, json: _Optional[str] = ...) -> None: ...
+
 class ListReplicasRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -830,6 +830,16 @@ class BackendsStub:
                 request_serializer=sidecar_dot_proto_dot_admin__pb2.BackendRequest.SerializeToString,
                 response_deserializer=sidecar_dot_proto_dot_admin__pb2.Backend.FromString,
                 _registered_method=True)
+        self.Add = channel.unary_unary(
+                '/lorasidecar.v1.Backends/Add',
+                request_serializer=sidecar_dot_proto_dot_admin__pb2.AddBackendRequest.SerializeToString,
+                response_deserializer=sidecar_dot_proto_dot_admin__pb2.Backend.FromString,
+                _registered_method=True)
+        self.Remove = channel.unary_unary(
+                '/lorasidecar.v1.Backends/Remove',
+                request_serializer=sidecar_dot_proto_dot_admin__pb2.BackendRequest.SerializeToString,
+                response_deserializer=sidecar_dot_proto_dot_admin__pb2.Backend.FromString,
+                _registered_method=True)
 
 
 class BackendsServicer:
@@ -860,6 +870,20 @@ class BackendsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Add(self, request, context):
+        """Adds a backend, until the configuration is read again or the process ends.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Remove(self, request, context):
+        """Takes a backend out for as long: it is removed once nothing runs there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_BackendsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -880,6 +904,16 @@ def add_BackendsServicer_to_server(servicer, server):
             ),
             'Undrain': grpc.unary_unary_rpc_method_handler(
                     servicer.Undrain,
+                    request_deserializer=sidecar_dot_proto_dot_admin__pb2.BackendRequest.FromString,
+                    response_serializer=sidecar_dot_proto_dot_admin__pb2.Backend.SerializeToString,
+            ),
+            'Add': grpc.unary_unary_rpc_method_handler(
+                    servicer.Add,
+                    request_deserializer=sidecar_dot_proto_dot_admin__pb2.AddBackendRequest.FromString,
+                    response_serializer=sidecar_dot_proto_dot_admin__pb2.Backend.SerializeToString,
+            ),
+            'Remove': grpc.unary_unary_rpc_method_handler(
+                    servicer.Remove,
                     request_deserializer=sidecar_dot_proto_dot_admin__pb2.BackendRequest.FromString,
                     response_serializer=sidecar_dot_proto_dot_admin__pb2.Backend.SerializeToString,
             ),
@@ -992,6 +1026,180 @@ class Backends:
             '/lorasidecar.v1.Backends/Undrain',
             sidecar_dot_proto_dot_admin__pb2.BackendRequest.SerializeToString,
             sidecar_dot_proto_dot_admin__pb2.Backend.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Add(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasidecar.v1.Backends/Add',
+            sidecar_dot_proto_dot_admin__pb2.AddBackendRequest.SerializeToString,
+            sidecar_dot_proto_dot_admin__pb2.Backend.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Remove(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasidecar.v1.Backends/Remove',
+            sidecar_dot_proto_dot_admin__pb2.BackendRequest.SerializeToString,
+            sidecar_dot_proto_dot_admin__pb2.Backend.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class ConfigurationStub:
+    """The configuration in force.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Reload = channel.unary_unary(
+                '/lorasidecar.v1.Configuration/Reload',
+                request_serializer=sidecar_dot_proto_dot_admin__pb2.ReloadRequest.SerializeToString,
+                response_deserializer=sidecar_dot_proto_dot_admin__pb2.ReloadResponse.FromString,
+                _registered_method=True)
+        self.Get = channel.unary_unary(
+                '/lorasidecar.v1.Configuration/Get',
+                request_serializer=sidecar_dot_proto_dot_admin__pb2.GetConfigurationRequest.SerializeToString,
+                response_deserializer=sidecar_dot_proto_dot_admin__pb2.EffectiveConfiguration.FromString,
+                _registered_method=True)
+
+
+class ConfigurationServicer:
+    """The configuration in force.
+    """
+
+    def Reload(self, request, context):
+        """Reads the configuration's file again and takes what has changed: all of it, or nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Get(self, request, context):
+        """Shows the configuration in force, with all defaults.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_ConfigurationServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Reload': grpc.unary_unary_rpc_method_handler(
+                    servicer.Reload,
+                    request_deserializer=sidecar_dot_proto_dot_admin__pb2.ReloadRequest.FromString,
+                    response_serializer=sidecar_dot_proto_dot_admin__pb2.ReloadResponse.SerializeToString,
+            ),
+            'Get': grpc.unary_unary_rpc_method_handler(
+                    servicer.Get,
+                    request_deserializer=sidecar_dot_proto_dot_admin__pb2.GetConfigurationRequest.FromString,
+                    response_serializer=sidecar_dot_proto_dot_admin__pb2.EffectiveConfiguration.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'lorasidecar.v1.Configuration', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('lorasidecar.v1.Configuration', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Configuration:
+    """The configuration in force.
+    """
+
+    @staticmethod
+    def Reload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasidecar.v1.Configuration/Reload',
+            sidecar_dot_proto_dot_admin__pb2.ReloadRequest.SerializeToString,
+            sidecar_dot_proto_dot_admin__pb2.ReloadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Get(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasidecar.v1.Configuration/Get',
+            sidecar_dot_proto_dot_admin__pb2.GetConfigurationRequest.SerializeToString,
+            sidecar_dot_proto_dot_admin__pb2.EffectiveConfiguration.FromString,
             options,
             channel_credentials,
             insecure,

@@ -30,7 +30,8 @@ class TritonServer(Server):
     """One server over a model repository in `folder`; its group has the stubs of the models, its ports are three.
 
     `ports` are those of gRPC, HTTP and metrics; by default they are chosen at the first start and kept.
-    `traces` is the URL of an OTLP receiver of traces of all its requests. `control` is Triton's model control: "none", "poll" (every second) or "explicit" (all models are loaded at start).
+    `control` is Triton's model control: "none", "poll" (every second) or "explicit" (all models are loaded at start).
+    `traces` is the URL of an OTLP receiver of traces of all its requests.
     """
 
     NAME = "tritonserver"
