@@ -19,11 +19,11 @@ from sidecar.config.access import Access
 from sidecar.config.adapters import Adapters, Origins, Store
 from sidecar.config.identity import Identity
 from sidecar.config.listeners import Listeners, is_local
-from sidecar.config.metrics import Metrics
 from sidecar.config.openai import LOAD_WAIT_S_MAX, LOADS, OpenAi
+from sidecar.config.otlp import Otlp
 from sidecar.config.queue import Queue, RequestClass
 from sidecar.config.section import Section, told
-from sidecar.config.shared import Journal, Kubernetes, Replicas, State, Tracing
+from sidecar.config.shared import Journal, Kubernetes, Replicas, State
 from sidecar.config.sources import Setting, in_environment, in_file, merged, source_of
 from sidecar.core.config import ClassLimit, CoreConfig
 from sidecar.errors import Misused, Reason
@@ -43,8 +43,7 @@ class Config(Section):
     store: Store = Store()
     queue: Queue = Queue()
     journal: Journal = Journal()
-    tracing: Tracing = Tracing()
-    metrics: Metrics = Metrics()
+    otlp: Otlp = Otlp()
     state: State = State()
     replicas: Replicas = Replicas()
     kubernetes: Kubernetes = Kubernetes()

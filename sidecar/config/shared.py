@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -18,25 +17,6 @@ class Journal(Section):
     enabled: bool = True
     segment_bytes: int = Field(16 << 20, ge=4096)
     segments_max: int = Field(8, ge=1)
-
-
-class Tracing(Section):
-    """Traces of requests by OTLP; needs the extra otel. Off without `endpoint`.
-
-    Headers, certificates and timeouts are taken from the environment, as OTEL_EXPORTER_OTLP_HEADERS.
-    """
-
-    endpoint: str | None = None
-    protocol: Literal["grpc", "http"] = "grpc"
-    share: float = Field(0.05, ge=0, le=1)
-    """Of the requests that come without a trace. One that comes with a trace is sampled as that is."""
-
-    @field_validator("endpoint")
-    @classmethod
-    def _is_an_address(cls, endpoint: str | None) -> str | None:
-        if endpoint is not None and not endpoint.startswith(("http://", "https://")):
-            raise ValueError(f"{endpoint} has no scheme; write http://{endpoint} or, for TLS, https://{endpoint}")
-        return endpoint
 
 
 class State(Section):

@@ -23,7 +23,6 @@ from sidecar.config import Config, plugins
 from sidecar.config.discover import Discover
 from sidecar.core.queries import version_label
 from sidecar.discovery.found import Finder
-from sidecar.errors import Misused, Reason
 from sidecar.fronts.admin.checks import Checks
 from sidecar.fronts.admin.usage import UsageCalls
 from sidecar.journal.raised import Raised
@@ -48,7 +47,7 @@ from sidecar.serve.pool import (
 from sidecar.serve.reloading import Parts, Reloads, Source
 from sidecar.serve.restarting import Restarts
 from sidecar.serve.served_folders import ServedFolders, roots_of
-from sidecar.serve.traced import trace_requests
+from sidecar.serve.telemetry import send_telemetry
 from sidecar.shell.crash import Crash
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.metrics import Metrics
@@ -59,7 +58,6 @@ from sidecar.state.registry import REGISTRY_FILE, Registry, SqliteRegistry, lock
 
 if TYPE_CHECKING:
     from sidecar.kubernetes.declared import DeclaredAdapters
-    from sidecar.shell.genai_metrics import GenAiMetrics
     from sidecar.state.redis.link import Link
 
 logger = logging.getLogger(__name__)
@@ -137,7 +135,6 @@ class Sidecar:
         log = RequestLog(lambda digest: version_label(self.gateway.state, digest))
         self.gateway.observe(log)
         self.gateway.chronicle.on_end.append(log.ended)
-        self.genai = self._genai_metrics()
         self.usage = UsageKeeper(data, config.access.usage) if config.access.usage.enabled else None
         if self.usage is not None:
             usage = self.usage
@@ -152,7 +149,7 @@ class Sidecar:
             self.gateway.observe(self._journal)
             self.metrics.journal = self._journal
             self.crash.then(self._journal.ended)
-        self.traces = trace_requests(config.tracing, self.gateway, self.metrics, self._member.id)
+        self.telemetry = send_telemetry(config.otlp, self.gateway, self.metrics, self._member.id)
         self.crash.then(self._on_crash)
         self.access.calls += (Checks(self.access.policy, self.gateway), UsageCalls(self.usage, self.access.access))
         self.listening = Listening(config, self.entries, self.gateway, self.metrics, self.drain, self.access)
@@ -179,22 +176,6 @@ class Sidecar:
     def _member_ttl_s(self) -> float:
         replicas = self.config.replicas
         return self.config.state.member_ttl_s if replicas.address is None else replicas.lease_s
-
-    def _genai_metrics(self) -> GenAiMetrics | None:
-        """Begin to measure for OTLP; None if that is off. Raises Misused if the extra is not installed."""
-        otlp = self.config.metrics.otlp
-        if otlp.endpoint is None:
-            return None
-        try:
-            from sidecar.shell.genai_metrics import GenAiMetrics, exporter_of
-        except ImportError:
-            raise Misused(
-                Reason.CONFIG_INVALID, "metrics.otlp.endpoint needs an extra: pip install 'lora-sidecar[otel]'"
-            ) from None
-        exporter = exporter_of(otlp)
-        measured = GenAiMetrics(self.gateway.state, exporter, self.metrics.adapter_label, self._member.id)
-        self.gateway.observe(measured, of_refused=True)
-        return measured
 
     def _data_directory(self) -> Path | None:
         if self.config.data_directory is None:
@@ -453,10 +434,8 @@ class Sidecar:
             self.gateway.counter.close()
         if self.usage is not None:
             await self.usage.stop()
-        if self.traces is not None:
-            await self.traces.stop()
-        if self.genai is not None:
-            await self.genai.stop()
+        if self.telemetry is not None:
+            await self.telemetry.stop()
         await self._loader.close()
         if self._memory.mount is not None:
             self._memory.mount.close()

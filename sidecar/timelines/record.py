@@ -149,6 +149,11 @@ class Record:
         """The backends in whose queues it was seen."""
         return {entry.what.backend for entry in self.happened if isinstance(entry.what, Queued)}
 
+    @property
+    def first_token_ns(self) -> int | None:
+        """When the answer began; None if it did not."""
+        return next((at_ns for _, at_ns, what in reversed(self.happened) if isinstance(what, ev.FirstToken)), None)
+
     def entries(self) -> list[Entry]:
         """Return what happened to it, and the news of its version and its backends, in order."""
         news = [Entry(each.number, each.at_ns, each) for each in self.news]

@@ -17,12 +17,12 @@ from sidecar.backends.api import Payload, Ticket
 from sidecar.backends.buffers import AnswerBuffers
 from sidecar.config.plugins import policies_of
 from sidecar.core.core import Core
+from sidecar.otlp.sending import Sender
+from sidecar.otlp.spans import Spans
+from sidecar.otlp.tracer import Tracer
 from sidecar.shell.chronicle import Chronicle
 from sidecar.shell.requests import RequestFacts, TraceOrigin
 from sidecar.timelines.record import Record
-from sidecar.tracing.sending import Sender
-from sidecar.tracing.spans import Spans
-from sidecar.tracing.tracer import Tracer
 from tests.bench.figures import Figure, middle
 from tests.kit.corekit import MS, World
 from tests.kit.otlp import collector

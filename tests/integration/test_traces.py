@@ -10,8 +10,8 @@ from time import monotonic
 import httpx
 import pytest
 
+from sidecar.otlp.sending import STOP_S
 from sidecar.proto import gateway_pb2
-from sidecar.tracing.sending import STOP_S
 from tests.kit.emulated import running_engine
 from tests.kit.kserve_clients import OpenStream, aio_client, core_inputs
 from tests.kit.otlp import collector
@@ -68,9 +68,9 @@ async def test_off_nothing_observes_and_nothing_is_sent_along(tmp_path: Path) ->
         collector() as received,
         running_engine(**DUMMY) as engine,
         serving([engine], tmp_path) as off,
-        serving([engine], tmp_path, tracing={"endpoint": received.grpc_url, "share": 1.0}) as on,
+        serving([engine], tmp_path, otlp={"endpoint": received.grpc_url, "metrics": False, "share": 1.0}) as on,
     ):
-        assert off.sidecar.traces is None
+        assert off.sidecar.telemetry is None
         assert off.sidecar.gateway.begin_trace is None
         assert len(off.sidecar.gateway.chronicle.on_end) == len(on.sidecar.gateway.chronicle.on_end) - 1 == 1
         assert len(off.sidecar.gateway.driver._observers) == len(on.sidecar.gateway.driver._observers)
@@ -94,7 +94,10 @@ async def test_the_client_is_the_parent(tmp_path: Path, front: object) -> None:
         collector() as received,
         engine as made,
         serving(
-            [made], tmp_path / "adapters", backend=backend, tracing={"endpoint": received.grpc_url, "share": 0.0}
+            [made],
+            tmp_path / "adapters",
+            backend=backend,
+            otlp={"endpoint": received.grpc_url, "metrics": False, "share": 0.0},
         ) as served,
     ):
         await front(served, context_of(trace, span))  # type: ignore[operator]
@@ -135,7 +138,7 @@ async def test_http_engines_get_the_attempts_span(tmp_path: Path) -> None:
         backends = [entry_of(tmp_path) | {"url": f"trtllm://127.0.0.1:{port}", "id": "trtllm-0"}]
         async with (
             server,
-            serving([], tmp_path / "adapters", tracing={"endpoint": received.grpc_url}, backends=backends) as served,
+            serving([], tmp_path / "adapters", otlp={"endpoint": received.grpc_url}, backends=backends) as served,
         ):
             await completion(served, context_of(trace, span))
             (attempt,) = await received.have(1, "lora.attempt")
@@ -150,12 +153,12 @@ async def test_a_collector_that_is_away(tmp_path: Path) -> None:
     nowhere = f"http://127.0.0.1:{free_port()}"
     async with (
         running_engine(**DUMMY) as engine,
-        serving([engine], tmp_path, tracing={"endpoint": nowhere, "share": 1.0}) as served,
+        serving([engine], tmp_path, otlp={"endpoint": nowhere, "metrics": False, "share": 1.0}) as served,
     ):
         for _ in range(20):
             await generate(served, {})
         begun_s = monotonic()
-        await served.sidecar.traces.stop()  # type: ignore[union-attr]
+        await served.sidecar.telemetry.stop()  # type: ignore[union-attr]
         assert monotonic() - begun_s < 10 * STOP_S
         figures = served.sidecar.metrics.traces()
         assert figures["sent"] == 0
@@ -168,7 +171,7 @@ async def test_a_lasting_refusal_is_counted(tmp_path: Path) -> None:
     async with (
         collector() as received,
         running_engine(**DUMMY) as engine,
-        serving([engine], tmp_path, tracing={"endpoint": received.grpc_url, "share": 1.0}) as served,
+        serving([engine], tmp_path, otlp={"endpoint": received.grpc_url, "metrics": False, "share": 1.0}) as served,
     ):
         received.fails = True
         await generate(served, {})

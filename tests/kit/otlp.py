@@ -1,4 +1,4 @@
-"""A receiver of traces, made of OpenTelemetry's own services: OTLP over gRPC and over HTTP."""
+"""A receiver of traces and metrics, made of OpenTelemetry's own services: OTLP over gRPC and over HTTP."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import grpc.aio
 import uvicorn
 from google.protobuf import json_format
+from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as pb
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc
 from starlette.applications import Starlette
@@ -73,15 +74,18 @@ def _value(value: Any) -> Any:
 
 
 @dataclass
-class Collector(trace_service_pb2_grpc.TraceServiceServicer):
-    """What has been received. `fails` makes it refuse everything."""
+class Collector:
+    """What has been received: all spans, and the metrics that came last. `fails` makes it refuse traces."""
 
     spans: list[Received] = field(default_factory=list)
+    metrics: list[Any] = field(default_factory=list)
+    service: str = ""
+    """That of the metrics."""
     fails: bool = False
     grpc_url: str = ""
     http_url: str = ""
 
-    def take(self, request: Any) -> Any:
+    def take_spans(self, request: Any) -> Any:
         for of_resource in request.resource_spans:
             about = {each.key: _value(each.value) for each in of_resource.resource.attributes}
             for of_scope in of_resource.scope_spans:
@@ -91,20 +95,22 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
                 ]
         return pb.ExportTraceServiceResponse()
 
-    async def Export(self, request: Any, context: Any) -> Any:
-        if self.fails:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not today")
-        return self.take(request)
+    def take_metrics(self, request: Any) -> Any:
+        (of_resource,) = request.resource_metrics
+        self.service = {each.key: _value(each.value) for each in of_resource.resource.attributes}["service.name"]
+        self.metrics = [metric for scope in of_resource.scope_metrics for metric in scope.metrics]
+        return metrics_service_pb2.ExportMetricsServiceResponse()
 
-    async def over_http(self, request: Request) -> Response:
-        body = await request.body()
-        if request.headers.get("content-encoding") == "gzip":
-            body = gzip.decompress(body)
+    async def spans_over_http(self, request: Request) -> Response:
+        body = await _body(request)
         if request.headers["content-type"].startswith("application/json"):
-            answer = self.take(_from_json(body))
+            answer = self.take_spans(_from_json(body))
             return Response(json_format.MessageToJson(answer), media_type="application/json")
-        answer = self.take(pb.ExportTraceServiceRequest.FromString(body))
-        return Response(answer.SerializeToString(), media_type="application/x-protobuf")
+        return _answered(self.take_spans(pb.ExportTraceServiceRequest.FromString(body)))
+
+    async def metrics_over_http(self, request: Request) -> Response:
+        body = await _body(request)
+        return _answered(self.take_metrics(metrics_service_pb2.ExportMetricsServiceRequest.FromString(body)))
 
     def of(self, trace: str) -> list[Received]:
         return [span for span in self.spans if span.trace == trace]
@@ -118,15 +124,44 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
         return self.named(name)
 
 
+class _Traces(trace_service_pb2_grpc.TraceServiceServicer):
+    def __init__(self, collector: Collector) -> None:
+        self._collector = collector
+
+    async def Export(self, request: Any, context: Any) -> Any:
+        if self._collector.fails:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not today")
+        return self._collector.take_spans(request)
+
+
+class _Metrics(metrics_service_pb2_grpc.MetricsServiceServicer):
+    def __init__(self, collector: Collector) -> None:
+        self._collector = collector
+
+    async def Export(self, request: Any, context: Any) -> Any:
+        return self._collector.take_metrics(request)
+
+
+async def _body(request: Request) -> bytes:
+    body = await request.body()
+    return gzip.decompress(body) if request.headers.get("content-encoding") == "gzip" else body
+
+
+def _answered(answer: Any) -> Response:
+    return Response(answer.SerializeToString(), media_type="application/x-protobuf")
+
+
 @asynccontextmanager
 async def collector() -> AsyncIterator[Collector]:
     """Run a receiver for a block."""
     made = Collector()
     server = grpc.aio.server()
-    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(made, server)
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(_Traces(made), server)  # type: ignore[no-untyped-call]
+    metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(_Metrics(made), server)  # type: ignore[no-untyped-call]
     made.grpc_url = f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
-    app = Starlette(routes=[Route("/v1/traces", made.over_http, methods=["POST"])])
+    paths = {"/v1/traces": made.spans_over_http, "/v1/metrics": made.metrics_over_http}
+    app = Starlette(routes=[Route(path, answer, methods=["POST"]) for path, answer in paths.items()])
     http = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
     serving = asyncio.create_task(http.serve())
     await until(lambda: http.started)

@@ -21,13 +21,13 @@ from sidecar.core.core import Core
 from sidecar.core.effects import Settle
 from sidecar.core.enums import Fault
 from sidecar.core.events import ClientLeft
+from sidecar.otlp import sending
+from sidecar.otlp import spans as spans_module
+from sidecar.otlp.sending import Sender
+from sidecar.otlp.spans import Spans
+from sidecar.otlp.tracer import Trace, Tracer, parent_of
 from sidecar.shell.chronicle import Chronicle, story
 from sidecar.shell.requests import RequestFacts, TraceOrigin
-from sidecar.tracing import sending
-from sidecar.tracing import spans as spans_module
-from sidecar.tracing.sending import Sender
-from sidecar.tracing.spans import Spans
-from sidecar.tracing.tracer import Trace, Tracer, parent_of
 from tests.kit.corekit import MS, SECOND, World
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"

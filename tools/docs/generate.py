@@ -38,7 +38,7 @@ for dashboards made for vLLM. Let Prometheus scrape one page or the other: they 
 BY_OTLP = """
 ## By OTLP
 
-With `metrics.otlp.endpoint` and the extra `otel` three histograms are also sent to a collector, as the
+With `otlp.endpoint` and the extra `otel` three histograms are also sent to a collector, as the
 [conventions for generative AI](https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-metrics/) have them:
 `gen_ai.server.request.duration` of every request, and of answers `gen_ai.server.time_to_first_token` and
 `gen_ai.server.time_per_output_token`. An answer that comes in one piece has only a duration. `gen_ai.request.model` is

@@ -57,11 +57,11 @@ async def test_a_cold_healed_and_forwarded_request(tmp_path: Path, protocol: str
     async with collector() as received:
         server = TritonServer(tmp_path / "triton", Repository(engine=ENGINE), traces=f"{received.http_url}/v1/traces")
         endpoint = received.grpc_url if protocol == "grpc" else received.http_url
-        tracing: dict[str, Any] = {"endpoint": endpoint, "protocol": protocol, "share": 0.0}
+        otlp: dict[str, Any] = {"endpoint": endpoint, "protocol": protocol, "metrics": False, "share": 0.0}
         async with (
             running(tmp_path / "redis") as redis,
             server,
-            replicas(2, redis.url, [server], tmp_path / "adapters", lease_s=CALM_S, tracing=tracing) as pool,
+            replicas(2, redis.url, [server], tmp_path / "adapters", lease_s=CALM_S, otlp=otlp) as pool,
         ):
             asked = next(served for served in pool if not owned(served))
             cold = await traced(received, asked)

@@ -18,7 +18,7 @@ from sidecar.timelines.record import PASSED_ON, GivenBack, News, PassedOn, Queue
 from sidecar.timelines.timeline import AT_AN_ENGINE, Moment, Period
 
 if TYPE_CHECKING:
-    from sidecar.tracing.tracer import Trace
+    from sidecar.otlp.tracer import Trace
 
 SCOPE = InstrumentationScope("sidecar")
 OK, UNSET = Status(StatusCode.OK), Status(StatusCode.UNSET)

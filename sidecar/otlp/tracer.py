@@ -15,9 +15,9 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from sidecar.backends.api import HttpForm, Ticket
 from sidecar.core.enums import Outcome
+from sidecar.otlp.sending import Sender
 from sidecar.shell.requests import RequestFacts, TraceOrigin
 from sidecar.timelines.record import Record
-from sidecar.tracing.sending import Sender
 
 CHAT, COMPLETION = "chat", "text_completion"
 """Operations, by the GenAI conventions."""

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from importlib.metadata import version
 from threading import Event, Thread
 from time import monotonic, sleep
 
-from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
+from sidecar.otlp.spans import Spans
 from sidecar.timelines.record import Record
-from sidecar.tracing.spans import Spans
 
 logger = logging.getLogger(__name__)
 
@@ -23,23 +22,6 @@ BATCH_SPANS = 128
 """A batch is encoded at once, and while it is the event loop does not run."""
 EVERY_S = 1.0
 STOP_S = 3.0
-
-
-def sender_to(endpoint: str, protocol: str, instance: str) -> Sender:
-    """Return a sender by OTLP to a collector. `instance` tells this process from others."""
-    about = {"service.version": version("lora-sidecar"), "service.instance.id": instance}
-    # The environment's own OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win.
-    resource = Resource({"service.name": "lora-sidecar"} | about).merge(OTELResourceDetector().detect())
-    exporter: SpanExporter
-    if protocol == "grpc":
-        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
-
-        exporter = GrpcExporter(endpoint=endpoint)
-    else:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpExporter
-
-        exporter = HttpExporter(endpoint=f"{endpoint.rstrip('/')}/v1/traces")
-    return Sender(exporter, resource)
 
 
 class Sender:

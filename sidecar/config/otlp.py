@@ -1,22 +1,26 @@
-"""Metrics that are sent by OTLP, besides those that are scraped."""
+"""What is sent by OTLP: traces of requests, and the metrics of OpenTelemetry's conventions for generative AI."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from sidecar.config.section import Section
 
 
 class Otlp(Section):
-    """`gen_ai.server.*` of OpenTelemetry's conventions by OTLP; needs the extra otel. Off without `endpoint`.
+    """A receiver of OpenTelemetry; needs the extra otel. Nothing is sent without `endpoint`.
 
-    Headers, certificates, timeouts and the interval are taken from the environment, as OTEL_METRIC_EXPORT_INTERVAL.
+    Headers, certificates and timeouts are taken from the environment, as OTEL_EXPORTER_OTLP_HEADERS.
     """
 
     endpoint: str | None = None
     protocol: Literal["grpc", "http"] = "grpc"
+    traces: bool = True
+    metrics: bool = True
+    share: float = Field(0.05, ge=0, le=1)
+    """Of the requests that come without a trace. One that comes with a trace is sampled as that is."""
 
     @field_validator("endpoint")
     @classmethod
@@ -24,7 +28,3 @@ class Otlp(Section):
         if endpoint is not None and not endpoint.startswith(("http://", "https://")):
             raise ValueError(f"{endpoint} has no scheme; write http://{endpoint} or, for TLS, https://{endpoint}")
         return endpoint
-
-
-class Metrics(Section):
-    otlp: Otlp = Otlp()
