@@ -334,7 +334,7 @@ class Metrics:
         if effect.reason is not Reason.NOT_OWNER:  # else it goes on at another replica
             self._requests.add(1, outcome)
             self._adapter_requests.add(1, adapter, outcome)
-            self._class_requests.add(1, self._class_label(effect.klass), outcome)
+            self._class_requests.add(1, effect.klass, outcome)
             self._tenant_requests.add(1, tenant, outcome)
             if effect.outcome is Outcome.REFUSED and effect.reason is not None:
                 self._tenant_refusals.add(1, tenant, effect.reason.name)
@@ -358,9 +358,6 @@ class Metrics:
                 tenant = OTHER
             self._tokens.add(effect.input_tokens, adapter, tenant, "input")
             self._tokens.add(effect.output_tokens, adapter, tenant, "output")
-
-    def _class_label(self, klass: str) -> str:
-        return klass if klass in self._core.state.config.classes else OTHER
 
     def _tenant_label(self, effect: do.Settle) -> str:
         """Return the label of a request's tenant. One of which no request was sent gets none: it may be invented."""

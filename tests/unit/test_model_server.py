@@ -121,12 +121,14 @@ async def test_requests_that_wait_and_run() -> None:
 
 async def test_adapters_have_their_clients_names() -> None:
     """Those in the GPU's memory run, idle or not; one that waits and is there, too, counts once."""
-    world = await served()
-    most, running, waiting = info(await scrape(world))
-    assert (most, running, waiting) == (4, {"sql", "french"}, set())
+    world = Measured(seats=1)
+    world.register("sql", "french", "legal")
+    for name in ("sql", "french"):
+        world.send(name)
+        world.run()
+    assert info(await scrape(world)) == (4, {"sql", "french"}, set())
     world.engines["b0"].frozen = True
-    world.register("legal")
-    for name in ("sql", "legal"):
+    for name in ("", "sql", "legal"):
         world.send(name)
     assert info(await scrape(world)) == (4, {"sql", "french"}, {"legal"})
 
@@ -157,7 +159,7 @@ async def test_residency_by_level_and_pin() -> None:
 async def test_what_is_unknown_has_no_sample() -> None:
     """Neither a KV cache that is not told, nor slots that are only estimated, nor what a lost engine had."""
     world = Measured(engines=0)
-    world.add_engine("b0", facts_of(device_pages=None))
+    world.add_engine("b0", with_facts(facts_of(device_pages=None), kv_tokens=1000))
     world.register("sql")
     world.send("sql")
     world.run()
@@ -174,6 +176,7 @@ async def test_what_is_unknown_has_no_sample() -> None:
     world.lose("b0")
     families = await scrape(world)
     assert loaded(families) == set()
+    assert values(families, "vllm:num_gpu_loaded_lora_adapters") == {"b1": 0}
     world.feed(ev.BackendMeasured("b1", 8, 1000, 0))
     usage = first(await scrape(world), "vllm:kv_cache_usage_perc")
     assert usage is not None
