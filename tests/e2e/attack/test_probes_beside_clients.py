@@ -28,7 +28,7 @@ from tests.kit.serving import Serving, serving, write_adapters
 
 FREE: dict[str, Any] = {"address": "127.0.0.1:0"}
 CLIENTS, PROBES = 8, 2
-PATHS = ("/livez", "/readyz", "/metrics")
+PATHS = ("/livez", "/readyz", "/metrics", "/metrics/model-server")
 
 
 @asynccontextmanager
