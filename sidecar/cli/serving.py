@@ -114,6 +114,8 @@ def serve(
         "--watch-config": ("watch_config", watch_config or None),
         "--admin-token-file": ("listeners.admin.token_file", admin_token_file),
     }
+    if watch_config and config is None:
+        raise Misused(Reason.CONFIG_INVALID, "--watch-config goes with --config, which names the file to watch")
     given = [(option, key, value) for option, (key, value) in options.items() if value is not None]
     given += _settings(setting or [])
 

@@ -319,7 +319,7 @@ class Sidecar:
         loop = asyncio.get_running_loop()
         for name in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(name, signals.put_nowait, None)
-        if self.reloads is not None:
+        if self.reloads is not None and self._source is not None:  # without a file, a closed terminal ends it as ever
             loop.add_signal_handler(signal.SIGHUP, self.reloads.hung_up)
         ready()
         stopped, crashed = asyncio.create_task(self._until_stopped(signals)), asyncio.create_task(self._crashed.wait())

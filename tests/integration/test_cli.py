@@ -317,3 +317,9 @@ def test_serve_refuses_a_wrong_configuration(arguments: tuple[str, ...], words: 
     _, errors = process.communicate()
     assert process.returncode == 2
     assert words in json.loads(errors.splitlines()[-1])["error"]["message"]
+
+
+def test_a_file_is_watched_only_if_there_is_one(sidecar: Callable[..., Ended]) -> None:
+    ended = sidecar("serve", "--watch-config")
+    assert (ended.code, ended.out) == (2, "")
+    assert "--watch-config goes with --config" in ended.err

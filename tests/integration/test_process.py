@@ -161,3 +161,11 @@ async def test_sighup_reads_the_file_again_with_the_options_of_the_start(tmp_pat
                     await asyncio.sleep(0.01)
         assert (await queue())["joining_s_max"] == 7
         assert await served.terminate() == 0
+
+
+async def test_without_a_file_sighup_ends_the_process() -> None:
+    """As a closed terminal does; there is nothing to read again."""
+    async with sidecar() as served:
+        served.process.send_signal(signal.SIGHUP)
+        async with asyncio.timeout(60):
+            assert await served.process.wait() == -signal.SIGHUP
