@@ -85,19 +85,26 @@ class ConfiguredBackends:
                 self._spawn(one.backend.stop())
 
     def change(self, wanted: Mapping[str, Settings], made: Mapping[str, Made]) -> None:
-        """Serve what is wanted, of which `make` has just made what is not there, and take out all others."""
-        for identity in [*self._present]:
+        """Serve what is wanted, of which `make` has just made what is not there, and take out all others.
+
+        What is new comes first: what waits for one that goes may wait for it.
+        """
+        before = [*self._present]
+        for identity, new in made.items():
+            if identity not in before:
+                self._add(identity, new)
+        for identity in before:
             if identity not in wanted or identity in made:
                 self._take_out(identity, made.get(identity))
             elif identity in self._next:
                 self._keep(identity)
-        for identity, new in made.items():
-            if identity not in self._present:
-                logger.info("%s is added", identity)
-                self._present[identity] = new.settings
-                self._gateway.fleet.add(new.backend, new.facts, self._gateway.elsewhere is None, fresh=True)
-                self._declare(new)
-                self._spawn(self._gateway.fleet.start(new.backend))
+
+    def _add(self, identity: str, new: Made) -> None:
+        logger.info("%s is added", identity)
+        self._present[identity] = new.settings
+        self._gateway.fleet.add(new.backend, new.facts, self._gateway.elsewhere is None, fresh=True)
+        self._declare(new)
+        self._spawn(self._gateway.fleet.start(new.backend))
 
     def _take_out(self, identity: str, successor: Made | None) -> None:
         is_going, former = identity in self._next, self._next.get(identity)

@@ -252,6 +252,7 @@ class Reloads:
         self.config = after
         core = replace(after.core(), pools={name: facts[name] for name in pools})
         parts.gateway.sources.allow = AllowList.of(after.origins.allow, roots_of(after.adapters))
+        parts.backends.change(wanted, made)  # before pools go: what waits for one may wait for a new backend
         parts.gateway.configure(core, new.bases, stagings, after.queue.inbox_max)
         answers = parts.gateway.answers
         answers.each_bytes, answers.all_bytes = after.queue.answer_bytes_max, after.queue.answers_bytes_max
@@ -261,7 +262,6 @@ class Reloads:
                 former.close()
         parts.access.configure(after)
         parts.listening.configure(after.queue, new.templates)
-        parts.backends.change(wanted, made)
         await parts.pools.change(pools)
         await parts.served.change(after.adapters, new.adapters)
         return changed

@@ -508,3 +508,19 @@ async def test_a_drain_waits_for_what_waits_for_a_successor(tmp_path: Path) -> N
         assert len((await first_answer).tokens) == 60
         assert len((await second_answer).tokens) == 4
         await asyncio.wait_for(draining, 60)
+
+
+@pytest.mark.parametrize(
+    "absent", [{"url": "triton://127.0.0.1:9"}, {"kind": "triton", "discover": {"dns": "x.test:1"}}]
+)
+async def test_what_waits_for_an_engine_that_is_not_there_gets_another(tmp_path: Path, absent: dict[str, Any]) -> None:
+    """Under another id, in the same change that takes the first one out, a pool or one with a wrong address."""
+    file = tmp_path / "config.json"
+    options: dict[str, Any] = {"file": file, "until_up": False, "backends": [absent]}
+    async with running_engine(**ENGINE) as engine, serving([], **options) as served:
+        answer = asyncio.create_task(served.ask("", 4))
+        await until(lambda: served.state.queued == 1)
+        record = json.loads(file.read_text())
+        write(file, record | {"backends": [{"url": f"triton://{engine.grpc_address}"}]})
+        await reload(served)
+        assert len((await answer).tokens) == 4
