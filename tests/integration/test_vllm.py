@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import shutil
 from collections.abc import AsyncIterator, Sequence
@@ -252,3 +253,26 @@ async def test_without_a_shared_folder_it_serves_its_base_model_only(
         (refused,) = (record.getMessage() for record in caplog.records)
         assert "serves its base model only; name a folder that both see with backends[].adapters_dir" in refused
         assert (await served.ask("")).tokens == expected("", None, 4)
+
+
+async def test_an_engine_that_a_reload_adds_reads_from_its_own_folder(tmp_path: Path) -> None:
+    """What was staged before is staged there, too, before the engine is told to load it."""
+    [name] = write_adapters(tmp_path / "adapters", 1)
+    file = tmp_path / "config.json"
+    options = {**DUMMY, "max_loras": 2, "max_cpu_loras": 4}
+    async with (
+        running_vllm(**options) as (one, _),
+        running_vllm(**options) as (two, client),
+        fronted([one], tmp_path, file=file) as served,
+    ):
+        assert (await served.ask(name)).tokens == answer_of(served, tmp_path, name)
+        record = json.loads(file.read_text())
+        [backend] = record["backends"]
+        folder = {"adapters_dir": str(tmp_path / "other")}
+        record["backends"] = [backend | folder | {"id": "two", "url": f"vllm://{two.http_address}"}]
+        file.write_text(json.dumps(record))
+        await served.configuration.Reload(admin_pb2.ReloadRequest())
+        await until(lambda: list(served.state.backends) == ["two"])
+        assert (await served.ask(name)).tokens == answer_of(served, tmp_path, name)
+        [place] = [card["root"] for card in (await client.models()).values() if card["parent"]]
+        assert Path(place).parent == tmp_path / "other"
