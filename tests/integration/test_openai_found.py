@@ -12,7 +12,16 @@ import httpx
 import pytest
 
 from sidecar.fronts.openai.large import LARGE_BYTES
-from tests.integration.test_openai_triton import CHAT, COMPLETIONS, TEMPLATE, USER, client_of, events_of, text_of
+from tests.integration.test_openai_triton import (
+    CHAT,
+    COMPLETIONS,
+    ESTIMATED,
+    TEMPLATE,
+    USER,
+    client_of,
+    events_of,
+    text_of,
+)
 from tests.kit.found_engines import Pool, pool_of, served, up
 from tests.kit.peft_files import BASE_MODEL
 from tests.kit.serving import Serving, until, write_adapters
@@ -67,7 +76,7 @@ async def test_requests_wait_for_the_next_engine_of_an_empty_pool(tmp_path: Path
         whole, events, base, large = await asyncio.gather(*asked)
         for response, name in ((whole, "a00"), (base, ""), (large, "a00")):
             assert response.json()["choices"][0]["text"] == text_of(serving, name, 4)
-            assert response.json()["usage"] == {"completion_tokens": 4}
+            assert response.json()["usage"] == ESTIMATED | {"completion_tokens": 4, "total_tokens": 5}
         chunks = events_of(events.text)
         assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == text_of(serving, "a00", 4)
         assert len(chunks) == 5
@@ -86,7 +95,7 @@ async def test_a_chat_waits_where_its_pool_has_a_template(tmp_path: Path) -> Non
     ("path", "body", "words"),
     [
         (CHAT, {"messages": USER}, "gpu takes text only and no chat template is configured for it"),
-        (COMPLETIONS, {"prompt": "hi", "n": 2}, "TensorRT-LLM by Triton"),
+        (COMPLETIONS, {"prompt": "hi", "echo": True}, "TensorRT-LLM by Triton"),
         (COMPLETIONS, {"prompt": "hi", "model": "nobody"}, "nobody"),
     ],
 )

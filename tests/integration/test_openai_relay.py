@@ -348,8 +348,8 @@ async def test_what_only_a_triton_serves_is_asked_in_its_words(tmp_path: Path) -
     vllm.facts = replace(vllm.facts, rank_max=1)
     async with house(tmp_path, [vllm, triton]) as served:
         await served.register("sql")
-        refused = await ask(served, {"model": "sql", "n": 2})
-        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
+        refused = await ask(served, {"model": "sql", "echo": True})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "echo")
         assert "serve the model by vLLM" in refused.json()["error"]["message"]
         chat = await ask(served, {"model": "sql", "messages": [{"role": "user", "content": "x"}]}, CHAT)
         assert chat.status_code == 400
