@@ -119,13 +119,11 @@ class Client:
     async def _asked_as_a_model(self, model: str) -> list[Any]:
         """Ask the verbs that a client of KServe asks about a model."""
         seen = []
-        for version in ("", "1", "2"):
+        for version in ("", "1"):
             asked = {"name": model, "version": version}
             for call, request in (
                 (self._kserve.ModelReady, service_pb2.ModelReadyRequest(**asked)),
                 (self._kserve.ModelMetadata, service_pb2.ModelMetadataRequest(**asked)),
-                (self._kserve.ModelConfig, service_pb2.ModelConfigRequest(**asked)),
-                (self._kserve.ModelStatistics, service_pb2.ModelStatisticsRequest(**asked)),
             ):
                 try:
                     seen.append(await call(request, metadata=self._metadata))
@@ -224,6 +222,39 @@ async def test_a_hidden_name_looks_like_none(tmp_path: Path, policy: str, rounds
             for each in records:
                 await registry.delete(each.name, each)
     print(f"{compared} hidden names under {policy} look like none (seed {seed})")
+
+
+async def test_a_base_model_that_may_not_be_used_looks_like_none(tmp_path: Path) -> None:
+    """Its own name, in each protocol, for requests that would be served and for ones that could not be."""
+    maker = TokenMaker(tmp_path)
+    rules = tmp_path / "adapters_only.cedar"
+    rules.write_text('permit (principal, action in Action::"use", resource) when { resource is Adapter };')
+    settings = {
+        "identity": {"mode": "enforce", "issuers": [maker.entry]},
+        "access": {"policies": {"cedar": str(rules)}},
+        "backend": {"base_model": {"name": "org/base"}},
+    }
+    async with (
+        running_engine(**DUMMY) as engine,
+        serving([engine], **settings) as served,
+        httpx.AsyncClient(base_url=f"http://{served.sidecar.http_address}", trust_env=False, timeout=60) as http,
+    ):
+        client = Client(served, http, maker.bearer("blue"))
+        told = []
+        for name in ("org/base", "org/none"):
+            seen: list[Any] = [await client._generate(name), await client._infer(name), await client._stream(name)]
+            seen.append(await client._get(f"/v1/models/{name}"))
+            seen += await client._asked_as_a_model(name)
+            for body in ({"prompt": "hello"}, {"prompt": [1, 2]}, {"prompt": "hello", "n": 2}):
+                seen.append(await client._post("/v1/completions", {"model": name, "max_tokens": 2, **body}))
+            for fields in ({"tokens": gateway_pb2.TokenIds(ids=[1]), "stop_words": ["x"]}, {"text": ""}):
+                request = gateway_pb2.GenerateRequest(adapter=name, max_tokens=2, **fields)
+                with pytest.raises(grpc.aio.AioRpcError) as refused:
+                    _ = [answer async for answer in served.gateway.Generate(request, metadata=client._metadata)]
+                seen.append(_status(refused.value))
+            told.append(repr(seen).replace(name, "NAME"))
+        assert told[0] == told[1]
+        assert "NOT_FOUND" in told[0]
 
 
 def a_request(name: str = "", task_id: int | None = None, region: str = "") -> Any:

@@ -59,12 +59,15 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
         klass = access.class_of(caller, fields.klass)
         adapter, base = fields.adapter, ""
         if is_base(self._gateway.state, adapter):
-            self._gateway.permit(caller, adapter, request_id, True, tenant)
-            caller, adapter, base = replace(caller, is_recorded=True), "", adapter
+            adapter, base = "", adapter
         limited = access.default_max_tokens(tenant, klass, adapter)
         if not request.max_tokens and limited is not None:
             request.max_tokens = min(limited, MAX_TOKENS_DEFAULT)
         payload, input_tokens = payload_of(request, self._may_stream, self._kinds)
+        only = self._eligible(request, payload.kinds)
+        if base:  # only now: until here a name that means nothing is answered alike
+            self._gateway.permit(caller, base, request_id, True, tenant)
+            caller, only = replace(caller, is_recorded=True), self._eligible(request, payload.kinds, base)
         if request.WhichOneof("prompt") == "text":
             input_tokens = text_tokens_max(self._gateway.state, input_tokens)
         facts = RequestFacts(
@@ -76,14 +79,14 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
             deadline_s=callers.earliest(fields.deadline_s, callers.remaining_s(context)),
             session=fields.session,
             size_bytes=request.ByteSize(),
-            only=self._eligible(request, payload.kinds, base),
+            only=only,
             has_length=request.max_tokens > 0,
             is_estimated=request.WhichOneof("prompt") == "text",
             trace=TraceOrigin.of(metadata),
         )
         return self._gateway.submit(facts, payload, request_id, caller, request.text or None)
 
-    def _eligible(self, request: Any, kinds: tuple[str, ...], base: str) -> tuple[str, ...]:
+    def _eligible(self, request: Any, kinds: tuple[str, ...], base: str = "") -> tuple[str, ...]:
         """Return the backends that a request may go to, () for any. Raises Refused(INVALID_REQUEST)."""
         backends = backends_of(self._gateway.state, kinds, base)
         if backends is None:

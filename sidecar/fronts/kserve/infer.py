@@ -133,10 +133,11 @@ class KServe:
         facts, tokens, caller = asked.facts, asked.facts.input_tokens, callers.CALLER.get()
         tenant = self.gateway.access.tenant_of(caller, callers.claimed_tenants(metadata, facts.tenant), request_id)
         base = facts.adapter if is_base(self.gateway.state, facts.adapter) else ""
-        if base:
+        payload, only = kserve_eligibility(self.gateway.state, asked.payload)
+        if base and not asked.stop:  # only now: until here a name that means nothing is answered alike
             self.gateway.permit(caller, base, request_id, True, tenant)
             caller = replace(caller, is_recorded=True)
-        payload, only = kserve_eligibility(self.gateway.state, asked.payload, base)
+            payload, only = kserve_eligibility(self.gateway.state, asked.payload, base)
         facts = replace(
             facts,
             adapter="" if base else facts.adapter,
