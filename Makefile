@@ -7,6 +7,8 @@
 # make triton  that server with the emulated engine as its model, on the usual ports; GRPC_PORT=18001 HTTP_PORT=… METRICS_PORT=…
 # make bench-triton  what the sidecar does and costs in front of it
 # make e2e-vllm  the tests that need a real vLLM, 0.33 over what .venv-vllm holds; no GPU; about 15 minutes
+# make e2e-tools  load tools and client libraries that users bring, unmodified, before emulated engines; 5 minutes and 5 GB
+# make e2e-tools-short  the OpenAI SDK and schemathesis alone
 # make e2e-attack  attacks that take whole processes: bursts, resets, half messages, requests of death; 1 minute
 # make e2e-replicas  three replicas restarted under load, beside an older build too, and Redis away; about 3 minutes
 # make vllm    a toy vLLM on its usual port, until Ctrl-C; HTTP_PORT=18000
@@ -33,6 +35,7 @@
 # make .venv-triton  just the environment with the real Triton server, with Python 3.11 or 3.12
 # make .venv-vllm  just the environment with the real vLLM; 2.5 GB
 # make .venv-helm  just the environment with Helm, kubectl and what checks their output
+# make .venv-tools/NAME  just one environment of tools: short, apps, load, guidellm, inference-perf
 # make .venv   just the environment; the command line is then .venv/bin/sidecar
 
 PYTHON ?= python3
@@ -51,11 +54,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INSTALLED := .venv/installed
 DEVELOPING := .venv/developing
 RELEASING := .venv/releasing
+TOOLS := short apps load guidellm inference-perf
 LANES := helm-test e2e-replicas e2e-triton e2e-vllm
 
 COMPILE := pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet $(UPGRADE)
 
-.PHONY: record docs docs-commands pictures .venv-docs ci nightly lanes weekly release bundle e2e-release demo test test-slow check bench-tests e2e-triton triton .venv-triton e2e-vllm vllm .venv-vllm e2e-replicas e2e-attack helm-test .venv-helm lint bench bench-triton bench-scheduling goldens fuzz fuzz-wire sim-faults chaos soak proto lock clean .venv
+.PHONY: record docs docs-commands pictures .venv-docs ci nightly lanes weekly release bundle e2e-release demo test test-slow check bench-tests e2e-triton triton .venv-triton e2e-vllm vllm .venv-vllm e2e-tools e2e-tools-short e2e-replicas e2e-attack helm-test .venv-helm lint bench bench-triton bench-scheduling goldens fuzz fuzz-wire sim-faults chaos soak proto lock clean .venv
 
 .venv: $(INSTALLED)
 
@@ -133,6 +137,17 @@ vllm: $(DEVELOPING) $(if $(VLLM_VENV),,.venv-vllm)
 	@echo "installing vLLM into .venv-vllm, once: 2.5 GB"
 	tests/e2e/vllm/install.sh .venv-vllm
 
+e2e-tools: $(DEVELOPING) $(TOOLS:%=.venv-tools/%/installed)
+	$(BIN)/pytest -rs tests/e2e/tools $(CHOSEN)
+
+e2e-tools-short: $(DEVELOPING) .venv-tools/short/installed
+	$(BIN)/pytest -rs tests/e2e/tools/test_openai_sdk.py tests/e2e/tools/test_schemathesis.py
+
+$(TOOLS:%=.venv-tools/%): .venv-tools/%: .venv-tools/%/installed
+
+.venv-tools/%/installed: tests/e2e/tools/requirements/%.txt tests/e2e/tools/install.sh
+	tests/e2e/tools/install.sh .venv-tools/$* $(PYTHON) python3.11 python3.12 python3.13 python3.14
+
 helm-test: $(DEVELOPING) .venv-helm
 	$(BIN)/pytest -rs tests/e2e/helm $(CHOSEN)
 
@@ -181,7 +196,7 @@ e2e-release: $(RELEASING) $(if $(HELM_VENV),,.venv-helm)
 # CI says that what a lane needs must be there: its tests fail without it, instead of being skipped.
 ci:
 	$(MAKE) test test-slow docs e2e-attack
-	CI=1 $(MAKE) $(LANES) CHOSEN='-m "not nightly"'
+	CI=1 $(MAKE) $(LANES) e2e-tools-short CHOSEN='-m "not nightly"'
 
 nightly:
 	$(MAKE) --keep-going goldens test test-slow docs docs-commands e2e-attack sim-faults chaos soak fuzz fuzz-wire lanes
