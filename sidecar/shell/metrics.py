@@ -119,7 +119,7 @@ class Metrics:
         """Source of the number of failed writes of usage; set by its starter."""
         self.audit: Callable[[], Mapping[str, tuple[int, int]]] = lambda: dict.fromkeys(KINDS, (0, 0))
         """Source of the audit's written and lost lines by kind; set by its starter."""
-        self.traces: Callable[[], Mapping[str, int]] = dict
+        self.traces: Callable[[], Mapping[str, int]] = lambda: dict.fromkeys(("sent", "failed", "dropped"), 0)
         """Source of the traces by what became of them; set by their starter."""
         self._page = Page()
         self.model_server = ModelServer(self._core.state)

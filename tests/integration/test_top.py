@@ -156,6 +156,10 @@ async def test_levers_ask_first(tmp_path: Path) -> None:
             top.press("n")
             await top.hides("[y/N]")
             assert state.requests
+            top.press(ENTER)
+            await top.shows("(id mine): a00", "first token", "note: it has not ended")
+            top.press(ESCAPE)
+            await top.shows("mine running")
             top.press("c")
             await top.shows("[y/N]")
             top.press("y")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from rich.text import Text
+
 from sidecar.cli import adapters, backends
 from sidecar.cli.client import Client
-from sidecar.cli.requests import OPEN, open_row
-from sidecar.cli.show import facts
+from sidecar.cli.exits import harmless
 from sidecar.proto import admin_pb2 as pb
 
 
@@ -21,8 +22,9 @@ def _adapter(client: Client, row: Any) -> list[Any]:
 
 
 def _request(client: Client, row: Any) -> list[Any]:
-    names = (column.removeprefix(">").lower() for column in OPEN)
-    return [facts(zip(names, open_row(row), strict=True))]
+    """Return its story; by its number, for several requests may have an id."""
+    story = client.ask(client.queues.Show, pb.ShowRequestRequest(request=str(row.request)))
+    return [Text(harmless("\n".join(story.lines)))]
 
 
 OPENED: dict[str, Callable[[Client, Any], list[Any]]] = {
