@@ -29,9 +29,10 @@ def troubles(state: State, now_ns: int) -> Iterator[str]:
             silent = readable(now_ns - backend.silence.since_ns)
             found = f" ({backend.silence.found})" if backend.silence.found else ""
             yield f"{backend.id} is {name}: nothing came for {silent} with {_in_flight(backend)}{found}"
-    draining = [backend for backend in backends if backend.draining]
-    if draining:
-        yield f"{joined(draining)}{_is(draining)} draining"
+    for word, runs in (("draining", True), ("drained", False)):
+        alike = [backend for backend in backends if backend.draining and bool(backend.running) is runs]
+        if alike:
+            yield f"{joined(alike)}{_is(alike)} {word}"
 
 
 def idle(state: State, request: Request) -> Iterator[str]:

@@ -181,7 +181,7 @@ async def test_levers_ask_first(tmp_path: Path) -> None:
             await top.shows("Drain trt-1?")
             top.press("y")
             await until(lambda: state.backends["trt-1"].draining)
-            await top.shows("trt-1 is draining; ", "trt-1 draining")
+            await top.shows("trt-1 is drained; ", "trt-1 drained")
             top.press(ENTER)
             await top.shows("address triton://", "open adapters")
             top.press(ESCAPE)

@@ -185,7 +185,7 @@ def test_the_verdict_names_whose_flood_it_is() -> None:
 
 
 def test_the_verdict_begins_with_what_is_wrong_with_the_pool() -> None:
-    """A lost engine, one that drains, one that tells nothing, and this process when it drains."""
+    """A lost engine, one that is drained, and this process when it drains."""
     world = World(CoreConfig(routing="resident_first"), engines=3)
     world.send()
     world.run(for_ns=MS)
@@ -193,7 +193,7 @@ def test_the_verdict_begins_with_what_is_wrong_with_the_pool() -> None:
     world.run(for_ns=MS)
     assert view(world).verdict.startswith("b1 is down, lost ")
     world.feed(ev.DrainSet("b2", True))
-    assert "b2 is draining; " in view(world).verdict
+    assert "b2 is drained; " in view(world).verdict
     world.feed(ev.ShutdownBegun())
     assert view(world).verdict.startswith("this process drains: it takes nothing new, ")
 
