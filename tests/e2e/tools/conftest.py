@@ -12,11 +12,20 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from tests.e2e.installed import needed
 from tests.e2e.tools import house as houses
+from tests.e2e.tools.installed import Tools
+
+
+@pytest.fixture
+def tools(request: pytest.FixtureRequest) -> Tools:
+    """The environment that a module's tests need."""
+    kind: type[Tools] = request.module.TOOLS
+    return needed(kind)
 
 
 @pytest_asyncio.fixture(params=houses.KINDS)
-async def house(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[houses.House]:
+async def house(request: pytest.FixtureRequest, tools: Tools, tmp_path: Path) -> AsyncIterator[houses.House]:
     """A sidecar before engines of each kind."""
     async with houses.house(tmp_path / "house", request.param) as house:
         yield house

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.e2e.installed import needed
 from tests.e2e.tools.house import House
-from tests.e2e.tools.installed import Load
+from tests.e2e.tools.installed import Load, Tools
 
+TOOLS = Load
 COUNT = 40
 
 
-async def test_chats_with_adapters_in_turn(tmp_path: Path, house: House) -> None:
+async def test_chats_with_adapters_in_turn(tools: Tools, tmp_path: Path, house: House) -> None:
     """No request fails, prompts and answers have the tokens that the server says."""
-    await needed(Load).run(
+    await tools.run(
         tmp_path, "aiperf", "profile", "-m", ",".join(house.names[:4]), "--model-selection-strategy", "round_robin",
         "--endpoint-type", "chat", "--streaming", "-u", house.url, "--tokenizer", house.tokenizer,
         "--isl", "40", "--isl-stddev", "5", "--osl", "12", "--request-count", str(COUNT), "--concurrency", "4",

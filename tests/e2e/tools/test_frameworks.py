@@ -10,27 +10,27 @@ from typing import Any
 
 import httpx
 
-from tests.e2e.installed import needed
 from tests.e2e.tools.house import House
-from tests.e2e.tools.installed import Apps
+from tests.e2e.tools.installed import Apps, Tools
 from tests.kit.ports import free_port
 from tests.kit.serving import PATIENCE_S
 
+TOOLS = Apps
 PROGRAMS = Path(__file__).parent / "programs"
 INPUT_COST, OUTPUT_COST = 0.001, 1.0
 
 
-async def told(folder: Path, house: House, program: str) -> Any:
+async def told(tools: Tools, folder: Path, house: House, program: str) -> Any:
     """Return what a program printed last; litellm itself prints hints."""
-    said = await needed(Apps).run(folder, "python", PROGRAMS / f"{program}.py", house.url, "a00")
+    said = await tools.run(folder, "python", PROGRAMS / f"{program}.py", house.url, "a00")
     return json.loads(said.splitlines()[-1])
 
 
-async def test_langchain(tmp_path: Path, house: House) -> None:
+async def test_langchain(tools: Tools, tmp_path: Path, house: House) -> None:
     """Chats, streams and batches say what they used, and a list of prompts is answered."""
     chat, text = house.chat_tokens("hello"), house.prompt_tokens("hello")
     one = [chat, 12, chat + 12]
-    assert await told(tmp_path, house, "with_langchain") == {
+    assert await told(tools, tmp_path, house, "with_langchain") == {
         "chat": [one],
         "stream": [one],
         "batch": [one] * 8,
@@ -38,26 +38,26 @@ async def test_langchain(tmp_path: Path, house: House) -> None:
     }
 
 
-async def test_llama_index(tmp_path: Path, house: House) -> None:
+async def test_llama_index(tools: Tools, tmp_path: Path, house: House) -> None:
     """Chats, streams and completions say what they used."""
     chat, text = house.chat_tokens("hello"), house.prompt_tokens("hello")
     one = [chat, 12, chat + 12]
-    assert await told(tmp_path, house, "with_llama_index") == {
+    assert await told(tools, tmp_path, house, "with_llama_index") == {
         "chat": one,
         "stream": one,
         "completion": [text, 12, text + 12],
     }
 
 
-async def test_litellm(tmp_path: Path, house: House) -> None:
+async def test_litellm(tools: Tools, tmp_path: Path, house: House) -> None:
     """What it bills is what the tokens cost, by each way to name the sidecar."""
     chat = house.chat_tokens("hello")
     one = [chat, 12, chat + 12, chat * INPUT_COST + 12 * OUTPUT_COST]
     ways = ("hosted_vllm", "hosted_vllm stream", "openai", "openai stream", "router")
-    assert await told(tmp_path, house, "with_litellm") == dict.fromkeys(ways, one)
+    assert await told(tools, tmp_path, house, "with_litellm") == dict.fromkeys(ways, one)
 
 
-async def test_litellms_proxy(tmp_path: Path, house: House) -> None:
+async def test_litellms_proxy(tools: Tools, tmp_path: Path, house: House) -> None:
     """A name below `vl/` is an adapter, and the proxy says what its answer cost."""
     prices = {"input_cost_per_token": INPUT_COST, "output_cost_per_token": OUTPUT_COST}
     reach = {"model": "hosted_vllm/*", "api_base": f"{house.url}/v1", "api_key": "none", **prices}
@@ -69,7 +69,7 @@ async def test_litellms_proxy(tmp_path: Path, house: House) -> None:
     (tmp_path / "proxy.json").write_text(json.dumps(settings))
     port = free_port()
     proxy = asyncio.create_task(
-        needed(Apps).run(tmp_path, "litellm", "--config", "proxy.json", "--host", "127.0.0.1", "--port", str(port))
+        tools.run(tmp_path, "litellm", "--config", "proxy.json", "--host", "127.0.0.1", "--port", str(port))
     )
     named = {"authorization": f"Bearer {key}"}
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False, headers=named) as client:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.installed import needed
 from tests.e2e.tools.house import TRITON, House
 from tests.e2e.tools.house import house as house_of
-from tests.e2e.tools.installed import Load
+from tests.e2e.tools.installed import Load, Tools
 
+TOOLS = Load
 COUNT = 40
 INPUTS: dict[str, dict[str, Any]] = {
     "ensemble": {"text_input": ["hello"], "max_tokens": [12], "stream": [True]},
@@ -26,10 +26,10 @@ INPUTS: dict[str, dict[str, Any]] = {
 
 
 async def genai_perf(
-    folder: Path, house: House, *arguments: str, passed: tuple[str, ...] = ()
+    tools: Tools, folder: Path, house: House, *arguments: str, passed: tuple[str, ...] = ()
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return its report, and its requests; `passed` are arguments of the perf_analyzer that it runs."""
-    await needed(Load).run(
+    await tools.run(
         folder, "genai-perf", "profile", *arguments, "--streaming", "--tokenizer", house.tokenizer, "--isl", "40",
         "--osl", "12", "--request-count", str(COUNT), "--concurrency", "4", "--artifact-dir", "report",
         *(("--", *passed) if passed else ()),
@@ -46,19 +46,19 @@ def well(report: dict[str, Any], requests: list[dict[str, Any]]) -> None:
         assert (report[length]["min"], report[length]["max"]) == (tokens, tokens)
 
 
-async def test_genai_perf_by_chats(tmp_path: Path, house: House) -> None:
+async def test_genai_perf_by_chats(tools: Tools, tmp_path: Path, house: House) -> None:
     """Every answer has its tokens, and none is an error."""
-    report, requests = await genai_perf(tmp_path, house, "-m", "a00", "--endpoint-type", "chat", "-u", house.url)
+    report, requests = await genai_perf(tools, tmp_path, house, "-m", "a00", "--endpoint-type", "chat", "-u", house.url)
     well(report, requests)
     assert "error" not in json.dumps([request["response_outputs"] for request in requests])
 
 
-async def test_genai_perf_by_kserve(tmp_path: Path) -> None:
+async def test_genai_perf_by_kserve(tools: Tools, tmp_path: Path) -> None:
     """The ensemble is asked for an adapter by a parameter of the request."""
     async with house_of(tmp_path / "house", TRITON) as house:
         kserve = ("--endpoint-type", "kserve", "--backend", "tensorrtllm", "-u", house.grpc)
         named = ("--request-parameter", "lora_name:a00:string")
-        report, requests = await genai_perf(tmp_path, house, "-m", "ensemble", *kserve, passed=named)
+        report, requests = await genai_perf(tools, tmp_path, house, "-m", "ensemble", *kserve, passed=named)
         expected = house.served.expected("a00", 12)
     well(report, requests)
     for request in requests:
@@ -66,11 +66,11 @@ async def test_genai_perf_by_kserve(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model", INPUTS)
-async def test_perf_analyzer(tmp_path: Path, model: str) -> None:
+async def test_perf_analyzer(tools: Tools, tmp_path: Path, model: str) -> None:
     """It measures each of Triton's models by its statistics: its own, and those of an ensemble's steps."""
     (tmp_path / "input.json").write_text(json.dumps({"data": [INPUTS[model]]}))
     async with house_of(tmp_path / "house", TRITON) as house:
-        said = await needed(Load).run(
+        said = await tools.run(
             tmp_path, "perf_analyzer", "-m", model, "-i", "grpc", "-u", house.grpc, "--streaming",
             "--input-data", "input.json", "--concurrency-range", "4", "--request-count", str(COUNT),
             "--request-parameter", "lora_name:a00:string", "--profile-export-file", "report.json",

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.installed import needed
 from tests.e2e.tools.house import House
-from tests.e2e.tools.installed import GuideLlm
+from tests.e2e.tools.installed import GuideLlm, Tools
 
+TOOLS = GuideLlm
 COUNT = 30
 
 
 @pytest.mark.parametrize("profile", ["kind=concurrent,streams=4", "kind=sweep,sweep_size=3"], ids=["level", "sweep"])
-async def test_a_level_and_a_sweep(tmp_path: Path, house: House, profile: str) -> None:
+async def test_a_level_and_a_sweep(tools: Tools, tmp_path: Path, house: House, profile: str) -> None:
     """No request fails at any level of load, and the server says how long prompts and answers are."""
-    await needed(GuideLlm).run(
+    await tools.run(
         tmp_path, "guidellm", "run", "--backend", f"kind=openai_http,target={house.url},model=a00",
         "--profile", profile, "--constraint", f"kind=max_requests,count={COUNT}",
         "--data", "kind=synthetic_text,prompt_tokens=40,output_tokens=12",

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.installed import needed
 from tests.e2e.tools.house import House
-from tests.e2e.tools.installed import InferencePerf
+from tests.e2e.tools.installed import InferencePerf, Tools
 from tests.kit.peft_files import BASE_MODEL
 
+TOOLS = InferencePerf
 LENGTHS = {"mean": 45, "min": 30, "max": 60, "std_dev": 5, "total_count": 50}
 OUTPUTS = {"mean": 12, "min": 12, "max": 12, "std_dev": 0, "total_count": 50}
 DATA = {
@@ -22,7 +22,7 @@ DATA = {
 
 
 @pytest.mark.parametrize("api", DATA)
-async def test_a_constant_rate(tmp_path: Path, house: House, api: str) -> None:
+async def test_a_constant_rate(tools: Tools, tmp_path: Path, house: House, api: str) -> None:
     """No request fails, every adapter has a report, and no token count is the tool's own."""
     settings = {
         "api": {"type": api, "streaming": True},
@@ -39,7 +39,7 @@ async def test_a_constant_rate(tmp_path: Path, house: House, api: str) -> None:
         "storage": {"local_storage": {"path": str(tmp_path / "report")}},
     }
     (tmp_path / "settings.json").write_text(json.dumps(settings))
-    await needed(InferencePerf).run(tmp_path, "inference-perf", "-c", "settings.json")
+    await tools.run(tmp_path, "inference-perf", "-c", "settings.json")
     reports = {path.name.removesuffix("_lifecycle_metrics.json"): path for path in (tmp_path / "report").glob("*.json")}
     summary, requests = (json.loads(reports[name].read_text()) for name in ("summary", "per_request"))
     good, count = summary["successes"], summary["load_summary"]["count"]

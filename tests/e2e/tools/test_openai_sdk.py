@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.e2e.installed import needed
 from tests.e2e.tools.house import TRITON, House
 from tests.e2e.tools.house import house as house_of
-from tests.e2e.tools.installed import Short
+from tests.e2e.tools.installed import Short, Tools
 
+TOOLS = Short
 PROGRAMS = Path(__file__).parent / "programs"
 
 
-async def test_what_an_application_asks(tmp_path: Path, house: House) -> None:
+async def test_what_an_application_asks(tools: Tools, tmp_path: Path, house: House) -> None:
     """Models, chats, completions, streams, several prompts and choices: with their tokens, in every answer."""
-    told = json.loads(await needed(Short).run(tmp_path, "python", PROGRAMS / "with_openai.py", house.url, "a00"))
+    told = json.loads(await tools.run(tmp_path, "python", PROGRAMS / "with_openai.py", house.url, "a00"))
     assert set(told.pop("models")) >= set(house.names)
     unknown = told.pop("of nobody")
     text, chat = house.prompt_tokens("hello"), house.chat_tokens("hello")
@@ -35,11 +35,11 @@ async def test_what_an_application_asks(tmp_path: Path, house: House) -> None:
     assert (unknown["status"], unknown["code"]) == (404, 404)
 
 
-async def test_log_probabilities(tmp_path: Path) -> None:
+async def test_log_probabilities(tools: Tools, tmp_path: Path) -> None:
     """Each token of an answer has one, from an ensemble that gives them; the emulated vLLM has none."""
     async with house_of(tmp_path / "house", TRITON, adapters=1, compute="llama", time_scale=0.0) as house:
         program = PROGRAMS / "with_openai_log_probs.py"
-        told = json.loads(await needed(Short).run(tmp_path, "python", program, house.url, "a00"))
+        told = json.loads(await tools.run(tmp_path, "python", program, house.url, "a00"))
     for log_probs in told.values():
         assert len(log_probs) == 12
         assert all(-100 < one <= 0 for one in log_probs)

@@ -7,25 +7,25 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.installed import needed
 from tests.e2e.tools.house import KINDS
 from tests.e2e.tools.house import house as house_of
-from tests.e2e.tools.installed import Short
+from tests.e2e.tools.installed import Short, Tools
 
+TOOLS = Short
 SETTINGS = '[parameters]\n"path.model" = "a00"\n"body.model" = "a00"\n'
 SHORT = {"time_scale": 0.0, "max_seq_tokens": 256, "max_input_tokens": 128}
 """Engines whose answers end soon where a request names no length."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_every_answer_is_as_described(tmp_path: Path, kind: str) -> None:
+async def test_every_answer_is_as_described(tools: Tools, tmp_path: Path, kind: str) -> None:
     """Hundreds of calls, right and wrong: no server error, no undescribed status or body, nothing wrong is taken.
 
     A description can't say all that engines refuse, such as a prompt that is too long.
     """
     (tmp_path / "schemathesis.toml").write_text(SETTINGS)
     async with house_of(tmp_path / "house", kind, adapters=1, **SHORT) as house:
-        await needed(Short).run(
+        await tools.run(
             tmp_path, "schemathesis", "run", f"{house.url}/openapi.json", "--max-examples=15", "--seed=1",
             "--exclude-checks=positive_data_acceptance", "--report-json-path=report.json", "--no-color",
         )  # fmt: skip
