@@ -214,6 +214,15 @@ async def test_a_sidecar_that_is_away_is_said_and_found_again(tmp_path: Path) ->
                 await sidecar.stop()
 
 
+async def test_a_terminal_that_is_gone_ends_it(tmp_path: Path) -> None:
+    """Nothing goes on drawing for nobody."""
+    async with pool(tmp_path) as made:
+        with Terminal("top", *made.admin) as top:
+            await top.shows("2/2 engines up")
+            top.hang_up()
+            await until(lambda: top.process.poll() is not None)
+
+
 ODD = "\x1b[2J\x1b]0;title\x07\x9b31m\rend\u202e"
 SPELLED = r"\x1b[2J\x1b]0;title\x07\x9b31m\rend\u202e"
 

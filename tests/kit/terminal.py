@@ -54,6 +54,11 @@ class Terminal:
         self._reading.join()
         os.close(self._ours)
 
+    def hang_up(self) -> None:
+        """Close the terminal, as whoever closes its window does."""
+        os.close(self._ours)
+        self._ours = os.open(os.devnull, os.O_RDONLY)
+
     def press(self, keys: str) -> None:
         os.write(self._ours, keys.encode())
 

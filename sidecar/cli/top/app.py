@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from math import inf
@@ -112,7 +113,13 @@ class Top(App[None]):
             lambda error, lasts: call_soon(loop, self._fail, error, lasts),
         )
         self.set_interval(1.0, self._watch_silence)
+        self.set_interval(1.0, self._watch_terminal)
         self._draw()
+
+    def _watch_terminal(self) -> None:
+        """End once the terminal is gone: no signal tells of that where it is not the controlling one."""
+        if not sys.__stdin__ or not sys.__stdin__.isatty():
+            self.exit()
 
     def on_unmount(self) -> None:
         self._feed.stop()
