@@ -7,7 +7,7 @@
 # make triton  that server with the emulated engine as its model, on the usual ports; GRPC_PORT=18001 HTTP_PORT=… METRICS_PORT=…
 # make bench-triton  what the sidecar does and costs in front of it
 # make e2e-vllm  the tests that need a real vLLM, 0.33 over what .venv-vllm holds; no GPU; about 15 minutes
-# make e2e-tools  load tools and client libraries that users bring, unmodified, before emulated engines; 5 minutes and 5 GB
+# make e2e-tools  load tools and client libraries that users bring, unmodified, before emulated engines; 6 minutes and 4.5 GB
 # make e2e-tools-short  the OpenAI SDK and schemathesis alone
 # make e2e-attack  attacks that take whole processes: bursts, resets, half messages, requests of death; 1 minute
 # make e2e-replicas  three replicas restarted under load, beside an older build too, and Redis away; about 3 minutes
