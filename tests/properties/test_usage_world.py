@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sidecar.access.usage.keeper import UsageKeeper
-from sidecar.access.usage.meter import NOBODY, Snapshot
+from sidecar.access.usage.meter import NOBODY, Snapshot, tenant_of
 from sidecar.config.access import Usage
 from sidecar.core import effects as fx
 from sidecar.core import events as ev
@@ -85,7 +85,7 @@ def summed(snapshot: Snapshot) -> Counter[tuple[str, str]]:
     found: Counter[tuple[str, str]] = Counter()
     for (tenant, adapter, _, _), used in snapshot.rows().items():
         is_free = tenant == NOBODY and not adapter
-        found["seats", "free" if is_free else tenant] += used.seat_ns
+        found["seats", "free" if is_free else tenant_of(tenant)] += used.seat_ns
         found["slots", "free" if is_free else "taken"] += used.slot_ns
         found["bytes", "taken"] += used.stored_byte_ns
         found["engines", "free"] += used.engine_ns
