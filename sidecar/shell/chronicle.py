@@ -306,6 +306,8 @@ class Chronicle:
             if len(self._of_versions) > SUBJECTS_MAX:
                 self._of_versions.popitem(last=False)
         held.append(news)
+        for backend in (news.backend,) if news.backend else tuple(self._state().backends):
+            self._look_at_queue(backend, version, news.at_ns)
 
     # Reasons.
 
@@ -367,12 +369,18 @@ class Chronicle:
         if any(not backend for backend, _ in keys):
             for number in state.unrouted:
                 unrouted.setdefault(state.requests[number].version, number)
-        for key in keys:
-            backend, version = key
-            queue = state.backends[backend].queued_by_version.get(version) if backend in state.backends else None
-            first = unrouted.get(version) if not backend else queue.first() if queue else None
-            if first is not None:
-                self._look_at(self._notes_of(key), state.requests[first], now_ns)
+        for backend, version in keys:
+            if backend:
+                self._look_at_queue(backend, version, now_ns)
+            elif (first := unrouted.get(version)) is not None:
+                self._look_at(self._notes_of((backend, version)), state.requests[first], now_ns)
+
+    def _look_at_queue(self, backend: str, version: str, now_ns: int) -> None:
+        """Look at why a version waits at a backend; the first of its requests stands for all."""
+        state = self._state()
+        queue = state.backends[backend].queued_by_version.get(version) if backend in state.backends else None
+        if queue:
+            self._look_at(self._notes_of((backend, version)), state.requests[queue.first()], now_ns)
 
     # Requests that other replicas answer.
 
