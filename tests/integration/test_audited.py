@@ -188,7 +188,7 @@ async def test_each_rpc_that_changes_something_leaves_one_line(house: House) -> 
     assert facts["Adapters/Resume"]["before"]["paused_s"] > 0
     assert "paused_s" not in facts["Adapters/Resume"]["after"]
     assert facts["Adapters/Unregister"]["after"] == {}
-    assert facts["Backends/Drain"]["after"] == {"state": "draining"}
+    assert facts["Backends/Drain"]["after"] == {"state": "drained"}
     assert facts["Backends/Add"]["before"] == {"backend": "more", "url": "triton://127.0.0.1:9"}
     assert facts["Configuration/Reload"]["after"] == {"changed": []}
     assert facts["Access/SetLimit"]["before"]["tokens_per_minute"] == 1000
@@ -238,7 +238,7 @@ async def test_a_change_that_fails_says_why(house: House) -> None:
 QUIET = {
     "serve", "demo", "emulate", "calibrate", "generate", "queue", "replay", "simulate", "plan", "audit", "usage",
     "adapters list", "adapters show", "adapters watch", "adapters verify", "adapters inspect", "adapters convert",
-    "backends list", "backends show", "backends check", "requests list", "replicas list", "keys list", "limits list",
+    "backends list", "backends show", "backends check", "requests list", "requests show", "replicas list", "keys list", "limits list",
     "config check", "config show", "policies check", "access check", "debug capture", "whoami", "top",
 }  # fmt: skip
 """Commands that change nothing at a running sidecar."""
