@@ -20,7 +20,7 @@ async def test_an_unknown_model(tmp_path: Path) -> None:
     async with engine_and_target(tmp_path) as (_, target):
         found = await look(replace(target, model="tensorrt_lm"))
         assert found["model"].state is State.FAILED
-        assert "ensemble, tensorrt_llm" in found["model"].text
+        assert "there are ensemble, postprocessing, preprocessing, tensorrt_llm" in found["model"].text
         assert "--model tensorrt_llm" in found["model"].fix
         assert found["unknown id"].text == 'not looked at, because of "model"'
         assert found["metrics"].state is not State.SKIPPED

@@ -479,7 +479,7 @@ async def test_a_client_that_knows_nothing_but_reflection(tmp_path: Path) -> Non
     async with running_engine(**DUMMY) as engine, serving([engine], tmp_path) as served:
         services, adapters, answers = await in_thread(lambda: curl(served))
         both = {"inference.GRPCInferenceService", "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
-        ours = {"Access", "Adapters", "Backends", "Pool", "Queues", "Replicas"}
+        ours = {"Access", "Adapters", "Backends", "Configuration", "Pool", "Queues", "Replicas"}
         assert services[0] == both | {f"lorasidecar.v1.{name}" for name in ours}
         assert services[1] == both | {"lorasidecar.v1.Gateway"}
         assert [adapter["name"] for adapter in json.loads(json.dumps(adapters))["adapters"]] == ["a00", "a01"]

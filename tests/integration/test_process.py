@@ -164,8 +164,10 @@ async def test_sighup_reads_the_file_again_with_the_options_of_the_start(tmp_pat
 
 
 async def test_without_a_file_sighup_ends_the_process() -> None:
-    """As a closed terminal does; there is nothing to read again."""
+    """As a closed terminal does; there is nothing to read again. Under nohup, which children inherit, it would not."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     async with sidecar() as served:
+        signal.signal(signal.SIGHUP, before)
         served.process.send_signal(signal.SIGHUP)
         async with asyncio.timeout(60):
             assert await served.process.wait() == -signal.SIGHUP
