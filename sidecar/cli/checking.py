@@ -43,9 +43,11 @@ def check_config(
     from sidecar.access import configured
     from sidecar.access.deciding import policy_of
     from sidecar.backends.registry import entries_of, full_record
+    from sidecar.serve.telemetry import check_extra
 
     config = resolve(file)
     policy_of(config.access.policies)
+    check_extra(config.otlp)
     entries = entries_of(config)
     _check_files(config, entries)
     _check_addresses(entries)

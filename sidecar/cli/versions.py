@@ -55,8 +55,11 @@ def promote(
 ) -> None:
     """Make one of a name's versions current, or give it a share of the requests."""
     name, selector = _selected(version)
+    withdrawn = _is_withdrawn(client.ask(client.adapters.Get, pb.AdapterRequest(name=name)), selector)
     request = pb.PromoteRequest(name=name, version=selector, weight=weight, hold_s=seconds_of(hold))
     adapter = client.ask(client.adapters.Promote, request)
+    if withdrawn:
+        say(f"warning: {name}@{selector} had been rolled back from", error=True)
     if as_json:
         print_json(adapter)
     elif weight < 100:

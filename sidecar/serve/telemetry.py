@@ -22,13 +22,12 @@ def send_telemetry(config: Otlp, gateway: Gateway, metrics: Metrics, instance: s
     """
     if config.endpoint is None:
         return None
-    try:
-        from sidecar.otlp.exporting import metric_exporter, resource_of, span_exporter
-        from sidecar.otlp.genai import GenAiMetrics
-        from sidecar.otlp.sending import Sender
-        from sidecar.otlp.tracer import Tracer
-    except ImportError:
-        raise Misused(Reason.CONFIG_INVALID, "otlp.endpoint needs an extra: pip install 'lora-sidecar[otel]'") from None
+    check_extra(config)
+    from sidecar.otlp.exporting import metric_exporter, resource_of, span_exporter
+    from sidecar.otlp.genai import GenAiMetrics
+    from sidecar.otlp.sending import Sender
+    from sidecar.otlp.tracer import Tracer
+
     resource, on_end = resource_of(instance), gateway.chronicle.on_end
     measured = sender = None
     if config.metrics:
@@ -42,6 +41,17 @@ def send_telemetry(config: Otlp, gateway: Gateway, metrics: Metrics, instance: s
         metrics.traces = sender.figures
         sender.start()
     return Telemetry(measured, sender)
+
+
+def check_extra(config: Otlp) -> None:
+    """Raise Misused if what is configured needs packages that are not installed."""
+    if config.endpoint is None:
+        return
+    try:
+        import sidecar.otlp.genai
+        import sidecar.otlp.tracer  # noqa: F401
+    except ImportError:
+        raise Misused(Reason.CONFIG_INVALID, "otlp.endpoint needs an extra: pip install 'lora-sidecar[otel]'") from None
 
 
 class Telemetry:

@@ -42,11 +42,15 @@ T = TypeVar("T")
 
 
 class Entered(NamedTuple):
-    """The result of a registration: the name's record, its content's ordinal, and whether nothing changed."""
+    """The result of a registration: the name's record, its content's ordinal, and whether nothing changed.
+
+    With `returns` a rollback had left that version, and it is current again.
+    """
 
     record: Record
     ordinal: int
     unchanged: bool
+    returns: bool = False
 
 
 class Catalogue:
@@ -161,7 +165,11 @@ class Catalogue:
         _check_content(name, adapter.digest, wanted.digest)
         check_fit(name, adapter, self._state(), self.bases)
 
+        withdrawn: frozenset[int] = frozenset()
+
         def grown(before: Record | None) -> Record:
+            nonlocal withdrawn
+            withdrawn = frozenset() if before is None else before.withdrawn
             if wanted.confirm is not None:
                 wanted.confirm()
             mine = None if before is None else taken_over(before, wanted, time())
@@ -181,7 +189,7 @@ class Catalogue:
         record, unchanged = await self._write(name, grown)
         version = record.with_content(adapter.digest)
         assert version is not None
-        return Entered(record, version.ordinal, unchanged)
+        return Entered(record, version.ordinal, unchanged, version.ordinal in withdrawn - record.withdrawn)
 
     def forget_unneeded(self) -> None:
         """Drop downloaded sources that no version, registered or in use, needs any more."""

@@ -61,6 +61,12 @@ async def test_a_names_life_through_its_versions(tmp_path: Path) -> None:
         assert error == "warning: v2 of voice was itself rolled back from\n"
         code, out, error = await sidecar(served, "adapters", "rollback", "voice", "--to", "voice@v1")
         assert (code, out) == (0, "voice stands for v1\n")
+        code, out, _ = await sidecar(served, "adapters", "register", "voice", str(ADAPTERS / "chef"))
+        assert out.splitlines()[1] == "warning: a rollback had left v2; it is current again"
+        await sidecar(served, "adapters", "rollback", "voice")
+        code, out, error = await sidecar(served, "adapters", "promote", "voice@v2")
+        assert (out, error) == ("voice stands for v2\n", "warning: voice@v2 had been rolled back from\n")
+        await sidecar(served, "adapters", "rollback", "voice")
         code, out, _ = await sidecar(served, "adapters", "refresh", "voice", "--json")
         assert json.loads(out)["versions"][0]["generation"] == 1
         code, out, error = await sidecar(served, "adapters", "promote", "voice@v9")

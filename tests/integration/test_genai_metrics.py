@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from opentelemetry.semconv._incubating.metrics import gen_ai_metrics as conventions
 
+from sidecar.cli import run
 from sidecar.config import parse
 from sidecar.config.otlp import Otlp
 from sidecar.core import events as ev
@@ -121,9 +122,15 @@ async def test_times_and_errors() -> None:
     assert len(points) == 8
 
 
-async def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_the_extra_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """And without the configuration nothing is installed or needed."""
     monkeypatch.setitem(__import__("sys").modules, "sidecar.otlp.genai", None)
+    file = tmp_path / "config.yaml"
+    file.write_text("otlp: {endpoint: 'http://127.0.0.1:4317'}")
+    assert run(("config", "check", str(file))) == 2  # it says what serve would
+    assert "lora-sidecar[otel]" in capfd.readouterr().err
     with pytest.raises(Misused, match=r"lora-sidecar\[otel\]"):
         Sidecar(parse({"otlp": {"endpoint": "http://127.0.0.1:4317"}}, "the test"))
     assert Sidecar(parse({}, "the test")).telemetry is None

@@ -157,7 +157,7 @@ async def test_levers_ask_first(tmp_path: Path) -> None:
             await top.hides("[y/N]")
             assert state.requests
             top.press(ENTER)
-            await top.shows("(id mine): a00", "first token", "note: it has not ended")
+            await top.shows("(id mine): a00", "load 1 of its version into")
             top.press(ESCAPE)
             await top.shows("mine running")
             top.press("c")
@@ -221,6 +221,17 @@ async def test_a_terminal_that_is_gone_ends_it(tmp_path: Path) -> None:
             await top.shows("2/2 engines up")
             top.hang_up()
             await until(lambda: top.process.poll() is not None)
+
+
+async def test_it_ends_without_a_word_while_it_opens_something(tmp_path: Path) -> None:
+    """Keys that come before the screen has acted on the ones before."""
+    async with pool(tmp_path) as made:
+        with Terminal("top", *made.admin, "--page", "engines") as top:
+            await top.shows("slots of trt-0")
+            top.press(ENTER + "q")
+            await until(lambda: top.process.poll() is not None)
+            await top.ended()
+            assert "Warning" not in top.flat
 
 
 ODD = "\x1b[2J\x1b]0;title\x07\x9b31m\rend\u202e"

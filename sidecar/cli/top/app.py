@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from datetime import datetime
+from functools import partial
 from math import inf
 from time import monotonic
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from textual.containers import VerticalScroll
 from textual.events import Key, Paste, Resize
 from textual.screen import ModalScreen
 from textual.widgets import Static
+from textual.worker import Worker
 
 from sidecar.cli.client import Client, call_failed
 from sidecar.cli.exits import CommandError
@@ -354,7 +356,11 @@ class Top(App[None]):
         if target is not None:
             self._turn_to(next(page for page in PAGES if page.name == target[0]), target[1])
         else:
-            self.run_worker(self._open(self._page.shown, row), exclusive=True)
+            self._begin(partial(self._open, self._page.shown, row), exclusive=True)
+
+    def _begin(self, work: Callable[[], Coroutine[None, None, None]], exclusive: bool = False) -> Worker[None]:
+        """Begin work beside the screen. Its coroutine is made when it begins, for the screen may go before that."""
+        return self.run_worker(work, exclusive=exclusive)
 
     async def _open(self, what: str, row: Any) -> None:
         answer = await self._answer(lambda: opened.OPENED[what](self._client, row))
@@ -366,7 +372,7 @@ class Top(App[None]):
         lever = next((each for each in self._page.levers(row) if each.key == key), None) if row is not None else None
         if lever is None:
             return
-        self.run_worker(self._pull(lever))
+        self._begin(partial(self._pull, lever))
 
     async def _pull(self, lever: Lever) -> None:
         if not await self.push_screen_wait(Question(lever.question)):

@@ -99,11 +99,12 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
         name, state = entered.record.name, self._gateway.state
         adapter = self._adapter(name)
         version = state.names[name].versions.get(entered.ordinal)  # another replica may have removed it already
+        returns = [f"a rollback had left v{entered.ordinal}; it is current again"] if entered.returns else []
         return admin_pb2.RegisterResponse(
             adapter=adapter,
             version=f"v{entered.ordinal}",
             unchanged=entered.unchanged,
-            warnings=() if version is None else queries.caveats(state, version),
+            warnings=[*returns, *(() if version is None else queries.caveats(state, version))],
         )
 
     @answers_errors

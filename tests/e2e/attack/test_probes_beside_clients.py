@@ -109,7 +109,8 @@ async def test_the_old_paths(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     async with served_here(tmp_path / "without", {"probes": False}, {}) as served:
         for path in PATHS:
             answer = await get(served.sidecar.http_address, path)
-            assert (answer.status_code, answer.text) == (404, f"{path} has moved to the address of listeners.probes\n")
+            assert answer.status_code == 404
+            assert answer.json()["error"]["message"] == f"{path} has moved to the address of listeners.probes"
             assert (await get(served.sidecar.listening.probes, path)).status_code == 200
 
 
