@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field, field_validator
 
 from sidecar.config.section import Section
 
 
 class Otlp(Section):
-    """A receiver of OpenTelemetry; needs the extra otel. Nothing is sent without `endpoint`.
+    """A receiver of OpenTelemetry by gRPC; needs the extra otel. Nothing is sent without `endpoint`.
 
     Headers, certificates and timeouts are taken from the environment, as OTEL_EXPORTER_OTLP_HEADERS.
     """
 
     endpoint: str | None = None
-    protocol: Literal["grpc", "http"] = "grpc"
     traces: bool = True
     metrics: bool = True
     share: float = Field(0.05, ge=0, le=1)

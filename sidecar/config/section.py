@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from sidecar.config.redis_address import without_users
@@ -37,6 +37,8 @@ _WANTED = {
 """What is expected, by pydantic's type of error."""
 
 
+NUMBER_MAX = 1e12
+"""Largest number with a fraction: as a duration 30,000 years. It is multiplied, and must stay finite."""
 _ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:/@?#\[\]]+):([0-9]{1,5})")
 
 
@@ -47,9 +49,17 @@ def is_address(text: str, port_min: int = 1) -> bool:
 
 
 class Section(BaseModel):
-    """A part of the configuration: immutable; unknown keys, infinity and NaN refused."""
+    """A part of the configuration: immutable; unknown keys, infinity, NaN and numbers beyond `NUMBER_MAX` refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _is_no_immense_number(cls, value: Any) -> Any:
+        for number in value.values() if isinstance(value, dict) else (value,):
+            if isinstance(number, float) and number > NUMBER_MAX:
+                raise ValueError(f"{number:g} is more than {NUMBER_MAX:g}; write a smaller number")
+        return value
 
 
 class Tls(Section):

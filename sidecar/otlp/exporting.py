@@ -1,10 +1,14 @@
-"""Exporters by OTLP, over gRPC or HTTP, and what they say of this process."""
+"""Exporters by OTLP over gRPC, and what they say of this process.
+
+There is none over HTTP: OpenTelemetry's reads an answer of any length, for as long as it comes, so that one broken
+collector could take all memory.
+"""
 
 from __future__ import annotations
 
-from opentelemetry.sdk.metrics.export import MetricExporter
+from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
-from opentelemetry.sdk.trace.export import SpanExporter
 
 from sidecar.config.otlp import Otlp
 from sidecar.journal.segments import product_version
@@ -19,23 +23,9 @@ def resource_of(instance: str) -> Resource:
     return Resource({"service.name": "lora-sidecar"} | about).merge(OTELResourceDetector().detect())
 
 
-def span_exporter(config: Otlp) -> SpanExporter:
-    assert config.endpoint is not None
-    if config.protocol == "grpc":
-        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
-
-        return GrpcExporter(endpoint=config.endpoint)
-    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpExporter
-
-    return HttpExporter(endpoint=f"{config.endpoint.rstrip('/')}/v1/traces")
+def span_exporter(config: Otlp) -> OTLPSpanExporter:
+    return OTLPSpanExporter(endpoint=config.endpoint)
 
 
-def metric_exporter(config: Otlp) -> MetricExporter:
-    assert config.endpoint is not None
-    if config.protocol == "grpc":
-        from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter as GrpcExporter
-
-        return GrpcExporter(endpoint=config.endpoint)
-    from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter as HttpExporter
-
-    return HttpExporter(endpoint=f"{config.endpoint.rstrip('/')}/v1/metrics")
+def metric_exporter(config: Otlp) -> OTLPMetricExporter:
+    return OTLPMetricExporter(endpoint=config.endpoint)

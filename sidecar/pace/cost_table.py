@@ -38,6 +38,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from sidecar.files import DOCUMENT_BYTES_MAX, read_regular
+
 FORMAT = "step-cost"
 VERSION = 2
 UNLIMITED_TOKENS = 1 << 50
@@ -102,7 +104,7 @@ class CostTable:
 def load_cost_table(path: Path) -> CostTable:
     """Return the table in a file. Raises BadCostTable for missing, unknown or out-of-range fields."""
     try:
-        return read_cost_table(json.loads(path.read_text("utf-8")))
+        return read_cost_table(json.loads(read_regular(path, DOCUMENT_BYTES_MAX).decode("utf-8")))
     except OSError as error:
         raise BadCostTable(f"{path}: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -178,10 +178,12 @@ class Reloads:
         self._spawn(self._reload_and_tell("SIGHUP"))
 
     async def _watch(self, source: Source) -> None:
+        last = b""
         while True:
             await asyncio.sleep(WATCH_S)
-            now = await asyncio.to_thread(_digest, source.file)
-            if now not in (b"", source.seen):  # a file that cannot be read now is one that is being replaced
+            before, last = last, await asyncio.to_thread(_digest, source.file)
+            # A file that cannot be read now is being replaced, and one that changes between two looks is being written.
+            if last not in (b"", source.seen) and last == before:
                 await self._reload_and_tell(f"{source.file} has changed")
 
     async def _reload_and_tell(self, why: str) -> None:
@@ -218,6 +220,9 @@ class Reloads:
         def read() -> tuple[bytes, Config | SidecarError]:
             seen = _digest(source.file)  # first: what is written meanwhile is read once more
             try:
+                if seen == EMPTY:
+                    why = f"{source.file} is empty, which would take everything out; write the whole file"
+                    raise Misused(Reason.CONFIG_INVALID, why)
                 return seen, source.read()
             except SidecarError as error:
                 return seen, error
@@ -243,6 +248,7 @@ class Reloads:
         try:
             wanted = settings_of(entries, facts)
             pools = parts.pools.made_of(entries)
+            core = replace(after.core(), pools={name: facts[name] for name in pools})
             made = parts.backends.make(wanted)
         except BaseException:
             for staging in stagings:
@@ -250,7 +256,6 @@ class Reloads:
             raise
         # From here on nothing fails, and nothing of the old configuration decides any more.
         self.config = after
-        core = replace(after.core(), pools={name: facts[name] for name in pools})
         parts.gateway.sources.allow = AllowList.of(after.origins.allow, roots_of(after.adapters))
         parts.backends.change(wanted, made)  # before pools go: what waits for one may wait for a new backend
         parts.gateway.configure(core, new.bases, stagings, after.queue.inbox_max)
@@ -323,6 +328,9 @@ def _tokenizers(entries: Sequence[Entry]) -> list[Any]:
         for base in (entry.base_model for entry in entries)
         if base is not None and base.tokenizer is not None
     ]
+
+
+EMPTY = hashlib.sha256(b"").digest()
 
 
 def _digest(file: Path) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from contextlib import AsyncExitStack
 from pathlib import Path
 from random import Random
@@ -167,6 +168,8 @@ async def test_random_changes_under_load(tmp_path: Path, count: int) -> None:
 async def test_a_faulty_file_changes_nothing(tmp_path: Path) -> None:
     """Whatever is wrong is found before anything is touched, also beside what could be taken."""
     names, file = write_adapters(tmp_path / "adapters", 2), tmp_path / "config.json"
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
     async with running_engine(**ENGINE) as engine, serving([engine], tmp_path / "adapters", file=file) as served:
         good = json.loads(file.read_text())
         more = {"id": "more", "url": "triton://127.0.0.1:9"}
@@ -177,6 +180,10 @@ async def test_a_faulty_file_changes_nothing(tmp_path: Path) -> None:
             ({"backends": [more | {"engine": {"config": "/nowhere.json"}}]}, "nowhere.json"),
             ({"adapters": {"serve": "/nowhere"}, "queue": {"tenant_weights": {"t": 2.0}}}, "/nowhere is not a folder"),
             ({"backends": [more | {"tls": {"ca": "/nowhere.pem"}}]}, "nowhere.pem"),
+            ({"backends": [more | {"engine": {"cost": str(pipe)}}]}, "it is no file"),
+            ({"backends": [], "queue": {"classes": {"default": {"queue_wait_s_max": 1e300}}}}, "smaller number"),
+            ({"queue": {"tenant_weights": {"t": 1e303}}}, "queue.tenant_weights"),
+            ("", "is empty"),
         ):
             told = await refused(served, file, wrong if isinstance(wrong, str) else good | wrong)
             assert words in told
@@ -290,6 +297,34 @@ async def test_the_file_is_read_when_it_has_changed(tmp_path: Path, monkeypatch:
         ["queue.tenant_weights.t"], None, ["queue.queued_max", "queue.tenant_weights.t"],
     ]  # fmt: skip
     assert "queue.queued_max" in json.dumps(lines[1])
+
+
+async def test_a_file_that_is_being_written_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first half of a configuration is one, too. It is taken once it is the same at two looks, and never empty."""
+    looks = 0
+    ours = reloading._digest
+
+    def written(file: Path) -> bytes:
+        nonlocal looks
+        looks += 1
+        with file.open("a") as more:
+            more.write(f"# {looks}\n")  # it has grown at each look
+        return ours(file)
+
+    monkeypatch.setattr(reloading, "WATCH_S", 0.01)
+    file = tmp_path / "config.yaml"
+    async with serving([], file=file, watch_config=True) as served:
+        reloads, before = served.sidecar.reloads, served.state.config
+        started = file.read_text()
+        with monkeypatch.context() as growing:
+            growing.setattr(reloading, "_digest", written)
+            await until(lambda: looks > 20)
+            assert served.state.config == before
+        file.write_text("")
+        await until(lambda: not reloads.figures.successful)
+        assert served.state.config == before
+        file.write_text(started)
+        await until(lambda: reloads.figures.successful)
 
 
 def audited(data: Path) -> list[Any]:

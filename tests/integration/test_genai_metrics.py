@@ -50,13 +50,11 @@ def points_of(received: Collector) -> Points:
     return found
 
 
-@pytest.mark.parametrize("protocol", ["grpc", "http"])
-async def test_a_served_request_arrives(protocol: str, tmp_path: Path) -> None:
+async def test_a_served_request_arrives(tmp_path: Path) -> None:
     """At the latest when the process ends."""
     write_adapters(tmp_path, 1)
     async with collector() as received, running_engine(**DUMMY) as engine:
-        endpoint = received.grpc_url if protocol == "grpc" else received.http_url
-        otlp = {"endpoint": endpoint, "protocol": protocol, "traces": False}
+        otlp = {"endpoint": received.grpc_url, "traces": False}
         async with serving([engine], tmp_path, otlp=otlp) as served:
             await served.ask("a00", tokens=4)
         points = points_of(received)

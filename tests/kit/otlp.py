@@ -1,4 +1,4 @@
-"""A receiver of traces and metrics, made of OpenTelemetry's own services: OTLP over gRPC and over HTTP."""
+"""A receiver of traces and metrics, made of OpenTelemetry's own services; of traces over HTTP, too, as Triton's are."""
 
 from __future__ import annotations
 
@@ -108,10 +108,6 @@ class Collector:
             return Response(json_format.MessageToJson(answer), media_type="application/json")
         return _answered(self.take_spans(pb.ExportTraceServiceRequest.FromString(body)))
 
-    async def metrics_over_http(self, request: Request) -> Response:
-        body = await _body(request)
-        return _answered(self.take_metrics(metrics_service_pb2.ExportMetricsServiceRequest.FromString(body)))
-
     def of(self, trace: str) -> list[Received]:
         return [span for span in self.spans if span.trace == trace]
 
@@ -160,8 +156,7 @@ async def collector() -> AsyncIterator[Collector]:
     metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(_Metrics(made), server)  # type: ignore[no-untyped-call]
     made.grpc_url = f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
-    paths = {"/v1/traces": made.spans_over_http, "/v1/metrics": made.metrics_over_http}
-    app = Starlette(routes=[Route(path, answer, methods=["POST"]) for path, answer in paths.items()])
+    app = Starlette(routes=[Route("/v1/traces", made.spans_over_http, methods=["POST"])])
     http = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
     serving = asyncio.create_task(http.serve())
     await until(lambda: http.started)

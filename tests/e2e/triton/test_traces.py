@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 from secrets import token_hex
-from typing import Any
-
-import pytest
 
 from sidecar.proto import gateway_pb2
 from tests.e2e.triton.repository import Repository
@@ -48,16 +45,14 @@ def named(spans: list[Received], name: str) -> list[Received]:
     return sorted([span for span in spans if span.name == name], key=lambda span: span.span.start_time_unix_nano)
 
 
-@pytest.mark.parametrize("protocol", ["grpc", pytest.param("http", marks=pytest.mark.nightly)])
-async def test_a_cold_healed_and_forwarded_request(tmp_path: Path, protocol: str) -> None:
+async def test_a_cold_healed_and_forwarded_request(tmp_path: Path) -> None:
     """A replica that owns nothing is asked. First nothing is loaded, and the first load fails; then the engine has
     forgotten the adapter, so that the first attempt is in vain.
     """
     write_adapters(tmp_path / "adapters", 1)
     async with collector() as received:
         server = TritonServer(tmp_path / "triton", Repository(engine=ENGINE), traces=f"{received.http_url}/v1/traces")
-        endpoint = received.grpc_url if protocol == "grpc" else received.http_url
-        otlp: dict[str, Any] = {"endpoint": endpoint, "protocol": protocol, "metrics": False, "share": 0.0}
+        otlp = {"endpoint": received.grpc_url, "metrics": False, "share": 0.0}
         async with (
             running(tmp_path / "redis") as redis,
             server,
