@@ -207,8 +207,20 @@ def _client_left(step: Step, event: ev.ClientLeft) -> None:
         return
     if event.moved:
         running.cancel(step, request, Reason.NOT_OWNER, "another replica sees to the request")
+    elif event.shut_down:
+        running.cancel(step, request, *cut_off(request.first_token))
     else:
         running.cancel(step, request, Reason.CANCELLED, why_left(event))
+
+
+def cut_off(has_begun: bool) -> tuple[Reason, str]:
+    """Return how a request ends that is still open when the sidecar stops: only an answer that has begun is lost."""
+    if has_begun:
+        return Reason.BACKEND_FAILED, (
+            "the sidecar stops, and waits no longer for the rest of the answer; an answer that has begun is never "
+            "repeated, so send the request again if you want a new one"
+        )
+    return Reason.DRAINING, "the sidecar stops, and waits no longer for the answer; send the request again"
 
 
 def why_left(event: ev.ClientLeft) -> str:

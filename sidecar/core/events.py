@@ -41,13 +41,15 @@ class Received:
 class ClientLeft:
     """The client cancelled or disconnected; or, with `moved`, another replica serves the request.
 
-    With `by_operator` an operator cancelled it, and with `revoked` its credential has ended; the client hears so.
+    With `by_operator` an operator cancelled it, with `revoked` its credential has ended, and with `shut_down` the
+    sidecar ends and waits for it no longer; the client hears so.
     """
 
     request: int
     moved: bool = False
     by_operator: bool = False
     revoked: bool = False
+    shut_down: bool = False
 
 
 @dataclass(frozen=True, slots=True)

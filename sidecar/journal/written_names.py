@@ -90,7 +90,7 @@ WRITTEN: dict[type, Form] = {
         "request adapter tenant klass input_tokens output_tokens_max deadline_ns session size_bytes only sequences "
         "client_id versions",
     ),
-    ev.ClientLeft: Form("ClientLeft", "request moved by_operator revoked"),
+    ev.ClientLeft: Form("ClientLeft", "request moved by_operator revoked shut_down"),
     ev.ClientStalled: Form("ClientStalled", "request"),
     ev.OtherVersion: Form("OtherVersion", "ordinal adapter origin generation kept"),
     ev.AdapterRegistered: Form(

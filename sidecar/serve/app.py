@@ -405,13 +405,14 @@ class Sidecar:
             await _tried(self.stop())
 
     async def stop(self) -> None:
-        """Stop at once; open calls are cancelled."""
+        """Stop at once; open requests are cut off, and their clients are told so."""
         if self._ending is not None:
             await _tried(self._ending)
         self.served.stop()
         is_drained = self._draining is not None and self._draining.done() and not self._draining.cancelled()
         if self._draining is not None:
             self._draining.cancel()
+        was_cut_off = self.crash.raised is None and await self.gateway.cut_off()
         await self.restarts.stop()
         if self.reloads is not None:
             await self.reloads.stop()
@@ -422,7 +423,8 @@ class Sidecar:
         if self.replica is not None:
             await self.replica.leave()
         # A call that came at the last moment of a drain still gets its answer.
-        await self.listening.close(TELL_S if is_drained or self.crash.raised is not None else 0)
+        has_answers = is_drained or was_cut_off or self.crash.raised is not None
+        await self.listening.close(TELL_S if has_answers else 0)
         if self._declared is not None:
             await self._declared.stop()
         if self.replica is not None:

@@ -32,7 +32,7 @@ from sidecar.core import admission, injected
 from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
-from sidecar.core.core import STALLED, Core, Policies, why_left
+from sidecar.core.core import STALLED, Core, Policies, cut_off, why_left
 from sidecar.core.enums import Fault, Outcome
 from sidecar.core.facts import EngineFacts, version_of_key
 from sidecar.core.state import State
@@ -190,6 +190,14 @@ class Gateway:
         self.driver.post(ev.ShutdownBegun())
         while self.crash.raised is None and (not self.state.draining or self.state.requests or self.tickets):
             await asyncio.sleep(0.02)
+
+    async def cut_off(self) -> bool:
+        """End every open request because the process stops, and return True if there was one."""
+        tickets = [ticket for ticket in self.tickets.values() if ticket.settled is None]
+        for ticket in tickets:
+            self._end(ticket, ev.ClientLeft(ticket.request, shut_down=True), *cut_off(ticket.came is not None))
+        await self.told()
+        return bool(tickets)
 
     async def stop(self) -> None:
         await self._stop_backends()

@@ -12,7 +12,7 @@ from typing import Any
 from sidecar.core.effects import Dispatch, Effect, Heal, Quarantine, Settle
 from sidecar.core.enums import Outcome
 from sidecar.core.events import BackendLost, Event
-from sidecar.errors import SidecarError
+from sidecar.errors import Reason, SidecarError
 from sidecar.shell.logs import Fields
 from sidecar.timelines.record import Record
 
@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 class RequestLog:
     """Logs requests as they end, as `Chronicle.on_end` tells, and as an observer lost backends and quarantines.
 
-    A failed request is a warning. `label` returns the name of a version for people. That a backend is up its own module
-    logs, which knows more of it.
+    A failed request, and one that a shutdown cut off, is a warning. `label` returns the name of a version for people.
+    That a backend is up its own module logs, which knows more of it.
     """
 
     def __init__(self, label: Callable[[str], str]) -> None:
@@ -44,7 +44,9 @@ class RequestLog:
         settle = record.settle
         if settle is None or record.is_elsewhere:
             return
-        level = logging.WARNING if settle.outcome is Outcome.FAILED else logging.INFO
+        was_taken = record.dispatch is not None or settle.queue_ns > 0
+        is_cut_off = settle.reason is Reason.DRAINING and was_taken
+        level = logging.WARNING if settle.outcome is Outcome.FAILED or is_cut_off else logging.INFO
         if requests.isEnabledFor(level):
             requests.log(level, ending_fields(settle, record.dispatch, record.client_id, record.peer))
 

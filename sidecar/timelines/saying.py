@@ -66,6 +66,8 @@ def own_event(event: ev.Event, request: int, attempt: int) -> Told | None:
             return "cancelled", "an operator cancelled it"
         if event.revoked:
             return "cancelled", "its credential was revoked or has expired"
+        if event.shut_down:
+            return "cancelled", "the sidecar stopped and cut it off"
         return ("moved", "it moved to another replica") if event.moved else ("client_left", LEFT)
     if isinstance(event, ev.ClientStalled) and event.request == request:
         return "client_stalled", "its client was too far behind for too long"
