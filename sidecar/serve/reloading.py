@@ -91,16 +91,18 @@ class Reloads:
         """Return the configuration in force, with all defaults."""
         return full_record(self.config)
 
-    async def reload(self) -> list[str]:
+    async def reload(self, why: str = "an operator asked") -> list[str]:
         """Read the file again, take what has changed, and return its keys. Raises Misused; then nothing has changed."""
-        return await self._to_its_end(self._reload())
+        return await self._to_its_end(self._reload(why))
 
-    async def _reload(self) -> list[str]:
+    async def _reload(self, why: str) -> list[str]:
         async with self._lock:
             try:
                 changed = await self._change(await self._read())
-            except Exception:
+            except Exception as error:
                 self.figures.successful = False
+                if isinstance(error, SidecarError):
+                    logger.error("the configuration stays as it is (%s): %s", why, error.message)
                 raise
             self.figures.successful, self.figures.read_at = True, time()
         logger.info(
@@ -187,13 +189,12 @@ class Reloads:
                 await self._reload_and_tell(f"{source.file} has changed")
 
     async def _reload_and_tell(self, why: str) -> None:
-        """Reload; log and record in the audit how that ended."""
+        """Reload, and record in the audit how that ended, as the admin listener does for operators."""
         before: dict[str, Any] = {"why": why}
         try:
-            after, error = {"changed": await self.reload()}, ""
+            after, error = {"changed": await self.reload(why)}, ""
         except SidecarError as refused:
             after, error = {}, refused.message
-            logger.error("the configuration stays as it is (%s): %s", why, error)
         except Exception as broken:
             after, error = {}, f"the sidecar failed: {broken}"
             logger.exception("a reload of the configuration broke (%s)", why)

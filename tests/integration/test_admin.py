@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -147,8 +148,9 @@ async def test_pin_prefetch_and_evict(admin: Admin, tmp_path: Path) -> None:
     assert not (await admin.adapters.Get(pb.AdapterRequest(name="sql"))).store
 
 
-async def test_backends_show_and_drain(admin: Admin) -> None:
-    """A backend shows its facts and standing, and drains and comes back."""
+async def test_backends_show_and_drain(admin: Admin, caplog: pytest.LogCaptureFixture) -> None:
+    """A backend shows its facts and standing, and drains and comes back; the log says who asked."""
+    caplog.set_level(logging.INFO, "sidecar")
     listed = (await admin.backends.List(pb.ListBackendsRequest())).backends
     assert [(backend.id, backend.state) for backend in listed] == [("trt-0", "up"), ("trt-1", "down")]
     assert listed[0].address == "scripted:0"
@@ -156,6 +158,10 @@ async def test_backends_show_and_drain(admin: Admin) -> None:
     drained = await admin.backends.Drain(pb.BackendRequest(backend="trt-0"))
     assert drained.state == "drained"  # nothing runs there
     assert (await admin.backends.Undrain(pb.BackendRequest(backend="trt-0"))).state == "up"
+    said = [line for line in caplog.messages if " drains" in line]
+    assert [line.rpartition(":")[0] for line in said] == [
+        "trt-0 drains: asked by 127.0.0.1", "trt-0 drains no longer: asked by 127.0.0.1",
+    ]  # fmt: skip
 
 
 async def test_release_lifts_a_quarantine(admin: Admin, tmp_path: Path) -> None:

@@ -327,6 +327,16 @@ async def test_a_file_that_is_being_written_is_left_alone(tmp_path: Path, monkey
         await until(lambda: reloads.figures.successful)
 
 
+async def test_a_refused_reload_is_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One line, with the key, whoever asks for it."""
+    file = tmp_path / "config.json"
+    async with serving([], file=file) as served:
+        record = json.loads(file.read_text())
+        await refused(served, file, record | {"client_stall_s": 7})
+        (line,) = [each for each in caplog.records if each.name == "sidecar.serve.reloading"]
+        assert (line.levelname, "client_stall_s" in line.getMessage()) == ("ERROR", True)
+
+
 def audited(data: Path) -> list[Any]:
     lines = [json.loads(line) for line in (data / "audit" / "audit.jsonl").read_text().splitlines()]
     return [line for line in lines if line["verb"] == "Configuration.Reload"]

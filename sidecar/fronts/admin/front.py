@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from time import monotonic_ns
 from typing import Any
 
 from policies.at_most import at_most
+from sidecar.access.access import Caller
 from sidecar.access.principal import Action
 from sidecar.core import queries, waiting
+from sidecar.fronts import callers
 from sidecar.fronts.admin.access import AccessService
 from sidecar.fronts.admin.adapters import AdaptersService
 from sidecar.fronts.admin.configuration import Changes, ConfigurationService, checked
@@ -25,6 +28,8 @@ from sidecar.shell.chronicle import story
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.open_requests import Chosen, cancel, check_chosen, open_requests
 from sidecar.timelines.wording import lines_of, record_of
+
+logger = logging.getLogger(__name__)
 
 LISTED_DEFAULT = 100
 LISTED_MAX = waiting.EXAMINED_MAX
@@ -71,13 +76,11 @@ class BackendsService(admin_pb2_grpc.BackendsServicer):
 
     @answers_errors
     async def Drain(self, request: Any, context: Any) -> Any:  # noqa: N802
-        self._gateway.set_drain(request.backend, True)
-        return self._backend(request.backend)
+        return self._set_drain(request.backend, True)
 
     @answers_errors
     async def Undrain(self, request: Any, context: Any) -> Any:  # noqa: N802
-        self._gateway.set_drain(request.backend, False)
-        return self._backend(request.backend)
+        return self._set_drain(request.backend, False)
 
     @answers_errors
     async def Add(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -90,6 +93,13 @@ class BackendsService(admin_pb2_grpc.BackendsServicer):
         if request.backend not in self._gateway.state.backends:  # a pool, or one at which nothing ran
             return admin_pb2.Backend(id=request.backend, state="removed")
         return self._backend(request.backend)
+
+    def _set_drain(self, backend: str, draining: bool) -> Any:
+        self._gateway.set_drain(backend, draining)
+        caller = callers.CALLER.get(Caller())
+        who = " ".join(part for part in (caller.principal.subject, caller.peer) if part) or "an operator"
+        logger.info("%s drains%s: asked by %s", backend, "" if draining else " no longer", who)
+        return self._backend(backend)
 
     def _backend(self, backend: str) -> Any:
         return self._message(queries.backend_view(self._gateway.state, backend, monotonic_ns()))
