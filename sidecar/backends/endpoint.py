@@ -393,7 +393,8 @@ class Endpoint(ABC):
     async def _reach_once(self) -> None:
         facts = await self._reach()
         self._up, self._measured, self._is_told = True, None, False
-        logger.info("%s is up: %s, %s", self.id, self.address, self.detail())
+        address = "" if self.address == self.id else f"{self.address}, "
+        logger.info("%s is up: %s%s", self.id, address, self.detail())
         self._post(BackendUp(self.id, facts))
 
     async def _look_once(self) -> None:

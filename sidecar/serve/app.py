@@ -329,6 +329,7 @@ class Sidecar:
         await self._stop_after_all()
         if self.crash.raised is not None:
             raise self.crash.error()
+        logger.info("stopped")
 
     async def _until_stopped(self, signals: asyncio.Queue[None]) -> None:
         if not await self._first_signal(signals):

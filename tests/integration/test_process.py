@@ -70,7 +70,7 @@ async def ask(address: str, adapter: str, tokens: int, started: asyncio.Event | 
 async def test_sigterm_finishes_what_is_in_flight_and_exits_0(tmp_path: Path) -> None:
     """A running answer comes in full, a new request is refused, an idle stream and a watching operator delay nothing.
 
-    The exit code is 0, and the log has no error.
+    The exit code is 0, and the log has no error. It names an engine once, and ends with "stopped".
     """
     log = tmp_path / "log"
     write_adapter(tmp_path / "loras" / "sql")
@@ -96,6 +96,9 @@ async def test_sigterm_finishes_what_is_in_flight_and_exits_0(tmp_path: Path) ->
     lines = log.read_text().splitlines()
     assert any("WARNING" in line and "draining" in line for line in lines)
     assert not [line for line in lines if " ERROR " in line or "Traceback" in line]
+    (up,) = [line for line in lines if " is up: " in line]
+    assert up.count(engine.grpc_address) == 1
+    assert lines[-1].endswith("stopped")
 
 
 async def test_a_restart_keeps_names_pins_and_allow_lists_and_the_journal_replays(tmp_path: Path) -> None:
