@@ -452,9 +452,9 @@ def story(chronicle: Chronicle, asked: str, now_ns: int, tenant: str | None = No
     if not found:
         raise Misused(
             Reason.UNKNOWN_REQUEST,
-            f'no request "{clipped(asked)}" is known here: it was refused before it was queued, ended more than '
-            f"{ENDED_MAX} requests ago, or came to another replica. A journal tells of older ones: sidecar replay "
-            "--explain ID DATA_DIRECTORY",
+            f'no request "{clipped(asked)}" is known here: it came before the last start, was refused at the door, '
+            f"ended more than {ENDED_MAX} requests ago, or came to another replica. A journal tells of older ones: "
+            "sidecar replay --explain ID DATA_DIRECTORY",
         )
     timeline = timeline_of(found[-1], now_ns, hides_others=tenant is not None)
     if timeline.ended_ns is None:

@@ -113,10 +113,11 @@ def test_of_several_requests_with_an_id_the_last_is_told() -> None:
 
 
 def test_what_is_not_known_says_where_else_to_look() -> None:
-    """A request that nobody sent, or that ended long ago."""
+    """A request that nobody sent, that came before a restart, or that ended long ago."""
     with pytest.raises(Misused, match="replay --explain ID DATA_DIRECTORY") as error:
         story(lived(World()), "nobody", 0)
     assert error.value.reason is Reason.UNKNOWN_REQUEST
+    assert "before the last start" in error.value.message
 
 
 def test_a_tenant_is_told_of_itself_only() -> None:
