@@ -53,9 +53,11 @@ def verify(
     ],
     backend: Annotated[
         list[str] | None,
-        typer.Option(help="A backend to ask; repeatable. Default: all.", autocompletion=completing.backend_ids),
+        typer.Option(help="A backend to ask; repeatable. Default: as --all.", autocompletion=completing.backend_ids),
     ] = None,
-    all_backends: Annotated[bool, typer.Option("--all", help="All backends that are up and can serve it.")] = False,
+    all_backends: Annotated[
+        bool, typer.Option("--all", help="Ask all backends that are up and can serve it; the default.")
+    ] = False,
     prompt: Annotated[
         list[str] | None, typer.Option(help="A prompt to send; repeatable. Default: a few general ones.")
     ] = None,

@@ -275,6 +275,14 @@ def test_generate_waits_a_minute(sidecar: Callable[..., Ended]) -> None:
     assert sidecar("generate", "sql", "hi", "--timeout", "soon").code == 2
 
 
+def test_whom_verify_asks_by_default_is_said_once(sidecar: Callable[..., Ended]) -> None:
+    """By --all; --backend refers to it."""
+    words = " ".join(sidecar("adapters", "verify", "--help").out.replace("│", "").split())
+    assert "all backends that are up and can serve it; the default" in words
+    assert "Default: as --all" in words
+    assert "Default: all." not in words
+
+
 async def test_generate_when_it_cannot(served: Served, tmp_path: Path) -> None:
     """An unknown adapter, a passed deadline and a missing prompt have their own endings."""
     await served.register("slow", tmp_path)
