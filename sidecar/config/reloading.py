@@ -56,13 +56,13 @@ def _different(before: Mapping[str, Any], after: Mapping[str, Any], within: str 
 
 
 def changed_backends(before: Sequence[Entry], after: Sequence[Entry]) -> list[str]:
-    """Return what differs between backends: "backends.ID" for one that comes or goes, else the keys of it."""
+    """Return what differs between backends: one that comes or goes as "backends.ID (added)", else the keys of it."""
     old, new = ({entry.identity: entry for entry in entries} for entries in (before, after))
     found: list[str] = []
     for identity in dict.fromkeys((*old, *new)):
         one, other = old.get(identity), new.get(identity)
         if one is None or other is None:
-            found.append(f"backends.{identity}")
+            found.append(f"backends.{identity} ({'added' if one is None else 'removed'})")
         else:
             found += _different(_record(one), _record(other), f"backends.{identity}.")
     return found

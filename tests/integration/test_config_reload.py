@@ -232,11 +232,11 @@ async def test_what_needs_a_restart_is_named_key_by_key(tmp_path: Path) -> None:
         shared = good | {"backends": [backend | {"weights_transport": "shared_memory", "url": "triton://127.0.0.1:9"}]}
         assert "backends.trt-0.weights_transport" in await refused(served, file, shared)
         write(file, good | {"backends": [backend, away]})
-        assert await reload(served) == ["backends.away"]
+        assert await reload(served) == ["backends.away (added)"]
         narrow = away | {"discover": {"dns": "localhost:2"}}
         assert "backends.away.discover.dns" in await refused(served, file, good | {"backends": [backend, narrow]})
         write(file, good)
-        assert await reload(served) == ["backends.away"]
+        assert await reload(served) == ["backends.away (removed)"]
         assert served.state.config.pools == {}
 
 
@@ -413,7 +413,7 @@ async def test_backends_that_are_added_and_removed(tmp_path: Path) -> None:
         assert (await served.ask("")).origins[0].backend == "more"
         with pytest.raises(grpc.aio.AioRpcError, match="there are more"):
             await served.backends.Remove(admin_pb2.BackendRequest(backend="trt-0"))
-        assert await reload(served) == ["backends.more", "backends.trt-0"]
+        assert await reload(served) == ["backends.more (removed)", "backends.trt-0 (added)"]
         await until(lambda: list(served.state.backends) == ["trt-0"])
 
 
