@@ -21,8 +21,6 @@ from sidecar.shell.state_gauges import Samples, family
 
 UNNAMED_BASE = "base"
 """The name of a base model that no engine names; clients may always use it."""
-LEVELS = {"gpu": "gpu", "engine_host": "cpu"}
-"""vLLM's words for the tiers of an engine's adapter cache."""
 Pools = dict[str, list[Backend]]
 """The backends whose queues this process has, by their base model."""
 
@@ -104,12 +102,18 @@ class ModelServer:
             yield (base, most, ",".join(running), ",".join(waiting)), self._clock()
 
     def _residents(self, backend: Backend) -> Samples:
-        shadow, labels = backend.shadow, _labels(backend)
-        for digest in dict.fromkeys((*shadow.device.held, *shadow.host.held)):
-            level = LEVELS[shadow.tier(digest) or "engine_host"]
-            for name in self._names((digest,)):
-                pinned = self._state.names[name].pins(digest)
-                yield (*labels, name, level, str(pinned).lower()), 1
+        """Yield one series for each name, however many of its versions are there: its best level, pinned if one is."""
+        levels: dict[str, str] = {}
+        pinned = set()
+        for held, level in ((backend.shadow.host.held, "cpu"), (backend.shadow.device.held, "gpu")):
+            for digest in held:
+                for name in self._names((digest,)):
+                    levels[name] = level
+                    if self._state.names[name].pins(digest):
+                        pinned.add(name)
+        labels = _labels(backend)
+        for name, level in levels.items():
+            yield (*labels, name, level, str(name in pinned).lower()), 1
 
     def _names(self, digests: Iterable[str]) -> Iterator[str]:
         """Yield the names that now stand for some versions."""

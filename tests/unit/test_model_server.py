@@ -6,6 +6,7 @@ API Inference Extension, the metrics extractor of llm-d's router, and vLLM's tes
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import pytest
@@ -154,6 +155,32 @@ async def test_residency_by_level_and_pin() -> None:
     world.send("d")
     world.run()
     assert "a" not in {name for name, _, _ in loaded(await scrape(world))}
+
+
+async def test_a_name_has_one_series_however_many_of_its_versions_are_there() -> None:
+    """Prometheus drops samples of a page that has a series twice."""
+    world = Measured(engines=0)
+    world.add_engine("b0", facts_of(host_pages=4, device_pages=2))
+    adapters = [adapter_of(name) for name in ("one", "two", "three")]
+    others = tuple(ev.OtherVersion(ordinal, each, "file:///sql") for ordinal, each in enumerate(adapters, 1))
+    world.register_as("alias", adapters[2])
+    for ordinal, adapter in enumerate(adapters, 1):
+        world.register_as("sql", adapter, ordinal=ordinal, others=others[: ordinal - 1])
+        world.send("sql")
+        world.run()
+    assert values(await scrape(world), "vllm:num_cpu_loaded_lora_adapters") == {"b0": 3}
+    assert loaded(await scrape(world)) == {("sql", "gpu", "false"), ("alias", "gpu", "false")}
+    world.register_as("sql", adapters[2], ordinal=3, others=others[:2], pinned=True)
+    assert world.metrics is not None
+    for page in (world.metrics, world.metrics.model_server):
+        _, body = await page.render()
+        series = [
+            (sample.name, *sorted(sample.labels.items()))
+            for family in text_string_to_metric_families(body.decode())
+            for sample in family.samples
+        ]
+        assert [each for each, times in Counter(series).items() if times > 1] == []
+    assert loaded(await scrape(world)) == {("sql", "gpu", "true"), ("alias", "gpu", "false")}
 
 
 async def test_what_is_unknown_has_no_sample() -> None:
