@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from sidecar.core.durations import readable
 from sidecar.core.enums import Phase, Why
 from sidecar.core.facts import task_id_of
 from sidecar.core.layout import WHOLE_MLP
+from sidecar.core.naming import called
 from sidecar.core.state import Backend, Name, State
 from sidecar.core.store import Entry
 
@@ -86,15 +88,15 @@ class AdapterView:
 
 def adapter_view(state: State, name: str, now_ns: int) -> AdapterView:
     """Return the view of one adapter. The name must be registered."""
-    return _adapter_view(state, state.names[name], _copies_by_version(state), now_ns)
+    return _adapter_view(state, state.names[name], _copies_by_version(state), _asked(state), now_ns)
 
 
 def adapter_views(state: State, now_ns: int) -> Iterator[AdapterView]:
     """Yield the view of every adapter, by name. Steps may run in between; a name unregistered meanwhile is left out."""
-    copies = _copies_by_version(state)
+    copies, asked = _copies_by_version(state), _asked(state)
     for name in sorted(state.names):
         if name in state.names:
-            yield _adapter_view(state, state.names[name], copies, now_ns)
+            yield _adapter_view(state, state.names[name], copies, asked, now_ns)
 
 
 def _copies_by_version(state: State) -> dict[str, list[CopyView]]:
@@ -105,7 +107,14 @@ def _copies_by_version(state: State) -> dict[str, list[CopyView]]:
     return found
 
 
-def _adapter_view(state: State, name: Name, copies: dict[str, list[CopyView]], now_ns: int) -> AdapterView:
+def _asked(state: State) -> Counter[tuple[str, str]]:
+    """Count the open requests by name and version; a version may have several names."""
+    return Counter((request.view.name, request.version) for request in state.requests.values())
+
+
+def _adapter_view(
+    state: State, name: Name, copies: dict[str, list[CopyView]], asked: Counter[tuple[str, str]], now_ns: int
+) -> AdapterView:
     version = state.versions[name.digest]
     adapter = version.adapter
     return AdapterView(
@@ -120,7 +129,7 @@ def _adapter_view(state: State, name: Name, copies: dict[str, list[CopyView]], n
         pinned=name.pinned,
         allow=name.allow or (),
         quarantined=version.quarantined,
-        requests=version.requests,
+        requests=asked[name.name, name.digest],
         store=tuple(copies.get(name.digest, ())),
         backends=tuple(_residency(state, backend, name.digest, now_ns) for backend in state.backends.values()),
     )
@@ -198,39 +207,15 @@ class BackendView:
 
 def backend_view(state: State, backend_id: str, now_ns: int) -> BackendView:
     """Return the view of one backend, latest heals first. It must be configured."""
-    return _backend_view(state, state.backends[backend_id], _names_by_digest(state), now_ns)
+    return _backend_view(state, state.backends[backend_id], now_ns)
 
 
 def backend_views(state: State, now_ns: int, ids: Iterable[str] | None = None) -> list[BackendView]:
     """Return the views of some backends, or of every backend in configured order."""
-    names = _names_by_digest(state)
-    return [
-        _backend_view(state, state.backends[each], names, now_ns) for each in (state.backends if ids is None else ids)
-    ]
+    return [_backend_view(state, state.backends[each], now_ns) for each in (state.backends if ids is None else ids)]
 
 
-def labels(state: State, digests: Iterable[str]) -> list[str]:
-    """Return what people call some versions."""
-    names = _names_by_digest(state)
-    return [_label(names, digest) for digest in digests]
-
-
-def version_label(state: State, digest: str) -> str:
-    """Return a version's name and ordinal, or the start of its digest if it has none left."""
-    version = state.versions.get(digest)
-    for name in version.names if version is not None else ():
-        for ordinal, held in state.names[name].versions.items():
-            if held == digest:
-                return f"{name}@v{ordinal}"
-    return digest[:12]
-
-
-def _names_by_digest(state: State) -> dict[str, str]:
-    """Return the alphabetically first name of each version that has one."""
-    return {state.names[name].digest: name for name in sorted(state.names, reverse=True)}
-
-
-def _backend_view(state: State, backend: Backend, names: dict[str, str], now_ns: int) -> BackendView:
+def _backend_view(state: State, backend: Backend, now_ns: int) -> BackendView:
     facts = backend.facts
     return BackendView(
         id=backend.id,
@@ -247,11 +232,12 @@ def _backend_view(state: State, backend: Backend, names: dict[str, str], now_ns:
         kv_tokens=facts.kv_tokens or 0,
         kv_reserved=backend.kv_reserved,
         page_limit=eligibility.page_limit(backend) or 0,
-        open=tuple(_open_view(backend, digest, names, now_ns) for digest in backend.slots),
+        open=tuple(_open_view(state, backend, digest, now_ns) for digest in backend.slots),
         heals=tuple(
-            HealView(now_ns - heal.at_ns, heal.reason, _label(names, heal.version)) for heal in reversed(backend.heals)
+            HealView(now_ns - heal.at_ns, heal.reason, called(state, heal.version, backend) if heal.version else "base")
+            for heal in reversed(backend.heals)
         ),
-        resident=tuple(_label(names, digest) for digest in backend.shadow.host.held),
+        resident=tuple(called(state, digest, backend) for digest in backend.shadow.host.held),
         pace=_pace_source(backend),
         predicted_wait_ns=promising.wait_ns(state, backend),
         notes=tuple(_notes(state, backend, now_ns)),
@@ -277,16 +263,12 @@ def state_of(state: State, backend: Backend) -> str:
     return "joining" if backend.id in state.joining else "up"
 
 
-def _open_view(backend: Backend, digest: str, names: dict[str, str], now_ns: int) -> OpenView:
+def _open_view(state: State, backend: Backend, digest: str, now_ns: int) -> OpenView:
     slot = backend.slots[digest]
     pinned_by = "loading" if slot.load is not None else "running" if slot.running else ""
     queued = len(backend.queued_by_version.get(digest, ()))
-    return OpenView(_label(names, digest), digest, now_ns - slot.opened_ns, slot.pages, slot.running, queued, pinned_by)
-
-
-def _label(names: dict[str, str], digest: str) -> str:
-    """Return a version's name for people, or the start of its digest if it has none left."""
-    return names.get(digest, digest[:12]) if digest else "base"
+    name = called(state, digest, backend)
+    return OpenView(name, digest, now_ns - slot.opened_ns, slot.pages, slot.running, queued, pinned_by)
 
 
 def _notes(state: State, backend: Backend, now_ns: int) -> Iterator[str]:

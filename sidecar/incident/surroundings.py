@@ -11,10 +11,10 @@ from policies.views import BASE
 from sidecar.core import effects as do
 from sidecar.core import eligibility
 from sidecar.core import events as ev
+from sidecar.core.naming import called
 from sidecar.core.state import Backend, Request, State
 from sidecar.journal.replay import Replayed
 from sidecar.timelines import saying
-from sidecar.timelines.obstacles import name_of
 from sidecar.timelines.saying import Told
 from sidecar.timelines.timeline import IDS_KEPT_MAX, Tally
 
@@ -100,7 +100,7 @@ class Surroundings:
     def count_effect(self, effect: do.Effect, state: State, tally: Tally) -> None:
         """Count an effect for another request or version at this backend."""
         if isinstance(effect, do.Load) and effect.backend == self._backend and effect.digest != self._version:
-            _count(tally.loaded, effect.name)
+            _count(tally.loaded, called(state, effect.digest, state.backends.get(effect.backend)))
         if not isinstance(effect, do.Dispatch) or effect.backend != self._backend:
             return
         _count(tally.sent, effect.name or "base model")
@@ -127,12 +127,12 @@ class Surroundings:
             if version == self._version and version not in before:
                 yield "opened", f"its version was opened on {backend.id}"
             elif version not in before:
-                _count(tally.opened, name_of(state, version))
+                _count(tally.opened, called(state, version, backend))
         for version in before:
             if version == self._version and version not in self._slots:
                 yield "closed", f"its version was closed on {backend.id}"
             elif version not in self._slots:
-                _count(tally.closed, name_of(state, version))
+                _count(tally.closed, called(state, version, backend))
 
     def _cache_changed(self, state: State, backend: Backend, tally: Tally) -> Iterator[Told]:
         before, self._held = self._held, dict.fromkeys(backend.shadow.host.held)
@@ -142,7 +142,7 @@ class Surroundings:
             if version == self._version:
                 yield "evicted", f"its version is believed to have left {backend.id}"
             else:
-                _count(tally.evicted, name_of(state, version))
+                _count(tally.evicted, called(state, version, backend))
 
 
 def _count(names: dict[str, int], name: str) -> None:

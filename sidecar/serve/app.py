@@ -21,7 +21,7 @@ from sidecar.backends.registry import entries_of
 from sidecar.backends.triton.loads import LoaderProcess
 from sidecar.config import Config, plugins
 from sidecar.config.discover import Discover
-from sidecar.core.queries import version_label
+from sidecar.core.naming import version_label
 from sidecar.discovery.found import Finder
 from sidecar.fronts.admin.checks import Checks
 from sidecar.fronts.admin.usage import UsageCalls

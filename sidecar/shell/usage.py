@@ -18,6 +18,7 @@ from sidecar.core.admission import BASE_NAMES
 from sidecar.core.core import Core
 from sidecar.core.enums import Phase
 from sidecar.core.facts import version_of_key
+from sidecar.core.naming import names_of
 from sidecar.core.state import Backend
 from sidecar.errors import Reason
 
@@ -111,7 +112,7 @@ class UsageObserver:
         queue = self._state.backends[backend].queued_by_version.get(version)
         head = None if queue is None else queue.head()
         if head is None:
-            return (NOBODY, *self._label(version), backend)
+            return (NOBODY, *self._label(version, backend), backend)
         request = self._state.requests[head]
         return (tenant_shown(request.view.tenant), request.view.name, f"v{request.ordinal}", backend)
 
@@ -152,11 +153,13 @@ class UsageObserver:
 
     # Names.
 
-    def _label(self, version: str) -> tuple[str, str]:
-        """Return a version's adapter and ordinal, by the first of its names."""
-        known = self._state.versions.get(version)
-        names = () if known is None else known.names
-        return self._named(min(names, default=""), version) if names else (UNKNOWN, version[:12])
+    def _label(self, version: str, backend: str = "") -> tuple[str, str]:
+        """Return a version's adapter and ordinal, by what people call it now; "a = b" has several ordinals."""
+        names = names_of(self._state, version, self._state.backends.get(backend))
+        if not names:
+            return UNKNOWN, version[:12]
+        ordinals = dict.fromkeys(self._named(name, version)[1] for name in names)
+        return " = ".join(names), " = ".join(ordinals)
 
     def _named(self, name: str, version: str) -> tuple[str, str]:
         """Return the adapter and version of a request that was not sent. Clients may name anything."""
@@ -187,7 +190,7 @@ class UsageObserver:
         for version, pages in now.items():
             if version not in held:
                 held.add(version)
-                nobody = (NOBODY, *self._label(version), backend_id)
+                nobody = (NOBODY, *self._label(version, backend_id), backend_id)
                 self._meter.came((backend_id, version), backend_id, pages, nobody, now_ns)
         if not held:
             del self._held[backend_id]

@@ -11,6 +11,7 @@ from policies.views import BASE
 from sidecar.core import eligibility
 from sidecar.core.durations import readable
 from sidecar.core.enums import Phase, Why
+from sidecar.core.naming import called
 from sidecar.core.state import Backend, Request, State
 
 NAMED_MAX = 6
@@ -22,14 +23,6 @@ def in_the_way(state: State, request: Request, why: Why, now_ns: int) -> str:
     if request.backend is None:
         return _no_backend(state, request)
     return _SENTENCES[why](state, state.backends[request.backend], request, now_ns)
-
-
-def name_of(state: State, digest: str) -> str:
-    """Return a version's name and ordinal, or the start of its digest if no name refers to it any more."""
-    if digest == BASE:
-        return "base model"
-    version = state.versions.get(digest)
-    return min(version.names, default=digest[:12]) if version is not None else digest[:12]
 
 
 def listed(names: Iterable[str], most: int = NAMED_MAX) -> str:
@@ -111,7 +104,7 @@ def _holder(state: State, backend: Backend, version: str) -> str:
     parts = [f"{slot.running} running"] if slot.running else []
     parts += ["loading"] if slot.load is not None else []
     parts += [f"{waiting} waiting"] if waiting else []
-    return f"{name_of(state, version)} ({', '.join(parts)})"
+    return f"{called(state, version, backend)} ({', '.join(parts)})"
 
 
 def _seats_full(state: State, backend: Backend, request: Request, now_ns: int) -> str:
@@ -139,11 +132,11 @@ def _probation(state: State, backend: Backend, request: Request, now_ns: int) ->
 def _apart(state: State, backend: Backend, request: Request, now_ns: int) -> str:
     if backend.lone_load is not None:
         load = state.loads.get(backend.lone_load)
-        what = name_of(state, load.digest) if load is not None else "a suspect"
+        what = called(state, load.digest, backend) if load is not None else "a suspect"
         return f"{what}, in whose load an engine failed, is being loaded alone on {backend.id}"
     if request.version != BASE and state.versions[request.version].suspect:
         return f"an engine failed in its load, so it is loaded alone, once nothing else is loading on {backend.id}"
-    suspects = [name_of(state, digest) for digest in state.suspects if digest in backend.queued_by_version]
+    suspects = [called(state, digest, backend) for digest in state.suspects if digest in backend.queued_by_version]
     return f"{listed(suspects) or 'a suspect'}, in whose load an engine failed, is to be loaded alone first"
 
 

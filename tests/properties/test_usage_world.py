@@ -20,7 +20,7 @@ from sidecar.core.enums import Phase
 from sidecar.errors import Reason
 from sidecar.shell.usage import UsageObserver
 from tests.kit.cases import first
-from tests.kit.corekit import World
+from tests.kit.corekit import SECOND, World, adapter_of
 from tests.properties import test_core_world
 
 SEEDS = range(25)
@@ -105,3 +105,17 @@ def test_what_is_told_is_what_is_held(seed: int, monkeypatch: pytest.MonkeyPatch
     outcomes = Counter(each.outcome.value for each in world.settled.values() if each.reason is not Reason.NOT_OWNER)
     assert {outcome: count for (what, outcome), count in found.items() if what == "requests"} == outcomes
     assert sum(used.loads for used in world.snapshot().rows().values()) == world.loads
+
+
+def test_what_nobody_uses_has_the_name_that_was_asked_for() -> None:
+    """Of content with several names; with all of them if it came without a request."""
+    world = Accounted(engines=1)
+    for name in ("mine", "sql"):
+        world.register_as(name, adapter_of("shared"))
+    world.send("sql")
+    world.run(for_ns=SECOND)
+    world.register_as("early", adapter_of("other"))
+    world.register_as("first", adapter_of("other"), pinned=True)
+    world.run(for_ns=SECOND)
+    names = {(adapter, version) for _, adapter, version, _ in world.snapshot().rows()}
+    assert names == {("", ""), ("sql", "v1"), ("early = first", "v1")}

@@ -286,6 +286,19 @@ def test_a_request_that_had_to_wait_for_a_slot(tmp_path: Path) -> None:
     assert "sent to b0 as haiku@v1 (fetched)" in text
 
 
+def test_the_holder_of_a_slot_has_the_name_that_its_requests_ask_for(tmp_path: Path) -> None:
+    """Also where the same content has a name before it in the alphabet, which nobody uses."""
+    world = World(device_pages=1)
+    world.register("sql", "haiku")
+    world.register_as("mine", world.adapters["sql"])
+    for _ in range(5):
+        world.send("sql")
+    request = world.send("haiku")
+    world.run()
+    text = "\n".join(lines_of(explained(world, request, tmp_path)))
+    assert "1 of 1 are held by sql (" in text
+
+
 def test_requests_of_its_own_version_that_went_first_are_named(tmp_path: Path) -> None:
     """Who of the same version was sent before it is told by number."""
     world = World(seats=1)

@@ -13,7 +13,7 @@ from sidecar.core.durations import readable
 from sidecar.core.enums import Why
 from sidecar.core.facts import Adapter, Row
 from sidecar.journal.codec import encode
-from tests.kit.corekit import BASE_MODEL, BLOB_BYTES, MS, SECOND, World, facts_of, with_facts
+from tests.kit.corekit import BASE_MODEL, BLOB_BYTES, MS, SECOND, World, adapter_of, facts_of, with_facts
 
 
 def view(world: World, **options: object) -> waiting.QueueView:
@@ -401,6 +401,48 @@ def test_a_forgotten_name_is_called_by_its_digest() -> None:
     world.run()
     world.feed(ev.AdapterUnregistered("sql"))
     assert queries.backend_view(world.core.state, "b0", world.now_ns).resident == (world.digest("sql")[:12],)
+
+
+def test_content_with_several_names_is_called_as_its_requests_call_it() -> None:
+    """By the most frequent name of those that run or wait there, the first of equals; by all names if nobody asks."""
+    world = World(device_pages=1, engines=2, seats=4)
+    shared = adapter_of("shared")
+    for name in ("mine", "sql", "other"):
+        world.register_as(name, shared)
+    assert [view.requests for view in queries.adapter_views(world.core.state, world.now_ns)] == [0, 0, 0]
+    world.send("sql", only=("b0",))
+    world.send("mine", only=("b1",))
+    world.run(for_ns=world.fetch_ns + 10 * MS)
+    assert shown(world) == ["sql", "mine"]
+    for name, count in (("other", 2), ("mine", 3), ("sql", 2)):
+        for _ in range(count):
+            world.send(name, only=("b0",))
+    assert shown(world) == ["mine", "mine"]
+    requests = {view.name: view.requests for view in queries.adapter_views(world.core.state, world.now_ns)}
+    assert requests == {"mine": 4, "other": 2, "sql": 3}
+    assert queries.adapter_view(world.core.state, "sql", world.now_ns).requests == 3
+    world.run()
+    assert shown(world) == ["mine = other = sql"] * 2
+
+
+def shown(world: World) -> list[str]:
+    """Return what is open on each backend, which is also what is resident there."""
+    views = queries.backend_views(world.core.state, world.now_ns)
+    assert [(view.open[0].name,) for view in views] == [view.resident for view in views]
+    return [view.open[0].name for view in views]
+
+
+def test_an_older_version_has_its_ordinal() -> None:
+    world = World()
+    before, now = adapter_of("before"), adapter_of("now")
+    others = (ev.OtherVersion(1, before, "file:///sql"),)
+    world.register_as("sql", before)
+    world.send("sql")
+    world.run()
+    world.register_as("sql", now, ordinal=2, others=others)
+    world.send("sql")
+    world.run()
+    assert queries.backend_view(world.core.state, "b0", world.now_ns).resident == ("sql@v1", "sql")
 
 
 def test_looking_changes_nothing() -> None:

@@ -15,7 +15,7 @@ import pytest
 from sidecar.core import events as ev
 from sidecar.core.effects import Settle
 from sidecar.core.enums import Fault
-from sidecar.core.queries import version_label
+from sidecar.core.naming import version_label
 from sidecar.shell.chronicle import Chronicle
 from sidecar.shell.logs import Fields, LogWriter, QueuedHandler, configure_logging
 from sidecar.shell.request_log import RequestLog

@@ -12,8 +12,9 @@ from policies.views import BASE
 from sidecar.access.principal import Action
 from sidecar.core import pool_view, queries, waiting
 from sidecar.core.enums import Phase
+from sidecar.core.naming import called
 from sidecar.core.pool_view import Activity, Page
-from sidecar.core.state import Request
+from sidecar.core.state import Backend, Request
 from sidecar.core.waiting import Group
 from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts import callers
@@ -142,7 +143,7 @@ class PoolService(admin_pb2_grpc.PoolServicer):
             else:
                 PAGES[page](self, message, groups, cut, rates, now_ns)
         if lanes_of in state.backends:
-            message.lanes.extend(self._lanes(self._gateway.lanes.of(lanes_of)))
+            message.lanes.extend(self._lanes(state.backends[lanes_of], self._gateway.lanes.of(lanes_of)))
         return message
 
     # Pages.
@@ -222,10 +223,10 @@ class PoolService(admin_pb2_grpc.PoolServicer):
         if row.oldest is not None:
             message.oldest.CopyFrom(waiting_message(waiting.waiting_view(self._gateway.state, row.oldest, now_ns)))
 
-    def _lanes(self, lanes: Sequence[Sequence[str]]) -> Iterator[Any]:
+    def _lanes(self, backend: Backend, lanes: Sequence[Sequence[str]]) -> Iterator[Any]:
         """Yield lanes with names in place of versions."""
-        versions = list({version for lane in lanes for version in lane if version})
-        labels = dict(zip(versions, queries.labels(self._gateway.state, versions), strict=True))
+        versions = {version for lane in lanes for version in lane if version}
+        labels = {version: called(self._gateway.state, version, backend) for version in versions}
         for lane in lanes:
             numbers: dict[str, int] = {}
             held = [numbers.setdefault(version, len(numbers) + 1) if version else 0 for version in lane]
