@@ -282,7 +282,7 @@ def shown(backend: Any) -> list[Any]:
             ("detail", backend.detail),
             ("address", url_of(backend.kind, backend.address)),
             ("engine", _engine(backend)),
-            ("pace", f"{PACES.get(backend.pace, backend.pace)}; a request that came now would {_wait(backend)}"),
+            ("pace", f"{PACES.get(backend.pace, backend.pace)}; {_wait(backend)}"),
             ("seats", f"{backend.running} of {backend.seats} taken, {backend.queued} queued"),
             ("adapters" if kind.page_is_adapter else "pages", _page_facts(backend, kind)),
             ("KV tokens", f"{backend.kv_reserved} of {backend.kv_tokens or '?'} reserved"),
@@ -324,9 +324,11 @@ def _predicted(backend: Any) -> str:
 
 
 def _wait(backend: Any) -> str:
-    if not backend.HasField("predicted_wait_s"):
-        return "wait for an unknown time"
-    return f"wait {duration(backend.predicted_wait_s)}" if backend.predicted_wait_s else "not wait"
+    if backend.state not in GOOD:
+        return f"no new request is sent there: it is {backend.state}"
+    told, wait_s = backend.HasField("predicted_wait_s"), backend.predicted_wait_s
+    wait = f"wait {duration(wait_s)}" if wait_s else "not wait" if told else "wait for an unknown time"
+    return f"a request that came now would {wait}"
 
 
 def _page_facts(backend: Any, kind: Any) -> str:

@@ -146,8 +146,11 @@ def _is_here_to_stay(state: State, backend: Backend, version: str) -> bool:
 
 
 def wait_ns(state: State, backend: Backend) -> int | None:
-    """Return the expected wait in ns of a request that arrives now at a backend; None if that would be a guess."""
-    if backend.silence.suspected:
+    """Return the expected wait in ns of a request that arrives now at a backend; None if that would be a guess.
+
+    It is one for a backend that takes none.
+    """
+    if not backend.takes_requests:
         return None
     if wait_is_known(backend):
         return serving_ns(state, backend)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from policies.views import BASE
 from sidecar.core import eligibility
 from sidecar.core.durations import readable
 from sidecar.core.enums import Fault, Phase
@@ -20,6 +21,12 @@ def troubles(state: State, now_ns: int) -> Iterator[str]:
     if state.draining:
         running = sum(len(backend.running) for backend in backends)
         yield f"this process drains: it takes nothing new, {running} running and {state.queued} waiting"
+    drained = list(_drained(state))
+    if all(backend.draining for backend in backends):
+        why = " and ".join(drained) or ("none has been found" if state.config.pools else "none is configured")
+        then = "wait until one is found" if eligibility.may_come(state, BASE, ()) else "are refused"
+        yield f"no backend takes requests: {why}; new requests {then}"
+        drained.clear()
     down = [backend for backend in backends if backend.phase is Phase.DOWN]
     if down:
         share = "no backend is up" if len(down) == len(backends) and len(down) > 1 else ""
@@ -29,10 +36,7 @@ def troubles(state: State, now_ns: int) -> Iterator[str]:
             silent = readable(now_ns - backend.silence.since_ns)
             found = f" ({backend.silence.found})" if backend.silence.found else ""
             yield f"{backend.id} is {name}: nothing came for {silent} with {_in_flight(backend)}{found}"
-    for word, runs in (("draining", True), ("drained", False)):
-        alike = [backend for backend in backends if backend.draining and bool(backend.running) is runs]
-        if alike:
-            yield f"{joined(alike)}{_is(alike)} {word}"
+    yield from drained
 
 
 def idle(state: State, request: Request) -> Iterator[str]:
@@ -48,6 +52,13 @@ def idle(state: State, request: Request) -> Iterator[str]:
 def joined(backends: list[Backend]) -> str:
     """Return "b0", "b0 and b1", or how many there are."""
     return " and ".join(b.id for b in backends) if len(backends) <= NAMED_MAX else f"{len(backends)} backends"
+
+
+def _drained(state: State) -> Iterator[str]:
+    for word, runs in (("draining", True), ("drained", False)):
+        alike = [each for each in state.backends.values() if each.draining and bool(each.running) is runs]
+        if alike:
+            yield f"{joined(alike)}{_is(alike)} {word}"
 
 
 def _is(backends: list[Backend]) -> str:

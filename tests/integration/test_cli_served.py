@@ -207,6 +207,7 @@ async def test_backends_and_queue_for_people(served: Served, tmp_path: Path) -> 
     shown = (await served.cli("backends", "show", "trt-0")).out
     assert "2 of 2 taken, 1 queued" in shown
     assert re.search(r"^pace +a guess until its runs have said more", shown, re.M)
+    assert "; no new request is sent there: it is down\n" in (await served.cli("backends", "show", "trt-1")).out
     checked = await served.cli("backends", "check")
     assert (checked.code, "trt-1: not up" in checked.err) == (1, True)
     assert re.search(r"^trt-0 +up +a guess", checked.out, re.M)

@@ -12,6 +12,7 @@ from sidecar.core.config import CoreConfig
 from sidecar.core.durations import readable
 from sidecar.core.enums import Why
 from sidecar.core.facts import Adapter, Row
+from sidecar.errors import Reason
 from sidecar.journal.codec import encode
 from tests.kit.corekit import BASE_MODEL, BLOB_BYTES, MS, SECOND, World, adapter_of, facts_of, with_facts
 
@@ -198,6 +199,34 @@ def test_the_verdict_begins_with_what_is_wrong_with_the_pool() -> None:
     assert view(world).verdict.startswith("this process drains: it takes nothing new, ")
 
 
+def test_the_verdict_says_first_that_new_requests_are_refused() -> None:
+    """All backends drain, or there is none; one that is down and not drained still lets requests wait."""
+    world = World(engines=0)
+    refused = "no backend takes requests: {}; new requests are refused; nobody waits"
+    assert view(world).verdict == refused.format("none is configured") + ", nothing runs"
+    world.add_engine("b0", facts_of(), up=False)
+    world.add_engine("b1", facts_of())
+    world.feed(ev.DrainSet("b1", True))
+    assert view(world).verdict == "b0 is down; b1 is drained; nobody waits, nothing runs"
+    world.send()
+    assert view(world).verdict.startswith("b0 is down; b1 is drained; 1 waiting")
+    world.bring_up("b0")
+    world.feed(ev.DrainSet("b0", True))
+    assert view(world).verdict == refused.format("b0 is draining and b1 is drained") + ", 1 running"
+    world.run()
+    assert view(world).verdict == refused.format("b0 and b1 are drained") + ", nothing runs"
+    request = world.send()
+    assert world.settled[request].reason is Reason.NO_BACKEND
+
+
+def test_without_an_engine_found_requests_wait() -> None:
+    world = World(CoreConfig(pools={"pool": facts_of()}), engines=0)
+    told = "no backend takes requests: none has been found; new requests wait until one is found; "
+    assert view(world).verdict == told + "nobody waits, nothing runs"
+    world.send()
+    assert view(world).verdict.startswith(told + "1 waiting")
+
+
 def test_the_verdict_names_the_engine_that_tells_nothing() -> None:
     """Before it is suspected, too."""
     world = World(seats=1)
@@ -379,6 +408,17 @@ def test_the_wait_at_an_engine_whose_pace_is_not_known() -> None:
     world.send()
     world.send()
     assert queries.backend_view(world.core.state, "b0", world.now_ns).predicted_wait_ns is None
+
+
+def test_no_wait_is_predicted_where_no_request_is_sent() -> None:
+    """One that is not reached yet, lost, or drained: nothing waits there, and a request that came now would not go."""
+    world = World(engines=0)
+    world.add_engine("b0", facts_of(), up=False)
+    seen = [queries.backend_view(world.core.state, "b0", world.now_ns).predicted_wait_ns]
+    for change in (world.bring_up, lambda b: world.feed(ev.DrainSet(b, True)), world.lose):
+        change("b0")
+        seen.append(queries.backend_view(world.core.state, "b0", world.now_ns).predicted_wait_ns)
+    assert seen == [None, 0, None, None]
 
 
 def test_engines_that_may_pass_over_a_fused_mlp_are_named() -> None:
