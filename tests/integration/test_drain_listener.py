@@ -127,6 +127,7 @@ async def test_what_is_still_open_is_cut_off_in_words(
         await ending
     assert lost.value.code() is grpc.StatusCode.UNAVAILABLE
     assert "the sidecar stops" in str(lost.value.details())
+    assert "grpc-status-details-bin" in dict(lost.value.trailing_metadata() or ())  # else it reads as unreachable
     for name in ("whole", "waiting"):
         error = answers[name].json()["error"]
         assert (answers[name].status_code, answers[name].headers["x-request-id"]) == (503, name)
