@@ -257,14 +257,22 @@ async def test_a_client_that_takes_nothing_does_not_make_its_engine_look_stuck(t
         await assert_nothing_left(served)
 
 
-async def test_unreachable_metrics_are_no_reason_to_call_an_engine_lost(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("http://127.0.0.1:1/metrics", "; http://127.0.0.1:1/metrics has no metrics"),
+        (None, "; no metrics: backends[].metrics names their URL where gRPC is not at port 8001"),
+    ],
+)
+async def test_unreachable_metrics_are_no_reason_to_call_an_engine_lost(
+    tmp_path: Path, url: str | None, said: str
+) -> None:
     """It serves with what is known, and `backends show` says what is not."""
     write_adapters(tmp_path, 1)
-    facts = {"metrics": "http://127.0.0.1:1/metrics"}
-    async with running_engine(**DUMMY) as engine, serving([engine], tmp_path, backend=facts) as served:
+    async with running_engine(**DUMMY) as engine, serving([engine], tmp_path, backend={"metrics": url}) as served:
         assert_right(served, await attempt(served, "a00"))
         detail = served.sidecar.gateway.backends["trt-0"].detail()
-        assert "has no metrics" in detail
+        assert said in detail
         assert "not known, so not checked: base model, max rank, modules, " in detail
         assert heals(served) == []
         assert not events(served, BackendLost)

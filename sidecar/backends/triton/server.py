@@ -13,7 +13,7 @@ from sidecar.backends.faults import classify
 from sidecar.backends.pulse import Pulse
 from sidecar.backends.triton.dialects import Dialect, TensorRtLlm, dialect_of
 from sidecar.backends.triton.gauges import Gauges, Scraper
-from sidecar.backends.triton.kind import TritonEntry
+from sidecar.backends.triton.kind import GRPC_PORT, TritonEntry
 from sidecar.backends.triton.probe import Probe
 from sidecar.backends.triton.transport import Transport
 from sidecar.core.enums import Fault
@@ -49,7 +49,8 @@ class Server:
     def detail(self) -> str:
         """Return a phrase for operators about a server that is up."""
         url = self._entry.metrics_url
-        metrics = "; no metrics are configured" if url is None else f"; {url} has no metrics"
+        nowhere = f"; no metrics: backends[].metrics names their URL where gRPC is not at port {GRPC_PORT}"
+        metrics = nowhere if url is None else f"; {url} has no metrics"
         caches = "" if self._caches == 1 else f"; CACHES {self._caches}, not addressable: {self._remedy}"
         known = "" if self.gauges is not None else metrics
         return f"reached, {self._transport.summary}{known}{caches}{self._unknown}"
