@@ -332,9 +332,11 @@ async def test_scripts_get_views_as_lines_of_json(tmp_path: Path) -> None:
         made.ask("a00", 6, tenant="acme")
         await made.runs(2)
         admin = "--admin", made.served.sidecar.admin_address
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
         top = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "sidecar", "top", "--json", "--interval", "0.2", *admin, stdout=subprocess.PIPE
         )
+        signal.signal(signal.SIGINT, before)
         assert top.stdout is not None
         first, second = [json.loads(await top.stdout.readline()) for _ in range(2)]
         top.send_signal(signal.SIGINT)
