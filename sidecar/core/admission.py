@@ -13,7 +13,7 @@ from sidecar.core.enums import outcome_of
 from sidecar.core.events import Received
 from sidecar.core.state import Backend, Name, Queued, Request, State
 from sidecar.core.step import Step
-from sidecar.core.suspects import quarantine_message
+from sidecar.core.suspects import RELEASE, quarantine_message
 from sidecar.errors import Reason, Refused
 
 RETRY_AFTER_NS = 1_000_000_000
@@ -180,7 +180,7 @@ def _unknown(state: State, text: str, tenant: str | None) -> str:
         return f'unknown adapter "{shown}"; did you mean {" or ".join(near)}?'
     if not usable:
         if tenant is None:
-            return f'unknown adapter "{shown}": none is registered; "sidecar adapters register" does it'
+            return f'unknown adapter "{shown}": none is registered; operators do so with "sidecar adapters register"'
         whose = f' for tenant "{tenant}"' if tenant else ""
         return f'unknown adapter "{shown}": none is registered{whose}; ask your operator for one'
     if tenant is not None:
@@ -191,12 +191,27 @@ def _unknown(state: State, text: str, tenant: str | None) -> str:
 def for_client(state: State, settle: Settle) -> Settle:
     """Return an ending as the client may see it: a name that the tenant may not use looks unknown.
 
-    The log keeps the real reason for operators.
+    The log keeps the real reason, and what operators can do, for operators.
     """
     if settle.reason is not Reason.NOT_ALLOWED:
-        return settle
+        return replace(settle, message=_without_commands(settle.message)) if settle.reason in TOLD_COMMANDS else settle
     refused = unknown_adapter(state, settle.name, settle.tenant)
     return replace(settle, reason=refused.reason, message=refused.message, name=refused.details["adapter"])
+
+
+TOLD_COMMANDS = (Reason.QUARANTINED, Reason.NO_BACKEND)
+"""Reasons whose messages name a command of ours."""
+
+
+def _without_commands(message: str) -> str:
+    for command, instead in (
+        (RELEASE, "; name another model of /v1/models, or ask your operator to release it"),
+        (eligibility.LIST_BACKENDS, "; ask your operator which take it"),
+    ):
+        told, found, _ = message.partition(command)
+        if found:
+            return told + instead
+    return message
 
 
 def _admit(state: State, event: Received, name: Name | None, digest: str, now_ns: int) -> ClassLimit:

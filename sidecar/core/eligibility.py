@@ -127,6 +127,10 @@ def long_enough(backend: Backend, input_tokens: int) -> bool:
     return longest is None or input_tokens <= longest
 
 
+LIST_BACKENDS = '; "sidecar backends list" shows them'
+"""What an operator is told; journals have it."""
+
+
 def no_backend_message(state: State, name: str, digest: str) -> str:
     """Return the error that no backend can serve an adapter, counting reasons: "5 max rank 32 < 64, 2 other base"."""
     counts: dict[str, int] = {}
@@ -138,7 +142,7 @@ def no_backend_message(state: State, name: str, digest: str) -> str:
             sentence = sentence or f" {backend.id}: {unfit.sentence}."
     total = len(state.backends)
     if total and not counts:
-        return f"{name}: no backend that the request may go to is configured; ask your operator which take it"
+        return f"{name}: no backend that the request may go to is configured{LIST_BACKENDS}"
     if not total and state.config.pools:
         return f"{name}: no engine has been found yet, and none of {', '.join(state.config.pools)} could serve it"
     if not total:

@@ -45,8 +45,9 @@ def clear(state: State, digest: str) -> None:
     state.suspects.pop(digest, None)
 
 
+RELEASE = "; find out why the engine dies of it, then lift it with "
+"""What an operator is told; journals have it."""
+
+
 def quarantine_message(name: str, why: str) -> str:
-    return (
-        f"{name} is quarantined: {why}; an operator finds out why the engine dies of it, and releases it; until then "
-        "name another model of /v1/models"
-    )
+    return f'{name} is quarantined: {why}{RELEASE}"sidecar adapters release {name}"'

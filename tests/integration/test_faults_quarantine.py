@@ -74,7 +74,7 @@ async def test_release_of_an_adapter_that_has_become_harmless(tmp_path: Path) ->
         refused = await attempt(served, "a00")
         assert refused.error is not None
         assert refused.error.code() is grpc.StatusCode.FAILED_PRECONDITION
-        assert "an operator finds out why the engine dies of it" in refused.words
+        assert "ask your operator to release it" in refused.words
         for engine in deadly:
             await engine.wait()
             port = int(engine.grpc_address.rsplit(":", 1)[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from sidecar.core import admission
 from sidecar.core import effects as fx
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
@@ -77,7 +78,9 @@ def test_quarantine_says_why_and_what_to_do() -> None:
     message = world.settled[refused].message
     assert "bad is quarantined" in message
     assert message.count(" b") >= 2
-    assert "name another model of /v1/models" in message
+    assert "sidecar adapters release bad" in message
+    told = admission.for_client(world.core.state, world.settled[refused]).message
+    assert told.endswith("; name another model of /v1/models, or ask your operator to release it")
     assert not world.settled[refused].retry_after_ns
 
 
