@@ -35,7 +35,7 @@ class Sender:
         self._exporter = exporter
         self._resource = resource
         self._records: deque[Record] = deque()
-        self._has_more, self._stops = Event(), False
+        self._stops = Event()
         self._thread = Thread(target=self._run, name="traces", daemon=True)
 
     def figures(self) -> dict[str, int]:
@@ -53,19 +53,17 @@ class Sender:
 
     def stop(self) -> None:
         """Send what is queued, for `STOP_S` at most."""
-        self._stops = True
-        self._has_more.set()
+        self._stops.set()
         self._thread.join(STOP_S)
         self._exporter.shutdown()
 
     def _run(self) -> None:
-        while not self._stops or self._records:
-            self._has_more.wait(EVERY_S)
-            until_s = monotonic() + STOP_S
-            while self._records and (not self._stops or monotonic() < until_s):
+        while not self._stops.wait(EVERY_S):
+            while self._records and not self._stops.is_set():
                 self._send_batch()
-            if self._stops:
-                return
+        until_s = monotonic() + STOP_S
+        while self._records and monotonic() < until_s:
+            self._send_batch()
 
     def _send_batch(self) -> None:
         spans: list[ReadableSpan] = []

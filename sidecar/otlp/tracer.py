@@ -13,6 +13,7 @@ from opentelemetry.sdk.trace.sampling import TraceIdRatioBased
 from opentelemetry.trace import INVALID_SPAN_CONTEXT, SpanContext, TraceFlags, get_current_span
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from sidecar.access.keys import without_secrets
 from sidecar.backends.api import HttpForm, Ticket
 from sidecar.core.enums import Outcome
 from sidecar.otlp.sending import Sender
@@ -85,7 +86,7 @@ def parent_of(origin: TraceOrigin) -> SpanContext | None:
     """Return the client's span, None if the request came without a valid trace context."""
     if not origin.traceparent:
         return None
-    carrier = {"traceparent": origin.traceparent, "tracestate": origin.tracestate}
+    carrier = {"traceparent": origin.traceparent, "tracestate": without_secrets(origin.tracestate)}
     found = get_current_span(_propagator.extract(carrier)).get_span_context()
     return found if found is not INVALID_SPAN_CONTEXT and found.is_valid else None
 

@@ -256,14 +256,19 @@ class Chronicle:
     def _standing(self, event: ev.BackendUp | ev.BackendLost | ev.DrainSet, now_ns: int) -> None:
         news = self._of_backends.setdefault(event.backend, deque(maxlen=NEWS_MAX))
         news.append(self._news(now_ns, event.backend, *saying.standing(event)))
-        if not isinstance(event, ev.DrainSet):  # many requests may have moved, and their news begin in this step
-            self._look_at_requests(self._open.values(), now_ns)
-
-    def _given_up(self, event: ev.BackendGivenUp, now_ns: int) -> None:
-        self._look_at_requests(self._open.values(), now_ns)
+        if not isinstance(event, ev.DrainSet):
+            self._begins_anew(event, now_ns)
 
     def _removed(self, event: ev.BackendRemoved, now_ns: int) -> None:
         self._of_backends.pop(event.backend, None)
+        self._begins_anew(event, now_ns)
+
+    def _begins_anew(
+        self, event: ev.BackendUp | ev.BackendLost | ev.BackendGivenUp | ev.BackendRemoved, now_ns: int
+    ) -> None:
+        """Forget a backend's loads, which end with it without an event of their own, and see who has moved."""
+        for load in [load for load, (effect, _) in self._loads.items() if effect.backend == event.backend]:
+            del self._loads[load]
         self._look_at_requests(self._open.values(), now_ns)
 
     def _fetch(self, effect: do.Fetch, now_ns: int, event: ev.Event, effects: Sequence[do.Effect]) -> None:
@@ -498,7 +503,7 @@ _EVENTS: dict[type, Callable[[Chronicle, Any, int], None]] = {
     ev.BackendUp: Chronicle._standing,
     ev.BackendLost: Chronicle._standing,
     ev.DrainSet: Chronicle._standing,
-    ev.BackendGivenUp: Chronicle._given_up,
+    ev.BackendGivenUp: Chronicle._begins_anew,
     ev.BackendRemoved: Chronicle._removed,
 }
 _EFFECTS: dict[type, Callable[..., None]] = {

@@ -141,6 +141,15 @@ def test_what_engines_and_replicas_get() -> None:
     assert Tracer(1.0, Kept()).begin(ticket(), RequestFacts("", trace=unsampled)).headers(1) == ()
 
 
+def test_a_credential_in_the_state_goes_nowhere() -> None:
+    """An API key that a client puts there by mistake is neither exported nor passed on."""
+    key = "lsk_3fdca2eb99c0_" + "a" * 64
+    trace = Tracer(0.0, Kept()).begin(
+        ticket(), RequestFacts("", trace=TraceOrigin(f"00-{TRACE}-{SPAN}-01", f"vendor={key}"))
+    )
+    assert "a" * 16 not in f"{trace.headers(1)} {trace.context.trace_state}"
+
+
 # Sampling.
 
 
