@@ -62,12 +62,8 @@ class Spans:
         )
 
     def _about_request(self) -> dict[str, Any]:
-        record, received, settle, dispatch = (
-            self._record,
-            self._record.received,
-            self._record.settle,
-            self._record.dispatch,
-        )
+        record, received = self._record, self._record.received
+        settle, dispatch = record.settle, record.dispatch
         found: dict[str, Any] = {
             "gen_ai.operation.name": self._trace.operation,
             "gen_ai.provider.name": "lora_sidecar",

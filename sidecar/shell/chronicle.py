@@ -7,6 +7,7 @@ backend, the way of a version to the engines, and what happened to a backend. Al
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Reversible, Sequence
 from dataclasses import replace
@@ -43,6 +44,8 @@ from sidecar.timelines.record import (
     timeline_of,
 )
 from sidecar.timelines.timeline import Timeline
+
+logger = logging.getLogger(__name__)
 
 ENDED_MAX = 2_000
 """Requests that are kept after their end."""
@@ -345,7 +348,11 @@ class Chronicle:
     async def watch(self) -> None:
         """Look at the reasons again and again, a slice at a time, for ever."""
         while True:
-            spent_s = await self._look()
+            spent_s = 0.0
+            try:
+                spent_s = await self._look()
+            except Exception:  # stories would else know no reason from then on
+                logger.exception("looking at why requests wait failed; it is tried again")
             await asyncio.sleep(max(LOOK_S, spent_s / SHARE_MAX))
 
     async def _look(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from sidecar.config.plugins import policies_of
 from sidecar.core.core import Core
 from sidecar.core.effects import Settle
 from sidecar.core.enums import Why
+from sidecar.core.state import State
 from sidecar.errors import Misused, Reason
 from sidecar.incident.explain import explain
 from sidecar.shell import chronicle as module
@@ -139,6 +141,26 @@ def test_a_tenant_is_told_of_itself_only() -> None:
     assert str(request) in text
     with pytest.raises(Misused):
         story(chronicle, "theirs", 0, "acme")
+
+
+async def test_a_look_that_fails_is_not_the_last(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "LOOK_S", 0.0)
+    core = World().core
+    fails = iter([True])
+    again = asyncio.Event()
+
+    def state() -> State:
+        if next(fails, False):
+            raise RuntimeError("not now")
+        again.set()
+        return core.state
+
+    watching = asyncio.create_task(Chronicle(state, lambda _: None).watch())
+    await asyncio.wait_for(again.wait(), 60)
+    watching.cancel()
+    assert "it is tried again" in caplog.text
 
 
 def test_everything_that_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
