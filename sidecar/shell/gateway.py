@@ -27,7 +27,7 @@ from sidecar.adapters.staging import Staging
 from sidecar.backends.api import Backend, Charged, Payload, Ticket, Traced
 from sidecar.backends.buffers import AnswerBuffers
 from sidecar.config import identities
-from sidecar.config.identities import checked
+from sidecar.config.identities import checked, clipped
 from sidecar.core import admission, injected
 from sidecar.core import effects as do
 from sidecar.core import events as ev
@@ -534,8 +534,8 @@ class Gateway:
         """Return a backend's state in the core. Raises Misused naming the configured ones."""
         found = self.state.backends.get(backend)
         if found is None:
-            configured = ", ".join(self.state.backends) or "none"
-            raise Misused(Reason.UNKNOWN_BACKEND, f'no backend is called "{backend[:80]}"; configured: {configured}')
+            unknown, configured = clipped(backend), ", ".join(self.state.backends) or "none"
+            raise Misused(Reason.UNKNOWN_BACKEND, f'no backend is called "{unknown}"; configured: {configured}')
         return found
 
     def on_packed(self, callback: Callable[[str, PackReport], None]) -> None:

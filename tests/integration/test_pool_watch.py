@@ -128,6 +128,8 @@ async def test_what_is_not_there_is_refused(served: Served) -> None:
     assert (await refusal(served, sort="nosuch"))[1].startswith('sort is "nosuch"; it is one of name, waiting, ')
     code, text = await refusal(served, page="backends", lanes_of="trt-9")
     assert (code, '"trt-9"' in text, "trt-0" in text) == ("NOT_FOUND", True, True)
+    for odd in ({"page": "\x1b[2J"}, {"sort": "\x1b[2J"}, {"page": "backends", "lanes_of": "\x1b[2J"}):
+        assert (await refusal(served, **odd))[1].isprintable()
 
 
 async def test_tokens_are_counted_only_while_somebody_watches(served: Served) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from policies.views import BASE
 from sidecar.access.principal import Action
+from sidecar.config.identities import clipped
 from sidecar.core import pool_view, queries, waiting
 from sidecar.core.enums import Phase
 from sidecar.core.naming import called
@@ -86,10 +87,10 @@ class PoolService(admin_pb2_grpc.PoolServicer):
         """Return what makes the views that a request asks for. Raises Refused if it asks for what is not there."""
         page = request.page or "queue"
         if page not in NAMES:
-            raise Refused(Reason.INVALID_REQUEST, f'page is "{page[:40]}"; it is one of {", ".join(NAMES)}')
+            raise Refused(Reason.INVALID_REQUEST, f'page is "{clipped(page)}"; it is one of {", ".join(NAMES)}')
         if request.sort not in pool_view.SORTS:
             sorts = ", ".join(filter(None, pool_view.SORTS))
-            raise Refused(Reason.INVALID_REQUEST, f'sort is "{request.sort[:40]}"; it is one of {sorts}, or empty')
+            raise Refused(Reason.INVALID_REQUEST, f'sort is "{clipped(request.sort)}"; it is one of {sorts}, or empty')
         tenant = confined_to(self._gateway.access, Action.SEE_QUEUE, "", context)
         if request.lanes_of and tenant is None:
             self._gateway.known_backend(request.lanes_of)
