@@ -135,7 +135,7 @@ async def test_a_server_in_the_foreground_says_that_it_starts(
 )
 def test_the_ports_of_a_real_server_are_ones_choice(target: str, options: str) -> None:
     """Variables of make reach the server's command line; without them it is on the usual ports."""
-    command = ("make", "--dry-run", "--always-make", target, "VLLM_VENV=x")
+    command = ("make", "--dry-run", "--always-make", "--no-print-directory", target, "VLLM_VENV=x")
     run = subprocess.run(
         [*command, "GRPC_PORT=18001", "HTTP_PORT=18000"], cwd=ROOT, capture_output=True, text=True, check=True
     )
