@@ -115,10 +115,11 @@ async def test_large_messages_whose_refusals_are_not_read(sidecar: SidecarProces
     large = message.SerializeToString()
     async with another_client(sidecar), grpc.aio.insecure_channel(sidecar.address, options=options) as channel:
         call = channel.stream_stream(STREAM)()
-        for raw in (*[small] * 900, *[large] * 10):
+        for raw in (*[small] * 900, *[large] * 30):
             await call.write(raw)
         call.cancel()
-    assert sidecar.memory_bytes("VmHWM") <= BUDGET + OVER
+    # A stream may exceed the budget by what it brings between two looks: on a busy machine, two messages.
+    assert sidecar.memory_bytes("VmHWM") <= BUDGET + OVER + 2 * LARGE
 
 
 @pytest.mark.parametrize("path", [INFER, STREAM, GENERATE])
