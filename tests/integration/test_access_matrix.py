@@ -23,6 +23,7 @@ import yaml
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from sidecar.access.access import NOT_PERMITTED, UNAUTHENTICATED
+from sidecar.fronts.admin import pool
 from sidecar.proto import admin_pb2 as pb
 from sidecar.proto import admin_pb2_grpc, gateway_pb2, gateway_pb2_grpc
 from sidecar.shell.catalogue import Wanted
@@ -629,7 +630,12 @@ async def test_what_a_tenant_sees_of_limits_and_usage_is_its_own(tmp_path: Path)
         assert len(seen["operator"]) == 5
 
 
-async def test_a_watcher_is_sent_away_when_its_key_is_revoked(tmp_path: Path) -> None:
+@pytest.mark.parametrize("watched", ["names", "pool"])
+async def test_a_watcher_is_sent_away_when_its_key_is_revoked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched: str
+) -> None:
+    """Whatever it watches, and however seldom it wants to be told."""
+    monkeypatch.setattr(pool, "INTERVAL_S_MAX", 1e9)
     maker = TokenMaker(tmp_path)
     write_names(tmp_path)
     async with (
@@ -638,9 +644,15 @@ async def test_a_watcher_is_sent_away_when_its_key_is_revoked(tmp_path: Path) ->
     ):
         access: Any = admin_pb2_grpc.AccessStub(served.admin_channel)  # type: ignore[no-untyped-call]
         adapters: Any = admin_pb2_grpc.AdaptersStub(served.admin_channel)  # type: ignore[no-untyped-call]
+        pools: Any = admin_pb2_grpc.PoolStub(served.admin_channel)  # type: ignore[no-untyped-call]
         operator = (("authorization", f"Bearer lsk_{2:012d}_{b'operator'.hex():0<64}"),)
         made = await access.CreateKey(pb.CreateKeyRequest(tenant="acme"), metadata=operator)
-        watch = adapters.Watch(pb.WatchRequest(), metadata=(("authorization", f"Bearer {made.secret}"),))
+        own = (("authorization", f"Bearer {made.secret}"),)
+        if watched == "names":
+            watch = adapters.Watch(pb.WatchRequest(), metadata=own)
+        else:
+            watch = pools.Watch(pb.WatchPoolRequest(interval_s=1e9), metadata=own)
+            assert (await watch.read()).time
         waiting = asyncio.create_task(watch.read())
         await access.RevokeKey(pb.RevokeKeyRequest(id=made.key.id), metadata=operator)
         with pytest.raises(grpc.aio.AioRpcError) as caught:

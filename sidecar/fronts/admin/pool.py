@@ -19,6 +19,7 @@ from sidecar.core.state import Backend, Request
 from sidecar.core.waiting import Group
 from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts import callers
+from sidecar.fronts.admin.adapters import CHECKED_S
 from sidecar.fronts.admin.messages import backend_message, group_message, open_request_message, waiting_message
 from sidecar.fronts.admin.own_tenant import confined_to
 from sidecar.fronts.status import abort
@@ -58,12 +59,18 @@ class PoolService(admin_pb2_grpc.PoolServicer):
                     await context.write(view)
                     # On one core with all else: what a slice of another's work takes counts too, which errs towards
                     # fewer views while the process is busy.
-                    await asyncio.sleep(max(interval_s, (thread_time() - begun_s) / SHARE_MAX))
-                    self._gateway.access.check(callers.CALLER.get())  # its credential may end meanwhile
+                    await self._pause(max(interval_s, (thread_time() - begun_s) / SHARE_MAX))
             finally:
                 self._leave()
         except SidecarError as error:
             await abort(context, error)
+
+    async def _pause(self, left_s: float) -> None:
+        """Wait for the next view. Raises Misused(UNAUTHENTICATED) when the caller's credential ends meanwhile."""
+        while left_s > 0:
+            await asyncio.sleep(min(left_s, CHECKED_S))
+            left_s -= CHECKED_S
+            self._gateway.access.check(callers.CALLER.get())
 
     def _counted(self) -> TokenRates:
         """Return what counts tokens; the first viewer installs it, the last one that leaves removes it."""
