@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from secrets import token_hex
 from time import monotonic
@@ -10,6 +11,7 @@ from time import monotonic
 import httpx
 import pytest
 
+from sidecar.otlp import exporting
 from sidecar.otlp.sending import STOP_S
 from sidecar.proto import gateway_pb2
 from tests.kit.emulated import running_engine
@@ -28,9 +30,13 @@ def context_of(trace: str, span: str) -> dict[str, str]:
     return {"traceparent": f"00-{trace}-{span}-01"}
 
 
-async def generate(served: Serving, context: dict[str, str]) -> None:
+Context = Mapping[str, str] | Sequence[tuple[str, str]]
+
+
+async def generate(served: Serving, context: Context) -> None:
     request = gateway_pb2.GenerateRequest(adapter="a00", tokens=gateway_pb2.TokenIds(ids=[1, 2]), max_tokens=2)
-    async for _ in served.gateway.Generate(request, metadata=tuple(context.items())):
+    metadata = tuple(context.items() if isinstance(context, Mapping) else context)
+    async for _ in served.gateway.Generate(request, metadata=metadata):
         pass
 
 
@@ -47,7 +53,7 @@ async def stream(served: Serving, context: dict[str, str]) -> None:
         await call.take_final("1")
 
 
-async def completion(served: Serving, context: dict[str, str]) -> None:
+async def completion(served: Serving, context: Context) -> None:
     await _post(served, "completions", {"prompt": "hi"}, context)
 
 
@@ -55,7 +61,7 @@ async def chat(served: Serving, context: dict[str, str]) -> None:
     await _post(served, "chat/completions", {"messages": [{"role": "user", "content": "hi"}]}, context)
 
 
-async def _post(served: Serving, path: str, body: dict[str, object], context: dict[str, str]) -> None:
+async def _post(served: Serving, path: str, body: dict[str, object], context: Context) -> None:
     async with httpx.AsyncClient(base_url=f"http://{served.sidecar.http_address}/v1", timeout=60) as client:
         answer = await client.post(f"/{path}", json=body | {"model": "a00", "max_tokens": 2}, headers=context)
         assert answer.status_code == 200, answer.text
@@ -106,6 +112,33 @@ async def test_the_client_is_the_parent(tmp_path: Path, front: object) -> None:
         assert own.about["lora.outcome"] == "ok"
         assert own.about["gen_ai.operation.name"] == ("chat" if front is chat else "text_completion")
         assert own.about["lora.peer"].startswith("127.0.0.1:")
+
+
+@pytest.mark.parametrize("front", [generate, completion], ids=lambda front: front.__name__)
+async def test_headers_of_a_context_that_come_twice(tmp_path: Path, front: object) -> None:
+    """By https://www.w3.org/TR/trace-context/: states are one list in their order, and of two parents none is taken.
+
+    gRPC's own library keeps one parent only, in clients and servers.
+    """
+    write_adapters(tmp_path, 1)
+    trace, span = token_hex(16), token_hex(8)
+    (parent,) = context_of(trace, span).items()
+    other = ("traceparent", context_of(token_hex(16), span)["traceparent"])
+    async with (
+        collector() as received,
+        running_engine(**DUMMY) as engine,
+        serving([engine], tmp_path, otlp={"endpoint": received.grpc_url, "metrics": False, "share": 1.0}) as served,
+    ):
+        states = [("tracestate", state) for state in ("a=1,b=2", "c=3", "d=4")]
+        await front(served, [parent, *states])  # type: ignore[operator]
+        (own,) = await received.have(1, "text_completion a00")
+        assert (own.trace, own.parent, own.span.trace_state) == (trace, span, "a=1,b=2,c=3,d=4")
+        if front is generate:
+            return
+        await front(served, [parent, other, parent, *states])  # type: ignore[operator]
+        _, own = await received.have(2, "text_completion a00")
+        assert (own.parent, own.span.trace_state) == ("", "")
+        assert own.trace not in (trace, other[1].split("-")[1])
 
 
 async def test_http_engines_get_the_attempts_span(tmp_path: Path) -> None:
@@ -176,3 +209,50 @@ async def test_a_lasting_refusal_is_counted(tmp_path: Path) -> None:
         received.fails = True
         await generate(served, {})
         await until(lambda: served.sidecar.metrics.traces()["failed"] == 1)
+
+
+async def test_a_lasting_failure_is_a_line_a_minute(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the number of spans that nobody has; OpenTelemetry's own line for each batch is not in the log."""
+    now_s = 0.0
+    monkeypatch.setattr(exporting, "monotonic", lambda: now_s)
+    write_adapters(tmp_path, 1)
+    async with (
+        collector() as received,
+        running_engine(**DUMMY) as engine,
+        serving([engine], tmp_path, otlp={"endpoint": received.grpc_url, "metrics": False, "share": 1.0}) as served,
+    ):
+
+        async def lines_after(requests: int, result: str) -> list[str]:
+            """Return the lines that so many batches bring."""
+            caplog.clear()
+            figures = served.sidecar.metrics.traces
+            for _ in range(requests):
+                before = figures()[result]
+                await generate(served, {})
+                await until(lambda: figures()[result] == before + 1)  # noqa: B023
+            return [
+                record.getMessage()
+                for record in caplog.records
+                if record.name.startswith((exporting.__name__, "opent"))
+            ]
+
+        await generate(served, {})
+        await until(lambda: served.sidecar.metrics.traces()["sent"] == 1)
+        spans = [len(received.spans)]
+        await generate(served, {})
+        await until(lambda: served.sidecar.metrics.traces()["sent"] == 2)
+        spans.append(len(received.spans) - spans[0])
+        received.fails = True
+        (line,) = await lines_after(3, "failed")
+        assert f", {spans[1]} spans were dropped: " in line
+        assert "not today" in line
+        now_s = 61.0
+        (line,) = await lines_after(2, "failed")
+        assert f", {3 * spans[1]} spans were dropped: " in line
+        received.fails = False
+        (line,) = await lines_after(2, "sent")
+        assert line.endswith(f"are received again, {spans[1]} spans were dropped")
+        received.fails = True
+        assert await lines_after(2, "failed") == []

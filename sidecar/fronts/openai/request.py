@@ -11,7 +11,7 @@ from typing import Any
 from sidecar.config import identities
 from sidecar.config.identities import checked, clipped, is_fit, session_of
 from sidecar.errors import Reason, Refused
-from sidecar.fronts.callers import REQUEST_ID_KEY, made_id
+from sidecar.fronts.callers import REQUEST_ID_KEY, TRACE_KEYS, combined, made_id
 from sidecar.fronts.kserve.parameters import seconds_until
 from sidecar.fronts.openai.body import LENGTHS, Body, Span
 
@@ -257,15 +257,16 @@ def _bytes_in(prompts: Sequence[Any]) -> int:
 def read_caller(headers: Iterable[tuple[bytes, bytes]]) -> Caller:
     """Read our headers. Raises Refused(INVALID_REQUEST) for one that is unknown or given twice."""
     own: dict[str, str] = {}
-    trace = {b"traceparent": "", b"tracestate": ""}
+    trace: dict[str, str] = {}
     once: set[bytes] = set()
     for raw_name, raw in headers:
         if raw_name in once:
             raise Refused(Reason.INVALID_REQUEST, f"the header {raw_name.decode()} is given twice; send it once")
         if raw_name in ONCE:
             once.add(raw_name)
-        if raw_name in trace:
-            trace[raw_name] = raw.decode("latin-1")
+        if (key := raw_name.decode("latin-1")) in TRACE_KEYS:
+            value = raw.decode("latin-1")
+            trace[key] = combined(key, trace[key], value) if key in trace else value
         if raw_name[:6] == b"x-lora":
             name = raw_name.decode("latin-1")
             if name not in HEADERS:
@@ -276,7 +277,7 @@ def read_caller(headers: Iterable[tuple[bytes, bytes]]) -> Caller:
         klass=own.get("x-lora-class") or "default",
         session=session_of(own.get("x-lora-session", "")),
         deadline_s=seconds_until(own.get("x-lora-deadline-ms")),
-        trace_context=(trace[b"traceparent"], trace[b"tracestate"]),
+        trace_context=(trace.get("traceparent", ""), trace.get("tracestate", "")),
         came_ns=monotonic_ns(),
     )
 
