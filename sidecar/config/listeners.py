@@ -22,7 +22,8 @@ def _of_grpc(address: str) -> str:
 
 Address = Annotated[str, AfterValidator(_of_tcp)]
 GrpcAddress = Annotated[str, AfterValidator(_of_grpc)]
-_ORIGIN = re.compile(r"https?://[^/?#\s@,]+")
+_ORIGIN = re.compile(r"https?://[^/?#\s@,*]+")
+_ORIGIN_FORM = "name scheme, host and perhaps port, as browsers do"
 
 
 class Listener(Section):
@@ -88,7 +89,7 @@ class DataListener(GrpcListener):
 class HttpListener(Listener):
     """The listener of the OpenAI API. `body_bytes_max` bounds one request, `prompts_max` the prompts of one completion.
     With `probes` it also has health and metrics, for one more release. Pages of `cors_origins`, such as
-    `https://chat.example.com`, may ask it from a browser; "*" means every page.
+    `https://chat.example.com`, may ask it from a browser; "*" means every page. No page reads health and metrics.
     """
 
     address: Address = "0.0.0.0:9002"
@@ -103,7 +104,8 @@ class HttpListener(Listener):
     def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
         for origin in origins:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
-                raise ValueError(f'"{origin[:80]}" is no origin: name scheme, host and perhaps port, as browsers do')
+                why = "a part of it cannot be *, so name each origin" if "*" in origin else _ORIGIN_FORM
+                raise ValueError(f'"{origin[:80]}" is no origin: {why}')
         return origins
 
 

@@ -20,6 +20,7 @@ from sidecar.access.principal import Action, Presented, Purpose
 from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts import callers
 from sidecar.fronts.arriving import Call, Source
+from sidecar.fronts.hiding import Hiding
 from sidecar.fronts.intake import RETRY_S, Intake
 from sidecar.fronts.received import wire_of
 from sidecar.fronts.status import abort
@@ -74,12 +75,14 @@ class BoundedCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         calls_max: int,
         identify: Callable[[Presented, Purpose], Awaitable[Caller]],
         purpose_of: Callable[[str], tuple[Action, str]] = purpose_on_data,
+        hiding: Hiding | None = None,
     ) -> None:
         self.port = 0
         self._identify = identify
         self._purpose_of = purpose_of
         self._intake = intake
         self._calls_max = calls_max
+        self._hiding = hiding
         self._handlers: dict[Any, Any] = {}
         """Bounded handler of each handler. Keyed by method name it would grow with the names that clients invent."""
 
@@ -101,7 +104,8 @@ class BoundedCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
         async def serve(requests: Any, context: Any) -> Any:
             try:
-                return await self._served(handler, method, context, purpose)
+                told = context if self._hiding is None else self._hiding.context(context)
+                return await self._served(handler, method, told, purpose)
             except grpc.aio.AbortError as error:
                 # The call keeps this exception, and the frames of its traceback keep the call and with it the message.
                 # Only the garbage collector would break that ring, and it counts objects, not bytes.

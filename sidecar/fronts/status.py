@@ -40,12 +40,12 @@ def status_of(
     info = error_details_pb2.ErrorInfo(
         reason=reason.value, domain=DOMAIN, metadata={key: value for key, value in details.items() if value}
     )
-    _pack(status, info)
+    status.details.append(packed(info))
     metadata: list[tuple[str, str | bytes]] = [*id_metadata(request_id)]
     if retry_after_ms is not None:
         retry = error_details_pb2.RetryInfo()
         retry.retry_delay.FromMilliseconds(retry_after_ms)
-        _pack(status, retry)
+        status.details.append(packed(retry))
         metadata.append((PUSHBACK, str(retry_after_ms)))
     metadata.append((DETAILS, status.SerializeToString()))
     return code, message, tuple(metadata)
@@ -69,10 +69,11 @@ def _short(message: str) -> str:
     return message
 
 
-def _pack(status: Any, detail: Any) -> None:
-    packed = any_pb2.Any()
-    packed.Pack(detail)
-    status.details.append(packed)
+def packed(detail: Any) -> Any:
+    """Return a detail of a status in the form in which it is put there."""
+    anything = any_pb2.Any()
+    anything.Pack(detail)
+    return anything
 
 
 def status_of_error(error: SidecarError, request_id: str = "") -> tuple[grpc.StatusCode, str, Metadata]:
@@ -83,14 +84,14 @@ def status_of_error(error: SidecarError, request_id: str = "") -> tuple[grpc.Sta
 
 
 def status_of_ending(
-    settle: Settle, request_id: str, code: grpc.StatusCode | None = None, hide_backend: bool = False
+    settle: Settle, request_id: str, code: grpc.StatusCode | None = None
 ) -> tuple[grpc.StatusCode, str, Metadata]:
     """Return the status of a request that was not answered in full; `code` overrides the reason's own code."""
     assert settle.reason is not None
     retry_ms = None if settle.retry_after_ns is None else settle.retry_after_ns // 1_000_000
     if retry_ms is None and settle.reason.row.retryable:
         retry_ms = 1000
-    details = {"adapter": settle.name, "version": settle.version, "backend": "" if hide_backend else settle.backend}
+    details = {"adapter": settle.name, "version": settle.version, "backend": settle.backend}
     return status_of(settle.reason, settle.message, details, retry_ms, code, request_id)
 
 

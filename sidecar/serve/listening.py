@@ -30,6 +30,7 @@ from sidecar.fronts.admin.verbs import purpose_on_admin
 from sidecar.fronts.calls import PENDING_OPTIONS, BoundedCalls, purpose_on_data
 from sidecar.fronts.checked_messages import CheckedMessages
 from sidecar.fronts.generate.front import GatewayService
+from sidecar.fronts.hiding import Hiding
 from sidecar.fronts.http.app import HttpFront, server_tls
 from sidecar.fronts.http.connection import HttpLimits
 from sidecar.fronts.http.drain import HttpDrain
@@ -131,7 +132,8 @@ class Listening:
 
     def _open_data(self) -> None:
         config, wanted = self._config, self._config.listeners.data
-        calls = self._calls(wanted, self._gateway.access.identify)
+        hiding = Hiding(self._gateway, config.hide_backend)
+        calls = self._calls(wanted, self._gateway.access.identify, purpose_on_data, hiding)
         options = (*_bounds(wanted, wanted.message_bytes_max), *connection_age_options(wanted.max_connection_age_s))
         data = self._server([calls, CheckedMessages()], options)
         service = GatewayService(self._gateway, config.hide_backend)
@@ -156,7 +158,7 @@ class Listening:
 
     async def _open_http(self) -> None:
         http, drain = self._config.listeners.http, self._config.listeners.drain
-        templates = chat_templates(self._entries)
+        templates, is_enforced = chat_templates(self._entries), self._config.identity.mode == "enforce"
         self._openai = OpenAiFront(self._gateway, self._config, templates, self.intake, self.loads)
         self._http = HttpFront(
             self._gateway,
@@ -167,7 +169,8 @@ class Listening:
             HttpLimits(http.connections_max),
             _http_tls(http.tls, http.address),
             http.probes,
-            self._config.identity.mode != "enforce",
+            not is_enforced,
+            not is_enforced and not self._config.hide_backend,
             description_of(self._config),
             http.cors_origins,
         )
@@ -190,9 +193,10 @@ class Listening:
         self,
         listener: GrpcListener,
         identify: Callable[[Presented, Purpose], Awaitable[Caller]],
-        purpose_of: Callable[[str], tuple[Action, str]] = purpose_on_data,
+        purpose_of: Callable[[str], tuple[Action, str]],
+        hiding: Hiding | None = None,
     ) -> BoundedCalls:
-        return BoundedCalls(self.intake, listener.calls_per_connection_max, identify, purpose_of)
+        return BoundedCalls(self.intake, listener.calls_per_connection_max, identify, purpose_of, hiding)
 
     def _server(self, interceptors: Sequence[Any] = (), options: Sequence[tuple[str, int]] = ()) -> grpc.aio.Server:
         # If an option is given twice, gRPC takes the first.

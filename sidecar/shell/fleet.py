@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from sidecar.backends.api import Backend, Wear
@@ -31,8 +31,8 @@ class Fleet:
         self.backends: dict[str, Backend] = {}
         self._driver = driver
         self._stopping: set[Backend] = set()
-        self._removed: dict[str, tuple[str, bool]] = {}
-        """Of removed backends, the kind of engine and whether it streamed."""
+        self._removed: dict[str, tuple[str, bool, str]] = {}
+        """Of removed backends, the kind of engine, whether it streamed, and its address."""
 
     def add(self, backend: Backend, facts: EngineFacts, owned: bool, pool: str = "", fresh: bool = False) -> None:
         """Add a backend under an id that no other has; `owned` says that this process has its queue at once."""
@@ -57,7 +57,7 @@ class Fleet:
         """
         backend = self.backends[backend_id]
         self.set_leaving(backend_id, True)
-        self._removed[backend_id] = self._kind_now(backend_id)
+        self._removed[backend_id] = (*self._kind_now(backend_id), backend.address)
         if len(self._removed) > REMOVED_KEPT_MAX:
             del self._removed[next(iter(self._removed))]
         self._stopping.add(backend)
@@ -110,10 +110,19 @@ class Fleet:
 
     def streamed(self, kind: str) -> bool:
         """Return True if the last removed engine of a kind answered token by token, or there was none."""
-        return next((streams for other, streams in reversed(self._removed.values()) if other == kind), True)
+        return next((streams for other, streams, _ in reversed(self._removed.values()) if other == kind), True)
+
+    def names(self) -> Iterator[str]:
+        """Yield the names of the engines that there are, and were: ids, and addresses with and without the port."""
+        known = [(name, backend.address) for name, backend in self.backends.items()]
+        for name, address in (*known, *((name, address) for name, (_, _, address) in self._removed.items())):
+            yield from (name, address)
+            host = address.rpartition(":")[0]
+            if host:
+                yield host
 
     def _kind(self, backend: str) -> tuple[str, bool]:
-        return self._kind_now(backend) if backend in self.backends else self._removed[backend]
+        return self._kind_now(backend) if backend in self.backends else self._removed[backend][:2]
 
     def _kind_now(self, backend: str) -> tuple[str, bool]:
         return self._driver.core.state.backends[backend].facts.kind, self.backends[backend].streams

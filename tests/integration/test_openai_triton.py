@@ -457,6 +457,8 @@ async def test_the_description(tmp_path: Path, more: dict[str, Any]) -> None:
     async with in_front(tmp_path, TEMPLATE, {}, **more) as (_, _, client):
         document = (await client.get("/openapi.json")).json()
         openapi_spec_validator.validate(document)
+        (klass,) = (each for each in document["paths"][CHAT]["post"]["parameters"] if each["name"] == "x-lora-class")
+        assert ("enum" in klass["schema"]) is not bool(more)  # classes are not for everybody where identity is enforced
         for path, operations in document["paths"].items():
             for method, operation in operations.items():
                 asked = operation.get("requestBody")

@@ -51,7 +51,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
         finally:
             self._gateway.close(ticket)
         if ending is not None and ending.reason is not None:
-            await context.abort(*status_of_ending(ending, request_id, _code_of(ending, ticket), self._hide_backend))
+            await context.abort(*status_of_ending(ending, request_id, _code_of(ending, ticket)))
 
     def _submit(self, request: Any, context: Any, metadata: Mapping[str, str], request_id: str) -> Ticket:
         fields, access, caller = fields_of(request, metadata), self._gateway.access, callers.CALLER.get()

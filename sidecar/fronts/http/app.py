@@ -22,7 +22,7 @@ from sidecar.errors import Misused, Reason
 from sidecar.files import file_for_ssl
 from sidecar.fronts.http.connection import HttpLimits
 from sidecar.fronts.http.listener import HttpListener
-from sidecar.fronts.http.probes import METRICS, MODEL_SERVER, NO_STORE, PATHS, Probes, why_not_ready
+from sidecar.fronts.http.probes import METRICS, MODEL_SERVER, NO_STORE, PATHS, UNREADY, Probes, why_not_ready
 from sidecar.fronts.openai.answering import send_failure
 from sidecar.fronts.openai.errors import CLOSE, Failure, closing, failure, wrong_method
 from sidecar.fronts.openai.load_calls import LOAD_IN_PLACE
@@ -63,8 +63,8 @@ class HttpFront:
 
     `grpc_address` is the data listener's, which answers to KServe's REST paths name; `api` is the application below
     `/v1`, and `description` the text of its OpenAPI document. With `probes` the paths of the listener for probes are
-    here as well, those of metrics only with `shows_metrics`: they name adapters and tenants. Pages of `origins` may
-    read answers in a browser.
+    here as well, those of metrics only with `shows_metrics`: they name adapters and tenants; and only with
+    `shows_engines` readiness says why not. Pages of `origins` may read answers in a browser, but not those of probes.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class HttpFront:
         tls: ssl.SSLContext | None = None,
         probes: bool = True,
         shows_metrics: bool = True,
+        shows_engines: bool = True,
         description: bytes = b"{}",
         origins: Sequence[str] = (),
     ) -> None:
@@ -86,13 +87,15 @@ class HttpFront:
         self.address = address
         self._grpc_address = grpc_address
         self._api = api
-        app: Any = self._serve
+        self._shared: Application = self._serve
         if origins:
-            app = CORSMiddleware(app, origins, allow_methods=("GET", "POST"), allow_headers=["*"], expose_headers=["*"])
-        self._listener = HttpListener(app, limits or HttpLimits(), tls)
+            self._shared = CORSMiddleware(
+                self._serve, origins, allow_methods=("GET", "POST"), allow_headers=["*"], expose_headers=["*"]
+            )
+        self._listener = HttpListener(self._begin, limits or HttpLimits(), tls)
         self._listens = False
         self._description = description
-        self._probes = Probes(gateway, metrics) if probes else None
+        self._probes = Probes(gateway, metrics, shows_engines) if probes else None
         self._shows_metrics = shows_metrics
         self._has_warned = False
 
@@ -109,6 +112,10 @@ class HttpFront:
         self._listens = False
         self._metrics.stop()
         await self._listener.stop()
+
+    async def _begin(self, scope: Scope, receive: Receive, send: Send) -> None:
+        serve = self._serve if scope["path"] in PATHS else self._shared
+        await serve(scope, receive, send)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         begun = False
@@ -165,7 +172,7 @@ class HttpFront:
         if not why_not_ready(self._gateway):
             return Failure(200, b"", media_type=b"")
         # The reason names backends, which not everybody may see.
-        return failure(503, "no request can be served now; /readyz says why", "not_ready", retry_ms=1000, retry=True)
+        return failure(503, UNREADY, "not_ready", retry_ms=1000, retry=True)
 
     def _warn_of_move(self, path: str) -> None:
         if not self._has_warned:

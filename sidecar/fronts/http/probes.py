@@ -29,6 +29,8 @@ IDLE_SHARE = 20
 SILENCE_S_MAX = 5.0
 """How long a connection may be silent before its request; a probe asks at once."""
 METRICS, MODEL_SERVER, LIVE, READY = PATHS = ("/metrics", "/metrics/model-server", "/livez", "/readyz")
+UNREADY = "no request can be served now; operators find the reason at /readyz of listeners.probes, or in the log"
+"""What is said where not everybody may know of engines."""
 NO_STORE = {"cache-control": "no-store"}
 Page = tuple[str, bytes]
 """Content type and text."""
@@ -88,11 +90,12 @@ class Kept:
 
 
 class Probes:
-    """An ASGI application with the paths."""
+    """An ASGI application with the paths. What readiness says names engines, where `shows_engines` allows that."""
 
-    def __init__(self, gateway: Gateway, metrics: Metrics) -> None:
+    def __init__(self, gateway: Gateway, metrics: Metrics, shows_engines: bool = True) -> None:
         self._gateway = gateway
         self._metrics = metrics
+        self._shows_engines = shows_engines
         self._model_server = Kept(metrics.model_server.render)
         shown = (self._show_metrics, self._show_model_server, self._show_live, self._show_ready)
         endpoints = zip(PATHS, shown, strict=True)
@@ -116,6 +119,8 @@ class Probes:
 
     async def _show_ready(self, request: Request) -> Response:
         why = why_not_ready(self._gateway)
+        if why and not self._shows_engines:
+            why = UNREADY
         return text_response(503, why) if why else text_response(200, "ok")
 
 

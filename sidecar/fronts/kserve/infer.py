@@ -29,6 +29,7 @@ from sidecar.core.effects import Settle
 from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts import callers, relay
 from sidecar.fronts.eligible import is_base, kserve_eligibility
+from sidecar.fronts.hiding import Hiding
 from sidecar.fronts.kserve import request
 from sidecar.fronts.kserve.lifetime import Lifetimes
 from sidecar.fronts.kserve.live import Live, LiveRequests, NotAccepted, for_client, stop_answer, stopped_answer
@@ -48,6 +49,7 @@ class KServe:
     def __init__(self, gateway: Gateway, config: Config) -> None:
         self.gateway = gateway
         self.hide_backend = config.hide_backend
+        self.hiding = Hiding(gateway, config.hide_backend)
         self.client_stall_s = config.client_stall_s
         self.live = LiveRequests()
         self._calls_max = config.listeners.data.calls_per_connection_max
@@ -173,7 +175,7 @@ class KServe:
         """Return the status of a bad ending. An engine's rejection keeps the engine's code and message."""
         rejected = ending.reason is Reason.BACKEND_REJECTED
         code = live.ticket.rejected_with if rejected else None
-        return status_of_ending(for_client(live, ending), live.ticket.client_id, code, self.hide_backend)
+        return status_of_ending(for_client(live, ending), live.ticket.client_id, code)
 
     @contextmanager
     def in_streams(self, peer: str) -> Iterator[OpenInStreams]:

@@ -141,7 +141,8 @@ class InferStream:
             accepted = self._front.accept(raw, self._context, self)
         except NotAccepted as refused:  # no other name may hold its error, whose traceback holds the message
             status = status_of_error(refused.error, refused.request_id)
-            return _refusal(refused.client_id, refused.request_id, refused.error.reason, status, refused.error.message)
+            message = self._front.hiding.text(refused.error.message)
+            return _refusal(refused.client_id, refused.request_id, refused.error.reason, status, message)
         return accepted if isinstance(accepted, Live) else _Message(_final(stop_answer(accepted)))
 
     async def _relay(self, live: Live) -> _Message | None:
@@ -161,7 +162,8 @@ class InferStream:
             return _Message(_final(stopped_answer(live.asked)) + wire.in_stream_response(origin))
         if ending.reason is None:
             return None
-        message, status = for_client(live, ending).message, self._front.status_of(live, ending)
+        message = self._front.hiding.text(for_client(live, ending).message)
+        status = self._front.status_of(live, ending)
         return _refusal(live.asked.client_id, live.asked.request_id, ending.reason, status, message)
 
     def _writer(self, live: Live) -> Callable[[Reply], Awaitable[None]]:

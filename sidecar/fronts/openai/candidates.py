@@ -231,8 +231,8 @@ def _takes_text(model: ModelKind) -> bool:
 def _no_template(backend: str) -> Unfit:
     return Unfit(
         "messages",
-        f"{backend} takes text only and no chat template is configured for it; set backends[].base_model.chat_template "
-        "to a Jinja2 file or the model's tokenizer_config.json, or send a prompt to /v1/completions",
+        f"{backend} takes text only and no chat template is configured for it; send a prompt to /v1/completions, or "
+        "set backends[].base_model.chat_template to a Jinja2 file or the model's tokenizer_config.json",
     )
 
 

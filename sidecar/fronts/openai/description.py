@@ -214,6 +214,6 @@ def _header(name: str, shape: Shape, config: Config) -> dict[str, Any]:
     schema: dict[str, Any] = {"type": "string", "maxLength": shape.characters_max, "pattern": PRINTABLE}
     if shape is identities.DEADLINE:
         schema = {"type": "integer", "minimum": 1, "exclusiveMaximum": 10**12}
-    elif shape is identities.CLASS:
+    elif shape is identities.CLASS and config.identity.mode != "enforce":  # it is read without a credential
         schema = {"type": "string", "enum": sorted({"default", *config.queue.classes})}
     return {"name": name, "in": "header", "schema": schema}

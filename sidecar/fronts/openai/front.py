@@ -26,6 +26,7 @@ from sidecar.config.queue import Queue
 from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts.callers import AUTHORIZATION, FORWARDED, peer_at
 from sidecar.fronts.eligible import empty_pools
+from sidecar.fronts.hiding import Hiding
 from sidecar.fronts.http.connection import CROWDED, PEER
 from sidecar.fronts.http.content_type import why_not_json
 from sidecar.fronts.intake import Intake
@@ -80,6 +81,7 @@ class OpenAiFront:
         self._gateway = gateway
         self._intake = intake
         self._hide_backend = config.hide_backend
+        self._hiding = Hiding(gateway, config.hide_backend)
         self._body_bytes_max = config.listeners.http.body_bytes_max
         self._prompts_max = config.listeners.http.prompts_max
         self.configure(config.queue, templates)
@@ -92,7 +94,7 @@ class OpenAiFront:
         self._destinations = Destinations(self._gateway.state, templates, self._may_stream)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request_id = request_id_of(scope["headers"])
+        request_id, send = request_id_of(scope["headers"]), self._hiding.send(send)
         path = scope["path"].rstrip("/")
         known = MODELS if path.startswith(f"{MODELS}/") else path
         try:
