@@ -39,7 +39,8 @@ class Hiding:
         if not self._on:
             return text
         names = {*self._gateway.fleet.names(), *self._gateway.state.config.pools}
-        found = "|".join((*map(re.escape, sorted(names, key=len, reverse=True)), _ADDRESSES))
+        told = sorted((name for name in names if name in text), key=len, reverse=True)
+        found = "|".join((*map(re.escape, told), _ADDRESSES))
         one = rf"(?:\w+:(?://)?)?(?<![\w-])(?:{found})(?![\w-])"
         text = re.sub(rf"(?:\bbackend )?{one}(?:, {one})*", ENGINE, text)
         return _KEYS.sub(rf"\1{OPERATOR}", text)

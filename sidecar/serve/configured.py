@@ -132,9 +132,7 @@ class ConfiguredBackends:
             await asyncio.sleep(LOOK_S)
         self._removing.add(identity)
         try:
-            await self._gateway.remove_backend(
-                identity, "it was taken out of the configuration", lambda: self._succeeded(identity)
-            )
+            await self._gateway.remove_backend(identity, "an operator removed it", lambda: self._succeeded(identity))
         finally:
             self._removing.discard(identity)
 
