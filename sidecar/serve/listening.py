@@ -158,7 +158,7 @@ class Listening:
 
     async def _open_http(self) -> None:
         http, drain = self._config.listeners.http, self._config.listeners.drain
-        templates, is_enforced = chat_templates(self._entries), self._config.identity.mode == "enforce"
+        templates = chat_templates(self._entries)
         self._openai = OpenAiFront(self._gateway, self._config, templates, self.intake, self.loads)
         self._http = HttpFront(
             self._gateway,
@@ -169,8 +169,7 @@ class Listening:
             HttpLimits(http.connections_max),
             _http_tls(http.tls, http.address),
             http.probes,
-            not is_enforced,
-            not is_enforced and not self._config.hide_backend,
+            self._config.identity.mode != "enforce" and not self._config.hide_backend,
             description_of(self._config),
             http.cors_origins,
         )

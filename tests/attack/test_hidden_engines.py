@@ -198,4 +198,7 @@ async def test_what_a_client_reads_of_readiness_without_a_credential(tmp_path: P
         of_http, of_probes = told.values()
         assert ENGINES[0] in of_probes
         assert (ENGINES[0] in of_http) is (kept == "nothing")
-        assert ENGINES[0] not in (await http.get(f"http://{served.sidecar.http_address}/health")).text
+        for path in ("/health", "/metrics", "/metrics/model-server", "/v1/models", "/openapi.json", "/v2/models/stats"):
+            told[path] = (await http.get(f"http://{served.sidecar.http_address}{path}")).text
+            assert kept == "nothing" or ENGINES[0] not in told[path]
+        assert (ENGINES[0] in told["/metrics"]) is (kept == "nothing")

@@ -63,8 +63,8 @@ class HttpFront:
 
     `grpc_address` is the data listener's, which answers to KServe's REST paths name; `api` is the application below
     `/v1`, and `description` the text of its OpenAPI document. With `probes` the paths of the listener for probes are
-    here as well, those of metrics only with `shows_metrics`: they name adapters and tenants; and only with
-    `shows_engines` readiness says why not. Pages of `origins` may read answers in a browser, but not those of probes.
+    here as well, but metrics, which name adapters, tenants and engines, and why it is not ready only with `tells_all`.
+    Pages of `origins` may read answers in a browser, but not those of probes.
     """
 
     def __init__(
@@ -77,8 +77,7 @@ class HttpFront:
         limits: HttpLimits | None = None,
         tls: ssl.SSLContext | None = None,
         probes: bool = True,
-        shows_metrics: bool = True,
-        shows_engines: bool = True,
+        tells_all: bool = True,
         description: bytes = b"{}",
         origins: Sequence[str] = (),
     ) -> None:
@@ -95,8 +94,8 @@ class HttpFront:
         self._listener = HttpListener(self._begin, limits or HttpLimits(), tls)
         self._listens = False
         self._description = description
-        self._probes = Probes(gateway, metrics, shows_engines) if probes else None
-        self._shows_metrics = shows_metrics
+        self._probes = Probes(gateway, metrics, tells_all) if probes else None
+        self._tells_all = tells_all
         self._has_warned = False
 
     async def start(self) -> None:
@@ -150,7 +149,7 @@ class HttpFront:
             await send_failure(send, answer, request_id_of(scope["headers"]))
 
     def _is_probe(self, path: str) -> bool:
-        return path in PATHS and (path not in (METRICS, MODEL_SERVER) or self._shows_metrics)
+        return path in PATHS and (path not in (METRICS, MODEL_SERVER) or self._tells_all)
 
     def _answer(self, path: str, method: str) -> Failure:
         """Return the answer to a path beside the API."""
