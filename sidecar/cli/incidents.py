@@ -16,6 +16,7 @@ from sidecar.cli.exits import CommandError, Exit, harmless
 from sidecar.cli.serving import resolve
 from sidecar.cli.show import AsJson, JournalPolicies, bar, count, print_json, size
 from sidecar.errors import Misused, Reason
+from sidecar.timelines.asking import WHICH
 
 if TYPE_CHECKING:
     from sidecar.config import Config
@@ -132,7 +133,7 @@ def replay(
         str | None,
         typer.Option(
             metavar="ID",
-            help="Explain what this request (its id or number) waited for, moment by moment.",
+            help=f"Explain what a request waited for, moment by moment. {WHICH}",
             show_default=False,
         ),
     ] = None,

@@ -13,6 +13,7 @@ from sidecar.cli.endpoint import admin_command
 from sidecar.cli.exits import CommandError, Exit, harmless, say
 from sidecar.cli.show import AsJson, console, count, duration, print_json, table
 from sidecar.proto import admin_pb2 as pb
+from sidecar.timelines.asking import WHICH
 
 Adapter = Annotated[
     str,
@@ -54,7 +55,7 @@ def show(
     client: Client,
     request: Annotated[
         str,
-        typer.Argument(metavar="ID", help="The request's id, as its client knows it, or its number in the log."),
+        typer.Argument(metavar="ID", help=WHICH),
     ],
     as_json: AsJson = False,
 ) -> None:

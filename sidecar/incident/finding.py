@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Container
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -13,9 +12,9 @@ from sidecar.config.identities import clipped
 from sidecar.errors import Misused, Reason
 from sidecar.incident.arrivals import JournalEntry, first_ns_of, first_step_of, header_of, lines_of
 from sidecar.journal.replay import SegmentFile
+from sidecar.timelines.asking import also_an_id_note, asked_for, same_id_note
 
 NEAR_MAX = 4
-_NUMBER = re.compile(r"([0-9]{1,18})(?:\.[0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -52,57 +51,39 @@ def began_of(header: dict[str, Any]) -> datetime | None:
     return began if began.tzinfo is not None else began.replace(tzinfo=UTC)
 
 
-def find_request(path: Path, segments: list[Path], asked: str, allowed: Container[str] = ()) -> RequestSegments:
-    """Return the segments of a request, given by its number in the log (17) or an engine's log (17.2), or by its id.
+def find_request(path: Path, segments: list[Path], text: str, allowed: Container[str] = ()) -> RequestSegments:
+    """Return the segments of a request that is named as `sidecar.timelines.asking` says.
 
     A number refers to the latest life of the process that had it. Clients choose ids, so several requests may share
     one: the last of them is returned, and the note names the others. Raises Misused if the journal has no such request.
     `allowed` is what SegmentFile takes.
     """
-    called = [line for line in lines_of(segments, ("Received",)) if line.event.client_id == asked]
-    number = _NUMBER.fullmatch(asked)
-    if number is not None:
+    asked = asked_for(text)
+    called = [line for line in lines_of(segments, ("Received",)) if line.event.client_id == asked.client_id]
+    if asked.number is not None:
         try:
-            return _with_note(_by_number(path, segments, int(number[1]), allowed), _also_an_id_note(asked, called))
+            found = _by_number(path, segments, asked.number, allowed)
         except Misused:
             if not called:
                 raise
+        else:
+            others = [_shown(line) for line in called if line.event.request != asked.number]
+            notes = found.note, also_an_id_note(text, others)
+            return replace(found, note="; ".join(filter(None, notes)))
     if called:
         last = called[-1]
-        note = _same_id_note(asked, called)
+        note = same_id_note(asked.client_id or "", [_shown(line) for line in called])
         return RequestSegments(last.event.request, segments[segments.index(last.segment) :], False, note)
     for index in reversed(_boundaries(segments)):
         held = SegmentFile(segments[index], allowed).core.state.requests.values()
-        if request := max((request.id for request in held if request.client_id == asked), default=0):
+        if request := max((request.id for request in held if request.client_id == asked.client_id), default=0):
             return RequestSegments(request, segments[index:], True)
     raise Misused(
         Reason.NOT_A_JOURNAL,
-        f'{path} has no request with the id "{clipped(asked)}": it is outside the kept journal, was refused before it '
-        "was queued, or ids were redacted; give its number instead, which the log writes as request=… and "
-        '"sidecar queue" shows',
+        f'{path} has no request with the id "{clipped(asked.client_id or "")}": it is outside the kept journal, was '
+        "refused before it was queued, or ids were redacted; give its number instead, which the log writes as "
+        'request=… and "sidecar queue" shows',
     )
-
-
-def _with_note(found: RequestSegments, note: str) -> RequestSegments:
-    return replace(found, note="; ".join(filter(None, (found.note, note))))
-
-
-def _same_id_note(asked: str, called: list[JournalEntry]) -> str:
-    if len(called) == 1:
-        return ""
-    return (
-        f'{len(called)} requests have the id "{clipped(asked)}", the last ones {_some(called)}: the last is explained; '
-        "give a number for another"
-    )
-
-
-def _also_an_id_note(asked: str, called: list[JournalEntry]) -> str:
-    others = [line for line in called if str(line.event.request) != asked]
-    return f"{asked} is also an id that clients have given, lastly to {_some(others)}" if others else ""
-
-
-def _some(lines: list[JournalEntry]) -> str:
-    return ", ".join(map(_shown, lines[-NEAR_MAX:]))
 
 
 def _by_number(path: Path, segments: list[Path], request: int, allowed: Container[str]) -> RequestSegments:

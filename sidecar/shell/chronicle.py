@@ -29,6 +29,7 @@ from sidecar.core.state import Request, State
 from sidecar.errors import Misused, Reason
 from sidecar.shell.requests import RequestFacts
 from sidecar.timelines import saying
+from sidecar.timelines.asking import Asked, also_an_id_note, asked_for, same_id_note
 from sidecar.timelines.obstacles import in_the_way
 from sidecar.timelines.record import (
     Entry,
@@ -60,7 +61,6 @@ SHARE_MAX = 0.01
 """The share of a core that looking at reasons may take; with more to look at, looks become rarer."""
 SLICE = 100
 """Reasons that are found, and SLICE * 10 requests that are looked at, before other tasks run."""
-OTHERS_NAMED_MAX = 4
 FRESH_NS = 50_000_000
 """A reason that was looked at so lately is not looked at for another arrival."""
 
@@ -102,13 +102,12 @@ class Chronicle:
 
     # Stories.
 
-    def find(self, asked: str) -> list[Record]:
+    def find(self, asked: Asked) -> list[Record]:
         """Return the requests with a number or a client's id, oldest first; notes and news as far as they are known."""
-        number = int(asked) if asked.isdecimal() and len(asked) < 19 else 0
         found = [
             record
             for record in (*self._ended.values(), *self._open.values())
-            if record.client_id == asked or record.request == number
+            if record.client_id == asked.client_id or record.request == asked.number
         ]
         for record in found:
             if record.settle is None:
@@ -455,27 +454,30 @@ class Chronicle:
         record.news = tuple(sorted(since, key=attrgetter("number")))
 
 
-def story(chronicle: Chronicle, asked: str, now_ns: int, tenant: str | None = None) -> Timeline:
-    """Return the timeline of the last request with a number or a client's id, for who is confined to a tenant.
+def story(chronicle: Chronicle, text: str, now_ns: int, tenant: str | None = None) -> Timeline:
+    """Return the timeline of the request that `text` names, for who is confined to a tenant, and name others like it.
 
     Raises Misused(UNKNOWN_REQUEST).
     """
+    asked = asked_for(text)
     found = [record for record in chronicle.find(asked) if tenant is None or record.received.tenant == tenant]
     if not found:
         raise Misused(
             Reason.UNKNOWN_REQUEST,
-            f'no request "{clipped(asked)}" is known here: it came before the last start, was refused at the door, '
+            f'no request "{clipped(text)}" is known here: it came before the last start, was refused at the door, '
             f"ended more than {ENDED_MAX} requests ago, or came to another replica. A journal tells of older ones: "
             "sidecar replay --explain ID DATA_DIRECTORY",
         )
-    timeline = timeline_of(found[-1], now_ns, hides_others=tenant is not None)
+    told = next((record for record in found if record.request == asked.number), found[-1])
+    others = [str(record.request) for record in found if record is not told]
+    timeline = timeline_of(told, now_ns, hides_others=tenant is not None)
     if timeline.ended_ns is None:
         timeline.notes.append("it has not ended")
-    if len(found) > 1:
-        others = ", ".join(str(record.request) for record in found[-1 - OTHERS_NAMED_MAX : -1])
-        timeline.notes.append(
-            f"{len(found)} requests have this id, the last is told; ask by number for another: {others}"
-        )
+    if told.request == asked.number:
+        note = also_an_id_note(text, others)
+    else:
+        note = same_id_note(asked.client_id or "", [*others, str(told.request)])
+    timeline.notes += [note] if note else []
     return timeline
 
 

@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from sidecar.proto import gateway_pb2
+from sidecar.timelines.asking import asked_for
 from tests.integration.test_incident import command
 from tests.kit.emulated import EngineProcess, running_engine
 from tests.kit.faults import attempt
@@ -167,5 +168,5 @@ async def test_a_request_that_another_replica_answers(tmp_path: Path) -> None:
     assert here["notes"] == [f"replica {name} has the rest of the story: ask it"]
     assert [(told["outcome"], told["client_id"]) for told in (here, there)] == [("ok", ASKED)] * 2
     assert {"fetch", "load", "sent", "first_token"} <= {at["what"] for at in there["timeline"]}
-    (record,) = owner.sidecar.gateway.chronicle.find(ASKED)
+    (record,) = owner.sidecar.gateway.chronicle.find(asked_for(ASKED))
     assert record.peer.startswith("127.0.0.1:")

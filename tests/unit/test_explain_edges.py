@@ -259,7 +259,20 @@ def test_a_number_is_a_number_also_where_clients_count(tmp_path: Path) -> None:
     (note,) = timeline.notes
     assert (timeline.request, timeline.client_id) == (2, "other")
     assert "2 is also an id that clients have given, lastly to 1 (base model" in note
+    assert note.endswith("id=2 asks for the last of them")
+    assert (explain(tmp_path, "id=2").request, explain(tmp_path, "request=2").request) == (1, 2)
     assert explain(tmp_path, "40").request == 3
+    with pytest.raises(Misused, match="has no request 40"):
+        explain(tmp_path, "request=40")
+
+
+def test_an_id_that_looks_like_how_one_is_asked_for(tmp_path: Path) -> None:
+    world = World()
+    called(world, "request=2", "id=2", "2")
+    world.run()
+    write_journal(world, tmp_path)
+    asked = ("id=request=2", "request=2", "id=id=2", "id=2", "2")
+    assert [explain(tmp_path, text).request for text in asked] == [1, 2, 2, 3, 2]
 
 
 def test_an_id_is_found_that_came_before_what_is_kept(tmp_path: Path) -> None:
