@@ -147,9 +147,9 @@ class UsageObserver:
     def _drop(self, effect: do.Drop, now_ns: int) -> None:
         self._meter.gone(effect.key, now_ns)
         version = version_of_key(effect.key)
-        for backend, held in self._held.items():  # an engine that reads files loses a version with its files
-            if version in held:
-                self._look(backend, now_ns)
+        # An engine that reads files loses a version with its files; with its last one it leaves `_held`.
+        for backend in [backend for backend, held in self._held.items() if version in held]:
+            self._look(backend, now_ns)
 
     # Names.
 

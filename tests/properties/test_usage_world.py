@@ -7,6 +7,7 @@ events and effects, so an event that it does not know makes the two differ.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from sidecar.core.enums import Phase
 from sidecar.errors import Reason
 from sidecar.shell.usage import UsageObserver
 from tests.kit.cases import first
-from tests.kit.corekit import SECOND, World, adapter_of
+from tests.kit.corekit import SECOND, World, adapter_of, facts_of
 from tests.properties import test_core_world
 
 SEEDS = range(25)
@@ -105,6 +106,22 @@ def test_what_is_told_is_what_is_held(seed: int, monkeypatch: pytest.MonkeyPatch
     outcomes = Counter(each.outcome.value for each in world.settled.values() if each.reason is not Reason.NOT_OWNER)
     assert {outcome: count for (what, outcome), count in found.items() if what == "requests"} == outcomes
     assert sum(used.loads for used in world.snapshot().rows().values()) == world.loads
+
+
+def test_the_last_version_of_engines_that_read_files() -> None:
+    """It leaves all of them with its files, in one step, and their slots are free from then on."""
+    world = Accounted(engines=0)
+    for backend in ("b0", "b1"):
+        world.add_engine(backend, replace(facts_of(device_pages=2), reads_files=True))
+    world.register_as("sql", adapter_of("first"))
+    for _ in range(20):
+        world.send("sql")
+    world.run(for_ns=SECOND)
+    assert all(backend.shadow.device.held for backend in world.core.state.backends.values())
+    world.register_as("sql", adapter_of("second"))
+    assert not any(backend.shadow.device.held for backend in world.core.state.backends.values())
+    world.run(for_ns=SECOND)
+    assert summed(world.snapshot())["slots", "taken"] == world.expected["slots", "taken"]
 
 
 def test_what_nobody_uses_has_the_name_that_was_asked_for() -> None:
