@@ -16,8 +16,9 @@ from sidecar.backends.kind import Kind, ModelKind, Native
 from sidecar.config import Config, plugins
 from sidecar.config.backends import Backend as Entry
 from sidecar.config.redis_address import without_users
-from sidecar.config.section import problems
+from sidecar.config.section import one_spelling, problems
 from sidecar.core.facts import EngineFacts
+from sidecar.core.state import State
 from sidecar.errors import Misused, Reason
 
 P = ParamSpec("P")
@@ -143,6 +144,17 @@ def base_names(facts: EngineFacts) -> tuple[str, ...]:
     return (*facts.base_models, *(facts.models if model_kind(facts.kind).native is Native.OPENAI else ()))
 
 
+def engines_of(state: State) -> Iterator[EngineFacts]:
+    """Yield the facts of each engine, and those that each pool declares."""
+    yield from (backend.facts for backend in state.backends.values())
+    yield from state.config.pools.values()
+
+
+def is_base_model(state: State, name: str) -> bool:
+    """Return True if an engine's base model has a name."""
+    return any(name in base_names(facts) for facts in engines_of(state))
+
+
 @lru_cache(maxsize=256)
 def _model_kind(name: str, ours: int, elsewhere: int) -> ModelKind:
     """Cached, because fronts ask for each engine of a pool with every request; the counts change with the kinds."""
@@ -257,12 +269,14 @@ def _plain(value: Any) -> Any:
 
 def _doubled(entries: Sequence[Entry]) -> Iterator[str]:
     """Yield the pairs of entries that are one engine: each would send as much as the engine takes."""
-    seen: dict[tuple[str, ...], str] = {}
+    seen: dict[tuple[str, ...], Entry] = {}
     for entry in entries:
         if entry.discover is None:
-            first = seen.setdefault(entry.place, entry.identity)
-            if first != entry.identity:
-                yield f"{first} and {entry.identity} are one engine ({entry.url}); take one of them out"
+            address, *model = entry.place
+            first = seen.setdefault((one_spelling(address), *model), entry)
+            if first is not entry:
+                urls = ", ".join(dict.fromkeys((first.url, entry.url)))
+                yield f"{first.identity} and {entry.identity} are one engine ({urls}); take one of them out"
 
 
 def _clashes(ids: Sequence[str], pools: Sequence[str]) -> Iterator[str]:

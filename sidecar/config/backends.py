@@ -115,7 +115,7 @@ class Backend(Section):
 
     @property
     def place(self) -> tuple[str, ...]:
-        """What no two backends have in common: its address, and what else tells engines at one address apart."""
+        """What no two backends have in common: its address first, then what tells engines at one address apart."""
         return (self.address,)
 
     @property

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from sidecar.config.section import Section, Tls, is_address
+from sidecar.config.section import LOOPBACK, Section, Tls, is_address
 
 
 def _of_tcp(address: str) -> str:
@@ -33,7 +33,7 @@ class Listener(Section):
 
 def is_local(address: str) -> bool:
     """Return True if only this machine reaches a HOST:PORT."""
-    return address.rpartition(":")[0].strip("[]") in ("127.0.0.1", "localhost", "::1")
+    return address.rpartition(":")[0].strip("[]") in LOOPBACK
 
 
 class GrpcListener(Listener):

@@ -6,6 +6,8 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from ipaddress import ip_address
 from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
@@ -37,6 +39,7 @@ _WANTED = {
 """What is expected, by pydantic's type of error."""
 
 
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 NUMBER_MAX = 1e12
 """Largest number with a fraction: as a duration 30,000 years. It is multiplied, and must stay finite."""
 _ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:/@?#\[\]]+):([0-9]{1,5})")
@@ -46,6 +49,18 @@ def is_address(text: str, port_min: int = 1) -> bool:
     """Return True for HOST:PORT, where an IPv6 address is in brackets."""
     found = _ADDRESS.fullmatch(text)
     return found is not None and port_min <= int(found[1]) < 1 << 16
+
+
+def one_spelling(address: str) -> str:
+    """Return HOST:PORT in one spelling: all names of this machine's loopback are one, and so are spellings of an IPv6.
+
+    No name is looked up: what it means may change, and a check of a file must not wait for a name server.
+    """
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]").lower().rstrip(".")
+    with suppress(ValueError):
+        host = str(ip_address(host))
+    return f"{'localhost' if host in LOOPBACK else host}:{port}"
 
 
 class Section(BaseModel):

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from sidecar.backends.api import Payload
 from sidecar.backends.kind import Native
-from sidecar.backends.registry import base_names, model_kind
+from sidecar.backends.registry import base_names, is_base_model, model_kind
 from sidecar.config.identities import clipped
 from sidecar.core.admission import BASE_NAMES
 from sidecar.core.facts import EngineFacts
@@ -27,10 +27,7 @@ def is_base(state: State, name: str) -> bool:
     """Return True if a name means a base model."""
     if name.partition("@")[0] in state.names:
         return False
-    if name in BASE_NAMES:
-        return True
-    declared = (*(backend.facts for backend in state.backends.values()), *state.config.pools.values())
-    return any(name in base_names(facts) for facts in declared)
+    return name in BASE_NAMES or is_base_model(state, name)
 
 
 def _has_base(facts: EngineFacts, base: str) -> bool:

@@ -42,6 +42,7 @@ from sidecar.shell.catalogue import Catalogue
 from sidecar.shell.chronicle import Chronicle
 from sidecar.shell.crash import Crash, last_ending
 from sidecar.shell.driver import Driver, Observer
+from sidecar.shell.fit import SharedNames
 from sidecar.shell.fleet import Added, Fleet
 from sidecar.shell.flow import Lanes
 from sidecar.shell.requests import Elsewhere, RequestFacts
@@ -115,6 +116,7 @@ class Gateway:
         self.lanes = Lanes(lambda: self.core.state)
         self.chronicle = Chronicle(lambda: self.core.state, self._ticket_of)
         self.driver.observe(self.chronicle, of_refused=True)
+        self.driver.observe(SharedNames(self.core.state))
         self.begin_trace: Callable[[Ticket, RequestFacts], Traced] | None = None
         """Begins the trace of a request; None if nothing is traced."""
         self._watcher: asyncio.Task[None] | None = None

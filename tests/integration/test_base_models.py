@@ -120,6 +120,53 @@ async def test_a_base_model_is_asked_by_its_own_name(tmp_path: Path) -> None:
             with pytest.raises(grpc.aio.AioRpcError) as unknown:
                 await served.ask("org/nothing", 3)
             assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
-            request = pb.RegisterRequest(name="one", path=str(write_adapter(tmp_path / "one")), base="org/other")
-            await served.adapters.Register(request)
-            assert (await served.ask("one", 3)).origins[0].version == "one@v1"
+            for name in ("one", "org/other"):
+                request = pb.RegisterRequest(name=name, path=str(write_adapter(tmp_path / "x")), base="org/other")
+                with pytest.raises(grpc.aio.AioRpcError, match="a base model that is served here has this name"):
+                    await served.adapters.Register(request)
+            assert not served.state.names
+
+
+async def test_every_parent_can_be_asked(tmp_path: Path) -> None:
+    """Engines whose base model is unknown take adapters of any, and are asked for "base"; nobody may name another."""
+    write_adapter(tmp_path / "adapters" / "sql", base_model_name_or_path="org/unknown-here")
+    for options, expected in (({}, "base"), ({"base_requests": "refuse"}, None)):
+        async with (
+            running_engine(**DUMMY) as engine,
+            serving([engine], tmp_path / "adapters", backend={"base_model": None}, **options) as served,
+            httpx.AsyncClient(base_url=f"http://{served.sidecar.http_address}", trust_env=False) as http,
+        ):
+            listed = (await http.get("/v1/models")).json()["data"]
+            assert next(each["parent"] for each in listed if each["id"] == "sql") == expected
+            body = {"model": expected or "base", "prompt": "hi", "max_tokens": 3}
+            is_usable = (await http.post("/v1/completions", json=body)).status_code == 200
+            is_shown = (await http.get(f"/v1/models/{body['model']}")).status_code == 200
+            assert is_usable == is_shown == (expected is not None)
+
+
+async def test_an_engine_that_comes_with_an_adapters_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The adapter goes on to answer, the log says so once, and the list names the base model otherwise."""
+    write_adapter(tmp_path / "adapters" / "sql", base_model_name_or_path="org/tiny")
+    async with running_engine(**DUMMY) as one, running_engine(**DUMMY) as two:
+        backends = [
+            {"url": f"triton://{one.grpc_address}", "id": "one", "base_model": {"name": "org/tiny"}},
+            {
+                "url": f"triton://{two.grpc_address}",
+                "id": "two",
+                "base_model": {"name": "org/other", "aliases": ["org/new"]},
+            },
+        ]
+        data = str(tmp_path / "data")
+        async with serving([], tmp_path / "adapters", backends=backends[:1], data_directory=data):
+            pass
+        backends[0]["base_model"] = {"name": "sql", "aliases": ["org/tiny"]}
+        async with (
+            serving([], roots=[tmp_path], backends=backends, data_directory=data) as served,
+            httpx.AsyncClient(base_url=f"http://{served.sidecar.http_address}", trust_env=False) as http,
+        ):
+            assert (await served.ask("sql", 3)).origins[0].version == "sql@v1"
+            listed = (await http.get("/v1/models")).json()["data"]
+    assert [(each["id"], each["parent"]) for each in listed] == [
+        ("org/tiny", None), ("org/other", None), ("sql", "org/tiny"),
+    ]  # fmt: skip
+    assert caplog.text.count("sql is an adapter and also the name of a base model") == 1

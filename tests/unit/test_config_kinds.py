@@ -99,6 +99,14 @@ def test_one_engine_under_two_ids_is_refused() -> None:
     """Each entry would send as much as the engine takes. A Triton may have several core models."""
     with pytest.raises(Misused, match=r"a and b are one engine \(vllm://e:8000\); take one of them out"):
         entries_of(parse({"backends": [{"id": each, "url": "vllm://e:8000"} for each in "ab"]}, "the test"))
+    for hosts in (("localhost", "127.0.0.1"), ("[::1]", "LOCALHOST"), ("GPU", "gpu."), ("[fe80::0:1]", "[fe80::1]")):
+        urls = [f"vllm://{host}:8000" for host in hosts]
+        backends = [{"id": each, "url": url} for each, url in zip("ab", urls, strict=True)]
+        with pytest.raises(Misused, match="a and b are one engine") as error:
+            entries_of(parse({"backends": backends}, "the test"))
+        assert ", ".join(urls) in error.value.message
+    apart = ("vllm://127.0.0.1:8000", "vllm://127.0.0.2:8000", "vllm://localhost:8001", "vllm://gpu:8000")
+    assert len(entries_of(parse({"backends": [{"url": url} for url in apart]}, "the test"))) == 4
     models = [{"id": each, "url": "triton://e:8001", "model": f"model-{each}"} for each in "ab"]
     assert len(entries_of(parse({"backends": models}, "the test"))) == 2
 

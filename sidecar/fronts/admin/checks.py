@@ -10,7 +10,7 @@ from sidecar.access.checking import HIDDEN, TENANTS, Answer, Known, check, princ
 from sidecar.access.deciding import CachedPolicy
 from sidecar.access.policy import READY
 from sidecar.access.principal import SYSTEM, Action, Principal
-from sidecar.backends.registry import base_names
+from sidecar.backends.registry import is_base_model
 from sidecar.core.admission import BASE_NAMES
 from sidecar.errors import Reason, Refused
 from sidecar.fronts import callers
@@ -97,5 +97,4 @@ class Checks:
         return "" if paused_for(record, time()) is None else PAUSED
 
     def _is_base(self, name: str) -> bool:
-        backends = self._gateway.state.backends.values()
-        return name in BASE_NAMES or any(name in base_names(backend.facts) for backend in backends)
+        return name in BASE_NAMES or is_base_model(self._gateway.state, name)

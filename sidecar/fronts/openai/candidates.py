@@ -173,11 +173,6 @@ class Destinations:
         pools = [Engine(pool, pool, facts) for pool, facts in empty_pools(self._state)]
         return (*present, *(pool for pool in pools if eligibility.may_come(self._state, version, (pool.id,))))
 
-    def _declared(self) -> Iterator[EngineFacts]:
-        """Yield the facts of each engine, and those that each pool declares."""
-        yield from (backend.facts for backend in self._state.backends.values())
-        yield from self._state.config.pools.values()
-
     def _as_text(
         self,
         asked: OpenAiRequest,
@@ -214,7 +209,7 @@ class Destinations:
         return [None] if any(map(_takes_text, self._models())) else []
 
     def _models(self) -> Iterator[ModelKind]:
-        return (model_kind(facts.kind) for facts in self._declared())
+        return (model_kind(facts.kind) for facts in registry.engines_of(self._state))
 
     def _streams(self, kinds: Sequence[str]) -> dict[str, bool]:
         """Return for these kinds of model and their siblings whether they stream: a server may have any sibling."""

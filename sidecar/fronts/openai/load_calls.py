@@ -20,11 +20,10 @@ from sidecar.access.access import Caller
 from sidecar.access.principal import Action, Resource, Sort
 from sidecar.access.resources import adapter_resource, summary
 from sidecar.adapters.copying import NoAdapter, config_in
-from sidecar.backends.registry import base_names
+from sidecar.backends.registry import is_base_model
 from sidecar.config import Config
 from sidecar.core.admission import BASE_NAMES
 from sidecar.errors import Family, Reason, Refused, SidecarError
-from sidecar.fronts.eligible import empty_pools
 from sidecar.fronts.openai import load_texts as texts
 from sidecar.fronts.openai.errors import Failure, failure_of_error
 from sidecar.fronts.questions import ask
@@ -142,7 +141,7 @@ class LoadCalls:
         name, path = fields.lora_name, fields.lora_path
         if not name or not path:
             return texts.nothing_given()
-        if name in self._base_names():
+        if name in BASE_NAMES or is_base_model(self._gateway.state, name):
             return texts.base_conflict(name)
         if len(path) > PATH_CHARACTERS_MAX:
             return texts.failed(texts.INVALID_INPUT, f"the path has {len(path)} characters", "lora_path")
@@ -182,12 +181,6 @@ class LoadCalls:
             causes = texts.vllm_causes(config, self._rank_max())
             return texts.not_added(f"{causes} {error.message}".strip())
         return texts.failed(texts.INTERNAL, error.message, retry_s=error.retry_after_s or 1.0)
-
-    def _base_names(self) -> Iterator[str]:
-        engines = [backend.facts for backend in self._gateway.state.backends.values()]
-        yield from BASE_NAMES
-        for facts in (*engines, *(facts for _, facts in empty_pools(self._gateway.state))):
-            yield from base_names(facts)
 
     def _rank_max(self) -> int | None:
         """Return the highest rank that an engine takes; None if one may take any."""

@@ -9,7 +9,7 @@ from time import time
 from typing import Any
 
 from sidecar.access.access import Caller
-from sidecar.backends.registry import base_names
+from sidecar.backends.registry import base_names, engines_of, is_base_model
 from sidecar.core.admission import BASE_NAMES
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.loading import PATH
@@ -17,6 +17,8 @@ from sidecar.state.records import Record, Version
 
 OWNER = "lora-sidecar"
 BASE = BASE_NAMES[-1]
+ANY = ""
+"""Stands for the base model of engines that take adapters of whichever base model."""
 
 
 class Models:
@@ -33,15 +35,14 @@ class Models:
         """
         access, records = self._gateway.access, self._gateway.catalogue.registry.all()
         shown = await access.visible(caller, tenant, records)
-        bases = list(self._bases(caller))
-        listed = self._listed_bases()
+        bases = self._bases(caller)
 
         def entries() -> Iterator[bytes]:
-            for entry in bases:
-                yield json.dumps(entry).encode()
+            for name in dict.fromkeys(bases.values()):
+                yield json.dumps(self._base(name)).encode()
             for record in records:
                 if record.name in shown:
-                    for entry in self._entries(caller, record, versions, listed):
+                    for entry in self._entries(caller, record, versions, bases):
                         yield json.dumps(entry).encode()
 
         data = await asyncio.to_thread(lambda: b", ".join(entries()))
@@ -52,8 +53,8 @@ class Models:
         name, _, selector = model.partition("@")
         record = self._gateway.catalogue.registry.get(name)
         if record is None:
-            names = {alias for bases in self._base_names() for alias in bases} | {BASE}
-            return self._base(model) if model in names and self._gateway.access.may_see_base(caller, model) else None
+            is_known = model == BASE or is_base_model(self._gateway.state, model)
+            return self._base(model) if is_known and self._may_use_base(caller, model) else None
         if not self._gateway.access.may_see(caller, tenant, record):
             return None
         version = record.selected(selector) if selector else record.version
@@ -61,18 +62,28 @@ class Models:
             return None
         if selector and not self._gateway.access.may_see_version(caller, record, version.ordinal):
             return None
-        return self._entry(model, caller, record, version, self._listed_bases())
+        return self._entry(model, caller, record, version, self._bases(caller))
 
-    def _bases(self, caller: Caller) -> Iterator[dict[str, Any]]:
-        if not self._gateway.state.config.base_requests:
-            return
-        names = dict.fromkeys(bases[0] for bases in self._base_names() if bases)
-        for name in names or (BASE,):
-            if self._gateway.access.may_see_base(caller, name):
-                yield self._base(name)
+    def _may_use_base(self, caller: Caller, name: str) -> bool:
+        return self._gateway.state.config.base_requests and self._gateway.access.may_see_base(caller, name)
 
-    def _base_names(self) -> list[tuple[str, ...]]:
-        return [base_names(backend.facts) for backend in self._gateway.state.backends.values()]
+    def _bases(self, caller: Caller) -> dict[str, str]:
+        """Return the listed name of each base model that a caller may use, by all its names, and by ANY.
+
+        The name is one that requests may have: an adapter of the same name takes it away, and an engine whose base
+        model is unknown is asked for BASE, if no engine's is known.
+        """
+        named, adapters = False, self._gateway.catalogue.registry
+        found: dict[str, str | None] = {}
+        for facts in engines_of(self._gateway.state):
+            names = base_names(facts)
+            named = named or bool(names)
+            listed = next((name for name in names if adapters.get(name) is None), None)
+            for name in (*names, *(() if facts.base_models or not names else (ANY,))):
+                found.setdefault(name, listed)
+        if not named:
+            found = dict.fromkeys((BASE, ANY), BASE)
+        return {name: listed for name, listed in found.items() if listed and self._may_use_base(caller, listed)}
 
     def _base(self, name: str) -> dict[str, Any]:
         return self._record(name, self._since, name, None) | {"max_model_len": self._longest(name)}
@@ -84,15 +95,15 @@ class Models:
         return max((length for length in serving if length is not None), default=None)
 
     def _entries(
-        self, caller: Caller, record: Record, versions: bool, listed: Mapping[str, str]
+        self, caller: Caller, record: Record, versions: bool, bases: Mapping[str, str]
     ) -> Iterator[dict[str, Any]]:
-        yield self._entry(record.name, caller, record, record.version, listed)
+        yield self._entry(record.name, caller, record, record.version, bases)
         for version in record.versions if versions else ():
             if self._gateway.access.may_see_version(caller, record, version.ordinal):
-                yield self._entry(_label(record, version), caller, record, version, listed)
+                yield self._entry(_label(record, version), caller, record, version, bases)
 
     def _entry(
-        self, model: str, caller: Caller, record: Record, version: Version, listed: Mapping[str, str]
+        self, model: str, caller: Caller, record: Record, version: Version, bases: Mapping[str, str]
     ) -> dict[str, Any]:
         access, path = self._gateway.access, dict(version.labels).get(PATH)
         created, root = int(version.registered_at) or self._since, _label(record, version)
@@ -100,13 +111,8 @@ class Models:
             created, root = self._since, record.name
         elif path and access.may_change(caller, record):
             root = path
-        trained_on = version.adapter.base_model
-        parent = listed.get(trained_on, trained_on)
+        parent = bases.get(version.adapter.base_model) or bases.get(ANY)
         return self._record(model, created, root, parent)
-
-    def _listed_bases(self) -> dict[str, str]:
-        """Return the listed name of each base model by its aliases: an adapter may have been trained under one."""
-        return {alias: bases[0] for bases in reversed(self._base_names()) for alias in bases}
 
     def _record(self, model: str, created: int, root: str, parent: str | None) -> dict[str, Any]:
         return {
