@@ -207,6 +207,7 @@ def _without_commands(message: str) -> str:
     for command, instead in (
         (RELEASE, "; name another model of /v1/models, or ask your operator to release it"),
         (eligibility.LIST_BACKENDS, "; ask your operator which take it"),
+        (eligibility.ADD_BACKEND, "; try again later, or ask your operator"),
     ):
         told, found, _ = message.partition(command)
         if found:

@@ -128,6 +128,7 @@ def long_enough(backend: Backend, input_tokens: int) -> bool:
 
 
 LIST_BACKENDS = '; "sidecar backends list" shows them'
+ADD_BACKEND = '; name one under "backends" or with --backend triton://HOST:PORT, or add it with "sidecar backends add"'
 """What an operator is told; journals have it."""
 
 
@@ -146,7 +147,7 @@ def no_backend_message(state: State, name: str, digest: str) -> str:
     if not total and state.config.pools:
         return f"{name}: no engine has been found yet, and none of {', '.join(state.config.pools)} could serve it"
     if not total:
-        return f"{name}: no backend is configured; start the sidecar with --backend triton://HOST:PORT"
+        return f"{name}: no engine is configured at the moment{ADD_BACKEND}"
     reasons = ", ".join(f"{count} {short}" for short, count in counts.items())
     return f"{name}: 0 of {total} backends can serve it: {reasons}.{sentence}"
 

@@ -21,6 +21,7 @@ from sidecar.backends.registry import entries_of
 from sidecar.backends.triton.loads import LoaderProcess
 from sidecar.config import Config, plugins
 from sidecar.config.discover import Discover
+from sidecar.core.eligibility import ADD_BACKEND
 from sidecar.core.naming import version_label
 from sidecar.discovery.found import Finder
 from sidecar.fronts.admin.checks import Checks
@@ -259,7 +260,7 @@ class Sidecar:
         present = settings_of(self.entries, facts_of(self.entries))
         self._configured = ConfiguredBackends(maker, present, self.config.drain_timeout_s)
         if not self.entries:
-            logger.warning("no backend is configured: name one with --backend triton://HOST:PORT, or under backends")
+            logger.warning("no engine is configured%s", ADD_BACKEND)
         await self.served.start()
         if self._declared is not None:
             self._declared.start()

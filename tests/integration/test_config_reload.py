@@ -399,6 +399,10 @@ async def test_backends_that_are_added_and_removed(tmp_path: Path) -> None:
         for wrong, words in (
             (add, "already"),
             (admin_pb2.AddBackendRequest(backend="again", url=f"triton://{two.grpc_address}"), "are one engine"),
+            (
+                admin_pb2.AddBackendRequest(backend="again", url=f"triton://localhost:{two.grpc_address[10:]}"),
+                "are one engine",
+            ),
             (admin_pb2.AddBackendRequest(backend="x", url="http://somewhere"), "must be of the form"),
             (admin_pb2.AddBackendRequest(backend="x", url="triton://h:1", like="nobody"), "there are trt-0, more"),
         ):
@@ -415,6 +419,17 @@ async def test_backends_that_are_added_and_removed(tmp_path: Path) -> None:
             await served.backends.Remove(admin_pb2.BackendRequest(backend="trt-0"))
         assert await reload(served) == ["backends.more (removed)", "backends.trt-0 (added)"]
         await until(lambda: list(served.state.backends) == ["trt-0"])
+        await served.backends.Remove(admin_pb2.BackendRequest(backend="trt-0"))
+        await until(lambda: not served.state.backends)
+        words = "no engine is configured at the moment; try again later, or ask your operator"
+        with pytest.raises(grpc.aio.AioRpcError, match=words):
+            await served.ask("")
+        async with httpx.AsyncClient(base_url=f"http://{served.sidecar.http_address}") as http:
+            answer = await http.post("/v1/completions", json={"model": "base", "prompt": "x", "max_tokens": 1})
+            ready = await http.get("/readyz")
+        assert answer.status_code == 503
+        assert words in answer.json()["error"]["message"]
+        assert "sidecar backends add" in ready.text  # who looks at the process is an operator
 
 
 async def test_a_backend_that_comes_back_stays(tmp_path: Path) -> None:

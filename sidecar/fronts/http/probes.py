@@ -18,6 +18,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
+from sidecar.core.eligibility import ADD_BACKEND
 from sidecar.core.state import Backend
 from sidecar.fronts.http.connection import HttpLimits
 from sidecar.fronts.http.listener import HttpListener
@@ -46,7 +47,7 @@ def why_not_ready(gateway: Gateway) -> str:
     if not state.backends and state.config.pools:
         return f"no engine has been found yet in {', '.join(state.config.pools)}"
     if not state.backends:
-        return "no backend is configured; start the sidecar with --backend triton://HOST:PORT"
+        return f"no engine is configured{ADD_BACKEND}"
     if gateway.takes_requests:
         return ""
     return "no backend takes requests: " + "; ".join(_why_not(gateway, backend) for backend in state.backends.values())
