@@ -164,13 +164,28 @@ class Loading:
     # Engines.
 
     async def _bring(self, name: str, ordinal: int) -> Loaded:
-        """Bring a version to every engine that serves it and is up. Raises Refused if none takes it."""
+        """Bring a version to every engine that serves it and is up. Raises Refused if none takes it.
+
+        Those that were asked may all have begun to drain, or gone down, while others came up: then these are asked.
+        """
         loaded = Loaded(f"{name}@v{ordinal}")
-        engines = self._engines(name, ordinal)
-        loaded.without = {backend: "it is down" for backend in engines if not self._gateway.serves(backend)}
+        done: set[str] = set()
+        while not loaded.backends and not loaded.refusals:
+            engines = [each for each in self._engines(name, ordinal) if each not in done]
+            serving = [each for each in engines if self._gateway.serves(each)]
+            loaded.without |= {each: "it is down" for each in engines if each not in serving}
+            if not serving:
+                break
+            await self._bring_to_each(serving, loaded)
+            done.update(each for each in serving if self._gateway.serves(each))
+        if not loaded.backends or len(loaded.refusals) >= REFUSALS:  # in whatever order they have answered
+            raise _not_taken(name, loaded)
+        return loaded
+
+    async def _bring_to_each(self, backends: Sequence[str], loaded: Loaded) -> None:
+        """Bring a version to engines side by side, and note the results, until too many refuse it."""
         # The first to be asked is the first to load it.
-        asked = sorted((each for each in engines if each not in loaded.without), key=self._in_line)
-        left = {asyncio.create_task(self._bring_to(backend, loaded)) for backend in asked}
+        left = {asyncio.create_task(self._bring_to(each, loaded)) for each in sorted(backends, key=self._in_line)}
         try:
             while left and (loaded.backends or len(loaded.refusals) < REFUSALS):
                 done, left = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
@@ -181,9 +196,6 @@ class Loading:
                 task.cancel()
             if left:
                 await asyncio.wait(left)
-        if not loaded.backends or len(loaded.refusals) >= REFUSALS:  # in whatever order they have answered
-            raise _not_taken(name, loaded)
-        return loaded
 
     def _engines(self, name: str, ordinal: int) -> Sequence[str]:
         known = self._state.names.get(name)
@@ -202,6 +214,7 @@ class Loading:
         reply = await self._answer_of(backend, loaded.version)
         if reply.reason is None:
             loaded.backends.append(backend)
+            loaded.without.pop(backend, None)
             return
         why = reply.error.removesuffix(f" [{reply.reason.value}]")
         if reply.reason in _OF_THIS_PROCESS:

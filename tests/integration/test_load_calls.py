@@ -331,6 +331,22 @@ async def test_an_engine_that_goes_down_during_its_load_does_not_hold_up_the_nam
         assert (reply.headers["x-lora-backends"], reply.headers["x-lora-without"]) == ("vllm-0", "vllm-1")
 
 
+async def test_an_engine_that_comes_while_the_only_other_is_drained_is_asked_as_well(tmp_path: Path) -> None:
+    """As where engines are restarted in turn: at no moment was the pool without one."""
+    async with both(dying("--load-ms", "600000"), dying(), tmp_path) as (trainer, _, engine):
+        backends = trainer.served.state.backends
+        await engine.kill()
+        await until(lambda: not backends["vllm-1"].takes_requests)
+        loading = asyncio.create_task(trainer.load(trainer.write(0)))
+        await until(lambda: any(effect.backend == "vllm-0" for effect in trainer.served.recorder.of(Load)))
+        await engine.start()
+        await until(lambda: backends["vllm-1"].takes_requests)
+        await trainer.served.backends.Drain(admin_pb2.BackendRequest(backend="vllm-0"))
+        reply = await loading
+        assert (reply.status_code, reply.text) == (200, ADDED)
+        assert (reply.headers["x-lora-backends"], reply.headers["x-lora-without"]) == ("vllm-1", "vllm-0")
+
+
 async def test_an_adapter_that_engines_die_of_gets_no_further_than_two(tmp_path: Path) -> None:
     deadly = write_adapter(tmp_path / "deadly", seed=66)
     crash = ("--crash-on-load", f"grpo@{digest_of_folder(deadly)[:12]}")
