@@ -364,6 +364,20 @@ async def test_what_only_a_triton_serves_is_asked_in_its_words(tmp_path: Path) -
         assert (await base).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("members", "param"),
+    [({"n": 0}, "n"), ({"n": 2, "best_of": 1}, "best_of"), ({"best_of": 0}, "best_of"), ({"n": 0, "best_of": 0}, "n")],
+)
+async def test_answers_that_cannot_be_counted_out(tmp_path: Path, members: dict[str, int], param: str) -> None:
+    """OpenAI's API has n from 1 on, and returns the best n of best_of."""
+    engine = ScriptedVllm()
+    async with house(tmp_path, [engine]) as served:
+        response = await ask(served, members)
+        error = response.json()["error"]
+        assert (response.status_code, error["code"], error["param"]) == (400, 400, param)
+        assert not engine.forms
+
+
 async def test_base_models_are_told_apart(tmp_path: Path) -> None:
     """A base model's name goes to the engines that serve it; a name of neither is nobody's."""
     one, other = ScriptedVllm("v0"), ScriptedVllm("v1")

@@ -206,6 +206,8 @@ async def test_a_chat_without_a_template(tmp_path: Path) -> None:
         ({"min_tokens": 5}, "min_tokens"),
         ({"min_tokens": "1"}, "min_tokens"),
         ({"best_of": 3}, "best_of"),
+        ({"n": 2, "best_of": 1}, "best_of"),
+        ({"n": 0}, "n"),
         ({"logprobs": 1}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
         ({"echo": True}, "echo"),

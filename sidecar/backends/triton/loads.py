@@ -8,6 +8,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,7 +136,8 @@ class _Child:
         _, standing = await asyncio.wait([self._reader], timeout=END_S)
         if standing:  # a file system that does not answer keeps it, and would keep the sidecar
             logger.warning("the loader process did not end within %g s and is killed", END_S)
-            self.process.kill()
+            with suppress(ProcessLookupError):  # it has just ended, and the end of what it wrote is on its way
+                self.process.kill()
         await self._reader
 
     def _send(self, record: dict[str, Any]) -> None:

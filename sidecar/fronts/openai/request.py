@@ -15,7 +15,7 @@ from sidecar.fronts.callers import REQUEST_ID_KEY, TRACE_KEYS, combined, made_id
 from sidecar.fronts.kserve.parameters import seconds_until
 from sidecar.fronts.openai.body import LENGTHS, Body, Span
 
-N = "n"
+N, BEST_OF = "n", "best_of"
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 COMPLETION_TOKENS_DEFAULT = 16
 """OpenAI's default for completions; a chat is as long as the engine allows."""
@@ -123,14 +123,13 @@ def read_request(path: str, body: Body) -> OpenAiRequest:
         has_length = any(values.get(name) is not None for name in COMPLETION_LENGTHS)
     if max_tokens is None and path == COMPLETIONS:
         max_tokens = COMPLETION_TOKENS_DEFAULT
-    each = max(1, _count(values, N) or 1, _count(values, "best_of") or 1)
     return OpenAiRequest(
         path=path,
         body=body,
         streams=streams,
         wants_usage=streams and isinstance(options, dict) and options.get("include_usage") is True,
         max_tokens=max_tokens,
-        answers=prompts * each,
+        answers=prompts * _answers(values),
         prompt_tokens=tokens,
         prompt_bytes=size_bytes,
         session=session_of(user) if isinstance(user := values.get("user"), str) else "",
@@ -174,11 +173,9 @@ def choices_of(asked: OpenAiRequest, prompts: int, requests_max: int, bytes_max:
     Raises Unfit for more than `requests_max` answers to all prompts, or if they would have more than `bytes_max`.
     """
     total = prompts * asked.answers
-    best_of = asked.body.values.get("best_of")
+    best_of = asked.body.values.get(BEST_OF)
     if best_of not in (None, 1, asked.body.values.get(N)):
-        raise Unfit(
-            "best_of", "the engines behind this model cannot choose the best of their answers; leave best_of out"
-        )
+        raise Unfit(BEST_OF, "the engines behind this model cannot choose the best of their answers; leave best_of out")
     if total > requests_max or total * asked.size_bytes > bytes_max:
         raise Unfit(
             N,
@@ -199,6 +196,17 @@ def _flag(values: dict[str, Any], name: str) -> bool:
     if value is not None and not isinstance(value, bool):
         raise Unfit(name, f'"{name}" must be true or false')
     return bool(value)
+
+
+def _answers(values: dict[str, Any]) -> int:
+    """Return how many answers an engine makes of a prompt: `best_of`, of which the client gets `n`."""
+    asked, best_of = _count(values, N), _count(values, BEST_OF)
+    returned = 1 if asked is None else asked
+    if not returned:
+        raise Unfit(N, '"n" must be at least 1')
+    if best_of is not None and best_of < returned:
+        raise Unfit(BEST_OF, f'"best_of" is {best_of} and must be at least "n", which is {returned}')
+    return returned if best_of is None else best_of
 
 
 def _count(values: dict[str, Any], name: str) -> int | None:

@@ -17,7 +17,7 @@ from sidecar.backends.api import Form
 from sidecar.backends.kind import Ask, write_for
 from sidecar.fronts.generate.forms import INT32_MAX
 from sidecar.fronts.openai.chat_templates import ChatTemplate, plain_messages
-from sidecar.fronts.openai.request import N, OpenAiRequest, Unfit, whole_number
+from sidecar.fronts.openai.request import BEST_OF, N, OpenAiRequest, Unfit, whole_number
 
 READ = frozenset(
     {
@@ -90,7 +90,7 @@ def text_request(
     models = {registry.model_kind(name): does_stream for name, does_stream in streams.items()}
     where = f"the engines behind this model ({', '.join(dict.fromkeys(model.title for model in models))})"
     values = asked.body.values
-    _check_members(values if asked.choice is None else {**values, N: 1, "best_of": 1}, where)
+    _check_members(values if asked.choice is None else {**values, N: 1, BEST_OF: 1}, where)
     max_tokens = tokens_assumed if asked.max_tokens is None else asked.max_tokens
     if limited is not None:
         max_tokens = min(max_tokens, limited)
