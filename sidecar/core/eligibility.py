@@ -127,6 +127,8 @@ def long_enough(backend: Backend, input_tokens: int) -> bool:
     return longest is None or input_tokens <= longest
 
 
+NEAR = 0.65
+"""How alike a name is that is suggested for an unknown one: one wrong letter of three, or a word more or less."""
 LIST_BACKENDS = '; "sidecar backends list" shows them'
 ADD_BACKEND = '; name one under "backends" or with --backend triton://HOST:PORT, or add it with "sidecar backends add"'
 """What an operator is told; journals have it."""
@@ -374,7 +376,7 @@ def nearest(name: str, known: Collection[str], count: int = 3) -> list[str]:
     name = name[:200]
     likely = _around(name, sorted(known))
     likely += [found[::-1] for found in _around(name[::-1], sorted(other[::-1] for other in known))]
-    return difflib.get_close_matches(name, dict.fromkeys(likely), n=count, cutoff=0.5)
+    return difflib.get_close_matches(name, dict.fromkeys(likely), n=count, cutoff=NEAR)
 
 
 def _around(name: str, ordered: list[str], reach: int = 50) -> list[str]:

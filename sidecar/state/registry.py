@@ -251,8 +251,8 @@ def lock_data_directory(directory: Path) -> IO[str]:
         file.close()
         raise Misused(
             Reason.DATA_DIRECTORY_IN_USE,
-            f"the data directory {directory} is in use by process {holder}; stop that one, or give this one "
-            "another with --data",
+            f"the data directory {directory} is in use by process {holder}; stop that one, or name another "
+            "data directory",
         ) from error
     with suppress(OSError):  # a full disk: the lock holds without the pid, which only serves the message
         file.truncate(0)

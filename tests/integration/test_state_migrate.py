@@ -108,6 +108,7 @@ async def test_nobody_may_be_at_work_on_either(server: Server, tmp_path: Path, c
     lock = lock_data_directory(tmp_path / "data")
     refused = await migrate(command, str(tmp_path / "data"), server.url, "--json")
     assert (refused.code, refused.error()["reason"]) == (3, "DATA_DIRECTORY_IN_USE")
+    assert "--" not in refused.error()["message"]  # `serve` and `state` take the directory by different options
     lock.close()
     link = link_to(server.url)
     await RedisMembers(link).beat(SendBeat(1, Member("replica-1", "replica-1")), "", 0)

@@ -34,6 +34,21 @@ def test_unknown_adapter_names_the_nearest() -> None:
     assert "poetry" not in end.message
 
 
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ("sqk", "sql"), ("frnech", "french"), ("french-2", "french"), ("a0", "a00"),
+        ("friendly", ""), ("fr", ""), ("chef", ""), ("squeal-now", ""), ("english", ""),
+    ],
+)  # fmt: skip
+def test_only_close_names_are_suggested(asked: str, meant: str) -> None:
+    """What was mistyped, and no other word that shares some letters."""
+    world = World()
+    world.register("french", "sql", "a00")
+    message = refusal(world, asked).message
+    assert (f"did you mean {meant}?" in message) if meant else ("did you mean" not in message)
+
+
 def test_unknown_adapter_without_a_near_name_says_where_to_look() -> None:
     """A name like no other is refused with what lists them: to clients the API, to operators the command."""
     world = World()
@@ -119,8 +134,8 @@ def test_a_forbidden_name_is_told_as_one_that_is_not_there() -> None:
     """The same reason and words as after the name has gone, with the nearest of those that are the tenant's."""
     world = World()
     world.register("sql-secret", allow=("red",))
-    world.register("sql-other", allow=("red", "green"))
-    for tenant, near in (("blue", "none is registered"), ("green", "did you mean sql-other?")):
+    world.register("sql-secrets", allow=("red", "green"))
+    for tenant, near in (("blue", "none is registered"), ("green", "did you mean sql-secrets?")):
         forbidden = refusal(world, "sql-secret@v1", tenant=tenant)
         told = admission.for_client(world.core.state, forbidden)
         assert forbidden.reason is Reason.NOT_ALLOWED
