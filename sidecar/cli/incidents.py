@@ -14,9 +14,8 @@ from sidecar.cli.durations import seconds_in
 from sidecar.cli.endpoint import CA_VARIABLE, PANEL
 from sidecar.cli.exits import CommandError, Exit, harmless
 from sidecar.cli.serving import resolve
-from sidecar.cli.show import AsJson, JournalPolicies, bar, count, print_json, size
+from sidecar.cli.show import WHICH, AsJson, JournalPolicies, bar, count, print_json, size
 from sidecar.errors import Misused, Reason
-from sidecar.timelines.asking import WHICH
 
 if TYPE_CHECKING:
     from sidecar.config import Config

@@ -11,9 +11,8 @@ from sidecar.cli import completing
 from sidecar.cli.client import Client
 from sidecar.cli.endpoint import admin_command
 from sidecar.cli.exits import CommandError, Exit, harmless, say
-from sidecar.cli.show import AsJson, console, count, duration, print_json, table
+from sidecar.cli.show import WHICH, AsJson, console, count, duration, print_json, table
 from sidecar.proto import admin_pb2 as pb
-from sidecar.timelines.asking import WHICH
 
 Adapter = Annotated[
     str,

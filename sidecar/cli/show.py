@@ -33,6 +33,11 @@ JournalPolicies = Annotated[
 ]
 """The classes that a command may import because a journal names them."""
 
+WHICH = (
+    "The request's number in the log, or its id, as its client knows it; request=17 is only a number, id=17 only an id."
+)
+"""How a request is named; `sidecar.timelines.asking` reads it."""
+
 WIDTH_UNBOUNDED = 10_000
 """The width of a pipe or a file: nothing is wrapped, so that tools can cut columns."""
 

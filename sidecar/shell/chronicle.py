@@ -29,7 +29,7 @@ from sidecar.core.state import Request, State
 from sidecar.errors import Misused, Reason
 from sidecar.shell.requests import RequestFacts
 from sidecar.timelines import saying
-from sidecar.timelines.asking import Asked, also_an_id_note, asked_for, same_id_note
+from sidecar.timelines.asking import Meant, also_an_id_note, asked_for, same_id_note
 from sidecar.timelines.obstacles import in_the_way
 from sidecar.timelines.record import (
     Entry,
@@ -102,7 +102,7 @@ class Chronicle:
 
     # Stories.
 
-    def find(self, asked: Asked) -> list[Record]:
+    def find(self, asked: Meant) -> list[Record]:
         """Return the requests with a number or a client's id, oldest first; notes and news as far as they are known."""
         found = [
             record

@@ -10,30 +10,27 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-WHICH = (
-    "The request's number in the log, or its id, as its client knows it; request=17 is only a number, id=17 only an id."
-)
 NAMED_MAX = 4
 _NUMBER = re.compile(r"(request=)?([0-9]{1,18})(?:\.[0-9]+)?")
 _ID = "id="
 
 
 @dataclass(frozen=True)
-class Asked:
+class Meant:
     """The number and the id that are looked for, in this order; None for what is not meant."""
 
     number: int | None
     client_id: str | None
 
 
-def asked_for(text: str) -> Asked:
+def asked_for(text: str) -> Meant:
     """Return what is meant by 17, by an engine's log's 17.2, by request=17, by a client's id, or by id=17."""
     if text.startswith(_ID):
-        return Asked(None, text.removeprefix(_ID))
+        return Meant(None, text.removeprefix(_ID))
     number = _NUMBER.fullmatch(text)
     if number is None:
-        return Asked(None, text)
-    return Asked(int(number[2]), None if number[1] else text)
+        return Meant(None, text)
+    return Meant(int(number[2]), None if number[1] else text)
 
 
 def also_an_id_note(client_id: str, others: Sequence[str]) -> str:
