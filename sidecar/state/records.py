@@ -249,12 +249,14 @@ def _nothing_before(record: Record) -> str:
 
 
 def _others(record: Record) -> str:
-    others = [
-        f"v{version.ordinal}" + (" (withdrawn)" if version.ordinal in record.withdrawn else "")
-        for version in record.versions
-        if version.ordinal != record.current
-    ]
-    return f"--to names another version: {', '.join(others)}" if others else "it has no other version"
+    """Return the versions that there are, and the command that goes to the newest that no rollback has left."""
+    others = [version.ordinal for version in record.versions if version.ordinal != record.current]
+    if not others:
+        return "it has no other version"
+    roles = dict.fromkeys(record.withdrawn, " (withdrawn)") | {record.current: " (current)"}
+    there = ", ".join(f"v{version.ordinal}{roles.get(version.ordinal, '')}" for version in record.versions)
+    to = max(others, key=lambda ordinal: (ordinal not in record.withdrawn, ordinal))
+    return f"its versions are {there}; to go to another: sidecar adapters rollback {record.name} --to v{to}"
 
 
 def as_declared(record: Record, declared: Declared, owner: str, allow: tuple[str, ...], pinned: bool) -> Record:

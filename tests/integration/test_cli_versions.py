@@ -55,7 +55,8 @@ async def test_a_names_life_through_its_versions(tmp_path: Path) -> None:
         assert roles(await sidecar(served, "adapters", "show", "voice", "--json")) == ["current", "withdrawn"]
         code, _, error = await sidecar(served, "adapters", "rollback", "voice")
         assert code == 1
-        assert "voice was rolled back to v1 already, from v2; --to names another version: v2 (withdrawn)" in error
+        assert "voice was rolled back to v1 already, from v2; its versions are v1 (current), v2 (withdrawn); " in error
+        assert "sidecar adapters rollback voice --to v2" in error
         code, out, error = await sidecar(served, "adapters", "rollback", "voice", "--to", "v2")
         assert (code, out) == (0, "voice stands for v2\n")
         assert error == "warning: v2 of voice was itself rolled back from\n"
