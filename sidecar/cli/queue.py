@@ -8,7 +8,7 @@ from time import sleep
 from typing import Annotated, Any
 
 import typer
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
@@ -19,6 +19,8 @@ from sidecar.cli.requests import OPEN, open_row
 from sidecar.cli.show import AsJson, console, duration, print_json, table
 from sidecar.proto import admin_pb2 as pb
 
+ROWS = 20
+ROWS_MAX = 1000
 GROUPS = ("ADAPTER", "TENANT", "BACKEND", ">WAITING", ">RUNNING", ">OLDEST", ">BOUND", ">TOKENS", "WHY")
 REQUESTS = (">WAITED", ">BOUND", ">EXPIRES", "ADAPTER", "TENANT", "CLASS", "BACKEND", "WHY", ">REQUEST", "ID")
 
@@ -39,7 +41,15 @@ def queue(
     by_request: Annotated[
         bool, typer.Option("--requests", help="List the requests that wait and run instead of the groups.")
     ] = False,
-    limit: Annotated[int, typer.Option(min=1, max=1000, help="Groups or requests listed, oldest first.")] = 20,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=ROWS_MAX,
+            help="Groups or requests listed, oldest first. Default: 20, and what fits on a terminal.",
+            show_default=False,
+        ),
+    ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Refresh until interrupted.")] = False,
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between refreshes.")] = 1.0,
     as_json: AsJson = False,
@@ -49,26 +59,26 @@ def queue(
     A row is a group of requests: how many wait and run, the longest wait and its bound, the tokens that the waiting
     ones ask for, and why the oldest waits.
     """
-    request = pb.QueueRequest(adapter=adapter, backend=backend, limit=limit)
+    request = pb.QueueRequest(adapter=adapter, backend=backend, limit=limit or ROWS)
 
     def fetch() -> Any:
         return client.ask(client.queues.Get, request)
 
-    if not watch:
-        _print(fetch(), by_request, as_json)
-    elif as_json or not sys.stdout.isatty():
-        while True:
-            _print(fetch(), by_request, as_json, indent=None)
-            sleep(interval)
-    else:
-        _watch(lambda: shown(fetch(), by_request), interval)
+    def look() -> RenderableType:
+        return fitted(fetch(), by_request, console()) if limit is None else shown(fetch(), by_request)
 
-
-def _print(view: Any, by_request: bool, as_json: bool, indent: int | None = 2) -> None:
     if as_json:
-        print_json(view, indent)
+        print_json(fetch(), None if watch else 2)
+        while watch:
+            sleep(interval)
+            print_json(fetch(), None)
+    elif watch and sys.stdout.isatty():
+        _watch(look, interval)
     else:
-        console().print(shown(view, by_request), crop=False)
+        console().print(look(), crop=False)
+        while watch:
+            sleep(interval)
+            console().print(look(), crop=False)
 
 
 def _watch(look: Callable[[], RenderableType], interval_s: float) -> None:
@@ -78,23 +88,39 @@ def _watch(look: Callable[[], RenderableType], interval_s: float) -> None:
             live.update(look(), refresh=True)
 
 
-def shown(view: Any, by_request: bool) -> RenderableType:
+def fitted(view: Any, by_request: bool, terminal: Console) -> RenderableType:
+    """Return the queue with as many rows as leave the verdict on a terminal, the shell's next prompt below."""
+    found = shown(view, by_request)
+    if not terminal.is_terminal:
+        return found
+    for rows in range(ROWS, 0, -1):
+        found = shown(view, by_request, rows)
+        if len(terminal.render_lines(found)) < terminal.height:
+            break
+    return found
+
+
+def shown(view: Any, by_request: bool, rows: int = ROWS_MAX) -> RenderableType:
     """Return the queue as text: the verdict, then the groups or the requests, each with the number of further ones."""
     parts: list[RenderableType] = [Text(view.verdict, style="bold")]
     if not by_request:
-        parts += _listed(GROUPS, map(_group_row, view.groups), view.groups_total, "groups")
+        parts += _listed(GROUPS, map(_group_row, view.groups[:rows]), view.groups_total, "groups")
         return Group(*parts)
     why = ", ".join(f"{item.why} {item.count}" for item in view.why)
-    parts += _listed(REQUESTS, map(_row, view.requests), view.waiting, f"waiting: {why}")
-    parts += _listed(OPEN, map(open_row, view.runs), view.running, "running")
+    parts += _listed(REQUESTS, map(_row, view.requests[:rows]), view.waiting, "waiting", f"; in all: {why}")
+    parts += _listed(OPEN, map(open_row, view.runs[:rows]), view.running, "running")
     return Group(*parts)
 
 
-def _listed(columns: Sequence[str], rows: Iterable[tuple[str, ...]], total: int, what: str) -> list[RenderableType]:
+def _listed(
+    columns: Sequence[str], rows: Iterable[tuple[str, ...]], total: int, what: str, note: str = ""
+) -> list[RenderableType]:
     """Return a table, if it has rows, and a line that counts those that it leaves out."""
     listed = list(rows)
     parts: list[RenderableType] = ["", table(columns, listed)] if listed else []
-    return [*parts, "", Text(f"and {total - len(listed)} more {what}")] if total > len(listed) else parts
+    if total <= len(listed):
+        return parts
+    return [*parts, "", Text(f"and {total - len(listed)} more {what} (--limit {min(total, ROWS_MAX)}){note}")]
 
 
 def _group_row(group: Any) -> tuple[str, ...]:

@@ -87,6 +87,23 @@ def test_the_queue(request_id: str, width: int) -> None:
     assert all(len(line) <= width for line in text.splitlines() if LONG_ID not in line)
 
 
+@pytest.mark.parametrize("by_request", [False, True])
+def test_the_verdict_stays_on_the_terminal(by_request: bool) -> None:
+    """Of a long queue a terminal gets the rows that it holds, and how to get the others; a pipe gets all that came."""
+    view = waiting(LONG_ID[:80])
+    view.groups.extend(admin_pb2.QueueGroup(adapter=f"{ID}-{n}", tenant=ID, backend=ID, running=1) for n in range(20))
+    view.requests.extend([view.requests[0]] * 19)
+    view.groups_total, view.waiting = 1200, 1200
+    for size in ((80, 24), (200, 60), (30, 8)):
+        terminal = Console(file=io.StringIO(), width=size[0], height=size[1], force_terminal=True, color_system=None)
+        lines = printed(queue.fitted(view, by_request, terminal), size[0]).splitlines()
+        assert lines[0] == "one waits"
+        assert len(lines) < size[1] or size == (30, 8)
+        assert "(--limit 1000)" in " ".join(" ".join(lines).split())
+    pipe = Console(file=io.StringIO(), width=10_000, height=24)
+    assert len(printed(queue.fitted(view, by_request, pipe), 10_000).splitlines()) == 25
+
+
 @pytest.mark.parametrize("width", [40, 80, 120])
 def test_the_backends(width: int) -> None:
     """No header and no id is broken, and all of the detail is there."""

@@ -108,7 +108,9 @@ def test_a_second_rollback_does_not_return_to_what_the_first_one_left() -> None:
     """It says which versions there are; a version is named to go back further, or to that one nevertheless."""
     back = rolled_back(grown_to(3))
     assert (back.current, back.previous, back.withdrawn) == (2, None, {3})
-    there = r"rolled back to v2 already, from v3; its versions are v1, v2 \(current\), v3 \(withdrawn\); .* sql --to v1$"
+    there = (
+        r"rolled back to v2 already, from v3; its versions are v1, v2 \(current\), v3 \(withdrawn\); .* sql --to v1$"
+    )
     with pytest.raises(Invalid, match=there):
         rolled_back(back)
     assert (rolled_back(back, to=1).current, rolled_back(back, to=1).withdrawn) == (1, {2, 3})
