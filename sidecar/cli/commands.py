@@ -9,7 +9,8 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 from inspect import cleandoc
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -284,6 +285,47 @@ RENAMED = {
 }
 """What options were called before they had the names of configuration keys: still taken, and not in any help."""
 
+METAVARS = {
+    "adapter": "NAME",
+    "adapters": "PATH",
+    "adapters-dir": "PATH",
+    "address": "URL",
+    "admin": "HOST:PORT",
+    "admin-token-file": "PATH",
+    "allow": "TENANT",
+    "allowed-prefix": "PATH",
+    "as": "TENANT",
+    "backend": "BACKEND",
+    "class": "CLASS",
+    "client-id": "ID",
+    "data-directory": "PATH",
+    "expires": "TIME",
+    "group": "GROUP",
+    "host": "HOST",
+    "http": "HOST:PORT",
+    "issuer": "URL",
+    "label": "KEY=VALUE",
+    "last": "TIME",
+    "listen": "HOST:PORT",
+    "metrics": "URL",
+    "name": "NAME",
+    "path": "PATH",
+    "probes": "HOST:PORT",
+    "prompt": "PROMPT",
+    "request-id": "ID",
+    "role": "ROLE",
+    "server": "HOST:PORT",
+    "set": "KEY=VALUE",
+    "since": "TIME",
+    "tenant": "TENANT",
+    "until": "TIME",
+    "version": "NAME@VERSION",
+}
+BY_TYPE = {int: "N", float: "N", str: "TEXT", Path: "PATH"}
+"""What a help calls the value of an option or argument: by its name where that has a word, else by its type. A command
+may say it better, as `metavar`.
+"""
+
 
 class Command(TyperCommand):
     """A command that takes its options by their earlier names, too."""
@@ -344,7 +386,18 @@ def imported(words: str) -> Any:
     alone.command(words.rpartition(" ")[2], cls=Command)(getattr(import_module(module), name))
     command = get_command(alone)
     command.help = _unwrapped(command.help or "")
+    for parameter in command.params:
+        parameter.metavar = parameter.metavar or _metavar(parameter)
     return command
+
+
+def _metavar(parameter: Any) -> str | None:
+    """Return what the help calls a parameter's value; None for a flag, and for words of which the help lists all."""
+    kind = parameter.type_descriptor.annotation
+    kind = next(iter(get_args(kind)), kind) if get_origin(kind) is list else kind
+    if kind in (str, Path):
+        return METAVARS.get(parameter.opts[0].removeprefix("--"), BY_TYPE[kind])
+    return BY_TYPE.get(kind)
 
 
 def _unwrapped(text: str) -> str:

@@ -84,7 +84,7 @@ def open_row(request: Any) -> tuple[str, ...]:
 def cancel(
     client: Client,
     request_id: Annotated[
-        str, typer.Argument(metavar="[ID]", help="The request's id, as its client knows it.", show_default=False)
+        str, typer.Argument(metavar="ID", help="The request's id, as its client knows it.", show_default=False)
     ] = "",
     adapter: Adapter = "",
     tenant: Tenant = "",

@@ -38,6 +38,7 @@ def serve(
     backend: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="URL",
             help="An engine, such as triton://HOST:PORT, vllm://HOST:PORT or trtllm://HOST:PORT; repeatable.",
             show_default=False,
         ),

@@ -32,7 +32,7 @@ FIGURES = (
     "input_tokens", "input_tokens_estimated", "output_tokens", "seat_seconds", "slot_seconds", "cold_loads",
     "cold_load_bytes", "stored_byte_seconds", "engine_seconds",
 )  # fmt: skip
-FILE = typer.Option("--prices", metavar="FILE", help="YAML: gpu_hour, currency, backends, slots.", show_default=False)
+FILE = typer.Option("--prices", help="YAML: gpu_hour, currency, backends, slots.", show_default=False)
 
 
 @dataclass

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,6 +36,10 @@ def modules_of(*arguments: str, code: int = 0) -> set[str]:
     told: dict[str, Any] = json.loads(ended.stderr.splitlines()[-1])
     assert told["code"] == code, ended.stderr
     return set(told["modules"])
+
+
+SAID_BETTER = {"--backend"}
+"""What is not the same thing in every command: `serve` takes engines by their URLs, others by their ids."""
 
 
 def rooms(modules: set[str]) -> set[str]:
@@ -68,6 +73,21 @@ def test_no_word_of_a_help_is_cut_at_80_columns(
     cut = [word for word in " ".join(said).split() if not any(word in line for line in lines)]
     assert not cut
     assert not [line for line in lines if re.search(r"\w…", line)]
+
+
+def test_a_value_is_called_the_same_in_every_help() -> None:
+    """In capitals, and by one word wherever an option of a name takes the same type; flags and choices have none."""
+    called: dict[tuple[str, str], set[str | None]] = {}
+    for words in COMMANDS:
+        for each in imported(words).params:
+            kind = str(each.type_descriptor.annotation).removeprefix("list[").removesuffix("]")
+            called.setdefault((each.opts[0], kind), set()).add(each.metavar)
+    metavars = {metavar for found in called.values() for metavar in found if metavar is not None}
+    assert {metavar for metavar in metavars if metavar != metavar.upper()} == set()
+    assert called[("--admin", str(str))] == {"HOST:PORT"}
+    assert called[("name", str(str))] == called[("adapter", str(str))] == called[("--adapter", str(str))] == {"NAME"}
+    assert called[("--config", str(Path))] == called[("--token-file", str(Path))] == {"PATH"}
+    assert {option[0] for option, found in called.items() if len(found) > 1} == SAID_BETTER
 
 
 @pytest.mark.parametrize("words", COMMANDS)
