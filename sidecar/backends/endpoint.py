@@ -372,13 +372,18 @@ class Endpoint(ABC):
             except self.WIRE_ERRORS as error:
                 late_s = monotonic() - self.pulse.seen_at_s  # a busy server may be late once
                 if not self._up or not self._is_late(error) or late_s > self._patience_s:
-                    self._down(f"{self.address} does not answer: {self._error_text(error)}")
+                    self._down(self._silence(error))
             except Exception as error:
                 trouble = f"the sidecar failed to look at it: {error}"
                 if trouble != self._trouble:
                     logger.exception("looking at %s failed", self.id)
                 self._down(trouble)
             await asyncio.sleep(self._look_s if self._up else min(REACH_S, self._look_s))
+
+    def _silence(self, error: Exception) -> str:
+        """Return that the engine does not answer. Its address is said once: `_down` and tables begin with the id."""
+        who = "it" if self.address == self.id else self.address
+        return f"{who} does not answer: {self._error_text(error).replace(f'ipv4:{self.address}: ', '')}"
 
     def _down(self, trouble: str, is_new: bool = False) -> None:
         """Record why the engine is not up, and log it once, and again for a trouble of another kind."""

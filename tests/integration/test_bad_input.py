@@ -144,19 +144,22 @@ async def test_names_paths_and_prompts(tmp_path: Path) -> None:
         assert list(served.state.names) == ["a00"]
 
 
-async def test_a_backend_that_is_not_there() -> None:
-    """Requests wait for it and end with what it is that is missing; readiness says so too."""
+@pytest.mark.parametrize("called", ["trt-0", ""])
+async def test_a_backend_that_is_not_there(called: str) -> None:
+    """It is said which address does not answer, once: the backend's id is its address unless it has another."""
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         free = {"address": "127.0.0.1:0"}
+        address = f"127.0.0.1:{held.getsockname()[1]}"
         record = {
-            "backends": [{"url": f"triton://127.0.0.1:{held.getsockname()[1]}", "id": "trt-0"}],
+            "backends": [{"url": f"triton://{address}", "id": called or address}],
             "listeners": {"data": free, "admin": free, "http": free},
         }
         sidecar = await Sidecar.start(parse(record, "the test"))
         try:
-            await until(lambda: "does not answer" in sidecar.gateway.backends["trt-0"].detail())
-            assert "127.0.0.1" in sidecar.gateway.backends["trt-0"].detail()
+            await until(lambda: "does not answer" in sidecar.gateway.backends[called or address].detail())
+            told = f"{called or address}: {sidecar.gateway.backends[called or address].detail()}"
+            assert (told.count(address), "Connection refused" in told) == (1, True)
         finally:
             await sidecar.stop()
 
