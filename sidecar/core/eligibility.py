@@ -23,6 +23,15 @@ def cannot_serve(state: State, backend: Backend, digest: str) -> Misfit | None:
     return unfit_for(state, backend, digest)
 
 
+def told_unfit(state: State, backend: Backend, digest: str) -> str:
+    """Return why a backend cannot serve a version, as views tell it; "" if it can.
+
+    Journals have "draining" in endings, whether or not something runs there still.
+    """
+    unfit = cannot_serve(state, backend, digest)
+    return f"it is {backend.drain_word}" if backend.draining else unfit.sentence if unfit is not None else ""
+
+
 def unfit_for(state: State, backend: Backend, digest: str) -> Misfit | None:
     """Return why a backend could not serve a version even if it were not drained; None if it could."""
     if digest == BASE:

@@ -142,8 +142,7 @@ def _copy_view(tier: str, key: str, entry: Entry) -> CopyView:
 
 
 def _residency(state: State, backend: Backend, digest: str, now_ns: int) -> ResidencyView:
-    misfit = eligibility.cannot_serve(state, backend, digest)
-    unfit = "" if misfit is None else misfit.sentence
+    unfit = eligibility.told_unfit(state, backend, digest)
     load = state.versions[digest].loads.get(backend.id)
     if load is not None:
         age_ns = max(0, now_ns - state.loads[load].begun_ns)
@@ -257,7 +256,7 @@ def state_of(state: State, backend: Backend) -> str:
     if backend.leaving:
         return "leaving"
     if backend.draining:
-        return "draining" if backend.running else "drained"
+        return backend.drain_word
     if backend.silence.suspected:
         return Why.STALLED.value
     return "joining" if backend.id in state.joining else "up"

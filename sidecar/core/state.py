@@ -317,6 +317,11 @@ class Backend:
         return self.phase is Phase.UP and not self.draining and not self.leaving and self.owned
 
     @property
+    def drain_word(self) -> str:
+        """What operators call the state of a backend that is drained."""
+        return "draining" if self.running else "drained"
+
+    @property
     def takes_requests(self) -> bool:
         """True if requests are sent here now."""
         return self.serves and not self.silence.suspected

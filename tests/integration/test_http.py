@@ -170,7 +170,7 @@ async def test_not_ready_says_why(house: House) -> None:
     house.gateway.set_drain("b1", True)
     answer = await house.client.get("/readyz")
     assert answer.status_code == 503
-    assert answer.text == "no backend takes requests: b0 is down (connection refused); b1 is draining\n"
+    assert answer.text == "no backend takes requests: b0 is down (connection refused); b1 is drained\n"
     assert (await house.client.get("/livez")).status_code == 200
 
 

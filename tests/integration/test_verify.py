@@ -303,15 +303,15 @@ async def test_a_source_that_is_gone(tmp_path: Path) -> None:
 
 
 async def test_backends_that_cannot_be_asked(tmp_path: Path) -> None:
-    """Draining ones are said to be skipped; without anybody left there is nothing to verify."""
+    """Drained ones are said to be skipped; without anybody left there is nothing to verify."""
     copied(tmp_path, "chef")
     async with house([{}, {}], tmp_path) as served:
         await served.backends.Drain(pb.BackendRequest(backend="trt-0"))
         found = await verified(served, "chef")
-        assert [(each.backend, each.why) for each in found.plan.skipped] == [("trt-0", "it is draining")]
+        assert [(each.backend, each.why) for each in found.plan.skipped] == [("trt-0", "it is drained")]
         assert {answer.backend for answer in found.answers} == {"trt-1"}
         for backend, code, said in (
-            ("trt-0", grpc.StatusCode.UNAVAILABLE, "chef: there is no backend to ask. trt-0: it is draining"),
+            ("trt-0", grpc.StatusCode.UNAVAILABLE, "chef: there is no backend to ask. trt-0: it is drained"),
             ("trt-9", grpc.StatusCode.NOT_FOUND, 'no backend is called "trt-9"'),
         ):
             with pytest.raises(grpc.aio.AioRpcError) as refused:

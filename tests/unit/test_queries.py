@@ -351,7 +351,10 @@ def test_adapters_are_listed_by_name_with_what_keeps_a_backend_from_serving_them
     world.feed(ev.DrainSet("b0", True))
     shown = list(queries.adapter_views(world.core.state, world.now_ns))
     assert [adapter.name for adapter in shown] == ["alpha", "zeta"]
-    assert shown[0].backends[0].unfit == "it is draining"
+    assert (shown[0].backends[0].unfit, queries.backend_views(world.core.state, world.now_ns)[0].state) == (
+        "it is drained",
+        "drained",
+    )
 
 
 def test_a_backend_shows_what_is_open_and_what_is_pinned_by_what() -> None:

@@ -55,7 +55,7 @@ def why_not_ready(gateway: Gateway) -> str:
 
 def _why_not(gateway: Gateway, backend: Backend) -> str:
     if backend.draining:
-        return f"{backend.id} is draining"
+        return f"{backend.id} is {backend.drain_word}"
     if backend.leaving:
         return f"{backend.id} is about to go"
     if not backend.owned:
