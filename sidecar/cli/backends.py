@@ -24,7 +24,7 @@ from sidecar.cli.endpoint import (
     admin_command,
 )
 from sidecar.cli.exits import CommandError, Exit, say
-from sidecar.cli.show import AsJson, bad, console, duration, facts, print_json, table, titled
+from sidecar.cli.show import AsJson, bad, console, count, duration, facts, print_json, table, titled
 from sidecar.proto import admin_pb2 as pb
 
 ENGINE = "Engine"
@@ -70,7 +70,7 @@ def _row(backend: Any) -> tuple[str | Text, ...]:
         str(len(backend.open)),
         str(len(backend.resident)),
         str(len(backend.heals)),
-        backend.detail,
+        "; ".join(filter(None, (_past_limit(backend), backend.detail))),
     )
 
 
@@ -79,7 +79,21 @@ def _state(backend: Any) -> str | Text:
 
 
 def _pages(backend: Any) -> str:
-    return f"{sum(version.pages for version in backend.open)}/{backend.page_limit or '?'}"
+    """Return the pages of open versions and their limit, with "~" if that is learned from loads."""
+    learned = "" if backend.device_pages or not backend.page_limit else "~"
+    return f"{_open_pages(backend)}/{learned}{backend.page_limit or '?'}"
+
+
+def _open_pages(backend: Any) -> int:
+    return sum(version.pages for version in backend.open)
+
+
+def _past_limit(backend: Any) -> str:
+    """Return why more pages are open than fit at once; "" if that is not so."""
+    more = _open_pages(backend) - backend.page_limit
+    if more <= 0 or not backend.page_limit:
+        return ""
+    return f"{count(more, 'page')} past what is believed to fit: some close before another adapter opens"
 
 
 @admin_command
@@ -333,6 +347,7 @@ def _wait(backend: Any) -> str:
 
 def _page_facts(backend: Any, kind: Any) -> str:
     """Return the number of pages, and of pages in use."""
-    in_use = sum(version.pages for version in backend.open)
     places = kind.pages.format(host=backend.host_pages or "?", device=backend.device_pages or "?")
-    return f"{in_use} open, at most {backend.page_limit or '?'} at once; {places}"
+    learned = "" if backend.device_pages or not backend.page_limit else ", as learned from loads"
+    parts = (f"{_open_pages(backend)} open, at most {backend.page_limit or '?'} at once{learned}", _past_limit(backend))
+    return "; ".join(filter(None, (*parts, places)))

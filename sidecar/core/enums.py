@@ -67,6 +67,30 @@ class Voided(Enum):
     SHARES_CHANGED = "shares changed"
 
 
+VOID_BECAUSE = {
+    Voided.ADAPTER_LATE: "The adapter's weights came later than assumed.",
+    Voided.BACKEND_ADDED: "A backend was added, and the host store no longer holds an adapter for every slot.",
+    Voided.BACKEND_LOST: "The engine was lost.",
+    Voided.BACKEND_SLOWED: (
+        "The engine's steps take longer than the bound assumed: *backend slower than assumed* in `sidecar queue` and "
+        "`sidecar top`. Until a pace is calibrated or learned it is a guess, so a first burst may show this although "
+        "nothing is wrong; later bounds rest on what was measured."
+    ),
+    Voided.BACKEND_STALLED: "Nothing came from the engine for a while.",
+    Voided.ENGINE_QUEUE_FULL: "The engine refused a request because its own queue was full.",
+    Voided.KEPT_APART: "The engine can't run base and adapter requests in one batch, and both kinds came.",
+    Voided.MOVED: "The request was moved to another backend.",
+    Voided.NO_BACKEND: "No backend that could serve was up.",
+    Voided.RUN_AGAIN: "The request was sent and had to be sent again.",
+    Voided.SHARES_CHANGED: "Tenants' weights were changed.",
+}
+
+
+def void_told(reason: str) -> str:
+    """Return why a promise is void, as views tell it; journals and metrics have the plain label."""
+    return "backend slower than assumed" if reason == Voided.BACKEND_SLOWED.value else reason
+
+
 class Fault(Enum):
     """What an engine's error text means for the gateway; `backends/faults.py` has the texts."""
 

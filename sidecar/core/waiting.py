@@ -14,7 +14,7 @@ from operator import itemgetter
 from policies.at_most import at_most
 from sidecar.core import eligibility
 from sidecar.core.durations import readable
-from sidecar.core.enums import Why
+from sidecar.core.enums import Why, void_told
 from sidecar.core.state import NEVER_NS, Request, State
 from sidecar.core.troubles import idle, troubles
 
@@ -280,7 +280,7 @@ def _limits(view: WaitingView) -> str:
     """Return what was promised and when the request expires; once if both are the same."""
     expires = f"expires {readable(view.expires_ns)}"
     if view.bound_ns is None:
-        return f"bound void: {view.voided}, {expires}" if view.voided else expires
+        return f"bound void: {void_told(view.voided)}, {expires}" if view.voided else expires
     bound = f"bound {readable(view.bound_ns)}"
     return bound if view.bound_ns == view.expires_ns else f"{bound}, {expires}"
 

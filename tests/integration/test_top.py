@@ -132,7 +132,7 @@ async def test_every_page_fits_the_screen(tmp_path: Path, columns: int, lines: i
             top.press("2")
             await top.shows("ENGINE STATE SEATS WAIT TOK/S", "slots of trt-", "now", "A a00", "a00*")
             top.press("3")
-            await top.shows("ADAPTER VERSION WAIT RUN OLDEST", "gpu 2, memory")
+            await top.shows("ADAPTER VERSION WAIT RUN OLDEST", "on 2 GPUs, memory", "? all keys q quit")
             top.press("4")
             await top.shows("TENANT WAIT RUN OLDEST BOUND", "acme")
             top.press("5")

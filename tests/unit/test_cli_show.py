@@ -6,7 +6,7 @@ import io
 from typing import Any
 
 import pytest
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 
 from sidecar.cli import backends, queue
 from sidecar.cli.show import bad, console, duration, table
@@ -102,6 +102,20 @@ def test_the_verdict_stays_on_the_terminal(by_request: bool) -> None:
         assert "(--limit 1000)" in " ".join(" ".join(lines).split())
     pipe = Console(file=io.StringIO(), width=10_000, height=24)
     assert len(printed(queue.fitted(view, by_request, pipe), 10_000).splitlines()) == 25
+
+
+def test_pages_past_a_learned_limit_are_explained() -> None:
+    """A limit that is learned is marked so, and where more pages are open the row says what becomes of them."""
+    backend = admin_pb2.Backend(id="b", state="up", page_limit=4, detail=DETAIL)
+    backend.open.extend([admin_pb2.OpenVersion(pages=5)])
+    row = backends._row(backend)
+    assert row[4] == "5/~4"
+    assert row[-1] == f"1 page past what is believed to fit: some close before another adapter opens; {DETAIL}"
+    assert "5 open, at most 4 at once, as learned from loads; 1 page past" in printed(
+        Group(*backends.shown(backend)), 300
+    )
+    backend.device_pages, backend.open[0].pages = 4, 4
+    assert (backends._row(backend)[4], backends._row(backend)[-1]) == ("4/4", DETAIL)
 
 
 @pytest.mark.parametrize("width", [40, 80, 120])

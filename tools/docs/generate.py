@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from sidecar.core.enums import Voided, Why
+from sidecar.core.enums import VOID_BECAUSE, Voided, Why
 from sidecar.errors import TABLE, Family, Reason
 from sidecar.fronts.openai.errors import STATUSES
 from sidecar.shell.metric_table import METRICS, MODEL_SERVER, Metric
@@ -124,13 +124,20 @@ VOIDED = """
 A request that waits was promised a [bound](queue.md#how-long-bounds). These are the reasons why it does not hold any
 more, as `sidecar queue` shows them and `lora_sidecar_wait_bounds_voided_total` counts them:
 
+| reason | means |
+|---|---|
 """
 
 
 def waiting_page() -> str:
     told = {why.value: why.because.format(places="the backend", names="the adapter") for why in Why}
     rows = (f"| {reason} | {because[0].upper()}{because[1:]}. |\n" for reason, because in told.items())
-    return WAITING_PAGE + "".join(rows) + VOIDED + "".join(f"* {reason.value}\n" for reason in Voided)
+    return (
+        WAITING_PAGE
+        + "".join(rows)
+        + VOIDED
+        + "".join(f"| {reason.value} | {VOID_BECAUSE[reason]} |\n" for reason in Voided)
+    )
 
 
 def metrics_page() -> str:

@@ -50,7 +50,10 @@ KEYS = (
     ("d", "drain or undrain an engine"),
     ("q", "quit"),
 )
-KEYS_NOTE = "c, p and d ask before they act. Slots with * run requests. SILENT: since an engine last told anything."
+KEYS_NOTE = (
+    "c, p and d ask before they act. Slots with * run requests. SILENT: since an engine last told anything. WHERE: on "
+    "how many engines an adapter is, on the GPU or in the host cache, and where in the sidecar's store."
+)
 
 
 class Top(App[None]):
@@ -195,7 +198,7 @@ class Top(App[None]):
             return Text.assemble(
                 ("/", "bold"), self._typed, ("▏", "bold"), (hint, "dim"), no_wrap=True, overflow="crop"
             )
-        keys = self._notice or "↑↓ move  enter open  s sort  / filter  c cancel  p pause  d drain  ? keys  q quit"
+        keys = self._notice or "enter open  s sort  / filter  c cancel  p pause  d drain  ? all keys  q quit"
         return Text(keys, "bold" if self._notice else "dim", no_wrap=True, overflow="ellipsis")
 
     def _set(self, name: str, what: RenderableType) -> None:

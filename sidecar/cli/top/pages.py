@@ -9,7 +9,7 @@ from typing import Any
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
-from sidecar.cli.show import duration
+from sidecar.cli.show import count, duration
 
 GAP = "  "
 LAST_WIDTH_MIN = 12
@@ -154,9 +154,9 @@ def _why(row: Any) -> str:
 
 def _where(row: Any) -> str:
     places = [
-        f"gpu {row.on_gpu}" if row.on_gpu else "",
-        f"engine host {row.in_engine_host}" if row.in_engine_host else "",
-        f"loading {row.loading}" if row.loading else "",
+        f"on {count(row.on_gpu, 'GPU')}" if row.on_gpu else "",
+        f"in {count(row.in_engine_host, 'host cache')}" if row.in_engine_host else "",
+        f"loading on {row.loading}" if row.loading else "",
         row.store,
     ]
     return ", ".join(filter(None, places)) or "-"

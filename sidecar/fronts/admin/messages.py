@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sidecar.core import queries, waiting
+from sidecar.core.enums import void_told
 from sidecar.proto import admin_pb2
 from sidecar.shell.open_requests import OpenRequest
 
@@ -85,7 +86,7 @@ def waiting_message(item: waiting.WaitingView) -> Any:
         waited_s=item.waited_ns / 1e9,
         bound_s=(item.bound_ns or 0) / 1e9,
         expires_s=item.expires_ns / 1e9,
-        voided=item.voided,
+        voided=void_told(item.voided),
         why=item.why.value,
         **fields,
     )
