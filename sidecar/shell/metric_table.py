@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 PREFIX = "lora_sidecar_"
@@ -51,8 +52,7 @@ def _histogram(short: str, help: str, *labels: str) -> Metric:  # noqa: A002
 
 
 _WAIT = "Time from arrival to dispatch, or to the end of a request that was never sent"
-METRICS: tuple[Metric, ...] = (
-    # Requests.
+_REQUESTS = (
     _counter("requests_total", "Requests that ended, by outcome.", "outcome"),
     _counter("adapter_requests_total", "Requests that ended, by adapter and outcome.", "adapter", "outcome"),
     _counter(
@@ -81,7 +81,9 @@ METRICS: tuple[Metric, ...] = (
     _counter("waits_folded_total", "Waits that were counted under _other, by label: adapter or tenant.", "label"),
     _histogram("first_token_seconds", "Time from arrival to the first token of a streamed answer.", "class"),
     _histogram(
-        "wait_bound_seconds", "Promised time to the first token of an admitted request, if it had a promise.", "class"
+        "wait_bound_seconds",
+        "Promised time to the first token of an admitted request, if it had a promise.",
+        "class",
     ),
     _counter(
         "wait_bounds_total",
@@ -92,7 +94,8 @@ METRICS: tuple[Metric, ...] = (
     ),
     _counter("wait_bounds_voided_total", "Promises that became void, by the lost precondition.", "reason"),
     _counter(
-        "wait_bounds_exceeded_total", "Waits that were longer than a promise that was not void: a bug of the sidecar."
+        "wait_bounds_exceeded_total",
+        "Waits that were longer than a promise that was not void: a bug of the sidecar.",
     ),
     _gauge(
         "predicted_wait_seconds",
@@ -111,7 +114,8 @@ METRICS: tuple[Metric, ...] = (
         "why",
     ),
     _gauge("queued_tokens", "Prompt tokens and largest answers of the waiting requests."),
-    # Adapters and the host store.
+)
+_ADAPTERS = (
     _gauge("adapters_registered", "Registered names."),
     _gauge("adapters_set_aside", "Names that are not served because their stored records cannot be used."),
     _gauge("adapters_quarantined", "Versions that are refused until a person releases them."),
@@ -122,17 +126,24 @@ METRICS: tuple[Metric, ...] = (
     _counter("store_evictions_total", "Packed adapters that the host store evicted for others.", "tier"),
     _counter("fetches_total", "Fetches that ended, by result: ok or failed.", "result"),
     _counter(
-        "prefetches_total", "Versions prefetched before a request waited for them: to the store or to an engine.", "to"
+        "prefetches_total",
+        "Versions prefetched before a request waited for them: to the store or to an engine.",
+        "to",
     ),
     _counter("prefetches_used_total", "Prefetches that a request used.", "to"),
     _counter("prefetches_late_total", "Used prefetches for which a request waited nevertheless.", "to"),
     _counter("prefetch_wasted_bytes_total", "Bytes of prefetches that no request used.", "to"),
-    # Adapters that a cluster declares, as the replica that leads tells of them.
+)
+# As the replica that leads tells of them.
+_DECLARED = (
     _gauge(
-        "declared_adapters", "Adapters that the cluster declares, by phase; 0 on a replica that does not lead.", "phase"
+        "declared_adapters",
+        "Adapters that the cluster declares, by phase; 0 on a replica that does not lead.",
+        "phase",
     ),
     _gauge("declared_held", "Declared adapters that an operator holds at another version."),
-    # Backends.
+)
+_BACKENDS = (
     _histogram("load_seconds", "Time to bring an adapter in, by phase: fetch, pack or load.", "phase"),
     _counter("loads_total", "Loads that ended, by result: ok or failed.", "backend", "result"),
     _gauge("loads_running", "Loads in flight.", "backend"),
@@ -161,7 +172,9 @@ METRICS: tuple[Metric, ...] = (
     _gauge("backend_draining", "1 if a backend takes no new requests.", "backend"),
     _gauge("backend_stalled", "1 if a backend gets no new requests because it is silent.", "backend"),
     _gauge("backend_joining", "1 if a backend has just come up and is spared until it is warm.", "backend"),
-    # Replicas. One that is alone owns every backend, under epoch 0.
+)
+# One that is alone owns every backend, under epoch 0.
+_REPLICAS = (
     _gauge("backend_owned", "1 if this replica has a backend's queue.", "backend"),
     _gauge("backend_epoch", "The epoch under which this replica last owned a backend.", "backend"),
     _counter("ownership_changes_total", "Backends that this replica took or gave up.", "change"),
@@ -171,7 +184,24 @@ METRICS: tuple[Metric, ...] = (
     _gauge("replicas", "Replicas that are alive, as far as this one knows."),
     _gauge("state_lag_changes", "Changes of names in the registry that this replica has not read."),
     _gauge("state_away_seconds", "Seconds since the shared state stopped answering; 0 while it answers."),
-    # The process.
+)
+_ACCESS = (
+    _counter(
+        "access_denied_total",
+        "Calls and requests that were denied, by cause: unauthenticated, not_permitted or limit; observed if they were "
+        "let pass because identity.mode is observe.",
+        "cause",
+        "observed",
+    ),
+    _gauge("access_state_away_seconds", "Time since which the keys and limits in Redis could not be read."),
+    _counter("audit_lines_total", "Lines written to the audit, by kind: change or denial.", "kind"),
+    _counter("audit_lost_total", "Changes and denials that could not be recorded in the audit.", "kind"),
+    _gauge("policy_epoch", "Policies that have decided so far: 1, and 1 more for each change of their file."),
+    _gauge(
+        "policy_faulty", "1 while the file of policies is faulty, so that those that were read before still decide."
+    ),
+)
+_PROCESS = (
     _gauge(
         "open_calls",
         "Open requests: of clients, whichever replica answers, and those forwarded by other replicas.",
@@ -189,29 +219,26 @@ METRICS: tuple[Metric, ...] = (
     _counter("journal_gaps_total", "Times that the journal left out steps and began a new segment."),
     _counter("journal_errors_total", "Failures to write the journal."),
     _counter(
-        "access_denied_total",
-        "Calls and requests that were denied, by cause: unauthenticated, not_permitted or limit; observed if they were "
-        "let pass because identity.mode is observe.",
-        "cause",
-        "observed",
-    ),
-    _gauge("access_state_away_seconds", "Time since which the keys and limits in Redis could not be read."),
-    _counter(
         "traces_total",
         "Traces of requests, by what became of them: sent, failed (not received), or dropped (too many at once).",
         "result",
-    ),
-    _counter("audit_lines_total", "Lines written to the audit, by kind: change or denial.", "kind"),
-    _counter("audit_lost_total", "Changes and denials that could not be recorded in the audit.", "kind"),
-    _gauge("policy_epoch", "Policies that have decided so far: 1, and 1 more for each change of their file."),
-    _gauge(
-        "policy_faulty", "1 while the file of policies is faulty, so that those that were read before still decide."
     ),
     _gauge("config_last_reload_successful", "1 unless the configuration could not be read again the last time."),
     _gauge("config_last_reload_success_timestamp_seconds", "When the configuration in force was read."),
     _counter("usage_errors_total", "Writes of usage that failed; they are tried again."),
     _gauge("build_info", "Always 1; the label is the running version.", "version"),
 )
+GROUPS: dict[str, tuple[Metric, ...]] = {
+    "Requests": _REQUESTS,
+    "Adapters and the host store": _ADAPTERS,
+    "Adapters that a cluster declares": _DECLARED,
+    "Backends": _BACKENDS,
+    "Replicas": _REPLICAS,
+    "Access": _ACCESS,
+    "The process": _PROCESS,
+}
+"""Every family on `/metrics`, by what it is about."""
+METRICS = tuple(chain.from_iterable(GROUPS.values()))
 _OF_POOL, _OF_ENGINE = ("model_name",), ("engine", "model_name")
 MODEL_SERVER: tuple[Metric, ...] = (
     _vllm("num_requests_waiting", "Requests that wait here for an engine.", *_OF_POOL),

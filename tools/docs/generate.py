@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from sidecar.core.enums import VOID_BECAUSE, Voided, Why
 from sidecar.errors import TABLE, Family, Reason
 from sidecar.fronts.openai.errors import STATUSES
-from sidecar.shell.metric_table import METRICS, MODEL_SERVER, Metric
+from sidecar.shell.metric_table import GROUPS as METRIC_GROUPS
+from sidecar.shell.metric_table import MODEL_SERVER, Metric
 from tools.docs import configuration, protocols
 from tools.docs.pages import ROOT, named
 
 NOTE = "<!-- Made by `python -m tools.docs generate` from {source}; do not edit. -->\n\n"
 METRICS_PAGE = """# Metrics
 
-`/metrics` of the probes listener speaks Prometheus's text format. Every family is listed here, in the order in which it
-is shown.
+`/metrics` of the probes listener speaks Prometheus's text format. Every family is listed here by what it is about, in
+the order in which it is shown.
 
 The number of series does not grow with what clients send. Counted under `_other` are adapters past
 `adapter_labels_max`, tenants past 200 and those of `queue.tenant_weights`, names that nobody registered, and tenants of
 which nothing was sent to an engine; under `_base`, requests for the base model. Who comes first keeps its label.
 [Operations](operations.md) says what to look at first, the [runbook](runbook.md) what each alert asks for.
-
-| metric | type | labels | meaning |
+"""
+METRICS_HEAD = """| metric | type | labels | meaning |
 |---|---|---|---|
 """
 PICKERS = """
@@ -32,8 +33,6 @@ PICKERS = """
 `/metrics/model-server` of the same listener says some of it under vLLM's names, for [endpoint pickers](pickers.md) and
 for dashboards made for vLLM. Let Prometheus scrape one page or the other: they count the same requests.
 
-| metric | type | labels | meaning |
-|---|---|---|---|
 """
 BY_OTLP = """
 ## By OTLP
@@ -144,7 +143,11 @@ def metrics_page() -> str:
     def row(metric: Metric) -> str:
         return f"| `{metric.name}` | {metric.kind} | {', '.join(metric.labels)} | {metric.help} |\n"
 
-    return METRICS_PAGE + "".join(map(row, METRICS)) + PICKERS + "".join(map(row, MODEL_SERVER)) + BY_OTLP
+    def table(metrics: Iterable[Metric]) -> str:
+        return METRICS_HEAD + "".join(map(row, metrics))
+
+    groups = (f"\n## {about}\n\n{table(metrics)}" for about, metrics in METRIC_GROUPS.items())
+    return METRICS_PAGE + "".join(groups) + PICKERS + table(MODEL_SERVER) + BY_OTLP
 
 
 def errors_page() -> str:
