@@ -20,7 +20,7 @@ Adapter = Annotated[
 ]
 Tenant = Annotated[str, typer.Option(help="Only this tenant's requests.", show_default=False)]
 
-OPEN = ("ID", "STATE", ">AGE", "ADAPTER", "TENANT", "CLASS", "BACKEND", ">TOKENS")
+OPEN = ("ID", "STATE", ">AGE", "ADAPTER", "TENANT", "CLASS", "BACKEND", ">MAX TOKENS")
 
 
 @admin_command
