@@ -10,6 +10,7 @@ from secrets import token_hex
 from typing import Annotated, Any
 
 import typer
+from rich.console import RenderableType
 from rich.text import Text
 
 from sidecar.cli import completing
@@ -18,7 +19,7 @@ from sidecar.cli.client import Client
 from sidecar.cli.durations import positive_seconds_in
 from sidecar.cli.endpoint import ADMIN_DEFAULT, ADMIN_VARIABLE, PANEL, data_command
 from sidecar.cli.exits import CommandError, Exit, harmless, say
-from sidecar.cli.show import AsJson, console, count, duration, print_json, record_of, table
+from sidecar.cli.show import AsJson, console, count, duration, facts, print_json, record_of
 from sidecar.proto import gateway_pb2 as pb
 
 Asked = Callable[[Any], Iterator[Any]]
@@ -209,8 +210,8 @@ def _compare(
             shown = {v: {"text": "".join(a), "first_difference": places[v]} for v, a in answers.items()}
             print_json({"prompt": prompt, "answers": shown})
             continue
-        rows = [(version, _marked(answer, places[version])) for version, answer in answers.items()]
-        console().print(Text(prompt, style="bold"), table(("VERSION", "ANSWER"), rows), "")
+        marked = {version: _marked(answer, places[version]) for version, answer in answers.items()}
+        console().print(Text(prompt, style="bold"), side_by_side(marked), "")
 
 
 def _answer(asked: Asked, version: str, prompt: str, fields: dict[str, Any]) -> list[str]:
@@ -225,6 +226,11 @@ def first_difference(reference: Sequence[str], answer: Sequence[str]) -> int | N
         if left != right:
             return index
     return None if len(reference) == len(answer) else min(len(reference), len(answer))
+
+
+def side_by_side(marked: dict[str, Text]) -> RenderableType:
+    """Return each version with its answer beside it, folded to what is left of a line: nothing of an answer is cut."""
+    return facts((version, answer or Text("(empty)", style="dim")) for version, answer in marked.items())
 
 
 def _marked(answer: Sequence[str], place: int | None) -> Text:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 from rich.console import Console, Group, RenderableType
+from rich.text import Text
 
-from sidecar.cli import backends, queue
+from sidecar.cli import backends, generating, queue
 from sidecar.cli.show import bad, console, duration, table
 from sidecar.cli.top.pages import PAGES, laid_out
 from sidecar.proto import admin_pb2
@@ -102,6 +103,26 @@ def test_the_verdict_stays_on_the_terminal(by_request: bool) -> None:
         assert "(--limit 1000)" in " ".join(" ".join(lines).split())
     pipe = Console(file=io.StringIO(), width=10_000, height=24)
     assert len(printed(queue.fitted(view, by_request, pipe), 10_000).splitlines()) == 25
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_compared_answers_are_whole(width: int) -> None:
+    """Answers stand beside their versions and are folded, also one without a blank; an empty one is said to be so."""
+    nonsense = "aGSg5]z@3X&cn=jk_YDTOMR" * 8
+    answers = {
+        "support@v1": Text("Arr, she pays"),
+        "support@v2": Text("in doubloons"),
+        "base": Text(nonsense),
+        "b": Text(),
+    }
+    lines = printed(generating.side_by_side(answers), width).splitlines()
+    assert [line.split() for line in lines[:2]] == [
+        ["support@v1", "Arr,", "she", "pays"],
+        ["support@v2", "in", "doubloons"],
+    ]
+    assert max(map(len, lines)) <= width
+    assert nonsense in "".join(line.removeprefix("base").strip() for line in lines)
+    assert lines[-1].split() == ["b", "(empty)"]
 
 
 def test_pages_past_a_learned_limit_are_explained() -> None:
