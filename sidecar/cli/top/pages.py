@@ -318,7 +318,7 @@ PAGES = (
             Column("ADAPTER", lambda row: _adapter(row.adapter)),
             Column("TENANT", lambda row: row.tenant or "-", spare=1),
             Column("CLASS", lambda row: getattr(row, "class"), spare=3),
-            Column("MAX TOKENS", lambda row: f"{row.input_tokens}+{row.output_tokens_max}", right=True, spare=2),
+            Column("TOKENS", lambda row: f"{row.input_tokens}+{row.output_tokens_max}", right=True, spare=2),
             Column("BACKEND", lambda row: row.backend or "-"),
         ),
         _request_levers,
