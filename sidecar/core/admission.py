@@ -194,13 +194,23 @@ def for_client(state: State, settle: Settle) -> Settle:
     The log keeps the real reason, and what operators can do, for operators.
     """
     if settle.reason is not Reason.NOT_ALLOWED:
-        return replace(settle, message=_without_commands(settle.message)) if settle.reason in TOLD_COMMANDS else settle
+        if settle.reason not in TOLD_COMMANDS:
+            return settle
+        return replace(settle, message=_with_drained(state, _without_commands(settle.message)))
     refused = unknown_adapter(state, settle.name, settle.tenant)
     return replace(settle, reason=refused.reason, message=refused.message, name=refused.details["adapter"])
 
 
 TOLD_COMMANDS = (Reason.QUARANTINED, Reason.NO_BACKEND)
 """Reasons whose messages name a command of ours."""
+
+
+def _with_drained(state: State, message: str) -> str:
+    """Return a message in which backends on which nothing runs any more are "drained"; journals have "draining"."""
+    if any(backend.draining and backend.running for backend in state.backends.values()):
+        return message
+    what, found, why = message.partition(" can serve it: ")
+    return what + found + why.replace(" draining", " drained")
 
 
 def _without_commands(message: str) -> str:

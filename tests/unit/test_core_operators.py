@@ -8,6 +8,7 @@ import pytest
 
 from sidecar.core import effects as fx
 from sidecar.core import events as ev
+from sidecar.core.admission import for_client
 from sidecar.core.config import ClassLimit, CoreConfig
 from sidecar.core.enums import Outcome
 from sidecar.errors import Reason
@@ -44,6 +45,8 @@ def test_drain_of_the_only_backend_refuses_what_waits() -> None:
     world.feed(ev.DrainSet("b0", True))
     assert world.settled[request].reason is Reason.NO_BACKEND
     assert "1 draining" in world.settled[request].message
+    told = for_client(world.core.state, world.settled[request]).message
+    assert told == "base model: 0 of 1 backends can serve it: 1 drained. b0: it is drained."
 
 
 def test_an_engine_that_comes_back_smaller_refuses_what_it_cannot_serve() -> None:
