@@ -24,7 +24,7 @@ from sidecar.cli.endpoint import (
     admin_command,
 )
 from sidecar.cli.exits import CommandError, Exit, say
-from sidecar.cli.show import AsJson, bad, console, count, duration, facts, print_json, table, titled
+from sidecar.cli.show import AsJson, bad, console, duration, facts, print_json, table, titled
 from sidecar.proto import admin_pb2 as pb
 
 ENGINE = "Engine"
@@ -89,11 +89,11 @@ def _open_pages(backend: Any) -> int:
 
 
 def _past_limit(backend: Any) -> str:
-    """Return why more pages are open than fit at once; "" if that is not so."""
+    """Return why more is open than fits at once, pages or adapters; "" if that is not so."""
     more = _open_pages(backend) - backend.page_limit
     if more <= 0 or not backend.page_limit:
         return ""
-    return f"{count(more, 'page')} past what is believed to fit: some close before another adapter opens"
+    return f"{more} more open than is believed to fit: some close before another adapter opens"
 
 
 @admin_command

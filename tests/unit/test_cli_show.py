@@ -131,8 +131,8 @@ def test_pages_past_a_learned_limit_are_explained() -> None:
     backend.open.extend([admin_pb2.OpenVersion(pages=5)])
     row = backends._row(backend)
     assert row[4] == "5/~4"
-    assert row[-1] == f"1 page past what is believed to fit: some close before another adapter opens; {DETAIL}"
-    assert "5 open, at most 4 at once, as learned from loads; 1 page past" in printed(
+    assert row[-1] == f"1 more open than is believed to fit: some close before another adapter opens; {DETAIL}"
+    assert "5 open, at most 4 at once, as learned from loads; 1 more open" in printed(
         Group(*backends.shown(backend)), 300
     )
     backend.device_pages, backend.open[0].pages = 4, 4
