@@ -34,6 +34,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -104,13 +105,18 @@ class CostTable:
 def load_cost_table(path: Path) -> CostTable:
     """Return the table in a file. Raises BadCostTable for missing, unknown or out-of-range fields."""
     try:
-        return read_cost_table(json.loads(read_regular(path, DOCUMENT_BYTES_MAX).decode("utf-8")))
+        return _read(read_regular(path, DOCUMENT_BYTES_MAX).decode("utf-8"))
     except OSError as error:
         raise BadCostTable(f"{path}: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BadCostTable(f"{path}: not JSON: {error}") from error
     except BadCostTable as error:
         raise BadCostTable(f"{path}: {error}") from None
+
+
+@lru_cache(maxsize=8)
+def _read(text: str) -> CostTable:
+    return read_cost_table(json.loads(text))
 
 
 def cost_table_text(table: CostTable) -> str:

@@ -7,6 +7,7 @@ checked. Of bodies only the members are described that every kind of engine read
 from __future__ import annotations
 
 import json
+from functools import cache
 from importlib.metadata import version
 from typing import Annotated, Any, Literal
 
@@ -144,24 +145,33 @@ MODELS = (CompletionRequest, ChatRequest, Answer, Model, ModelList, Error, Engin
 
 def description_of(config: Config) -> bytes:
     """Return the document as JSON."""
-    models = [*MODELS, *((load_calls.LoadBody, load_calls.UnloadBody) if config.openai.load_calls else ())]
-    _, schemas = models_json_schema(
-        [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
-    )
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {
             "title": "lora-sidecar",
-            "version": version("lora-sidecar"),
+            "version": _version(),
             "description": "The OpenAI API: `model` names an adapter, one of its versions, or the base model. Engines "
             "that take text only refuse token ids, and members that they have no input for.",
         },
         "paths": _paths(config),
-        "components": {"schemas": schemas["$defs"]},
+        "components": {"schemas": _schemas(config.openai.load_calls)},
     }
     if config.identity.mode == "enforce":
         document["components"]["securitySchemes"] = {"credential": {"type": "http", "scheme": "bearer"}}
     return json.dumps(document).encode()
+
+
+@cache
+def _schemas(load_calls_too: bool) -> dict[str, Any]:
+    models = [*MODELS, *((load_calls.LoadBody, load_calls.UnloadBody) if load_calls_too else ())]
+    _, schemas = models_json_schema(
+        [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
+    )
+    found: dict[str, Any] = schemas["$defs"]
+    return found
+
+
+_version = cache(lambda: version("lora-sidecar"))
 
 
 def _paths(config: Config) -> dict[str, Any]:
