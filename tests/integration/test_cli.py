@@ -22,6 +22,7 @@ from sidecar.adapters.packed import lora_config, pack, plan
 from sidecar.adapters.peft import read_adapter
 from sidecar.cli import app
 from tests.kit.cli_runs import Ended, runner
+from tests.kit.forked import Popen
 from tests.kit.peft_files import write_adapter
 
 
@@ -266,7 +267,7 @@ def test_a_reader_that_leaves_is_no_traceback(tmp_path: Path) -> None:
 def start(*arguments: str) -> subprocess.Popen[str]:
     """Start the command as a process of its own."""
     command = [sys.executable, "-c", "from sidecar.cli import main; main()", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def serve(*options: str) -> subprocess.Popen[str]:

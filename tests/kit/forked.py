@@ -1,8 +1,9 @@
 """Python processes that need no second to start: forks of one that has imported the product.
 
 `await python("-m", "sidecar", "serve", …)` is `asyncio.create_subprocess_exec(sys.executable, "-m", "sidecar", …)`, and
-so is `-c PROGRAM`. The process has signals, exit status, working directory, environment and streams of its own. What
-Python itself reads when it starts (PYTHONHASHSEED, PYTHONPATH, -S) stays that of the process that it is forked from.
+so is `-c PROGRAM`; `Popen` is `subprocess.Popen` of such commands. The process has signals, exit status, working
+directory, environment and streams of its own. What Python itself reads when it starts (PYTHONHASHSEED, PYTHONPATH, -S)
+stays that of the process that it is forked from.
 
 One process of that kind (`python -m tests.kit.forked`) serves all tests of a process, and ends with it. It takes an
 order on a Unix socket, with the file descriptors of the new process; says its pid at once, and its status at its end.
@@ -24,20 +25,25 @@ import sys
 import tempfile
 import threading
 from asyncio.subprocess import DEVNULL, PIPE
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib import import_module
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, AnyStr, NoReturn
 
 from sidecar.backends.triton import loads
 from sidecar.cli.commands import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 ORDER_BYTES_MAX = 1 << 20
-PRELOADED = ["sidecar.serve.app", *sorted({place.partition(":")[0] for place, _ in COMMANDS.values()})]
+PRELOADED = [
+    "sidecar.serve.app",
+    "sidecar.cli.top.app",
+    *sorted({place.partition(":")[0] for place, _ in COMMANDS.values()}),
+]
 
 
 class Forked:
@@ -102,8 +108,6 @@ async def python(
     """Start a process. `arguments` begin with -m and a module, or with -c and a program; streams are PIPE, DEVNULL or
     None, for that of this process.
     """
-    assert arguments[0] in ("-m", "-c"), arguments
-    order = {"arguments": arguments, "env": dict(os.environ if env is None else env), "folder": str(Path.cwd())}
     mine: dict[str, int] = {}
     theirs: list[int] = []
     try:
@@ -114,9 +118,7 @@ async def python(
                 theirs.append(ends[bool(number)])
             else:
                 theirs.append(os.open(os.devnull, os.O_RDWR) if asked == DEVNULL else os.dup(number))
-        link = socket.socket(socket.AF_UNIX)
-        link.connect(_address())
-        socket.send_fds(link, [json.dumps(order).encode() + b"\n"], theirs)
+        link = _ordered(arguments, env, theirs)
     finally:
         for end in theirs:
             os.close(end)
@@ -143,9 +145,62 @@ async def python(
     return process
 
 
+def _ordered(
+    arguments: Sequence[str], env: Mapping[str, str] | None, streams: Sequence[int], own_session: bool = False
+) -> socket.socket:
+    """Order a process with these standard streams, and return the link by which its pid and its status come."""
+    assert arguments[0] in ("-m", "-c"), arguments
+    order = {
+        "arguments": arguments,
+        "env": dict(os.environ if env is None else env),
+        "folder": str(Path.cwd()),
+        "own_session": own_session,
+    }
+    link = socket.socket(socket.AF_UNIX)
+    link.connect(_address())
+    socket.send_fds(link, [json.dumps(order).encode() + b"\n"], streams)
+    return link
+
+
+class Popen(subprocess.Popen[AnyStr]):
+    """`subprocess.Popen` of this interpreter. Of its other options, standard streams, text, env and start_new_session
+    are kept.
+    """
+
+    def _execute_child(self, args: Sequence[str], *given: Any) -> None:
+        env, streams, own_session = given[5], given[9:15], given[20]
+        assert args[0] == sys.executable
+        theirs = [number if end == -1 else end for number, end in enumerate((streams[0], streams[3], streams[5]))]
+        self._link = _ordered(args[1:], env, theirs, own_session)
+        self._told = self._link.makefile("rb")
+        self.pid = int(self._told.readline())
+        self._child_created = True
+        self._close_pipe_fds(*streams)  # type: ignore[attr-defined]
+
+    def _wait(self, timeout: float | None) -> int:
+        if self.returncode is None:
+            if not wait([self._link], timeout):
+                raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+            self.returncode = int(self._told.readline())
+            self._told.close()
+            self._link.close()
+        return self.returncode
+
+    def _internal_poll(self, *_: Any, **__: Any) -> int | None:
+        with suppress(subprocess.TimeoutExpired):
+            self._wait(0)
+        return self.returncode
+
+
 async def loader() -> Forked:
     """Start what `sidecar.backends.triton.loads` starts."""
     return await python("-m", "sidecar.backends.triton.loader", stdin=PIPE, stdout=PIPE, limit=loads.LINE_BYTES_MAX)
+
+
+def large_reader() -> Popen[bytes]:
+    """Start what `sidecar.fronts.openai.large` starts."""
+    command = (sys.executable, "-m", "sidecar.fronts.openai.large_reader")
+    return Popen(command, stdin=PIPE, stdout=PIPE)
 
 
 @cache
@@ -237,6 +292,8 @@ def _become(order: dict[str, Any]) -> None:
     """Run what was ordered, as the interpreter would."""
     os.environ.clear()
     os.environ.update(order["env"])
+    if order["own_session"]:
+        os.setsid()
     os.chdir(order["folder"])
     sys.stdin = os.fdopen(0, closefd=False)
     sys.stdout = os.fdopen(1, "w", closefd=False)

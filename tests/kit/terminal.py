@@ -8,7 +8,6 @@ import os
 import pty
 import re
 import struct
-import subprocess
 import sys
 import termios
 import threading
@@ -18,6 +17,7 @@ from typing import Self
 
 import pyte
 
+from tests.kit.forked import Popen
 from tests.kit.serving import PATIENCE_S
 
 UP, DOWN, ENTER, ESCAPE, PAGE_DOWN = "\x1b[A", "\x1b[B", "\r", "\x1b", "\x1b[6~"
@@ -36,7 +36,7 @@ class Terminal:
         self._ours, theirs = pty.openpty()
         size = {"COLUMNS": str(self._size[1]), "LINES": str(self._size[0])}  # ours may name another
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", *self._size, 0, 0))
-        self.process = subprocess.Popen(
+        self.process: Popen[bytes] = Popen(
             [sys.executable, "-m", "sidecar", *self._arguments],
             stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
             env=os.environ | size | {"TERM": "xterm-256color", "COLORTERM": "truecolor"},

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit.forked import python
+from tests.kit.forked import Popen, python
 
 
 async def test_streams_arguments_and_status() -> None:
@@ -68,6 +68,26 @@ async def test_a_text_to_exit_with_is_told() -> None:
 async def test_a_module_runs_as_main() -> None:
     out, _ = await (await python("-m", "sidecar", "--version", stdout=PIPE)).communicate()
     assert out.startswith(b"lora-sidecar ")
+
+
+def test_as_a_popen() -> None:
+    """What callers of `subprocess.Popen` use is there: streams as text, waiting with a bound, signals, status."""
+    program = "import os, sys; print(os.getsid(0) == os.getpid(), flush=True); print(input(), file=sys.stderr); input()"
+    with Popen(
+        (sys.executable, "-c", program), stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "True\n"
+        assert process.poll() is None
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.01)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.communicate("b\n", timeout=0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL == process.poll()
+    with Popen((sys.executable, "-c", "print(input()); exit(3)"), stdin=PIPE, stdout=PIPE, text=True) as process:
+        assert process.communicate("c\n") == ("c\n", None)
+    assert process.returncode == 3
 
 
 def test_it_starts_whatever_started_this_process() -> None:

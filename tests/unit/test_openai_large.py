@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from sidecar.errors import Reason, Refused
+from sidecar.fronts.openai import large
 from sidecar.fronts.openai.body import VALUES_MAX, read_body
 from sidecar.fronts.openai.chat_templates import ChatTemplate, compiled_template
 from sidecar.fronts.openai.large import Found, LargeBodies, Order, Refusal, Template
@@ -29,6 +30,10 @@ NESTED = b'{"model":"sql","prompt":"a","x":[' + b"[]," * (VALUES_MAX // 2 - 8) +
 USER = {"role": "user", "content": "hi"}
 STREAMS = {"triton": True, "triton_llmapi": False}
 ORDER = Order(COMPLETIONS, 0, 8, 1 << 20, (None,), 77, STREAMS)
+
+
+START = large._start
+"""Starts the real process: tests fork it."""
 
 
 async def read_all(bodies: LargeBodies, raw: bytes, order: Order = ORDER) -> tuple[Found, ...]:
@@ -164,13 +169,15 @@ async def test_a_process_that_cannot_read_it(monkeypatch: pytest.MonkeyPatch, tm
     """Is told of, with what to do; so is one that cannot be started."""
     for executable, why in ((shutil.which("false"), "code 1"), (str(tmp_path / "none"), "No such file")):
         with monkeypatch.context() as patch:
+            patch.setattr(large, "_start", START)
             patch.setattr(sys, "executable", executable)
             with pytest.raises(Refused, match=f"{why}.*send less, or give the sidecar more memory"):
                 await read(LargeBodies(), NESTED)
 
 
-async def test_the_process_ends_with_who_asked() -> None:
+async def test_the_process_ends_with_who_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """None is there before the first body."""
+    monkeypatch.setattr(large, "_start", START)
     bodies = LargeBodies()
     assert bodies.pid is None
     await read(bodies, b'{"model":"sql","prompt":"a"}')

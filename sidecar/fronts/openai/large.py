@@ -132,12 +132,16 @@ class LargeBodies:
         )
 
 
+def _start() -> subprocess.Popen[bytes]:
+    command = (sys.executable, "-m", "sidecar.fronts.openai.large_reader")
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
 class _Child:
     """A child process, used from one thread."""
 
     def __init__(self) -> None:
-        command = (sys.executable, "-m", "sidecar.fronts.openai.large_reader")
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.process = _start()
         self._end: Any = weakref.finalize(self, _end, self.process)
 
     def ask(self, order: Order, raw: bytes) -> tuple[Found, ...] | Refusal:
