@@ -59,7 +59,7 @@ LANES := helm-test e2e-replicas e2e-triton e2e-vllm
 
 COMPILE := pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet $(UPGRADE)
 
-.PHONY: record docs docs-commands pictures .venv-docs ci nightly lanes weekly release bundle e2e-release demo test test-slow check bench-tests e2e-triton triton .venv-triton e2e-vllm vllm .venv-vllm e2e-tools e2e-tools-short e2e-replicas e2e-attack helm-test .venv-helm lint bench bench-triton bench-scheduling goldens fuzz fuzz-wire sim-faults chaos soak proto lock clean .venv
+.PHONY: record docs docs-commands pictures .venv-docs ci nightly lanes weekly release bundle e2e-release demo test test-slow check bench-tests e2e-triton triton .venv-triton e2e-vllm vllm .venv-vllm e2e-tools e2e-tools-short e2e-replicas e2e-attack helm-test .venv-helm lint lint-quickly bench bench-triton bench-scheduling goldens fuzz fuzz-wire sim-faults chaos soak proto lock clean .venv
 
 .venv: $(INSTALLED)
 
@@ -82,14 +82,19 @@ $(RELEASING): requirements-release.lock $(DEVELOPING)
 demo: $(INSTALLED)
 	$(BIN)/sidecar demo
 
-lint: $(DEVELOPING)
+lint: lint-quickly
+	$(BIN)/mypy
+
+lint-quickly: $(DEVELOPING)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-test: lint
-	$(PYTEST) -m "not slow" $(SPREAD)
+# Types are checked beside the tests, and told after them: without its cache mypy takes half a minute.
+test: lint-quickly
+	@told=$$(mktemp); trap 'rm -f "$$told"' EXIT; $(BIN)/mypy >"$$told" 2>&1 & types=$$!; \
+	$(PYTEST) -m "not slow" $(SPREAD); tests=$$?; \
+	wait $$types; types=$$?; echo $(BIN)/mypy; cat "$$told"; exit $$((tests ? tests : types))
 
 test-slow: $(DEVELOPING)
 	$(PYTEST) -m slow $(SPREAD)
