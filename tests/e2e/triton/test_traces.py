@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from secrets import token_hex
 
+import pytest
+
 from sidecar.proto import gateway_pb2
 from tests.e2e.triton.repository import Repository
 from tests.e2e.triton.server import TritonServer
@@ -28,11 +30,17 @@ async def traced(received: Collector, asked: Serving) -> list[Received]:
     async for _ in asked.gateway.Generate(request, metadata=context):
         pass
 
-    def whole() -> bool:
-        names = [each.name for each in received.of(trace)]
-        return names.count("text_completion a00") == 2 and names.count("compute") == names.count("lora.attempt") > 0
+    def names() -> list[str]:
+        return [each.name for each in received.of(trace)]
 
-    await until(whole)
+    def whole() -> bool:
+        came = names()
+        return came.count("text_completion a00") == 2 and came.count("compute") == came.count("lora.attempt") > 0
+
+    try:
+        await until(whole)
+    except TimeoutError:
+        pytest.fail(f"all that came of the trace: {sorted(names())}")
     found = received.of(trace)
     (root,) = [each for each in found if each.name == "text_completion a00" and each.parent == span]
     assert {each.parent for each in found} <= {each.id for each in found} | {span}
