@@ -167,11 +167,15 @@ def serving_ns(state: State, backend: Backend) -> int:
 
 
 def _token_times(state: State, backend: Backend, demand: Demand, slots: int) -> tuple[float, float]:
-    """Return the engine time per token at the expected batch, and the time per token of one sequence at the fullest."""
+    """Return the engine time per token at the expected batch, and the time per token of one sequence at the fullest.
+
+    Steps show how slow an engine is long before its ended runs do: until then their slowness counts for both.
+    """
     seats, kv_tokens = backend.facts.seats or state.config.seats_default, backend.facts.kv_tokens
-    pace, slowness = pace_of(backend), backend.slowness
+    pace, slowness, yielded = pace_of(backend), backend.slowness, backend.yielded
     each_ns = token_ns(pace, demand, demand.batch(seats, kv_tokens, slots))
-    return each_ns * backend.yielded.factor, slowest_token_ns(pace, demand, seats, kv_tokens) * slowness
+    each_ns *= yielded.factor if yielded.known else slowness
+    return each_ns, slowest_token_ns(pace, demand, seats, kv_tokens) * slowness
 
 
 def learn_yield(state: State, backend: Backend, tokens: int, now_ns: int) -> None:

@@ -13,6 +13,7 @@ from sidecar.core import events as ev
 from sidecar.core.durations import readable
 from sidecar.core.state import Request, State
 from sidecar.timelines.obstacles import listed
+from sidecar.timelines.timeline import FIRST_TOKEN
 
 CANDIDATES_NAMED_MAX = 4
 
@@ -72,7 +73,7 @@ def own_event(event: ev.Event, request: int, attempt: int) -> Told | None:
     if isinstance(event, ev.ClientStalled) and event.request == request:
         return "client_stalled", "its client was too far behind for too long"
     if isinstance(event, ev.FirstToken) and (event.request, event.attempt) == (request, attempt):
-        return "first_token", "first token"
+        return FIRST_TOKEN, "first token"
     if isinstance(event, ev.RunFailed) and (event.request, event.attempt) == (request, attempt):
         return "run_failed", f"the engine failed ({event.fault.value}): {event.text}"
     return None

@@ -11,10 +11,14 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 
+from sidecar.core.enums import Outcome
+
 AT_AN_ENGINE = "at an engine, in vain"
 """The reason of a period at an engine that failed before the first token, after which the request was queued again."""
 NOT_JOURNALED = "not journaled"
 """The reason of a period that the journal does not cover: it begins later, or left steps out."""
+FIRST_TOKEN = "first_token"
+"""The word of the moment at which an answer begins."""
 
 IDS_KEPT_MAX = 8
 PERIODS_HELD_MAX = 4_000
@@ -134,6 +138,15 @@ class Timeline:
     message: str = ""
     entries: list[Entry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def late_ns(self) -> int:
+        """How much later than promised the answer began; 0 if the promise was kept or void, or nothing came."""
+        if self.promised_ns is None or self.voided:
+            return 0
+        first = (each.at_ns for each in self.entries if isinstance(each, Moment) and each.what == FIRST_TOKEN)
+        sent_ns = self.arrived_ns + self.waited_ns if self.outcome == Outcome.OK.value else self.arrived_ns
+        return max(0, next(first, sent_ns) - self.arrived_ns - self.promised_ns)
 
     def periods(self) -> Iterator[Period]:
         return (entry for entry in self.entries if isinstance(entry, Period))

@@ -32,6 +32,7 @@ def record_of(timeline: Timeline) -> dict[str, Any]:
     record = {name: value for name, value in asdict(timeline).items() if name not in left_out}
     record["deadline_after_ns"] = _since(timeline, timeline.deadline_ns)
     record["ended_after_ns"] = _since(timeline, timeline.ended_ns)
+    record["late_ns"] = timeline.late_ns
     record["reasons_ns"] = timeline.reasons_ns()
     record["timeline"] = [_entry_record(entry, timeline.arrived_ns) for entry in timeline.entries]
     return record
@@ -136,4 +137,5 @@ def _sum(timeline: Timeline) -> str:
     reasons = timeline.reasons_ns()
     if not reasons:
         return "it did not wait"
-    return f"waited {duration(timeline.waited_ns)} in all: {_reasons(reasons)}"
+    late = f"; its answer began {duration(timeline.late_ns)} later than promised" if timeline.late_ns else ""
+    return f"waited {duration(timeline.waited_ns)} in all: {_reasons(reasons)}{late}"

@@ -221,6 +221,24 @@ def test_what_nobody_waits_for_is_learned_in_silence() -> None:
     assert world.core.state.requests[request].promise is not None
 
 
+def test_steps_show_how_slow_an_engine_is_before_its_answers_do() -> None:
+    """A burst at an engine of which the steps are known, and hardly an answer has ended, is promised what it will take.
+
+    By hand: 40 requests of 100 tokens are sent two at a time, a step takes 105 ms; the last waits for 38 others.
+    """
+    world = Stepping(pace=None)
+    world.decode(60, 105)
+    for request in list(world.backend().queued):
+        world.feed(ev.ClientLeft(request))
+    for request in list(world.backend().running):
+        world.end(request)
+    assert world.backend().steps.known and not world.backend().yielded.known
+    *_, last = [world.send(output_tokens=100) for _ in range(40)]
+    promise = world.core.state.requests[last].promise
+    assert promise is not None
+    assert promise.bound_ns > 38 * 100 * 105 * MS / SEATS
+
+
 def test_an_engine_slower_than_can_be_measured_is_noticed() -> None:
     """Steps that take twenty times as long never add up to much work: that says enough."""
     world = Stepping()

@@ -13,8 +13,8 @@ from sidecar.errors import Misused, Reason
 from sidecar.incident.explain import explain
 from sidecar.journal.replay import SegmentFile
 from sidecar.journal.segments import segment_paths
-from sidecar.timelines.timeline import NOT_JOURNALED, Moment, Period, Timeline, Waits, folded
-from sidecar.timelines.wording import PERIODS_SHOWN_MAX, lines_of
+from sidecar.timelines.timeline import FIRST_TOKEN, NOT_JOURNALED, Moment, Period, Timeline, Waits, folded
+from sidecar.timelines.wording import PERIODS_SHOWN_MAX, lines_of, record_of
 from tests.kit.corekit import MS, World
 from tests.kit.identities import REAL
 from tests.kit.journals import write_journal
@@ -318,3 +318,22 @@ def test_a_promise_and_its_end_are_told(tmp_path: Path) -> None:
     assert timeline.promised_ns == promised_ns
     assert "voided" in told(timeline)
     assert "promised its first token within" in "\n".join(lines_of(timeline))
+
+
+@pytest.mark.parametrize(
+    ("first_ms", "voided", "late_ms", "late"),
+    [(3200, "", 1200, "1.20 s"), (3200, "moved", 0, ""), (1900, "", 0, ""), (None, "", 900, "900 ms")],
+)
+def test_an_answer_that_began_later_than_promised_is_told(
+    first_ms: int | None, voided: str, late_ms: int, late: str
+) -> None:
+    """Unless the promise is void. An answer that came all at once began when it was sent, as far as is known."""
+    timeline = Timeline(1, promised_ns=2000 * MS, voided=voided, outcome="ok")
+    waits = Waits(timeline)
+    waits.begin("seats full", 0, "b0", "")
+    waits.end(2900 * MS)
+    if first_ms is not None:
+        waits.moment(first_ms * MS, FIRST_TOKEN, "first token")
+    last = list(lines_of(timeline))[-1]
+    assert last.partition("; ")[2] == (f"its answer began {late} later than promised" if late else "")
+    assert record_of(timeline)["late_ns"] == late_ms * MS
