@@ -57,7 +57,7 @@ def list_backends(client: Client, as_json: AsJson = False) -> None:
     elif not backends:
         say("there is no backend: none is configured, or none has been found yet")
     else:
-        console().print(table(COLUMNS, [_row(backend) for backend in backends]), crop=False)
+        console().print(table(COLUMNS, [_row(backend) for backend in backends]))
 
 
 def _row(backend: Any) -> tuple[str | Text, ...]:

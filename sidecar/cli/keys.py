@@ -72,7 +72,7 @@ def list_keys(
         say("no keys; sidecar keys create --tenant NAME makes one")
     else:
         columns = ("KEY", "TENANT", "STATE", "ROLES", "GROUPS", "CLASS", "CREATED", "UNTIL", "LAST USED", "NOTE")
-        console().print(table(columns, [_row(key) for key in keys]), crop=False)
+        console().print(table(columns, [_row(key) for key in keys]))
 
 
 def known_roles(roles: Sequence[str]) -> Sequence[str]:

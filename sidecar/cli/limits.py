@@ -102,7 +102,7 @@ def list_limits(
         say("no limits; sidecar limits set TENANT --tokens-per-minute 20k sets one")
     else:
         columns = ("TENANT", "CLASS", "ADAPTER", "NUMBER", "LIMIT", "TAKEN", "SET IN")
-        console().print(table(columns, [row for limit in limits for row in _rows(limit)]), crop=False)
+        console().print(table(columns, [row for limit in limits for row in _rows(limit)]))
 
 
 @admin_command

@@ -75,10 +75,10 @@ def queue(
     elif watch and sys.stdout.isatty():
         _watch(look, interval)
     else:
-        console().print(look(), crop=False)
+        console().print(look())
         while watch:
             sleep(interval)
-            console().print(look(), crop=False)
+            console().print(look())
 
 
 def _watch(look: Callable[[], RenderableType], interval_s: float) -> None:

@@ -49,7 +49,13 @@ FOLDED_WIDTH_MIN = 30
 
 
 class _Plain(Console):
-    """Prints what a file, an engine or a journal names harmlessly; `Client` does so with what a sidecar answers."""
+    """Prints what a file, an engine or a journal names harmlessly; `Client` does so with what a sidecar answers.
+
+    No line is cut: a name that is wider than the terminal goes on in its next line, and can be copied.
+    """
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*objects, **{"crop": False, **options})
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
         for segment in super().render(renderable, options):

@@ -100,7 +100,7 @@ def usage(
     if as_csv:
         _write_csv(rows, names, span, currency)
     else:
-        console().print(_shown(rows, names, span, currency), crop=False)
+        console().print(_shown(rows, names, span, currency))
     for line in _notes(answer):
         say(line, error=True)
 

@@ -20,9 +20,11 @@ DETAIL = "reached, serves at most 4 adapters at once, because its host cache hol
 
 
 def printed(shown: RenderableType, width: int) -> str:
-    out = io.StringIO()
-    Console(file=out, width=width, markup=False, highlight=False, emoji=False).print(shown, crop=False)
-    return out.getvalue()
+    """Return what commands print on a terminal of a width: by the console that each of them uses."""
+    terminal = console()
+    terminal.file, terminal.width = io.StringIO(), width
+    terminal.print(shown)
+    return terminal.file.getvalue()
 
 
 def waiting(request_id: str) -> Any:
