@@ -5,7 +5,7 @@ A pool may have engines of several kinds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from sidecar.backends.api import Payload
@@ -20,7 +20,7 @@ from sidecar.errors import Reason, Refused
 
 def backends_of(state: State, kinds: Collection[str], base: str = "") -> tuple[str, ...] | None:
     """Return the backends of these kinds, with `base` those of that base model: () for all backends, None for none."""
-    return fitting_backends(state, lambda facts: facts.kind in kinds and _has_base(facts, base))
+    return fitting_backends(state, lambda facts: facts.kind in kinds and has_base(facts, base))
 
 
 def is_base(state: State, name: str) -> bool:
@@ -30,7 +30,7 @@ def is_base(state: State, name: str) -> bool:
     return name in BASE_NAMES or is_base_model(state, name)
 
 
-def _has_base(facts: EngineFacts, base: str) -> bool:
+def has_base(facts: EngineFacts, base: str) -> bool:
     """Return True if an engine's base model has a name; each has "" and "base"."""
     return base in BASE_NAMES or base in base_names(facts)
 
@@ -77,14 +77,7 @@ def kserve_eligibility(state: State, payload: Payload, base: str = "") -> tuple[
 
     Raises Refused(INVALID_REQUEST) if no backend speaks KServe, or none of that base model.
     """
-    engines = _engines(state)
-    kserve = [facts for facts in engines if model_kind(facts.kind).native is Native.KSERVE]
-    if engines and not kserve:
-        raise Refused(
-            Reason.INVALID_REQUEST,
-            f"no backend speaks KServe: these are {_titles(engines)}; use the OpenAI API on the http listener, or "
-            "Gateway.Generate",
-        )
+    kserve = kserve_engines(state)
     is_named = any(payload.model in facts.models for facts in kserve)
 
     def has_model(facts: EngineFacts) -> bool:
@@ -97,7 +90,7 @@ def kserve_eligibility(state: State, payload: Payload, base: str = "") -> tuple[
         payload = replace(payload, kind=kinds.pop())
 
     def fits(facts: EngineFacts) -> bool:
-        return facts.kind in payload.kinds and (not having or has_model(facts)) and _has_base(facts, base)
+        return facts.kind in payload.kinds and (not having or has_model(facts)) and has_base(facts, base)
 
     fitting = fitting_backends(state, fits)
     if fitting is None and base not in BASE_NAMES:
@@ -107,10 +100,22 @@ def kserve_eligibility(state: State, payload: Payload, base: str = "") -> tuple[
     return payload, fitting or ()
 
 
-def _engines(state: State) -> list[EngineFacts]:
-    """Return the facts of all engines, and the declared facts of empty pools."""
-    return [*(backend.facts for backend in state.backends.values()), *(facts for _, facts in empty_pools(state))]
+def kserve_engines(state: State) -> list[EngineFacts]:
+    """Return the facts of the engines that speak KServe, and the declared facts of empty pools of such engines.
+
+    Raises Refused(INVALID_REQUEST) if there are engines and none speaks it: to come again would not help.
+    """
+    engines = [*(backend.facts for backend in state.backends.values()), *(facts for _, facts in empty_pools(state))]
+    kserve = [facts for facts in engines if speaks_kserve(facts)]
+    if engines and not kserve:
+        titles = ", ".join(dict.fromkeys(model_kind(facts.kind).title for facts in engines))
+        raise Refused(
+            Reason.INVALID_REQUEST,
+            f"no backend speaks KServe: the engines have an OpenAI API and take no tensors ({titles}); use that API on "
+            "the http listener, or Gateway.Generate",
+        )
+    return kserve
 
 
-def _titles(engines: Iterable[EngineFacts]) -> str:
-    return ", ".join(dict.fromkeys(model_kind(facts.kind).title for facts in engines))
+def speaks_kserve(facts: EngineFacts) -> bool:
+    return model_kind(facts.kind).native is Native.KSERVE

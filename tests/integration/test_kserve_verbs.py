@@ -27,6 +27,9 @@ from sidecar.proto import admin_pb2
 from tests.kit.emulated import EngineProcess, running_engine, start_engine
 from tests.kit.kserve_clients import CORE, DUMMY, aio_client, ask, core_inputs, in_thread, status_of, tensor
 from tests.kit.serving import Serving, serving, until, write_adapters
+from tests.kit.trtllm_emulated import running_trtllm
+from tests.kit.trtllm_served import entry_of
+from tests.kit.vllm_emulated import running_vllm
 
 SERVICE = "/inference.GRPCInferenceService"
 ADMIN_ONLY = ("RepositoryModelLoad", "RepositoryModelUnload", "TraceSetting", "LogSettings")
@@ -239,7 +242,7 @@ async def test_adapters_are_found_as_models(tmp_path: Path) -> None:
     ):
         index = {(each.name, each.version): each.state for each in (await client.get_model_repository_index()).models}
         engines = {each.name for each in (await direct.get_model_repository_index()).models}
-        assert {name for name, _ in index} == engines | {"a00", "a01"}
+        assert {name for name, _ in index} == engines | {"a00", "a01", "base"}
         assert index["a00", "1"] == "READY"
         for name, version in (("a00", ""), ("a00", "1"), ("a01@v1", "")):
             assert await client.is_model_ready(name, version)
@@ -253,6 +256,11 @@ async def test_adapters_are_found_as_models(tmp_path: Path) -> None:
         assert list(found.outputs) == list(text.outputs)
         inputs = [each for each in text.inputs if not each.name.startswith("lora_")]
         assert list(found.inputs) == inputs != list(text.inputs)
+        assert (index["base", ""], await client.is_model_ready("base")) == ("READY", True)
+        assert (await client.get_model_metadata("base")).platform == "lora_name of ensemble"
+        assert (await ask(client, name="base")).tokens() == served.expected("", 4)
+        for name, version in (("", ""), ("base", "1"), ("base@v1", "")):
+            assert not await client.is_model_ready(name, version)
         await served.adapters.Pause(admin_pb2.PauseRequest(name="a00"))
         assert not await client.is_model_ready("a00")
         states = {each.name: each.state for each in (await client.get_model_repository_index()).models}
@@ -274,6 +282,34 @@ async def test_server_ready_is_false_when_no_backend_is_up(tmp_path: Path) -> No
         async with running_engine(**DUMMY, grpc_port=port):
             await until(lambda: served.state.backends["trt-0"].phase is Phase.UP)
             assert await client.is_server_ready()
+
+
+@pytest.mark.parametrize("kind", ["vllm", "trtllm"])
+async def test_verbs_of_a_pool_that_speaks_no_kserve_say_so(tmp_path: Path, kind: str) -> None:
+    """And are not tried again: also those about an adapter or the base model, and an operator's."""
+    write_adapters(tmp_path / "adapters", 1)
+    running, entry = (running_vllm, {}) if kind == "vllm" else (running_trtllm, entry_of(tmp_path))
+    shared = {"adapters_dir": str(tmp_path / "shared")}
+    async with (
+        running(compute="none", max_loras=2, max_cpu_loras=4) as (engine, _),
+        serving([engine], tmp_path / "adapters", backend=entry | shared) as served,
+        aio_client(served.sidecar.data_address) as client,
+        aio_client(served.sidecar.admin_address) as admin,
+    ):
+        assert await client.is_server_live()
+        for call in (
+            client.get_server_metadata(),
+            client.get_model_repository_index(),
+            client.get_inference_statistics(),
+            *(client.is_model_ready(name) for name in ("base", "ensemble", "a00", "nothing")),
+            client.get_model_metadata("a00"),
+            client.get_system_shared_memory_status(),
+            admin.get_model_repository_index(),
+            admin.load_model("ensemble"),
+        ):
+            with pytest.raises(InferenceServerException, match="have an OpenAI API and take no tensors") as refused:
+                await call
+            assert refused.value.status() == "StatusCode.INVALID_ARGUMENT"
 
 
 async def test_a_verb_goes_to_another_backend_when_one_just_died(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""Show adapters to Triton's clients: in the repository's index, and to who asks for a model of that name.
+"""Show adapters and base models to Triton's clients: in the repository's index, and to who asks for a model so called.
 
 An engine's own model of the name comes first. A name that the caller may not see is answered as one that does not
-exist. Inference names the adapter in `lora_name`, and in `model_name` the engine's model that `platform` says.
+exist. Inference names either in `lora_name`, and in `model_name` the engine's model that `platform` says.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from typing import Any
 import grpc.aio
 from tritonclient.grpc import service_pb2
 
-from sidecar.backends.kind import Native
-from sidecar.backends.registry import model_kind
+from sidecar.access.access import Caller
+from sidecar.backends.registry import engines_of
 from sidecar.core import eligibility
 from sidecar.core.enums import Phase
 from sidecar.errors import SidecarError
 from sidecar.fronts import callers
+from sidecar.fronts.eligible import has_base, is_base, speaks_kserve
 from sidecar.fronts.kserve.tensors import LORA_TENSORS
-from sidecar.fronts.kserve.verbs import Verb, abort_with_first, ask_one
+from sidecar.fronts.kserve.verbs import Verb, abort_with_first, ask_one, up
+from sidecar.fronts.openai.models import Models
 from sidecar.fronts.status import abort
 from sidecar.shell.gateway import Gateway
 from sidecar.state.records import Record, Version
@@ -29,10 +31,11 @@ READY, UNAVAILABLE = "READY", "UNAVAILABLE"
 
 
 class AdapterVerbs:
-    """The verbs about models, over engines and adapters."""
+    """The verbs about models, over engines, base models and adapters."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
+        self._models = Models(gateway)
         self.verbs: dict[str, Verb] = {
             "RepositoryIndex": self._index,
             "ModelReady": self._ready,
@@ -46,6 +49,10 @@ class AdapterVerbs:
         caller, tenant = await self._sender(context)
         access, records = self._gateway.access, self._gateway.catalogue.registry.all()
         shown = await access.visible(caller, tenant, records)
+        for base in dict.fromkeys(self._models.bases(caller).values()):
+            is_ready = bool(self._serving_base(base))
+            if (is_ready or not request.ready) and self._is_taken(base):
+                reply.models.add(name=base, state=READY if is_ready else UNAVAILABLE)
         for record in records:
             if record.name not in shown:
                 continue
@@ -60,7 +67,7 @@ class AdapterVerbs:
         if reply is None or not reply.ready:
             found = await self._found(request, context)
             if found is not None:
-                return service_pb2.ModelReadyResponse(ready=any(self._serving(*found)))
+                return service_pb2.ModelReadyResponse(ready=bool(found[1]))
         if reply is None:
             await abort_with_first(context, "ModelReady", errors)
         return reply
@@ -75,10 +82,12 @@ class AdapterVerbs:
             await abort_with_first(context, "ModelMetadata", errors)
         return reply
 
-    async def _described(self, name: str, record: Record, version: Version, errors: list[grpc.aio.AioRpcError]) -> Any:
-        """Return the metadata of a model that serves an adapter, under its name; None if no engine has it."""
-        serving = [self._gateway.backends[backend] for backend in self._serving(record, version)]
-        for endpoint, model_name in ((each, model_name) for each in serving for model_name in each.own_models):
+    async def _described(
+        self, name: str, versions: list[str], serving: list[str], errors: list[grpc.aio.AioRpcError]
+    ) -> Any:
+        """Return the metadata of a model that serves an adapter or base model, under its name; None if none does."""
+        endpoints = [self._gateway.backends[backend] for backend in serving]
+        for endpoint, model_name in ((each, model_name) for each in endpoints for model_name in each.own_models):
             try:
                 model = await endpoint.call("ModelMetadata", service_pb2.ModelMetadataRequest(name=model_name))
             except grpc.aio.AioRpcError as error:
@@ -87,17 +96,19 @@ class AdapterVerbs:
             inputs = [each for each in model.inputs if each.name not in LORA_TENSORS]
             platform = f"lora_name of {model.name}"
             return service_pb2.ModelMetadataResponse(
-                name=name, versions=[str(version.ordinal)], platform=platform, inputs=inputs, outputs=model.outputs
+                name=name, versions=versions, platform=platform, inputs=inputs, outputs=model.outputs
             )
         return None
 
-    async def _found(self, request: Any, context: Any) -> tuple[Record, Version] | None:
-        """Return the adapter and version that a request names, if its sender may see them."""
+    async def _found(self, request: Any, context: Any) -> tuple[list[str], list[str]] | None:
+        """Return versions and serving backends of the adapter or base model that a request names; None if its sender
+        may not see it, or a client of KServe cannot name it.
+        """
+        caller, tenant = await self._sender(context)
         name, _, selector = request.name.partition("@")
         record = self._gateway.catalogue.registry.get(name)
         if record is None:
-            return None
-        caller, tenant = await self._sender(context)
+            return self._found_base(request, caller)
         if not self._gateway.access.may_see(caller, tenant, record):
             return None
         selector = selector or (f"v{request.version}" if request.version else "")
@@ -106,9 +117,16 @@ class AdapterVerbs:
             return None
         if selector and not self._gateway.access.may_see_version(caller, record, version.ordinal):
             return None
-        return record, version
+        return [str(version.ordinal)], list(self._serving(record, version))
 
-    async def _sender(self, context: Any) -> tuple[Any, str]:
+    def _found_base(self, request: Any, caller: Caller) -> tuple[list[str], list[str]] | None:
+        """Return no versions, for a base model has none, and the backends that serve it."""
+        name = request.name
+        if not name or request.version or not is_base(self._gateway.state, name) or not self._is_taken(name):
+            return None
+        return ([], self._serving_base(name)) if self._models.may_use_base(caller, name) else None
+
+    async def _sender(self, context: Any) -> tuple[Caller, str]:
         """Return who calls, and its tenant; end a call whose words about it are refused."""
         caller = callers.CALLER.get()
         try:
@@ -125,5 +143,13 @@ class AdapterVerbs:
         if digest is None or state.versions[digest].quarantined or record.paused_until > time():
             return
         for backend in eligibility.servers_of(state, digest):
-            if backend.phase is Phase.UP and model_kind(backend.facts.kind).native is Native.KSERVE:
+            if backend.phase is Phase.UP and speaks_kserve(backend.facts):
                 yield backend.id
+
+    def _serving_base(self, name: str) -> list[str]:
+        state = self._gateway.state
+        return [backend for backend in up(self._gateway) if has_base(state.backends[backend].facts, name)]
+
+    def _is_taken(self, base: str) -> bool:
+        """Return True if a client of KServe can name a base model: an engine that it can ask has it, up or down."""
+        return any(speaks_kserve(facts) and has_base(facts, base) for facts in engines_of(self._gateway.state))

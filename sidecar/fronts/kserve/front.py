@@ -18,7 +18,7 @@ from sidecar.config import Config
 from sidecar.fronts.kserve.adapters import AdapterVerbs
 from sidecar.fronts.kserve.infer import KServe
 from sidecar.fronts.kserve.regions import NO_CUDA, region_verbs
-from sidecar.fronts.kserve.verbs import Later, Verb, Verbs, to_all, to_one, to_sum, verb_handler
+from sidecar.fronts.kserve.verbs import Later, Verb, Verbs, of_engines, to_all, to_one, to_sum, verb_handler
 from sidecar.shell.gateway import Gateway
 
 PASSED_ON = ("ServerMetadata", "ModelConfig")
@@ -40,8 +40,6 @@ def add_kserve(server: grpc.aio.Server, gateway: Gateway, config: Config) -> KSe
     """Add the inference verbs and the read-only ones to a server; return the front that holds the streams."""
     front = KServe(gateway, config)
     verbs: dict[str, Verb] = {
-        "ServerLive": _live,
-        "ServerReady": _ready(gateway),
         "ModelStatistics": to_sum(gateway, "ModelStatistics", summed),
         **{verb: to_one(gateway, verb) for verb in PASSED_ON},
         **AdapterVerbs(gateway).verbs,
@@ -51,6 +49,8 @@ def add_kserve(server: grpc.aio.Server, gateway: Gateway, config: Config) -> KSe
         "ModelInfer": grpc.unary_unary_rpc_method_handler(front.infer),
         "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(front.stream_infer),
     }
+    verbs = {verb: of_engines(gateway, handle) for verb, handle in verbs.items()}
+    verbs |= {"ServerLive": _live, "ServerReady": _ready(gateway)}
     handlers = inference | {verb: verb_handler(verb, handle) for verb, handle in verbs.items()}
     server.add_generic_rpc_handlers((Verbs(handlers, NOT_ON_DATA),))
     return front
@@ -58,7 +58,7 @@ def add_kserve(server: grpc.aio.Server, gateway: Gateway, config: Config) -> KSe
 
 def add_kserve_admin(server: grpc.aio.Server, gateway: Gateway) -> None:
     """Add the admin listener's verbs. Each is sent to every backend that is up; the first reply is returned."""
-    handlers = {verb: verb_handler(verb, to_all(gateway, verb)) for verb in ON_ADMIN}
+    handlers = {verb: verb_handler(verb, of_engines(gateway, to_all(gateway, verb))) for verb in ON_ADMIN}
     server.add_generic_rpc_handlers((Verbs(handlers, NOT_ON_ADMIN),))
 
 

@@ -12,11 +12,10 @@ import grpc
 import grpc.aio
 from tritonclient.grpc import service_pb2
 
-from sidecar.backends.kind import Native
-from sidecar.backends.registry import model_kind
 from sidecar.core.enums import Phase
 from sidecar.errors import Reason, Refused
 from sidecar.fronts.callers import id_of_call
+from sidecar.fronts.eligible import kserve_engines, speaks_kserve
 from sidecar.fronts.status import abort, id_metadata, status_of
 from sidecar.shell.gateway import Gateway
 
@@ -68,6 +67,19 @@ def refusing(why: str) -> Verb:
         await context.abort(*status_of(Reason.INVALID_REQUEST, why, {}, None, code, id_of_call(context)))
 
     return handle
+
+
+def of_engines(gateway: Gateway, handle: Verb) -> Verb:
+    """Return a handler that ends a call where no engine will ever answer it, for none speaks KServe."""
+
+    async def checked(request: Any, context: Any) -> Any:
+        try:
+            kserve_engines(gateway.state)
+        except Refused as refused:
+            await abort(context, refused)
+        return await handle(request, context)
+
+    return checked
 
 
 def to_one(gateway: Gateway, verb: str, is_good: Callable[[Any], bool] = lambda reply: True) -> Verb:
@@ -162,7 +174,7 @@ def up(gateway: Gateway) -> list[str]:
     return [
         backend.id
         for backend in gateway.state.backends.values()
-        if backend.phase is Phase.UP and model_kind(backend.facts.kind).native is Native.KSERVE
+        if backend.phase is Phase.UP and speaks_kserve(backend.facts)
     ]
 
 

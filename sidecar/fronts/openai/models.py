@@ -35,7 +35,7 @@ class Models:
         """
         access, records = self._gateway.access, self._gateway.catalogue.registry.all()
         shown = await access.visible(caller, tenant, records)
-        bases = self._bases(caller)
+        bases = self.bases(caller)
 
         def entries() -> Iterator[bytes]:
             for name in dict.fromkeys(bases.values()):
@@ -54,7 +54,7 @@ class Models:
         record = self._gateway.catalogue.registry.get(name)
         if record is None:
             is_known = model == BASE or is_base_model(self._gateway.state, model)
-            return self._base(model) if is_known and self._may_use_base(caller, model) else None
+            return self._base(model) if is_known and self.may_use_base(caller, model) else None
         if not self._gateway.access.may_see(caller, tenant, record):
             return None
         version = record.selected(selector) if selector else record.version
@@ -62,12 +62,13 @@ class Models:
             return None
         if selector and not self._gateway.access.may_see_version(caller, record, version.ordinal):
             return None
-        return self._entry(model, caller, record, version, self._bases(caller))
+        return self._entry(model, caller, record, version, self.bases(caller))
 
-    def _may_use_base(self, caller: Caller, name: str) -> bool:
+    def may_use_base(self, caller: Caller, name: str) -> bool:
+        """Return True if a list may show a base model to a caller, whose requests may have its name."""
         return self._gateway.state.config.base_requests and self._gateway.access.may_see_base(caller, name)
 
-    def _bases(self, caller: Caller) -> dict[str, str]:
+    def bases(self, caller: Caller) -> dict[str, str]:
         """Return the listed name of each base model that a caller may use, by all its names, and by ANY.
 
         The name is one that requests may have: an adapter of the same name takes it away, and an engine whose base
@@ -83,7 +84,7 @@ class Models:
                 found.setdefault(name, listed)
         if not named:
             found = dict.fromkeys((BASE, ANY), BASE)
-        return {name: listed for name, listed in found.items() if listed and self._may_use_base(caller, listed)}
+        return {name: listed for name, listed in found.items() if listed and self.may_use_base(caller, listed)}
 
     def _base(self, name: str) -> dict[str, Any]:
         return self._record(name, self._since, name, None) | {"max_model_len": self._longest(name)}
