@@ -144,6 +144,24 @@ async def test_an_engines_own_error_passes_unchanged(tmp_path: Path) -> None:
             assert response.headers["x-should-retry"] == "false"
 
 
+@pytest.mark.parametrize(
+    "body", [b"Internal Server Error", b"<html>Bad Gateway</html>", b'"no"', b"", b"\xff", b"[" * 10**5]
+)
+async def test_an_engines_own_error_that_is_no_json_becomes_json(tmp_path: Path, body: bytes) -> None:
+    """As all errors are: what a client's library reads is there, and the engine's status."""
+    engine = ScriptedVllm()
+    async with house(tmp_path, [engine]) as served:
+        for stream in (False, True):
+            asking = ask(served, {"stream": stream})
+            await engine.running_are(1)
+            engine.fail(Fault.REJECTED, "it said no", HttpRejection(502, body))
+            response = await asking
+            error = response.json()["error"]
+            assert (response.status_code, error["code"], error["type"]) == (502, 502, "server_error")
+            assert (error["message"], error["reason"]) == ("it said no", "backend_rejected")
+            assert response.headers["x-should-retry"] == "false"
+
+
 async def test_an_error_in_the_middle_of_a_stream(tmp_path: Path) -> None:
     """It is the stream's last event, and nothing says that the answer is complete."""
     engine = ScriptedVllm()
@@ -210,7 +228,8 @@ async def test_refusals_have_their_status_and_when_to_come_back(tmp_path: Path) 
         (b'{"model":"base","stream":"true","prompt":"x"}', '"stream" must be true or false'),
         (b'{"model":"base","max_tokens":"4","prompt":"x"}', '"max_tokens" must be a whole number'),
         (b'{"model":"base"}', '"prompt" must be a text'),
-        (b'{"model":"\\ud800","prompt":"x"}', 'the body must have "model", a string'),
+        (b'{"model":"\\ud800","prompt":"x"}', "the body has half of a surrogate pair"),
+        (b'{"model":"base","prompt":"\\ud800"}', "the body has half of a surrogate pair"),
         (b'{"model":"base","x":' + b"[" * 100_000, "nested too deeply"),
     ],
 )

@@ -80,7 +80,10 @@ def test_a_member_that_comes_twice() -> None:
         (b'{"model":"a","x":' + b'{"y":' * 100_000, "nested too deeply"),
         (b'{"model":null}', 'must have "model", a string'),
         (b'{"model":""}', 'must have "model", a string'),
-        (b'{"model":"\\udc00"}', 'must have "model", a string'),
+        (b'{"model":"\\udc00"}', "has half of a surrogate pair (\\udc00), which is no character, at line 1 column 11"),
+        (b'{"model":"a","p":["x\\\\\\uD800y"]}', "(\\uD800), which is no character, at line 1 column 23 (byte 22)"),
+        (b'{"model":"a","\\ud83d\\ude00\\ude00":1}', "(\\ude00)"),
+        (b'{"model":"a","p":"\\ud83d\\ud83d\\ude00"}', "(\\ud83d), which is no character, at line 1 column 19"),
         (b"{}", 'must have "model", a string'),
     ],
 )
@@ -100,6 +103,18 @@ def test_it_takes_what_the_standard_decoder_takes(raw: bytes) -> None:
     except Refused:
         return
     assert json.loads(raw) == body.values
+
+
+@given(st.lists(st.sampled_from(["\\", "ud800", "\ud83d", "\ude00", "😀", "é", '"'])).map("".join), st.booleans())
+def test_only_text_that_has_an_encoding_is_taken(text: str, is_name: bool) -> None:
+    raw = json.dumps({"model": "a", text: 1} if is_name else {"model": "a", "prompt": [{"x": text}]}).encode()
+    try:
+        json.dumps(json.loads(raw), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        with pytest.raises(Refused, match="half of a surrogate pair"):
+            read_body(raw)
+    else:
+        assert read_body(raw).values == json.loads(raw)
 
 
 @given(st.lists(st.text() | st.lists(st.integers(0, 99)), min_size=2, max_size=6), NAMES, st.booleans(), st.booleans())

@@ -5,7 +5,8 @@ the engine understands cannot change. The standard library's scanner reads one t
 the spans. A list of prompts becomes several requests, each with one prompt in place of the list.
 
 Parsers differ in which of two members of one name counts, so a duplicate is refused: it could make an engine use
-another adapter, or give more answers, than was checked here.
+another adapter, or give more answers, than was checked here. Half of a surrogate pair has no UTF-8 encoding: no engine
+can take it, and some fail with it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ MODEL_CHARACTERS_MAX = 4096
 """Length of a model's name, as in the other fronts."""
 BOM = b"\xef\xbb\xbf"
 
+_letters = re.compile(r"[^\\]*+(?:\\(?:[^u]|u[^dD]|u[dD][0-7]|u[dD][89abAB]..\\u[dD][c-fC-F])[^\\]*+)*+").match
+"""Matches a body that was read up to the first escape of half a surrogate pair, or to its end."""
 _skip = re.compile(r"[ \t\n\r]*").match
 
 
@@ -110,9 +113,9 @@ def read_body(raw: bytes) -> Body:
     try:
         return _read(raw, text)
     except JSONDecodeError as error:
-        raise _refused(text, error.msg, error.pos) from error
+        raise _refused(text, f"is not JSON: {error.msg}", error.pos) from error
     except StopIteration as stop:
-        raise _refused(text, "a value is missing", stop.value) from stop
+        raise _refused(text, "is not JSON: a value is missing", stop.value) from stop
     except RecursionError as error:
         raise Refused(Reason.INVALID_REQUEST, "the body is nested too deeply to be read") from error
     except ValueError as error:
@@ -145,8 +148,18 @@ def _refused(text: str, what: str, position: int) -> Refused:
     column = position - text.rfind("\n", 0, position)
     return Refused(
         Reason.INVALID_REQUEST,
-        f"the body is not JSON: {what} at line {line} column {column} (byte {len(text[:position].encode())})",
+        f"the body {what} at line {line} column {column} (byte {len(text[:position].encode())})",
     )
+
+
+def _check_letters(text: str) -> None:
+    """Refuse an escape of half a letter, in a value or a name."""
+    if "\\ud" in text or "\\uD" in text:
+        found = _letters(text)
+        assert found is not None  # it may be empty
+        at = found.end()
+        if at < len(text):
+            raise _refused(text, f"has half of a surrogate pair ({text[at : at + 6]}), which is no character,", at)
 
 
 def _read(raw: bytes, text: str) -> Body:
@@ -174,10 +187,11 @@ def _read(raw: bytes, text: str) -> Body:
             at = _after_space(text, _expect(text, at, ",", "a comma or the closing brace is missing"))
     if _after_space(text, at) != len(text):
         raise JSONDecodeError("there is more behind the object", text, at)
+    _check_letters(text)
     model = values.get(MODEL)
     if isinstance(model, str) and len(model) > MODEL_CHARACTERS_MAX:
         raise Refused(Reason.INVALID_REQUEST, f'"model" has {len(model)} characters; it is a name')
-    if not _is_a_name(model):
+    if not (isinstance(model, str) and model):
         raise Refused(
             Reason.INVALID_REQUEST, "the body must have \"model\", a string: an adapter's name, or the base model's"
         )
@@ -199,11 +213,6 @@ def _in_bytes(text: str, spans: list[Span]) -> list[Span]:
         count += len(text[last:index].encode())
         found[index], last = count, index
     return [(found[begin], found[end]) for begin, end in spans]
-
-
-def _is_a_name(value: Any) -> bool:
-    """Return True for text that has a UTF-8 encoding: half of a surrogate pair has none."""
-    return isinstance(value, str) and bool(value) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _after_space(text: str, at: int) -> int:

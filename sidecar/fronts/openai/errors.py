@@ -94,13 +94,15 @@ def failure_of_error(error: SidecarError, param: str | None = None) -> Failure:
 
 
 def failure_of_ending(ending: Settle, ticket: Ticket) -> Failure:
-    """Return the response to a request that was not answered in full; an HTTP engine's own error is passed on."""
+    """Return the response to a request that was not answered in full; an HTTP engine's own JSON error is passed on."""
     reason = ending.reason
     assert reason is not None
     rejection: Any = ticket.rejected_with if reason is Reason.BACKEND_REJECTED else None
-    if isinstance(rejection, HttpRejection):
-        return Failure(rejection.status, rejection.body, ((b"x-should-retry", b"false"),))
     message = _without_our_id(ending.message)
+    if isinstance(rejection, HttpRejection):
+        if not _is_object(rejection.body):
+            return failure(rejection.status, message, reason.value.lower())
+        return Failure(rejection.status, rejection.body, ((b"x-should-retry", b"false"),))
     if reason is Reason.BACKEND_REJECTED and any(part in message for part in TOO_LONG):
         return failure(400, message, "context_length_exceeded")
     if isinstance(rejection, grpc.StatusCode):
@@ -118,6 +120,14 @@ def _of_reason(reason: Reason, message: str, retry_ms: int | None, param: str | 
     again = row.retryable and row.family is Family.REFUSED and reason is not Reason.PAUSED
     word = REASONS.get(reason, reason.value.lower())
     return failure(status, message, word, param or PARAMS.get(reason), retry_ms, again)
+
+
+def _is_object(body: bytes) -> bool:
+    """Return True for a JSON object; a server that fails, or a proxy before it, sends text or a page."""
+    try:
+        return isinstance(json.loads(body), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _without_our_id(message: str) -> str:

@@ -259,7 +259,7 @@ def _tokens_in(prompts: Sequence[Any]) -> int:
 
 
 def _bytes_in(prompts: Sequence[Any]) -> int:
-    return sum(len(one.encode(errors="replace")) for one in prompts if isinstance(one, str))
+    return sum(len(one.encode()) for one in prompts if isinstance(one, str))
 
 
 def read_caller(headers: Iterable[tuple[bytes, bytes]]) -> Caller:

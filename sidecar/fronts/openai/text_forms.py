@@ -171,7 +171,7 @@ def _stop_words(values: dict[str, Any]) -> tuple[str, ...]:
     words = [stop] if isinstance(stop, str) else stop
     if not isinstance(words, list) or not all(isinstance(word, str) and word for word in words):
         raise Unfit("stop", '"stop" must be a text or a list of texts')
-    return tuple(word.encode(errors="replace").decode() for word in words)
+    return tuple(words)
 
 
 def _sampling(values: dict[str, Any], choice: int) -> dict[str, Any]:
