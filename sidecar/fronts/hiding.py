@@ -2,6 +2,9 @@
 
 It stands where texts leave, behind every front, so that it holds for whatever is said there and no text has to know
 who reads it. The log, the journal and the admin listener keep the names.
+
+What an engine says of a failure of its own is left out, too. What it says of a request is for whoever sent that, and
+what it says of an adapter for whoever has it loaded.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2
 from starlette.types import Message, Send
 
+from sidecar.core.healing import NEVER_REPEATED
 from sidecar.fronts.status import DETAILS, packed
 from sidecar.shell.gateway import Gateway
 
@@ -25,6 +29,13 @@ _ADDRESSES = r"(?:\d{1,3}\.){3}\d{1,3}(?::\d+)?|(?:\[|%5B)[\da-fA-F:.]*:[\da-fA-
 """What a name was resolved to is in no configuration."""
 _KEYS = re.compile(r"(; |, or )(?:(?!, or )[^;])*?(?:\b(?:backends|discover)\[\]|\bengine\.[a-z])[^;]*")
 """The way out, or the last of several, that is a key of an engine: for operators only."""
+_SAID = re.compile(
+    r"(tokens had been sent|(?:before|after) the first token|refused to load it|its engine rejected the load): "
+    rf".*?(; (?:{NEVER_REPEATED}|a request visits at most \d+ backends))?\Z",
+    re.DOTALL,
+)
+_DIED = re.compile(rf"((?:it has ended|with the loss of) {ENGINE}(?: and {ENGINE})?) \(.*\)", re.DOTALL)
+"""The core's words before and behind those of an engine."""
 
 
 class Hiding:
@@ -35,7 +46,7 @@ class Hiding:
         self._on = on
 
     def text(self, text: str) -> str:
-        """Return a text without ids and addresses of engines, and without keys that configure them."""
+        """Return a text without ids, addresses and last words of engines, and without keys that configure them."""
         if not self._on:
             return text
         names = {*self._gateway.fleet.names(), *self._gateway.state.config.pools}
@@ -43,6 +54,7 @@ class Hiding:
         found = "|".join((*map(re.escape, told), _ADDRESSES))
         one = rf"(?:\w+:(?://)?)?(?<![\w-])(?:{found})(?![\w-])"
         text = re.sub(rf"(?:\bbackend )?{one}(?:, {one})*", ENGINE, text)
+        text = _SAID.sub(lambda said: said[1] + (said[2] or f"; {OPERATOR}"), _DIED.sub(r"\1", text))
         return _KEYS.sub(rf"\1{OPERATOR}", text)
 
     def context(self, context: Any) -> Any:

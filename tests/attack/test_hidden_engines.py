@@ -15,8 +15,10 @@ import httpx
 import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from sidecar.backends.api import HttpRejection
+from sidecar.backends.api import HttpRejection, Weights
+from sidecar.core.effects import Load
 from sidecar.core.enums import Fault, Phase
+from sidecar.core.events import LoadFailed
 from sidecar.proto import admin_pb2, gateway_pb2
 from tests.kit.emulated import EngineProcess, core_request
 from tests.kit.openai_house import ScriptedVllm, house
@@ -175,6 +177,51 @@ async def test_an_engine_that_is_removed_stays_unnamed(tmp_path: Path, hide: boo
         last = json.loads(answer.removeprefix(sent.decode()).removeprefix("data: "))["error"]["message"]
         assert ("gpu-1" in last) is not hide
         assert ("an engine was lost after the first token" in last) is hide
+
+
+LAST_WORDS = "Worker 3 failed (/opt/engine/run.py); see it; a request visits at most 9 (CUDA error"
+
+
+class Refusing(ScriptedVllm):
+    """A backend that takes no adapter, and says why."""
+
+    def load(self, effect: Load, weights: Weights) -> None:
+        weights.release()
+        self._post(LoadFailed(effect.load, Fault.REJECTED, LAST_WORDS))
+
+
+@pytest.mark.parametrize("hide", [True, False])
+async def test_what_engines_say_when_they_fail_is_for_operators(tmp_path: Path, hide: bool) -> None:
+    """Of a load, of a request that is sent again in vain, and of one that has begun; the first time and later."""
+    engine, told = ScriptedVllm("gpu-1"), []
+    async with house(tmp_path, [engine], hide_backend=hide) as served:
+
+        async def ask(model: str, **more: Any) -> str:
+            body = {"model": model, "prompt": "x", **more}
+            return (await served.client.post("/v1/completions", json=body)).text
+
+        for fault, tries in ((Fault.WHOLE_ENGINE, 2), (Fault.LOST, 2)):
+            asking = asyncio.ensure_future(ask("base"))
+            for _ in range(tries):
+                await engine.running_are(1)
+                engine.fail(fault, LAST_WORDS)
+            told.append(await asking)
+        asking = asyncio.ensure_future(ask("base", stream=True))
+        await engine.running_are(1)
+        engine.deliver(b'data: {"choices":[{"text":"x"}]}\n\n')
+        await until(lambda: all(not ticket.replies for ticket in served.gateway.tickets.values()))
+        engine.fail(Fault.REJECTED, LAST_WORDS, tokens=1)
+        told.append(await asking)
+        await served.register("deadly")
+        asking = asyncio.ensure_future(ask("deadly"))
+        await engine.running_are(1)
+        engine.fail(Fault.DEADLY, LAST_WORDS)
+        told += [await asking, await ask("deadly")]
+    async with house(tmp_path, [Refusing("gpu-1")], hide_backend=hide) as served:
+        await served.register("sql")
+        told += [await ask("sql"), await ask("sql")]
+    for text in told:
+        assert ("gpu-1" not in text and "Worker" not in text and "CUDA" not in text) is hide, text
 
 
 @pytest.mark.parametrize("kept", ["nothing", "hide_backend", "identity"])
