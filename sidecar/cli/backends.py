@@ -347,7 +347,10 @@ def _wait(backend: Any) -> str:
 
 def _page_facts(backend: Any, kind: Any) -> str:
     """Return the number of pages, and of pages in use."""
-    places = kind.pages.format(host=backend.host_pages or "?", device=backend.device_pages or "?")
+    host = str(backend.host_pages or "?")
+    if backend.host_pages and backend.host_pages_assumed:
+        host += " (assumed; declare backends[].engine.host_pages)"
+    places = kind.pages.format(host=host, device=backend.device_pages or "?")
     learned = "" if backend.device_pages or not backend.page_limit else ", as learned from loads"
     parts = (f"{_open_pages(backend)} open, at most {backend.page_limit or '?'} at once{learned}", _past_limit(backend))
     return "; ".join(filter(None, (*parts, places)))

@@ -69,6 +69,8 @@ class EngineFacts:
     """The files it reads must have the names that its loader knows, and each module's factor in B."""
     base_only: bool = False
     """It serves its base model and takes no adapter: it reads them from files, and no folder is shared with it."""
+    host_pages_assumed: bool = False
+    """`host_pages` is what such an engine has unless it was started with more."""
 
     @property
     def layout(self) -> Layout:

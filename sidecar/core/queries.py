@@ -192,6 +192,7 @@ class BackendView:
     queued: int
     seats: int
     host_pages: int
+    host_pages_assumed: bool
     device_pages: int
     kv_tokens: int
     kv_reserved: int
@@ -227,6 +228,7 @@ def _backend_view(state: State, backend: Backend, now_ns: int) -> BackendView:
         queued=len(backend.queued),
         seats=backend.seats(state.config),
         host_pages=facts.host_pages_total or 0,
+        host_pages_assumed=facts.host_pages_assumed,
         device_pages=facts.device_pages or 0,
         kv_tokens=facts.kv_tokens or 0,
         kv_reserved=backend.kv_reserved,

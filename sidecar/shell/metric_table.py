@@ -262,7 +262,8 @@ MODEL_SERVER: tuple[Metric, ...] = (
     _vllm("num_gpu_loaded_lora_adapters", "Adapter versions in the GPU's memory.", *_OF_ENGINE),
     _vllm(
         "num_cpu_loaded_lora_adapters",
-        "Adapter versions in the engine's host memory, with those that are also in the GPU's.",
+        "Adapter versions in the engine's host memory, with those that are also in the GPU's; no sample while its size "
+        "is only assumed.",
         *_OF_ENGINE,
     ),
     _vllm(

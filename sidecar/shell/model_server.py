@@ -67,7 +67,10 @@ class ModelServer:
             family("lora_requests_info", self._requests_info(pools)),
             family("lora_adapter_loaded", (sample for backend in up for sample in self._residents(backend))),
             family("num_gpu_loaded_lora_adapters", [(_labels(b), len(b.shadow.device.held)) for b in up]),
-            family("num_cpu_loaded_lora_adapters", [(_labels(b), len(b.shadow.host.held)) for b in up]),
+            family(
+                "num_cpu_loaded_lora_adapters",
+                [(_labels(b), len(b.shadow.host.held)) for b in up if not b.facts.host_pages_assumed],
+            ),
             family("max_gpu_lora_adapters", [(_labels(b), slots) for b in up if (slots := _slots(b)) is not None]),
         ]
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+
+import httpx
 
 from sidecar.config import parse
 from sidecar.serve.app import Sidecar
@@ -28,6 +30,7 @@ TINY = {
 }
 """The config.json of the emulated engines' shape `tiny`."""
 FREE = {"address": "127.0.0.1:0"}
+SIZES = {"device_pages": 2, "host_pages": 4, "seats": 60}
 
 
 async def test_the_command_line(tmp_path: Path) -> None:
@@ -146,14 +149,33 @@ async def test_backends_list_and_show(tmp_path: Path) -> None:
         assert "the engine keeps 4 in memory (max_cpu_loras) and has 2 slots (max_loras)" in out
 
 
+async def test_how_many_adapters_an_engine_keeps_is_assumed_until_it_is_declared(tmp_path: Path) -> None:
+    """It tells nobody. Here it keeps more than the two that a vLLM with two slots keeps unless it is told otherwise."""
+    write_adapters(tmp_path / "loras", 1)
+    sizes = {"device_pages": 2, "seats": 60}
+    async with (
+        vllm_and_target(tmp_path) as engine,
+        serving_before(engine, tmp_path / "loras", sizes) as served,
+        httpx.AsyncClient(base_url=f"http://{served.http_address}", trust_env=False) as http,
+    ):
+        _, out, _ = await sidecar("backends", "show", "vllm-0", "--admin", served.admin_address)
+        told = "keeps 2 (assumed; declare backends[].engine.host_pages) in memory (max_cpu_loras) and has 2 slots"
+        assert told in " ".join(out.split())
+        metrics = (await http.get("/metrics/model-server")).text
+        assert "vllm:num_gpu_loaded_lora_adapters{" in metrics
+        assert "vllm:num_cpu_loaded_lora_adapters{" not in metrics
+
+
 @asynccontextmanager
-async def serving_before(engine: EmulatedVllm, adapters: Path) -> AsyncIterator[Sidecar]:
+async def serving_before(
+    engine: EmulatedVllm, adapters: Path, sizes: Mapping[str, int] = SIZES
+) -> AsyncIterator[Sidecar]:
     """Run a sidecar in front of an emulated vLLM, and wait until that is up."""
     backend = {
         "url": f"vllm://{engine.target.address}",
         "id": "vllm-0",
         "adapters_dir": str(engine.shared),
-        "engine": {"device_pages": 2, "host_pages": 4, "seats": 60},
+        "engine": dict(sizes),
     }
     record = {
         "backends": [backend],

@@ -108,6 +108,7 @@ class VllmBackend(Endpoint):
             models=(served.base,),
             device_pages=slots,
             host_pages=declared.host_pages or slots,
+            host_pages_assumed=declared.host_pages is None,
             kv_tokens=declared.kv_tokens or seen.kv_tokens,
             sequence_tokens_max=declared.sequence_tokens_max or served.sequence_tokens_max,
         )
