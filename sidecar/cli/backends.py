@@ -32,6 +32,7 @@ COLUMNS = ("BACKEND", "STATE", ">SEATS", ">QUEUED", ">PAGES", ">OPEN", ">RESIDEN
 POLL_S = 0.5
 GOOD = ("up", "joining")
 """The states of a backend that serves, or is about to."""
+DRAINED = ("draining", "drained")
 
 PACES = {
     "calibrated": "calibrated from its cost file",
@@ -74,8 +75,21 @@ def _row(backend: Any) -> tuple[str | Text, ...]:
     )
 
 
+def state_of(backend: Any) -> str:
+    """Return a backend's state, and that it is drained where the state does not say so."""
+    is_told = not backend.draining or backend.state in DRAINED
+    return str(backend.state) if is_told else f"{backend.state}, drained"
+
+
+def undrained(backend: Any) -> str:
+    """Return what came of ending a drain."""
+    if backend.state in GOOD:
+        return f"{backend.id} takes requests again"
+    return f"{backend.id} is no longer drained; it is {backend.state}"
+
+
 def _state(backend: Any) -> str | Text:
-    return backend.state if backend.state in GOOD else bad(backend.state)
+    return state_of(backend) if backend.state in GOOD else bad(state_of(backend))
 
 
 def _pages(backend: Any) -> str:
@@ -208,7 +222,7 @@ def drain(
     elif answer.state == "draining":
         say(f"{answer.id} is draining, {answer.running} still running")
     else:
-        say(f"{answer.id} is {answer.state}: nothing runs there")
+        say(f"{answer.id} is {state_of(answer)}: nothing runs there")
 
 
 def _emptied(client: Client, answer: Any) -> Any:
@@ -232,7 +246,7 @@ def undrain(client: Client, backend: Identity, as_json: AsJson = False) -> None:
     if as_json:
         print_json(answer)
     else:
-        say(f"{answer.id} takes requests again" if answer.state == "up" else f"{answer.id} is {answer.state}")
+        say(undrained(answer))
 
 
 @admin_command
@@ -339,7 +353,7 @@ def _predicted(backend: Any) -> str:
 
 def _wait(backend: Any) -> str:
     if backend.state not in GOOD:
-        return f"no new request is sent there: it is {backend.state}"
+        return f"no new request is sent there: it is {state_of(backend)}"
     told, wait_s = backend.HasField("predicted_wait_s"), backend.predicted_wait_s
     wait = f"wait {duration(wait_s)}" if wait_s else "not wait" if told else "wait for an unknown time"
     return f"a request that came now would {wait}"

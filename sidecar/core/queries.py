@@ -203,6 +203,7 @@ class BackendView:
     pace: str
     predicted_wait_ns: int | None
     notes: tuple[str, ...]
+    draining: bool
 
 
 def backend_view(state: State, backend_id: str, now_ns: int) -> BackendView:
@@ -242,6 +243,7 @@ def _backend_view(state: State, backend: Backend, now_ns: int) -> BackendView:
         pace=_pace_source(backend),
         predicted_wait_ns=promising.wait_ns(state, backend),
         notes=tuple(_notes(state, backend, now_ns)),
+        draining=backend.draining,
     )
 
 

@@ -156,7 +156,7 @@ async def test_backends_show_and_drain(admin: Admin, caplog: pytest.LogCaptureFi
     assert listed[0].address == "scripted:0"
     assert listed[0].base_model == BASE_MODEL
     drained = await admin.backends.Drain(pb.BackendRequest(backend="trt-0"))
-    assert drained.state == "drained"  # nothing runs there
+    assert (drained.state, drained.draining) == ("drained", True)  # nothing runs there
     assert (await admin.backends.Undrain(pb.BackendRequest(backend="trt-0"))).state == "up"
     said = [line for line in caplog.messages if " drains" in line]
     assert [line.rpartition(":")[0] for line in said] == [

@@ -164,6 +164,16 @@ async def test_a_drain_is_waited_for(served: Served, tmp_path: Path) -> None:
     assert re.search(r"^trt-0 +drained +0/2 ", (await served.cli("backends", "list")).out, re.M)
 
 
+async def test_a_drain_of_an_engine_that_is_down_is_shown_and_lifted(served: Served) -> None:
+    """An engine that comes back would get nothing: its drain is told beside its state, until it is lifted."""
+    assert (await served.cli("backends", "drain", "trt-1")).out == "trt-1 is down, drained: nothing runs there\n"
+    for verb in ("list", "check"):
+        assert re.search(r"^trt-1 +down, drained  ", (await served.cli("backends", verb)).out, re.M)
+    assert re.search(r"^state +down, drained *$", (await served.cli("backends", "show", "trt-1")).out, re.M)
+    assert (await served.cli("backends", "undrain", "trt-1")).out == "trt-1 is no longer drained; it is down\n"
+    assert re.search(r"^trt-1 +down  ", (await served.cli("backends", "list")).out, re.M)
+
+
 async def test_a_drain_that_somebody_ends(served: Served, tmp_path: Path) -> None:
     """Who waits for it is told."""
     await served.register("slow", tmp_path)

@@ -188,6 +188,24 @@ async def test_levers_ask_first(tmp_path: Path) -> None:
             await top.shows("slots of trt-1")
 
 
+async def test_the_drain_of_an_engine_that_is_down_is_lifted(tmp_path: Path) -> None:
+    """The key follows the drain, not the state: what comes back would get nothing."""
+    async with pool(tmp_path) as made:
+        backend = made.served.state.backends["trt-0"]
+        await made.served.backends.Drain(pb.BackendRequest(backend="trt-0"))
+        await made.engines[0].kill()
+        with Terminal("top", *made.admin, "--page", "engines") as top:
+            await top.shows("trt-0 down, drained", "slots of trt-0")
+            top.press("d")
+            await top.shows("Undrain trt-0", "[y/N]")
+            top.press("y")
+            await until(lambda: not backend.draining)
+            await top.shows("trt-0 is no longer drained; it is down")
+            await top.hides("trt-0 down, drained")
+            top.press("d")
+            await top.shows("Drain trt-0?", "[y/N]")
+
+
 async def test_a_sidecar_that_is_away_is_said_and_found_again(tmp_path: Path) -> None:
     """A terminal that lost its sidecar says so, and what it shows is old; it goes on once that is back."""
     free, admin = {"address": "127.0.0.1:0"}, f"unix:{tmp_path}/admin"

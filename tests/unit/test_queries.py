@@ -402,6 +402,9 @@ def test_how_backends_stand() -> None:
     world.run()
     (shown, *_) = queries.backend_views(world.core.state, world.now_ns)
     assert (shown.state, shown.notes) == ("drained", ())
+    world.lose("b0")
+    shown = queries.backend_views(world.core.state, world.now_ns)
+    assert [(backend.state, backend.draining) for backend in shown] == [("down", True), ("down", False), ("up", False)]
 
 
 def test_the_wait_at_an_engine_whose_pace_is_not_known() -> None:

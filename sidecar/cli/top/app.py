@@ -22,6 +22,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Static
 from textual.worker import Worker
 
+from sidecar.cli.backends import undrained
 from sidecar.cli.client import Client, call_failed
 from sidecar.cli.exits import CommandError
 from sidecar.cli.show import count, duration, facts
@@ -424,7 +425,7 @@ LEVER_ANSWERS: dict[str, Callable[[Any], str]] = {
     "adapters.Pause": lambda answer: f"{answer.name} is paused{'' if answer.paused_s == inf else ' for a while'}",
     "adapters.Resume": lambda answer: f"{answer.name} takes requests",
     "backends.Drain": lambda answer: f"{answer.id} drains",
-    "backends.Undrain": lambda answer: f"{answer.id} is sent requests again",
+    "backends.Undrain": undrained,
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
+from sidecar.cli.backends import state_of
 from sidecar.cli.show import count, duration
 
 GAP = "  "
@@ -176,10 +177,6 @@ def _silent(row: Any) -> str:
     return duration(row.silent_s) if row.HasField("silent_s") else "-"
 
 
-def _state(row: Any) -> str:
-    return str(row.backend.state)
-
-
 # Levers.
 
 
@@ -212,7 +209,7 @@ def _group_levers(row: Any) -> list[Lever]:
 
 def _backend_levers(row: Any) -> list[Lever]:
     name = row.backend.id
-    if row.backend.state in ("draining", "drained"):
+    if row.backend.draining:
         return [Lever("d", "backends.Undrain", {"backend": name}, f"Undrain {name}: send it requests again?")]
     question = f"Drain {name}? It gets nothing new and ends what it runs; what waits for it moves to others."
     return [Lever("d", "backends.Drain", {"backend": name}, question)]
@@ -259,7 +256,7 @@ PAGES = (
         "backend_rows",
         (
             Column("ENGINE", lambda row: row.backend.id),
-            Column("STATE", _state),
+            Column("STATE", lambda row: state_of(row.backend)),
             Column("SEATS", lambda row: f"{row.backend.running}/{row.backend.seats}", right=True),
             Column("WAIT", lambda row: str(row.backend.queued), right=True),
             Column("TOK/S", _rate, right=True),

@@ -36,6 +36,7 @@ def backend_message(view: queries.BackendView) -> Any:
         detail="; ".join(view.notes),
         pace=view.pace,
         predicted_wait_s=None if view.predicted_wait_ns is None else view.predicted_wait_ns / 1e9,
+        draining=view.draining,
     )
 
 
