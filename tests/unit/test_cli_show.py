@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from rich.text import Text
 from sidecar.cli import backends, generating, queue
 from sidecar.cli.show import bad, console, duration, table
 from sidecar.cli.top.pages import PAGES, laid_out
+from sidecar.core.enums import Why
 from sidecar.proto import admin_pb2
 
 ID = "6e0c8c5e-4a0d-4c53-a1ff-6a1b6c8f2d11"
@@ -72,6 +74,28 @@ def test_long_names_leave_room_for_counts_in_top(width: int) -> None:
     assert head.index("RUN") == row.index(" 345 ") + 1
     for whole in (" 12 ", " 10 min ", " sea"):
         assert whole in row
+
+
+@pytest.mark.parametrize("why", Why)
+@pytest.mark.parametrize("names", [("sql", "acme", "gpu-3"), ("customer-support-german", "marketing-emea", ID)])
+def test_a_void_bound_leaves_the_reason_of_the_wait(names: tuple[str, str, str], why: Why) -> None:
+    """In 80 columns BOUND says that a bound is void, and WHY what is waited for, whole."""
+    oldest = admin_pb2.WaitingRequest(waited_s=600, why=why.value, voided="backend slower than assumed")
+    adapter, tenant, backend = names
+    group = admin_pb2.QueueGroup(
+        adapter=adapter, tenant=tenant, backend=backend, waiting=12, running=345, tokens=123_456, oldest=oldest
+    )
+    row = admin_pb2.TenantRow(
+        tenant=tenant, waiting=12, running=345, tokens=123_456, tokens_per_s=470, weight=1, oldest=oldest
+    )
+    for page, shown in ((PAGES[0], group), (PAGES[3], row)):
+        head, line = laid_out(page, [shown], 80, 0).plain.splitlines()
+        assert line[head.index("BOUND") :].startswith(" void ")
+        assert line[head.index("WHY") :].rstrip() == why.value
+    view = admin_pb2.QueueResponse(groups=[group])
+    assert re.search(
+        f"void: backend slower than assumed .* {re.escape(why.value)}$", printed(queue.shown(view, False), 300), re.M
+    )
 
 
 def test_text_of_others_moves_no_cursor(capsys: pytest.CaptureFixture[str]) -> None:

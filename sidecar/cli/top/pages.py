@@ -11,11 +11,12 @@ from rich.text import Text
 
 from sidecar.cli.backends import state_of
 from sidecar.cli.show import count, duration
+from sidecar.core.enums import Why
 
 GAP = "  "
 LAST_WIDTH_MIN = 12
-"""The last column, which is cut to what is left, has this width at least; else columns of less weight are left out."""
-NAME_WIDTH_MIN = 10
+WHY_WIDTH = max(len(why.value) for why in Why)
+NAME_WIDTH_MIN = 6
 """To this width names are cut if that is not enough."""
 
 
@@ -27,6 +28,8 @@ class Column:
     cell: Callable[[Any], str]
     right: bool = False
     spare: int = 0
+    least: int = LAST_WIDTH_MIN
+    """The last column, which is cut to what is left, has this width at least if it needs it."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def laid_out(page: PageView, rows: Sequence[Any], width: int, cursor: int) -> Te
 def _kept(columns: Sequence[Column], widths: Sequence[int], width: int) -> list[int]:
     """Return which columns fit."""
     kept = list(range(len(columns)))
-    while len(kept) > 1 and _needed(kept, widths) > width:
+    while len(kept) > 1 and _needed(columns, kept, widths) > width:
         spare = max(kept, key=lambda index: (columns[index].spare, index))
         if not columns[spare].spare:
             break
@@ -88,14 +91,14 @@ def _kept(columns: Sequence[Column], widths: Sequence[int], width: int) -> list[
     return kept
 
 
-def _needed(kept: Sequence[int], widths: Sequence[int]) -> int:
+def _needed(columns: Sequence[Column], kept: Sequence[int], widths: Sequence[int]) -> int:
     needed = sum(widths[index] for index in kept[:-1]) + len(GAP) * (len(kept) - 1)
-    return needed + min(widths[kept[-1]], LAST_WIDTH_MIN)
+    return needed + min(widths[kept[-1]], columns[kept[-1]].least)
 
 
 def _narrow(columns: Sequence[Column], kept: Sequence[int], widths: list[int], width: int) -> None:
     """Take from the widest names what is missing for the rest."""
-    while (missing := _needed(kept, widths) - width) > 0:
+    while (missing := _needed(columns, kept, widths) - width) > 0:
         names = [index for index in kept[:-1] if not columns[index].right and widths[index] > NAME_WIDTH_MIN]
         if not names:
             break
@@ -120,8 +123,16 @@ def _line(columns: Sequence[Column], kept: list[int], widths: Sequence[int], cel
         parts.append(room + cell if columns[index].right else cell + room)
     line = GAP.join(parts).rstrip()
     if cell_len(line) > width:
-        line = set_cell_size(line, width - 1) + "…"
+        before = cell_len(line) - cell_len(parts[-1].rstrip())
+        line = line[: len(line) - len(parts[-1].rstrip())] + _cut(parts[-1].rstrip(), width - before)
     return set_cell_size(line, width)
+
+
+def _cut(cell: str, width: int) -> str:
+    """Return the words of a cell that fit, or what fits of its first."""
+    part = set_cell_size(cell, max(width - 1, 0))
+    whole = part if cell[len(part)] == " " else part.rpartition(" ")[0] or part
+    return whole.rstrip() + "…"
 
 
 # Cells.
@@ -150,7 +161,7 @@ def _rate(row: Any) -> str:
 def _why(row: Any) -> str:
     if not row.HasField("oldest"):
         return "running" if row.running else "-"
-    return f"void: {row.oldest.voided}" if row.oldest.voided else row.oldest.why
+    return str(row.oldest.why)
 
 
 def _where(row: Any) -> str:
@@ -242,9 +253,9 @@ PAGES = (
             Column("WAIT", lambda row: str(row.waiting), right=True),
             Column("RUN", lambda row: str(row.running), right=True),
             Column("OLDEST", _oldest, right=True),
-            Column("BOUND", _bound, right=True, spare=1),
-            Column("TOKENS", lambda row: str(row.tokens) if row.waiting else "-", right=True, spare=2),
-            Column("WHY", _why),
+            Column("BOUND", _bound, right=True),
+            Column("TOKENS", lambda row: str(row.tokens) if row.waiting else "-", right=True, spare=1),
+            Column("WHY", _why, least=WHY_WIDTH),
         ),
         _group_levers,
         opens=lambda row: ("requests", row.adapter),
@@ -299,7 +310,7 @@ PAGES = (
             Column("TOK/S", _rate, right=True),
             Column("TOKENS", lambda row: str(row.tokens), right=True, spare=1),
             Column("WEIGHT", lambda row: f"{row.weight:g}", right=True, spare=2),
-            Column("WHY", _why),
+            Column("WHY", _why, least=WHY_WIDTH),
         ),
         _tenant_levers,
         opens=lambda row: ("requests", row.tenant),
