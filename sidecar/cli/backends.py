@@ -65,7 +65,7 @@ def _row(backend: Any) -> tuple[str | Text, ...]:
     return (
         backend.id,
         _state(backend),
-        f"{backend.running}/{backend.seats}",
+        f"{backend.running}/{seats_of(backend)}",
         str(backend.queued),
         _pages(backend),
         str(len(backend.open)),
@@ -79,6 +79,11 @@ def state_of(backend: Any) -> str:
     """Return a backend's state, and that it is drained where the state does not say so."""
     is_told = not backend.draining or backend.state in DRAINED
     return str(backend.state) if is_told else f"{backend.state}, drained"
+
+
+def seats_of(shown: Any) -> str:
+    """Return the seats of a backend or a pool, with "~" if they are assumed."""
+    return f"{'~' if shown.seats_assumed else ''}{shown.seats}"
 
 
 def undrained(backend: Any) -> str:
@@ -311,7 +316,7 @@ def shown(backend: Any) -> list[Any]:
             ("address", url_of(backend.kind, backend.address)),
             ("engine", _engine(backend)),
             ("pace", f"{PACES.get(backend.pace, backend.pace)}; {_wait(backend)}"),
-            ("seats", f"{backend.running} of {backend.seats} taken, {backend.queued} queued"),
+            ("seats", f"{backend.running} of {seats_of(backend)} taken, {backend.queued} queued"),
             ("adapters" if kind.page_is_adapter else "pages", _page_facts(backend, kind)),
             ("KV tokens", f"{backend.kv_reserved} of {backend.kv_tokens or '?'} reserved"),
             ("resident", ", ".join(backend.resident) or "nothing"),

@@ -204,6 +204,7 @@ class BackendView:
     predicted_wait_ns: int | None
     notes: tuple[str, ...]
     draining: bool
+    seats_assumed: bool
 
 
 def backend_view(state: State, backend_id: str, now_ns: int) -> BackendView:
@@ -244,6 +245,7 @@ def _backend_view(state: State, backend: Backend, now_ns: int) -> BackendView:
         predicted_wait_ns=promising.wait_ns(state, backend),
         notes=tuple(_notes(state, backend, now_ns)),
         draining=backend.draining,
+        seats_assumed=facts.seats is None,
     )
 
 
@@ -292,6 +294,8 @@ def _notes(state: State, backend: Backend, now_ns: int) -> Iterator[str]:
         yield f"its queue was full: nothing is sent for {readable(backend.quiet_until_ns - now_ns)}"
     if now_ns < backend.full_until_ns:
         yield "its adapter host cache was full: loads wait for a completion"
+    if backend.facts.seats is None and backend.phase is Phase.UP:
+        yield "its seats are not known and assumed: declare them (engine.seats)"
     if backend.seats_learned is not None:
         yield f"seats held at {backend.seats_learned} since its queue was full"
     if backend.facts.pace is not None and backend.slowness > promising.SLOWED:

@@ -762,7 +762,7 @@ class BackendRequest(_message.Message):
     def __init__(self, backend: _Optional[str] = ...) -> None: ...
 
 class Backend(_message.Message):
-    __slots__ = ("id", "kind", "address", "state", "base_model", "dtype", "rank_max", "running", "queued", "seats", "host_pages", "device_pages", "kv_tokens", "kv_reserved", "page_limit", "open", "heals", "resident", "detail", "pace", "predicted_wait_s", "owner", "epoch", "host_pages_assumed", "draining")
+    __slots__ = ("id", "kind", "address", "state", "base_model", "dtype", "rank_max", "running", "queued", "seats", "host_pages", "device_pages", "kv_tokens", "kv_reserved", "page_limit", "open", "heals", "resident", "detail", "pace", "predicted_wait_s", "owner", "epoch", "host_pages_assumed", "draining", "seats_assumed")
     ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -788,6 +788,7 @@ class Backend(_message.Message):
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     HOST_PAGES_ASSUMED_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    SEATS_ASSUMED_FIELD_NUMBER: _ClassVar[int]
     id: str
     kind: str
     address: str
@@ -813,7 +814,8 @@ class Backend(_message.Message):
     epoch: int
     host_pages_assumed: bool
     draining: bool
-    def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., base_model: _Optional[str] = ..., dtype: _Optional[str] = ..., rank_max: _Optional[int] = ..., running: _Optional[int] = ..., queued: _Optional[int] = ..., seats: _Optional[int] = ..., host_pages: _Optional[int] = ..., device_pages: _Optional[int] = ..., kv_tokens: _Optional[int] = ..., kv_reserved: _Optional[int] = ..., page_limit: _Optional[int] = ..., open: _Optional[_Iterable[_Union[OpenVersion, _Mapping]]] = ..., heals: _Optional[_Iterable[_Union[HealNote, _Mapping]]] = ..., resident: _Optional[_Iterable[str]] = ..., detail: _Optional[str] = ..., pace: _Optional[str] = ..., predicted_wait_s: _Optional[float] = ..., owner: _Optional[str] = ..., epoch: _Optional[int] = ..., host_pages_assumed: _Optional[bool] = ..., draining: _Optional[bool] = ...) -> None: ...
+    seats_assumed: bool
+    def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., base_model: _Optional[str] = ..., dtype: _Optional[str] = ..., rank_max: _Optional[int] = ..., running: _Optional[int] = ..., queued: _Optional[int] = ..., seats: _Optional[int] = ..., host_pages: _Optional[int] = ..., device_pages: _Optional[int] = ..., kv_tokens: _Optional[int] = ..., kv_reserved: _Optional[int] = ..., page_limit: _Optional[int] = ..., open: _Optional[_Iterable[_Union[OpenVersion, _Mapping]]] = ..., heals: _Optional[_Iterable[_Union[HealNote, _Mapping]]] = ..., resident: _Optional[_Iterable[str]] = ..., detail: _Optional[str] = ..., pace: _Optional[str] = ..., predicted_wait_s: _Optional[float] = ..., owner: _Optional[str] = ..., epoch: _Optional[int] = ..., host_pages_assumed: _Optional[bool] = ..., draining: _Optional[bool] = ..., seats_assumed: _Optional[bool] = ...) -> None: ...
 
 class AddBackendRequest(_message.Message):
     __slots__ = ("backend", "url", "like")
@@ -1017,7 +1019,7 @@ class WatchPoolRequest(_message.Message):
     def __init__(self, page: _Optional[str] = ..., sort: _Optional[str] = ..., filter: _Optional[str] = ..., offset: _Optional[int] = ..., limit: _Optional[int] = ..., interval_s: _Optional[float] = ..., lanes_of: _Optional[str] = ...) -> None: ...
 
 class PoolView(_message.Message):
-    __slots__ = ("time", "replica", "verdict", "waiting", "running", "tokens_per_s", "backends", "backends_up", "seats", "adapters", "rows_total", "groups", "backend_rows", "adapter_rows", "tenant_rows", "request_rows", "lanes")
+    __slots__ = ("time", "replica", "verdict", "waiting", "running", "tokens_per_s", "backends", "backends_up", "seats", "adapters", "rows_total", "groups", "backend_rows", "adapter_rows", "tenant_rows", "request_rows", "lanes", "seats_assumed")
     TIME_FIELD_NUMBER: _ClassVar[int]
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     VERDICT_FIELD_NUMBER: _ClassVar[int]
@@ -1035,6 +1037,7 @@ class PoolView(_message.Message):
     TENANT_ROWS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ROWS_FIELD_NUMBER: _ClassVar[int]
     LANES_FIELD_NUMBER: _ClassVar[int]
+    SEATS_ASSUMED_FIELD_NUMBER: _ClassVar[int]
     time: float
     replica: str
     verdict: str
@@ -1052,7 +1055,8 @@ class PoolView(_message.Message):
     tenant_rows: _containers.RepeatedCompositeFieldContainer[TenantRow]
     request_rows: _containers.RepeatedCompositeFieldContainer[OpenRequest]
     lanes: _containers.RepeatedCompositeFieldContainer[Lane]
-    def __init__(self, time: _Optional[float] = ..., replica: _Optional[str] = ..., verdict: _Optional[str] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., backends: _Optional[int] = ..., backends_up: _Optional[int] = ..., seats: _Optional[int] = ..., adapters: _Optional[int] = ..., rows_total: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[QueueGroup, _Mapping]]] = ..., backend_rows: _Optional[_Iterable[_Union[BackendRow, _Mapping]]] = ..., adapter_rows: _Optional[_Iterable[_Union[AdapterRow, _Mapping]]] = ..., tenant_rows: _Optional[_Iterable[_Union[TenantRow, _Mapping]]] = ..., request_rows: _Optional[_Iterable[_Union[OpenRequest, _Mapping]]] = ..., lanes: _Optional[_Iterable[_Union[Lane, _Mapping]]] = ...) -> None: ...
+    seats_assumed: bool
+    def __init__(self, time: _Optional[float] = ..., replica: _Optional[str] = ..., verdict: _Optional[str] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., backends: _Optional[int] = ..., backends_up: _Optional[int] = ..., seats: _Optional[int] = ..., adapters: _Optional[int] = ..., rows_total: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[QueueGroup, _Mapping]]] = ..., backend_rows: _Optional[_Iterable[_Union[BackendRow, _Mapping]]] = ..., adapter_rows: _Optional[_Iterable[_Union[AdapterRow, _Mapping]]] = ..., tenant_rows: _Optional[_Iterable[_Union[TenantRow, _Mapping]]] = ..., request_rows: _Optional[_Iterable[_Union[OpenRequest, _Mapping]]] = ..., lanes: _Optional[_Iterable[_Union[Lane, _Mapping]]] = ..., seats_assumed: _Optional[bool] = ...) -> None: ...
 
 class BackendRow(_message.Message):
     __slots__ = ("backend", "tokens_per_s", "silent_s")

@@ -79,6 +79,7 @@ async def test_every_page_has_the_totals_and_its_rows(served: Served) -> None:
         ("slow", "acme", "trt-0", 1, 2),
         ("slow", "beta", "trt-0", 1, 0),
     ]
+    assert (queue.seats, queue.seats_assumed) == (4, False)
     backends = await first_view(served, page="backends")
     assert [(row.backend.id, row.backend.running, row.backend.queued) for row in backends.backend_rows] == [
         ("trt-1", 0, 0),  # it is down, so it comes first

@@ -165,6 +165,15 @@ def test_pages_past_a_learned_limit_are_explained() -> None:
     assert (backends._row(backend)[4], backends._row(backend)[-1]) == ("4/4", DETAIL)
 
 
+def test_seats_that_are_assumed_are_marked() -> None:
+    """As limits of pages are that are learned."""
+    for assumed, seats in ((True, "~70"), (False, "70")):
+        backend = admin_pb2.Backend(id="b", state="up", running=69, seats=70, seats_assumed=assumed)
+        assert backends._row(backend)[2] == f"69/{seats}"
+        assert f"69 of {seats} taken" in printed(Group(*backends.shown(backend)), 300)
+        assert f" 69/{seats} " in laid_out(PAGES[1], [admin_pb2.BackendRow(backend=backend)], 80, 0).plain
+
+
 @pytest.mark.parametrize("width", [40, 80, 120])
 def test_the_backends(width: int) -> None:
     """No header and no id is broken, and all of the detail is there."""

@@ -407,6 +407,17 @@ def test_how_backends_stand() -> None:
     assert [(backend.state, backend.draining) for backend in shown] == [("down", True), ("down", False), ("up", False)]
 
 
+def test_seats_that_are_assumed_are_told_with_the_way_to_declare_them() -> None:
+    """Where the engine tells none and none are declared; what the engine tells later ends it."""
+    world = World(seats=None)
+    shown = queries.backend_view(world.core.state, "b0", world.now_ns)
+    assert (shown.seats, shown.seats_assumed) == (70, True)  # as docs/glossary.md has it
+    assert shown.notes == ("its seats are not known and assumed: declare them (engine.seats)",)
+    world.feed(ev.BackendMeasured("b0", 4, None, None))
+    shown = queries.backend_view(world.core.state, "b0", world.now_ns)
+    assert (shown.seats, shown.seats_assumed, shown.notes) == (4, False, ())
+
+
 def test_the_wait_at_an_engine_whose_pace_is_not_known() -> None:
     """None while a seat is free; with all seats taken nothing is predicted."""
     world = World(seats=1)

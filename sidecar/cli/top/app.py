@@ -22,7 +22,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Static
 from textual.worker import Worker
 
-from sidecar.cli.backends import undrained
+from sidecar.cli.backends import seats_of, undrained
 from sidecar.cli.client import Client, call_failed
 from sidecar.cli.exits import CommandError
 from sidecar.cli.show import count, duration, facts
@@ -52,8 +52,8 @@ KEYS = (
     ("q", "quit"),
 )
 KEYS_NOTE = (
-    "c, p and d ask before they act. Slots with * run requests. SILENT: since an engine last told anything. WHERE: on "
-    "how many engines an adapter is, on the GPU or in the host cache, and where in the sidecar's store. "
+    "c, p and d ask before they act. SEATS with ~ are assumed: declare them (engine.seats). Slots with * run requests. "
+    "SILENT: since an engine last told anything. WHERE: on how many engines an adapter is, on the GPU or in the host cache, and where in the sidecar's store. "
     "TOKENS of a request: of the prompt and of the answer, at most."
 )
 
@@ -211,7 +211,7 @@ class Top(App[None]):
             return Text("sidecar top", "bold")
         parts = [view.replica, datetime.fromtimestamp(view.time).strftime("%H:%M:%S"), f"{view.waiting} waiting"]
         if view.backends:
-            parts += [f"{view.running}/{view.seats} seats", f"{view.backends_up}/{view.backends} engines up"]
+            parts += [f"{view.running}/{seats_of(view)} seats", f"{view.backends_up}/{view.backends} engines up"]
         else:
             parts.append(f"{view.running} running")
         if view.HasField("tokens_per_s"):

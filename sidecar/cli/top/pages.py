@@ -9,7 +9,7 @@ from typing import Any
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
-from sidecar.cli.backends import state_of
+from sidecar.cli.backends import seats_of, state_of
 from sidecar.cli.show import count, duration
 from sidecar.core.enums import Why
 
@@ -268,7 +268,7 @@ PAGES = (
         (
             Column("ENGINE", lambda row: row.backend.id),
             Column("STATE", lambda row: state_of(row.backend)),
-            Column("SEATS", lambda row: f"{row.backend.running}/{row.backend.seats}", right=True),
+            Column("SEATS", lambda row: f"{row.backend.running}/{seats_of(row.backend)}", right=True),
             Column("WAIT", lambda row: str(row.backend.queued), right=True),
             Column("TOK/S", _rate, right=True),
             Column("SILENT", _silent, right=True),

@@ -37,6 +37,7 @@ def backend_message(view: queries.BackendView) -> Any:
         pace=view.pace,
         predicted_wait_s=None if view.predicted_wait_ns is None else view.predicted_wait_ns / 1e9,
         draining=view.draining,
+        seats_assumed=view.seats_assumed,
     )
 
 

@@ -142,6 +142,7 @@ class PoolService(admin_pb2_grpc.PoolServicer):
             message.backends = len(backends)
             message.backends_up = sum(backend.phase is Phase.UP for backend in backends)
             message.seats = sum(backend.seats(state.config) for backend in backends)
+            message.seats_assumed = any(backend.facts.seats is None for backend in backends)
             message.adapters = len(state.names)
             if rates is not None:
                 message.tokens_per_s = rates.total
