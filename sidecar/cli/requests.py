@@ -20,7 +20,7 @@ Adapter = Annotated[
 ]
 Tenant = Annotated[str, typer.Option(help="Only this tenant's requests.", show_default=False)]
 
-OPEN = ("ID", "STATE", ">AGE", "ADAPTER", "TENANT", "CLASS", "BACKEND", ">MAX TOKENS")
+OPEN = ("ID", "STATE", ">AGE", "ADAPTER", "TENANT", "CLASS", "BACKEND", ">MAX TOKENS", ">REQUEST")
 
 
 @admin_command
@@ -77,6 +77,7 @@ def open_row(request: Any) -> tuple[str, ...]:
         getattr(request, "class"),
         request.backend or "-",
         f"{request.input_tokens}+{request.output_tokens_max}",
+        str(request.request),
     )
 
 

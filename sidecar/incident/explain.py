@@ -41,7 +41,7 @@ def explain(path: Path, request: int | str, progress: Progress | None = None, al
     timeline = explanation.story.finished()
     timeline.notes = [note for note in (found.note, *explanation.notes, *timeline.notes) if note]
     if not explanation.story.known:
-        raise Misused(Reason.NOT_A_JOURNAL, f"{path}: request {request} cannot be explained: {timeline.notes[-1]}")
+        raise Misused(Reason.UNKNOWN_REQUEST, f"{path}: request {request} cannot be explained: {timeline.notes[-1]}")
     return timeline
 
 

@@ -79,10 +79,10 @@ def find_request(path: Path, segments: list[Path], text: str, allowed: Container
         if request := max((request.id for request in held if request.client_id == asked.client_id), default=0):
             return RequestSegments(request, segments[index:], True)
     raise Misused(
-        Reason.NOT_A_JOURNAL,
+        Reason.UNKNOWN_REQUEST,
         f'{path} has no request with the id "{clipped(asked.client_id or "")}": it is outside the kept journal, was '
         "refused before it was queued, or ids were redacted; give its number instead, which the log writes as "
-        'request=… and "sidecar queue" shows',
+        'request=… and "sidecar requests list" shows',
     )
 
 
@@ -94,7 +94,7 @@ def _by_number(path: Path, segments: list[Path], request: int, allowed: Containe
     for index in reversed(_boundaries(segments)):
         if request in SegmentFile(segments[index], allowed).core.state.requests:
             return RequestSegments(request, segments[index:], True)
-    raise Misused(Reason.NOT_A_JOURNAL, _unknown(path, segments, request))
+    raise Misused(Reason.UNKNOWN_REQUEST, _unknown(path, segments, request))
 
 
 def _boundaries(segments: list[Path]) -> list[int]:

@@ -148,6 +148,7 @@ class Sidecar:
             journal = config.journal
             self._journal = Journal(self.gateway.core, data / "journal", journal.segment_bytes, journal.segments_max)
             self.gateway.observe(self._journal)
+            self.gateway.chronicle.older = "A journal tells of older ones: sidecar replay --explain ID DATA_DIRECTORY"
             self.metrics.journal = self._journal
             self.crash.then(self._journal.ended)
         self.telemetry = send_telemetry(config.otlp, self.gateway, self.metrics, self._member.id)

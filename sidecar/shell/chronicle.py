@@ -87,6 +87,8 @@ class Chronicle:
         clock_ns: Callable[[], int] = monotonic_ns,
     ) -> None:
         self.on_end: list[Callable[[Record], None]] = []
+        self.older = "No journal tells of older ones: it needs data_directory and journal.enabled"
+        """What tells of requests that are forgotten here."""
         self._state = state
         self._clock_ns = clock_ns
         self._count = 0
@@ -465,8 +467,7 @@ def story(chronicle: Chronicle, text: str, now_ns: int, tenant: str | None = Non
         raise Misused(
             Reason.UNKNOWN_REQUEST,
             f'no request "{clipped(text)}" is known here: it came before the last start, was refused at the door, '
-            f"ended more than {ENDED_MAX} requests ago, or came to another replica. A journal tells of older ones: "
-            "sidecar replay --explain ID DATA_DIRECTORY",
+            f"ended more than {ENDED_MAX} requests ago, or came to another replica. {chronicle.older}",
         )
     told = next((record for record in found if record.request == asked.number), found[-1])
     others = [str(record.request) for record in found if record is not told]

@@ -73,8 +73,9 @@ async def test_a_request_is_cancelled_by_its_id(client: Client) -> None:
     """Whether it runs or waits, its client hears who ended it, and the others go on."""
     first, second, waiting = await client.ask("one", "two", "three")
     listed = await client.served.cli("requests", "list")
-    assert re.search(r"^ID +STATE +AGE +ADAPTER +TENANT +CLASS +BACKEND +MAX TOKENS$", listed.out, re.M)
-    assert len(re.findall(r"^\w+ +running +\d+ m?s +slow@v1 +acme +default +trt-0 +\d+\+\d+$", listed.out, re.M)) == 2
+    assert re.search(r"^ID +STATE +AGE +ADAPTER +TENANT +CLASS +BACKEND +MAX TOKENS +REQUEST$", listed.out, re.M)
+    running = r"^\w+ +running +[\d.]+ m?s +slow@v1 +acme +default +trt-0 +\d+\+\d+ +\d+$"
+    assert len(re.findall(running, listed.out, re.M)) == 2
     assert len(re.findall(r"^\w+ +waiting ", listed.out, re.M)) == 1
     as_json = (await client.served.cli("requests", "list", "--json")).json()
     states = {each["request_id"]: each["state"] for each in as_json["requests"]}

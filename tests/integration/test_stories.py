@@ -145,7 +145,9 @@ async def test_an_id_that_nobody_sent(tmp_path: Path) -> None:
         )  # fmt: skip
         _, error = await process.communicate()
         assert process.returncode == 1
-        assert json.loads(error)["error"]["reason"] == "UNKNOWN_REQUEST"
+        told = json.loads(error)["error"]
+        assert told["reason"] == "UNKNOWN_REQUEST"
+        assert "A journal tells of older ones: sidecar replay --explain ID DATA_DIRECTORY" in told["message"]
 
 
 async def test_a_request_that_another_replica_answers(tmp_path: Path) -> None:

@@ -141,8 +141,8 @@ def test_an_id_hides_no_request_of_that_number() -> None:
 
 
 def test_what_is_not_known_says_where_else_to_look() -> None:
-    """A request that nobody sent, that came before a restart, or that ended long ago."""
-    with pytest.raises(Misused, match="replay --explain ID DATA_DIRECTORY") as error:
+    """A request that nobody sent, that came before a restart, or that ended long ago; no journal is kept here."""
+    with pytest.raises(Misused, match=r"\. No journal tells of older ones: it needs data_directory") as error:
         story(lived(World()), "nobody", 0)
     assert error.value.reason is Reason.UNKNOWN_REQUEST
     assert "before the last start" in error.value.message

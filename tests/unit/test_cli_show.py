@@ -11,6 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from sidecar.cli import backends, generating, queue
+from sidecar.cli.requests import OPEN, open_row
 from sidecar.cli.show import bad, console, duration, table
 from sidecar.cli.top.pages import PAGES, laid_out
 from sidecar.core.enums import Why
@@ -112,6 +113,18 @@ def test_the_queue(request_id: str, width: int) -> None:
     for whole in (request_id, "EXPIRES", "customer-support-german", "127.0.0.1:8001", "all slots are busy"):
         assert whole in text
     assert all(len(line) <= width for line in text.splitlines() if LONG_ID not in line)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_the_numbers_of_requests(width: int) -> None:
+    """One that waits and one that runs have the number that the log has, for `replay --explain`."""
+    view = waiting(ID)
+    view.requests[0].request = 71_234
+    view.runs.add(request=71_235, request_id=LONG_ID[:60], adapter="sql", state="running", backend=ID)
+    listed = table(OPEN, [open_row(view.runs[0])])
+    for text, numbers in ((printed(queue.shown(view, True), width), "45"), (printed(listed, width), "5")):
+        assert all(f"7123{last}" in text for last in numbers)
+        assert text.count("REQUEST") == len(numbers)
 
 
 @pytest.mark.parametrize("by_request", [False, True])

@@ -299,7 +299,8 @@ def test_an_id_that_is_not_there(tmp_path: Path) -> None:
     for text in ("", "yours"):
         with pytest.raises(Misused, match=f'has no request with the id "{text}"') as caught:
             explain(tmp_path, text)
-        assert caught.value.reason is Reason.NOT_A_JOURNAL
+        assert caught.value.reason is Reason.UNKNOWN_REQUEST
+        assert '"sidecar requests list" shows' in caught.value.message
 
 
 def test_a_promise_and_its_end_are_told(tmp_path: Path) -> None:

@@ -403,8 +403,8 @@ def test_how_backends_stand() -> None:
     (shown, *_) = queries.backend_views(world.core.state, world.now_ns)
     assert (shown.state, shown.notes) == ("drained", ())
     world.lose("b0")
-    shown = queries.backend_views(world.core.state, world.now_ns)
-    assert [(backend.state, backend.draining) for backend in shown] == [("down", True), ("down", False), ("up", False)]
+    views = queries.backend_views(world.core.state, world.now_ns)
+    assert [(backend.state, backend.draining) for backend in views] == [("down", True), ("down", False), ("up", False)]
 
 
 def test_seats_that_are_assumed_are_told_with_the_way_to_declare_them() -> None:

@@ -53,8 +53,8 @@ KEYS = (
 )
 KEYS_NOTE = (
     "c, p and d ask before they act. SEATS with ~ are assumed: declare them (engine.seats). Slots with * run requests. "
-    "SILENT: since an engine last told anything. WHERE: on how many engines an adapter is, on the GPU or in the host cache, and where in the sidecar's store. "
-    "TOKENS of a request: of the prompt and of the answer, at most."
+    "SILENT: since an engine last told anything. WHERE: on how many engines an adapter is, on the GPU or in the host "
+    "cache, and where in the sidecar's store. TOKENS of a request: of the prompt and of the answer, at most."
 )
 
 
