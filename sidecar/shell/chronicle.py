@@ -139,6 +139,7 @@ class Chronicle:
         if request is None:
             return
         record.version, record.ordinal = request.version, request.ordinal
+        record.output_tokens_max = request.view.output_tokens_max
         record.bound_ns = request.expires_ns - request.view.arrived_ns
         record.promised_ns = None if request.promise is None else request.promise.bound_ns
         if not request.running:

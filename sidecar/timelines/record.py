@@ -116,6 +116,8 @@ class Record:
     trace: Any = None
     version: str = ""
     ordinal: int = 0
+    output_tokens_max: int | None = None
+    """What is reserved for it, which is less than it asked for if no engine can generate as much; None if unknown."""
     bound_ns: int | None = None
     promised_ns: int | None = None
     arrival: str = "arrived"
@@ -178,7 +180,9 @@ class _Telling:
             tenant=received.tenant,
             klass=received.klass,
             input_tokens=received.input_tokens,
-            output_tokens_max=received.output_tokens_max,
+            output_tokens_max=(
+                received.output_tokens_max if record.output_tokens_max is None else record.output_tokens_max
+            ),
             arrived_ns=record.arrived_ns,
             arrived_utc=_utc(record.utc_ns),
             bound_ns=record.bound_ns,

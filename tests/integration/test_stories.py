@@ -136,6 +136,22 @@ async def test_the_story_on_a_narrow_terminal(tmp_path: Path) -> None:
         asked.cancel()
 
 
+@pytest.mark.parametrize(("asked", "reserved"), [(10**30, 999_999), (7, 7)])
+async def test_the_story_and_the_list_tell_the_same_length(tmp_path: Path, asked: int, reserved: int) -> None:
+    """What is reserved for the answer: of what no engine can generate, the rest of the sequence beside the prompt."""
+    async with busy(tmp_path, "chat") as at:
+        served, admin = at.served, ("--admin", at.served.sidecar.admin_address)
+        body = {"model": "a00", "prompt": [5], "max_tokens": asked}
+        posted = asyncio.create_task(_post(served, "completions", body))
+        await until(lambda: len(served.state.requests) == 2)
+        listed = (await command("requests", "list", *admin))["requests"]
+        shown = await command("requests", "show", ASKED, *admin)
+        (length,) = (each["output_tokens_max"] for each in listed if each["request_id"] == ASKED)
+        assert shown["output_tokens_max"] == length == reserved
+        posted.cancel()
+        await asyncio.gather(posted, return_exceptions=True)
+
+
 async def test_an_id_that_nobody_sent(tmp_path: Path) -> None:
     """The error says where else to look; scripts get the reason."""
     async with busy(tmp_path) as at:
