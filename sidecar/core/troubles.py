@@ -95,6 +95,7 @@ def _why_not(state: State, backend: Backend, request: Request) -> str:
     misfit = eligibility.cannot_serve(state, backend, request.version)
     if misfit is not None:
         return misfit.short
-    if backend not in eligibility.servers_for(state, request):
-        return "the request is for others"
+    servers = eligibility.servers_for(state, request)
+    if backend not in servers:
+        return f"what waits is for {joined(list(servers)) if servers else 'others'}"
     return "" if eligibility.long_enough(backend, request.view.input_tokens) else "the prompt is too long for it"

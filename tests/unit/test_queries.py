@@ -247,6 +247,15 @@ def test_the_verdict_says_when_another_engine_is_empty() -> None:
     assert view(world).verdict.endswith("; b1 is idle, but max rank 4 < 8")
 
 
+def test_an_idle_engine_for_which_nothing_waits_is_told_whom_the_rest_waits_for() -> None:
+    world = World(engines=0)
+    for name in ("e-one", "e-two", "e-three"):
+        world.add_engine(name, facts_of(seats=1))
+    for _ in range(3):
+        world.send(only=("e-one",))
+    assert view(world).verdict.endswith("; e-two and e-three are idle, but what waits is for e-one")
+
+
 def test_without_a_backend_that_is_up() -> None:
     """Who can be routed nowhere waits for a backend, and the verdict does not name one."""
     world = World(engines=0)
