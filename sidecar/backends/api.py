@@ -87,6 +87,11 @@ class Payload:
         """Return the payload without its bytes, for a request that will not be sent again."""
         return replace(self, head=b"", forms=dict.fromkeys(self.forms, b""))
 
+    def is_whole(self, kind: str) -> bool:
+        """Return True if a model of that kind is asked for the whole answer at once."""
+        form = self.forms.get(kind, self.head)
+        return not form.streams if isinstance(form, HttpForm) else self.unary
+
     def head_for(self, kind: str) -> Form:
         """Return the request for one of its kinds of model."""
         return self.head if kind == self.kind else self.forms[kind]
@@ -162,6 +167,7 @@ class Ticket:
         "counting",
         "delivered",
         "dispatch",
+        "is_whole",
         "payload",
         "peer",
         "prompt_tokens",
@@ -180,6 +186,8 @@ class Ticket:
         self.payload = payload
         self.client_id = client_id
         self.dispatch: Dispatch | None = None
+        self.is_whole = False
+        """The engine that it is sent to gives the whole answer at once, and tells nothing before."""
         self.settled: Settle | None = None
         self.settled_ns = 0
         self.replies: deque[Reply] = deque()
@@ -377,6 +385,18 @@ class Wear:
         return self.limit is not None and self.versions >= self.limit
 
 
+@dataclass(frozen=True, slots=True)
+class Signs:
+    """The signs of life of an engine.
+
+    `silent_s` is how long nothing has come from it; None if nothing has to: it runs nothing, or only what it answers
+    all at once, and does not count its steps. `tokens_per_s` is by its own counter, None without one.
+    """
+
+    silent_s: float | None = None
+    tokens_per_s: float | None = None
+
+
 class Backend(Protocol):
     """One engine endpoint. Its synchronous methods return at once and post their results as events."""
 
@@ -399,6 +419,9 @@ class Backend(Protocol):
 
         A restart may be quicker than a look at the engine, which would not notice it then.
         """
+
+    def signs(self) -> Signs:
+        """Return how alive the engine is now."""
 
     async def start(self, post: Callable[[Event], None]) -> None:
         """Begin to watch the engine; posts `BackendUp` when it answers."""

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import grpc
 import grpc.aio
 
-from sidecar.backends.api import LoadResult, Ticket, Wear, Weights
+from sidecar.backends.api import LoadResult, Signs, Ticket, Wear, Weights
 from sidecar.backends.pulse import Pulse
 from sidecar.core.effects import Dispatch, Load
 from sidecar.core.enums import Fault
@@ -47,6 +47,8 @@ T = TypeVar("T")
 LOOK_S = 1.0
 PROGRESS_S = 0.1
 REACH_S = 0.2
+LATE_LOOKS = 2
+"""Steps are counted at a look, and a busy server answers looks late: so many make no silence."""
 STEPS_AGAIN_S = 0.1
 """Interval of reading the steps of an engine that may be stalled."""
 
@@ -82,6 +84,8 @@ class Endpoint(ABC):
         """The log says that it is not up."""
         self._closing = ""
         self._runs: dict[tuple[int, int], Running] = {}
+        self._whole: set[tuple[int, int]] = set()
+        """The runs whose answers come all at once."""
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loads: dict[int, asyncio.Task[None]] = {}
         self._sent: set[int] = set()
@@ -204,12 +208,26 @@ class Endpoint(ABC):
             return self._trouble
         return f"{self._closing}; {len(self._runs)} still run" if self._closing else self._describe()
 
+    def signs(self) -> Signs:
+        now_s = monotonic()
+        return Signs(self._silent_s(now_s), self.pulse.tokens_per_s(now_s))
+
+    def _silent_s(self, now_s: float) -> float | None:
+        """Return how long nothing has come from the engine, None if nothing has to: see `Signs`."""
+        if self._sent or any(key not in self._whole for key, run in self._runs.items() if not run.waits_for_client):
+            return self.pulse.silent_s(now_s)
+        if self._waits_for_engine and self.pulse.is_counted:
+            return max(0.0, self.pulse.silent_s(now_s) - LATE_LOOKS * self._look_s)
+        return None
+
     def run(self, effect: Dispatch, ticket: Ticket, weights: Weights | None = None) -> None:
         if not self._takes:
             _release(weights)
             return  # the core is about to hear of the loss, which ends this run too
         self._quiet_ends()
         run = self._runs[effect.request, effect.attempt] = self._begin(effect, ticket)
+        if ticket.is_whole:
+            self._whole.add((effect.request, effect.attempt))
         task = self._spawn(self._run(run, ticket.client_id, weights))
         task.add_done_callback(lambda _: _release(weights))
 
@@ -226,6 +244,7 @@ class Endpoint(ABC):
             self._post(RunFailed(*key, Fault.REJECTED, f"the sidecar failed: {error}", run.tokens))
         finally:
             self._runs.pop(key, None)
+            self._whole.discard(key)
             self._progress.pop(run.effect.request, None)
             self._close_if_idle()
 

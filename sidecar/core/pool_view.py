@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from policies.views import BASE
 from sidecar.core.queries import state_of
-from sidecar.core.state import NEVER_NS, Backend, Request, State
+from sidecar.core.state import NEVER_NS, Request, State
 from sidecar.core.waiting import Group
 
 Row = TypeVar("Row")
@@ -66,7 +66,7 @@ def activities(groups: Iterable[Group], name_of: Callable[[Group], str]) -> dict
     return found
 
 
-def in_order(rows: Iterable[Activity], page: Page, rates: Mapping[str, float]) -> list[Activity]:
+def in_order(rows: Iterable[Activity], page: Page, rates: Mapping[str, float | None]) -> list[Activity]:
     """Return the rows that the page's filter takes, sorted; backends that are not up precede, unless one asks else."""
     keys: dict[str, Callable[[Activity], float]] = {
         "": _by_age,
@@ -74,7 +74,7 @@ def in_order(rows: Iterable[Activity], page: Page, rates: Mapping[str, float]) -
         "waiting": lambda row: -row.waiting,
         "running": lambda row: -row.running,
         "oldest": _by_age,
-        "tokens": lambda row: -rates.get(row.name, 0.0),
+        "tokens": lambda row: -(rates.get(row.name) or 0.0),
     }
     key = keys[page.sort]
     taken = [row for row in rows if page.takes(row.name, row.state)]
@@ -145,8 +145,3 @@ def _copies(state: State, digest: str, store: str) -> Copies:
         loading=0 if version is None else len(version.loads),
         store=store,
     )
-
-
-def silent_ns(backend: Backend, now_ns: int) -> int | None:
-    """Return how long nothing has come from a backend, or None while nothing is in flight."""
-    return now_ns - backend.silence.since_ns if backend.in_flight else None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from policies.views import BASE
 from sidecar.core import eligibility
@@ -15,7 +16,27 @@ QUIET_NS = 2_000_000_000
 """An engine that runs something and has told nothing for so long is named, before it is suspected."""
 
 
-def troubles(state: State, now_ns: int) -> Iterator[str]:
+@dataclass(frozen=True)
+class Beyond:
+    """What only the shell knows.
+
+    `silent_ns` has how long nothing has come from a backend's engine, None if nothing has to; of a backend that it
+    lacks the core's own count is taken.
+    """
+
+    silent_ns: Mapping[str, int | None] = field(default_factory=dict)
+
+    def silence_of(self, backend: Backend, now_ns: int) -> int | None:
+        """Return how long nothing has come from a backend; None if nothing has to."""
+        if not backend.in_flight:
+            return None
+        return self.silent_ns.get(backend.id, now_ns - backend.silence.since_ns)
+
+
+NOTHING = Beyond()
+
+
+def troubles(state: State, now_ns: int, beyond: Beyond) -> Iterator[str]:
     """Yield a clause for each thing that keeps requests from being answered, the gravest first."""
     backends = state.backends.values()
     if state.draining:
@@ -31,11 +52,12 @@ def troubles(state: State, now_ns: int) -> Iterator[str]:
     if down:
         share = "no backend is up" if len(down) == len(backends) and len(down) > 1 else ""
         yield f"{share or joined(down) + _is(down) + ' down'}{_since(down, now_ns)}"
-    for name, each in (("stalled", _suspected), ("quiet", _quiet)):
-        for backend in each(state, now_ns)[:NAMED_MAX]:
-            silent = readable(now_ns - backend.silence.since_ns)
-            found = f" ({backend.silence.found})" if backend.silence.found else ""
-            yield f"{backend.id} is {name}: nothing came for {silent} with {_in_flight(backend)}{found}"
+    for backend in [each for each in backends if each.silence.suspected][:NAMED_MAX]:
+        found = f" ({backend.silence.found})" if backend.silence.found else ""
+        yield f"{backend.id} is stalled: {_nothing_came(backend, now_ns - backend.silence.since_ns)}{found}"
+    quiet = [(each, silent_ns) for each in backends if (silent_ns := _quiet_ns(each, now_ns, beyond))]
+    for backend, silent_ns in quiet[:NAMED_MAX]:
+        yield f"{backend.id} is quiet: {_nothing_came(backend, silent_ns)}"
     yield from drained
 
 
@@ -71,24 +93,17 @@ def _since(down: list[Backend], now_ns: int) -> str:
     return f", lost {readable(now_ns - max(lost))} ago" if lost else ""
 
 
-def _suspected(state: State, now_ns: int) -> list[Backend]:
-    return [backend for backend in state.backends.values() if backend.silence.suspected]
+def _quiet_ns(backend: Backend, now_ns: int, beyond: Beyond) -> int:
+    """Return how long nothing has come from an engine that is quiet; 0 if it is not, or is suspected already."""
+    if backend.phase is not Phase.UP or backend.silence.suspected:
+        return 0
+    silent_ns = beyond.silence_of(backend, now_ns) or 0
+    return silent_ns if silent_ns >= QUIET_NS else 0
 
 
-def _quiet(state: State, now_ns: int) -> list[Backend]:
-    return [
-        backend
-        for backend in state.backends.values()
-        if backend.in_flight
-        and backend.phase is Phase.UP
-        and not backend.silence.suspected
-        and now_ns - backend.silence.since_ns >= QUIET_NS
-    ]
-
-
-def _in_flight(backend: Backend) -> str:
+def _nothing_came(backend: Backend, silent_ns: int) -> str:
     loads = f", {len(backend.loads)} loading" if backend.loads else ""
-    return f"{len(backend.running)} running{loads}"
+    return f"nothing came for {readable(silent_ns)} with {len(backend.running)} running{loads}"
 
 
 def _why_not(state: State, backend: Backend, request: Request) -> str:

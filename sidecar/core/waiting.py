@@ -16,7 +16,7 @@ from sidecar.core import eligibility
 from sidecar.core.durations import readable
 from sidecar.core.enums import Why, void_told
 from sidecar.core.state import NEVER_NS, Request, State
-from sidecar.core.troubles import idle, troubles
+from sidecar.core.troubles import NOTHING, Beyond, idle, troubles
 
 EXAMINED_MAX = 1_000
 """Requests of one view whose reason to wait is computed, oldest first."""
@@ -91,6 +91,7 @@ def queue_view(
     backend: str = "",
     limit: int = 100,
     tenant: str | None = None,
+    beyond: Beyond = NOTHING,
 ) -> QueueView:
     """Return the queue, or the part of it for one adapter, backend or tenant.
 
@@ -104,7 +105,7 @@ def queue_view(
         why[view.why] = why.get(view.why, 0) + 1
     groups.sort(key=Group.place)
     return QueueView(
-        verdict=_told(state, now_ns, groups, oldest, tenant),
+        verdict=_told(state, now_ns, groups, oldest, tenant, beyond),
         waiting=sum(group.waiting for group in groups),
         running=sum(group.running for group in groups),
         requests=tuple(oldest[:limit]),
@@ -115,9 +116,10 @@ def queue_view(
     )
 
 
-def verdict(state: State, now_ns: int, groups: list[Group], tenant: str | None = None) -> str:
+def verdict(state: State, now_ns: int, groups: list[Group], tenant: str | None, beyond: Beyond) -> str:
     """Return the verdict of `queue_view` for groups that are known; it looks at fewer requests."""
-    return _told(state, now_ns, groups, _oldest(state, now_ns, EXAMINED_OFTEN_MAX, "", "", tenant), tenant)
+    oldest = _oldest(state, now_ns, EXAMINED_OFTEN_MAX, "", "", tenant)
+    return _told(state, now_ns, groups, oldest, tenant, beyond)
 
 
 def _oldest(state: State, now_ns: int, most: int, adapter: str, backend: str, tenant: str | None) -> list[WaitingView]:
@@ -125,7 +127,9 @@ def _oldest(state: State, now_ns: int, most: int, adapter: str, backend: str, te
     return [waiting_view(state, request, now_ns) for request in oldest]
 
 
-def _told(state: State, now_ns: int, groups: list[Group], oldest: list[WaitingView], tenant: str | None) -> str:
+def _told(
+    state: State, now_ns: int, groups: list[Group], oldest: list[WaitingView], tenant: str | None, beyond: Beyond
+) -> str:
     """Return the verdict. Who is confined to a tenant hears nothing of the pool."""
     waiting = sum(group.waiting for group in groups)
     running = sum(group.running for group in groups)
@@ -134,7 +138,7 @@ def _told(state: State, now_ns: int, groups: list[Group], oldest: list[WaitingVi
         return of_queue
     longest = min((group.oldest for group in groups if group.oldest is not None), key=lambda r: r.id, default=None)
     empty = idle(state, longest) if longest is not None else ()
-    return "; ".join((*troubles(state, now_ns), of_queue, *empty))
+    return "; ".join((*troubles(state, now_ns, beyond), of_queue, *empty))
 
 
 @dataclass

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from sidecar.backends.api import Backend, Ticket
 from sidecar.core.effects import Dispatch, Effect, Settle
 from sidecar.core.events import Event, Progress
 from sidecar.core.state import State
@@ -18,7 +19,7 @@ LANES_SECONDS = 60
 
 @dataclass
 class Tokens:
-    """Tokens, or tokens a second: in all, and by the id of a backend and the name of an adapter and of a tenant."""
+    """Tokens: in all, and by the id of a backend and the name of an adapter and of a tenant."""
 
     total: float = 0
     backends: dict[str, float] = field(default_factory=dict)
@@ -30,6 +31,16 @@ class Tokens:
         parts = (self.backends, run.backend), (self.adapters, run.adapter), (self.tenants, run.tenant)
         for counts, name in parts:
             counts[name] = counts.get(name, 0) + tokens
+
+
+@dataclass
+class Rates:
+    """Tokens a second, as `Tokens`; None where all that runs answers at once, so that nobody has counted any."""
+
+    total: float | None
+    backends: dict[str, float | None]
+    adapters: dict[str, float | None]
+    tenants: dict[str, float | None]
 
 
 @dataclass(slots=True)
@@ -44,11 +55,14 @@ class _Run:
 class TokenRates:
     """An observer that counts tokens as they come. Install it while somebody looks.
 
-    Tokens count when a report of progress brings them; the rest of an answer counts when it ends.
+    Tokens count when a report of progress brings them; the rest of an answer counts when it ends. An engine that counts
+    its tokens knows its rate better.
     """
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, tickets: Mapping[int, Ticket], backends: Mapping[str, Backend]) -> None:
         self._state = state
+        self._tickets = tickets
+        self._backends = backends
         self._runs: dict[int, _Run] = {}
         self._slices: deque[tuple[int, Tokens]] = deque()
         """What came since each time, the oldest first; a slice takes a second."""
@@ -66,7 +80,7 @@ class TokenRates:
                 if run is not None and effect.output_tokens > run.tokens:
                     self._slice(now_ns).add(run, effect.output_tokens - run.tokens)
 
-    def rates(self, now_ns: int) -> Tokens | None:
+    def rates(self, now_ns: int) -> Rates | None:
         """Return tokens a second over the last seconds, or None if less than a second was watched."""
         self._slice(now_ns)
         while self._slices[0][0] < now_ns - WINDOW_NS:
@@ -75,18 +89,22 @@ class TokenRates:
         watched_ns = min(now_ns - self._begun_ns, WINDOW_NS)
         if watched_ns < 1_000_000_000:
             return None
-        rates = Tokens()
-        for _, tokens in self._slices:
-            rates.total += tokens.total
-            _add(rates.backends, tokens.backends)
-            _add(rates.adapters, tokens.adapters)
-            _add(rates.tenants, tokens.tenants)
-        seconds = watched_ns / 1e9
-        rates.total /= seconds
-        for counts in (rates.backends, rates.adapters, rates.tenants):
-            for name in counts:
-                counts[name] /= seconds
-        return rates
+        seconds, slices = watched_ns / 1e9, [tokens for _, tokens in self._slices]
+        counted = _rates((tokens.backends for tokens in slices), seconds)
+        known = ((name, backend.signs().tokens_per_s) for name, backend in self._backends.items())
+        measured = {name: rate for name, rate in known if rate is not None}
+        total = sum(tokens.total for tokens in slices) / seconds
+        total += sum(rate - counted.get(name, 0) for name, rate in measured.items())
+        runs = [self._state.requests[each] for backend in self._state.backends.values() for each in backend.running]
+        at_once = [each.id in self._tickets and self._tickets[each.id].is_whole for each in runs]
+        adapters = _rates((tokens.adapters for tokens in slices), seconds)
+        tenants = _rates((tokens.tenants for tokens in slices), seconds)
+        return Rates(
+            None if not total and at_once and all(at_once) and not measured else total,
+            {**_known(counted, (each.backend or "" for each in runs), at_once), **measured},
+            _known(adapters, (each.view.name for each in runs), at_once),
+            _known(tenants, (each.view.tenant for each in runs), at_once),
+        )
 
     def _came(self, request: int, tokens: int, now_ns: int) -> None:
         run = self._run_of(request)
@@ -109,9 +127,20 @@ class TokenRates:
         return self._slices[-1][1]
 
 
-def _add(to: dict[str, float], more: Mapping[str, float]) -> None:
-    for name, value in more.items():
-        to[name] = to.get(name, 0) + value
+def _rates(slices: Iterable[Mapping[str, float]], seconds: float) -> dict[str, float]:
+    rates: dict[str, float] = {}
+    for counts in slices:
+        for name, tokens in counts.items():
+            rates[name] = rates.get(name, 0) + tokens / seconds
+    return rates
+
+
+def _known(rates: dict[str, float], names: Iterable[str], at_once: Sequence[bool]) -> dict[str, float | None]:
+    """Return the rates, None in place of 0 where all runs of a name answer at once."""
+    silent: dict[str, bool] = {}
+    for name, is_whole in zip(names, at_once, strict=True):
+        silent[name] = silent.get(name, True) and is_whole
+    return {**rates, **{name: None for name, is_silent in silent.items() if is_silent and not rates.get(name)}}
 
 
 class Lanes:

@@ -467,6 +467,8 @@ class Gateway:
         if ticket is None:  # its client has just left; that event is next
             self.driver.post(ev.RunEnded(effect.request, effect.attempt, 0))
             return
+        kind, streams = self.fleet.kind_of(effect.backend), self.fleet.streams(effect.backend)
+        ticket.is_whole = not streams or ticket.payload.is_whole(kind)
         ticket.dispatched(effect)
         weights = self.store.lease(effect.packed_key) if effect.attach else None
         self.backends[effect.backend].run(effect, ticket, weights)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from time import monotonic_ns
 
 from sidecar.core.state import Request
+from sidecar.core.troubles import Beyond
 from sidecar.errors import Reason, Refused
 from sidecar.shell.gateway import Gateway
 
@@ -69,6 +70,12 @@ def passed_on(gateway: Gateway, chosen: Chosen) -> Iterator[OpenRequest]:
                 ticket.request, ticket.client_id, name, version, facts.tenant, facts.klass, "", "passed on", age_s,
                 facts.input_tokens, facts.output_tokens_max,
             )  # fmt: skip
+
+
+def beyond(gateway: Gateway, chosen: Chosen) -> Beyond:
+    """Return what the verdict on the queue, or on the chosen part of it, says beyond what the core knows."""
+    silent_s = {name: backend.signs().silent_s for name, backend in gateway.backends.items()}
+    return Beyond({name: None if each is None else int(each * 1e9) for name, each in silent_s.items()})
 
 
 def shown(request: Request, now_ns: int) -> OpenRequest:

@@ -22,6 +22,7 @@ from sidecar.proto import admin_pb2_grpc
 from sidecar.shell.flow import Lanes, TokenRates
 from tests.bench.core import Pool
 from tests.bench.figures import Figure, middle
+from tests.kit.scripted_backend import ScriptedBackend
 from tests.kit.terminal import Terminal
 
 ADAPTERS, BACKENDS, TENANTS, WAITING = 5_000, 200, 100, 10_000
@@ -65,6 +66,8 @@ def _gateway(pool: Pool, lanes: Lanes) -> Any:
     """Return what the service asks of a gateway: nobody is confined, nothing is passed on to other replicas."""
     return SimpleNamespace(
         state=pool.core.state,
+        tickets={},
+        backends={name: ScriptedBackend(name) for name in pool.core.state.backends},
         lanes=lanes,
         access=SimpleNamespace(check=lambda caller: None),
         elsewhere=None,
@@ -76,7 +79,7 @@ def _gateway(pool: Pool, lanes: Lanes) -> Any:
 
 
 async def _view_ms(service: front.PoolService, page: str) -> float:
-    rates = TokenRates(service._gateway.state)
+    rates = TokenRates(service._gateway.state, {}, {})
     begun_s = thread_time()
     await service._view(page, Page(limit=ROWS), "b00" if page == "backends" else "", None, rates)
     return (thread_time() - begun_s) * 1e3

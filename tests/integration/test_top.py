@@ -12,24 +12,31 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import monotonic
+from time import monotonic, monotonic_ns
 from typing import Any
 
 import grpc
 import pytest
 
 from sidecar.config import parse
+from sidecar.core.troubles import QUIET_NS
 from sidecar.proto import admin_pb2 as pb
 from sidecar.proto import admin_pb2_grpc
 from sidecar.serve.app import Sidecar
 from tests.kit.cli_runs import runner
 from tests.kit.emulated import EngineProcess
 from tests.kit.faults import attempt
-from tests.kit.serving import Serving, place_of, serving, until, write_adapters
+from tests.kit.serving import PATIENCE_S, Serving, place_of, serving, until, write_adapters
 from tests.kit.terminal import DOWN, ENTER, ESCAPE, Terminal
+from tests.kit.trtllm_emulated import TrtllmProcess
+from tests.kit.trtllm_served import entry_of
+from tests.kit.vllm_emulated import Client, VllmProcess
 
-ENGINE = ("--compute", "none", "--max-seq-tokens", "1000000", "--kv-blocks", "1000000", "--seats", "2")
+SIZES = ("--compute", "none", "--max-seq-tokens", "1000000", "--kv-blocks", "1000000")
+ENGINE = (*SIZES, "--seats", "2")
 LONG = 100_000
+KNOWN_S = 1.5
+"""Rates are told once tokens have been counted for so long."""
 WITHIN_S = 5.0
 """The screen names the culprit so soon on an idle machine; the test prints how long it took, and does not assert it."""
 
@@ -120,6 +127,68 @@ async def test_the_first_line_names_the_culprit(tmp_path: Path, cause: Callable[
             print(f"{cause.__name__}: named after {monotonic() - begun_s:.1f} s (wanted within {WITHIN_S:g} s)")
         with Terminal("queue", *made.admin) as queue:
             await queue.matches(wanted)
+
+
+@asynccontextmanager
+async def answered_at_once(engine: VllmProcess | TrtllmProcess, tmp_path: Path) -> AsyncIterator[Serving]:
+    """Serve an engine that runs three requests whose clients want the whole answer at once, for as long as it takes."""
+    write_adapters(tmp_path / "adapters", 1)
+    backend = entry_of(tmp_path) if isinstance(engine, TrtllmProcess) else {"adapters_dir": str(tmp_path / "shared")}
+    async with (
+        engine,
+        serving([engine], tmp_path / "adapters", backend=backend) as served,
+        Client(served.sidecar.http_address) as client,
+    ):
+        asking = [asyncio.create_task(client.complete("a00", tokens=LONG, ignore_eos=True)) for _ in range(3)]
+        try:
+            await until(lambda: sum(request.running for request in served.state.requests.values()) == 3)
+            yield served
+        finally:
+            for each in asking:
+                each.cancel()
+            with suppress(ProcessLookupError):
+                engine.signal(signal.SIGCONT)
+            await asyncio.gather(*asking, return_exceptions=True)
+
+
+def silent_by_tokens(served: Serving) -> bool:
+    """Return True once an engine whose tokens nobody sees would be called quiet by them alone."""
+    (backend,) = served.state.backends.values()
+    return bool(monotonic_ns() - backend.silence.since_ns > QUIET_NS)
+
+
+@pytest.mark.parametrize("kind", [VllmProcess, TrtllmProcess], ids=lambda kind: kind.__name__)
+async def test_an_engine_that_answers_at_once_is_not_quiet(
+    tmp_path: Path, kind: type[VllmProcess | TrtllmProcess]
+) -> None:
+    """No token comes before the answer. Its rate is the engine's own, by its counter, and unknown without one."""
+    async with answered_at_once(kind(*SIZES, "--seats", "8", time_scale=1.0), tmp_path) as served:
+        await until(lambda: silent_by_tokens(served))
+        assert (await served.queues.Get(pb.QueueRequest())).verdict == "nobody waits, 3 running"
+        pool: Any = admin_pb2_grpc.PoolStub(served.admin_channel)
+        watched = pool.Watch(pb.WatchPoolRequest(page="backends", interval_s=0.2))
+        counts = kind is VllmProcess
+        first = view = await watched.read()
+        async with asyncio.timeout(PATIENCE_S):
+            while view.time < first.time + KNOWN_S or (counts and not view.tokens_per_s):
+                view = await watched.read()
+        (row,) = view.backend_rows
+        assert row.HasField("tokens_per_s") is view.HasField("tokens_per_s") is counts
+        assert (row.tokens_per_s > 0) is counts
+        of_adapters = pool.Watch(pb.WatchPoolRequest(page="adapters", interval_s=0.2))
+        (adapter,) = (await of_adapters.read()).adapter_rows
+        assert (adapter.name, adapter.running, adapter.HasField("tokens_per_s")) == ("a00", 3, False)
+        for call in (watched, of_adapters):
+            call.cancel()
+
+
+async def test_an_engine_that_answers_at_once_and_is_stuck_is_named(tmp_path: Path) -> None:
+    """Its steps are counted, and stand still."""
+    engine = VllmProcess(*SIZES, "--seats", "8", time_scale=1.0)
+    async with answered_at_once(engine, tmp_path) as served:
+        engine.signal(signal.SIGSTOP)
+        with Terminal("top", "--admin", served.sidecar.admin_address) as top:
+            await top.matches(r"vllm-0 is quiet: nothing came for [\d.]+ s with 3 running")
 
 
 @pytest.mark.parametrize(("columns", "lines"), [(80, 24), (200, 60)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from sidecar.backends.api import Payload, Ticket, Wear, Weights
+from sidecar.backends.api import Payload, Signs, Ticket, Wear, Weights
 from sidecar.core.effects import Dispatch, Load
 from sidecar.core.events import BackendProbed, BackendUp, Event, LoadDone, RunEnded
 from sidecar.core.facts import EngineFacts
@@ -66,6 +66,10 @@ class ScriptedBackend:
 
     def keeps_at_least(self, versions: int) -> None:
         """Return at once: it keeps nothing."""
+
+    def signs(self) -> Signs:
+        """Return that it is well."""
+        return Signs(0.0 if self.running else None)
 
     def restarted(self) -> None:
         """Return at once: nobody restarts it."""

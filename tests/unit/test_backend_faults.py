@@ -146,6 +146,22 @@ def test_a_counter_that_goes_back_is_a_restart() -> None:
     assert not pulse.counted(1, 5)
 
 
+def test_a_counter_of_tokens_that_moves_is_a_sign_of_life_and_tells_the_rate() -> None:
+    """As where the counted steps are those of another engine behind the address. One that goes back begins anew."""
+    pulse = Pulse(30, 0)
+    pulse.generated(None, 1)
+    pulse.generated(100, 40)
+    assert (pulse.tokens_per_s(40), pulse.silent_s(40)) == (None, 40)
+    pulse.generated(100, 41)
+    assert (pulse.tokens_per_s(41), pulse.silent_s(41)) == (0.0, 41)
+    pulse.generated(180, 44)
+    assert (pulse.tokens_per_s(44), pulse.silent_s(44)) == (20.0, 0)
+    assert pulse.tokens_per_s(60) is None
+    pulse.generated(5, 61)
+    pulse.generated(15, 62)
+    assert pulse.tokens_per_s(62) == 10.0
+
+
 def test_what_is_passed_on_unparsed_is_a_token_and_nothing_else() -> None:
     """A final response, an error, another's response and a text that imitates the flag are all parsed."""
     from sidecar.backends import wire

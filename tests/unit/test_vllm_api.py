@@ -37,6 +37,15 @@ def test_a_scrape_says_how_much_the_engine_takes() -> None:
     assert parse(SCRAPE) == Measures(steps=7, kv_tokens=65536, kv_used=16384, slots=2, started_at=1.76e9)
 
 
+def test_generated_tokens_are_those_of_all_engines_behind_the_address() -> None:
+    """vLLM counts by engine where it runs several (`--data-parallel-size`)."""
+    counters = "".join(
+        f'vllm:generation_tokens_total{{engine="{engine}",model_name="base"}} {tokens}.0\n'
+        for engine, tokens in enumerate((138, 4))
+    )
+    assert parse(f"# TYPE vllm:generation_tokens counter\n{counters}").generated == 142
+
+
 def test_a_scrape_that_says_nothing_of_it() -> None:
     assert parse("python_info 1.0\n") == Measures()
 

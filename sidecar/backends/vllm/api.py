@@ -33,13 +33,14 @@ REMOVAL_REFUSED = "engine rejected removal of LoRA adapter"
 
 @dataclass(frozen=True)
 class Measures:
-    """Values of the metrics: steps so far, KV tokens in total and in use, adapter slots, the process's start time, and
-    the requests that run or wait in the engine.
+    """Values of the metrics: steps and generated tokens so far, KV tokens in total and in use, adapter slots, the
+    process's start time, and the requests that run or wait in the engine.
 
     None for a value that is not published. The Rust front end publishes no KV tokens, no slots and no start time.
     """
 
     steps: int | None = None
+    generated: int | None = None
     kv_tokens: int | None = None
     kv_used: int | None = None
     slots: int | None = None
@@ -148,12 +149,14 @@ def parse(text: str) -> Measures:
     lines = "\n".join(line for line in text.splitlines() if line.startswith(wanted)) + "\n"
     samples = [sample for family in text_string_to_metric_families(lines) for sample in family.samples]
     found: dict[str, float] = {}
-    kv_tokens = inside = None
+    kv_tokens = inside = generated = None
     newest, slots = 0.0, None
     for sample in samples:
         found[sample.name] = sample.value
         if sample.name in INSIDE:
             inside = (inside or 0) + int(sample.value)
+        if sample.name == "vllm:generation_tokens_total":
+            generated = (generated or 0) + int(sample.value)
         if sample.name.startswith("vllm:cache_config_info"):
             kv_tokens = _kv_tokens(sample.labels)
         if sample.name.startswith("vllm:lora_requests_info") and sample.value >= newest:
@@ -162,6 +165,7 @@ def parse(text: str) -> Measures:
     steps = found.get("vllm:iteration_tokens_total_count")
     return Measures(
         steps=None if steps is None else int(steps),
+        generated=generated,
         kv_tokens=kv_tokens,
         kv_used=None if usage is None or kv_tokens is None else int(usage * kv_tokens),
         slots=slots or None,

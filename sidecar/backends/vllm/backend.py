@@ -92,6 +92,7 @@ class VllmBackend(Endpoint):
             self._fitting.forget()
         self.pulse.begin(monotonic())
         self.pulse.counted(self._seen.steps, monotonic())
+        self.pulse.generated(self._seen.generated, monotonic())
         self._distrusted = False
         facts = self._facts(served)
         self._unknown = unknown_phrase(facts)
@@ -139,6 +140,7 @@ class VllmBackend(Endpoint):
         self.pulse.seen(monotonic())
         before, self._seen = self._seen, await self._api.measures()
         went_back = self.pulse.counted(self._seen.steps, monotonic())
+        self.pulse.generated(self._seen.generated, monotonic())
         if went_back or (before.started_at and self._seen.started_at and self._seen.started_at != before.started_at):
             return "it has restarted"
         return None

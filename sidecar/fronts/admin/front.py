@@ -26,7 +26,7 @@ from sidecar.proto import admin_pb2, admin_pb2_grpc
 from sidecar.replicas.replica import Replica
 from sidecar.shell.chronicle import story
 from sidecar.shell.gateway import Gateway
-from sidecar.shell.open_requests import Chosen, cancel, check_chosen, open_requests
+from sidecar.shell.open_requests import Chosen, beyond, cancel, check_chosen, open_requests
 from sidecar.timelines.wording import lines_of, record_of
 
 logger = logging.getLogger(__name__)
@@ -130,9 +130,12 @@ class QueuesService(admin_pb2_grpc.QueuesServicer):
         if request.backend and tenant is None:
             self._gateway.known_backend(request.backend)
         limit = min(request.limit or LISTED_DEFAULT, LISTED_MAX)
-        view = waiting.queue_view(self._gateway.state, monotonic_ns(), request.adapter, request.backend, limit, tenant)
-        message = queue_message(view)
         chosen = Chosen(adapter=request.adapter, tenant=tenant or "", backend=request.backend)
+        view = waiting.queue_view(
+            self._gateway.state, monotonic_ns(), request.adapter, request.backend, limit, tenant,
+            beyond(self._gateway, chosen),
+        )  # fmt: skip
+        message = queue_message(view)
         running = (each for each in open_requests(self._gateway, chosen) if each.state == "running")
         message.runs.extend(map(open_request_message, at_most(limit, running)))
         return message

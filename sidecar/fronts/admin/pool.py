@@ -24,9 +24,9 @@ from sidecar.fronts.admin.messages import backend_message, group_message, open_r
 from sidecar.fronts.admin.own_tenant import confined_to
 from sidecar.fronts.status import abort
 from sidecar.proto import admin_pb2, admin_pb2_grpc
-from sidecar.shell.flow import TokenRates, Tokens
+from sidecar.shell.flow import Rates, TokenRates
 from sidecar.shell.gateway import Gateway
-from sidecar.shell.open_requests import Chosen, passed_on, shown
+from sidecar.shell.open_requests import Chosen, beyond, passed_on, shown
 from sidecar.state.records import paused_for
 
 ROWS_DEFAULT, ROWS_MAX = 100, 500
@@ -75,7 +75,7 @@ class PoolService(admin_pb2_grpc.PoolServicer):
     def _counted(self) -> TokenRates:
         """Return what counts tokens; the first viewer installs it, the last one that leaves removes it."""
         if self._rates is None:
-            self._rates = TokenRates(self._gateway.state)
+            self._rates = TokenRates(self._gateway.state, self._gateway.tickets, self._gateway.backends)
             self._gateway.observe(self._rates)
         self._watching += 1
         return self._rates
@@ -133,7 +133,7 @@ class PoolService(admin_pb2_grpc.PoolServicer):
         message = admin_pb2.PoolView(
             time=time(),
             replica=self._replica,
-            verdict=waiting.verdict(state, now_ns, groups, tenant),
+            verdict=waiting.verdict(state, now_ns, groups, tenant, beyond(self._gateway, Chosen(tenant=tenant or ""))),
             waiting=sum(group.waiting for group in groups),
             running=sum(group.running for group in groups),
         )
@@ -144,7 +144,7 @@ class PoolService(admin_pb2_grpc.PoolServicer):
             message.seats = sum(backend.seats(state.config) for backend in backends)
             message.seats_assumed = any(backend.facts.seats is None for backend in backends)
             message.adapters = len(state.names)
-            if rates is not None:
+            if rates is not None and rates.total is not None:
                 message.tokens_per_s = rates.total
         if tenant is None or page in OWN_PAGES:
             if page == "requests":
@@ -157,13 +157,13 @@ class PoolService(admin_pb2_grpc.PoolServicer):
 
     # Pages.
 
-    def _queue(self, message: Any, groups: list[Group], page: Page, rates: Tokens | None, now_ns: int) -> None:
+    def _queue(self, message: Any, groups: list[Group], page: Page, rates: Rates | None, now_ns: int) -> None:
         taken = pool_view.groups_in_order(groups, page)
         message.rows_total = len(taken)
         for group in page.cut(taken):
             message.groups.append(group_message(group.view(self._gateway.state, now_ns)))
 
-    def _backends(self, message: Any, groups: list[Group], page: Page, rates: Tokens | None, now_ns: int) -> None:
+    def _backends(self, message: Any, groups: list[Group], page: Page, rates: Rates | None, now_ns: int) -> None:
         state = self._gateway.state
         by_name = {} if rates is None else rates.backends
         rows = self._cut(message, pool_view.backend_activities(state, groups), page, by_name)
@@ -172,12 +172,12 @@ class PoolService(admin_pb2_grpc.PoolServicer):
             made.backend.CopyFrom(backend_message(row))
             for field in NOT_IN_ROWS:
                 made.backend.ClearField(field)
-            silent_ns = pool_view.silent_ns(state.backends[row.id], now_ns)
-            if silent_ns is not None:
-                made.silent_s = silent_ns / 1e9
+            silent_s = self._gateway.backends[row.id].signs().silent_s
+            if silent_s is not None:
+                made.silent_s = silent_s
             _set_rate(made, row.id, rates, by_name)
 
-    def _adapters(self, message: Any, groups: list[Group], page: Page, rates: Tokens | None, now_ns: int) -> None:
+    def _adapters(self, message: Any, groups: list[Group], page: Page, rates: Rates | None, now_ns: int) -> None:
         state = self._gateway.state
         by_name = {} if rates is None else rates.adapters
         rows = self._cut(message, pool_view.adapter_activities(state, groups), page, by_name)
@@ -197,7 +197,7 @@ class PoolService(admin_pb2_grpc.PoolServicer):
             if record is not None:
                 made.paused_s = paused_for(record, time()) or 0.0
 
-    def _tenants(self, message: Any, groups: list[Group], page: Page, rates: Tokens | None, now_ns: int) -> None:
+    def _tenants(self, message: Any, groups: list[Group], page: Page, rates: Rates | None, now_ns: int) -> None:
         by_name = {} if rates is None else rates.tenants
         rows = pool_view.activities(groups, lambda group: group.tenant)
         for row in self._cut(message, list(rows.values()), page, by_name):
@@ -223,7 +223,9 @@ class PoolService(admin_pb2_grpc.PoolServicer):
             message.request_rows.append(open_request_message(each))
 
     @staticmethod
-    def _cut(message: Any, rows: Sequence[Activity], page: Page, rates: Mapping[str, float]) -> Sequence[Activity]:
+    def _cut(
+        message: Any, rows: Sequence[Activity], page: Page, rates: Mapping[str, float | None]
+    ) -> Sequence[Activity]:
         taken = pool_view.in_order(rows, page, rates)
         message.rows_total = len(taken)
         return page.cut(taken)
@@ -247,9 +249,10 @@ def _names_of(request: Request) -> tuple[str, ...]:
     return request.client_id, request.view.name, request.view.tenant, request.backend or "", state
 
 
-def _set_rate(message: Any, name: str, rates: Tokens | None, by_name: Mapping[str, float]) -> None:
-    if rates is not None:
-        message.tokens_per_s = by_name.get(name, 0.0)
+def _set_rate(message: Any, name: str, rates: Rates | None, by_name: Mapping[str, float | None]) -> None:
+    rate = None if rates is None else by_name.get(name, 0.0)
+    if rate is not None:
+        message.tokens_per_s = rate
 
 
 def _interval_s(asked: float) -> float:
