@@ -21,10 +21,12 @@ class Beyond:
     """What only the shell knows.
 
     `silent_ns` has how long nothing has come from a backend's engine, None if nothing has to; of a backend that it
-    lacks the core's own count is taken.
+    lacks the core's own count is taken. `passed_on` counts the requests of this replica's clients at others, by owner
+    and its backend; both are "" for those that look for an owner.
     """
 
     silent_ns: Mapping[str, int | None] = field(default_factory=dict)
+    passed_on: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
     def silence_of(self, backend: Backend, now_ns: int) -> int | None:
         """Return how long nothing has come from a backend; None if nothing has to."""
@@ -61,6 +63,32 @@ def troubles(state: State, now_ns: int, beyond: Beyond) -> Iterator[str]:
     yield from drained
 
 
+def elsewhere(beyond: Beyond) -> Iterator[str]:
+    """Yield a clause for the requests of this replica's clients at each of the other replicas, and who to ask."""
+    owners: dict[str, dict[str, int]] = {}
+    for (owner, backend), count in sorted(beyond.passed_on.items()):
+        owners.setdefault(owner, {})[backend] = count
+    looking = sum(owners.pop("", {}).values())
+    counts = {owner: sum(backends.values()) for owner, backends in owners.items()}
+    first, rest = (ranked := sorted(owners, key=lambda owner: -counts[owner]))[:NAMED_MAX], ranked[NAMED_MAX:]
+    for owner in first:
+        yield f"{_of_ours(counts[owner])} at {owner}, which owns {_joined(list(owners[owner]))}: ask it"
+    if rest:
+        yield f"{_of_ours(sum(counts[owner] for owner in rest))} at {len(rest)} more: sidecar replicas list"
+    if looking:
+        yield f"{_of_ours(looking)} on the way to an owner of their engine"
+
+
+def elsewhere_unnamed(beyond: Beyond) -> Iterator[str]:
+    """Yield the same in one clause, for somebody who may not see which replicas there are."""
+    if count := sum(beyond.passed_on.values()):
+        yield f"{count} {'request is' if count == 1 else 'requests are'} at another replica"
+
+
+def _of_ours(count: int) -> str:
+    return f"{count} of this replica's requests {'is' if count == 1 else 'are'}"
+
+
 def idle(state: State, request: Request) -> Iterator[str]:
     """Yield a clause for the engines that do nothing while a request waits, with what keeps it from them."""
     empty: dict[str, list[Backend]] = {}
@@ -73,7 +101,11 @@ def idle(state: State, request: Request) -> Iterator[str]:
 
 def joined(backends: list[Backend]) -> str:
     """Return "b0", "b0 and b1", or how many there are."""
-    return " and ".join(b.id for b in backends) if len(backends) <= NAMED_MAX else f"{len(backends)} backends"
+    return _joined([backend.id for backend in backends])
+
+
+def _joined(names: list[str]) -> str:
+    return " and ".join(names) if len(names) <= NAMED_MAX else f"{len(names)} backends"
 
 
 def _drained(state: State) -> Iterator[str]:

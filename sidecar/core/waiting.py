@@ -16,7 +16,7 @@ from sidecar.core import eligibility
 from sidecar.core.durations import readable
 from sidecar.core.enums import Why, void_told
 from sidecar.core.state import NEVER_NS, Request, State
-from sidecar.core.troubles import NOTHING, Beyond, idle, troubles
+from sidecar.core.troubles import NOTHING, Beyond, elsewhere, elsewhere_unnamed, idle, troubles
 
 EXAMINED_MAX = 1_000
 """Requests of one view whose reason to wait is computed, oldest first."""
@@ -134,11 +134,13 @@ def _told(
     waiting = sum(group.waiting for group in groups)
     running = sum(group.running for group in groups)
     of_queue = _verdict(oldest, waiting, running, _flood(groups, waiting), _silent_ns(state, now_ns))
+    if beyond.passed_on and not oldest:
+        of_queue = of_queue.replace("nobody waits", "nobody waits here", 1)
     if tenant is not None:
-        return of_queue
+        return "; ".join((*elsewhere_unnamed(beyond), of_queue))
     longest = min((group.oldest for group in groups if group.oldest is not None), key=lambda r: r.id, default=None)
     empty = idle(state, longest) if longest is not None else ()
-    return "; ".join((*troubles(state, now_ns, beyond), of_queue, *empty))
+    return "; ".join((*troubles(state, now_ns, beyond), *elsewhere(beyond), of_queue, *empty))
 
 
 @dataclass

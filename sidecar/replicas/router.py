@@ -18,7 +18,7 @@ from sidecar.replicas.forwarding import Forward, GivenBack, ended
 from sidecar.replicas.suspicion import Suspicion, Verdict
 from sidecar.shell.crash import poisonous
 from sidecar.shell.gateway import Gateway
-from sidecar.shell.requests import RequestFacts
+from sidecar.shell.requests import PassedOn, RequestFacts
 
 logger = logging.getLogger(__name__)
 
@@ -125,11 +125,13 @@ class Router:
             ticket.settle(ended(ticket.request, trip.facts, reason, message))
         return True
 
-    def passed_on(self) -> Iterator[tuple[Ticket, RequestFacts, float]]:
+    def passed_on(self) -> Iterator[PassedOn]:
         for ticket in self._gateway.tickets.values():
             trip: Trip | None = ticket.trip
             if trip is not None and trip.task is not None and ticket.settled is None:
-                yield ticket, trip.facts, monotonic() - trip.came_s
+                forward = self._forwards.get(ticket)
+                place = ("", "") if forward is None else (forward.owner, forward.backend)
+                yield PassedOn(ticket, trip.facts, monotonic() - trip.came_s, *place)
 
     def ended_with(self, ticket: Ticket) -> Sequence[str]:
         trip: Trip | None = ticket.trip

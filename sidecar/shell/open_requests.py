@@ -6,6 +6,7 @@ passed on itself. A request that was passed on is listed by both replicas, and e
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from time import monotonic_ns
@@ -14,6 +15,7 @@ from sidecar.core.state import Request
 from sidecar.core.troubles import Beyond
 from sidecar.errors import Reason, Refused
 from sidecar.shell.gateway import Gateway
+from sidecar.shell.requests import PassedOn
 
 
 @dataclass(frozen=True)
@@ -63,19 +65,29 @@ def open_requests(gateway: Gateway, chosen: Chosen) -> Iterator[OpenRequest]:
 
 def passed_on(gateway: Gateway, chosen: Chosen) -> Iterator[OpenRequest]:
     """Yield the chosen ones of the requests that other replicas run for this one."""
-    for ticket, facts, age_s in gateway.elsewhere.passed_on() if gateway.elsewhere is not None else ():
+    for each in _elsewhere(gateway, chosen):
+        ticket, facts = each.ticket, each.facts
         name, _, version = facts.adapter.partition("@")
-        if chosen.takes(ticket.client_id, name, facts.tenant, ""):
-            yield OpenRequest(
-                ticket.request, ticket.client_id, name, version, facts.tenant, facts.klass, "", "passed on", age_s,
-                facts.input_tokens, facts.output_tokens_max,
-            )  # fmt: skip
+        yield OpenRequest(
+            ticket.request, ticket.client_id, name, version, facts.tenant, facts.klass, each.backend, "passed on",
+            each.age_s, facts.input_tokens, facts.output_tokens_max,
+        )  # fmt: skip
+
+
+def _elsewhere(gateway: Gateway, chosen: Chosen) -> Iterator[PassedOn]:
+    for each in gateway.elsewhere.passed_on() if gateway.elsewhere is not None else ():
+        name = each.facts.adapter.partition("@")[0]
+        if chosen.takes(each.ticket.client_id, name, each.facts.tenant, each.backend):
+            yield each
 
 
 def beyond(gateway: Gateway, chosen: Chosen) -> Beyond:
     """Return what the verdict on the queue, or on the chosen part of it, says beyond what the core knows."""
     silent_s = {name: backend.signs().silent_s for name, backend in gateway.backends.items()}
-    return Beyond({name: None if each is None else int(each * 1e9) for name, each in silent_s.items()})
+    return Beyond(
+        {name: None if each is None else int(each * 1e9) for name, each in silent_s.items()},
+        Counter((each.owner, each.backend) for each in _elsewhere(gateway, chosen)),
+    )
 
 
 def shown(request: Request, now_ns: int) -> OpenRequest:

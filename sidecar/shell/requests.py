@@ -81,6 +81,17 @@ class RequestFacts:
         )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class PassedOn:
+    """An open request at the replica that owns a backend; `owner` and `backend` are "" while it looks for one."""
+
+    ticket: Ticket
+    facts: RequestFacts
+    age_s: float
+    owner: str = ""
+    backend: str = ""
+
+
 class Elsewhere(Protocol):
     """The router to the other replicas: a request may go to one of them, or come back to be sent to another."""
 
@@ -104,8 +115,8 @@ class Elsewhere(Protocol):
     def end(self, ticket: Ticket, reason: Reason, message: str) -> bool:
         """End a request that is at another replica, through its ticket; return False if it is here."""
 
-    def passed_on(self) -> Iterator[tuple[Ticket, RequestFacts, float]]:
-        """Yield the open requests that are at another replica, or looking for one, with their age in seconds."""
+    def passed_on(self) -> Iterator[PassedOn]:
+        """Yield the open requests that are at another replica, or looking for one."""
 
     def ended_with(self, ticket: Ticket) -> Sequence[str]:
         """Return the replicas that ended while they had a request."""

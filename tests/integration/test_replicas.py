@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 from sidecar.core.effects import Dispatch
 from sidecar.core.events import Received
 from sidecar.fronts.http.probes import why_not_ready
-from sidecar.proto import admin_pb2
+from sidecar.proto import admin_pb2, admin_pb2_grpc
 from tests.kit.emulated import running_engine
 from tests.kit.redis_servers import running
 from tests.kit.replica_pool import CALM_S, LEASE_S, owned, replica, replicas, settled
@@ -113,9 +113,20 @@ async def test_a_request_is_open_where_it_came_and_where_it_is_answered(adapters
     ):
         (owner,) = [served for served in pool if owned(served)]
         (other,) = [served for served in pool if served is not owner]
-        asked = [asyncio.create_task(served.ask("a00", tokens=500)) for served in (other, other, owner)]
+        asked = [asyncio.create_task(served.ask("a00", tokens=3000)) for served in (other, other, owner)]
         await until(lambda: owner.recorder.count(Dispatch) == 3)
         assert [await open_calls(other), await open_calls(owner)] == [2, 3]
+        replica, pool_of = owner.sidecar.replica, admin_pb2_grpc.PoolStub
+        assert replica is not None
+        watched: Any = pool_of(other.admin_channel)  # type: ignore[no-untyped-call]
+        views = [
+            await other.queues.Get(admin_pb2.QueueRequest()),
+            await other.queues.Get(admin_pb2.QueueRequest(backend="b0")),
+            await anext(aiter(watched.Watch(admin_pb2.WatchPoolRequest()))),
+        ]
+        there = f"2 of this replica's requests are at {replica.member.id}, which owns b0: ask it"
+        assert [view.verdict for view in views] == [f"{there}; nobody waits here, nothing runs"] * 3
+        assert (await owner.queues.Get(admin_pb2.QueueRequest())).verdict.endswith("nobody waits, 3 running")
         for each in asked:
             each.cancel()
         await asyncio.gather(*asked, return_exceptions=True)

@@ -12,6 +12,7 @@ from sidecar.core.config import CoreConfig
 from sidecar.core.durations import readable
 from sidecar.core.enums import Why
 from sidecar.core.facts import Adapter, Row
+from sidecar.core.troubles import Beyond
 from sidecar.errors import Reason
 from sidecar.journal.codec import encode
 from tests.kit.corekit import BASE_MODEL, BLOB_BYTES, MS, SECOND, World, adapter_of, facts_of, with_facts
@@ -254,6 +255,21 @@ def test_an_idle_engine_for_which_nothing_waits_is_told_whom_the_rest_waits_for(
     for _ in range(3):
         world.send(only=("e-one",))
     assert view(world).verdict.endswith("; e-two and e-three are idle, but what waits is for e-one")
+
+
+def test_requests_at_other_replicas_are_told_with_whom_to_ask() -> None:
+    """A tenant hears how many of its own there are, and of no replica's name."""
+    world = World()
+    at = {("rep2", "e-one"): 6, ("rep2", "e-two"): 1, ("rep3", "e-three"): 1, ("", ""): 2}
+    assert view(world, beyond=Beyond(passed_on=at)).verdict == (
+        "7 of this replica's requests are at rep2, which owns e-one and e-two: ask it; "
+        "1 of this replica's requests is at rep3, which owns e-three: ask it; "
+        "2 of this replica's requests are on the way to an owner of their engine; nobody waits here, nothing runs"
+    )
+    told = view(world, tenant="acme", beyond=Beyond(passed_on=at)).verdict
+    assert told == "10 requests are at another replica; nobody waits here, nothing runs"
+    many = Beyond(passed_on={(f"rep{number}", "e"): 1 for number in range(4)})
+    assert "; 2 of this replica's requests are at 2 more: sidecar replicas list; " in view(world, beyond=many).verdict
 
 
 def test_without_a_backend_that_is_up() -> None:
