@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from policies.views import BASE
@@ -22,11 +22,13 @@ class Beyond:
 
     `silent_ns` has how long nothing has come from a backend's engine, None if nothing has to; of a backend that it
     lacks the core's own count is taken. `passed_on` counts the requests of this replica's clients at others, by owner
-    and its backend; both are "" for those that look for an owner.
+    and its backend; both are "" for those that look for an owner. `succeeded` has the backends that are about to go and
+    have a successor, which takes their id.
     """
 
     silent_ns: Mapping[str, int | None] = field(default_factory=dict)
     passed_on: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    succeeded: Collection[str] = ()
 
     def silence_of(self, backend: Backend, now_ns: int) -> int | None:
         """Return how long nothing has come from a backend; None if nothing has to."""
@@ -87,6 +89,17 @@ def elsewhere_unnamed(beyond: Beyond) -> Iterator[str]:
 
 def _of_ours(count: int) -> str:
     return f"{count} of this replica's requests {'is' if count == 1 else 'are'}"
+
+
+def leaving(state: State, request: Request, beyond: Beyond) -> str:
+    """Return the clause that backends which could serve a request are about to go; "" if none is."""
+    gone = [backend for backend in eligibility.servers_for(state, request) if backend.leaving]
+    followed = [backend for backend in gone if backend.id in beyond.succeeded]
+    if not followed:
+        return f"{joined(gone)}{_is(gone)} leaving" if gone else ""
+    runs = f"{sum(len(backend.running) for backend in followed)} running"
+    waits = "its successor waits for it" if len(followed) == 1 else "their successors wait for them"
+    return f"{joined(followed)}{_is(followed)} leaving with {runs}, and {waits}"
 
 
 def idle(state: State, request: Request) -> Iterator[str]:

@@ -16,7 +16,7 @@ from sidecar.core import eligibility
 from sidecar.core.durations import readable
 from sidecar.core.enums import Why, void_told
 from sidecar.core.state import NEVER_NS, Request, State
-from sidecar.core.troubles import NOTHING, Beyond, elsewhere, elsewhere_unnamed, idle, troubles
+from sidecar.core.troubles import NOTHING, Beyond, elsewhere, elsewhere_unnamed, idle, leaving, troubles
 
 EXAMINED_MAX = 1_000
 """Requests of one view whose reason to wait is computed, oldest first."""
@@ -133,7 +133,7 @@ def _told(
     """Return the verdict. Who is confined to a tenant hears nothing of the pool."""
     waiting = sum(group.waiting for group in groups)
     running = sum(group.running for group in groups)
-    of_queue = _verdict(oldest, waiting, running, _flood(groups, waiting), _silent_ns(state, now_ns))
+    of_queue = _verdict(state, now_ns, oldest, waiting, running, _flood(groups, waiting), beyond)
     if beyond.passed_on and not oldest:
         of_queue = of_queue.replace("nobody waits", "nobody waits here", 1)
     if tenant is not None:
@@ -262,7 +262,9 @@ def _silent_ns(state: State, now_ns: int) -> int:
     return max((now_ns - b.silence.since_ns for b in state.backends.values() if b.silence.suspected), default=0)
 
 
-def _verdict(oldest: list[WaitingView], waiting: int, running: int, whose: str, silent_ns: int) -> str:
+def _verdict(
+    state: State, now_ns: int, oldest: list[WaitingView], waiting: int, running: int, whose: str, beyond: Beyond
+) -> str:
     if not oldest:
         return f"nobody waits, {running} running" if running else "nobody waits, nothing runs"
     first = oldest[0]
@@ -273,7 +275,9 @@ def _verdict(oldest: list[WaitingView], waiting: int, running: int, whose: str, 
     why, views = min(by_reason.items(), key=lambda pair: (-len(pair[1]), pair[0].value))
     because = _because(why, views)
     if why is Why.STALLED:
-        because += f" for {readable(silent_ns)}"
+        because += f" for {readable(_silent_ns(state, now_ns))}"
+    elif why is Why.BACKEND_DOWN and not any(view.backend for view in views):
+        because = leaving(state, state.requests[views[0].request], beyond) or because
     count = len(views)
     if waiting == 1:
         return f"1 waiting for {since} because {because}"

@@ -56,6 +56,7 @@ class ConfiguredBackends:
         """What is served, those included that are being taken out."""
         self._next: dict[str, Made | None] = {}
         """Of each that is being taken out, its successor."""
+        self._gateway.fleet.successors = self._next
         self._removing: set[str] = set()
         self._going: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()

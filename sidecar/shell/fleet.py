@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from sidecar.backends.api import Backend, Wear
@@ -29,6 +29,8 @@ class Fleet:
 
     def __init__(self, driver: Driver) -> None:
         self.backends: dict[str, Backend] = {}
+        self.successors: Mapping[str, object | None] = {}
+        """Of configured backends that are being taken out, what has their id then; None where nothing follows."""
         self._driver = driver
         self._stopping: set[Backend] = set()
         self._removed: dict[str, tuple[str, bool, str]] = {}

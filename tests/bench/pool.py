@@ -67,6 +67,7 @@ def _gateway(pool: Pool, lanes: Lanes) -> Any:
     return SimpleNamespace(
         state=pool.core.state,
         tickets={},
+        fleet=SimpleNamespace(successors={}),
         backends={name: ScriptedBackend(name) for name in pool.core.state.backends},
         lanes=lanes,
         access=SimpleNamespace(check=lambda caller: None),

@@ -564,6 +564,8 @@ async def test_a_drain_waits_for_what_waits_for_a_successor(tmp_path: Path) -> N
         await reload(served)
         second_answer = asyncio.create_task(served.ask("", 4))
         await until(lambda: served.state.queued == 1)
+        verdict = (await served.queues.Get(admin_pb2.QueueRequest())).verdict
+        assert verdict.endswith(" because trt-0 is leaving with 1 running, and its successor waits for it")
         draining = asyncio.create_task(served.sidecar.drain())
         assert len((await first_answer).tokens) == 60
         assert len((await second_answer).tokens) == 4

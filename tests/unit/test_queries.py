@@ -280,6 +280,22 @@ def test_without_a_backend_that_is_up() -> None:
     assert view(world).verdict.endswith("because no backend that could serve is up")
 
 
+def test_the_verdict_names_the_backend_that_goes_and_whether_another_follows() -> None:
+    world = World(engines=2)
+    for _ in range(2):
+        world.send()
+    for backend in ("b0", "b1"):
+        world.leave(backend)
+    world.send()
+    assert view(world).verdict.endswith(" because b0 and b1 are leaving")
+    told = " because {}, and {}"
+    for succeeded, words in (
+        (("b0",), ("b0 is leaving with 1 running", "its successor waits for it")),
+        (("b0", "b1"), ("b0 and b1 are leaving with 2 running", "their successors wait for them")),
+    ):
+        assert view(world, beyond=Beyond(succeeded=succeeded)).verdict.endswith(told.format(*words))
+
+
 def test_all_that_wait_are_counted_by_the_first_of_each_version() -> None:
     """However long the queue; a filter or a cap has no part in it."""
     world = World(CoreConfig(ordering="fifo"), engines=0)
