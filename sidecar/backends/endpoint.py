@@ -49,6 +49,8 @@ PROGRESS_S = 0.1
 REACH_S = 0.2
 LATE_LOOKS = 2
 """Steps are counted at a look, and a busy server answers looks late: so many make no silence."""
+NOT_YET_S = 5.0
+"""How long an engine that has never been up may leave us without an answer before the log warns of it."""
 STEPS_AGAIN_S = 0.1
 """Interval of reading the steps of an engine that may be stalled."""
 
@@ -80,8 +82,9 @@ class Endpoint(ABC):
         self._post: Callable[[Event], None] = lambda event: None
         self._up = False
         self._trouble = "not reached yet"
-        self._is_told = False
-        """The log says that it is not up."""
+        self._told = logging.NOTSET
+        """The level at which the log says that it is not up."""
+        self._awaited_until_s = 0.0
         self._closing = ""
         self._runs: dict[tuple[int, int], Running] = {}
         self._whole: set[tuple[int, int]] = set()
@@ -189,7 +192,7 @@ class Endpoint(ABC):
             self._lose("it is being restarted")
 
     async def start(self, post: Callable[[Event], None]) -> None:
-        self._post = post
+        self._post, self._awaited_until_s = post, monotonic() + NOT_YET_S
         self._spawn(self._watch())
         self._spawn(self._report_progress())
 
@@ -387,7 +390,7 @@ class Endpoint(ABC):
                 else:
                     await self._reach_once()
             except Misused as error:
-                self._down(error.message, is_new=error.message != self._trouble)
+                self._down(error.message, is_fault=True)
             except self.WIRE_ERRORS as error:
                 late_s = monotonic() - self.pulse.seen_at_s  # a busy server may be late once
                 if not self._up or not self._is_late(error) or late_s > self._patience_s:
@@ -404,19 +407,24 @@ class Endpoint(ABC):
         who = "it" if self.address == self.id else self.address
         return f"{who} does not answer: {self._error_text(error).replace(f'ipv4:{self.address}: ', '')}"
 
-    def _down(self, trouble: str, is_new: bool = False) -> None:
-        """Record why the engine is not up, and log it once, and again for a trouble of another kind."""
+    def _down(self, trouble: str, is_fault: bool = False) -> None:
+        """Record why the engine is not up, and log it once, and again for a fault of another kind.
+
+        One that starts beside us is not there at once: that it does not answer yet is no warning.
+        """
         if self._up:
             self._lose(trouble)
             return
-        self._trouble = trouble
-        if is_new or not self._is_told:
-            self._is_told = True
-            logger.warning("%s is down: %s", self.id, trouble)
+        is_new, self._trouble = is_fault and trouble != self._trouble, trouble
+        is_awaited = not is_fault and monotonic() < self._awaited_until_s
+        level = logging.INFO if is_awaited else logging.WARNING
+        if is_new or level > self._told:
+            self._told = level
+            logger.log(level, "%s is %s: %s", self.id, "not up yet" if is_awaited else "down", trouble)
 
     async def _reach_once(self) -> None:
         facts = await self._reach()
-        self._up, self._measured, self._is_told = True, None, False
+        self._up, self._measured, self._told, self._awaited_until_s = True, None, logging.NOTSET, 0.0
         address = "" if self.address == self.id else f"{self.address}, "
         logger.info("%s is up: %s%s", self.id, address, self.detail())
         self._post(BackendUp(self.id, facts))
@@ -470,7 +478,7 @@ class Endpoint(ABC):
 
     def _lose(self, cause: str) -> None:
         """Report the backend lost and give up all runs and loads; what can be cancelled is cancelled."""
-        self._up, self._closing, self._is_told = False, "", True  # whoever hears of the event logs it
+        self._up, self._closing, self._told = False, "", logging.WARNING  # whoever hears of the event logs it
         self._trouble = cause
         self._post(BackendLost(self.id, cause))
         for run in list(self._runs.values()):

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from sidecar.cli.show import telling
+
+if TYPE_CHECKING:
+    from sidecar.lab.demo.run import Telling
 
 
 def demo(
@@ -12,6 +18,8 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> int:
     """Run a demo on this machine: emulated engines, eight adapters, and clients that know only names."""
-    from sidecar.lab.demo.run import demo as run_demo
+    tell: Telling = (lambda what: nullcontext(lambda text: None)) if as_json else telling
+    with tell("loading the demo"):
+        from sidecar.lab.demo.run import demo as run_demo
 
-    return run_demo(keep, as_json)
+    return run_demo(keep, as_json, tell)

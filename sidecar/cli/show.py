@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import isfinite
+from threading import Event, Thread
 from typing import Annotated, Any, Literal
 
 import typer
@@ -43,6 +44,9 @@ WIDTH_UNBOUNDED = 10_000
 
 GAP = 2
 """Blanks between two columns."""
+
+TOLD_AGAIN_S = 4.0
+"""The interval of the lines that tell of long work to whoever reads no terminal."""
 
 FOLDED_WIDTH_MIN = 30
 """A column that would be narrower is not folded but moved below its row."""
@@ -229,6 +233,30 @@ def working(what: str) -> Iterator[None]:
         return
     with errors.status(what):
         yield
+
+
+@contextmanager
+def telling(what: str) -> Iterator[Callable[[str], None]]:
+    """Yield a function that takes what is done now: stderr tells it beside a spinner, or by a line now and then."""
+    errors = Console(stderr=True, highlight=False, markup=False)
+    if errors.is_terminal:
+        with errors.status(f"{what} …") as status:
+            yield lambda text: status.update(f"{text} …")
+        return
+    now, ended = [what], Event()
+
+    def tell() -> None:
+        while not ended.is_set():
+            errors.print(f"{now[0]} …", soft_wrap=True)
+            ended.wait(TOLD_AGAIN_S)
+
+    teller = Thread(target=tell, name="telling", daemon=True)
+    teller.start()
+    try:
+        yield lambda text: now.__setitem__(0, text)
+    finally:
+        ended.set()
+        teller.join()
 
 
 @contextmanager

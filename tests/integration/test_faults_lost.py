@@ -81,6 +81,33 @@ async def test_an_outage_is_two_lines_of_the_log(
         assert [line.partition(": ")[0] for line in said] == ["backend trt-0 is lost", "trt-0 is up"]
 
 
+@pytest.mark.parametrize("patience_s", [60.0, 0.0])
+async def test_an_engine_that_starts_beside_us_is_awaited_before_it_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, patience_s: float
+) -> None:
+    """However often it is looked for, it is told once that it is not up yet; that is a warning only after a while."""
+    caplog.set_level(logging.INFO)
+    attempts: list[Exception] = []
+
+    def text(error: Exception) -> str:
+        attempts.append(error)
+        return f"attempt {len(attempts)}"
+
+    monkeypatch.setattr(TritonBackend, "_error_text", staticmethod(text))
+    monkeypatch.setattr(endpoint, "REACH_S", 0.01)
+    monkeypatch.setattr(endpoint, "NOT_YET_S", patience_s)
+    engine = EngineProcess(*SLOW)
+    async with engine:
+        await engine.kill()
+        async with serving([engine], tmp_path, until_up=False) as served:
+            await until(lambda: len(attempts) > 5)
+            await engine.start()
+            await until(lambda: served.state.backends["trt-0"].phase is Phase.UP)
+    said = [(record.levelname, record.getMessage().partition(": ")[0]) for record in caplog.records]
+    first = ("INFO", "trt-0 is not up yet") if patience_s else ("WARNING", "trt-0 is down")
+    assert [line for line in said if "trt-0 is" in line[1]] == [first, ("INFO", "trt-0 is up")]
+
+
 async def test_lost_after_the_first_token(tmp_path: Path) -> None:
     """The answer breaks off with an error that says so; it is not repeated, and the next request is served."""
     write_adapters(tmp_path, 1)

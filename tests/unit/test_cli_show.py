@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import io
 import re
+import threading
 from typing import Any
 
 import pytest
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from sidecar.cli import backends, generating, queue
+from sidecar.cli import backends, generating, queue, show
 from sidecar.cli.requests import OPEN, open_row
-from sidecar.cli.show import bad, console, duration, table
+from sidecar.cli.show import bad, console, duration, table, telling
 from sidecar.cli.top.pages import PAGES, laid_out
 from sidecar.core.enums import Why
 from sidecar.proto import admin_pb2
+from tests.kit.serving import until
 
 ID = "6e0c8c5e-4a0d-4c53-a1ff-6a1b6c8f2d11"
 LONG_ID = "customer-0123456789/" * 6 + "end"
@@ -195,3 +197,22 @@ def test_the_backends(width: int) -> None:
     for whole in ("127.0.0.1:8001", "STATE", "SEATS", "QUEUED", "RESIDENT", "HEALS", "DETAIL"):
         assert whole in text
     assert "".join(DETAIL.split()) in "".join(text.split())
+
+
+async def test_long_work_is_told_to_a_pipe_again_and_again(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By plain lines on stderr, though the work says nothing new; nothing is told once it is done."""
+    monkeypatch.setattr(show, "TOLD_AGAIN_S", 0.001)
+    lines: list[str] = []
+
+    def seen(line: str, times: int) -> bool:
+        lines.extend(capsys.readouterr().err.splitlines())
+        return lines.count(line) >= times
+
+    with telling("loading [it]") as tell:
+        await until(lambda: seen("loading [it] …", 3))
+        tell("asking: 1 of 2")
+        await until(lambda: seen("asking: 1 of 2 …", 3))
+    capsys.readouterr()
+    assert "telling" not in {thread.name for thread in threading.enumerate()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -71,11 +71,16 @@ def _request_by_id(task_id: int, prompt: str) -> ModelInferRequest:
     return request
 
 
-async def ask_by_name(address: str, asked: Sequence[tuple[str, str]], folder: Path) -> list[Answer]:
-    """Ask the sidecar for each (adapter, prompt), all at once; "" is the base model."""
+async def ask_by_name(
+    address: str, asked: Sequence[tuple[str, str]], folder: Path, checked: Callable[[int], None]
+) -> list[Answer]:
+    """Ask the sidecar for each (adapter, prompt), all at once; "" is the base model. `checked` is told how many are."""
     async with grpc.aio.insecure_channel(address) as channel:
         stub = gateway_pb2_grpc.GatewayStub(channel)
-        return list(await asyncio.gather(*(_ask(stub, adapter, prompt, folder) for adapter, prompt in asked)))
+        asking = [asyncio.create_task(_ask(stub, adapter, prompt, folder)) for adapter, prompt in asked]
+        for task in asking:
+            task.add_done_callback(lambda _: checked(sum(each.done() for each in asking)))
+        return list(await asyncio.gather(*asking))
 
 
 async def _ask(stub: gateway_pb2_grpc.GatewayStub, adapter: str, prompt: str, folder: Path) -> Answer:

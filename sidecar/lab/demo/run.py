@@ -7,8 +7,8 @@ import json
 import signal
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,41 +31,48 @@ ENGINES = 2
 UP_TIMEOUT_S = 30.0
 
 
-def demo(keep: bool = False, as_json: bool = False) -> int:
+Telling = Callable[[str], AbstractContextManager[Callable[[str], None]]]
+"""Tells what takes its time while the context lasts; the function that it gives takes what is done now."""
+
+
+def demo(keep: bool, as_json: bool, telling: Telling) -> int:
     """Run the demo and return the exit code: 1 if any answer was wrong."""
-    return asyncio.run(_until_stopped(keep, as_json))
+    return asyncio.run(_until_stopped(keep, as_json, telling))
 
 
-async def _until_stopped(keep: bool, as_json: bool) -> int:
+async def _until_stopped(keep: bool, as_json: bool, telling: Telling) -> int:
     """Run the demo; SIGTERM ends it like Ctrl-C, with its engines and its files."""
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     try:
-        return await run_demo(keep, as_json)
+        return await run_demo(keep, as_json, telling)
     except asyncio.CancelledError:
         return 143
 
 
-async def run_demo(keep: bool, as_json: bool) -> int:
+async def run_demo(keep: bool, as_json: bool, telling: Telling) -> int:
     """Run the demo on the running event loop; see `demo`."""
     console = Console(quiet=as_json)
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lora-sidecar-demo-")))
         engines = []
-        for number in range(ENGINES):
-            engine = await start_engine(folder, number)
-            stack.push_async_callback(engine.stop)
-            engines.append(engine)
+        with telling(f"starting {ENGINES} emulated engines"):
+            for number in range(ENGINES):
+                engine = await start_engine(folder, number)
+                stack.push_async_callback(engine.stop)
+                engines.append(engine)
         names = sorted(path.name for path in ADAPTERS.iterdir())
         console.print(
             f"[bold]1.[/bold] {ENGINES} emulated TensorRT-LLM engines run; each has room for about 3 adapters."
         )
         direct = await _without_a_sidecar(engines[0], names, console)
-        sidecar = await Sidecar.start(configuration(engines))
-        stack.push_async_callback(sidecar.stop)
-        await _until_up(sidecar)
-        asked = await _with_a_sidecar(sidecar, names, console)
+        with telling("starting the sidecar") as tell:
+            sidecar = await Sidecar.start(configuration(engines))
+            stack.push_async_callback(sidecar.stop)
+            await _until_up(sidecar)
+            asked = await _ask_all(sidecar, names, tell)
+        _show(asked, console)
         wrong = answers.failures(asked)
         counts = _counts(sidecar.gateway.state, engines)
         _conclude(wrong, asked, counts, console)
@@ -115,19 +122,28 @@ async def _until_up(sidecar: Sidecar) -> None:
             await asyncio.sleep(0.05)
 
 
-async def _with_a_sidecar(sidecar: Sidecar, names: Sequence[str], console: Console) -> list[Answer]:
+async def _ask_all(sidecar: Sidecar, names: Sequence[str], tell: Callable[[str], None]) -> list[Answer]:
     """Ask every adapter and the base model each prompt: 36 requests, the nine of a prompt at once."""
     asked: list[Answer] = []
+    everyone = ("", *names)
     for prompt in PROMPTS:
-        pairs = [(name, prompt) for name in ("", *names)]
-        asked += await answers.ask_by_name(sidecar.data_address, pairs, ADAPTERS)
+        pairs = [(name, prompt) for name in everyone]
+
+        def checked(done: int, before: int = len(asked)) -> None:
+            tell(f"asking by name, and computing what is right: {before + done} of {len(PROMPTS) * len(everyone)}")
+
+        checked(0)
+        asked += await answers.ask_by_name(sidecar.data_address, pairs, ADAPTERS, checked)
+    return asked
+
+
+def _show(asked: Sequence[Answer], console: Console) -> None:
     console.print(f"[bold]3.[/bold] The same by name through the sidecar: {len(asked)} requests, no error.")
     console.print(
         "The tables show two of the prompts. The base model is tiny and has learned nothing: its text is noise.\n"
     )
     for prompt in (PROMPTS[0], PROMPTS[-1]):
         console.print(_table([answer for answer in asked if answer.prompt == prompt], prompt), "")
-    return asked
 
 
 def _table(asked: Sequence[Answer], prompt: str) -> Table:
