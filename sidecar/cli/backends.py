@@ -11,6 +11,7 @@ import typer
 from rich.console import Group
 from rich.text import Text
 
+from sidecar.backends.triton.kind import TRITON, usual_metrics_url
 from sidecar.cli import completing
 from sidecar.cli.client import Client, connected
 from sidecar.cli.endpoint import (
@@ -280,6 +281,13 @@ def add(
     To keep it, write it into the configuration file, under the same id and with the same settings.
     """
     _print(client.ask(client.backends.Add, pb.AddBackendRequest(backend=backend, url=url, like=like)), as_json)
+    scheme, _, address = url.partition("://")
+    if scheme == TRITON.name and usual_metrics_url(address) is None:
+        say(
+            f"no metrics: they are at no usual place of {address}, so a stall is noticed after twice its "
+            "progress_timeout_s; the configuration file names their URL by backends[].metrics",
+            error=True,
+        )
 
 
 @admin_command

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 CONTEXT_TOKENS = 1024
 """The context length in tokens for which a calibrated pace is printed."""
 
+NO_BACKENDS = (
+    "backends is empty: requests are refused until sidecar backends add names an engine, and a running sidecar that "
+    "has engines does not take it"
+)
 MARKS = {"eviction": "victims", "ordering": "choose", "routing": "pick", "prefetch": "advise"}
 """The method that only this kind of policy has."""
 
@@ -51,7 +55,8 @@ def check_config(
     entries = entries_of(config)
     _check_files(config, entries)
     _check_addresses(entries)
-    notes = [*configured.check(config), *_paces(entries), *_undeclared(entries)]
+    lacking = [] if entries else [NO_BACKENDS]
+    notes = [*lacking, *configured.check(config), *_paces(entries), *_undeclared(entries)]
     if connect:
         from sidecar.cli.probing import check_all
 

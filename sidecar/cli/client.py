@@ -162,7 +162,8 @@ def call_failed(error: Any, endpoint: Endpoint) -> CommandError:
             said += "; --token-file FILE sends the key or the token in a file"
             if endpoint.listener == "admin":  # login asks the admin listener, and keeps what it was taken for there
                 said += ", sidecar login keeps one for this address"
-        return CommandError(said, Exit.FAILED, info.reason, code=error.code().name, **details)
+        code = Exit.MISUSED if info.reason == Reason.CONFIG_INVALID.value else Exit.FAILED
+        return CommandError(said, code, info.reason, code=error.code().name, **details)
     code, said = error.code(), error.details() or ""
     where = f"the {endpoint.listener} listener of a sidecar at {endpoint.address}"
     if code is grpc.StatusCode.UNAVAILABLE:

@@ -231,6 +231,12 @@ class Reloads:
         source.seen, config = await asyncio.to_thread(read)
         if isinstance(config, SidecarError):
             raise config
+        if self.config.backends and not config.backends:
+            raise Misused(
+                Reason.CONFIG_INVALID,
+                f"{source.file} has no backends, which would take all engines out; name those that stay, or take each "
+                "out with sidecar backends remove",
+            )
         return config
 
     async def _change(self, after: Config) -> list[str]:

@@ -178,6 +178,23 @@ def test_config_check_prints_what_would_be_served(
     assert sidecar("config", "check", str(file), "--json").json() == record
 
 
+def test_config_check_says_that_nothing_would_be_served(tmp_path: Path, sidecar: Callable[..., Ended]) -> None:
+    """As a comment: a sidecar without an engine may start, and one that runs does not take it."""
+    file = tmp_path / "sidecar.yaml"
+    file.write_text("backends: []\n")
+    ended = sidecar("config", "check", str(file))
+    assert ended.code == 0
+    assert ended.out.splitlines()[-1].startswith("# backends is empty: requests are refused until ")
+
+
+def test_config_check_says_how_late_a_stall_is_noticed(tmp_path: Path, sidecar: Callable[..., Ended]) -> None:
+    """Of a Triton whose metrics are at no usual place; of one on the usual port, or with their URL, it says nothing."""
+    file = tmp_path / "sidecar.yaml"
+    file.write_text("backends: [{url: 'triton://a:8001'}, {url: 'triton://b:9'}]\n")
+    [note] = [line for line in sidecar("config", "check", str(file)).out.splitlines() if "no metrics" in line]
+    assert note.startswith("# b:9: no metrics, by which an engine that stalls is taken for lost after 30 s: ")
+
+
 def test_config_check_says_what_paces_rest_on(tmp_path: Path, sidecar: Callable[..., Ended]) -> None:
     """A backend with a cost file is calibrated, one without is a guess; as comments of the YAML, or beside the JSON."""
     file = tmp_path / "sidecar.yaml"

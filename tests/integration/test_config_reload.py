@@ -26,6 +26,7 @@ from sidecar.proto import admin_pb2, admin_pb2_grpc
 from sidecar.serve import reloading
 from sidecar.serve.app import Sidecar
 from tests.kit.cases import first
+from tests.kit.cli_runs import Ended, runner
 from tests.kit.emulated import running_engine
 from tests.kit.found_engines import loaded, pool_of, up
 from tests.kit.found_engines import served as in_front_of
@@ -184,6 +185,10 @@ async def test_a_faulty_file_changes_nothing(tmp_path: Path) -> None:
             ({"backends": [], "queue": {"classes": {"default": {"queue_wait_s_max": 1e300}}}}, "smaller number"),
             ({"queue": {"tenant_weights": {"t": 1e303}}}, "queue.tenant_weights"),
             ("", "is empty"),
+            (
+                {"backends": [], "queue": {"tenant_weights": {"t": 2.0}}},
+                "no backends, which would take all engines out",
+            ),
         ):
             told = await refused(served, file, wrong if isinstance(wrong, str) else good | wrong)
             assert words in told
@@ -432,6 +437,24 @@ async def test_backends_that_are_added_and_removed(tmp_path: Path) -> None:
         assert "sidecar backends add" in ready.text  # who looks at the process is an operator
 
 
+async def test_what_the_command_line_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A faulty file is wrong usage, as it is for `config check`; an engine whose metrics are nowhere is told of."""
+    file = tmp_path / "config.json"
+    async with serving([], file=file) as served:
+
+        async def cli(*words: str) -> Ended:
+            return await asyncio.to_thread(runner(capfd), *words, "--admin", served.sidecar.admin_address)
+
+        added = await cli("backends", "add", "x", "--address", "triton://127.0.0.1:9")
+        assert (added.code, "no metrics: " in added.err) == (0, True)
+        assert "no metrics" not in (await cli("backends", "add", "y", "--address", "triton://127.0.0.1:8001")).err
+        assert "no metrics" not in (await cli("backends", "add", "z", "--address", "vllm://127.0.0.1:9")).err
+        write(file, "stor: {}")
+        for words in (("config", "reload"), ("config", "check", str(file))):
+            ended = await cli(*words) if words[1] == "reload" else await asyncio.to_thread(runner(capfd), *words)
+            assert (ended.code, "[CONFIG_INVALID]" in ended.err) == (2, True)
+
+
 async def test_a_backend_that_comes_back_stays(tmp_path: Path) -> None:
     """It was about to go while it answered; its answer and its id are the same, and it was never removed."""
     file = tmp_path / "config.json"
@@ -441,7 +464,7 @@ async def test_a_backend_that_comes_back_stays(tmp_path: Path) -> None:
         answer = asyncio.create_task(served.ask("", 60))
         await until(lambda: bool(served.state.backends["trt-0"].running))
         for _ in range(2):
-            write(file, record | {"backends": []})
+            write(file, record | {"backends": [{"id": "other", "url": "triton://127.0.0.1:9"}]})
             await reload(served)
             assert served.state.backends["trt-0"].leaving
             write(file, record | {"backends": [record["backends"][0] | {"progress_timeout_s": 33.0}]})

@@ -204,6 +204,8 @@ async def test_refusals_have_their_status_and_when_to_come_back(tmp_path: Path) 
             "code": 404,
             "reason": "model_not_found",
         }
+        shown = await served.client.get("/v1/models/sqll", headers={"x-lora-tenant": "blue"})
+        assert (shown.status_code, shown.json()) == (404, unknown.json())
         for model in ("sql@v7", "sql@aaaaaaaaaaaa"):
             response = await ask(served, {"model": model}, headers={"x-lora-tenant": "blue"})
             assert (response.status_code, response.json()["error"]["reason"]) == (404, "model_not_found")
@@ -346,7 +348,10 @@ async def test_models_of_a_tenant(tmp_path: Path) -> None:
         assert await ids() == ["tiny-llama", "sql"]
         assert await ids("?versions=true") == ["tiny-llama", "sql", "sql@v1", "sql@v2"]
         assert await ids(**blue) == ["tiny-llama", "secret", "sql"]
-        assert (await served.client.get("/v1/models/secret")).status_code == 404
+        for model in ("secret", "secret@v1"):  # nothing tells it from a name that is not there
+            hidden, nobodys = [await served.client.get(f"/v1/models/{name}") for name in (model, "vanity")]
+            assert hidden.status_code == nobodys.status_code == 404
+            assert hidden.text == nobodys.text.replace("vanity", "secret")
         assert (await served.client.get("/v1/models/secret", headers=blue)).json()["id"] == "secret"
         assert (await served.client.get("/v1/models/sql@v1")).json()["root"] == "sql@v1"
 

@@ -185,6 +185,14 @@ def test_members_that_nobody_knows_are_named() -> None:
     with pytest.raises(Unfit, match='have no "guided_regex"') as caught:
         forms_of(guided_regex="a+")
     assert caught.value.param == "guided_regex"
+    assert "leave it out" in caught.value.message
+    for wrong, meant in (
+        ("max_token", "max_tokens"),
+        ("temprature", "temperature"),
+        ("parallel_toolcalls", "parallel_tool_calls"),
+    ):
+        with pytest.raises(Unfit, match=f'have no "{wrong}"; did you mean "{meant}"\\?'):
+            forms_of(**{wrong: 1})
     for name, value in (("n", True), ("echo", 1), ("logprobs", 1), ("presence_penalty", True), ("seed", 2**64)):
         with pytest.raises(Unfit):
             forms_of(**{name: value})

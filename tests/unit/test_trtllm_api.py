@@ -94,6 +94,14 @@ def test_what_only_others_know_is_refused_by_name(path: str, member: str) -> Non
     )
 
 
+def test_a_misspelt_member_is_told_what_was_meant() -> None:
+    assert why_not_client(COMPLETIONS, ["model", "max_token"]) == (
+        "max_token",
+        'trtllm-serve has no "max_token"; did you mean "max_tokens"?',
+    )
+    assert "leave it out" in why_not_client(COMPLETIONS, ["max_completion_token"])[1]  # of chats only
+
+
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 def test_a_client_names_no_adapter_to_the_engine_itself(path: str) -> None:
     member, reason = why_not_client(path, ["model", "lora_request"])

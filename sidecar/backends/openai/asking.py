@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from sidecar.backends.api import HttpForm
@@ -13,6 +15,12 @@ _OPTIONAL = (
     "temperature", "top_k", "top_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "min_tokens",
 )  # fmt: skip
+
+
+def remedy(member: str, known: Iterable[str], otherwise: str) -> str:
+    """Return the known member that one is a misspelling of, as a question; `otherwise` if it is of none."""
+    near = difflib.get_close_matches(member[:80], known, n=1, cutoff=0.85)
+    return f'did you mean "{near[0]}"?' if near else otherwise
 
 
 def completion(ask: Ask, streams: bool, **more: Any) -> HttpForm:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -111,4 +111,14 @@ def usual_metrics_url(address: str) -> str | None:
     return f"http://{host}:{METRICS_PORT}/metrics" if port == str(GRPC_PORT) else None
 
 
-TRITON = Kind("triton", TritonEntry, (CORE, LLMAPI), _connect, _declare, _checks)
+def _notes(entry: TritonEntry, declared: EngineFacts) -> Iterator[str]:
+    if entry.discover is None and entry.metrics_url is None:
+        patience_s = entry.progress_timeout_s
+        yield (
+            f"no metrics, by which an engine that stalls is taken for lost after {patience_s:g} s: without them it is "
+            f"asked for a token first, and that takes as long again; backends[].metrics names their URL where gRPC is "
+            f"not at port {GRPC_PORT}"
+        )
+
+
+TRITON = Kind("triton", TritonEntry, (CORE, LLMAPI), _connect, _declare, _checks, _notes)

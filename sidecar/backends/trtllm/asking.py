@@ -10,7 +10,7 @@ from collections.abc import Collection
 
 from sidecar.backends.api import HttpForm, Reply
 from sidecar.backends.kind import Ask, Asking, Piece
-from sidecar.backends.openai.asking import COMPLETIONS, completion
+from sidecar.backends.openai.asking import COMPLETIONS, completion, remedy
 from sidecar.backends.openai.events import record_of
 
 CHAT = "/v1/chat/completions"
@@ -47,7 +47,8 @@ def why_not_client(path: str, members: Collection[str]) -> tuple[str, str]:
         if name in _REFUSED:
             return name, f'"{name}" cannot be sent: {_REFUSED[name]}'
         if name not in _KNOWN[path] and name not in _LATER:
-            return name, f'trtllm-serve has no "{name}"; leave it out, or ask for an adapter that vLLM serves'
+            otherwise = "leave it out, or ask for an adapter that vLLM serves"
+            return name, f'trtllm-serve has no "{name}"; {remedy(name, sorted(_KNOWN[path] | _LATER), otherwise)}'
     return "", ""
 
 

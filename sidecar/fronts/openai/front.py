@@ -23,6 +23,7 @@ from sidecar.backends.kind import Native
 from sidecar.backends.registry import model_kind
 from sidecar.config import Config
 from sidecar.config.queue import Queue
+from sidecar.core.admission import unknown_adapter
 from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts.callers import AUTHORIZATION, FORWARDED, peer_at
 from sidecar.fronts.eligible import empty_pools
@@ -300,10 +301,18 @@ class OpenAiFront:
         found = self._models.one(model, sender, tenant)
         self._record_hidden(sender, model, found is not None, request_id)
         if found is None:
-            error = Refused(Reason.UNKNOWN_ADAPTER, f'the model "{model[:80]}" does not exist')
+            error = self._missing(model, tenant)
             await send_failure(send, failure_of_error(error), request_id)
             return
         await send_failure(send, Failure(200, json.dumps(found).encode()), request_id)
+
+    def _missing(self, model: str, tenant: str) -> Refused:
+        """Return the error for a model that is not there, or not shown: the same, as for a request to it."""
+        state, name = self._gateway.state, model.partition("@")[0]
+        known = state.names.get(name)
+        if self._gateway.access.mode == "enforce" or (known is not None and known.is_for(tenant)):
+            return Refused(Reason.UNKNOWN_ADAPTER, f'the model "{model[:80]}" does not exist')
+        return unknown_adapter(state, name, tenant)
 
     def _record_hidden(self, sender: access.Caller, model: str, is_shown: bool, request_id: str) -> None:
         """Record that a model is not shown, or in observe mode that it would not be."""

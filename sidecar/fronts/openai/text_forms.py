@@ -15,6 +15,7 @@ from typing import Any
 from sidecar.backends import registry
 from sidecar.backends.api import Form
 from sidecar.backends.kind import Ask, write_for
+from sidecar.backends.openai.asking import remedy
 from sidecar.fronts.generate.forms import INT32_MAX
 from sidecar.fronts.openai.chat_templates import ChatTemplate, plain_messages
 from sidecar.fronts.openai.request import BEST_OF, N, OpenAiRequest, Unfit, whole_number
@@ -122,7 +123,8 @@ def _check_members(values: dict[str, Any], where: str) -> None:
         if value is None or name in READ or name in ABOUT_THE_CALLER:
             continue
         if name not in NEUTRAL:
-            raise Unfit(name[:80], f'{where} have no "{name[:80]}"; leave it out')
+            known = (*READ, *ABOUT_THE_CALLER, *NEUTRAL)
+            raise Unfit(name[:80], f'{where} have no "{name[:80]}"; {remedy(name, sorted(known), "leave it out")}')
         if not any(
             value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in NEUTRAL[name]
         ):
