@@ -13,7 +13,6 @@ from opentelemetry.sdk.metrics.export import MetricExporter, PeriodicExportingMe
 from opentelemetry.sdk.resources import Resource
 
 from sidecar.core.enums import Outcome
-from sidecar.errors import Reason
 from sidecar.journal.segments import product_version
 from sidecar.timelines.record import Record
 
@@ -45,7 +44,7 @@ class GenAiMetrics:
     def ended(self, record: Record) -> None:
         """Measure a request of this replica's core; called with every ending. Another replica measures its own."""
         settle, ended_ns = record.settle, record.ended_ns
-        if settle is None or ended_ns is None or settle.reason is Reason.NOT_OWNER or record.is_elsewhere:
+        if settle is None or ended_ns is None or record.is_elsewhere:
             return
         about = EVERY | {"gen_ai.request.model": self._model_of(settle.name)}
         failed = {} if settle.reason is None else {"error.type": settle.reason.name}

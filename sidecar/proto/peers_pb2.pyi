@@ -53,7 +53,7 @@ class ForwardReplies(_message.Message):
     def __init__(self, replies: _Optional[_Iterable[_Union[ForwardReply, _Mapping]]] = ..., dispatched: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
-    __slots__ = ("member", "backend", "adapter", "tenant", "klass", "input_tokens", "output_tokens_max", "deadline_s", "session", "size_bytes", "client_id", "payload", "number", "sequences", "versions", "is_estimated", "peer", "traceparent", "tracestate")
+    __slots__ = ("member", "backend", "adapter", "tenant", "klass", "input_tokens", "output_tokens_max", "deadline_s", "session", "size_bytes", "client_id", "payload", "number", "sequences", "versions", "is_estimated", "peer", "traceparent", "tracestate", "waited_ns")
     MEMBER_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
@@ -73,6 +73,7 @@ class ForwardRequest(_message.Message):
     PEER_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     TRACESTATE_FIELD_NUMBER: _ClassVar[int]
+    WAITED_NS_FIELD_NUMBER: _ClassVar[int]
     member: str
     backend: str
     adapter: str
@@ -92,7 +93,8 @@ class ForwardRequest(_message.Message):
     peer: str
     traceparent: str
     tracestate: str
-    def __init__(self, member: _Optional[str] = ..., backend: _Optional[str] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., klass: _Optional[str] = ..., input_tokens: _Optional[int] = ..., output_tokens_max: _Optional[int] = ..., deadline_s: _Optional[float] = ..., session: _Optional[str] = ..., size_bytes: _Optional[int] = ..., client_id: _Optional[str] = ..., payload: _Optional[_Union[ForwardedPayload, _Mapping]] = ..., number: _Optional[int] = ..., sequences: _Optional[int] = ..., versions: _Optional[_Union[Ordinals, _Mapping]] = ..., is_estimated: _Optional[bool] = ..., peer: _Optional[str] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ...) -> None: ...
+    waited_ns: int
+    def __init__(self, member: _Optional[str] = ..., backend: _Optional[str] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., klass: _Optional[str] = ..., input_tokens: _Optional[int] = ..., output_tokens_max: _Optional[int] = ..., deadline_s: _Optional[float] = ..., session: _Optional[str] = ..., size_bytes: _Optional[int] = ..., client_id: _Optional[str] = ..., payload: _Optional[_Union[ForwardedPayload, _Mapping]] = ..., number: _Optional[int] = ..., sequences: _Optional[int] = ..., versions: _Optional[_Union[Ordinals, _Mapping]] = ..., is_estimated: _Optional[bool] = ..., peer: _Optional[str] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., waited_ns: _Optional[int] = ...) -> None: ...
 
 class Ordinals(_message.Message):
     __slots__ = ("ordinals",)
@@ -192,7 +194,7 @@ class ForwardedOrigin(_message.Message):
     def __init__(self, backend: _Optional[str] = ..., name: _Optional[str] = ..., ordinal: _Optional[int] = ..., digest: _Optional[str] = ..., cache: _Optional[str] = ..., queue_ns: _Optional[int] = ..., load_ns: _Optional[int] = ..., heals: _Optional[int] = ...) -> None: ...
 
 class ForwardedEnding(_message.Message):
-    __slots__ = ("reason", "message", "retry_after_ns", "name", "version", "output_tokens", "grpc_code", "http_status", "http_body", "is_bystander")
+    __slots__ = ("reason", "message", "retry_after_ns", "name", "version", "output_tokens", "grpc_code", "http_status", "http_body", "is_bystander", "queue_ns")
     REASON_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     RETRY_AFTER_NS_FIELD_NUMBER: _ClassVar[int]
@@ -203,6 +205,7 @@ class ForwardedEnding(_message.Message):
     HTTP_STATUS_FIELD_NUMBER: _ClassVar[int]
     HTTP_BODY_FIELD_NUMBER: _ClassVar[int]
     IS_BYSTANDER_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_NS_FIELD_NUMBER: _ClassVar[int]
     reason: str
     message: str
     retry_after_ns: int
@@ -213,7 +216,8 @@ class ForwardedEnding(_message.Message):
     http_status: int
     http_body: bytes
     is_bystander: bool
-    def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ..., retry_after_ns: _Optional[int] = ..., name: _Optional[str] = ..., version: _Optional[str] = ..., output_tokens: _Optional[int] = ..., grpc_code: _Optional[int] = ..., http_status: _Optional[int] = ..., http_body: _Optional[bytes] = ..., is_bystander: _Optional[bool] = ...) -> None: ...
+    queue_ns: int
+    def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ..., retry_after_ns: _Optional[int] = ..., name: _Optional[str] = ..., version: _Optional[str] = ..., output_tokens: _Optional[int] = ..., grpc_code: _Optional[int] = ..., http_status: _Optional[int] = ..., http_body: _Optional[bytes] = ..., is_bystander: _Optional[bool] = ..., queue_ns: _Optional[int] = ...) -> None: ...
 
 class AskRequest(_message.Message):
     __slots__ = ("member", "backend", "purpose", "epoch")

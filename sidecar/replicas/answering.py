@@ -172,6 +172,10 @@ class Answers:
 
     def _begin(self, request: Any) -> None:
         facts = forms.facts_of(request)
+        if self._gateway.state.draining:  # the core would count a refusal, but another owner may still answer it
+            ending = ended(0, facts, Reason.DRAINING, "the sidecar is shutting down", request.backend)
+            self._refuse(request.number, ending)
+            return
         try:
             payload = forms.payload_of(request)
             self._gateway.submit_here(facts, lambda number: self._ticket(number, payload, request))
@@ -182,7 +186,9 @@ class Answers:
             called = request.client_id if is_fit(REQUEST_ID, request.client_id) else ""
             logger.exception("a request (id %s) that another replica passed on cannot be read", called)
             message = f"the sidecar failed: {error}"
-            self._refuse(request.number, ended(0, facts, Reason.BACKEND_FAILED, message, request.backend))
+            ending = ended(0, facts, Reason.BACKEND_FAILED, message, request.backend)
+            self._refuse(request.number, ending)
+            self._gateway.driver.show_endings([ending])
 
     def _ticket(self, number: int, payload: Payload, request: Any) -> PassedOn:
         ticket = PassedOn(number, payload, request.client_id, self, request.number)

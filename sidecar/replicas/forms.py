@@ -39,6 +39,7 @@ def forwarded(member: str, backend: str, facts: RequestFacts, ticket: Ticket, le
         tracestate=trace.get("tracestate", ""),
         versions=None if facts.versions is None else peers_pb2.Ordinals(ordinals=facts.versions),
         is_estimated=facts.is_estimated,
+        waited_ns=facts.waited_ns,
         payload=peers_pb2.ForwardedPayload(
             model=payload.model,
             kind=payload.kind,
@@ -68,6 +69,7 @@ def facts_of(request: Any) -> RequestFacts:
         tuple(request.versions.ordinals) if request.HasField("versions") else None,
         is_estimated=request.is_estimated,
         trace=TraceOrigin(request.traceparent, request.tracestate, monotonic_ns()),
+        waited_ns=max(0, request.waited_ns),  # an older replica omits it
     )
 
 
@@ -143,6 +145,7 @@ def ending(settled: Settle, rejection: Any, is_bystander: bool = False) -> Any:
         version=settled.version,
         output_tokens=settled.output_tokens,
         is_bystander=is_bystander,
+        queue_ns=settled.queue_ns,
     )
     if isinstance(rejection, HttpRejection):
         sent.http_status, sent.http_body = rejection.status, rejection.body
@@ -154,8 +157,9 @@ def ending(settled: Settle, rejection: Any, is_bystander: bool = False) -> Any:
 def settle_of(request: int, facts: RequestFacts, backend: str, sent: Any) -> Settle:
     reason = Reason(sent.reason) if sent.reason else None
     return Settle(
-        request, outcome_of(reason), sent.name, facts.tenant, facts.klass, 0, facts.input_tokens, sent.output_tokens,
-        reason, sent.message, backend, sent.version, sent.retry_after_ns if sent.HasField("retry_after_ns") else None,
+        request, outcome_of(reason), sent.name, facts.tenant, facts.klass, sent.queue_ns, facts.input_tokens,
+        sent.output_tokens, reason, sent.message, backend, sent.version,
+        sent.retry_after_ns if sent.HasField("retry_after_ns") else None,
     )  # fmt: skip
 
 

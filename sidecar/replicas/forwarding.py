@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from time import monotonic
@@ -18,6 +17,7 @@ from sidecar.core.enums import outcome_of
 from sidecar.errors import Reason
 from sidecar.replicas import forms
 from sidecar.replicas.call import ForwardCall
+from sidecar.shell.gateway import Gateway
 from sidecar.shell.requests import RequestFacts
 
 AGAIN = frozenset({Reason.NOT_OWNER, Reason.DRAINING, Reason.CRASHED})
@@ -61,11 +61,11 @@ class Forward:
         facts: RequestFacts,
         backend: str,
         owner: str,
-        for_client: Callable[[Settle, Ticket], Settle],
+        gateway: Gateway,
         leg: int,
     ) -> None:
         self._ticket = ticket
-        self._for_client = for_client
+        self._gateway = gateway
         self._leg = leg
         self._facts = facts
         self.backend = backend
@@ -95,6 +95,10 @@ class Forward:
             if self._resuming is not None:
                 self._resuming.cancel()
 
+    def leave(self) -> None:
+        """Let the owner count no ending of the request: this replica ends it and counts that."""
+        self._is_taken_back = True
+
     def take_back(self, why: str) -> None:
         """Take the request back from its owner, unless its answer has begun."""
         if not self._has_begun and not self._end.done():
@@ -122,12 +126,16 @@ class Forward:
             is_suspect = broke_off and monotonic() - self._busy_s < SUSPECT_S
             self._ended(GivenBack(f"replica {self.owner}: {why}", Owner.SILENT if is_suspect else Owner.SOUND))
             return
+        if self._ticket.came is not None and self._ticket.came.final:
+            self._gateway.end_here(self._ticket, self._facts, None, "", self.backend)
+            self._ended(None)
+            return
         name = self._facts.adapter or "base model"
         message = (
             f"{name}: the replica {self.owner} that answered for {self.backend} was lost in the middle: {why}; an "
             "answer that has begun is never repeated, so send the request again if you want a new one"
         )
-        self._ticket.settle(ended(self._ticket.request, self._facts, Reason.BACKEND_FAILED, message, self.backend))
+        self._gateway.end_here(self._ticket, self._facts, Reason.BACKEND_FAILED, message, self.backend)
         self._ended(None)
 
     def _ended(self, given: GivenBack | None) -> None:
@@ -166,7 +174,7 @@ class Forward:
         if settled.reason in AGAIN and not self._has_begun:
             return GivenBack(settled.message, _owner_that(settled.reason, sent.is_bystander))
         ticket.rejected_with = forms.rejection_of(sent)
-        ticket.settle(self._for_client(settled, ticket))
+        ticket.settle(self._gateway.for_client(settled, ticket))
         return None
 
 
@@ -184,7 +192,7 @@ def ended(
     backend: str = "",
     retry_after_s: float | None = None,
 ) -> Settle:
-    """Return the ending that this replica gives a request which another replica was to answer."""
+    """Return the ending of a request as the replica tells it that does not count it."""
     return Settle(
         request, outcome_of(reason), facts.adapter, facts.tenant, facts.klass, 0, facts.input_tokens, reason=reason,
         message=message, backend=backend, retry_after_ns=None if retry_after_s is None else int(retry_after_s * 1e9),

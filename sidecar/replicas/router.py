@@ -14,7 +14,7 @@ from sidecar.core import admission
 from sidecar.errors import Reason, Refused
 from sidecar.replicas.board import JOINING, SERVING, Board
 from sidecar.replicas.call import ForwardCall
-from sidecar.replicas.forwarding import Forward, GivenBack, ended
+from sidecar.replicas.forwarding import Forward, GivenBack
 from sidecar.replicas.suspicion import Suspicion, Verdict
 from sidecar.shell.crash import poisonous
 from sidecar.shell.gateway import Gateway
@@ -43,11 +43,14 @@ class Trip:
     """How many times it was taken back from an engine that was down."""
     suspicion: Suspicion = field(default_factory=Suspicion)
 
-    def facts_now(self, backend: str, now_s: float) -> RequestFacts:
-        """Return the request's facts for submission now: one backend, and the rest of the deadline."""
-        left_s = self.facts.deadline_s
+    def facts_now(self, backend: str | None = None) -> RequestFacts:
+        """Return the request's facts now: how long it has waited, the rest of the deadline, and its backend if any."""
+        waited_s, left_s = monotonic() - self.came_s, self.facts.deadline_s
         return replace(
-            self.facts, only=(backend,), deadline_s=None if left_s is None else max(0.0, self.came_s + left_s - now_s)
+            self.facts,
+            only=self.facts.only if backend is None else (backend,),
+            deadline_s=None if left_s is None else max(0.0, left_s - waited_s),
+            waited_ns=int(waited_s * 1e9),
         )
 
 
@@ -94,7 +97,7 @@ class Router:
         elif self._board.owner_of(backend) == self._member:
             ticket.trip = trip
             trip.backend = backend
-            self._gateway.admit(ticket, trip.facts_now(backend, now_s))
+            self._gateway.admit(ticket, replace(facts, only=(backend,)))
         else:
             ticket.trip = trip
             self._start_forwarding(ticket, trip)
@@ -119,10 +122,17 @@ class Router:
         if trip is None or trip.task is None:
             return False
         trip.task.cancel()
-        if ticket.settled is None and ticket.came is not None and ticket.came.final:
-            ticket.settle(ended(ticket.request, trip.facts, None, ""))  # only the owner's word of the ending is missing
-        elif ticket.settled is None:
-            ticket.settle(ended(ticket.request, trip.facts, reason, message))
+        if ticket.settled is not None:
+            return True
+        is_whole = ticket.came is not None and ticket.came.final  # only the owner's word of the ending is missing
+        how = (None, "") if is_whole else (reason, message)
+        forward = self._forwards.get(ticket)
+        if forward is not None and (is_whole or reason is Reason.CANCELLED):
+            ticket.settle(self._gateway.ending_of(ticket, trip.facts_now(), *how))  # the owner counts it
+            return True
+        if forward is not None:
+            forward.leave()
+        self._gateway.end_here(ticket, trip.facts_now(), *how)
         return True
 
     def passed_on(self) -> Iterator[PassedOn]:
@@ -158,7 +168,7 @@ class Router:
             logger.exception(broken, ticket.request, ticket.client_id)
             if ticket.settled is None:
                 message = f"the sidecar failed: {error}"
-                ticket.settle(ended(ticket.request, trip.facts, Reason.BACKEND_FAILED, message))
+                self._gateway.end_here(ticket, trip.facts_now(), Reason.BACKEND_FAILED, message)
 
     async def _until_answered(self, ticket: Ticket, trip: Trip, after_s: float) -> None:
         """Forward a request to one owner after another until one keeps it or the time is up."""
@@ -168,10 +178,10 @@ class Router:
             verdict = trip.suspicion.verdict(self._board, self._is_member)
             if verdict is Verdict.POISONOUS:
                 message = poisonous(ticket, trip.suspicion.suspected_of)
-                ticket.settle(ended(ticket.request, trip.facts, Reason.POISONOUS, message))
+                self._gateway.end_here(ticket, trip.facts_now(), Reason.POISONOUS, message)
                 return
             if verdict is Verdict.ENOUGH:
-                ticket.settle(ended(ticket.request, trip.facts, Reason.CRASHED, trip.why))
+                self._gateway.end_here(ticket, trip.facts_now(), Reason.CRASHED, trip.why)
                 return
             backend = self._pick(trip.facts)
             owner = None if backend is None or verdict is Verdict.WAIT else self._board.owner_of(backend)
@@ -182,13 +192,11 @@ class Router:
             if owner is not None and call is not None:
                 self.forwards += 1
                 leg = self._gateway.chronicle.passed_on(ticket, backend, owner)
-                forward = Forward(
-                    ticket, trip.facts_now(backend, monotonic()), backend, owner, self._gateway.for_client, leg
-                )
+                forward = Forward(ticket, trip.facts_now(backend), backend, owner, self._gateway, leg)
                 given = await self._forward_once(ticket, forward, call)
                 if given is None:
                     return
-                trip.why = given.why
+                trip.why, ticket.dispatch = given.why, None
                 self._gateway.chronicle.given_back(ticket, given.why)
                 trip.suspicion.given_back(owner, given, monotonic())
                 self.reroutes += 1
@@ -198,7 +206,7 @@ class Router:
             pause_s = min(AGAIN_S_MAX, 2 * pause_s)
         self.unowned += 1
         message = f"{backend}: {trip.why}; send the request again"
-        ticket.settle(ended(ticket.request, trip.facts, Reason.NOT_OWNER, message, backend))
+        self._gateway.end_here(ticket, trip.facts_now(), Reason.NOT_OWNER, message, backend)
 
     async def _forward_once(self, ticket: Ticket, forward: Forward, call: ForwardCall) -> GivenBack | None:
         self._forwards[ticket] = forward
@@ -254,11 +262,11 @@ class Router:
         """Submit the request to our own core."""
         trip.task = None
         trip.backend = backend or ""
-        facts = trip.facts if backend is None else trip.facts_now(backend, monotonic())
         try:
-            self._gateway.admit_again(ticket, facts)
+            self._gateway.admit_again(ticket, trip.facts_now(backend))
         except Refused as refused:
-            ticket.settle(ended(ticket.request, trip.facts, refused.reason, refused.message))
+            # The driver has counted it.
+            ticket.settle(self._gateway.ending_of(ticket, trip.facts_now(), refused.reason, refused.message))
 
     def _pick(self, facts: RequestFacts) -> str | None:
         """Return the backend for a request, or None if our own core must refuse or hold it."""

@@ -126,6 +126,7 @@ class Sidecar:
         self.gateway.counter = prompt_counter_of(self.entries)
         self.metrics = Metrics(self.gateway, config.adapter_labels_max)
         self.restarts = Restarts(self.gateway, config.drain_timeout_s)
+        self.metrics.waited_ns = self.gateway.driver.waited_ns
         self.metrics.wear = self.gateway.fleet.wear
         self.metrics.audit = self.access.audit.log.figures
         self.metrics.denials = lambda: self.access.access.denials
@@ -147,7 +148,7 @@ class Sidecar:
         if data is not None and config.journal.enabled:
             journal = config.journal
             self._journal = Journal(self.gateway.core, data / "journal", journal.segment_bytes, journal.segments_max)
-            self.gateway.observe(self._journal)
+            self.gateway.observe(self._journal, of_core=True)
             self.gateway.chronicle.older = "A journal tells of older ones: sidecar replay --explain ID DATA_DIRECTORY"
             self.metrics.journal = self._journal
             self.crash.then(self._journal.ended)

@@ -32,6 +32,7 @@ from sidecar.timelines import saying
 from sidecar.timelines.asking import Meant, also_an_id_note, asked_for, same_id_note
 from sidecar.timelines.obstacles import in_the_way
 from sidecar.timelines.record import (
+    CameBack,
     Entry,
     GivenBack,
     Happened,
@@ -42,6 +43,7 @@ from sidecar.timelines.record import (
     Queued,
     QueuedAgain,
     Record,
+    Unowned,
     timeline_of,
 )
 from sidecar.timelines.timeline import Timeline
@@ -130,18 +132,22 @@ class Chronicle:
 
     def _received(self, event: ev.Received, now_ns: int) -> None:
         state, record = self._state(), self._open.get(event.request)
-        if record is None:
+        request = state.requests.get(event.request)
+        arrival = saying.arrived(state, request)
+        if record is not None:
+            self._add(record, now_ns, CameBack(arrival))
+        else:
             record = self._open[event.request] = Record(event, now_ns, time_ns(), self._count)
             if (ticket := self._ticket_of(event.request)) is not None:
                 record.peer, record.trace = ticket.peer, ticket.trace
-        request = state.requests.get(event.request)
-        record.arrival = saying.arrived(state, request)
+            record.arrival = arrival
         if request is None:
             return
         record.version, record.ordinal = request.version, request.ordinal
         record.output_tokens_max = request.view.output_tokens_max
-        record.bound_ns = request.expires_ns - request.view.arrived_ns
-        record.promised_ns = None if request.promise is None else request.promise.bound_ns
+        record.bound_ns = request.expires_ns - record.arrived_ns
+        earlier_ns = request.view.arrived_ns - record.arrived_ns
+        record.promised_ns = None if request.promise is None else request.promise.bound_ns + earlier_ns
         if not request.running:
             self._see_in_queue(record, request, now_ns)
 
@@ -161,8 +167,10 @@ class Chronicle:
             self._settle(effect, now_ns)
 
     def given_up(self, effect: do.Settle) -> None:
-        """Note that an ending for want of the backend's ownership is the request's end in this process."""
+        """Note that a request ends in this process for want of the backend's ownership: another replica goes on."""
         if effect.reason is Reason.NOT_OWNER:
+            if (record := self._open.get(effect.request)) is not None:
+                record.is_elsewhere = True
             self._settle(effect, self._clock_ns())
 
     def _settle(self, effect: do.Settle, now_ns: int) -> None:
@@ -408,8 +416,8 @@ class Chronicle:
             self._open[number] = record
         elif record.dispatch is not None and record.place is None:
             self._add(record, now_ns, QueuedAgain())
-        record.dispatch = None
-        record.place = ""
+        self._add(record, now_ns, Unowned())
+        record.dispatch = record.place = None
 
     def passed_on(self, ticket: Ticket, backend: str, replica: str) -> int:
         """Note that a replica gets a request. Return the number of this leg, for `Traced.headers`."""
@@ -417,12 +425,14 @@ class Chronicle:
         if record is None:
             return -1
         leg = -1 - sum(isinstance(entry.what, PassedOn) for entry in record.happened)
+        record.is_elsewhere = True
         self._add(record, self._clock_ns(), PassedOn(replica, backend, leg))
         return leg
 
     def given_back(self, ticket: Ticket, why: str) -> None:
         record = self._open.get(ticket.request)
         if record is not None:
+            record.is_elsewhere = False
             self._add(record, self._clock_ns(), GivenBack(why))
 
     def renumbered(self, old: int, new: int) -> None:
@@ -431,6 +441,13 @@ class Chronicle:
         if record is not None:
             record.received = replace(record.received, request=new)
             self._open[new] = record
+
+    def ended_here(self, ticket: Ticket) -> None:
+        """Note the ending that this replica has given a request which was passed on."""
+        record = self._open.get(ticket.request)
+        if record is not None:
+            record.is_elsewhere = False
+        self.ended_elsewhere(ticket)
 
     def ended_elsewhere(self, ticket: Ticket) -> None:
         """Note the ending of a request that another replica had."""

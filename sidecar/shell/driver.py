@@ -13,10 +13,11 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from sidecar.core.core import Core
-from sidecar.core.effects import Effect, Settle, WakeAt
+from sidecar.core.effects import Dispatch, Effect, Settle, WakeAt
 from sidecar.core.enums import Outcome
 from sidecar.core.events import ClientLeft, ClientStalled, Event, Received, Tick
 from sidecar.errors import Reason, Refused
@@ -28,6 +29,15 @@ logger = logging.getLogger(__name__)
 CLIENT_EVENTS = (Received, ClientLeft, ClientStalled)
 EVENTS_A_BATCH = 64
 """Events handled before the event loop may do something else."""
+
+
+class NoStep(Tick):
+    """Comes in an event's place with endings that the core did not make."""
+
+
+def goes_on(event: Event, settle: Settle) -> bool:
+    """Return True if another replica goes on with a request that the core has settled, and counts its ending."""
+    return settle.reason is Reason.NOT_OWNER and not isinstance(event, NoStep)
 
 
 class Observer(Protocol):
@@ -55,6 +65,9 @@ class Driver:
         self._run_effect = run_effect
         self._observers = list(observers)
         self._of_refused: list[Observer] = []
+        self._of_core: list[Observer] = []
+        self.waited_ns: dict[int, int] = {}
+        """How long requests had waited at other replicas, or for them, before the core got them."""
         self.inbox_max = inbox_max
         self._engine: deque[Event] = deque()
         self._client: deque[Event] = deque()
@@ -63,9 +76,12 @@ class Driver:
         self._timer: asyncio.TimerHandle | None = None
         self._last_ns = 0
 
-    def observe(self, observer: Observer, of_refused: bool = False) -> None:
-        """Show an observer every step; with `of_refused` also the requests that are refused before the core."""
-        self._observers.append(observer)
+    def observe(self, observer: Observer, of_refused: bool = False, of_core: bool = False) -> None:
+        """Show an observer every step; with `of_refused` also the requests that are refused before the core.
+
+        With `of_core` it sees the effects as the core has decided them, without what requests have waited elsewhere.
+        """
+        (self._of_core if of_core else self._observers).append(observer)
         if of_refused:
             self._of_refused.append(observer)
 
@@ -73,12 +89,17 @@ class Driver:
         """Show an observer no further step."""
         self._observers.remove(observer)
 
-    def post(self, event: Event) -> None:
-        """Queue an event. Raises Refused for a request if the queue is full or the core has failed."""
+    def post(self, event: Event, waited_ns: int = 0) -> None:
+        """Queue an event; a request may have waited elsewhere before, which counts as its wait.
+
+        Raises Refused for a request if the queue is full or the core has failed.
+        """
         if self.crash.raised is not None:
             if isinstance(event, Received):
                 raise self.crash.refused()
             return
+        if waited_ns and isinstance(event, Received):
+            self.waited_ns[event.request] = waited_ns
         if isinstance(event, CLIENT_EVENTS):
             if len(self._client) >= self.inbox_max and isinstance(event, Received):
                 raise self._refuse(event)
@@ -96,8 +117,8 @@ class Driver:
             retry_after_s=1.0,
         )
         ending = Settle(
-            event.request, Outcome.REFUSED, event.adapter, event.tenant, "default", 0, event.input_tokens,
-            reason=refused.reason, message=refused.message,
+            event.request, Outcome.REFUSED, event.adapter, event.tenant, "default",
+            self.waited_ns.pop(event.request, 0), event.input_tokens, reason=refused.reason, message=refused.message,
         )  # fmt: skip
         self._show(self._of_refused, event, [ending], self.clock_ns())
         return refused
@@ -138,21 +159,37 @@ class Driver:
         effect: Effect | None = None
         try:
             effects = self.core.step(event, now_ns)
-            self._show(self._observers, event, effects, now_ns)
-            for effect in effects:
+            told = self._since_arrival(effects) if self.waited_ns else effects
+            self._show(self._observers, event, told, now_ns)
+            self._show(self._of_core, event, effects, now_ns)
+            for effect, whole in zip(effects, told, strict=True):
                 if isinstance(effect, WakeAt):
                     self._wake_at(effect.at_ns, now_ns)
-                else:
-                    self._run_effect(effect)
+                    continue
+                if isinstance(effect, Settle):
+                    self.waited_ns.pop(effect.request, None)
+                self._run_effect(whole)
         except BaseException as error:
             self.crash.happen(Raised(error, now_ns, event, effect))
             if not isinstance(error, Exception):  # such as KeyboardInterrupt: the process is to end anyway
                 raise
         return self.crash.raised is None
 
+    def _since_arrival(self, effects: Sequence[Effect]) -> Sequence[Effect]:
+        """Return effects whose waits, and the bounds of these, count from the arrival at the first replica."""
+        return [self._whole(effect) if isinstance(effect, Dispatch | Settle) else effect for effect in effects]
+
+    def _whole(self, effect: Dispatch | Settle) -> Effect:
+        earlier_ns = self.waited_ns.get(effect.request, 0)
+        waited_ns = effect.queue_ns + earlier_ns
+        if isinstance(effect, Dispatch):
+            return replace(effect, queue_ns=waited_ns)
+        bound_ns = None if effect.bound_ns is None else effect.bound_ns + earlier_ns
+        return replace(effect, queue_ns=waited_ns, bound_ns=bound_ns)
+
     def show_endings(self, endings: Sequence[Settle]) -> None:
         """Show endings that the core did not make to the observers of refused requests."""
-        self._show(self._of_refused, Tick(), endings, self._last_ns)
+        self._show(self._of_refused, NoStep(), endings, self._last_ns)
 
     def _show(self, observers: Sequence[Observer], event: Event, effects: Sequence[Effect], now_ns: int) -> None:
         for observer in observers:

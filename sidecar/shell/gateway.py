@@ -33,7 +33,7 @@ from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
 from sidecar.core.core import STALLED, Core, Policies, cut_off, why_left
-from sidecar.core.enums import Fault, Outcome
+from sidecar.core.enums import Fault, Outcome, outcome_of
 from sidecar.core.facts import EngineFacts, version_of_key
 from sidecar.core.state import State
 from sidecar.errors import Misused, Reason, Refused, SidecarError
@@ -142,9 +142,9 @@ class Gateway:
         known = self.state.backends.get(backend)
         return known is not None and known.takes_requests
 
-    def observe(self, observer: Observer, of_refused: bool = False) -> None:
-        """Show an observer every step; with `of_refused` also the requests that are refused before the core."""
-        self.driver.observe(observer, of_refused)
+    def observe(self, observer: Observer, of_refused: bool = False, of_core: bool = False) -> None:
+        """Show an observer every step, as `Driver.observe` does."""
+        self.driver.observe(observer, of_refused, of_core)
 
     async def start(self, backends: Sequence[tuple[Backend, EngineFacts]]) -> None:
         """Tell the core of all names, spilled weights and backends, and begin to reach the backends."""
@@ -197,7 +197,9 @@ class Gateway:
         """End every open request because the process stops, and return True if there was one."""
         tickets = [ticket for ticket in self.tickets.values() if ticket.settled is None]
         for ticket in tickets:
-            self._end(ticket, ev.ClientLeft(ticket.request, shut_down=True), *cut_off(ticket.came is not None))
+            begun = ticket.came is not None
+            moves = ticket.caller is None and not begun  # the replica that passed it on looks for another owner
+            self._end(ticket, ev.ClientLeft(ticket.request, moves, shut_down=True), *cut_off(begun))
         await self.told()
         return bool(tickets)
 
@@ -347,7 +349,7 @@ class Gateway:
     def admit(self, ticket: Ticket, facts: RequestFacts) -> None:
         """Give a request to this replica's core. Raises Refused if the queue is full."""
         deadline_ns = None if facts.deadline_s is None else monotonic_ns() + int(facts.deadline_s * 1e9)
-        self.driver.post(facts.received(ticket.request, deadline_ns, ticket.client_id))
+        self.driver.post(facts.received(ticket.request, deadline_ns, ticket.client_id), facts.waited_ns)
         if facts.is_estimated:
             self.estimated.add(ticket.request)
 
@@ -376,6 +378,35 @@ class Gateway:
         ticket.request = next(self._numbers)
         self.tickets[ticket.request] = ticket
         self.chronicle.renumbered(old, ticket.request)
+
+    def end_here(
+        self, ticket: Ticket, facts: RequestFacts, reason: Reason | None, message: str, backend: str = ""
+    ) -> None:
+        """End a request that neither this replica's core nor another replica ends: it is logged and counted here."""
+        ending = self.ending_of(ticket, facts, reason, message, backend)
+        ticket.settle(ending)
+        self.chronicle.ended_here(ticket)
+        self.driver.show_endings([ending])
+
+    def ending_of(
+        self, ticket: Ticket, facts: RequestFacts, reason: Reason | None, message: str, backend: str = ""
+    ) -> do.Settle:
+        """Return the ending of a request that was passed on, by what is known here."""
+        name, dispatch = facts.adapter.partition("@")[0], ticket.dispatch
+        return do.Settle(
+            ticket.request,
+            outcome_of(reason),
+            "" if name in admission.BASE_NAMES and name not in self.state.names else name,
+            facts.tenant,
+            facts.klass if facts.klass in self.state.config.classes else "default",
+            facts.waited_ns if dispatch is None else dispatch.queue_ns,
+            facts.input_tokens,
+            ticket.delivered,
+            reason,
+            message,
+            backend if dispatch is None else dispatch.backend,
+            "" if dispatch is None else dispatch.digest,
+        )
 
     def close(self, ticket: Ticket, moved: bool = False) -> None:
         """Release a ticket. If its request has not ended, its client has left, or (`moved`) another replica has it."""

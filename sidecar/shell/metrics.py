@@ -22,8 +22,9 @@ from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.core import Core
 from sidecar.core.enums import Cache, Outcome
-from sidecar.errors import Reason
+from sidecar.core.state import Request
 from sidecar.journal.writer import Journal, JournalFigures
+from sidecar.shell.driver import goes_on
 from sidecar.shell.loop_watch import LoopWatch
 from sidecar.shell.metric_table import BASE_MODEL, OTHER, LabelValues
 from sidecar.shell.metric_table import METRICS as METRICS
@@ -103,6 +104,8 @@ class Metrics:
         """Source of the figures of incomplete messages; set by the listeners."""
         self.declared: Callable[[], Mapping[str, int]] = dict
         """Source of the declared adapters' number by phase; set by the follower of a cluster."""
+        self.waited_ns: Mapping[int, int] = {}
+        """How long requests had waited before the core got them; set by the owner of the driver."""
         self.wear: Callable[[], Mapping[str, Wear]] = dict
         """Source of what engines keep until they are restarted; set by the owner of the backends."""
         self.set_aside: Callable[[], int] = int
@@ -237,6 +240,8 @@ class Metrics:
         if take is not None:
             take(self, event, now_ns)
         for effect in effects:
+            if isinstance(effect, do.Settle) and not goes_on(event, effect):
+                self._ended(effect)
             note = _EFFECTS.get(type(effect))
             if note is not None:
                 note(self, effect, now_ns)
@@ -258,7 +263,7 @@ class Metrics:
         if request is None:
             self._refused_before_core = event.request
             return
-        bound_ns = None if request.promise is None else request.promise.bound_ns
+        bound_ns = self._bound_ns(request)
         self._waiting[event.request] = bound_ns
         if bound_ns is not None:
             self._wait_bound.take(bound_ns, request.view.klass)
@@ -268,11 +273,16 @@ class Metrics:
         if request is None or request.attempt != event.attempt or event.request not in self._waiting:
             return
         promised_ns = self._waiting.pop(event.request)
-        waited_ns = now_ns - request.view.arrived_ns
+        waited_ns = now_ns - request.view.arrived_ns + self.waited_ns.get(event.request, 0)
         self._first_token.take(waited_ns, request.view.klass)
         if promised_ns is not None:
             self._judge(waited_ns <= promised_ns, request.view.klass, self._tenants.label(request.view.tenant))
-        self._check_bound(waited_ns, None if request.promise is None else request.promise.bound_ns)
+        self._check_bound(waited_ns, self._bound_ns(request))
+
+    def _bound_ns(self, request: Request) -> int | None:
+        """Return the promised longest wait, from the arrival at the first replica."""
+        earlier_ns = self.waited_ns.get(request.id, 0)
+        return None if request.promise is None else request.promise.bound_ns + earlier_ns
 
     def _check_bound(self, waited_ns: int, bound_ns: int | None) -> None:
         if bound_ns is not None and waited_ns > bound_ns:
@@ -329,15 +339,15 @@ class Metrics:
     def _quarantine(self, effect: do.Quarantine, now_ns: int) -> None:
         self._quarantines.add(1)
 
-    def _settle(self, effect: do.Settle, now_ns: int) -> None:
+    def _ended(self, effect: do.Settle) -> None:
+        """Count the end of a request. Of one that goes on at another replica, that replica counts it."""
         outcome, adapter, tenant = effect.outcome.value, self.adapter_label(effect.name), self._tenant_label(effect)
-        if effect.reason is not Reason.NOT_OWNER:  # else it goes on at another replica
-            self._requests.add(1, outcome)
-            self._adapter_requests.add(1, adapter, outcome)
-            self._class_requests.add(1, effect.klass, outcome)
-            self._tenant_requests.add(1, tenant, outcome)
-            if effect.outcome is Outcome.REFUSED and effect.reason is not None:
-                self._tenant_refusals.add(1, tenant, effect.reason.name)
+        self._requests.add(1, outcome)
+        self._adapter_requests.add(1, adapter, outcome)
+        self._class_requests.add(1, effect.klass, outcome)
+        self._tenant_requests.add(1, tenant, outcome)
+        if effect.outcome is Outcome.REFUSED and effect.reason is not None:
+            self._tenant_refusals.add(1, tenant, effect.reason.name)
         if effect.request != self._refused_before_core:
             self._queue_wait.take(effect.queue_ns, effect.klass)
             for series, kind, label in (
@@ -346,22 +356,28 @@ class Metrics:
             ):
                 series.take(effect.queue_ns, label)
                 self._folded.add(label == OTHER, kind)
-        if effect.request in self._waiting:  # it had no token, so its wait is known up to its dispatch
-            promised_ns = self._waiting.pop(effect.request)
-            self._check_bound(effect.queue_ns, effect.bound_ns)
-            if promised_ns is not None and (effect.outcome is Outcome.OK or effect.queue_ns >= promised_ns):
-                kept = effect.outcome is Outcome.OK and effect.queue_ns <= promised_ns
-                self._judge(kept, effect.klass, tenant)
-        if effect.request in self._dispatched:
-            del self._dispatched[effect.request]
+        if self._was_sent(effect):
             if (adapter, tenant, "input") not in self._tokens and len(self._tokens) >= TOKEN_SERIES_MAX:
                 tenant = OTHER
             self._tokens.add(effect.input_tokens, adapter, tenant, "input")
             self._tokens.add(effect.output_tokens, adapter, tenant, "output")
 
+    def _settle(self, effect: do.Settle, now_ns: int) -> None:
+        if effect.request in self._waiting:  # it had no token, so its wait is known up to its dispatch
+            promised_ns = self._waiting.pop(effect.request)
+            self._check_bound(effect.queue_ns, effect.bound_ns)
+            if promised_ns is not None and (effect.outcome is Outcome.OK or effect.queue_ns >= promised_ns):
+                kept = effect.outcome is Outcome.OK and effect.queue_ns <= promised_ns
+                self._judge(kept, effect.klass, self._tenant_label(effect))
+        self._dispatched.pop(effect.request, None)
+
+    def _was_sent(self, effect: do.Settle) -> bool:
+        """Return True if an engine had a request: one of this replica, or one of an owner that was lost with it."""
+        return effect.request in self._dispatched or effect.output_tokens > 0
+
     def _tenant_label(self, effect: do.Settle) -> str:
         """Return the label of a request's tenant. One of which no request was sent gets none: it may be invented."""
-        if effect.request in self._dispatched or effect.tenant in self._tenants:
+        if self._was_sent(effect) or effect.tenant in self._tenants:
             return self._tenants.label(effect.tenant)
         return OTHER
 

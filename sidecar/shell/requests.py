@@ -60,6 +60,8 @@ class RequestFacts:
     is_estimated: bool = False
     """True if `input_tokens` are the bytes of a text, whose tokens nothing has counted."""
     trace: TraceOrigin = NO_TRACE
+    waited_ns: int = 0
+    """How long it has waited since it came to the first replica, before this replica's core gets it."""
 
     def __post_init__(self) -> None:
         for name in ("input_tokens", "output_tokens_max", "sequences"):

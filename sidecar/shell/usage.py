@@ -20,7 +20,7 @@ from sidecar.core.enums import Phase
 from sidecar.core.facts import version_of_key
 from sidecar.core.naming import names_of
 from sidecar.core.state import Backend
-from sidecar.errors import Reason
+from sidecar.shell.driver import goes_on
 
 
 class UsageObserver:
@@ -56,6 +56,8 @@ class UsageObserver:
         if take is not None:
             take(self, event, now_ns)
         for effect in effects:
+            if isinstance(effect, do.Settle):
+                self._settle(effect, goes_on(event, effect))
             note = _EFFECTS.get(type(effect))
             if note is not None:
                 note(self, effect, now_ns)
@@ -130,14 +132,14 @@ class UsageObserver:
         self._keys[effect.request] = key
         self._meter.began((effect.request, effect.attempt), key, view.sequences, stays, now_ns)
 
-    def _settle(self, effect: do.Settle, now_ns: int) -> None:
+    def _settle(self, effect: do.Settle, goes_on: bool) -> None:
         key = self._keys.pop(effect.request, None)
-        if effect.reason is Reason.NOT_OWNER:  # it goes on at another replica, which counts it
+        if goes_on:
             return
-        is_sent = key is not None
+        is_sent = key is not None or effect.output_tokens > 0  # the owner to which it was passed on may be lost
         if key is None:
             named = self._named(effect.name, effect.version) if effect.request else (UNKNOWN, "")
-            key = (tenant_shown(effect.tenant), *named, "")
+            key = (tenant_shown(effect.tenant), *named, effect.backend if is_sent else "")
         counted = self._counted(effect.request)
         is_estimated = counted is None and effect.request in self._estimated
         inputs = effect.input_tokens if counted is None else counted
@@ -219,6 +221,5 @@ _EVENTS: dict[type, Callable[[UsageObserver, Any, int], None]] = {
 _EFFECTS: dict[type, Callable[[UsageObserver, Any, int], None]] = {
     do.Load: UsageObserver._load,
     do.Dispatch: UsageObserver._dispatch,
-    do.Settle: UsageObserver._settle,
     do.Drop: UsageObserver._drop,
 }

@@ -21,7 +21,7 @@ from sidecar.timelines.timeline import AT_AN_ENGINE, Timeline, Waits
 NOT_LOOKED_AT = "not looked at"
 """The reason of a wait so long ago, or so many changes ago, that it is not kept any more."""
 NO_OWNER = "no owner yet"
-"""The reason of a wait for another replica, before one has the request."""
+"""The reason of a wait while a replica is looked for that owns a backend for the request."""
 PASSED_ON = "passed on"
 """The reason of a period in which another replica has the request."""
 
@@ -60,6 +60,20 @@ class QueuedAgain:
 
 
 @dataclass(frozen=True, slots=True)
+class Unowned:
+    """A replica is looked for that owns a backend for the request: it is in no queue."""
+
+    backend: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CameBack:
+    """This replica's core got the request, after others had it or this one had given it back; `text` says where."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class PassedOn:
     """Another replica, which owns the backend, got the request. `leg` is what `Traced.headers` was asked for."""
 
@@ -89,7 +103,18 @@ class Queued:
     backend: str
 
 
-Happened = ev.Event | do.Dispatch | do.Settle | QueuedAgain | PassedOn | GivenBack | PromiseVoided | Queued
+Happened = (
+    ev.Event
+    | do.Dispatch
+    | do.Settle
+    | QueuedAgain
+    | Unowned
+    | CameBack
+    | PassedOn
+    | GivenBack
+    | PromiseVoided
+    | Queued
+)
 
 
 class Entry(NamedTuple):
@@ -124,6 +149,8 @@ class Record:
     place: str | None = None
     """The backend in whose queue it was seen last; None if it has not been queued."""
     is_voided: bool = False
+    is_elsewhere: bool = False
+    """True if another replica has it, or has ended it: that one logs and counts its ending."""
     happened: list[Entry] = field(default_factory=list)
     dispatch: do.Dispatch | None = None
     settle: do.Settle | None = None
@@ -139,12 +166,6 @@ class Record:
     @property
     def client_id(self) -> str:
         return self.received.client_id
-
-    @property
-    def is_elsewhere(self) -> bool:
-        """True if another replica has it, or answered it."""
-        legs = [entry.what for entry in self.happened if isinstance(entry.what, PassedOn | GivenBack)]
-        return bool(legs) and isinstance(legs[-1], PassedOn)
 
     @property
     def places(self) -> set[str]:
@@ -191,7 +212,7 @@ class _Telling:
         )
         self._waits = Waits(self.timeline)
         self._since_ns = record.arrived_ns
-        self._has_it: Queued | do.Dispatch | PassedOn | None = Queued("")
+        self._has_it: Queued | Unowned | do.Dispatch | PassedOn | None = Queued("")
 
     def tell(self) -> Timeline:
         record = self._record
@@ -207,14 +228,17 @@ class _Telling:
     def _attempt(self) -> int:
         return self._has_it.attempt if isinstance(self._has_it, do.Dispatch) else 0
 
-    def _hand_over(self, at_ns: int, to: Queued | do.Dispatch | PassedOn | None) -> None:
+    def _hand_over(self, at_ns: int, to: Queued | Unowned | do.Dispatch | PassedOn | None) -> None:
         """End the period of who has the request, and say who has it now."""
         had = self._has_it
         if isinstance(had, Queued):
             self._waited(had.backend, self._since_ns, at_ns)
         elif isinstance(had, PassedOn):
             self._waits.begin(PASSED_ON, self._since_ns, had.backend, f"replica {had.replica} had it")
-            self.timeline.notes = [f"replica {had.replica} has the rest of the story: ask it"]
+            if self._record.is_elsewhere:
+                self.timeline.notes = [f"replica {had.replica} has the rest of the story: ask it"]
+        elif isinstance(had, Unowned):
+            self._waits.begin(NO_OWNER, self._since_ns, "", "another replica owns the backend that it is for")
         elif isinstance(had, do.Dispatch) and isinstance(to, Queued):
             self._waits.begin(AT_AN_ENGINE, self._since_ns, had.backend, saying.IN_VAIN)
         self._waits.end(at_ns)
@@ -241,8 +265,16 @@ class _Telling:
         self._hand_over(at_ns, what)
         self._waits.moment(at_ns, "passed_on", f"passed on to replica {what.replica}, which owns {what.backend}")
 
-    def _given_back(self, at_ns: int, what: GivenBack) -> None:
+    def _unowned(self, at_ns: int, what: Unowned) -> None:
+        self._hand_over(at_ns, what)
+
+    def _came_back(self, at_ns: int, what: CameBack) -> None:
         self._hand_over(at_ns, Queued(""))
+        text = "" if self._hides_others else f", and {what.text}"
+        self._waits.moment(at_ns, "came_back", f"came back to this replica{text}")
+
+    def _given_back(self, at_ns: int, what: GivenBack) -> None:
+        self._hand_over(at_ns, Unowned())
         self._waits.moment(at_ns, "given_back", f"given back: {what.why}")
 
     def _voided(self, at_ns: int, what: PromiseVoided) -> None:
@@ -252,7 +284,7 @@ class _Telling:
     def _news(self, at_ns: int, what: News) -> None:
         had = self._has_it
         is_standing = what.what == "backend"
-        if isinstance(had, Queued):
+        if isinstance(had, Queued | Unowned):
             concerns = what.backend in ("", had.backend) if had.backend else is_standing
         else:
             concerns = isinstance(had, do.Dispatch) and is_standing and what.backend == had.backend
@@ -289,8 +321,6 @@ class _Telling:
                 self._waits.begin(reason, note.at_ns, backend, because)
 
     def _said(self, note: Note | None) -> tuple[str, str]:
-        if note is None and not self._record.version:
-            return NO_OWNER, "another replica owns the backend that it is for"
         if note is None:
             return NOT_LOOKED_AT, "too much has happened since"
         if not self._hides_others:
@@ -303,6 +333,8 @@ _TOLD: dict[type, Callable[[_Telling, int, Any], None]] = {
     do.Settle: _Telling._ended,
     QueuedAgain: _Telling._queued_again,
     Queued: _Telling._queued,
+    Unowned: _Telling._unowned,
+    CameBack: _Telling._came_back,
     PassedOn: _Telling._passed_on,
     GivenBack: _Telling._given_back,
     PromiseVoided: _Telling._voided,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -15,9 +16,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from sidecar.core.effects import Dispatch
-from sidecar.proto import peers_pb2, peers_pb2_grpc
+from sidecar.lab.engine.tokens import BOS
+from sidecar.proto import admin_pb2, admin_pb2_grpc, gateway_pb2, peers_pb2, peers_pb2_grpc
 from sidecar.replicas import router
 from sidecar.replicas.call import ForwardCall
+from sidecar.timelines.asking import asked_for
+from sidecar.timelines.record import GivenBack
 from tests.kit import replica_pool
 from tests.kit.emulated import EngineProcess, running_engine
 from tests.kit.redis_servers import Proxy, running
@@ -47,12 +51,107 @@ async def test_what_a_former_member_has_begun_goes_on_and_the_rest_is_sent_again
         (other,) = [served for served in pool if served is not owner]
         begun = asyncio.create_task(other.ask("a00", tokens=30))
         await until(lambda: any(request.first_token for request in owner.state.requests.values()))
-        waits = asyncio.create_task(other.ask("a01", tokens=4))
+        waits = asyncio.create_task(other.ask("a01", tokens=4, request_id="waits"))
         await until(lambda: len(owner.state.requests) == 2)
         other.sidecar.replica.peers.are({})  # as the next beat would tell; the one after that has it back
         assert (await begun).tokens == other.expected("a00", 30)
         assert (await waits).tokens == other.expected("a01", 4)
         assert other.sidecar.replica.router.reroutes > 0
+        record = told_of(other, "waits")
+        given_back_ns = next(entry.at_ns for entry in record.happened if isinstance(entry.what, GivenBack))
+        queue_ns = (await waits).origins[0].queue_ms * 1e6
+        assert queue_ns >= given_back_ns - record.arrived_ns  # the owner counts the wait before as well
+        assert record.settle.queue_ns == told_of(owner, "waits").settle.queue_ns == round(queue_ns)
+        assert await counted_endings(pool) == Counter(ok=2)
+
+
+def told_of(served: Serving, client_id: str) -> Any:
+    """Return the last record of a request."""
+    return served.sidecar.gateway.chronicle.find(asked_for(f"id={client_id}"))[-1]
+
+
+async def test_who_is_left_counts_what_ended_with_an_owner(
+    adapters: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The owner cannot: once by each counter and in the log, with the tokens that the client got."""
+    caplog.set_level(logging.WARNING, "sidecar.requests")
+    async with (
+        running(tmp_path / "redis") as redis,
+        running_engine(**SLOW) as one,
+        replicas(2, redis.url, [one], adapters, lease_s=CALM_S) as pool,
+        asyncio.timeout(2 * PATIENCE_S),
+    ):
+        (owner,) = [served for served in pool if owned(served)]
+        (other,) = [served for served in pool if served is not owner]
+        peers, board = other.sidecar.replica.peers, other.sidecar.replica.board
+        member = owner.sidecar.replica.member.id
+        proxy = Proxy(int(peers.addresses()[member].rpartition(":")[2]))
+        await proxy.mend()
+        peers.are({})
+        peers.are({member: f"127.0.0.1:{proxy.port}"})
+        await until(lambda: board.owner_of("b0") == member)
+        tokens = gateway_pb2.TokenIds(ids=[BOS, 1, 2])
+        request = gateway_pb2.GenerateRequest(
+            adapter="a00@v1", tokens=tokens, max_tokens=500, request_id="cut", tenant="acme"
+        )
+        answer = aiter(other.gateway.Generate(request))
+        got = [*(await anext(answer)).token_ids]
+        await proxy.cut()
+        with pytest.raises(grpc.aio.AioRpcError, match="lost in the middle"):
+            got += [token async for part in answer for token in part.token_ids]
+        assert await counted_endings([other]) == Counter(failed=1)
+        samples = await samples_of(other)
+        for name, value in (("adapter", "a00"), ("class", "default"), ("tenant", "acme")):
+            assert samples[f"lora_sidecar_{name}_requests_total", *sorted((value, "failed"))] == 1
+        (line,) = [record.getMessage() for record in caplog.records if record.name == "sidecar.requests"]
+        assert "id=cut" in line
+        assert f"output_tokens={len(got)}" in line
+        usage = admin_pb2_grpc.AccessStub(other.admin_channel).GetUsage(admin_pb2.UsageRequest(by=["tenant"]))
+        (row,) = (await usage).rows
+        assert (row.tenant, dict(row.requests), row.output_tokens) == ("acme", {"failed": 1}, len(got))
+        assert not told_of(other, "cut").is_elsewhere
+
+
+async def test_a_replica_that_stops_counts_what_it_cuts_off(adapters: Path, tmp_path: Path) -> None:
+    """Not the owner, too; and what the client has left is the owner's to count."""
+    async with (
+        running(tmp_path / "redis") as redis,
+        running_engine(**SLOW | {"seats": 2}) as one,
+        replicas(2, redis.url, [one], adapters, lease_s=CALM_S) as pool,
+    ):
+        (owner,) = [served for served in pool if owned(served)]
+        (other,) = [served for served in pool if served is not owner]
+        left, cut = (asyncio.create_task(other.ask(name, tokens=500)) for name in ("a00", "a01"))
+        await until(lambda: sum(request.first_token for request in owner.state.requests.values()) == 2)
+        await until(lambda: all(ticket.came for ticket in other.sidecar.gateway.tickets.values()))
+        left.cancel()
+        await until(lambda: len(owner.state.requests) == 1)
+        await other.sidecar.gateway.cut_off()
+        with pytest.raises(grpc.aio.AioRpcError, match="the sidecar stops"):
+            await cut
+        await until(lambda: not owner.state.requests)
+        assert await counted_endings([owner]) == Counter(cancelled=1)
+        assert await counted_endings([other]) == Counter(failed=1)
+
+
+async def test_an_owner_that_stops_leaves_what_waits_to_the_next_one(adapters: Path, tmp_path: Path) -> None:
+    """It counts no ending of a request that is answered after all."""
+    async with (
+        running(tmp_path / "redis") as redis,
+        running_engine(**SLOW) as one,
+        replicas(2, redis.url, [one], adapters, lease_s=CALM_S) as pool,
+    ):
+        (owner,) = [served for served in pool if owned(served)]
+        (other,) = [served for served in pool if served is not owner]
+        begun = asyncio.create_task(owner.ask("a00", tokens=500))
+        await until(lambda: any(request.first_token for request in owner.state.requests.values()))
+        waits = asyncio.create_task(other.ask("a01"))
+        await until(lambda: len(owner.state.requests) == 2)
+        await owner.sidecar.gateway.cut_off()
+        with pytest.raises(grpc.aio.AioRpcError, match="the sidecar stops"):
+            await begun
+        assert (await waits).tokens == other.expected("a01", 4)
+        assert await counted_endings(pool) == Counter(failed=1, ok=1)
 
 
 async def test_a_replica_that_drains_takes_no_request_for_another_either(adapters: Path, tmp_path: Path) -> None:
@@ -105,12 +204,17 @@ async def counted_endings(pool: list[Serving]) -> Counter[str]:
     """Return how many requests ended how, as all replicas count: each once, however often it was passed on."""
     counted: Counter[str] = Counter()
     for served in pool:
-        _, text = await served.sidecar.metrics.render()
-        for family in text_string_to_metric_families(text.decode()):
-            for sample in family.samples:
-                if sample.name == "lora_sidecar_requests_total" and sample.value:
-                    counted[sample.labels["outcome"]] += int(sample.value)
-    return counted
+        for (name, *labels), value in (await samples_of(served)).items():
+            if name == "lora_sidecar_requests_total":
+                counted[labels[0]] += int(value)
+    return +counted
+
+
+async def samples_of(served: Serving) -> dict[tuple[str, ...], float]:
+    """Return a replica's metrics, by name and the values of their labels, sorted."""
+    _, text = await served.sidecar.metrics.render()
+    families = text_string_to_metric_families(text.decode())
+    return {(each.name, *sorted(each.labels.values())): each.value for family in families for each in family.samples}
 
 
 async def test_a_plan_that_cannot_be_made_keeps_nobody_from_being_told(adapters: Path, tmp_path: Path) -> None:
@@ -185,6 +289,7 @@ async def test_a_pool_that_leaves_as_a_whole_waits_for_nobody(
         assert 0 < len(refused) < len(answers)
         assert {each.code() for each in refused} == {grpc.StatusCode.UNAVAILABLE}
         assert all(len(answer.tokens) == 40 for answer in answers if isinstance(answer, Answer))
+        assert await counted_endings(pool) == Counter(ok=len(answers) - len(refused), refused=len(refused))
 
 
 async def test_an_ending_that_is_not_understood_is_an_ending_all_the_same(adapters: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ import pytest
 
 from sidecar.proto import gateway_pb2
 from sidecar.timelines.asking import asked_for
+from sidecar.timelines.record import CameBack
 from tests.integration.test_incident import command
 from tests.kit.emulated import EngineProcess, running_engine
 from tests.kit.faults import attempt
 from tests.kit.forked import python
 from tests.kit.kserve_clients import OpenStream, aio_client, core_inputs
 from tests.kit.redis_servers import running
-from tests.kit.replica_pool import CALM_S, owned, replicas
+from tests.kit.replica_pool import CALM_S, owned, replica, replicas, settled
 from tests.kit.serving import Serving, serving, until, write_adapters
 from tests.kit.terminal import Terminal
 from tests.kit.vllm_emulated import VllmProcess
@@ -188,3 +189,38 @@ async def test_a_request_that_another_replica_answers(tmp_path: Path) -> None:
     assert {"fetch", "load", "sent", "first_token"} <= {at["what"] for at in there["timeline"]}
     (record,) = owner.sidecar.gateway.chronicle.find(asked_for(ASKED))
     assert record.peer.startswith("127.0.0.1:")
+
+
+async def test_a_request_that_came_back(tmp_path: Path) -> None:
+    """Its owner left while it waited there: each moment stands where it was, and this replica has the whole end."""
+    write_adapters(tmp_path / "adapters", 1)
+    sizes = {"compute": "none", "shape": "tiny", "seats": 1, "time_scale": 1.0}
+    async with (
+        running(tmp_path / "redis") as redis,
+        running_engine(**sizes) as engine,
+        AsyncExitStack() as one,
+        AsyncExitStack() as two,
+    ):
+        made = [replica(number, redis.url, [engine], tmp_path / "adapters", lease_s=CALM_S) for number in range(2)]
+        pool = [await ends.enter_async_context(each) for ends, each in zip((one, two), made, strict=True)]
+        await until(lambda: settled(pool))
+        asked = next(served for served in pool if not owned(served))
+        owner = next(served for served in pool if owned(served))
+        begun = asyncio.create_task(attempt(owner, "a00", LONG))
+        await until(lambda: any(request.running for request in owner.state.requests.values()))
+        waits = asyncio.create_task(generate(asked))
+        await until(lambda: len(owner.state.requests) == 2)
+        begun.cancel()
+        await (one, two)[pool.index(owner)].aclose()
+        await waits
+        told = await command("requests", "show", ASKED, "--admin", asked.sidecar.admin_address)
+    moments = [at["what"] for at in told["timeline"] if at["what"] != "waited"]
+    assert told["notes"] == []
+    assert next(at["text"] for at in told["timeline"] if at["what"] == "arrived") == "arrived"
+    assert moments.index("passed_on") < moments.index("given_back") < moments.index("came_back") < moments.index("sent")
+    reasons = {at["why"] for at in told["timeline"] if at["what"] == "waited"}
+    assert "no owner yet" in reasons
+    assert "not looked at" not in reasons
+    (record,) = asked.sidecar.gateway.chronicle.find(asked_for(ASKED))
+    back_ns = next(entry.at_ns for entry in record.happened if isinstance(entry.what, CameBack))
+    assert record.dispatch.queue_ns == record.settle.queue_ns >= back_ns - record.arrived_ns

@@ -167,3 +167,26 @@ def test_who_interrupts_a_step_ends_it_too() -> None:
     with pytest.raises(KeyboardInterrupt):
         driver.step(received(1))
     assert driver.crash.raised is not None
+
+
+async def test_what_a_request_has_waited_elsewhere_counts_but_for_the_journal() -> None:
+    """Its client's wait began with its arrival at another replica; a replay knows of this core's part only."""
+    effects: list[Effect] = []
+    driver, exact, shown = driver_of(effects), Endings(), Endings()
+    driver.observe(shown)
+    driver.observe(exact, of_core=True)
+    driver.post(received(1), 5_000)
+    driver.post(received(2))
+    await asyncio.sleep(0)
+    assert [each.queue_ns for each in exact.endings] == [0, 0]
+    assert [each.queue_ns for each in shown.endings] == [5_000, 0]
+    assert [each.queue_ns for each in effects if isinstance(each, Settle)] == [5_000, 0]
+    assert not driver.waited_ns
+
+
+class Endings:
+    def __init__(self) -> None:
+        self.endings: list[Settle] = []
+
+    def observed(self, event: Event, effects: Sequence[Effect], now_ns: int) -> None:
+        self.endings += [effect for effect in effects if isinstance(effect, Settle)]
