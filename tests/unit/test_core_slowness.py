@@ -232,7 +232,8 @@ def test_steps_show_how_slow_an_engine_is_before_its_answers_do() -> None:
         world.feed(ev.ClientLeft(request))
     for request in list(world.backend().running):
         world.end(request)
-    assert world.backend().steps.known and not world.backend().yielded.known
+    assert world.backend().steps.known
+    assert not world.backend().yielded.known
     *_, last = [world.send(output_tokens=100) for _ in range(40)]
     promise = world.core.state.requests[last].promise
     assert promise is not None
