@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 import pytest
+from tritonclient.utils import InferenceServerException
 
 from sidecar.core.effects import Settle
 from tests.kit.authority import NEEDS_OPENSSL, Authority
@@ -24,6 +25,7 @@ from tests.kit.kserve_clients import (
     sync_told,
 )
 from tests.kit.serving import serving, write_adapters
+from tests.kit.tokens import TokenMaker
 
 STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
 
@@ -53,6 +55,31 @@ async def test_a_tenant_by_its_own_word(tmp_path: Path) -> None:
         assert (await served.ask("a00", tenant="blue")).tokens == served.expected("a00", 4)
         outcomes = [(settle.tenant, settle.outcome.value) for settle in served.recorder.of(Settle)]
         assert outcomes.count(("blue", "ok")) == 3
+
+
+async def test_an_engines_counts_are_for_who_may_see_all_tenants(tmp_path: Path) -> None:
+    """They are of all tenants together. Where identity is only observed, a tenant is told, and the denial counted."""
+    maker = TokenMaker(tmp_path)
+    policies = {"ready": "tenant_prefix", "roles": {"group:ops": ["operator"]}}
+    for mode in ("off", "observe", "enforce"):
+        async with (
+            running_engine(**DUMMY) as engine,
+            serving(
+                [engine], identity={"mode": mode, "issuers": [maker.entry]}, access={"policies": policies}
+            ) as served,
+            aio_client(served.sidecar.data_address) as client,
+        ):
+            tenant, operator = ({"authorization": maker.bearer("acme", groups=groups)} for groups in ([], ["ops"]))
+            assert (await client.get_inference_statistics(CORE, headers=operator)).model_stats
+            denials = served.sidecar.gateway.access.denials
+            assert not sum(denials.values())
+            if mode != "enforce":
+                assert (await client.get_inference_statistics(CORE, headers=tenant)).model_stats
+            else:
+                with pytest.raises(InferenceServerException, match="may not see what is of all tenants") as refused:
+                    await client.get_inference_statistics(CORE, headers=tenant)
+                assert refused.value.status() == "StatusCode.PERMISSION_DENIED"
+            assert sum(denials.values()) == (mode != "off")
 
 
 async def test_no_tenants_at_all(tmp_path: Path) -> None:

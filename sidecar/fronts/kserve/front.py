@@ -14,11 +14,15 @@ import grpc
 import grpc.aio
 from tritonclient.grpc import service_pb2
 
+from sidecar.access.principal import SYSTEM, Action
 from sidecar.config import Config
+from sidecar.errors import Reason, Refused
+from sidecar.fronts import callers
 from sidecar.fronts.kserve.adapters import AdapterVerbs
 from sidecar.fronts.kserve.infer import KServe
 from sidecar.fronts.kserve.regions import NO_CUDA, region_verbs
 from sidecar.fronts.kserve.verbs import Later, Verb, Verbs, of_engines, to_all, to_one, to_sum, verb_handler
+from sidecar.fronts.status import abort
 from sidecar.shell.gateway import Gateway
 
 PASSED_ON = ("ServerMetadata", "ModelConfig")
@@ -40,7 +44,7 @@ def add_kserve(server: grpc.aio.Server, gateway: Gateway, config: Config) -> KSe
     """Add the inference verbs and the read-only ones to a server; return the front that holds the streams."""
     front = KServe(gateway, config)
     verbs: dict[str, Verb] = {
-        "ModelStatistics": to_sum(gateway, "ModelStatistics", summed),
+        "ModelStatistics": _for_operators(gateway, to_sum(gateway, "ModelStatistics", summed)),
         **{verb: to_one(gateway, verb) for verb in PASSED_ON},
         **AdapterVerbs(gateway).verbs,
         **region_verbs(gateway, Later(gateway), front.regions),
@@ -72,6 +76,23 @@ def _ready(gateway: Gateway) -> Verb:
         return service_pb2.ServerReadyResponse(ready=ready)
 
     return handle
+
+
+def _for_operators(gateway: Gateway, handle: Verb) -> Verb:
+    """Return a handler for those who may see what is of all tenants: engines count the requests of all together."""
+
+    async def checked(request: Any, context: Any) -> Any:
+        access, caller, request_id = gateway.access, callers.CALLER.get(), callers.id_of_call(context)
+        principal = access.judged(caller)
+        decision = None if principal is None else access.decide(principal, Action.SHOW)
+        if decision is not None and not decision.allowed:
+            access.denied(caller, Action.SHOW, SYSTEM, decision.by, request_id, "ModelStatistics")
+            if access.mode == "enforce":
+                why = f'you may not see what is of all tenants; ask your operator with id "{request_id}"'
+                await abort(context, Refused(Reason.NOT_ALLOWED, why))
+        return await handle(request, context)
+
+    return checked
 
 
 def summed(replies: Iterable[Any]) -> Any:
