@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from time import sleep
+from time import monotonic, sleep
 from typing import Annotated, Any, Literal
 
 import typer
@@ -31,6 +31,8 @@ from sidecar.proto import admin_pb2 as pb
 ENGINE = "Engine"
 COLUMNS = ("BACKEND", "STATE", ">SEATS", ">QUEUED", ">PAGES", ">OPEN", ">RESIDENT", ">HEALS", "DETAIL")
 POLL_S = 0.5
+SAID_EVERY_S = 10.0
+"""So often a wait says that it goes on, though nothing has changed."""
 GOOD = ("up", "joining")
 """The states of a backend that serves, or is about to."""
 DRAINED = ("draining", "drained")
@@ -232,11 +234,11 @@ def drain(
 
 
 def _emptied(client: Client, answer: Any) -> Any:
-    """Wait until a drained backend runs nothing, and print how much it still runs whenever that changes."""
-    running = None
+    """Wait until a drained backend runs nothing; print how much it still runs when that changes, and now and then."""
+    running, said_s = None, 0.0
     while answer.state == "draining":
-        if answer.running != running:
-            running = answer.running
+        if answer.running != running or monotonic() - said_s >= SAID_EVERY_S:
+            running, said_s = answer.running, monotonic()
             say(f"{answer.id} is draining, {running} still running", error=True)
         sleep(POLL_S)
         answer = client.ask(client.backends.Get, pb.BackendRequest(backend=answer.id))

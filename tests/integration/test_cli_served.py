@@ -51,7 +51,9 @@ async def test_an_adapters_life(served: Served, tmp_path: Path) -> None:
     assert re.search(r"^sql +v1 +8 +attn_q,attn_v +- +- +for acme", listed.out, re.M)
     assert "stays in the host store" in (await served.cli("adapters", "pin", "sql")).out
     assert "may be evicted again" in (await served.cli("adapters", "unpin", "sql")).out
-    assert "PLACE" in (await served.cli("adapters", "prefetch", "sql", "--backend", "trt-0")).out
+    assert re.search(
+        r"^PLACE +RESULT *\ntrt-0 ", (await served.cli("adapters", "prefetch", "sql", "--backend", "trt-0")).out
+    )
     await served.gateway.backends["trt-0"].loaded.wait()  # type: ignore[attr-defined]
     shown = await served.cli("adapters", "show", "sql")
     assert re.search(r"^memory +float16 +held +8.2 kB +0 +\d+", shown.out, re.M)
@@ -76,7 +78,7 @@ async def test_80_columns_are_enough(tmp_path: Path, sidecar: Callable[..., Ende
         ("queue", "--requests"): (gpus[0], tenant, ours, "EXPIRES", "WAITED"),
         ("requests", "list"): (gpus[0], tenant, ours, "running", "STATE"),
         ("replicas", "list"): ("replicas.address", "configuration"),
-        ("adapters", "prefetch", adapter): (*gpus, "RESULT"),
+        ("adapters", "prefetch", adapter): ("host store", "RESULT"),
     }
     async for served in serve_here(tmp_path, sidecar, ids=gpus):
         await served.register(adapter, tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -187,6 +188,24 @@ def test_seats_that_are_assumed_are_marked() -> None:
         assert backends._row(backend)[2] == f"69/{seats}"
         assert f"69 of {seats} taken" in printed(Group(*backends.shown(backend)), 300)
         assert f" 69/{seats} " in laid_out(PAGES[1], [admin_pb2.BackendRow(backend=backend)], 80, 0).plain
+
+
+def test_a_wait_for_a_drain_says_that_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line when the number changes, and every 10 seconds."""
+    passed_s = [100.0]
+    monkeypatch.setattr(backends, "monotonic", lambda: passed_s[0])
+    monkeypatch.setattr(backends, "sleep", lambda seconds: passed_s.append(passed_s.pop() + seconds))
+
+    def answer() -> Any:
+        state = "draining" if passed_s[0] < 128 else "drained"
+        return admin_pb2.Backend(id="b", state=state, running=2 if passed_s[0] < 105 else 1)
+
+    client: Any = SimpleNamespace(ask=lambda method, request: answer(), backends=SimpleNamespace(Get=None))
+    assert backends._emptied(client, answer()).state == "drained"
+    said = [line.split()[3] for line in capsys.readouterr().err.splitlines()]
+    assert said == ["2", "1", "1", "1"]  # after 0, 5, 15 and 25 s
 
 
 @pytest.mark.parametrize("width", [40, 80, 120])
