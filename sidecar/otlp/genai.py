@@ -48,11 +48,12 @@ class GenAiMetrics:
             return
         about = EVERY | {"gen_ai.request.model": self._model_of(settle.name)}
         failed = {} if settle.reason is None else {"error.type": settle.reason.name}
-        self._duration.record((ended_ns - record.arrived_ns) / 1e9, about | failed)
+        arrived_ns = record.arrived_ns - record.waited_ns
+        self._duration.record((ended_ns - arrived_ns) / 1e9, about | failed)
         first_ns = record.first_token_ns
         if settle.outcome is not Outcome.OK or first_ns is None:
             return
-        self._first_token.record((first_ns - record.arrived_ns) / 1e9, about)
+        self._first_token.record((first_ns - arrived_ns) / 1e9, about)
         more = settle.output_tokens / record.received.sequences - 1
         if more > 0:
             self._per_token.record((ended_ns - first_ns) / 1e9 / more, about)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Reversible, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Reversible, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -80,14 +80,19 @@ class _Notes(deque[Note]):
 
 
 class Chronicle:
-    """An observer. `ticket_of(number)` returns the ticket of an open request; `on_end` is told of each ending."""
+    """An observer. `ticket_of(number)` returns the ticket of an open request; `on_end` is told of each ending.
+
+    `waited_ns` has how long requests had waited elsewhere when they came.
+    """
 
     def __init__(
         self,
         state: Callable[[], State],
         ticket_of: Callable[[int], Ticket | None],
         clock_ns: Callable[[], int] = monotonic_ns,
+        waited_ns: Mapping[int, int] | None = None,
     ) -> None:
+        self._waited_ns = {} if waited_ns is None else waited_ns
         self.on_end: list[Callable[[Record], None]] = []
         self.older = "No journal tells of older ones: it needs data_directory and journal.enabled"
         """What tells of requests that are forgotten here."""
@@ -140,7 +145,7 @@ class Chronicle:
             record = self._open[event.request] = Record(event, now_ns, time_ns(), self._count)
             if (ticket := self._ticket_of(event.request)) is not None:
                 record.peer, record.trace = ticket.peer, ticket.trace
-            record.arrival = arrival
+            record.arrival, record.waited_ns = arrival, self._waited_ns.get(event.request, 0)
         if request is None:
             return
         record.version, record.ordinal = request.version, request.ordinal

@@ -114,7 +114,7 @@ class Gateway:
         self._client_stall_ns = int(client_stall_s * 1e9)
         self._sweeper: asyncio.Task[None] | None = None
         self.lanes = Lanes(lambda: self.core.state)
-        self.chronicle = Chronicle(lambda: self.core.state, self._ticket_of)
+        self.chronicle = Chronicle(lambda: self.core.state, self._ticket_of, waited_ns=self.driver.waited_ns)
         self.driver.observe(self.chronicle, of_refused=True)
         self.driver.observe(SharedNames(self.core.state))
         self.begin_trace: Callable[[Ticket, RequestFacts], Traced] | None = None

@@ -139,6 +139,8 @@ class Record:
     """What the chronicle had counted when it arrived."""
     peer: str = ""
     trace: Any = None
+    waited_ns: int = 0
+    """How long it had waited at other replicas before it came to this one."""
     version: str = ""
     ordinal: int = 0
     output_tokens_max: int | None = None
@@ -238,7 +240,7 @@ class _Telling:
             if self._record.is_elsewhere:
                 self.timeline.notes = [f"replica {had.replica} has the rest of the story: ask it"]
         elif isinstance(had, Unowned):
-            self._waits.begin(NO_OWNER, self._since_ns, "", "another replica owns the backend that it is for")
+            self._waits.begin(NO_OWNER, self._since_ns, "", "a replica is looked for that owns its backend")
         elif isinstance(had, do.Dispatch) and isinstance(to, Queued):
             self._waits.begin(AT_AN_ENGINE, self._since_ns, had.backend, saying.IN_VAIN)
         self._waits.end(at_ns)

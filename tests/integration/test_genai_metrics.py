@@ -78,7 +78,7 @@ class Observed(Measured):
         assert self.metrics is not None
         exporter = metric_exporter(Otlp(endpoint=endpoint))
         self.genai = GenAiMetrics(exporter, resource_of("test"), self.metrics.adapter_label)
-        self.chronicle = Chronicle(lambda: self.core.state, lambda _: None)
+        self.chronicle = Chronicle(lambda: self.core.state, lambda _: None, waited_ns={1: 10 * SECOND})
         self.chronicle.on_end.append(self.genai.ended)
 
     def feed(self, event: ev.Event) -> list:  # type: ignore[type-arg]
@@ -89,7 +89,10 @@ class Observed(Measured):
 
 
 async def test_times_and_errors() -> None:
-    """First tokens and times per token are those of answers, durations those of all."""
+    """First tokens and times per token are those of answers, durations those of all.
+
+    They begin with the arrival at the first replica: the first request was at another one for ten seconds.
+    """
     async with collector() as received:
         world = Observed(received.grpc_url)
         world.register("sql")
@@ -110,9 +113,9 @@ async def test_times_and_errors() -> None:
         world.feed(ev.ClientLeft(leaves))
         await asyncio.to_thread(world.genai.stop)
         points = {key: (count, round(total, 3)) for key, (count, total) in points_of(received).items()}
-    assert points[FIRST_TOKEN, "sql", ""] == (1, 4)
+    assert points[FIRST_TOKEN, "sql", ""] == (1, 10 + 4)
     assert points[PER_TOKEN, "sql", ""] == (1, round(3 / 9, 3))
-    assert points[DURATION, "sql", ""] == (1, 7)
+    assert points[DURATION, "sql", ""] == (1, 10 + 7)
     assert points[PER_TOKEN, "_base", ""] == (1, 0.75)
     assert points[DURATION, "_base", ""] == (2, 5 + 7)
     assert points[DURATION, "_base", "CANCELLED"] == (1, 0.5)

@@ -94,11 +94,17 @@ async def test_who_is_left_counts_what_ended_with_an_owner(
         request = gateway_pb2.GenerateRequest(
             adapter="a00@v1", tokens=tokens, max_tokens=500, request_id="cut", tenant="acme"
         )
-        answer = aiter(other.gateway.Generate(request))
-        got = [*(await anext(answer)).token_ids]
+        got: list[int] = []
+
+        async def read() -> None:
+            async for part in other.gateway.Generate(request):
+                got.extend(part.token_ids)
+
+        reading = asyncio.create_task(read())
+        await until(lambda: bool(got))
         await proxy.cut()
         with pytest.raises(grpc.aio.AioRpcError, match="lost in the middle"):
-            got += [token async for part in answer for token in part.token_ids]
+            await reading
         assert await counted_endings([other]) == Counter(failed=1)
         samples = await samples_of(other)
         for name, value in (("adapter", "a00"), ("class", "default"), ("tenant", "acme")):
