@@ -172,8 +172,8 @@ class Chronicle:
             self._settle(effect, now_ns)
 
     def given_up(self, effect: do.Settle) -> None:
-        """Note that a request ends in this process for want of the backend's ownership: another replica goes on."""
-        if effect.reason is Reason.NOT_OWNER:
+        """Note that a request ends in this process, but another replica goes on with it."""
+        if effect.reason in (Reason.NOT_OWNER, Reason.CRASHED):
             if (record := self._open.get(effect.request)) is not None:
                 record.is_elsewhere = True
             self._settle(effect, self._clock_ns())

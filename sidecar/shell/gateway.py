@@ -229,8 +229,12 @@ class Gateway:
         for ticket in list(self.tickets.values()):
             if ticket.settled is None:
                 owners = () if self.elsewhere is None else self.elsewhere.ended_with(ticket)
-                endings.append(last_ending(ticket, raised, self.state, owners))
-                ticket.settle(endings[-1])
+                ending = last_ending(ticket, raised, self.state, owners)
+                ticket.settle(ending)
+                if ticket.caller is None and ending.reason is Reason.CRASHED:  # the replica that passed it on goes on
+                    self.chronicle.given_up(ending)
+                else:
+                    endings.append(ending)
         for future in self._asks.values():
             if not future.done():
                 future.set_exception(self.crash.error())

@@ -16,6 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from sidecar.core.effects import Dispatch
+from sidecar.journal.raised import Raised
 from sidecar.lab.engine.tokens import BOS
 from sidecar.proto import admin_pb2, admin_pb2_grpc, gateway_pb2, peers_pb2, peers_pb2_grpc
 from sidecar.replicas import router
@@ -63,6 +64,29 @@ async def test_what_a_former_member_has_begun_goes_on_and_the_rest_is_sent_again
         assert queue_ns >= given_back_ns - record.arrived_ns  # the owner counts the wait before as well
         assert record.settle.queue_ns == told_of(owner, "waits").settle.queue_ns == round(queue_ns)
         assert await counted_endings(pool) == Counter(ok=2)
+
+
+async def test_an_owner_that_crashes_counts_no_request_that_goes_on(adapters: Path, tmp_path: Path) -> None:
+    """Only what ends with it."""
+    async with (
+        running(tmp_path / "redis") as redis,
+        running_engine(**SLOW) as one,
+        replicas(2, redis.url, [one], adapters, lease_s=CALM_S) as pool,
+    ):
+        (owner,) = [served for served in pool if owned(served)]
+        (other,) = [served for served in pool if served is not owner]
+        begun = asyncio.create_task(other.ask("a00", tokens=500))
+        await until(lambda: any(ticket.came for ticket in other.sidecar.gateway.tickets.values()))
+        waits = asyncio.create_task(other.ask("a01"))
+        await until(lambda: len(owner.state.requests) == 2)
+        gateway = owner.sidecar.gateway
+        gateway.crash.raised = Raised(RuntimeError("a fault"), 0)
+        gateway.end_open(gateway.crash.raised)
+        with pytest.raises(grpc.aio.AioRpcError, match="in the middle of the answer"):
+            await begun
+        await until(lambda: other.sidecar.replica.router.reroutes > 0)
+        assert await counted_endings(pool) == Counter(failed=1)
+        waits.cancel()
 
 
 def told_of(served: Serving, client_id: str) -> Any:
