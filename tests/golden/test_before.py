@@ -38,6 +38,8 @@ READ_FILES = ("engine.json", "model.json")
 FREE = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--http", "127.0.0.1:0")
 PATIENCE_S = 30.0
 PROSE = ("text", "message", "notes")
+SINCE = ("late_ns",)
+"""What explanations tell since these were recorded."""
 
 Command = Callable[..., Ended]
 
@@ -139,10 +141,10 @@ def test_another_name_is_noticed(old: bytes, new: bytes, words: str, sidecar: Co
 
 
 def explained(sidecar: Command, path: Path, request: str) -> dict[str, Any]:
-    """Return why a request waited, without the sentences for people."""
+    """Return why a request waited, without the sentences for people and what is told since then."""
     told = sidecar("replay", str(path), "--explain", request, "--json").json()
     told["timeline"] = [{key: each[key] for key in each if key not in PROSE} for each in told["timeline"]]
-    return {key: told[key] for key in told if key not in PROSE}
+    return {key: told[key] for key in told if key not in (*PROSE, *SINCE)}
 
 
 def unpacked(archive: Path, folder: Path) -> Path:
