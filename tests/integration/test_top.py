@@ -370,6 +370,59 @@ async def test_text_of_others_is_spelled_and_moves_no_cursor() -> None:
             await top.shows(f"nothing has come from the sidecar at {admin} for 1", "what is below is old")
 
 
+class Slow(admin_pb2_grpc.QueuesServicer, admin_pb2_grpc.PoolServicer):
+    """Shows 7 groups at once, and the engines when it is told to."""
+
+    def __init__(self) -> None:
+        self.goes_on = asyncio.Event()
+
+    async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        groups = [pb.QueueGroup(adapter=f"a{number}", waiting=1) for number in range(7)]
+        if request.page == "queue":
+            yield pb.PoolView(verdict="7 waiting", rows_total=7, groups=groups)
+        else:
+            await self.goes_on.wait()
+            row = pb.BackendRow(backend=pb.Backend(id="gpu-0", state="up"))
+            yield pb.PoolView(verdict="7 waiting", rows_total=1, backend_rows=[row])
+        await asyncio.Event().wait()
+
+
+async def test_a_page_that_has_not_come_is_loading() -> None:
+    """Its key shows at once that it is on its way; that of the page that is shown leaves its rows."""
+    slow = Slow()
+    async with answering(slow) as admin:
+        with Terminal("top", "--admin", admin) as top:
+            await top.shows("by oldest 7", "a6 - -")
+            top.press("2")
+            await top.shows("by oldest loading")
+            assert "of 7" not in top.flat
+            slow.goes_on.set()
+            await top.shows("by oldest 1 ENGINE", "gpu-0 up")
+            top.press("1")
+            await top.shows("by oldest 7", "a6 - -")
+            top.press("1/")
+            await top.shows("enter filters", "by oldest 7", "a6 - -")
+
+
+async def test_a_page_key_closes_the_help() -> None:
+    """The help says how to close it; a page's key shows that page, and "?" closes it, too."""
+    slow = Slow()
+    slow.goes_on.set()
+    async with answering(slow) as admin:
+        with Terminal("top", "--admin", admin) as top:
+            await top.shows("a6 - -")
+            top.press("?")
+            await top.shows("drain or undrain an engine", "esc closes")
+            top.press("2")
+            await top.hides("esc closes")
+            await top.shows("ENGINE STATE", "gpu-0 up")
+            top.press("?")
+            await top.shows("esc closes")
+            top.press("?")
+            await top.hides("esc closes")
+            await top.shows("gpu-0 up")
+
+
 class Failing(admin_pb2_grpc.QueuesServicer, admin_pb2_grpc.PoolServicer):
     """Refuses with one status."""
 

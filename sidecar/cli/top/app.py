@@ -45,7 +45,7 @@ KEYS = (
     ("enter", "open: a group's or a tenant's requests, or all of one thing"),
     ("s", "sort by the longest wait, name, waiting, running or tokens"),
     ("/", "show only what has a text in its name, id or state"),
-    ("esc", "leave a filter or what was opened"),
+    ("esc", "leave a filter; close this or what was opened"),
     ("c", "cancel requests"),
     ("p", "pause or resume an adapter"),
     ("d", "drain or undrain an engine"),
@@ -188,7 +188,7 @@ class Top(App[None]):
         tabs.append(f"  by {SORTED_BY.get(self._sort, self._sort) if self._page.sorts else 'oldest'}")
         if self._filter:
             tabs.append(f"  /{self._filter}", "bold")
-        if view is not None:
+        if view is not None and not self._awaits_rows:
             tabs.append(f"  {self._span()}", "dim")
         self._set("#tabs", tabs)
         self._set("#body", self._body(width))
@@ -229,10 +229,10 @@ class Top(App[None]):
     def _body(self, width: int) -> RenderableType:
         if self._view is None:
             return ""
+        if self._awaits_rows:
+            return Text("loading", "dim")
         rows = self._rows()
         if not rows:
-            if self._awaits_rows:
-                return ""
             return Text(f'nothing here has "{self._filter}" in its name' if self._filter else "nothing to show")
         table = laid_out(self._page, rows, width, self._cursor)
         if self._page is not ENGINES:
@@ -339,11 +339,13 @@ class Top(App[None]):
             self._draw()
 
     def _use_filter(self, wanted: str) -> None:
-        """Forget the rows, so that no key acts on one that is about to go, and ask anew."""
-        self._typed, self._filter, self._awaits_rows = None, wanted, True
-        if self._view is not None:
-            self._view.ClearField(self._page.rows)
+        """Ask anew, and then forget the rows, so that no key acts on one that is about to go."""
+        self._typed, self._filter, before = None, wanted, self._asked
         self.action_begin()
+        if self._asked is not before:
+            self._awaits_rows = True
+            if self._view is not None:
+                self._view.ClearField(self._page.rows)
         self._draw()
 
     def action_unfilter(self) -> None:
@@ -446,18 +448,26 @@ class Question(ModalScreen[bool]):
 
 
 class Shown(ModalScreen[None]):
-    """Show one thing whole; it scrolls."""
+    """Show one thing whole; it scrolls. A page's key closes it and turns to the page."""
 
     AUTO_FOCUS = "VerticalScroll"
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,enter,q", "dismiss(None)")]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape,enter,q,question_mark", "dismiss(None)"),
+        *(Binding(str(number), f"page({number - 1})") for number in range(1, len(PAGES) + 1)),
+    ]
 
     def __init__(self, what: Iterable[RenderableType]) -> None:
         super().__init__()
         self._what = Group(*what)
 
     def compose(self) -> ComposeResult:
-        with VerticalScroll(classes="box"):
+        with VerticalScroll(classes="box") as box:
+            box.border_subtitle = "esc closes"
             yield Static(self._what)
+
+    async def action_page(self, number: int) -> None:
+        self.dismiss(None)
+        await self.app.run_action(f"page({number})")
 
 
 def call_soon(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *arguments: Any) -> None:
