@@ -19,6 +19,9 @@ from sidecar.core.facts import Adapter, version_id
 from sidecar.core.state import Backend, Name, State, Version
 from sidecar.core.step import Step
 
+FETCHING, HELD = "fetching", "in the host store already"
+"""What a prefetch answers of the host store; journals have these words."""
+
 
 def registered(step: Step, event: AdapterRegistered) -> None:
     """Handle AdapterRegistered: redefine a name. Queued and running requests keep their version."""
@@ -159,12 +162,12 @@ def _evict_from_disk(step: Step, digest: str) -> str:
 
 
 def prefetch_asked(step: Step, event: PrefetchAsked) -> None:
-    """Handle PrefetchAsked: bring an adapter into the named backends; without any, into the store for every layout."""
+    """Handle PrefetchAsked: bring an adapter into the store for every layout in use, and into the named backends."""
     state = step.state
     digest = state.names[event.name].digest
+    lines = []
     servers = {backend.id: backend for backend in eligibility.servers_of(state, digest)}
-    lines = [] if event.backends else [("host store", _prefetch_to_store(step, digest, [*servers.values()]))]
-    for backend_id in event.backends:
+    for backend_id in event.backends or tuple(servers):
         backend = servers.get(backend_id)
         if backend_id not in state.backends or (backend is not None and backend.leaving):
             lines.append((backend_id, "it is about to go, or gone"))
@@ -175,20 +178,12 @@ def prefetch_asked(step: Step, event: PrefetchAsked) -> None:
             lines.append((backend_id, "resident already"))
         else:
             want(step, digest, [backend])
-            backend.warmups[digest] = None
-            step.dirty[backend_id] = None
+            if event.backends:
+                backend.warmups[digest] = None
+                step.dirty[backend_id] = None
             held = state.store.has(state.packed_for(digest, backend).key)
-            lines.append((backend_id, "in the host store already" if held else "fetching"))
+            lines.append((backend_id, HELD if held else FETCHING))
     step.emit(Answer(event.ask, tuple(lines)))
-
-
-def _prefetch_to_store(step: Step, digest: str, servers: list[Backend]) -> str:
-    staying = [backend for backend in servers if not backend.leaving]
-    if not staying:
-        return "not fetched: no backend can serve it"
-    want(step, digest, staying)
-    held = all(step.state.store.has(step.state.packed_for(digest, backend).key) for backend in staying)
-    return "held already" if held else "fetching"
 
 
 def release_asked(step: Step, event: ReleaseAsked) -> None:

@@ -28,6 +28,7 @@ from sidecar.state.registry import SqliteRegistry
 from tests.kit.cli_served import guarded
 from tests.kit.peft_files import BASE_MODEL, write_adapter
 from tests.kit.scripted_backend import PAYLOAD, ScriptedBackend
+from tests.kit.serving import until
 
 
 @dataclass
@@ -146,6 +147,28 @@ async def test_pin_prefetch_and_evict(admin: Admin, tmp_path: Path) -> None:
     assert places[0].result == "dropped"
     assert "no unload" in places[1].result
     assert not (await admin.adapters.Get(pb.AdapterRequest(name="sql"))).store
+
+
+async def test_a_prefetch_without_backends_is_of_the_host_store(admin: Admin, tmp_path: Path) -> None:
+    """It answers for the store, and for a backend only where that is why nothing is fetched; nothing is loaded."""
+
+    async def prefetched() -> list[tuple[str, str]]:
+        answer = await admin.adapters.Prefetch(pb.PrefetchRequest(name="sql"))
+        return [(place.place, place.result) for place in answer.places]
+
+    await admin.adapters.Register(pb.RegisterRequest(name="sql", path=str(write_adapter(tmp_path / "sql"))))
+    assert await prefetched() == [("host store", "fetching")]
+    store = admin.gateway.state.store
+    await until(lambda: any(entry.ready for entry in store.entries.values()))
+    assert await prefetched() == [("host store", "held already")]
+    shown = await admin.adapters.Get(pb.AdapterRequest(name="sql"))
+    assert [place.tier for place in shown.backends] == ["absent", "absent"]
+    await admin.adapters.Prefetch(pb.PrefetchRequest(name="sql", backends=["trt-0"]))
+    await until(lambda: bool(admin.gateway.state.backends["trt-0"].shadow.device.held))
+    assert await prefetched() == [("host store", "held already"), ("trt-0", "resident already")]
+    for backend in ("trt-0", "trt-1"):
+        await admin.backends.Drain(pb.BackendRequest(backend=backend))
+    assert await prefetched() == [("host store", "not fetched: no backend can serve it")]
 
 
 async def test_backends_show_and_drain(admin: Admin, caplog: pytest.LogCaptureFixture) -> None:

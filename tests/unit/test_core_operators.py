@@ -67,27 +67,12 @@ def test_prefetch_fills_the_store() -> None:
     world.add_engine("bf", with_facts(facts_of(), dtype="bfloat16"))
     world.register("sql")
     answer = world.ask(lambda ask: ev.PrefetchAsked(ask, "sql"))
-    assert answer.lines == (("host store", "fetching"),)
+    assert answer.lines == (("b0", "fetching"), ("bf", "fetching"))
     world.run()
     assert len(world.of(fx.Fetch)) == 2
     assert not world.of(fx.Load)
     again = world.ask(lambda ask: ev.PrefetchAsked(ask, "sql"))
-    assert again.lines == (("host store", "held already"),)
-
-
-def test_prefetch_fills_the_store_with_what_an_engine_has() -> None:
-    """The store may have lost what is resident; without a backend that can serve it there is no layout to fetch."""
-    world = World()
-    world.register("sql")
-    world.send("sql")
-    world.run()
-    world.ask(lambda ask: ev.EvictAsked(ask, "sql"))
-    assert world.ask(lambda ask: ev.PrefetchAsked(ask, "sql")).lines == (("host store", "fetching"),)
-    world.run()
-    assert world.ask(lambda ask: ev.PrefetchAsked(ask, "sql")).lines == (("host store", "held already"),)
-    world.feed(ev.DrainSet("b0", True))
-    answer = world.ask(lambda ask: ev.PrefetchAsked(ask, "sql"))
-    assert answer.lines == (("host store", "not fetched: no backend can serve it"),)
+    assert again.lines == (("b0", "in the host store already"), ("bf", "in the host store already"))
 
 
 def test_prefetch_onto_an_idle_backend_loads_it() -> None:

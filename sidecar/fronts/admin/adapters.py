@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from math import inf
 from time import monotonic_ns, time
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from sidecar.config.identities import clipped
 from sidecar.core import queries
 from sidecar.core.effects import Answer
+from sidecar.core.operators import FETCHING, HELD
 from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts import callers
 from sidecar.fronts.admin.push import Pushes
@@ -128,7 +130,8 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
 
     @answers_errors
     async def Prefetch(self, request: Any, context: Any) -> Any:  # noqa: N802
-        return _places_message(await self._gateway.prefetch(request.name, tuple(request.backends)))
+        answer = await self._gateway.prefetch(request.name, tuple(request.backends))
+        return _places_message(answer if request.backends else replace(answer, lines=_of_store(answer.lines)))
 
     @answers_errors
     async def Release(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -310,6 +313,19 @@ def _live_message(view: queries.AdapterView) -> Any:
             for residency in view.backends
         ],
     )
+
+
+def _of_store(lines: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """Return what came of a prefetch that named no backend: one line for the host store, then what kept it away."""
+    others = [line for line in lines if line[1] not in (FETCHING, HELD)]
+    results = {result for _, result in lines}
+    if FETCHING in results:
+        of_store = FETCHING
+    elif HELD in results:
+        of_store = "held already"
+    else:
+        of_store = "not fetched" if others else "not fetched: no backend can serve it"
+    return ("host store", of_store), *others
 
 
 def _places_message(answer: Answer) -> Any:
