@@ -162,6 +162,8 @@ def call_failed(error: Any, endpoint: Endpoint) -> CommandError:
             said += "; --token-file FILE sends the key or the token in a file"
             if endpoint.listener == "admin":  # login asks the admin listener, and keeps what it was taken for there
                 said += ", sidecar login keeps one for this address"
+        if info.reason == Reason.QUARANTINED.value and "adapters release" not in said and "adapter" in details:
+            said += f'; operators do so with "sidecar adapters release {details["adapter"]}"'
         code = Exit.MISUSED if info.reason == Reason.CONFIG_INVALID.value else Exit.FAILED
         return CommandError(said, code, info.reason, code=error.code().name, **details)
     code, said = error.code(), error.details() or ""

@@ -10,7 +10,7 @@ import os
 import resource
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -123,7 +123,22 @@ def serve(
     def read() -> Config:
         return resolve(config, given)
 
-    _run(_serve(config, read, as_json))
+    try:
+        _run(_serve(config, read, as_json))
+    except Misused as error:
+        error.message = _naming_options(error, options)
+        raise
+
+
+def _naming_options(error: Misused, options: Mapping[str, tuple[str, Any]]) -> str:
+    """Return the message of an error about a key with the option that sets it: first if given, last as a way out."""
+    for option, (key, value) in options.items():
+        if key in error.message and not error.message.startswith(option):
+            if value is not None:
+                return f"{option}: {error.message}"
+            if error.reason is Reason.PORT_IN_USE:
+                return f"{error.message} or {option}"
+    return error.message
 
 
 def _backends(urls: list[str], adapters_dir: str | None) -> list[dict[str, Any]] | None:

@@ -99,7 +99,7 @@ def _manifest(
         "captured": _iso(datetime.now(UTC)),
         "asked_for_s": wanted.last.total_seconds(),
         "covers": {"from": _iso(began), "to": _iso(segments[-1].ended if segments else None)},
-        "holds": HOLDS,
+        "holds": HOLDS.removeprefix("ids, ") if wanted.redact_ids else HOLDS,
         "versions": parts.versions(),
         "journal": [_segment_record(segment) for segment in segments],
         "files": [{"file": part.name, "bytes": len(part.content), "about": part.about} for part in gathered],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
@@ -235,12 +236,14 @@ def _bounds(listener: GrpcListener, message_bytes_max: int) -> tuple[tuple[str, 
 
 def _bind(server: grpc.aio.Server, listener: Listener, name: str, calls: BoundedCalls | None = None) -> str:
     """Bind a listener's port and return its address. Raises Misused(PORT_IN_USE)."""
+    credentials = None if listener.tls is None else _server_credentials(listener)
     try:
-        if listener.tls is None:
+        _try(listener.address)
+        if credentials is None:
             port = server.add_insecure_port(listener.address)
         else:
-            port = server.add_secure_port(listener.address, _server_credentials(listener))
-    except RuntimeError as error:
+            port = server.add_secure_port(listener.address, credentials)
+    except (OSError, RuntimeError) as error:
         raise Misused(
             Reason.PORT_IN_USE,
             f"the {name} listener cannot have {listener.address}: another process has the port, or the address is "
@@ -250,6 +253,24 @@ def _bind(server: grpc.aio.Server, listener: Listener, name: str, calls: Bounded
         calls.port = port
     host = listener.address.rpartition(":")[0]
     return listener.address if listener.address.startswith("unix:") else f"{host}:{port}"
+
+
+def _try(address: str) -> None:
+    """Raise OSError if no socket can have an address: gRPC, which binds it, would log lines of its own about that."""
+    host, _, port = address.rpartition(":")
+    if address.startswith("unix:"):
+        return
+    refused: OSError | None = None
+    for family, kind, protocol, _, place in socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM):
+        try:
+            with socket.socket(family, kind, protocol) as trial:
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                trial.bind(place)
+                return
+        except OSError as error:
+            refused = error
+    if refused is not None:
+        raise refused
 
 
 def _server_credentials(listener: Listener) -> grpc.ServerCredentials:

@@ -48,7 +48,7 @@ class RequestLog:
         is_cut_off = settle.reason is Reason.DRAINING and was_taken
         level = logging.WARNING if settle.outcome is Outcome.FAILED or is_cut_off else logging.INFO
         if requests.isEnabledFor(level):
-            requests.log(level, ending_fields(settle, record.dispatch, record.client_id, record.peer))
+            requests.log(level, ending_fields(settle, record.dispatch, record.client_id, record.peer, record.ordinal))
 
 
 def log_refused(client_id: str, error: SidecarError) -> None:
@@ -59,15 +59,20 @@ def log_refused(client_id: str, error: SidecarError) -> None:
         )
 
 
-def ending_fields(settle: Settle, dispatch: Dispatch | None, client_id: str, peer: str) -> Fields:
-    """Return a request's log line. `dispatch` is its last one; None if it was never sent to an engine."""
+def ending_fields(settle: Settle, dispatch: Dispatch | None, client_id: str, peer: str, ordinal: int) -> Fields:
+    """Return a request's log line. `dispatch` is its last one; None if it was never sent to an engine.
+
+    `ordinal` is that of its version, 0 if none is known.
+    """
+    if dispatch is not None and dispatch.name:
+        ordinal = dispatch.ordinal
     values: dict[str, Any] = {
         "request": settle.request,
         "id": client_id,
         "outcome": settle.outcome.value,
         "reason": settle.reason.value if settle.reason is not None else "",
         "adapter": settle.name,
-        "version": version_shown(settle, dispatch),
+        "version": f"v{ordinal}" if ordinal else settle.version[:12],
         "backend": dispatch.backend if dispatch is not None else "",
         "tenant": settle.tenant,
         "peer": peer,
@@ -84,10 +89,3 @@ def ending_fields(settle: Settle, dispatch: Dispatch | None, client_id: str, pee
     if settle.reason is not None:
         values["error"] = settle.message
     return Fields("request ended", **values)
-
-
-def version_shown(settle: Settle, dispatch: Dispatch | None) -> str:
-    """Return `v1` for a dispatched request, the start of the digest for one that was only queued."""
-    if dispatch is not None and dispatch.name:
-        return f"v{dispatch.ordinal}"
-    return settle.version[:12]

@@ -310,10 +310,20 @@ def test_serve_from_start_to_end(tmp_path: Path, sidecar: Callable[..., Ended]) 
         error = json.loads(errors.splitlines()[-1])["error"]
         assert str(process.pid) in error["message"]
         assert data in error["message"]
-        third = serve("--listen", ready["data"])
-        _, errors = third.communicate()
-        assert third.returncode == 2
-        assert json.loads(errors.splitlines()[-1])["error"]["reason"] == "PORT_IN_USE"
+        for option in ("--listen", "--admin", "--http"):
+            another = serve(option, ready["data"])
+            _, errors = another.communicate()
+            assert another.returncode == 2
+            error = json.loads(errors.splitlines()[-1])["error"]
+            assert error["reason"] == "PORT_IN_USE"
+            assert error["message"].startswith(f"{option}: the ")
+            assert "add_port" not in errors  # gRPC's own words
+        free = {"address": "127.0.0.1:0"}
+        file = tmp_path / "config.json"
+        listeners = {"data": {"address": ready["data"]}, "admin": free, "http": free}
+        file.write_text(json.dumps({"listeners": listeners}))
+        _, errors = start("serve", "--config", str(file)).communicate()
+        assert errors.splitlines()[-1].endswith("with listeners.data.address or --listen [PORT_IN_USE]")
         process.send_signal(signal.SIGTERM)
         process.communicate()
     assert process.returncode == 0
@@ -327,6 +337,7 @@ def test_serve_from_start_to_end(tmp_path: Path, sidecar: Callable[..., Ended]) 
         (("--config", "/nowhere.yaml"), "/nowhere.yaml"),
         (("--admin", "0.0.0.0:0"), "token_file"),
         (("--backend", "triton://nowhere"), "triton://HOST:PORT"),
+        (("--adapters", "nope/adapters"), "--adapters: adapters.serve: nope/adapters is not a folder"),
     ],
 )
 def test_serve_refuses_a_wrong_configuration(arguments: tuple[str, ...], words: str) -> None:

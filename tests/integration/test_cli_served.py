@@ -121,6 +121,8 @@ async def test_a_release_of_what_is_not_quarantined(served: Served, tmp_path: Pa
     assert ended.err.startswith("error: sql is not quarantined, and no backend refuses it: there is nothing to ")
     state = served.gateway.state
     state.versions[state.names["sql"].digest].quarantined = "two engines died of it"
+    refused = await served.cli("generate", "sql", "hi")
+    assert (refused.code, '"sidecar adapters release sql"' in refused.err) == (1, True)
     ended = await served.cli("adapters", "release", "sql")
     assert (ended.code, ended.out) == (0, "sql is served again\n")
 

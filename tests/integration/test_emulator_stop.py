@@ -7,7 +7,8 @@ import socket
 
 import pytest
 
-from sidecar.lab.engine.http.server import HttpServer, bound_socket, http_server
+from sidecar.lab.engine.http.server import HttpServer, http_server
+from sidecar.lab.engine.listening import bound_socket
 from sidecar.lab.engine.openai import VllmOptions
 from tests.kit.serving import PATIENCE_S, until
 
@@ -20,7 +21,7 @@ async def nothing(scope: object, receive: object, send: object) -> None:
 @pytest.mark.parametrize("yields", [0, 1, 3, 4, 5])
 async def test_a_connection_accepted_in_the_last_moment_is_closed(yields: int) -> None:
     """The server is stopped before, while and after the connection is set up, which takes some rounds of the loop."""
-    listening = bound_socket("127.0.0.1", 0)
+    listening = bound_socket("127.0.0.1", 0, "--http-port")
     server: HttpServer = http_server(VllmOptions(), nothing)
     serving = asyncio.create_task(server.serve(sockets=[listening]))
     await until(lambda: server.started)

@@ -72,7 +72,10 @@ def test_the_manifest_tells_what_it_is_of(data: Path, tmp_path: Path) -> None:
     """Times, versions, each segment, and that there are no prompts in it."""
     manifest = capture.capture(Wanted(HOUR, data), tmp_path / "incident.tgz")
     assert manifest["versions"].keys() >= {"lora-sidecar", "python", "platform", "grpcio", "numpy"}
+    assert manifest["holds"].startswith("ids, names of adapters, ")
     assert "never prompts" in manifest["holds"]
+    without = capture.capture(Wanted(HOUR, data, redact_ids=True), tmp_path / "without.tgz")
+    assert without["holds"].startswith("names of adapters, ")
     assert [item["file"] for item in manifest["journal"]] == [
         f"journal/{path.name}" for path in segment_paths(data / "journal")
     ]

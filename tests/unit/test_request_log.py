@@ -14,11 +14,13 @@ import pytest
 
 from sidecar.core import events as ev
 from sidecar.core.effects import Settle
-from sidecar.core.enums import Fault
+from sidecar.core.enums import Fault, Outcome
 from sidecar.core.naming import version_label
+from sidecar.errors import Reason
 from sidecar.shell.chronicle import Chronicle
 from sidecar.shell.logs import Fields, LogWriter, QueuedHandler, configure_logging
 from sidecar.shell.request_log import RequestLog
+from sidecar.timelines.record import Record
 from tests.kit.corekit import MS, World
 
 
@@ -99,6 +101,18 @@ def test_the_line_has_the_bound_or_why_it_is_void(caplog: pytest.LogCaptureFixtu
     assert lines[kept] == (pytest.approx(promise.bound_ns / 1e6, abs=0.001), "")
     assert lines[void] == (None, "backend lost")
     assert lines[never] == (None, "")
+
+
+def test_the_version_is_called_the_same_before_and_after_it_is_sent(caplog: pytest.LogCaptureFixture) -> None:
+    """Who groups lines by version finds those that were cancelled while they waited, too."""
+    caplog.set_level(logging.INFO)
+    received = ev.Received(1, "sql", "", "default", input_tokens=1, output_tokens_max=1)
+    settle = Settle(
+        1, Outcome.CANCELLED, "sql", "", "default", 5, 1, reason=Reason.CANCELLED, version="0123456789abcdef"
+    )
+    for ordinal in (3, 0):
+        RequestLog(str).ended(Record(received, 0, 0, version=settle.version, ordinal=ordinal, settle=settle))
+    assert [line["version"] for line in lines_of(caplog)] == ["v3", "0123456789ab"]
 
 
 def test_a_failed_request_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:

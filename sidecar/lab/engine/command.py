@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import sys
 from dataclasses import Field, fields
 from inspect import Parameter, Signature
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -15,6 +16,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 from rich.console import Console
 
+from sidecar.errors import Misused, Reason
 from sidecar.lab.engine.http.driver import EngineDied
 from sidecar.lab.engine.kserve import Options, Server, serve
 from sidecar.lab.engine.kserve.options import HTTP_ONLY, PANELS, SERVER, TRTLLM
@@ -74,9 +76,19 @@ def emulate(*, as_json: bool, **given: Any) -> None:
     """
     try:
         asyncio.run(_run(_options(given), as_json))
-    except (ValueError, OSError, RuntimeError) as error:
-        Console(stderr=True).print(f"[red]emulate:[/red] {error}", highlight=False)
-        raise typer.Exit(1) from error
+    except Misused as error:
+        raise _failed(error.message, as_json, 2, error.reason.value) from error
+    except ValueError as error:
+        raise _failed(str(error), as_json, 2, Reason.CONFIG_INVALID.value) from error
+    except (OSError, RuntimeError) as error:
+        raise _failed(str(error), as_json, 1, "FAILED") from error
+
+
+def _failed(message: str, as_json: bool, code: int, reason: str) -> typer.Exit:
+    """Tell an error as the other commands do, and return the end of this one."""
+    told = json.dumps({"error": {"message": message, "reason": reason}}) if as_json else f"error: {message} [{reason}]"
+    print(told, file=sys.stderr, flush=True)
+    return typer.Exit(code)
 
 
 emulate.__signature__ = _signature()  # type: ignore[attr-defined]

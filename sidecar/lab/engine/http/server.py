@@ -11,7 +11,6 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from sidecar.lab.engine.kserve.options import Options
-from sidecar.lab.engine.listening import listening_at
 
 _KEEP_ALIVE_S = 5
 """Both vLLM and trtllm-serve leave uvicorn's value."""
@@ -51,18 +50,3 @@ def http_server(options: Options, app: ASGIApp) -> HttpServer:
         ssl_cert_reqs=ssl.CERT_NONE if ca is None else ssl.CERT_REQUIRED,
     )
     return HttpServer(config)
-
-
-def bound_socket(host: str, port: int) -> socket.socket:
-    """Return a socket that listens on an address once a server takes it. Raises OSError if the port is taken."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # IPPROTO_TCP is named so that asyncio switches Nagle's delay off.
-    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        with listening_at(host, port, "--http-port"):
-            listening.bind((host, port))
-    except BaseException:
-        listening.close()
-        raise
-    return listening

@@ -41,10 +41,10 @@ class Faults:
 
     def at_first_step(self, work: Work) -> str | None:
         """Return the error with which the step after this load fails as a whole, or None; once for each name."""
-        name = _name_of(work)
-        if not work.brings_weights or name not in self._step_names:
+        named = [name for name in _names_of(work) if name in self._step_names]
+        if not work.brings_weights or not named:
             return None
-        self._step_names.remove(name)
+        self._step_names.remove(named[0])
         return f"can't move a processing task taskId={work.task_id}"
 
     def frozen(self, iterations: int) -> bool:
@@ -52,7 +52,7 @@ class Faults:
         return self._freeze_after is not None and iterations >= self._freeze_after
 
     def _crashes(self, work: Work) -> bool:
-        if _name_of(work) in self._crash_names:
+        if any(name in self._crash_names for name in _names_of(work)):
             return True
         lora = work.generation.lora
         if not self._crash_digests or lora is None:
@@ -60,9 +60,9 @@ class Faults:
         return digest_of(lora).startswith(self._crash_digests)
 
 
-def _name_of(work: Work) -> str:
-    """Return the adapter as a fault option names it: the parameter `lora_name`, else the task id in decimal."""
-    return str(work.parameters.get("lora_name", work.task_id))
+def _names_of(work: Work) -> tuple[str, str]:
+    """Return what a fault option may call the adapter: the parameter `lora_name`, or the task id in decimal."""
+    return str(work.parameters.get("lora_name", "")), str(work.task_id)
 
 
 def _put_error(work: Work, text: str) -> str:

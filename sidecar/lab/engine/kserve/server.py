@@ -27,7 +27,7 @@ from sidecar.lab.engine.kserve.served import Served, ServedLog
 from sidecar.lab.engine.kserve.shared_memory import Regions
 from sidecar.lab.engine.kserve.streams import ClientLeft, Stream, StreamBroken
 from sidecar.lab.engine.kserve.work import Work
-from sidecar.lab.engine.listening import listening_at
+from sidecar.lab.engine.listening import bound_socket, listening_at
 from sidecar.lab.engine.spec import EngineSpec, engine_config_json
 from sidecar.pace.cost import A100_TABLE, CostModel
 
@@ -156,6 +156,7 @@ def _add_port(grpc_server: grpc.aio.Server, options: Options) -> int:
         ca = None if options.tls_client_ca is None else options.tls_client_ca.read_bytes()
         pair = (options.tls_key.read_bytes(), options.tls_certificate.read_bytes())
         credentials = grpc.ssl_server_credentials([pair], ca, require_client_auth=ca is not None)
+    bound_socket(options.host, options.grpc_port, "--grpc-port").close()  # gRPC would log a line of its own first
     with listening_at(options.host, options.grpc_port, "--grpc-port"):
         if credentials is None:
             return grpc_server.add_insecure_port(address)

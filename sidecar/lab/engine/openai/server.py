@@ -10,9 +10,10 @@ from pathlib import Path
 from sidecar.lab.engine.engine import Engine
 from sidecar.lab.engine.http.compute import ByContent, ByLlama
 from sidecar.lab.engine.http.driver import EngineDied
-from sidecar.lab.engine.http.server import bound_socket, http_server
+from sidecar.lab.engine.http.server import http_server
 from sidecar.lab.engine.kserve.faults import Faults
 from sidecar.lab.engine.kserve.served import Served, ServedLog
+from sidecar.lab.engine.listening import bound_socket
 from sidecar.lab.engine.openai.adapters import Adapters
 from sidecar.lab.engine.openai.app import Routes
 from sidecar.lab.engine.openai.loop import VllmDriver
@@ -107,7 +108,7 @@ async def serve_vllm(options: VllmOptions) -> VllmServer:
 
     Raises ValueError for options that contradict each other, OSError if a port is taken.
     """
-    listening = bound_socket(options.host, options.http_port)
+    listening = bound_socket(options.host, options.http_port, "--http-port")
     try:
         server = VllmServer(options, listening)
     except BaseException:

@@ -8,9 +8,10 @@ import socket
 from sidecar.lab.engine.engine import Engine
 from sidecar.lab.engine.http.compute import ByContent, ByLlama
 from sidecar.lab.engine.http.driver import EngineDied
-from sidecar.lab.engine.http.server import bound_socket, http_server
+from sidecar.lab.engine.http.server import http_server
 from sidecar.lab.engine.kserve.faults import Faults
 from sidecar.lab.engine.kserve.served import Served, ServedLog
+from sidecar.lab.engine.listening import bound_socket
 from sidecar.lab.engine.trtllm.adapters import Adapters
 from sidecar.lab.engine.trtllm.app import Routes
 from sidecar.lab.engine.trtllm.driver import TorchDriver
@@ -125,7 +126,7 @@ async def serve_trtllm(options: TrtllmOptions) -> TrtllmServer:
 
     Raises ValueError for options that contradict each other, OSError if a port is taken.
     """
-    listening = bound_socket(options.host, options.http_port)
+    listening = bound_socket(options.host, options.http_port, "--http-port")
     try:
         server = TrtllmServer(options, listening)
     except BaseException:
