@@ -266,5 +266,5 @@ async def test_the_command(tmp_path: Path) -> None:
     options = ("--protocol", "llmapi", "--no-decoupled", "--compute", "none")
     async with EngineProcess(*options) as engine, channel_to(engine.grpc_address) as stub:
         assert texts(await stub.ModelInfer(asking(lora=(9, "sql", path)))) == [dummy_text(9, 4)]
-    with pytest.raises(RuntimeError, match="ended with 1"):
+    with pytest.raises(RuntimeError, match="ended with 2"):
         await EngineProcess("--protocol", "sglang").start()

@@ -284,7 +284,7 @@ async def test_the_process_is_killed_and_starts_again(tmp_path: Path, era: str) 
             assert (await client.state())["ids"] == 0
             assert await client.tokens(7, second) == expected(second, 4)
         assert await engine.stop() == 0
-        with pytest.raises(RuntimeError, match="ended with 1"):
+        with pytest.raises(RuntimeError, match="ended with 2"):
             await TrtllmProcess("--era", "0.9").start()
 
 

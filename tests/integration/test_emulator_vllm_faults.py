@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from sidecar.errors import Misused
 from sidecar.lab.engine.openai import VllmOptions
 from sidecar.lab.engine.openai.options import vllm_spec_of
 from sidecar.lab.engine.vllm import ENGINE_DIED
@@ -71,7 +72,7 @@ async def test_the_process_ends_with_its_engine_and_starts_again(tmp_path: Path)
             assert list(await client.models()) == [BASE]
             assert await client.tokens(BASE) == expected("", None, 4)
         assert await engine.stop() == 0
-        with pytest.raises(RuntimeError, match="ended with 1"):
+        with pytest.raises(RuntimeError, match="ended with 2"):
             await VllmProcess("--max-lora-rank", "12").start()
 
 
@@ -187,5 +188,5 @@ async def test_options_that_make_no_sense(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"{next(iter(field))} is an option of the engine behind Triton"):
             VllmOptions(**field)
     async with running_vllm(**DUMMY) as (server, _):
-        with pytest.raises(OSError, match="another process has the port"):
+        with pytest.raises(Misused, match="another process has the port"):
             await start_vllm(**DUMMY, http_port=int(server.http_address.rsplit(":", 1)[1]))
