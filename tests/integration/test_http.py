@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 
 from sidecar.access.access import OURSELVES
-from sidecar.backends.api import Payload, Ticket, Weights
+from sidecar.backends.api import Payload, Signs, Ticket, Weights
 from sidecar.config import parse
 from sidecar.config.plugins import policies_of
 from sidecar.core.config import CoreConfig
@@ -42,6 +42,7 @@ class Engine:
     """A backend that answers everything at once with three tokens."""
 
     address = "nowhere:1"
+    streams = True
 
     def __init__(self, backend: str = "b0", up: bool = True) -> None:
         self.id = backend
@@ -75,6 +76,9 @@ class Engine:
 
     def probe(self, within_s: float) -> None:
         pass
+
+    def signs(self) -> Signs:
+        return Signs()
 
     def detail(self) -> str:
         return "connection refused"
