@@ -39,8 +39,8 @@
 # make .venv   just the environment; the command line is then .venv/bin/sidecar
 
 PYTHON ?= python3
-# Tests wait more than they compute: two processes a core, on small machines.
-WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 4); echo $$((n < 8 ? 2 * n : n)))
+# Tests wait more than they compute: two or three processes a core, on small machines.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 4); echo $$((n < 4 ? 3 * n : n < 8 ? 2 * n : n)))
 # Tests start some hundred interpreters, and each of them would compile the product anew.
 PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder

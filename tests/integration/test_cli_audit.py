@@ -96,7 +96,7 @@ async def test_an_audit_that_is_in_no_file(capfd: pytest.CaptureFixture[str]) ->
     """The error says where the lines are."""
     async with serving([]) as served:
         ended = await House(served, capfd).cli("audit")
-    assert ended.code == 1
+    assert ended.code == 2
     assert "the audit is kept in no file" in ended.err
 
 
