@@ -58,19 +58,25 @@ async def test_lost_before_the_first_token_with_one_backend(tmp_path: Path) -> N
         await assert_nothing_left(served)
 
 
-async def test_an_outage_is_two_lines_of_the_log(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Lost and up again, however often the engine is looked for meanwhile and whatever the error says each time."""
-    caplog.set_level(logging.INFO)
-    attempts: list[Exception] = []
+@pytest.fixture
+def attempts(monkeypatch: pytest.MonkeyPatch) -> list[Exception]:
+    """The errors of looking for an engine that is away: it is often, and each has another text."""
+    made: list[Exception] = []
 
     def text(error: Exception) -> str:
-        attempts.append(error)
-        return f"attempt {len(attempts)}"
+        made.append(error)
+        return f"attempt {len(made)}"
 
     monkeypatch.setattr(TritonBackend, "_error_text", staticmethod(text))
     monkeypatch.setattr(endpoint, "REACH_S", 0.01)
+    return made
+
+
+async def test_an_outage_is_two_lines_of_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, attempts: list[Exception]
+) -> None:
+    """Lost and up again, however often the engine is looked for meanwhile and whatever the error says each time."""
+    caplog.set_level(logging.INFO)
     async with EngineProcess(*SLOW) as engine, serving([engine], tmp_path) as served:
         caplog.clear()
         await engine.kill()
@@ -83,18 +89,14 @@ async def test_an_outage_is_two_lines_of_the_log(
 
 @pytest.mark.parametrize("patience_s", [60.0, 0.0])
 async def test_an_engine_that_starts_beside_us_is_awaited_before_it_is_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, patience_s: float
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    attempts: list[Exception],
+    patience_s: float,
 ) -> None:
     """However often it is looked for, it is told once that it is not up yet; that is a warning only after a while."""
     caplog.set_level(logging.INFO)
-    attempts: list[Exception] = []
-
-    def text(error: Exception) -> str:
-        attempts.append(error)
-        return f"attempt {len(attempts)}"
-
-    monkeypatch.setattr(TritonBackend, "_error_text", staticmethod(text))
-    monkeypatch.setattr(endpoint, "REACH_S", 0.01)
     monkeypatch.setattr(endpoint, "NOT_YET_S", patience_s)
     engine = EngineProcess(*SLOW)
     async with engine:

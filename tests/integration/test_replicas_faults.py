@@ -6,7 +6,8 @@ import asyncio
 import logging
 import signal
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -39,17 +40,27 @@ def adapters(tmp_path: Path) -> Path:
     return tmp_path / "adapters"
 
 
-async def test_what_a_former_member_has_begun_goes_on_and_the_rest_is_sent_again(
-    adapters: Path, tmp_path: Path
-) -> None:
-    """Its beats may have failed to reach Redis for a while: an answer that comes is an answer."""
+@asynccontextmanager
+async def owner_and_other(
+    adapters: Path, tmp_path: Path, engine: Mapping[str, Any]
+) -> AsyncIterator[tuple[Serving, Serving]]:
+    """Run two calm replicas of one engine: the one that owns it, and the other."""
     async with (
         running(tmp_path / "redis") as redis,
-        running_engine(**SLOW | {"time_scale": 20.0}) as one,
+        running_engine(**engine) as one,
         replicas(2, redis.url, [one], adapters, lease_s=CALM_S) as pool,
     ):
         (owner,) = [served for served in pool if owned(served)]
         (other,) = [served for served in pool if served is not owner]
+        yield owner, other
+
+
+async def test_what_a_former_member_has_begun_goes_on_and_the_rest_is_sent_again(
+    adapters: Path, tmp_path: Path
+) -> None:
+    """Its beats may have failed to reach Redis for a while: an answer that comes is an answer."""
+    async with owner_and_other(adapters, tmp_path, SLOW | {"time_scale": 20.0}) as (owner, other):
+        pool = [owner, other]
         begun = asyncio.create_task(other.ask("a00", tokens=30))
         await until(lambda: any(request.first_token for request in owner.state.requests.values()))
         waits = asyncio.create_task(other.ask("a01", tokens=4, request_id="waits"))
@@ -68,13 +79,8 @@ async def test_what_a_former_member_has_begun_goes_on_and_the_rest_is_sent_again
 
 async def test_an_owner_that_crashes_counts_no_request_that_goes_on(adapters: Path, tmp_path: Path) -> None:
     """Only what ends with it."""
-    async with (
-        running(tmp_path / "redis") as redis,
-        running_engine(**SLOW) as one,
-        replicas(2, redis.url, [one], adapters, lease_s=CALM_S) as pool,
-    ):
-        (owner,) = [served for served in pool if owned(served)]
-        (other,) = [served for served in pool if served is not owner]
+    async with owner_and_other(adapters, tmp_path, SLOW) as (owner, other):
+        pool = [owner, other]
         begun = asyncio.create_task(other.ask("a00", tokens=500))
         await until(lambda: any(ticket.came for ticket in other.sidecar.gateway.tickets.values()))
         waits = asyncio.create_task(other.ask("a01"))
@@ -144,13 +150,7 @@ async def test_who_is_left_counts_what_ended_with_an_owner(
 
 async def test_a_replica_that_stops_counts_what_it_cuts_off(adapters: Path, tmp_path: Path) -> None:
     """Not the owner, too; and what the client has left is the owner's to count."""
-    async with (
-        running(tmp_path / "redis") as redis,
-        running_engine(**SLOW | {"seats": 2}) as one,
-        replicas(2, redis.url, [one], adapters, lease_s=CALM_S) as pool,
-    ):
-        (owner,) = [served for served in pool if owned(served)]
-        (other,) = [served for served in pool if served is not owner]
+    async with owner_and_other(adapters, tmp_path, SLOW | {"seats": 2}) as (owner, other):
         left, cut = (asyncio.create_task(other.ask(name, tokens=500)) for name in ("a00", "a01"))
         await until(lambda: sum(request.first_token for request in owner.state.requests.values()) == 2)
         await until(lambda: all(ticket.came for ticket in other.sidecar.gateway.tickets.values()))
@@ -166,13 +166,8 @@ async def test_a_replica_that_stops_counts_what_it_cuts_off(adapters: Path, tmp_
 
 async def test_an_owner_that_stops_leaves_what_waits_to_the_next_one(adapters: Path, tmp_path: Path) -> None:
     """It counts no ending of a request that is answered after all."""
-    async with (
-        running(tmp_path / "redis") as redis,
-        running_engine(**SLOW) as one,
-        replicas(2, redis.url, [one], adapters, lease_s=CALM_S) as pool,
-    ):
-        (owner,) = [served for served in pool if owned(served)]
-        (other,) = [served for served in pool if served is not owner]
+    async with owner_and_other(adapters, tmp_path, SLOW) as (owner, other):
+        pool = [owner, other]
         begun = asyncio.create_task(owner.ask("a00", tokens=500))
         await until(lambda: any(request.first_token for request in owner.state.requests.values()))
         waits = asyncio.create_task(other.ask("a01"))
@@ -186,13 +181,7 @@ async def test_an_owner_that_stops_leaves_what_waits_to_the_next_one(adapters: P
 
 async def test_a_replica_that_drains_takes_no_request_for_another_either(adapters: Path, tmp_path: Path) -> None:
     """Else it would never end under load; what it has passed on before it answers."""
-    async with (
-        running(tmp_path / "redis") as redis,
-        running_engine(**SLOW) as one,
-        replicas(2, redis.url, [one], adapters, lease_s=CALM_S) as pool,
-    ):
-        (owner,) = [served for served in pool if owned(served)]
-        (other,) = [served for served in pool if served is not owner]
+    async with owner_and_other(adapters, tmp_path, SLOW) as (owner, other):
         begun = asyncio.create_task(other.ask("a00", tokens=100))
         await until(lambda: owner.recorder.count(Dispatch) == 1)
         drained = asyncio.create_task(other.sidecar.drain())
