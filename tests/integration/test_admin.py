@@ -135,7 +135,7 @@ async def test_pin_prefetch_and_evict(admin: Admin, tmp_path: Path) -> None:
     """A prefetched adapter is in the store and on the named backend; an evicted one leaves the store only."""
     await admin.adapters.Register(pb.RegisterRequest(name="sql", path=str(write_adapter(tmp_path / "sql"))))
     answer = await admin.adapters.Prefetch(pb.PrefetchRequest(name="sql", backends=["trt-0"]))
-    assert [(place.place, place.result) for place in answer.places] == [("trt-0", "fetching")]
+    assert [(place.place, place.result) for place in answer.places] == [("trt-0", "fetching, to be loaded")]
     await admin.gateway.backends["trt-0"].loaded.wait()  # type: ignore[attr-defined]
     shown = await admin.adapters.Get(pb.AdapterRequest(name="sql"))
     assert [(copy.state, copy.dtype) for copy in shown.store] == [("held", "float16")]
@@ -163,7 +163,8 @@ async def test_a_prefetch_without_backends_is_of_the_host_store(admin: Admin, tm
     assert await prefetched() == [("host store", "held already")]
     shown = await admin.adapters.Get(pb.AdapterRequest(name="sql"))
     assert [place.tier for place in shown.backends] == ["absent", "absent"]
-    await admin.adapters.Prefetch(pb.PrefetchRequest(name="sql", backends=["trt-0"]))
+    answer = await admin.adapters.Prefetch(pb.PrefetchRequest(name="sql", backends=["trt-0"]))
+    assert [(place.place, place.result) for place in answer.places] == [("trt-0", "loading from the host store")]
     await until(lambda: bool(admin.gateway.state.backends["trt-0"].shadow.device.held))
     assert await prefetched() == [("host store", "held already"), ("trt-0", "resident already")]
     for backend in ("trt-0", "trt-1"):

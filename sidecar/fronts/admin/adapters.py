@@ -131,7 +131,8 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
     @answers_errors
     async def Prefetch(self, request: Any, context: Any) -> Any:  # noqa: N802
         answer = await self._gateway.prefetch(request.name, tuple(request.backends))
-        return _places_message(answer if request.backends else replace(answer, lines=_of_store(answer.lines)))
+        lines = _of_backends(answer.lines) if request.backends else _of_store(answer.lines)
+        return _places_message(replace(answer, lines=lines))
 
     @answers_errors
     async def Release(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -313,6 +314,12 @@ def _live_message(view: queries.AdapterView) -> Any:
             for residency in view.backends
         ],
     )
+
+
+def _of_backends(lines: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """Return what came of a prefetch onto backends: what the store holds, or is about to, is being loaded there."""
+    loads = {FETCHING: "fetching, to be loaded", HELD: "loading from the host store"}
+    return tuple((backend, loads.get(result, result)) for backend, result in lines)
 
 
 def _of_store(lines: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
