@@ -220,6 +220,8 @@ async def test_levers_ask_first(tmp_path: Path) -> None:
         state = made.served.state
         with Terminal("top", *made.admin, "--page", "requests") as top:
             await top.shows("mine running")
+            top.press("d")
+            await top.shows("engines are drained on page 2: press 2, then d")
             top.press("c")
             await top.shows("Cancel the request mine for a00?", "[y/N]")
             top.press("n")

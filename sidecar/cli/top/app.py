@@ -51,6 +51,12 @@ KEYS = (
     ("d", "drain or undrain an engine"),
     ("q", "quit"),
 )
+NOT_HERE = {
+    "c": "nothing in this row can be cancelled",
+    "p": "adapters are paused on page 3: press 3, then p",
+    "d": "engines are drained on page 2: press 2, then d",
+}
+"""What a lever's key says in a row that it does not move."""
 KEYS_NOTE = (
     "c, p and d ask before they act. SEATS with ~ are assumed: declare them (engine.seats). Slots with * run requests. "
     "SILENT: since an engine last told anything. WHERE: on how many engines an adapter is, on the GPU or in the host "
@@ -378,6 +384,7 @@ class Top(App[None]):
         row = self._row()
         lever = next((each for each in self._page.levers(row) if each.key == key), None) if row is not None else None
         if lever is None:
+            self._tell(NOT_HERE[key])
             return
         self._begin(partial(self._pull, lever))
 
