@@ -18,6 +18,8 @@ from sidecar.config.redis_address import without_users
 OF_A_KEY = "[key]"
 """The last part of a problem's location if it is about the key and not about its value."""
 SHOWN_CHARACTERS_MAX = 80
+LISTED_MAX = 6
+"""Of a section with so few keys they are listed where one is unknown."""
 _SECRET = re.compile(r"(^|_)(key|password|secret|token)(_file)?$")
 """Keys that hold secrets, or files of secrets, in whose place a secret may be written by mistake."""
 _SHOULD = re.compile(r"^\w+ should ")
@@ -107,8 +109,12 @@ def told(problem: ErrorDetails, model: type[BaseModel], within: Sequence[str] = 
     key = ".".join((*within, *loc))
     if problem["type"] in ("extra_forbidden", "invalid_key"):
         own = {name: name for name in _section_at(model, loc[:-1]).model_fields}
-        near = (_near(loc[-1], known) for known in (own, dict(_paths(model))))
-        return f"unknown key {key}" + next((f"; did you mean {path}?" for path in near if path), "")
+        if path := _near(loc[-1], own):
+            return f"unknown key {key}; did you mean {path}?"
+        if len(own) <= LISTED_MAX and len(loc) > 1:  # such a section is nothing that another one's key is meant for
+            return f"unknown key {key}; {key.rpartition('.')[0]} has {', '.join(own)}"
+        path = _near(loc[-1], dict(_paths(model)))
+        return f"unknown key {key}" + (f"; did you mean {path}?" if path else "")
     what = f"{key} as a key" if OF_A_KEY in problem["loc"] else key
     shown = _shown(loc, problem)
     return f"{what}: {_wrong(problem)}{shown}{_written(model, loc, problem) if shown else ''}".removeprefix(": ")

@@ -110,6 +110,10 @@ def test_the_null_device_is_an_empty_configuration() -> None:
         ("backends: [{url: 'triton://a:1', modle: x}]", r"FILE: unknown key backends.0.modle; did you mean model\?"),
         ("backends: [{url: 'triton://a:1', kv_heds: 8}]", r"FILE: unknown key .*; did you mean engine.kv_heads\?"),
         ("memory_byte: 1", r"FILE: unknown key memory_byte; did you mean store.memory_bytes\?"),
+        (
+            "queue: {classes: {chat: {weight: 3}}}",
+            r"FILE: unknown key queue.classes.chat.weight; queue.classes.chat has queue_wait_s_max, patience_s, max_tokens",
+        ),
         ("backends: [{url: 'triton://a:1', base_model: {}}]", "FILE: backends.0.base_model.name: Field required"),
         ("1: x", "FILE: unknown key 1"),
         ("tenant_from: certificate", 'FILE: tenant_from: certificate needs listeners.data.tls .* "certificate".'),
