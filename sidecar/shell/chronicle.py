@@ -274,8 +274,14 @@ class Chronicle:
     def _standing(self, event: ev.BackendUp | ev.BackendLost | ev.DrainSet, now_ns: int) -> None:
         news = self._of_backends.setdefault(event.backend, deque(maxlen=NEWS_MAX))
         news.append(self._news(now_ns, event.backend, *saying.standing(event)))
-        if not isinstance(event, ev.DrainSet):
+        if isinstance(event, ev.DrainSet):
+            self._routed_anew(event, now_ns)
+        else:
             self._begins_anew(event, now_ns)
+
+    def _routed_anew(self, event: ev.Event, now_ns: int) -> None:
+        """See who has moved at once: the next look may be half a minute away where many wait."""
+        self._look_at_requests(self._open.values(), now_ns)
 
     def _removed(self, event: ev.BackendRemoved, now_ns: int) -> None:
         self._of_backends.pop(event.backend, None)
@@ -287,7 +293,7 @@ class Chronicle:
         """Forget a backend's loads, which end with it without an event of their own, and see who has moved."""
         for load in [load for load, (effect, _) in self._loads.items() if effect.backend == event.backend]:
             del self._loads[load]
-        self._look_at_requests(self._open.values(), now_ns)
+        self._routed_anew(event, now_ns)
 
     def _fetch(self, effect: do.Fetch, now_ns: int, event: ev.Event, effects: Sequence[do.Effect]) -> None:
         dropped = sum(isinstance(other, do.Drop) for other in effects)
@@ -536,6 +542,9 @@ _EVENTS: dict[type, Callable[[Chronicle, Any, int], None]] = {
     ev.BackendUp: Chronicle._standing,
     ev.BackendLost: Chronicle._standing,
     ev.DrainSet: Chronicle._standing,
+    ev.BackendLeaving: Chronicle._routed_anew,
+    ev.BackendTaken: Chronicle._routed_anew,
+    ev.ConfigChanged: Chronicle._routed_anew,
     ev.BackendGivenUp: Chronicle._begins_anew,
     ev.BackendRemoved: Chronicle._removed,
 }

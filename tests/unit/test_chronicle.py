@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sidecar.config.plugins import policies_of
+from sidecar.core import events as ev
 from sidecar.core.core import Core
 from sidecar.core.effects import Settle
 from sidecar.core.enums import Why
@@ -19,7 +20,7 @@ from sidecar.shell.chronicle import Chronicle, story
 from sidecar.timelines.timeline import Moment, Timeline
 from sidecar.timelines.wording import lines_of
 from tests.kit.cases import first
-from tests.kit.corekit import MS, World
+from tests.kit.corekit import MS, SECOND, World
 from tests.kit.journals import write_journal
 from tests.unit.test_explain import SCENES, busy_world
 
@@ -167,6 +168,30 @@ def test_a_tenant_is_told_of_itself_only() -> None:
     assert str(request) in text
     with pytest.raises(Misused):
         story(chronicle, "theirs", 0, "acme")
+
+
+def test_a_move_is_told_without_a_look(tmp_path: Path) -> None:
+    """Where looks are rare: drains while nothing else is up, the end of one, an engine that comes, each at its time."""
+    world = World(engines=2, seats=1)
+    world.lose("b1")
+    world.send(output_tokens=400)
+    request = world.send(output_tokens=1)
+    for event in (ev.DrainSet("b0", True), ev.DrainSet("b0", False), ev.DrainSet("b0", True)):
+        world.run(for_ns=20 * MS)
+        world.feed(event)
+    world.run(for_ns=20 * MS)
+    world.bring_up("b1")
+    world.run()
+    write_journal(world, tmp_path)
+    exact, live = explain(tmp_path, request), story(lived(world, 1_000 * SECOND), str(request), 0)
+    assert exact.reasons_ns()[Why.BACKEND_DOWN.value] > 0
+    assert live.reasons_ns() == exact.reasons_ns()
+    assert moments(live) == moments(exact)
+    voids = [
+        [entry.at_ns for entry in timeline.entries if isinstance(entry, Moment) and entry.what == "voided"]
+        for timeline in (live, exact)
+    ]
+    assert voids[0] == voids[1] != []
 
 
 async def test_a_look_that_fails_is_not_the_last(

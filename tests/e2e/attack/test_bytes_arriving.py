@@ -44,9 +44,9 @@ async def sidecar(tmp_path: Path) -> AsyncIterator[SidecarProcess]:
 
 @pytest_asyncio.fixture
 async def impatient(tmp_path: Path) -> AsyncIterator[SidecarProcess]:
-    """A sidecar with little room, that waits four seconds for a message."""
+    """A sidecar with little room, that waits 15 seconds for a message."""
     write_adapter(tmp_path / "sql")
-    listeners = {"arrival_s": 4.0, "arriving_bytes_max": 32 * MIB, "http": {"body_bytes_max": 16 * MIB}}
+    listeners = {"arrival_s": 15.0, "arriving_bytes_max": 32 * MIB, "http": {"body_bytes_max": 16 * MIB}}
     async with (
         EngineProcess("--compute", "none", "--shape", "tiny") as engine,
         sidecar_process(engine, tmp_path, listeners) as process,
