@@ -33,11 +33,14 @@ PATIENCE_S = 60.0
 
 @pytest_asyncio.fixture
 async def sidecar(tmp_path: Path) -> AsyncIterator[SidecarProcess]:
-    """A sidecar that may have 1 GiB of memory of its own, before an engine in another process."""
+    """A sidecar that may have 1 GiB of memory of its own, before an engine in another process.
+
+    It waits long for messages: on a busy machine a large one may take more than half a minute.
+    """
     write_adapter(tmp_path / "sql")
     async with (
         EngineProcess("--compute", "none", "--shape", "tiny") as engine,
-        sidecar_process(engine, tmp_path, data_bytes_max=1 << 30) as process,
+        sidecar_process(engine, tmp_path, {"arrival_s": 300.0}, data_bytes_max=1 << 30) as process,
     ):
         yield process
 
