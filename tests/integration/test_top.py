@@ -406,6 +406,21 @@ async def test_a_page_that_has_not_come_is_loading() -> None:
             await top.shows("enter filters", "by oldest 7", "a6 - -")
 
 
+async def test_a_page_keeps_its_row() -> None:
+    """Somebody looks at another page, and comes back to the row that was under the cursor."""
+    slow = Slow()
+    slow.goes_on.set()
+    async with answering(slow) as admin:
+        with Terminal("top", "--admin", admin) as top:
+            await top.shows("a6 - -")
+            top.press("\x1b[B\x1b[B\x1b[B2")
+            await top.shows("gpu-0 up")
+            top.press("1")
+            await top.shows("a6 - -")
+            top.press("c")
+            await top.shows("Cancel all requests for a3?")
+
+
 async def test_a_page_key_closes_the_help() -> None:
     """The help says how to close it; a page's key shows that page, and "?" closes it, too."""
     slow = Slow()

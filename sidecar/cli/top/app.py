@@ -102,6 +102,8 @@ class Top(App[None]):
         """The filter while it is typed. No widget takes the focus for it: that comes too late for who types fast."""
         self._selected: str | None = None
         """The key of the row under the cursor, which stays there when rows move."""
+        self._left_at: dict[str, str | None] = {}
+        """The key of the row that was under the cursor when a page was left."""
         self._view: Any = None
         self._awaits_rows = True
         self._came_s = monotonic()
@@ -278,8 +280,10 @@ class Top(App[None]):
         self._ask()
 
     def _turn_to(self, page: PageView, wanted: str = "") -> None:
+        self._left_at[self._page.name] = self._selected
         self._page = page
         self._use_filter(wanted)
+        self._selected = self._left_at.get(page.name)
 
     # Keys.
 
