@@ -124,7 +124,7 @@ class Story:
         line.tenant, line.klass, line.client_id = view.tenant, view.klass, request.client_id
         line.input_tokens, line.output_tokens_max = view.input_tokens, view.output_tokens_max
         line.arrived_ns, line.deadline_ns = view.arrived_ns, request.deadline_ns
-        line.bound_ns = request.expires_ns - view.arrived_ns
+        line.expires_after_ns = request.expires_ns - view.arrived_ns
         self.known = True
         self._promised(request, view.arrived_ns)
 

@@ -96,7 +96,7 @@ def is_worth_it(record: Record) -> bool:
     settle = record.settle
     if settle is None or settle.outcome not in (Outcome.OK, Outcome.CANCELLED):
         return True
-    bound_ns = settle.bound_ns if settle.bound_ns is not None else record.bound_ns
+    bound_ns = settle.bound_ns if settle.bound_ns is not None else record.expires_after_ns
     return bound_ns is not None and 2 * settle.queue_ns > bound_ns
 
 

@@ -64,7 +64,7 @@ SHARE_MAX = 0.01
 SLICE = 100
 """Reasons that are found, and SLICE * 10 requests that are looked at, before other tasks run."""
 FRESH_NS = 50_000_000
-"""A reason that was looked at so lately is not looked at for another arrival."""
+"""A reason that was asked so lately is not asked for another arrival."""
 
 Key = tuple[str, str]
 """A backend, "" for none, and a version."""
@@ -72,11 +72,11 @@ _T = TypeVar("_T", Note, News)
 
 
 class _Notes(deque[Note]):
-    """The reasons of a version at a backend, and when it was looked at last."""
+    """The reasons of a version at a backend since each began, and what was in the way when it was asked lately."""
 
     def __init__(self) -> None:
         super().__init__(maxlen=NOTES_MAX)
-        self.looked_ns = 0
+        self.latest: Note | None = None
 
 
 class Chronicle:
@@ -150,7 +150,7 @@ class Chronicle:
             return
         record.version, record.ordinal = request.version, request.ordinal
         record.output_tokens_max = request.view.output_tokens_max
-        record.bound_ns = request.expires_ns - record.arrived_ns
+        record.expires_after_ns = request.expires_ns - record.arrived_ns
         earlier_ns = request.view.arrived_ns - record.arrived_ns
         record.promised_ns = None if request.promise is None else request.promise.bound_ns + earlier_ns
         if not request.running:
@@ -233,8 +233,7 @@ class Chronicle:
         place = request.backend or ""
         if place != record.place:
             record.place = place
-            self._add(record, now_ns, Queued(place))
-            self._note(request, now_ns)
+            self._add(record, now_ns, Queued(place, self._note(request, now_ns)))
 
     def _see_promise(self, record: Record, voided: str, now_ns: int) -> None:
         if voided and not record.is_voided:
@@ -340,16 +339,19 @@ class Chronicle:
 
     # Reasons.
 
-    def _note(self, request: Request, now_ns: int) -> None:
-        """Look at the reason for which a request waits, unless that of its version there was looked at just now."""
+    def _note(self, request: Request, now_ns: int) -> Note:
+        """Return why a request waits that was just queued: what is known of its version there, if that is fresh."""
         state = self._state()
         key = request.backend or "", request.version
         notes = self._notes_of(key)
         backend = state.backends.get(key[0])
         is_first = backend is None or len(backend.queued_by_version.get(key[1], ())) <= 1
-        if not is_first and now_ns - notes.looked_ns < FRESH_NS:
-            return
-        self._look_at(notes, request, now_ns, is_first)
+        if is_first or notes.latest is None or now_ns - notes.latest.at_ns >= FRESH_NS:
+            why = self._why(request, now_ns)
+            notes.latest = Note(now_ns, why, in_the_way(state, request, why, now_ns))
+            if is_first or not notes or notes[-1].why is not why:
+                notes.append(notes.latest)
+        return notes.latest
 
     def _notes_of(self, key: Key) -> _Notes:
         notes = self._notes.get(key)
@@ -359,12 +361,14 @@ class Chronicle:
                 self._notes.popitem(last=False)
         return notes
 
-    def _look_at(self, notes: _Notes, request: Request, now_ns: int, is_new: bool = False) -> None:
-        state = self._state()
-        why = Why.BACKEND_DOWN if request.backend is None else eligibility.why_waiting(state, request, now_ns)
-        notes.looked_ns = now_ns
-        if is_new or not notes or notes[-1].why is not why:
-            notes.append(Note(now_ns, why, in_the_way(state, request, why, now_ns)))
+    def _look_at(self, notes: _Notes, request: Request, now_ns: int) -> None:
+        why = self._why(request, now_ns)
+        if not notes or notes[-1].why is not why:
+            notes.latest = Note(now_ns, why, in_the_way(self._state(), request, why, now_ns))
+            notes.append(notes.latest)
+
+    def _why(self, request: Request, now_ns: int) -> Why:
+        return Why.BACKEND_DOWN if request.backend is None else eligibility.why_waiting(self._state(), request, now_ns)
 
     async def watch(self) -> None:
         """Look at the reasons again and again, a slice at a time, for ever."""

@@ -98,9 +98,13 @@ class PromiseVoided:
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """It was seen in a backend's queue; "" is where requests wait that no backend can take."""
+    """It was seen in a backend's queue; "" is where requests wait that no backend can take.
+
+    `note` is why it waited there at first, None if nobody looked.
+    """
 
     backend: str
+    note: Note | None = None
 
 
 Happened = (
@@ -145,7 +149,7 @@ class Record:
     ordinal: int = 0
     output_tokens_max: int | None = None
     """What is reserved for it, which is less than it asked for if no engine can generate as much; None if unknown."""
-    bound_ns: int | None = None
+    expires_after_ns: int | None = None
     promised_ns: int | None = None
     arrival: str = "arrived"
     place: str | None = None
@@ -208,7 +212,7 @@ class _Telling:
             ),
             arrived_ns=record.arrived_ns,
             arrived_utc=_utc(record.utc_ns),
-            bound_ns=record.bound_ns,
+            expires_after_ns=record.expires_after_ns,
             promised_ns=record.promised_ns,
             deadline_ns=received.deadline_ns,
         )
@@ -234,7 +238,7 @@ class _Telling:
         """End the period of who has the request, and say who has it now."""
         had = self._has_it
         if isinstance(had, Queued):
-            self._waited(had.backend, self._since_ns, at_ns)
+            self._waited(had, self._since_ns, at_ns)
         elif isinstance(had, PassedOn):
             self._waits.begin(PASSED_ON, self._since_ns, had.backend, f"replica {had.replica} had it")
             if self._record.is_elsewhere:
@@ -257,6 +261,8 @@ class _Telling:
 
     def _queued(self, at_ns: int, what: Queued) -> None:
         self._hand_over(at_ns, what)
+        if what.backend and not self._hides_others:
+            self._waits.moment(at_ns, "routed", saying.queued(what.backend))
 
     def _queued_again(self, at_ns: int, what: QueuedAgain) -> None:
         had = self._has_it
@@ -302,14 +308,18 @@ class _Telling:
         line.reason = shown.reason.value if shown.reason is not None else ""
         line.message, line.voided = shown.message, shown.voided
 
-    def _waited(self, backend: str, since_ns: int, until_ns: int) -> None:
-        """Add the periods of a wait at one backend. The last note before it is the reason at its begin."""
+    def _waited(self, queued: Queued, since_ns: int, until_ns: int) -> None:
+        """Add the periods of a wait at one backend. Its own note is the reason at its begin, else the last one before.
+
+        What is noted of its version later says what was in the way when the reason began, for all of its requests.
+        """
         if until_ns <= since_ns:
             return
-        first, rest = None, []
+        backend, first = queued.backend, queued.note
+        rest = []
         for note in self._record.notes.get(backend, ()):
             if note.at_ns <= since_ns:
-                first = note
+                first = queued.note or note
             elif note.at_ns < until_ns:
                 rest.append(note)
         if first is None and rest and rest[0].at_ns - since_ns <= LOOK_LATE_NS:

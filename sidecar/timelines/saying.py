@@ -34,6 +34,10 @@ def arrived(state: State, request: Request | None) -> str:
     return f"arrived as number {len(backend.queued)} in the queue of {backend.id}, {own} before it of its own version"
 
 
+def queued(backend: str) -> str:
+    return f"routed to {backend}"
+
+
 def routed(chosen: Choice, candidates: Sequence[Candidate]) -> str:
     """Return the routing policy's choice for a request, its reason, and the other candidates."""
     others = [_candidate(candidate) for candidate in candidates]

@@ -123,7 +123,7 @@ class Timeline:
     output_tokens: int = 0
     arrived_ns: int = 0
     arrived_utc: str = ""
-    bound_ns: int | None = None
+    expires_after_ns: int | None = None
     """The longest wait, after which it expires."""
     promised_ns: int | None = None
     """The longest time to the first token that the ordering policy promised at admission."""

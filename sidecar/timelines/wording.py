@@ -70,8 +70,8 @@ def _head(timeline: Timeline) -> Iterator[str]:
     ]
     yield ", ".join(parts)
     bounds = [f"arrived {timeline.arrived_utc}"]
-    if timeline.bound_ns is not None:
-        bounds.append(f"may wait {duration(timeline.bound_ns)}")
+    if timeline.expires_after_ns is not None:
+        bounds.append(f"may wait {duration(timeline.expires_after_ns)}")
     if timeline.promised_ns is not None:
         bounds.append(f"promised its first token within {duration(timeline.promised_ns)}")
     if timeline.deadline_ns is not None:

@@ -40,6 +40,8 @@ PATIENCE_S = 30.0
 PROSE = ("text", "message", "notes")
 SINCE = ("late_ns",)
 """What explanations tell since these were recorded."""
+RENAMED = {"expires_after_ns": "bound_ns"}
+"""What they call by another name since then."""
 
 Command = Callable[..., Ended]
 
@@ -144,7 +146,7 @@ def explained(sidecar: Command, path: Path, request: str) -> dict[str, Any]:
     """Return why a request waited, without the sentences for people and what is told since then."""
     told = sidecar("replay", str(path), "--explain", request, "--json").json()
     told["timeline"] = [{key: each[key] for key in each if key not in PROSE} for each in told["timeline"]]
-    return {key: told[key] for key in told if key not in (*PROSE, *SINCE)}
+    return {RENAMED.get(key, key): told[key] for key in told if key not in (*PROSE, *SINCE)}
 
 
 def unpacked(archive: Path, folder: Path) -> Path:

@@ -194,6 +194,33 @@ def test_a_move_is_told_without_a_look(tmp_path: Path) -> None:
     assert voids[0] == voids[1] != []
 
 
+def test_who_was_in_the_way_at_an_arrival_and_a_move(tmp_path: Path) -> None:
+    """A queue where requests of a version have waited for long: what took the seats then says nothing of who comes."""
+    world = World(engines=2, seats=1)
+    world.register("first", "second", "other", "mine")
+    world.engines["b0"].run_ns, world.engines["b1"].run_ns = 2_000 * MS, 100 * MS
+    world.send("other", only=("b0",))
+    world.feed(ev.DrainSet("b1", True))
+    moved = world.send("mine")
+    world.feed(ev.DrainSet("b1", False))
+    for name in ("first", "second", "mine"):
+        world.send(name, only=("b1",))
+    while "ok" not in world.outcomes():
+        world.run(for_ns=10 * MS)
+    world.run(for_ns=60 * MS)
+    came = world.send("mine", only=("b1",))
+    world.run(for_ns=1 * MS)
+    world.feed(ev.DrainSet("b0", True))
+    world.run()
+    write_journal(world, tmp_path)
+    for request in (moved, came):
+        exact, live = explain(tmp_path, request), story(lived(world, 1_000 * SECOND), str(request), 0)
+        assert [(each.backend, each.because) for each in live.periods()] == [
+            (each.backend, each.because) for each in exact.periods()
+        ]
+    assert "routed to b1" in [entry.text for entry in live.entries if isinstance(entry, Moment)]
+
+
 async def test_a_look_that_fails_is_not_the_last(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

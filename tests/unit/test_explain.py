@@ -273,7 +273,7 @@ def test_a_request_that_had_to_wait_for_a_slot(tmp_path: Path) -> None:
     world.run()
     timeline = explained(world, request, tmp_path)
     assert (timeline.adapter, timeline.ordinal, timeline.tenant, timeline.klass) == ("haiku", 1, "acme", "default")
-    assert timeline.bound_ns == 9 * SECOND
+    assert timeline.expires_after_ns == 9 * SECOND
     assert timeline.deadline_ns == timeline.arrived_ns + 9 * SECOND
     assert told(timeline) == [
         "arrived", "routed", "fetch", "fetched", "load", "opened", "loaded", "sent", "first_token", "ended",
@@ -328,7 +328,7 @@ def test_a_request_that_expired(tmp_path: Path) -> None:
     request = world.send()
     world.run()
     timeline = explained(world, request, tmp_path)
-    assert (timeline.outcome, timeline.bound_ns) == ("expired", SECOND)
+    assert (timeline.outcome, timeline.expires_after_ns) == ("expired", SECOND)
     assert timeline.reasons_ns() == {Why.BACKEND_DOWN.value: timeline.waited_ns}
     assert timeline.waited_ns >= SECOND
 
