@@ -167,6 +167,7 @@ class Ticket:
         "counting",
         "delivered",
         "dispatch",
+        "facts",
         "is_whole",
         "payload",
         "peer",
@@ -201,6 +202,8 @@ class Ticket:
         """The gRPC status code of an engine's unary error, or an `HttpRejection`: passed on to the client unchanged."""
         self.caller: Any = None
         """Who sent it (`access.Caller`); None for a request that another replica has passed on."""
+        self.facts: Any = None
+        """What it asks for (`shell.requests.RequestFacts`)."""
         self.peer = ""
         """The address from which it came to the first replica."""
         self.trace: Traced | None = None

@@ -122,6 +122,13 @@ def _resolve(state: State, event: Received) -> tuple[Name | None, int]:
     return name, ordinal
 
 
+def name_in(state: State, reference: str) -> str:
+    """Return the name in a client's reference, whether or not it is registered; "" if it means the base model."""
+    if reference in BASE_NAMES and reference not in state.names:
+        return ""
+    return reference.partition("@")[0] or reference
+
+
 def _may_answer(event: Received, ordinal: int) -> bool:
     return event.versions is None or ordinal in event.versions
 
@@ -186,6 +193,14 @@ def _unknown(state: State, text: str, tenant: str | None) -> str:
     if tenant is not None:
         return f'unknown adapter "{shown}"; GET /v1/models of the http listener lists those that you may use'
     return f'unknown adapter "{shown}"; "sidecar adapters list" shows those that are registered, and for whom'
+
+
+def with_name(state: State, settle: Settle, reference: str) -> Settle:
+    """Return an ending as those see it who count and log: with the name in the request's reference.
+
+    A refusal has a name only if it is about that; clients are told no other, since a task id may stand for it.
+    """
+    return settle if settle.name else replace(settle, name=name_in(state, reference))
 
 
 def for_client(state: State, settle: Settle) -> Settle:

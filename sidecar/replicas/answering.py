@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 from sidecar.backends.api import Payload, Reply, Ticket
 from sidecar.backends.buffers import AnswerBuffers
 from sidecar.config.identities import REQUEST_ID, is_fit
+from sidecar.core.admission import name_in
 from sidecar.core.effects import Dispatch, Settle
 from sidecar.errors import Reason, Refused
 from sidecar.proto import peers_pb2
@@ -188,7 +190,8 @@ class Answers:
             message = f"the sidecar failed: {error}"
             ending = ended(0, facts, Reason.BACKEND_FAILED, message, request.backend)
             self._refuse(request.number, ending)
-            self._gateway.driver.show_endings([ending])
+            named = replace(ending, name=name_in(self._gateway.state, facts.adapter))
+            self._gateway.driver.show_endings([named])
 
     def _ticket(self, number: int, payload: Payload, request: Any) -> PassedOn:
         ticket = PassedOn(number, payload, request.client_id, self, request.number)

@@ -23,6 +23,7 @@ from sidecar.config.identities import clipped
 from sidecar.core import effects as do
 from sidecar.core import eligibility
 from sidecar.core import events as ev
+from sidecar.core.admission import with_name
 from sidecar.core.enums import Phase, Why
 from sidecar.core.facts import version_of_key
 from sidecar.core.state import Request, State
@@ -469,7 +470,8 @@ class Chronicle:
         record = self._open.get(ticket.request)
         if record is not None and ticket.settled is not None:
             record.dispatch = ticket.dispatch
-            self._end(record, ticket.settled, monotonic_ns())
+            settled = with_name(self._state(), ticket.settled, record.received.adapter)
+            self._end(record, settled, monotonic_ns())
 
     # What is known of a request.
 

@@ -59,16 +59,15 @@ def last_ending(ticket: Ticket, raised: Raised, state: State, owners: Sequence[s
     sent again. If that is unknown, neither must one that was with another replica when that crashed.
     """
     reason, message = _why(ticket, raised, owners)
-    known = state.requests.get(ticket.request)
-    dispatch = ticket.dispatch
+    known, facts, dispatch = state.requests.get(ticket.request), ticket.facts, ticket.dispatch
     return Settle(
         ticket.request,
         outcome_of(reason),
         "" if known is None else known.view.name,
-        "" if known is None else known.view.tenant,
-        "default" if known is None else known.view.klass,
+        facts.tenant,
+        facts.klass if facts.klass in state.config.classes else "default",
         0,
-        0 if known is None else known.view.input_tokens,
+        facts.input_tokens,
         reason=reason,
         message=message,
         backend="" if dispatch is None else dispatch.backend,

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
+from sidecar.core.admission import name_in, with_name
 from sidecar.core.core import Core
 from sidecar.core.effects import Dispatch, Effect, Settle, WakeAt
 from sidecar.core.enums import Outcome
@@ -117,7 +118,7 @@ class Driver:
             retry_after_s=1.0,
         )
         ending = Settle(
-            event.request, Outcome.REFUSED, event.adapter, event.tenant, "default",
+            event.request, Outcome.REFUSED, name_in(self.core.state, event.adapter), event.tenant, "default",
             self.waited_ns.pop(event.request, 0), event.input_tokens, reason=refused.reason, message=refused.message,
         )  # fmt: skip
         self._show(self._of_refused, event, [ending], self.clock_ns())
@@ -160,7 +161,8 @@ class Driver:
         try:
             effects = self.core.step(event, now_ns)
             told = self._since_arrival(effects) if self.waited_ns else effects
-            self._show(self._observers, event, told, now_ns)
+            shown = self._named(event, told) if isinstance(event, Received) else told
+            self._show(self._observers, event, shown, now_ns)
             self._show(self._of_core, event, effects, now_ns)
             for effect, whole in zip(effects, told, strict=True):
                 if isinstance(effect, WakeAt):
@@ -174,6 +176,16 @@ class Driver:
             if not isinstance(error, Exception):  # such as KeyboardInterrupt: the process is to end anyway
                 raise
         return self.crash.raised is None
+
+    def _named(self, event: Received, effects: Sequence[Effect]) -> Sequence[Effect]:
+        """Return the effects of an arrival with the request's name in its refusal."""
+        state, number = self.core.state, event.request
+        return [
+            with_name(state, effect, event.adapter)
+            if isinstance(effect, Settle) and effect.request == number
+            else effect
+            for effect in effects
+        ]
 
     def _since_arrival(self, effects: Sequence[Effect]) -> Sequence[Effect]:
         """Return effects whose waits, and the bounds of these, count from the arrival at the first replica."""

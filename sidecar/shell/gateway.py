@@ -18,6 +18,7 @@ from typing import Any
 
 from sidecar.access.access import OURSELVES, Access, Caller
 from sidecar.access.budgets.counting import PromptCounter
+from sidecar.access.usage.meter import UNKNOWN
 from sidecar.adapters.base_model import BaseModel
 from sidecar.adapters.disk import DiskTier
 from sidecar.adapters.origins.allowing import AllowList
@@ -234,7 +235,7 @@ class Gateway:
                 if ticket.caller is None and ending.reason is Reason.CRASHED:  # the replica that passed it on goes on
                     self.chronicle.given_up(ending)
                 else:
-                    endings.append(ending)
+                    endings.append(admission.with_name(self.state, ending, ticket.facts.adapter))
         for future in self._asks.values():
             if not future.done():
                 future.set_exception(self.crash.error())
@@ -264,7 +265,8 @@ class Gateway:
         try:
             facts = self._permitted(facts, client_id, caller)
         except SidecarError as error:
-            self.show_refused(facts.tenant, facts.klass, facts.input_tokens, error)
+            name = UNKNOWN if admission.name_in(self.state, facts.adapter) else ""
+            self.show_refused(name, facts.tenant, facts.klass, facts.input_tokens, error)
             raise
         ticket = Ticket(next(self._numbers), payload, client_id, self.answers)
         ticket.caller, ticket.peer = caller, caller.peer
@@ -293,8 +295,8 @@ class Gateway:
                 facts.sequences, client_id,
             )  # fmt: skip
         except Refused as refused:
-            name = facts.adapter.partition("@")[0]
-            self.show_refused(facts.tenant, facts.klass, facts.input_tokens, refused, name)
+            name = admission.name_in(self.state, facts.adapter)
+            self.show_refused(name, facts.tenant, facts.klass, facts.input_tokens, refused)
             raise
 
     def _permitted(self, facts: RequestFacts, client_id: str, caller: Caller) -> RequestFacts:
@@ -314,19 +316,20 @@ class Gateway:
         try:
             self.access.permit(caller, reference, request_id, is_base, tenant)
         except SidecarError as error:
-            self.show_refused(caller.principal.tenant, caller.principal.klass, 0, error)
+            name = "" if is_base else UNKNOWN
+            self.show_refused(name, caller.principal.tenant, caller.principal.klass, 0, error)
             raise
 
-    def show_refused(self, tenant: str, klass: str, input_tokens: int, error: SidecarError, name: str = "") -> None:
-        """Show a request that was not taken to those who count; `name` is "" of one that may not exist."""
-        klass = klass if klass in self.state.config.classes else "default"
-        self.driver.show_endings(
-            [
-                do.Settle(
-                    0, Outcome.REFUSED, name, tenant, klass, 0, input_tokens, reason=error.reason, message=error.message
-                )
-            ]
+    def show_refused(self, name: str, tenant: str, klass: str, input_tokens: int, error: SidecarError) -> None:
+        """Show a request that was not taken to those who count; `name` is UNKNOWN of one that may not be told."""
+        klass = self._class_shown(klass)
+        ending = do.Settle(
+            0, Outcome.REFUSED, name, tenant, klass, 0, input_tokens, reason=error.reason, message=error.message
         )
+        self.driver.show_endings([ending])
+
+    def _class_shown(self, klass: str) -> str:
+        return klass if klass in self.state.config.classes else "default"
 
     def submit_here(self, facts: RequestFacts, ticket_of: Callable[[int], Ticket]) -> Ticket:
         """Submit a request that another replica has passed on; `ticket_of(number)` makes its ticket.
@@ -340,7 +343,7 @@ class Gateway:
         if self.crash.raised is not None:
             raise self.crash.refused()
         checked(identities.REQUEST_ID, ticket.client_id)
-        self.tickets[ticket.request] = ticket
+        self.tickets[ticket.request], ticket.facts = ticket, facts
         if self.begin_trace is not None:
             ticket.trace = self.begin_trace(ticket, facts)
         try:
@@ -396,13 +399,13 @@ class Gateway:
         self, ticket: Ticket, facts: RequestFacts, reason: Reason | None, message: str, backend: str = ""
     ) -> do.Settle:
         """Return the ending of a request that was passed on, by what is known here."""
-        name, dispatch = facts.adapter.partition("@")[0], ticket.dispatch
+        dispatch = ticket.dispatch
         return do.Settle(
             ticket.request,
             outcome_of(reason),
-            "" if name in admission.BASE_NAMES and name not in self.state.names else name,
+            admission.name_in(self.state, facts.adapter),
             facts.tenant,
-            facts.klass if facts.klass in self.state.config.classes else "default",
+            self._class_shown(facts.klass),
             facts.waited_ns if dispatch is None else dispatch.queue_ns,
             facts.input_tokens,
             ticket.delivered,

@@ -14,7 +14,6 @@ from sidecar.access.usage.keeper import UsageKeeper
 from sidecar.access.usage.meter import BASE, NOBODY, UNKNOWN, Key, tenant_shown
 from sidecar.core import effects as do
 from sidecar.core import events as ev
-from sidecar.core.admission import BASE_NAMES
 from sidecar.core.core import Core
 from sidecar.core.enums import Phase
 from sidecar.core.facts import version_of_key
@@ -138,7 +137,7 @@ class UsageObserver:
             return
         is_sent = key is not None or effect.output_tokens > 0  # the owner to which it was passed on may be lost
         if key is None:
-            named = self._named(effect.name, effect.version) if effect.request else (UNKNOWN, "")
+            named = self._named(effect.name, effect.version) if effect.request or not effect.name else (UNKNOWN, "")
             key = (tenant_shown(effect.tenant), *named, effect.backend if is_sent else "")
         counted = self._counted(effect.request)
         is_estimated = counted is None and effect.request in self._estimated
@@ -165,7 +164,7 @@ class UsageObserver:
 
     def _named(self, name: str, version: str) -> tuple[str, str]:
         """Return the adapter and version of a request that was not sent. Clients may name anything."""
-        if name in BASE_NAMES and name not in self._state.names:
+        if not name:
             return BASE, ""
         known = self._state.names.get(name.partition("@")[0])
         if known is None:

@@ -435,6 +435,10 @@ async def test_what_is_denied_counts_in_usage_at_every_front(tmp_path: Path) -> 
         asked = pb.UsageRequest(by=["tenant", "adapter"], tenant="acme", until=time.time())
         (row,) = (await stub.GetUsage(asked, metadata=acme.metadata)).rows
         assert (row.adapter, dict(row.requests)) == ("(unknown)", {"refused": len(fronts)})
+        _, text = await served.sidecar.metrics.render()
+        counted = [line for line in text.decode().splitlines() if 'outcome="refused"' in line and "adapter=" in line]
+        labels = 'adapter="_other",outcome="refused"'
+        assert counted == [f"lora_sidecar_adapter_requests_total{{{labels}}} {len(fronts)}.0"]
 
 
 @NEEDS_OPENSSL

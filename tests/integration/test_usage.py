@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import csv
 import io
+import logging
+import re
 import signal
 import sqlite3
 from collections.abc import AsyncIterator, Callable
@@ -96,6 +98,19 @@ async def test_a_refused_request_counts_and_a_made_up_name_is_no_row(house: Hous
             await house.served.ask(name, 3, tenant="acme")
     (row,) = [row for row in await house.rows("--tenant", "acme") if row["refused"]]
     assert (row["adapter"], row["refused"], row["input_tokens"]) == ("(unknown)", 2, 0)
+
+
+async def test_a_request_that_may_not_queue_is_one_for_its_adapter(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "sidecar.requests")
+    for adapter, klass in (("a00", "interactiv"), ("a01@v1", "interactiv"), ("", "interactiv")):
+        with pytest.raises(grpc.aio.AioRpcError):
+            await house.served.ask(adapter, 3, tenant="umbrella", **{"class": klass})
+    rows = await house.rows("--tenant", "umbrella")
+    assert {row["adapter"]: row["refused"] for row in rows} == {"a00": 1, "a01": 1, "(base)": 1}
+    lines = [record.getMessage() for record in caplog.records if "tenant=umbrella" in record.getMessage()]
+    assert [re.findall(r" adapter=(\S+)", line) for line in lines] == [["a00"], ["a01"], []]
 
 
 async def test_a_prompt_in_text_is_marked_as_an_estimate(house: House) -> None:

@@ -5,17 +5,25 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 
+from sidecar.backends.api import Ticket
+from sidecar.backends.buffers import AnswerBuffers
 from sidecar.config.plugins import policies_of
+from sidecar.core.admission import with_name
 from sidecar.core.config import CoreConfig
 from sidecar.core.core import Core
 from sidecar.core.effects import Effect, Settle
 from sidecar.core.events import Event, FirstToken, Received, RunEnded, Tick
+from sidecar.core.state import Name
 from sidecar.errors import Failed, Reason, Refused
+from sidecar.journal.raised import Raised
+from sidecar.shell.crash import last_ending
 from sidecar.shell.driver import Driver
+from sidecar.shell.requests import RequestFacts
 
 
 def received(number: int) -> Received:
@@ -182,6 +190,41 @@ async def test_what_a_request_has_waited_elsewhere_counts_but_for_the_journal() 
     assert [each.queue_ns for each in shown.endings] == [5_000, 0]
     assert [each.queue_ns for each in effects if isinstance(each, Settle)] == [5_000, 0]
     assert not driver.waited_ns
+
+
+async def test_a_refusal_has_the_name_of_its_request_for_who_counts_it_only() -> None:
+    """It may stand for a task id, which its client must not learn by being refused. The journal has none."""
+    effects: list[Effect] = []
+    driver, exact, shown = driver_of(effects, inbox_max=3), Endings(), Endings()
+    driver.observe(shown, of_refused=True)
+    driver.observe(exact, of_core=True)
+    driver.core.state.names["sql"] = Name("sql", "d" * 64, versions={1: "d" * 64})
+    driver.core.state.draining = True
+    references = ("sql@v1", "base", "", "base@v1", "@v1")
+    for number, reference in enumerate(references[:3]):
+        driver.post(replace(received(number), adapter=reference))
+    for number, reference in enumerate(references, 10):
+        with pytest.raises(Refused):
+            driver.post(replace(received(number), adapter=reference))
+    assert [each.name for each in shown.endings] == ["sql", "", "", "base", "@v1"]
+    await asyncio.sleep(0)
+    for number, reference in enumerate(references[3:], 20):
+        driver.post(replace(received(number), adapter=reference))
+    await asyncio.sleep(0)
+    assert [each.name for each in shown.endings[5:]] == ["sql", "", "", "base", "@v1"]
+    as_core = [each.name for each in exact.endings]
+    assert as_core == ["", "", "", "base", ""]
+    assert [each.name for each in effects if isinstance(each, Settle)] == as_core
+
+
+def test_a_crash_ends_a_request_that_the_core_never_had_as_its_tenants() -> None:
+    config = CoreConfig()
+    state = Core(config, policies_of(config)).state
+    ticket = Ticket(7, cast("Any", None), "", AnswerBuffers())
+    ticket.facts = RequestFacts("sql@v1", "acme", "no-such", 9)
+    ending = last_ending(ticket, Raised(ValueError(), 0, Tick(), None), state, ())
+    assert (ending.tenant, ending.klass, ending.input_tokens) == ("acme", "default", 9)
+    assert (ending.name, with_name(state, ending, "sql@v1").name) == ("", "sql")  # its client is not told it
 
 
 class Endings:
