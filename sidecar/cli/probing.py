@@ -25,6 +25,7 @@ from sidecar.cli.serving import resolve, shared_folder
 from sidecar.cli.show import console, print_json, working
 from sidecar.config import Config, parse
 from sidecar.config.backends import Backend
+from sidecar.config.section import is_address
 from sidecar.core.facts import Adapter
 from sidecar.errors import Invalid, Misused
 from sidecar.serve.discovered import found_now
@@ -97,6 +98,9 @@ def _record(url: str, config: Config, file: Path | None) -> dict[str, Any]:
     """Return the section of the chosen backend; without a configuration, a section with the URL only."""
     full = url if "://" in url else f"{next(iter(KINDS))}://{url}"
     if file is None:
+        if not is_address(full.partition("://")[2]):
+            why = f'"{url}" is no URL of an engine; to name a backend by its id, give its file, --config FILE'
+            raise CommandError(why, Exit.MISUSED)
         return {"url": full}
     entries = entries_of(config, str(file))
     found = [number for number, entry in enumerate(entries) if url == entry.identity or full == entry.url]

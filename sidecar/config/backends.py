@@ -203,7 +203,11 @@ class Backend(Section):
     @field_validator("adapters_dir", mode="before")
     @classmethod
     def _is_a_path_at_least(cls, adapters_dir: Any) -> Any:
-        return {"ours": adapters_dir, "engine": adapters_dir} if isinstance(adapters_dir, str) else adapters_dir
+        if not isinstance(adapters_dir, str):
+            return adapters_dir
+        if not adapters_dir.startswith("/"):
+            raise ValueError("it must be an absolute path")
+        return {"ours": adapters_dir, "engine": adapters_dir}
 
     @field_validator("url")
     @classmethod

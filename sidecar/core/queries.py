@@ -277,6 +277,8 @@ def _open_view(state: State, backend: Backend, digest: str, now_ns: int) -> Open
 
 
 def _notes(state: State, backend: Backend, now_ns: int) -> Iterator[str]:
+    if backend.facts.base_only:
+        yield "serves its base model only: no folder for adapters is shared with it; set backends[].adapters_dir"
     if backend.draining and backend.running:
         yield f"draining: {len(backend.running)} still running"
     if backend.leaving:

@@ -70,10 +70,12 @@ def _head(timeline: Timeline) -> Iterator[str]:
     ]
     yield ", ".join(parts)
     bounds = [f"arrived {timeline.arrived_utc}"]
-    if timeline.expires_after_ns is not None:
-        bounds.append(f"may wait {duration(timeline.expires_after_ns)}")
-    if timeline.promised_ns is not None:
-        bounds.append(f"promised its first token within {duration(timeline.promised_ns)}")
+    limit_ns, promised_ns = timeline.expires_after_ns, timeline.promised_ns
+    if limit_ns is not None:
+        bounds.append(f"expires after {duration(limit_ns)} in the queue")
+    if promised_ns is not None:
+        promised = f"promised its first token within {duration(promised_ns)}"
+        bounds.append(f"{promised} unless it expires" if limit_ns and limit_ns < promised_ns else promised)
     if timeline.deadline_ns is not None:
         bounds.append(f"deadline after {duration(timeline.deadline_ns - timeline.arrived_ns)}")
     yield ", ".join(bounds)

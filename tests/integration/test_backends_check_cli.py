@@ -34,6 +34,10 @@ async def test_the_command_line(tmp_path: Path) -> None:
         code, _, err = await sidecar("backends", "check", "http://127.0.0.1:8000")
         assert code == 2
         assert "triton://HOST:PORT" in err
+        code, _, err = await sidecar("backends", "check", "gpu-9")
+        assert code == 2
+        assert '"gpu-9" is no URL' in err
+        assert "--config FILE" in err
 
 
 async def test_a_configured_backend_by_its_id(tmp_path: Path) -> None:

@@ -390,6 +390,19 @@ async def test_a_served_folder_is_looked_at_again(tmp_path: Path) -> None:
 # What operators add and remove.
 
 
+async def test_an_engine_without_a_folder_is_added_and_serves_its_base_model_only(tmp_path: Path) -> None:
+    """Who adds a vLLM with the settings of a Triton is told, and which setting adapters need."""
+    file = tmp_path / "config.json"
+    async with running_engine(**ENGINE) as one, serving([one], file=file) as served:
+        add = admin_pb2.AddBackendRequest(backend="v2", url="vllm://127.0.0.1:1", like="trt-0")
+        assert "serves its base model only" in (await served.backends.Add(add)).detail
+        known = {
+            each.id: each.detail for each in (await served.backends.List(admin_pb2.ListBackendsRequest())).backends
+        }
+        assert "set backends[].adapters_dir" in known["v2"]
+        assert "base model only" not in known["trt-0"]
+
+
 async def test_backends_that_are_added_and_removed(tmp_path: Path) -> None:
     """For the life of the process; the file wins when it is read again."""
     file = tmp_path / "config.json"

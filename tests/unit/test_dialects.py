@@ -129,7 +129,8 @@ def test_the_shared_folder_in_the_configuration() -> None:
     assert same.shared_dir == AdaptersDir(Path("/mnt/a"), "/mnt/a")
     assert two.shared_dir == AdaptersDir(Path("/mnt/a"), "/models/a")
     for wrong, words in (
-        ("relative", "it must be an absolute path"),
+        ("./relative", "backends.0.adapters_dir: it must be an absolute path"),
+        ({"ours": "a", "engine": "/a"}, "backends.0.adapters_dir.ours: it must be an absolute path"),
         ({"ours": "/a"}, "adapters_dir.engine: Field required"),
         ({"ours": "/a", "engine": "/a", "engines": "/b"}, "unknown key backends.0.adapters_dir.engines; did you mean"),
     ):

@@ -321,6 +321,16 @@ def test_a_promise_and_its_end_are_told(tmp_path: Path) -> None:
     assert "promised its first token within" in "\n".join(lines_of(timeline))
 
 
+def test_a_promise_beyond_the_longest_wait_is_no_contradiction(tmp_path: Path) -> None:
+    world = World(SMALL)
+    timeline = explained(world, world.send(), tmp_path)
+    timeline.bound_ns, timeline.promised_ns = 20_000 * MS, 174_000 * MS
+    head = "\n".join(lines_of(timeline))
+    assert ", expires after 20.00 s in the queue, promised its first token within 2.9 min unless it expires" in head
+    timeline.promised_ns = 19_000 * MS
+    assert "promised its first token within 19.00 s\n" in "\n".join(lines_of(timeline))
+
+
 @pytest.mark.parametrize(
     ("first_ms", "voided", "late_ms", "late"),
     [(3200, "", 1200, "1.20 s"), (3200, "moved", 0, ""), (1900, "", 0, ""), (None, "", 900, "900 ms")],

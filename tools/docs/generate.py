@@ -126,6 +126,19 @@ more, as `sidecar queue` shows them and `lora_sidecar_wait_bounds_voided_total` 
 | reason | means |
 |---|---|
 """
+LONGER = """
+## Longer than the class allows
+
+`queue_wait_s_max` limits how long a request is in a queue, and what was not sent to an engine by then expires. The
+bound is about the first token of what is sent, and may be longer. In all a request can wait for longer than its class
+allows, within its deadline:
+
+* One that was sent, and came back without a token because its engine was lost or refused it, was in no queue meanwhile.
+  If its time is over when it comes back, it gets the same time again. So one of a class with 20 s may wait for 45 s.
+* One that moves to another replica has its time there again.
+
+`sidecar queue` says under `expires` when that is, counted from its arrival in that replica.
+"""
 
 
 def waiting_page() -> str:
@@ -136,6 +149,7 @@ def waiting_page() -> str:
         + "".join(rows)
         + VOIDED
         + "".join(f"| {reason.value} | {VOID_BECAUSE[reason]} |\n" for reason in Voided)
+        + LONGER
     )
 
 

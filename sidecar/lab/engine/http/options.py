@@ -44,7 +44,8 @@ class HttpOptions(Options):
         defaults = {each.name: each.default for each in fields(Options)}
         for name in _TRITONS:
             if getattr(self, name) != defaults[name]:
-                raise ValueError(f"{name} is an option of the engine behind Triton; {self.protocol} has none of it")
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} is an option of the engine behind Triton; {self.protocol} has none of it")
 
     @property
     def names(self) -> tuple[str, ...]:

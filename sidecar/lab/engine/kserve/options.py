@@ -16,8 +16,8 @@ TRITON, LLMAPI = "triton", "llmapi"
 TRTLLM = "trtllm"
 PROTOCOLS = (TRITON, LLMAPI, VLLM, TRTLLM)
 SERVER, MODELS, ENGINE, LORA, FAULTS = "Server", "Triton's models", "Engine", "LoRA caches", "Faults"
-HTTP_ONLY, VLLM_ONLY, TRTLLM_ONLY = "Engines with an OpenAI API", "vLLM", "trtllm-serve"
-PANELS = SERVER, MODELS, ENGINE, LORA, HTTP_ONLY, VLLM_ONLY, TRTLLM_ONLY, FAULTS
+TRITON_ONLY, HTTP_ONLY, VLLM_ONLY, TRTLLM_ONLY = "Triton", "Engines with an OpenAI API", "vLLM", "trtllm-serve"
+PANELS = SERVER, MODELS, ENGINE, LORA, TRITON_ONLY, HTTP_ONLY, VLLM_ONLY, TRTLLM_ONLY, FAULTS
 """The panels of `sidecar emulate --help`."""
 
 
@@ -62,7 +62,7 @@ class Options:
     exclude_input_in_output: bool = False
     triton_max_batch_size: int = field(default=64, metadata=cli(SERVER, "max_batch_size of the models."))
     instances: int = field(
-        default=1, metadata=cli(SERVER, "Model instances, each with an engine and caches of its own.")
+        default=1, metadata=cli(TRITON_ONLY, "Model instances, each with an engine and caches of its own.")
     )
     text_model: bool = field(default=True, metadata=cli(MODELS, "Serve the text model (ensemble) as well."))
     protocol: str = field(
@@ -73,10 +73,11 @@ class Options:
         ),
     )
     write_engine_config: Path | None = field(
-        default=None, metadata=cli(SERVER, "Write the engine's config.json there, for backends to read.")
+        default=None, metadata=cli(TRITON_ONLY, "Write the engine's config.json there, for backends to read.")
     )
     write_config: Path | None = field(
-        default=None, metadata=cli(SERVER, "Write a sidecar's configuration for this engine there, with its sizes.")
+        default=None,
+        metadata=cli(TRITON_ONLY, "Write a sidecar's configuration for this engine there, with its sizes."),
     )
     served_log: Path | None = field(
         default=None, metadata=cli(SERVER, "Append a JSON line for each request that ends.")
@@ -145,22 +146,22 @@ class Options:
         default=None, metadata=cli(LORA, "Pages of the device cache, instead of bytes.")
     )
 
-    max_queue: int = field(default=0, metadata=cli(FAULTS, "Limit of the executor's queue; 0: none."))
+    max_queue: int = field(default=0, metadata=cli(TRITON_ONLY, "Limit of the executor's queue; 0: none."))
     crash_on_load: tuple[str, ...] = field(
         default=(), metadata=cli(FAULTS, "Crash when this adapter (parameter lora_name, or task id) is loaded.")
     )
     crash_on_weights: tuple[str, ...] = field(
-        default=(), metadata=cli(FAULTS, "Crash when weights with this SHA-256 prefix are loaded.")
+        default=(), metadata=cli(TRITON_ONLY, "Crash when weights with this SHA-256 prefix are loaded.")
     )
     fail_step_on_load: tuple[str, ...] = field(
         default=(), metadata=cli(FAULTS, "Fail the step after this adapter is loaded, once.")
     )
-    full_errors: int = field(default=0, metadata=cli(FAULTS, "Answer this many loads with a full cache."))
-    claim_errors: int = field(default=0, metadata=cli(FAULTS, "Then this many with a failed page claim."))
+    full_errors: int = field(default=0, metadata=cli(TRITON_ONLY, "Answer this many loads with a full cache."))
+    claim_errors: int = field(default=0, metadata=cli(TRITON_ONLY, "Then this many with a failed page claim."))
     freeze_after: int | None = field(default=None, metadata=cli(FAULTS, "Stop iterating after this many steps."))
     slow_factor: float = field(default=1.0, metadata=cli(FAULTS, "Multiply the time of every step."))
     ignore_lora: bool = field(
-        default=False, metadata=cli(FAULTS, "Take every adapter and answer as the base model.", "--ignore-lora")
+        default=False, metadata=cli(TRITON_ONLY, "Take every adapter and answer as the base model.", "--ignore-lora")
     )
 
     def __post_init__(self) -> None:
