@@ -213,6 +213,7 @@ class Audit:
     def read(self, since: float, adapter: str = "", tenant: str = "", kind: str = "") -> Iterator[str]:
         """Yield the JSON lines of this process since a time (Unix seconds), the newest last. Blocks while it reads.
 
+        `adapter` finds what was done to it, and changes that name it, as a cancellation of its requests does;
         `tenant` finds what a tenant did and what was done to it. Yields nothing if the lines are in no file.
         """
         if self._file is None:
@@ -221,7 +222,11 @@ class Audit:
             about = line.get("resource", {})
             if (
                 (not kind or line.get("kind") == kind)
-                and (not adapter or (about.get("sort") in ("adapter", "version") and about.get("name") == adapter))
+                and (
+                    not adapter
+                    or (about.get("sort") in ("adapter", "version") and about.get("name") == adapter)
+                    or adapter in (line.get(when, {}).get("adapter") for when in ("before", "after"))
+                )
                 and (
                     not tenant
                     or tenant == line.get("who", {}).get("tenant")

@@ -102,4 +102,4 @@ def _details(line: dict[str, Any]) -> Iterator[str]:
 def _value(name: str, value: Any) -> str:
     if value is None:
         return "until resumed" if name == "paused_s" else "none"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value if value and isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -89,6 +89,17 @@ def seats_of(shown: Any) -> str:
     return f"{'~' if shown.seats_assumed else ''}{shown.seats}"
 
 
+def drained(backend: Any) -> str:
+    """Return what came of a drain, with how to avoid that waiting requests are refused."""
+    if not backend.refused:
+        return f"{backend.id} drains"
+    requests = "1 waiting request was" if backend.refused == 1 else f"{backend.refused} waiting requests were"
+    return (
+        f"{requests} refused, for nothing else can serve such; to avoid that, undrain {backend.id}, or drain it once "
+        "another engine that serves them is up"
+    )
+
+
 def undrained(backend: Any) -> str:
     """Return what came of ending a drain."""
     if backend.state in GOOD:
@@ -221,10 +232,18 @@ def drain(
     wait: Annotated[bool, typer.Option("--wait", help="Return only when nothing runs there any more.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Stop sending requests to a backend. Running ones end there; waiting ones go elsewhere."""
+    """Stop sending requests to a backend. Running ones end there; waiting ones go elsewhere.
+
+    Waiting ones that nothing else can serve are refused. To avoid that, drain it once another engine that serves them
+    is up.
+    """
     answer = client.ask(client.backends.Drain, pb.BackendRequest(backend=backend))
+    refused = answer.refused
+    if refused and not as_json:
+        say(drained(answer))
     if wait:
         answer = _emptied(client, answer)
+        answer.refused = refused
     if as_json:
         print_json(answer)
     elif answer.state == "draining":

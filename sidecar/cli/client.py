@@ -169,7 +169,7 @@ def call_failed(error: Any, endpoint: Endpoint) -> CommandError:
     code, said = error.code(), error.details() or ""
     where = f"the {endpoint.listener} listener of a sidecar at {endpoint.address}"
     if code is grpc.StatusCode.UNAVAILABLE:
-        cause = said.rpartition(": ")[2]
+        cause = said.rpartition(": ")[2].removesuffix("]")  # of a list in which gRPC has it
         return CommandError(f"cannot reach {where} {_why_unreached(cause, endpoint)}", Exit.UNREACHABLE, code=code.name)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return CommandError(f"{where} did not answer in time", Exit.UNREACHABLE, code=code.name)
@@ -193,6 +193,9 @@ def _why_unreached(cause: str, endpoint: Endpoint) -> str:
         return (
             "by TLS: the CA of --ca did not sign its certificate, or it does not speak TLS, or asks for --certificate"
         )
+    address = endpoint.address
+    if not (address.startswith("unix") or address.rpartition(":")[2].isdigit()):
+        return f"({cause}): the address has no port; give it as HOST:PORT with {endpoint.option}"
     start = "sidecar serve --backend triton://HOST:PORT --adapters FOLDER"
     return f'({cause}); start one with "{start}" or name its address with {endpoint.option}'
 

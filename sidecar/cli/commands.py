@@ -188,7 +188,7 @@ COMMANDS = {
     ),
     "requests cancel": (
         "sidecar.cli.requests:cancel",
-        "Cancel a request by its id, or all of an adapter or tenant; their clients are told that an operator did.",
+        "Cancel a request by its id, or all of an adapter, tenant or backend; clients are told that an operator did.",
     ),
     "replicas list": (
         "sidecar.cli.replicas:list_replicas",

@@ -19,6 +19,9 @@ Adapter = Annotated[
     typer.Option(help="Only requests for this adapter.", show_default=False, autocompletion=completing.adapter_names),
 ]
 Tenant = Annotated[str, typer.Option(help="Only this tenant's requests.", show_default=False)]
+Backend = Annotated[
+    str, typer.Option(help="Only requests at this backend.", show_default=False, autocompletion=completing.backend_ids)
+]
 
 OPEN = ("ID", "STATE", ">AGE", "ADAPTER", "TENANT", "CLASS", "BACKEND", ">MAX TOKENS", ">REQUEST")
 
@@ -28,10 +31,7 @@ def list_requests(
     client: Client,
     adapter: Adapter = "",
     tenant: Tenant = "",
-    backend: Annotated[
-        str,
-        typer.Option(help="Only requests at this backend.", show_default=False, autocompletion=completing.backend_ids),
-    ] = "",
+    backend: Backend = "",
     limit: Annotated[int, typer.Option(min=1, max=1000, help="Requests listed, oldest first.")] = 100,
     as_json: AsJson = False,
 ) -> None:
@@ -89,12 +89,16 @@ def cancel(
     ] = "",
     adapter: Adapter = "",
     tenant: Tenant = "",
+    backend: Backend = "",
     as_json: AsJson = False,
 ) -> None:
-    """Cancel a request by its id, or all of an adapter or tenant; their clients are told that an operator did."""
-    if not (request_id or adapter or tenant):
-        raise CommandError("say which requests: an ID, --adapter or --tenant", Exit.MISUSED)
-    answer = client.ask(client.queues.Cancel, pb.CancelRequest(request_id=request_id, adapter=adapter, tenant=tenant))
+    """Cancel a request by its id, or all of an adapter, tenant or backend; clients are told that an operator did."""
+    if not (request_id or adapter or tenant or backend):
+        raise CommandError("say which requests: an ID, --adapter, --tenant or --backend", Exit.MISUSED)
+    request = pb.CancelRequest(request_id=request_id, adapter=adapter, tenant=tenant)
+    if backend:
+        request.only.backend = backend
+    answer = client.ask(client.queues.Cancel, request)
     if not answer.cancelled:
         raise CommandError("no open request matches; it may have ended already (sidecar requests list)")
     if as_json:

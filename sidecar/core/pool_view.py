@@ -68,9 +68,9 @@ def activities(groups: Iterable[Group], name_of: Callable[[Group], str]) -> dict
 
 def in_order(rows: Iterable[Activity], page: Page, rates: Mapping[str, float | None]) -> list[Activity]:
     """Return the rows that the page's filter takes, sorted; backends that are not up precede, unless one asks else."""
-    keys: dict[str, Callable[[Activity], float]] = {
+    keys: dict[str, Callable[[Activity], float | str]] = {
         "": _by_age,
-        "name": lambda row: 0,
+        "name": lambda row: row.name,
         "waiting": lambda row: -row.waiting,
         "running": lambda row: -row.running,
         "oldest": _by_age,
@@ -91,15 +91,19 @@ def _by_age(row: Activity | Group) -> float:
 
 def groups_in_order(groups: Iterable[Group], page: Page) -> list[Group]:
     """Return the groups that the page's filter takes, sorted; all groups of a name have the same rate."""
-    keys: dict[str, Callable[[Group], float]] = {
-        "name": lambda group: 0,
+    keys: dict[str, Callable[[Group], float | tuple[str, ...]]] = {
+        "name": _names_of,
         "waiting": lambda group: -group.waiting,
         "running": lambda group: -group.running,
         "tokens": lambda group: -group.tokens,
     }
     key = keys.get(page.sort, _by_age)
     taken = [group for group in groups if page.takes(group.adapter or "base model", group.tenant, group.backend)]
-    return sorted(taken, key=lambda group: (key(group), -group.running, group.adapter, group.tenant, group.backend))
+    return sorted(taken, key=lambda group: (key(group), -group.running, *_names_of(group)))
+
+
+def _names_of(group: Group) -> tuple[str, ...]:
+    return group.adapter, group.tenant, group.backend
 
 
 def adapter_activities(state: State, groups: Iterable[Group]) -> list[Activity]:

@@ -396,14 +396,26 @@ class OpenRequest(_message.Message):
     def __init__(self, request: _Optional[int] = ..., request_id: _Optional[str] = ..., adapter: _Optional[str] = ..., version: _Optional[str] = ..., tenant: _Optional[str] = ..., backend: _Optional[str] = ..., state: _Optional[str] = ..., age_s: _Optional[float] = ..., input_tokens: _Optional[int] = ..., output_tokens_max: _Optional[int] = ..., **kwargs) -> None: ...
 
 class CancelRequest(_message.Message):
-    __slots__ = ("request_id", "adapter", "tenant")
+    __slots__ = ("request_id", "adapter", "tenant", "only")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
+    ONLY_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     adapter: str
     tenant: str
-    def __init__(self, request_id: _Optional[str] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
+    only: RequestNames
+    def __init__(self, request_id: _Optional[str] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., only: _Optional[_Union[RequestNames, _Mapping]] = ...) -> None: ...
+
+class RequestNames(_message.Message):
+    __slots__ = ("adapter", "tenant", "backend")
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    adapter: str
+    tenant: str
+    backend: str
+    def __init__(self, adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., backend: _Optional[str] = ...) -> None: ...
 
 class CancelResponse(_message.Message):
     __slots__ = ("cancelled",)
@@ -762,7 +774,7 @@ class BackendRequest(_message.Message):
     def __init__(self, backend: _Optional[str] = ...) -> None: ...
 
 class Backend(_message.Message):
-    __slots__ = ("id", "kind", "address", "state", "base_model", "dtype", "rank_max", "running", "queued", "seats", "host_pages", "device_pages", "kv_tokens", "kv_reserved", "page_limit", "open", "heals", "resident", "detail", "pace", "predicted_wait_s", "owner", "epoch", "host_pages_assumed", "draining", "seats_assumed")
+    __slots__ = ("id", "kind", "address", "state", "base_model", "dtype", "rank_max", "running", "queued", "seats", "host_pages", "device_pages", "kv_tokens", "kv_reserved", "page_limit", "open", "heals", "resident", "detail", "pace", "predicted_wait_s", "owner", "epoch", "host_pages_assumed", "draining", "seats_assumed", "refused")
     ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -789,6 +801,7 @@ class Backend(_message.Message):
     HOST_PAGES_ASSUMED_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     SEATS_ASSUMED_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
     id: str
     kind: str
     address: str
@@ -815,7 +828,8 @@ class Backend(_message.Message):
     host_pages_assumed: bool
     draining: bool
     seats_assumed: bool
-    def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., base_model: _Optional[str] = ..., dtype: _Optional[str] = ..., rank_max: _Optional[int] = ..., running: _Optional[int] = ..., queued: _Optional[int] = ..., seats: _Optional[int] = ..., host_pages: _Optional[int] = ..., device_pages: _Optional[int] = ..., kv_tokens: _Optional[int] = ..., kv_reserved: _Optional[int] = ..., page_limit: _Optional[int] = ..., open: _Optional[_Iterable[_Union[OpenVersion, _Mapping]]] = ..., heals: _Optional[_Iterable[_Union[HealNote, _Mapping]]] = ..., resident: _Optional[_Iterable[str]] = ..., detail: _Optional[str] = ..., pace: _Optional[str] = ..., predicted_wait_s: _Optional[float] = ..., owner: _Optional[str] = ..., epoch: _Optional[int] = ..., host_pages_assumed: _Optional[bool] = ..., draining: _Optional[bool] = ..., seats_assumed: _Optional[bool] = ...) -> None: ...
+    refused: int
+    def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., base_model: _Optional[str] = ..., dtype: _Optional[str] = ..., rank_max: _Optional[int] = ..., running: _Optional[int] = ..., queued: _Optional[int] = ..., seats: _Optional[int] = ..., host_pages: _Optional[int] = ..., device_pages: _Optional[int] = ..., kv_tokens: _Optional[int] = ..., kv_reserved: _Optional[int] = ..., page_limit: _Optional[int] = ..., open: _Optional[_Iterable[_Union[OpenVersion, _Mapping]]] = ..., heals: _Optional[_Iterable[_Union[HealNote, _Mapping]]] = ..., resident: _Optional[_Iterable[str]] = ..., detail: _Optional[str] = ..., pace: _Optional[str] = ..., predicted_wait_s: _Optional[float] = ..., owner: _Optional[str] = ..., epoch: _Optional[int] = ..., host_pages_assumed: _Optional[bool] = ..., draining: _Optional[bool] = ..., seats_assumed: _Optional[bool] = ..., refused: _Optional[int] = ...) -> None: ...
 
 class AddBackendRequest(_message.Message):
     __slots__ = ("backend", "url", "like")
@@ -1001,7 +1015,7 @@ class WaitingRequest(_message.Message):
     def __init__(self, request: _Optional[int] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., backend: _Optional[str] = ..., waited_s: _Optional[float] = ..., bound_s: _Optional[float] = ..., why: _Optional[str] = ..., expires_s: _Optional[float] = ..., voided: _Optional[str] = ..., request_id: _Optional[str] = ..., **kwargs) -> None: ...
 
 class WatchPoolRequest(_message.Message):
-    __slots__ = ("page", "sort", "filter", "offset", "limit", "interval_s", "lanes_of")
+    __slots__ = ("page", "sort", "filter", "offset", "limit", "interval_s", "lanes_of", "only")
     PAGE_FIELD_NUMBER: _ClassVar[int]
     SORT_FIELD_NUMBER: _ClassVar[int]
     FILTER_FIELD_NUMBER: _ClassVar[int]
@@ -1009,6 +1023,7 @@ class WatchPoolRequest(_message.Message):
     LIMIT_FIELD_NUMBER: _ClassVar[int]
     INTERVAL_S_FIELD_NUMBER: _ClassVar[int]
     LANES_OF_FIELD_NUMBER: _ClassVar[int]
+    ONLY_FIELD_NUMBER: _ClassVar[int]
     page: str
     sort: str
     filter: str
@@ -1016,7 +1031,8 @@ class WatchPoolRequest(_message.Message):
     limit: int
     interval_s: float
     lanes_of: str
-    def __init__(self, page: _Optional[str] = ..., sort: _Optional[str] = ..., filter: _Optional[str] = ..., offset: _Optional[int] = ..., limit: _Optional[int] = ..., interval_s: _Optional[float] = ..., lanes_of: _Optional[str] = ...) -> None: ...
+    only: RequestNames
+    def __init__(self, page: _Optional[str] = ..., sort: _Optional[str] = ..., filter: _Optional[str] = ..., offset: _Optional[int] = ..., limit: _Optional[int] = ..., interval_s: _Optional[float] = ..., lanes_of: _Optional[str] = ..., only: _Optional[_Union[RequestNames, _Mapping]] = ...) -> None: ...
 
 class PoolView(_message.Message):
     __slots__ = ("time", "replica", "verdict", "waiting", "running", "tokens_per_s", "backends", "backends_up", "seats", "adapters", "rows_total", "groups", "backend_rows", "adapter_rows", "tenant_rows", "request_rows", "lanes", "seats_assumed")

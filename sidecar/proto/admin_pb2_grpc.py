@@ -858,7 +858,8 @@ class BackendsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Sends nothing new to a backend; what runs there ends there.
+        """Sends nothing new to a backend; what runs there ends there, what waits there goes elsewhere, and is refused where
+        nothing else can serve it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

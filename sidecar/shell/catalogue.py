@@ -60,7 +60,7 @@ class Catalogue:
         self,
         registry: Registry,
         state: Callable[[], State],
-        step: Callable[[ev.Event], None],
+        step: Callable[[ev.Event], object],
         sources: Sources,
         bases: Mapping[str, BaseModel],
     ) -> None:

@@ -147,17 +147,20 @@ class Driver:
             self.step(self._engine.popleft())
         self.step(event)
 
-    def step(self, event: Event) -> None:
-        """Take one event now. Raises Failed(SIDECAR_FAILED) if the core has failed, or fails on it."""
-        if not self._take(event):
+    def step(self, event: Event) -> Sequence[Effect]:
+        """Take one event now and return its effects. Raises Failed(SIDECAR_FAILED) if the core has failed, or fails."""
+        effects = self._take(event)
+        if effects is None:
             raise self.crash.error()
+        return effects
 
-    def _take(self, event: Event) -> bool:
-        """Take one event; return False if the core has failed."""
+    def _take(self, event: Event) -> Sequence[Effect] | None:
+        """Take one event and return its effects; None if the core has failed."""
         if self.crash.raised is not None:
-            return False
+            return None
         now_ns = self._last_ns = max(self._last_ns, self.clock_ns())
         effect: Effect | None = None
+        effects: Sequence[Effect] = ()
         try:
             effects = self.core.step(event, now_ns)
             told = self._since_arrival(effects) if self.waited_ns else effects
@@ -175,7 +178,7 @@ class Driver:
             self.crash.happen(Raised(error, now_ns, event, effect))
             if not isinstance(error, Exception):  # such as KeyboardInterrupt: the process is to end anyway
                 raise
-        return self.crash.raised is None
+        return effects if self.crash.raised is None else None
 
     def _named(self, event: Received, effects: Sequence[Effect]) -> Sequence[Effect]:
         """Return the effects of an arrival with the request's name in its refusal."""

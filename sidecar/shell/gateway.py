@@ -568,9 +568,11 @@ class Gateway:
         self.driver.post(event(ask))
         return await future
 
-    def set_drain(self, backend: str, draining: bool) -> None:
+    def set_drain(self, backend: str, draining: bool) -> int:
+        """Drain a backend or end that; return how many requests were refused, for nothing else can serve them."""
         self.known_backend(backend)
-        self.driver.step(ev.DrainSet(backend, draining))
+        effects = self.driver.step(ev.DrainSet(backend, draining))
+        return sum(isinstance(each, do.Settle) and each.reason is Reason.NO_BACKEND for each in effects)
 
     def known_backend(self, backend: str) -> Any:
         """Return a backend's state in the core. Raises Misused naming the configured ones."""

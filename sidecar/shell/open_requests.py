@@ -7,8 +7,8 @@ passed on itself. A request that was passed on is listed by both replicas, and e
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from time import monotonic_ns
 
 from sidecar.core.state import Request
@@ -20,12 +20,17 @@ from sidecar.shell.requests import PassedOn
 
 @dataclass(frozen=True)
 class Chosen:
-    """Which requests are meant: those that match everything that is not empty."""
+    """Which requests are meant: those that match everything that is not empty, and each name in `only`.
+
+    An empty name in `only` means the base model, no tenant, no backend yet.
+    """
 
     client_id: str = ""
     adapter: str = ""
     tenant: str = ""
     backend: str = ""
+    only: Mapping[str, str] = field(default_factory=dict)
+    """By "adapter", "tenant" and "backend"."""
 
     def takes(self, client_id: str, adapter: str, tenant: str, backend: str) -> bool:
         return (
@@ -33,7 +38,12 @@ class Chosen:
             and self.adapter in ("", adapter)
             and self.tenant in ("", tenant)
             and self.backend in ("", backend)
+            and self.only.items() <= {"adapter": adapter, "tenant": tenant, "backend": backend}.items()
         )
+
+    def takes_open(self, request: Request) -> bool:
+        """Return True if it takes a request of this replica's core."""
+        return self.takes(request.client_id, request.view.name, request.view.tenant, request.backend or "")
 
 
 @dataclass(frozen=True)
@@ -57,8 +67,7 @@ def open_requests(gateway: Gateway, chosen: Chosen) -> Iterator[OpenRequest]:
     """Yield the chosen requests, the oldest of this replica's own first. Read them between two steps of the core."""
     now_ns = monotonic_ns()
     for request in gateway.state.requests.values():
-        view = request.view
-        if not request.settled and chosen.takes(request.client_id, view.name, view.tenant, request.backend or ""):
+        if not request.settled and chosen.takes_open(request):
             yield shown(request, now_ns)
     yield from passed_on(gateway, chosen)
 
@@ -112,7 +121,7 @@ def shown(request: Request, now_ns: int) -> OpenRequest:
 def check_chosen(chosen: Chosen) -> None:
     """Raise Refused(INVALID_REQUEST) if nothing is chosen: nobody cancels everything by leaving a word out."""
     if chosen == Chosen():
-        raise Refused(Reason.INVALID_REQUEST, "say which requests: a request's id, an adapter or a tenant")
+        raise Refused(Reason.INVALID_REQUEST, "say which requests: a request's id, an adapter, a tenant or a backend")
 
 
 def cancel(gateway: Gateway, chosen: Chosen) -> int:

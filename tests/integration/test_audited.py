@@ -189,7 +189,8 @@ async def test_each_rpc_that_changes_something_leaves_one_line(house: House) -> 
     assert "paused_s" not in facts["Adapters/Resume"]["after"]
     assert facts["Adapters/Unregister"]["after"] == {}
     assert facts["Backends/Drain"]["after"] == {"state": "drained"}
-    assert facts["Backends/Add"]["before"] == {"backend": "more", "url": "triton://127.0.0.1:9"}
+    assert facts["Backends/Add"]["before"] == {}
+    assert facts["Backends/Add"]["after"].items() >= {"backend": "more", "url": "triton://127.0.0.1:9"}.items()
     assert facts["Configuration/Reload"]["after"] == {"changed": []}
     assert facts["Access/SetLimit"]["before"]["tokens_per_minute"] == 1000
     assert facts["Access/SetLimit"]["after"]["tokens_per_minute"] == 2000

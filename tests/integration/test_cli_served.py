@@ -168,6 +168,36 @@ async def test_a_drain_is_waited_for(served: Served, tmp_path: Path) -> None:
     assert re.search(r"^trt-0 +drained +0/2 ", (await served.cli("backends", "list")).out, re.M)
 
 
+async def test_a_drain_that_refuses_what_waits_says_so(served: Served, tmp_path: Path) -> None:
+    """Nothing else takes what waits there: how many were refused is told, and how to avoid that."""
+    await served.register("slow", tmp_path)
+    backend: Any = served.gateway.backends["trt-0"]
+    for _ in range(5):
+        served.gateway.submit(RequestFacts("slow"), PAYLOAD, "mine", OURSELVES)
+    await backend.running_are(2)
+    assert (await served.cli("backends", "drain", "trt-1")).out == "trt-1 is down, drained: nothing runs there\n"
+    ended = await served.cli("backends", "drain", "trt-0")
+    refused, state = ended.out.splitlines()
+    assert refused.startswith(
+        "3 waiting requests were refused, for nothing else can serve such; to avoid that, undrain "
+    )
+    assert (ended.code, state) == (0, "trt-0 is draining, 2 still running")
+    await served.cli("backends", "undrain", "trt-0")
+    served.gateway.submit(RequestFacts("slow"), PAYLOAD, "mine", OURSELVES)
+    await until(lambda: served.gateway.state.queued == 1)
+    assert (await served.cli("backends", "drain", "trt-0", "--json")).json()["refused"] == 1
+    assert (await served.cli("backends", "drain", "trt-0", "--json")).json()["refused"] == 0
+    assert (await served.cli("backends", "show", "trt-0", "--json")).json()["refused"] is None
+
+
+async def test_an_address_without_a_port(sidecar: Callable[..., Ended]) -> None:
+    """The error says what is missing, and closes no bracket that it has not opened."""
+    ended = await asyncio.to_thread(sidecar, "queue", "--admin", "no-such-host.invalid")
+    assert ended.code == 4
+    assert "]" not in ended.err
+    assert ended.err.endswith("the address has no port; give it as HOST:PORT with --admin\n")
+
+
 async def test_a_drain_of_an_engine_that_is_down_is_shown_and_lifted(served: Served) -> None:
     """An engine that comes back would get nothing: its drain is told beside its state, until it is lifted."""
     assert (await served.cli("backends", "drain", "trt-1")).out == "trt-1 is down, drained: nothing runs there\n"

@@ -120,6 +120,24 @@ async def test_all_of_a_tenant_or_an_adapter_are_cancelled(client: Client, tmp_p
     assert await beta[0] == BY_OPERATOR
 
 
+async def test_the_requests_of_one_row_are_cancelled(client: Client) -> None:
+    """With names that have to match whole, empty ones too, and by the backend alone."""
+    acme, none = await client.ask("a1", "a2"), await client.ask("n1", tenant="")
+    async with grpc.aio.insecure_channel(client.served.address) as channel:
+        stub = admin_pb2_grpc.QueuesStub(channel)  # type: ignore[no-untyped-call]
+        for names, cancelled in (
+            ({"adapter": "slow", "tenant": "", "backend": ""}, 0),
+            ({"adapter": "slow", "tenant": "acme", "backend": "trt-1"}, 0),
+            ({"adapter": "slow", "tenant": "", "backend": "trt-0"}, 1),
+        ):
+            answer = await stub.Cancel(pb.CancelRequest(adapter="slow", only=pb.RequestNames(**names)))
+            assert answer.cancelled == cancelled
+    assert await asyncio.gather(*none) == [BY_OPERATOR]
+    assert (await client.served.cli("requests", "cancel", "--backend", "trt-1")).code == 1
+    assert (await client.served.cli("requests", "cancel", "--backend", "trt-0")).out == "2 requests cancelled\n"
+    assert await asyncio.gather(*acme) == [BY_OPERATOR] * 2
+
+
 @pytest.mark.parametrize("at_owner", [True, False])
 async def test_a_request_that_another_replica_answers(at_owner: bool, tmp_path: Path) -> None:
     """Both the replica that received it and the one that answers it list it, and each can cancel it."""

@@ -109,7 +109,7 @@ async def test_every_page_has_the_totals_and_its_rows(served: Served) -> None:
 
 async def test_rows_are_sorted_filtered_and_cut(served: Served) -> None:
     by_name = await first_view(served, page="adapters", sort="name")
-    assert sorted(row.name for row in by_name.adapter_rows) == ["quick", "slow"]
+    assert [row.name for row in by_name.adapter_rows] == ["quick", "slow"]
     second = await first_view(served, page="adapters", sort="waiting", offset=1, limit=1)
     assert ([row.name for row in second.adapter_rows], second.rows_total) == (["quick"], 2)
     assert [row.name for row in (await first_view(served, page="adapters", filter="QUI")).adapter_rows] == ["quick"]
@@ -119,6 +119,27 @@ async def test_rows_are_sorted_filtered_and_cut(served: Served) -> None:
     assert [row.backend.id for row in down] == ["trt-1"]
     calm = (await first_view(served, page="backends", sort="name")).backend_rows
     assert [row.backend.id for row in calm] == ["trt-0", "trt-1"]
+
+
+async def test_groups_by_name(served: Served, tmp_path: Path) -> None:
+    """By adapter, tenant and backend, however many of them run."""
+    async with grpc.aio.insecure_channel(served.address) as channel:
+        call = await begun(served, gateway_pb2_grpc.GatewayStub(channel), "r4", "aaron")
+        groups = (await first_view(served, sort="name")).groups
+        assert [(g.tenant, g.running) for g in groups] == [("aaron", 0), ("acme", 2), ("beta", 0)]
+        call.cancel()
+
+
+async def test_the_requests_of_one_row(served: Served) -> None:
+    """Names are compared whole; an empty one is of requests that have none."""
+    for only, wanted in (
+        ({"adapter": "slow", "tenant": "acme", "backend": "trt-0"}, ["r0", "r1", "r2"]),
+        ({"tenant": "beta"}, ["r3"]),
+        ({"adapter": "slo"}, []),
+        ({"adapter": "slow", "tenant": "acme", "backend": ""}, []),
+    ):
+        view = await first_view(served, page="requests", only=pb.RequestNames(**only))
+        assert [row.request_id for row in view.request_rows] == wanted
 
 
 async def test_what_is_not_there_is_refused(served: Served) -> None:

@@ -418,7 +418,71 @@ async def test_a_page_keeps_its_row() -> None:
             top.press("1")
             await top.shows("a6 - -")
             top.press("c")
-            await top.shows("Cancel all requests for a3?")
+            await top.shows("Cancel the request for a3 that no engine takes yet?")
+
+
+class Groups(admin_pb2_grpc.QueuesServicer, admin_pb2_grpc.PoolServicer):
+    """Shows three groups and, as the requests' ids, by which names they are asked for; keeps what it is to cancel."""
+
+    rows = (("sql", "acme", "gpu-1"), ("sql", "acme", "gpu-3"), ("", "", ""))
+
+    def __init__(self) -> None:
+        self.cancelled: list[Any] = []
+
+    async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        view = pb.PoolView(verdict="5 waiting", rows_total=1)
+        if request.page == "requests":
+            names = [f"{each.name}={value}" for each, value in request.only.ListFields()]
+            view.request_rows.add(request_id=",".join(names) or "all", state="waiting")
+        elif request.page == "tenants":
+            view.tenant_rows.add(tenant="acme", waiting=2)
+        else:
+            rows = [row for row in self.rows if request.filter in row[0]]
+            view.groups.extend(
+                pb.QueueGroup(adapter=adapter, tenant=tenant, backend=backend, waiting=2, running=1)
+                for adapter, tenant, backend in rows
+            )
+            view.rows_total = len(rows)
+        yield view
+        await asyncio.Event().wait()
+
+    async def Cancel(self, request: Any, context: Any) -> Any:
+        self.cancelled.append(request)
+        return pb.CancelResponse(cancelled=3)
+
+
+async def test_a_row_opens_and_cancels_its_own_requests() -> None:
+    """Nothing of the same adapter and tenant at another engine; Esc goes back to the page and its filter."""
+    groups = Groups()
+    async with answering(groups) as admin:
+        with Terminal("top", "--admin", admin, columns=120) as top:
+            await top.shows("base model - -")
+            top.press("/sq" + ENTER)
+            await top.shows("by oldest /sq 2")
+            top.press(DOWN + ENTER)
+            await top.shows(
+                "adapter=sql,tenant=acme,backend=gpu-3 waiting", "requests of adapter sql, tenant acme, backend "
+            )
+            top.press(ESCAPE)
+            await top.shows("by oldest /sq 2", "sql acme gpu-3 2 1")
+            top.press("c")
+            await top.shows("Cancel 3 requests for sql of tenant acme at gpu-3?")
+            top.press("y")
+            await top.shows("3 requests cancelled")
+            top.press(ESCAPE)
+            await top.shows("base model - - 2 1")
+            top.press(DOWN + DOWN + ENTER)
+            await top.shows("adapter=,tenant=,backend= waiting", "requests of adapter none")
+            top.press("5")
+            await top.shows("all waiting")
+            top.press("4")
+            await top.shows("TENANT WAIT", "acme 2 0")
+            top.press(ENTER)
+            await top.shows("tenant=acme waiting", "requests of tenant acme")
+            top.press(ESCAPE)
+            await top.shows("acme 2 0")
+    (asked,) = groups.cancelled
+    assert (asked.only.adapter, asked.only.tenant, asked.only.backend) == ("sql", "acme", "gpu-3")
 
 
 async def test_a_page_key_closes_the_help() -> None:

@@ -22,7 +22,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Static
 from textual.worker import Worker
 
-from sidecar.cli.backends import seats_of, undrained
+from sidecar.cli.backends import drained, seats_of, undrained
 from sidecar.cli.client import Client, call_failed
 from sidecar.cli.exits import CommandError
 from sidecar.cli.show import count, duration, facts
@@ -36,6 +36,7 @@ from sidecar.proto import admin_pb2 as pb
 SORTS = ("", "name", "waiting", "running", "tokens")
 SORTED_BY = {"": "oldest"}
 ENGINES = next(page for page in PAGES if page.rows == "backend_rows")
+REQUESTS = next(page for page in PAGES if page.rows == "request_rows")
 NOTICE_S = 8.0
 SILENT_S = 10.0
 """So long after the last view the screen says that nothing comes. Of the largest pools views come every few seconds."""
@@ -45,7 +46,7 @@ KEYS = (
     ("enter", "open: a group's or a tenant's requests, or all of one thing"),
     ("s", "sort by the longest wait, name, waiting, running or tokens"),
     ("/", "show only what has a text in its name, id or state"),
-    ("esc", "leave a filter; close this or what was opened"),
+    ("esc", "leave a filter; close this, or go back from what was opened"),
     ("c", "cancel requests"),
     ("p", "pause or resume an adapter"),
     ("d", "drain or undrain an engine"),
@@ -102,6 +103,10 @@ class Top(App[None]):
         """The filter while it is typed. No widget takes the focus for it: that comes too late for who types fast."""
         self._selected: str | None = None
         """The key of the row under the cursor, which stays there when rows move."""
+        self._only: dict[str, str] | None = None
+        """The names of the row that was opened, whose requests are shown."""
+        self._opened_from: tuple[PageView, str] | None = None
+        """The page on which that was, and its filter."""
         self._left_at: dict[str, str | None] = {}
         """The key of the row that was under the cursor when a page was left."""
         self._view: Any = None
@@ -208,7 +213,11 @@ class Top(App[None]):
             return Text.assemble(
                 ("/", "bold"), self._typed, ("▏", "bold"), (hint, "dim"), no_wrap=True, overflow="crop"
             )
-        keys = self._notice or "enter open  s sort  / filter  c cancel  p pause  d drain  ? all keys  q quit"
+        hint = "enter open  s sort  / filter  c cancel  p pause  d drain  ? all keys  q quit"
+        if self._only is not None:
+            shown = ", ".join(f"{what} {name or 'none'}" for what, name in self._only.items())
+            hint = f"requests of {shown}; esc goes back  ? all keys"
+        keys = self._notice or hint
         return Text(keys, "bold" if self._notice else "dim", no_wrap=True, overflow="ellipsis")
 
     def _set(self, name: str, what: RenderableType) -> None:
@@ -270,6 +279,7 @@ class Top(App[None]):
             limit=self._room(),
             interval_s=self._interval_s,
             lanes_of=self._selected or "" if self._page is ENGINES else "",
+            only=self._only,
         )
         if request != self._asked:
             self._asked = request
@@ -279,9 +289,10 @@ class Top(App[None]):
         self._offset = max(0, offset)
         self._ask()
 
-    def _turn_to(self, page: PageView, wanted: str = "") -> None:
+    def _turn_to(self, page: PageView, wanted: str = "", only: dict[str, str] | None = None) -> None:
         self._left_at[self._page.name] = self._selected
-        self._page = page
+        self._opened_from = None if only is None else (self._page, self._filter)
+        self._page, self._only = page, only
         self._use_filter(wanted)
         self._selected = self._left_at.get(page.name)
 
@@ -359,7 +370,9 @@ class Top(App[None]):
         self._draw()
 
     def action_unfilter(self) -> None:
-        if self._filter:
+        if self._opened_from is not None:
+            self._turn_to(*self._opened_from)
+        elif self._filter:
             self._use_filter("")
 
     def action_keys(self) -> None:
@@ -369,9 +382,9 @@ class Top(App[None]):
         row = self._row()
         if row is None:
             return
-        target = self._page.opens(row)
-        if target is not None:
-            self._turn_to(next(page for page in PAGES if page.name == target[0]), target[1])
+        only = self._page.opens(row)
+        if only is not None:
+            self._turn_to(REQUESTS, only=only)
         else:
             self._begin(partial(self._open, self._page.shown, row), exclusive=True)
 
@@ -437,7 +450,7 @@ LEVER_ANSWERS: dict[str, Callable[[Any], str]] = {
     "queues.Cancel": lambda answer: f"{count(answer.cancelled, 'request')} cancelled",
     "adapters.Pause": lambda answer: f"{answer.name} is paused{'' if answer.paused_s == inf else ' for a while'}",
     "adapters.Resume": lambda answer: f"{answer.name} takes requests",
-    "backends.Drain": lambda answer: f"{answer.id} drains",
+    "backends.Drain": drained,
     "backends.Undrain": undrained,
 }
 

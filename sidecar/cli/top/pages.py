@@ -45,13 +45,13 @@ class Lever:
 
 @dataclass(frozen=True)
 class PageView:
-    """One page. `rows` names the field of PoolView; `opens` is the page and the filter that a row opens, if any."""
+    """One page. `rows` names the field of PoolView; `opens` gives the names of the requests that a row opens."""
 
     name: str
     rows: str
     columns: tuple[Column, ...]
     levers: Callable[[Any], Sequence[Lever]]
-    opens: Callable[[Any], tuple[str, str] | None] = lambda row: None
+    opens: Callable[[Any], dict[str, str] | None] = lambda row: None
     sorts: bool = True
     shown: str = ""
     """What shows one row: "backend", "adapter" or "request"."""
@@ -203,26 +203,28 @@ def _pause(name: str, paused_s: float) -> Lever:
     return Lever("p", "adapters.Pause", {"name": name}, question)
 
 
+def _names_of_group(row: Any) -> dict[str, str]:
+    return {"adapter": row.adapter, "tenant": row.tenant, "backend": row.backend}
+
+
 def _group_levers(row: Any) -> list[Lever]:
-    if not row.adapter:
-        return []  # an RPC without an adapter would mean every adapter
     tenant = f" of tenant {row.tenant}" if row.tenant else ""
-    wanted = {"adapter": row.adapter} | ({"tenant": row.tenant} if row.tenant else {})
-    # The same adapter and tenant may wait at other backends too: all of theirs are cancelled, and so no count is said.
-    cancel = Lever(
-        "c",
-        "queues.Cancel",
-        wanted,
-        f"Cancel all requests for {row.adapter}{tenant}? The clients are told that an operator did.",
-    )
-    return [cancel, _pause(row.adapter, 0)]
+    where = f"at {row.backend}" if row.backend else "that no engine takes yet"
+    what = f"for {_adapter(row.adapter)}{tenant} {where}"
+    # The empty names of a row mean the base model, no tenant, no engine yet; those of the request itself mean any.
+    wanted = {"adapter": row.adapter, "tenant": row.tenant, "only": _names_of_group(row)}
+    cancel = _cancel(what, row.waiting + row.running, **wanted)
+    return [cancel, _pause(row.adapter, 0)] if row.adapter else [cancel]
 
 
 def _backend_levers(row: Any) -> list[Lever]:
     name = row.backend.id
     if row.backend.draining:
         return [Lever("d", "backends.Undrain", {"backend": name}, f"Undrain {name}: send it requests again?")]
-    question = f"Drain {name}? It gets nothing new and ends what it runs; what waits for it moves to others."
+    question = (
+        f"Drain {name}? It gets nothing new and ends what it runs; what waits for it moves to others, and is refused "
+        "where none can serve it."
+    )
     return [Lever("d", "backends.Drain", {"backend": name}, question)]
 
 
@@ -258,7 +260,7 @@ PAGES = (
             Column("WHY", _why, least=WHY_WIDTH),
         ),
         _group_levers,
-        opens=lambda row: ("requests", row.adapter),
+        opens=_names_of_group,
         key=lambda row: f"{row.adapter} {row.tenant} {row.backend}",
         bad=lambda row: row.HasField("oldest") and bool(row.oldest.voided),
     ),
@@ -313,7 +315,7 @@ PAGES = (
             Column("WHY", _why, least=WHY_WIDTH),
         ),
         _tenant_levers,
-        opens=lambda row: ("requests", row.tenant),
+        opens=lambda row: {"tenant": row.tenant},
         key=lambda row: row.tenant,
     ),
     PageView(

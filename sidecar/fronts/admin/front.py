@@ -17,7 +17,7 @@ from sidecar.fronts import callers
 from sidecar.fronts.admin.access import AccessService
 from sidecar.fronts.admin.adapters import AdaptersService
 from sidecar.fronts.admin.configuration import Changes, ConfigurationService, checked
-from sidecar.fronts.admin.messages import backend_message, open_request_message, queue_message
+from sidecar.fronts.admin.messages import backend_message, names_in, open_request_message, queue_message
 from sidecar.fronts.admin.own_tenant import confined_to
 from sidecar.fronts.admin.pool import PoolService
 from sidecar.fronts.status import answers_errors
@@ -95,11 +95,15 @@ class BackendsService(admin_pb2_grpc.BackendsServicer):
         return self._backend(request.backend)
 
     def _set_drain(self, backend: str, draining: bool) -> Any:
-        self._gateway.set_drain(backend, draining)
+        refused = self._gateway.set_drain(backend, draining)
         caller = callers.CALLER.get(Caller())
         who = " ".join(part for part in (caller.principal.subject, caller.peer) if part) or "an operator"
-        logger.info("%s drains%s: asked by %s", backend, "" if draining else " no longer", who)
-        return self._backend(backend)
+        said = f", {refused} waiting refused: nothing else can serve them" if refused else ""
+        logger.info("%s drains%s: asked by %s%s", backend, "" if draining else " no longer", who, said)
+        message = self._backend(backend)
+        if draining:
+            message.refused = refused
+        return message
 
     def _backend(self, backend: str) -> Any:
         return self._message(queries.backend_view(self._gateway.state, backend, monotonic_ns()))
@@ -159,7 +163,7 @@ class QueuesService(admin_pb2_grpc.QueuesServicer):
     @answers_errors
     async def Cancel(self, request: Any, context: Any) -> Any:  # noqa: N802
         tenant = confined_to(self._gateway.access, Action.CANCEL, request.tenant, context)
-        asked = Chosen(request.request_id, request.adapter, request.tenant)
+        asked = Chosen(request.request_id, request.adapter, request.tenant, only=names_in(request.only))
         check_chosen(asked)
         chosen = replace(asked, tenant=tenant or request.tenant)
         return admin_pb2.CancelResponse(cancelled=cancel(self._gateway, chosen))

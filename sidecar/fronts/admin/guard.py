@@ -127,7 +127,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             why = context.details() or "it was refused"
             raise
         finally:
-            after = {**rule.facts(message, sight), **(rule.outcome(told[0]) if told else {})}
+            after = {**rule.asked(message), **rule.facts(message, sight), **(rule.outcome(told[0]) if told else {})}
             # A call that is cut off has changed something, or will have: its line is written nevertheless.
             recording = asyncio.create_task(
                 sight.gateway.access.changed(caller, verb, action, resource, before, after, id_of_call(context), why)

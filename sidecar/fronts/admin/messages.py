@@ -41,6 +41,11 @@ def backend_message(view: queries.BackendView) -> Any:
     )
 
 
+def names_in(only: Any) -> dict[str, str]:
+    """Return the names of a RequestNames that are set, empty ones included."""
+    return {field.name: value for field, value in only.ListFields()}
+
+
 def _open_message(view: queries.OpenView) -> Any:
     return admin_pb2.OpenVersion(
         name=view.name,

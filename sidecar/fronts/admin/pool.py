@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from math import isfinite
 from time import monotonic_ns, thread_time, time
 from typing import Any
@@ -20,7 +21,13 @@ from sidecar.core.waiting import Group
 from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts import callers
 from sidecar.fronts.admin.adapters import CHECKED_S
-from sidecar.fronts.admin.messages import backend_message, group_message, open_request_message, waiting_message
+from sidecar.fronts.admin.messages import (
+    backend_message,
+    group_message,
+    names_in,
+    open_request_message,
+    waiting_message,
+)
 from sidecar.fronts.admin.own_tenant import confined_to
 from sidecar.fronts.status import abort
 from sidecar.proto import admin_pb2, admin_pb2_grpc
@@ -102,11 +109,12 @@ class PoolService(admin_pb2_grpc.PoolServicer):
         if request.lanes_of and tenant is None:
             self._gateway.known_backend(request.lanes_of)
         cut = Page(request.sort, request.filter, request.offset, min(request.limit or ROWS_DEFAULT, ROWS_MAX))
+        only = Chosen(only=names_in(request.only))
         lanes_of = request.lanes_of if tenant is None else ""
-        return lambda rates: self._view(page, cut, lanes_of, tenant, rates)
+        return lambda rates: self._view(page, cut, only, lanes_of, tenant, rates)
 
-    async def _walked(self, listed: Page | None, tenant: str | None) -> tuple[list[Group], list[Request]]:
-        """Return the groups of all open requests and, if they are listed, those that the page's filter takes.
+    async def _walked(self, listed: Page | None, only: Chosen, tenant: str | None) -> tuple[list[Group], list[Request]]:
+        """Return the groups of all open requests and, if they are listed, those that `only` and the page's filter take.
 
         They are walked a slice at a time: the loop serves requests in between.
         """
@@ -119,6 +127,8 @@ class PoolService(admin_pb2_grpc.PoolServicer):
                 part = [each for each in part if each.view.tenant == tenant]
             waiting.add_to_groups(groups, part)
             if listed is not None:
+                if only.only:
+                    part = [each for each in part if only.takes_open(each)]
                 taken += part if not listed.filter else [each for each in part if listed.takes(*_names_of(each))]
             await asyncio.sleep(0)
         for group in groups.values():
@@ -126,8 +136,10 @@ class PoolService(admin_pb2_grpc.PoolServicer):
                 group.oldest = None  # it was sent, or ended, in between
         return list(groups.values()), [each for each in taken if not each.settled]
 
-    async def _view(self, page: str, cut: Page, lanes_of: str, tenant: str | None, counted: TokenRates) -> Any:
-        groups, taken = await self._walked(cut if page == "requests" else None, tenant)
+    async def _view(
+        self, page: str, cut: Page, only: Chosen, lanes_of: str, tenant: str | None, counted: TokenRates
+    ) -> Any:
+        groups, taken = await self._walked(cut if page == "requests" else None, only, tenant)
         state, now_ns = self._gateway.state, monotonic_ns()
         rates = counted.rates(now_ns)
         message = admin_pb2.PoolView(
@@ -148,7 +160,7 @@ class PoolService(admin_pb2_grpc.PoolServicer):
                 message.tokens_per_s = rates.total
         if tenant is None or page in OWN_PAGES:
             if page == "requests":
-                self._requests(message, taken, cut, tenant, now_ns)
+                self._requests(message, taken, cut, replace(only, tenant=tenant or ""), now_ns)
             else:
                 PAGES[page](self, message, groups, cut, rates, now_ns)
         if lanes_of in state.backends:
@@ -208,11 +220,11 @@ class PoolService(admin_pb2_grpc.PoolServicer):
             self._set_oldest(made, row, now_ns)
             _set_rate(made, row.name, rates, by_name)
 
-    def _requests(self, message: Any, own: list[Request], page: Page, tenant: str | None, now_ns: int) -> None:
+    def _requests(self, message: Any, own: list[Request], page: Page, only: Chosen, now_ns: int) -> None:
         """Add open requests, the oldest first whatever is asked for: to sort ten thousand takes too long."""
         elsewhere = [
             each
-            for each in passed_on(self._gateway, Chosen(tenant=tenant or ""))
+            for each in passed_on(self._gateway, only)
             if page.takes(each.client_id, each.adapter, each.tenant, each.state)
         ]
         message.rows_total = len(own) + len(elsewhere)

@@ -19,6 +19,7 @@ from sidecar.access.principal import SYSTEM, Action, Resource, Sort
 from sidecar.access.resources import adapter_resource, summary
 from sidecar.access.store import AccessStore
 from sidecar.core import queries
+from sidecar.fronts.admin.messages import names_in
 from sidecar.fronts.kserve.front import NOT_ON_ADMIN
 from sidecar.fronts.kserve.verbs import SERVICE as KSERVE
 from sidecar.shell.gateway import Gateway
@@ -51,14 +52,15 @@ class Verb:
 
     `resource(message, sight)` is what the policy is asked about. With `each` the handler shows only what the caller may
     see, name by name, so the policy is not asked about the whole. `changes(message)` tells whether the call changes
-    something; `facts(message, sight)` are then what the audit says before and after it, and `outcome(reply)` is what
-    only the reply tells. With `creates` the name need not exist.
+    something; `facts(message, sight)` are then what the audit says before and after it, `asked(message)` what was asked
+    where no fact tells, and `outcome(reply)` what only the reply tells. With `creates` the name need not exist.
     """
 
     action: Action | None
     resource: Callable[[Any, Sight], Resource] = _of_system
     changes: Callable[[Any], bool] = lambda message: False
     facts: Callable[[Any, Sight], Facts] = _nothing
+    asked: Callable[[Any], Facts] = lambda message: {}
     outcome: Callable[[Any], Facts] = lambda reply: {}
     each: bool = False
     creates: bool = False
@@ -151,18 +153,31 @@ def _backend_state(message: Any, sight: Sight) -> Facts:
     return {"state": queries.backend_view(sight.gateway.state, message.backend, monotonic_ns()).state}
 
 
-def _asked(message: Any, sight: Sight) -> Facts:
+def _asked(message: Any) -> Facts:
     return _facts_of(message)
+
+
+def _to_cancel(message: Any) -> Facts:
+    """Return by what requests were chosen; a name that is empty is of those that have none."""
+    facts = _facts_of(message)
+    facts.pop("only", None)
+    return facts | names_in(message.only)
 
 
 BACKENDS = {
     "List": Verb(Action.LIST),
     "Get": Verb(Action.SHOW, _backend),
-    "Drain": Verb(Action.DRAIN, _backend, _always, _backend_state),
+    "Drain": Verb(
+        Action.DRAIN,
+        _backend,
+        _always,
+        _backend_state,
+        outcome=lambda reply: {"refused": reply.refused} if reply.refused else {},
+    ),
     "Undrain": Verb(Action.DRAIN, _backend, _always, _backend_state),
     # Whoever adds a backend sends it the tenants' prompts, which is more than to drain one.
-    "Add": Verb(Action.MANAGE, changes=_always, facts=_asked, outcome=lambda reply: {"state": reply.state}),
-    "Remove": Verb(Action.MANAGE, changes=_always, facts=_asked, outcome=lambda reply: {"state": reply.state}),
+    "Add": Verb(Action.MANAGE, changes=_always, asked=_asked, outcome=lambda reply: {"state": reply.state}),
+    "Remove": Verb(Action.MANAGE, changes=_always, asked=_asked, outcome=lambda reply: {"state": reply.state}),
 }
 CONFIGURATION = {
     "Reload": Verb(Action.MANAGE, changes=_always, outcome=lambda reply: {"changed": list(reply.changed)}),
@@ -178,7 +193,14 @@ QUEUES = {
     "Get": Verb(Action.SEE_QUEUE, each=True),
     "List": Verb(Action.SEE_QUEUE, each=True),
     "Show": Verb(Action.SEE_QUEUE, each=True),
-    "Cancel": Verb(Action.CANCEL, _tenant, _always, _asked, lambda reply: {"cancelled": reply.cancelled}, each=True),
+    "Cancel": Verb(
+        Action.CANCEL,
+        _tenant,
+        _always,
+        asked=_to_cancel,
+        outcome=lambda reply: {"cancelled": reply.cancelled},
+        each=True,
+    ),
 }
 POOL = {"Watch": Verb(Action.SEE_QUEUE, each=True)}
 REPLICAS = {"List": Verb(Action.LIST)}
