@@ -125,6 +125,7 @@ async def test_groups_by_name(served: Served, tmp_path: Path) -> None:
     """By adapter, tenant and backend, however many of them run."""
     async with grpc.aio.insecure_channel(served.address) as channel:
         call = await begun(served, gateway_pb2_grpc.GatewayStub(channel), "r4", "aaron")
+        await until(lambda: sum(each.running for each in served.gateway.state.requests.values()) == 2)
         groups = (await first_view(served, sort="name")).groups
         assert [(g.tenant, g.running) for g in groups] == [("aaron", 0), ("acme", 2), ("beta", 0)]
         call.cancel()
