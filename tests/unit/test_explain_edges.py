@@ -324,7 +324,7 @@ def test_a_promise_and_its_end_are_told(tmp_path: Path) -> None:
 def test_a_promise_beyond_the_longest_wait_is_no_contradiction(tmp_path: Path) -> None:
     world = World(SMALL)
     timeline = explained(world, world.send(), tmp_path)
-    timeline.bound_ns, timeline.promised_ns = 20_000 * MS, 174_000 * MS
+    timeline.expires_after_ns, timeline.promised_ns = 20_000 * MS, 174_000 * MS
     head = "\n".join(lines_of(timeline))
     assert ", expires after 20.00 s in the queue, promised its first token within 2.9 min unless it expires" in head
     timeline.promised_ns = 19_000 * MS
