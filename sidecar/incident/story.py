@@ -99,10 +99,11 @@ class Story:
                 self._queued_again(step.at_ns)
         for choice in routed:
             self._waits.moment(step.at_ns, "routed", saying.routed(choice.choice, choice.candidates))
+        was_at = self._surroundings.backend
         if request is not None:
             self._surroundings.settle_in(state, request)
             self._promised(request, step.at_ns)
-        self._add_moments(step, state)
+        self._add_moments(step, state, was_at)
         if request is not None and not request.running and not self.over:
             self._ask_core(step, state, request)
         self._last_ns = step.at_ns
@@ -141,7 +142,7 @@ class Story:
         moment = saying.own_event(event, self._request, self._attempt)
         if moment is not None:
             self._waits.moment(now_ns, *moment)
-        elif self._waits.reason or isinstance(event, ev.BackendLost | ev.DrainSet):
+        elif self._waits.reason or isinstance(event, saying.Standing):
             for what, text in self._surroundings.of_event(event):
                 self._waits.moment(now_ns, what, text)
 
@@ -164,13 +165,15 @@ class Story:
         self._waits.moment(now_ns, *saying.QUEUED_AGAIN)
         self._sent_ns = None
 
-    def _add_moments(self, step: Replayed, state: State) -> None:
+    def _add_moments(self, step: Replayed, state: State, was_at: str) -> None:
         """Add moments for the step's effects, in order: effects before the request's own dispatch preceded it."""
         for effect in step.effects:
             if isinstance(effect, do.Settle) and effect.request == self._request:
                 self._settled(effect, step.at_ns)
                 return
             if isinstance(effect, do.Dispatch) and effect.request == self._request:
+                if self._waits.reason and was_at not in ("", effect.backend):
+                    self._waits.moment(step.at_ns, *saying.taken_over(was_at, effect))
                 self._sent(step.at_ns, effect.attempt, saying.sent(effect))
             elif self._sent_ns is None:
                 self._surroundings.count_effect(effect, state, self._waits.tally)

@@ -105,7 +105,7 @@ class Chronicle:
         self._ended: OrderedDict[int, Record] = OrderedDict()
         self._notes: OrderedDict[Key, _Notes] = OrderedDict()
         self._of_versions: OrderedDict[str, deque[News]] = OrderedDict()
-        self._of_backends: dict[str, deque[News]] = {}
+        self._of_backends: OrderedDict[str, deque[News]] = OrderedDict()
         self._loads: dict[int, tuple[do.Load, Traced | None]] = {}
         """The loads that are under way, each with the trace of the request that it is for."""
         self._packed_ns: dict[str, int] = {}
@@ -271,10 +271,13 @@ class Chronicle:
             self._tell(load.digest, self._news(now_ns, load.backend, *told, load=event.load, trace=trace))
             self._look_after(load.backend, now_ns)
 
-    def _standing(self, event: ev.BackendUp | ev.BackendLost | ev.DrainSet, now_ns: int) -> None:
+    def _standing(self, event: saying.Standing, now_ns: int) -> None:
         news = self._of_backends.setdefault(event.backend, deque(maxlen=NEWS_MAX))
+        self._of_backends.move_to_end(event.backend)
+        if len(self._of_backends) > SUBJECTS_MAX:  # backends that have left are kept, too
+            self._of_backends.popitem(last=False)
         news.append(self._news(now_ns, event.backend, *saying.standing(event)))
-        if isinstance(event, ev.DrainSet):
+        if isinstance(event, ev.DrainSet | ev.BackendLeaving):
             self._routed_anew(event, now_ns)
         else:
             self._begins_anew(event, now_ns)
@@ -282,10 +285,6 @@ class Chronicle:
     def _routed_anew(self, event: ev.Event, now_ns: int) -> None:
         """See who has moved at once: the next look may be half a minute away where many wait."""
         self._look_at_requests(self._open.values(), now_ns)
-
-    def _removed(self, event: ev.BackendRemoved, now_ns: int) -> None:
-        self._of_backends.pop(event.backend, None)
-        self._begins_anew(event, now_ns)
 
     def _begins_anew(
         self, event: ev.BackendUp | ev.BackendLost | ev.BackendGivenUp | ev.BackendRemoved, now_ns: int
@@ -548,11 +547,11 @@ _EVENTS: dict[type, Callable[[Chronicle, Any, int], None]] = {
     ev.BackendUp: Chronicle._standing,
     ev.BackendLost: Chronicle._standing,
     ev.DrainSet: Chronicle._standing,
-    ev.BackendLeaving: Chronicle._routed_anew,
+    ev.BackendLeaving: Chronicle._standing,
     ev.BackendTaken: Chronicle._routed_anew,
     ev.ConfigChanged: Chronicle._routed_anew,
     ev.BackendGivenUp: Chronicle._begins_anew,
-    ev.BackendRemoved: Chronicle._removed,
+    ev.BackendRemoved: Chronicle._standing,
 }
 _EFFECTS: dict[type, Callable[..., None]] = {
     do.Fetch: Chronicle._fetch,

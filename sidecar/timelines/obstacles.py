@@ -33,16 +33,24 @@ def listed(names: Iterable[str], most: int = NAMED_MAX) -> str:
 
 
 def _no_backend(state: State, request: Request) -> str:
-    places = []
-    for backend in state.backends.values():
-        unfit = eligibility.cannot_serve(state, backend, request.version)
-        if unfit is not None:
-            places.append(f"{backend.id}: {unfit.short}")
-        elif backend.phase is Phase.DOWN:
-            places.append(f"{backend.id} is down")
-        else:
-            places.append(f"{backend.id}: the prompt is too long")
-    return listed(places)
+    return listed(f"{backend.id}{_why_not_there(state, backend, request)}" for backend in state.backends.values())
+
+
+def _why_not_there(state: State, backend: Backend, request: Request) -> str:
+    unfit = eligibility.cannot_serve(state, backend, request.version)
+    if unfit is not None:
+        return f": {unfit.short}"
+    if backend.phase is Phase.DOWN:
+        return " is down"
+    if backend.leaving:
+        return " is leaving"
+    if not backend.owned:
+        return " is another replica's"
+    if backend not in eligibility.among((backend,), request.only):
+        return ": the request may not go there"
+    if not eligibility.long_enough(backend, request.view.input_tokens):
+        return ": the prompt is too long"
+    return f": it has no seats for {request.view.sequences} sequences at once"
 
 
 def _down(state: State, backend: Backend, request: Request, now_ns: int) -> str:

@@ -256,7 +256,10 @@ class _Telling:
             self._waits.moment(at_ns, *told)
 
     def _sent(self, at_ns: int, what: do.Dispatch) -> None:
+        had = self._has_it
         self._hand_over(at_ns, what)
+        if isinstance(had, Queued) and had.backend not in ("", what.backend) and not self._hides_others:
+            self._waits.moment(at_ns, *saying.taken_over(had.backend, what))
         self._waits.moment(at_ns, "sent", saying.sent(what))
 
     def _queued(self, at_ns: int, what: Queued) -> None:

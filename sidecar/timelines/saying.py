@@ -17,6 +17,7 @@ from sidecar.timelines.timeline import FIRST_TOKEN
 
 CANDIDATES_NAMED_MAX = 4
 
+Standing = ev.BackendUp | ev.BackendLost | ev.BackendLeaving | ev.BackendRemoved | ev.DrainSet
 Told = tuple[str, str]
 """The kind of a moment, in a word, and its sentence."""
 
@@ -53,6 +54,11 @@ def sent(dispatch: do.Dispatch) -> str:
     again = f", attempt {dispatch.attempt}" if dispatch.attempt > 1 else ""
     version = f" as {dispatch.name}@v{dispatch.ordinal}" if dispatch.name else ""
     return f"sent to {dispatch.backend}{version} ({dispatch.cache.value}{again})"
+
+
+def taken_over(backend: str, dispatch: do.Dispatch) -> Told:
+    """Describe the move of a waiting request from a backend to one that could send it at once."""
+    return "taken_over", f"{dispatch.backend} could send it at once and took it over from {backend}"
 
 
 def ended(settle: do.Settle) -> str:
@@ -119,12 +125,21 @@ def quarantine(effect: do.Quarantine) -> Told:
     return "quarantine", f"its version was quarantined: {effect.text}"
 
 
-def standing(event: ev.BackendUp | ev.BackendLost | ev.DrainSet) -> Told:
+def standing(event: Standing) -> Told:
+    """Describe what happened to a backend."""
+    return "backend", f"{event.backend} {_standing(event)}"
+
+
+def _standing(event: Standing) -> str:
     if isinstance(event, ev.BackendUp):
-        return "backend", f"{event.backend} is up"
+        return "is up"
     if isinstance(event, ev.BackendLost):
-        return "backend", f"{event.backend} was lost: {event.cause}"
-    return "backend", f"{event.backend} {'is being drained' if event.draining else 'takes requests again'}"
+        return f"was lost: {event.cause}"
+    if isinstance(event, ev.BackendRemoved):
+        return "was taken out"
+    if isinstance(event, ev.BackendLeaving):
+        return "is leaving: it was removed, and finishes what runs" if event.leaving else "stays after all"
+    return "is being drained" if event.draining else "takes requests again"
 
 
 def voided(why: str) -> Told:

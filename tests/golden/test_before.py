@@ -40,6 +40,7 @@ PATIENCE_S = 30.0
 PROSE = ("text", "message", "notes")
 SINCE = ("late_ns",)
 """What explanations tell since these were recorded."""
+MOMENTS_SINCE = ("taken_over",)
 RENAMED = {"expires_after_ns": "bound_ns"}
 """What they call by another name since then."""
 
@@ -145,7 +146,11 @@ def test_another_name_is_noticed(old: bytes, new: bytes, words: str, sidecar: Co
 def explained(sidecar: Command, path: Path, request: str) -> dict[str, Any]:
     """Return why a request waited, without the sentences for people and what is told since then."""
     told = sidecar("replay", str(path), "--explain", request, "--json").json()
-    told["timeline"] = [{key: each[key] for key in each if key not in PROSE} for each in told["timeline"]]
+    told["timeline"] = [
+        {key: each[key] for key in each if key not in PROSE}
+        for each in told["timeline"]
+        if each["what"] not in MOMENTS_SINCE
+    ]
     return {RENAMED.get(key, key): told[key] for key in told if key not in (*PROSE, *SINCE)}
 
 

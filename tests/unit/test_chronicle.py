@@ -20,7 +20,7 @@ from sidecar.shell.chronicle import Chronicle, story
 from sidecar.timelines.timeline import Moment, Timeline
 from sidecar.timelines.wording import lines_of
 from tests.kit.cases import first
-from tests.kit.corekit import MS, SECOND, World
+from tests.kit.corekit import MS, SECOND, World, facts_of
 from tests.kit.journals import write_journal
 from tests.unit.test_explain import SCENES, busy_world
 
@@ -219,6 +219,48 @@ def test_who_was_in_the_way_at_an_arrival_and_a_move(tmp_path: Path) -> None:
             (each.backend, each.because) for each in exact.periods()
         ]
     assert "routed to b1" in [entry.text for entry in live.entries if isinstance(entry, Moment)]
+
+
+def test_where_a_request_goes_when_backends_leave(tmp_path: Path) -> None:
+    """One is removed while it runs something, the other is drained, a third comes: each move has its cause."""
+    world = World(engines=2, seats=1)
+    for engine in world.engines.values():
+        engine.run_ns = 500 * MS
+    for _ in range(2):
+        world.send()
+    world.run(for_ns=5 * MS)
+    request = world.send(output_tokens=1)
+    home = world.core.state.requests[request].backend
+    other = "b1" if home == "b0" else "b0"
+    world.leave(str(home))
+    world.run(for_ns=5 * MS)
+    world.feed(ev.DrainSet(other, True))
+    world.run(for_ns=5 * MS)
+    waiting = story(lived(world, 1_000 * SECOND), str(request), world.now_ns)
+    world.add_engine("b2", facts_of())
+    world.run(for_ns=5 * MS)
+    write_journal(world, tmp_path)
+    told = story(lived(world), str(request), 0)
+    assert list(waiting.periods())[-1].because == ", ".join(sorted((f"{home} is leaving", f"{other}: draining")))
+    texts = [entry.text for entry in told.entries if isinstance(entry, Moment)]
+    assert f"{home} is leaving: it was removed, and finishes what runs" in texts
+    assert f"{other} is being drained" in texts
+    assert moments(told) == moments(explain(tmp_path, request))
+
+
+def test_a_request_that_another_backend_takes_over(tmp_path: Path) -> None:
+    """It waits behind a long run; an engine that is idle meanwhile sends it at once, and both stories say so."""
+    world = World(engines=2, seats=1)
+    world.engines["b0"].run_ns, world.engines["b1"].run_ns = 3_000 * MS, 100 * MS
+    requests = [world.send(output_tokens=1) for _ in range(5)]
+    world.run()
+    write_journal(world, tmp_path)
+    chronicle, taken = lived(world), 0
+    for request in requests:
+        live, exact = story(chronicle, str(request), 0), explain(tmp_path, request)
+        assert moments(live) == moments(exact)
+        taken += "b1 could send it at once and took it over from b0" in [text for _, _, text in moments(live)]
+    assert taken
 
 
 async def test_a_look_that_fails_is_not_the_last(
