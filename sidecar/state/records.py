@@ -249,13 +249,16 @@ def _nothing_before(record: Record) -> str:
 
 
 def _others(record: Record) -> str:
-    """Return the versions that there are, and the command that goes to the newest that no rollback has left."""
+    """Return the versions that there are, and the command that goes to the newest that no rollback has left.
+
+    If rollbacks have left them all, it goes further back.
+    """
     others = [version.ordinal for version in record.versions if version.ordinal != record.current]
     if not others:
         return "it has no other version"
     roles = dict.fromkeys(record.withdrawn, " (withdrawn)") | {record.current: " (current)"}
     there = ", ".join(f"v{version.ordinal}{roles.get(version.ordinal, '')}" for version in record.versions)
-    to = max(others, key=lambda ordinal: (ordinal not in record.withdrawn, ordinal))
+    to = max(others, key=lambda each: (each not in record.withdrawn, each < (record.current or 0), each))
     return f"its versions are {there}; to go to another: sidecar adapters rollback {record.name} --to v{to}"
 
 

@@ -106,7 +106,11 @@ async def test_all_of_a_tenant_or_an_adapter_are_cancelled(client: Client, tmp_p
     beta = await client.ask("b1", tenant="beta")
     assert {each["request_id"] for each in await listed_now(client, "--tenant", "acme")} == {"a1", "a2"}
     assert len(await listed_now(client, "--backend", "trt-0")) == 3
-    assert await listed_now(client, "--adapter", "other") == []
+    assert await listed_now(client, "--adapter", "base") == []
+    for verb in ("list", "cancel"):  # not "none is open": the name is misspelt
+        misspelt = await client.served.cli("requests", verb, "--adapter", "sloww")
+        assert misspelt.code == 1
+        assert 'unknown adapter "sloww"; did you mean slow?' in misspelt.err
     assert (await client.served.cli("requests", "list", "--limit", "1")).out.endswith("and 2 more\n")
     assert (await client.served.cli("requests", "cancel")).code == 2
     async with grpc.aio.insecure_channel(client.served.address) as channel:

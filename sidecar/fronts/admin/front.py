@@ -20,6 +20,7 @@ from sidecar.fronts.admin.configuration import Changes, ConfigurationService, ch
 from sidecar.fronts.admin.messages import backend_message, names_in, open_request_message, queue_message
 from sidecar.fronts.admin.own_tenant import confined_to
 from sidecar.fronts.admin.pool import PoolService
+from sidecar.fronts.eligible import is_base
 from sidecar.fronts.status import answers_errors
 from sidecar.ownership.facts import Member
 from sidecar.proto import admin_pb2, admin_pb2_grpc
@@ -151,6 +152,8 @@ class QueuesService(admin_pb2_grpc.QueuesServicer):
             self._gateway.known_backend(request.backend)
         chosen = Chosen(adapter=request.adapter, tenant=tenant or request.tenant, backend=request.backend)
         found = list(open_requests(self._gateway, chosen))
+        if not found and tenant is None:
+            self._check_name(request.adapter)
         shown = found[: min(request.limit or LISTED_DEFAULT, LISTED_MAX)]
         return admin_pb2.ListRequestsResponse(requests=map(open_request_message, shown), total=len(found))
 
@@ -166,7 +169,15 @@ class QueuesService(admin_pb2_grpc.QueuesServicer):
         asked = Chosen(request.request_id, request.adapter, request.tenant, only=names_in(request.only))
         check_chosen(asked)
         chosen = replace(asked, tenant=tenant or request.tenant)
-        return admin_pb2.CancelResponse(cancelled=cancel(self._gateway, chosen))
+        cancelled = cancel(self._gateway, chosen)
+        if not cancelled and tenant is None:
+            self._check_name(request.adapter)
+        return admin_pb2.CancelResponse(cancelled=cancelled)
+
+    def _check_name(self, adapter: str) -> None:
+        """Raise Misused(UNKNOWN_ADAPTER) for a name that is misspelt; one that was unregistered may have requests."""
+        if adapter and not is_base(self._gateway.state, adapter):
+            self._gateway.catalogue.known(adapter)
 
 
 class ReplicasService(admin_pb2_grpc.ReplicasServicer):
