@@ -116,13 +116,14 @@ async def test_a_program_is_told_the_same(tmp_path: Path, program: str, decouple
 async def test_a_program_that_asks_what_there_is(tmp_path: Path) -> None:
     """Metadata, configuration, index, readiness, versions and statistics are the server's, errors too.
 
-    The index has the adapters as well.
+    The index has the base model and the adapters as well.
     """
     async with house(tmp_path, decoupled=True) as here:
         through, directly = [await ask("metadata") for ask in (here.through, here.directly)]
         models = through["index"]["models"]
-        through["index"]["models"] = [model for model in models if model["name"] not in NAMES]
-        assert [model["name"] for model in models if model["name"] in NAMES] == sorted(NAMES)
+        ours = ("base", *sorted(NAMES))
+        through["index"]["models"] = [model for model in models if model["name"] not in ours]
+        assert [model["name"] for model in models if model["name"] in ours] == list(ours)
         assert through == directly
 
 
