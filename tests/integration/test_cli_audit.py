@@ -84,11 +84,11 @@ async def test_a_pause_without_an_end_is_told_in_words(house: House) -> None:
 async def test_a_cancellation_is_found_by_its_adapter(house: House) -> None:
     """The line names what was asked, though it is of a tenant."""
     stub: Any = admin_pb2_grpc.QueuesStub(house.served.admin_channel)  # type: ignore[no-untyped-call]
-    await stub.Cancel(pb.CancelRequest(adapter="legal", tenant="acme", only=pb.RequestNames(backend="")))
+    await stub.Cancel(pb.CancelRequest(adapter="base", tenant="acme", only=pb.RequestNames(backend="")))
     assert (await house.cli("audit", "--adapter", "other")).out.startswith("nothing was changed")
-    head, details = (line.strip() for line in (await house.cli("audit", "--adapter", "legal")).out.splitlines())
+    head, details = (line.strip() for line in (await house.cli("audit", "--adapter", "base")).out.splitlines())
     assert head.endswith("  Queues.Cancel  acme")
-    assert details.startswith('adapter legal; tenant acme; backend ""; cancelled 0; from ')
+    assert details.startswith('adapter base; tenant acme; backend ""; cancelled 0; from ')
 
 
 async def test_more_lines_than_one_batch_come_in_order(house: House) -> None:
