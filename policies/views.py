@@ -6,7 +6,7 @@ the engine's adapter-cache pages.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol, runtime_checkable
@@ -188,7 +188,10 @@ Decision = Send | Open | Close
 
 @runtime_checkable
 class Ordering(Protocol):
-    """Decides, for one backend, which versions are open and which request goes next."""
+    """Decides, for one backend, which versions are open and which request goes next.
+
+    One that implements `HearsOfVoids` is also told when promises become void.
+    """
 
     def promise(self, request: Waiting, backlog: Backlog, now_ns: int) -> Promise | None:
         """Return the promise to a request at admission; None if nothing bounds its wait."""
@@ -216,6 +219,14 @@ class Ordering(Protocol):
 
     def restore(self, state: Any) -> None:
         """Replace the state by one that `snapshot` returned."""
+
+
+@runtime_checkable
+class HearsOfVoids(Protocol):
+    """An ordering policy that hears when promises of queued requests become void, and may then keep others first."""
+
+    def voided(self, requests: Collection[int]) -> None:
+        """Note that nothing bounds the waits of these queued requests any more."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from policies.id_queue import is_mostly_stale
@@ -46,6 +46,13 @@ class Overdue:
             self.versions.pop(request.version, None)
         else:
             self._has_head(request.version, version.head())
+
+    def voided(self, requests: Collection[int]) -> None:
+        """Note that promises are void: their requests are urgent no more, else they would break those that hold."""
+        for request in requests:
+            self._times[request] = (self._times[request][0], NEVER_NS)
+        self._urgent = [entry for entry in self._urgent if entry[1] not in requests]
+        heapq.heapify(self._urgent)
 
     def pass_time(self, now_ns: int) -> None:
         """Add the versions whose oldest request has become overdue by `now_ns`."""

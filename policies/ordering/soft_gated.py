@@ -33,7 +33,7 @@ with few slots. Exhaustive and gated service are those of polling systems (Takag
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,6 +119,9 @@ class SoftGated:
 
     def progressed(self, tokens: Mapping[int, int], now_ns: int) -> None:
         pass
+
+    def voided(self, requests: Collection[int]) -> None:
+        self._overdue.voided(requests)
 
     def holds(self, request_id: int) -> Hold | None:
         request = self._queues.requests[request_id]

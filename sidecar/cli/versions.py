@@ -75,9 +75,9 @@ def rollback(
         str, typer.Argument(help="The adapter's name.", show_default=False, autocompletion=completing.adapter_names)
     ],
     to: Annotated[
-        str,
+        str | None,
         typer.Option(metavar="VERSION", help="Go back to this version instead: v7 or a digest.", show_default=False),
-    ] = "",
+    ] = None,
     hold: Hold = "",
     as_json: AsJson = False,
 ) -> None:
@@ -85,7 +85,9 @@ def rollback(
 
     A second rollback does not return to the version that the first one left; --to VERSION goes to any.
     """
-    to = to.rpartition("@")[2]
+    if to is not None and not (to := to.rpartition("@")[2]):  # an empty variable of a script, say
+        raise CommandError("--to names no version; leave it out to go back to the previous one", Exit.MISUSED)
+    to = to or ""
     withdrawn = bool(to) and _is_withdrawn(client.ask(client.adapters.Get, pb.AdapterRequest(name=name)), to)
     request = pb.RollbackRequest(name=name, version=to, hold_s=seconds_of(hold))
     adapter = client.ask(client.adapters.Rollback, request)

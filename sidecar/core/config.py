@@ -62,6 +62,8 @@ class CoreConfig:
     """The rate limit of speculative fetches."""
     names_limits: bool = False
     """The error of a request that expires says which limit passed; journals of 0.1.0 have the texts that did not."""
+    voids_end_urgency: bool = True
+    """A request whose promise is void goes before no other whose promise holds; in journals of 0.1.0 it may."""
     raise_on: str = ""
     """The event or effect whose handling raises on purpose (`core.injected`)."""
 

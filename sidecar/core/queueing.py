@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from policies.id_queue import IdQueue
-from policies.views import BASE
+from policies.views import BASE, HearsOfVoids
 from sidecar.core import eligibility, promising, storing
 from sidecar.core.effects import Settle
 from sidecar.core.enums import Voided, outcome_of
@@ -117,22 +119,34 @@ def remove_outstanding(step: Step, request: Request, backend: Backend) -> None:
     backend.outstanding.remove(view.tenant, view.input_tokens, request.expected_tokens, view.output_tokens_max)
 
 
-def void_promise(step: Step, request: Request, why: Voided) -> None:
-    """Void a request's promise. It is given no new one, so nothing bounds its wait any more."""
-    if request.promise is not None:
-        request.promise = None
-        request.voided = why.value
-        step.state.voided[why.value] = step.state.voided.get(why.value, 0) + 1
+def void_promise(step: Step, request: Request, why: Voided) -> bool:
+    """Void a request's promise; return False if it has none.
+
+    It is given no new one, so nothing bounds its wait any more.
+    """
+    if request.promise is None:
+        return False
+    request.promise = None
+    request.voided = why.value
+    step.state.voided[why.value] = step.state.voided.get(why.value, 0) + 1
+    return True
 
 
 def void_promises(step: Step, backend: Backend, why: Voided) -> None:
     """Void the promises of a backend's queued requests, and of its running ones that have no token yet."""
-    for request_id in backend.queued:
-        void_promise(step, step.state.requests[request_id], why)
+    void_queued(step, backend, backend.queued, why)
     for request_id in backend.running:
         request = step.state.requests[request_id]
         if not request.first_token and not request.settled:
             void_promise(step, request, why)
+
+
+def void_queued(step: Step, backend: Backend, queued: Iterable[int], why: Voided) -> None:
+    """Void the promises of some of a backend's queued requests."""
+    requests = step.state.requests
+    voided = {request for request in queued if void_promise(step, requests[request], why)}
+    if voided and step.state.config.voids_end_urgency and isinstance(backend.ordering, HearsOfVoids):
+        backend.ordering.voided(voided)
 
 
 def dequeue(step: Step, request: Request, to_run: bool = False) -> None:

@@ -184,8 +184,8 @@ def _let_others_load(step: Step, backend: Backend) -> None:
     unproven = {digest for load in backend.loads if not state.versions[digest := state.loads[load].digest].answered}
     if not unproven:
         return
-    for request in state.requests.values():
-        if request.version in unproven and not request.running:
-            queueing.void_promise(step, request, Voided.BACKEND_STALLED)
+    for other in state.backends.values():
+        waiting = [each for each in other.queued if state.requests[each].version in unproven]
+        queueing.void_queued(step, other, waiting, Voided.BACKEND_STALLED)
     step.dirty.update(dict.fromkeys(state.backends))
     state.pool_changed = True

@@ -10,9 +10,9 @@ from typing import NamedTuple, Protocol
 from sidecar.access.keys import without_secrets
 from sidecar.backends.api import Ticket
 from sidecar.config import identities
-from sidecar.config.identities import checked
+from sidecar.config.identities import checked, clipped
 from sidecar.core import events as ev
-from sidecar.errors import Reason
+from sidecar.errors import Reason, Refused
 
 COUNT_MAX = 1 << 28
 """Largest count of tokens or sequences: more than any engine produces. A client may write any number."""
@@ -70,6 +70,13 @@ class RequestFacts:
     def check(self) -> None:
         """Raise Refused(INVALID_REQUEST) for a malformed name. Every front relies on it."""
         checked(identities.ADAPTER, self.adapter)
+        if self.adapter.endswith("@"):  # such as NAME@$VERSION of an empty variable: the current version was not meant
+            name = clipped(self.adapter)
+            raise Refused(
+                Reason.INVALID_REQUEST,
+                f'"{name}" names no version after the "@"; name one, as in "{name}v2", or leave the "@" out for the '
+                "current one",
+            )
         checked(identities.TENANT, self.tenant)
         checked(identities.CLASS, self.klass)
         checked(identities.SESSION, self.session)

@@ -53,6 +53,11 @@ async def test_a_names_life_through_its_versions(tmp_path: Path) -> None:
         code, out, _ = await sidecar(served, "adapters", "rollback", "voice")
         assert out == "voice stands for v1\n"
         assert roles(await sidecar(served, "adapters", "show", "voice", "--json")) == ["current", "withdrawn"]
+        code, _, error = await sidecar(served, "adapters", "rollback", "voice", "--to", "")
+        assert (code, error.strip()) == (2, "error: --to names no version; leave it out to go back to the previous one")
+        code, _, error = await sidecar(served, "generate", "voice@", prompt)
+        assert code == 1
+        assert '"voice@" names no version after the "@"; name one, as in "voice@v2", or leave the "@" out' in error
         code, _, error = await sidecar(served, "adapters", "rollback", "voice")
         assert code == 1
         assert "voice was rolled back to v1 already, from v2; its versions are v1 (current), v2 (withdrawn); " in error

@@ -34,11 +34,11 @@ FOR_EVER = {"default": ClassLimit(queue_wait_ns_max=1_000_000 * SECOND)}
 class Stepping(World):
     """A world whose engines answer nothing by themselves: a test says what they report and when."""
 
-    def __init__(self, *backends: str, pace: Pace | None = PACE) -> None:
+    def __init__(self, *backends: str, pace: Pace | None = PACE, requests: int = 4) -> None:
         super().__init__(CoreConfig(seat_slack=0.0, classes=FOR_EVER), engines=0)
         for backend in backends or ("b0",):
             self.add_engine(backend, with_facts(facts_of(seats=SEATS), pace=pace)).silent = True
-        for _ in range(4 * len(self.engines)):
+        for _ in range(requests * len(self.engines)):
             self.send(output_tokens=LONG)
 
     def backend(self, backend: str = "b0") -> Backend:
@@ -238,6 +238,38 @@ def test_steps_show_how_slow_an_engine_is_before_its_answers_do() -> None:
     promise = world.core.state.requests[last].promise
     assert promise is not None
     assert promise.bound_ns > 38 * 100 * 105 * MS / SEATS
+
+
+def test_what_was_promised_in_vain_breaks_no_promise_that_holds() -> None:
+    """A flood was promised what the engine cannot do. Who comes then goes in time, though all of these are due."""
+    world = Stepping(pace=None, requests=0)
+    done: dict[int, int] = {}
+
+    def serve(seconds: float) -> None:
+        """Take one step of 100 ms in each report; an answer has 100 tokens."""
+        for _ in range(round(seconds * SECOND / REPORT_NS)):
+            world.run(for_ns=REPORT_NS)
+            world.report(1)
+            for request in list(world.backend().running):
+                done[request] = done.get(request, 0) + 1
+                if done[request] >= 100:
+                    world.end(request)
+
+    flood = [world.send(tenant="acme", output_tokens=100) for _ in range(400)]
+    head = flood[100]
+    promised = world.core.state.requests[head].promise
+    assert promised is not None
+    due_ns = world.now_ns + promised.bound_ns
+    while len(world.backend().queued) > 310:
+        serve(1)
+    assert world.core.state.requests[head].voided
+    assert world.now_ns > due_ns
+    late = world.send(tenant="beta", output_tokens=100)
+    arrived_ns, promise = world.now_ns, world.core.state.requests[late].promise
+    assert promise is not None
+    while late not in world.backend().running:
+        serve(1)
+        assert world.now_ns - arrived_ns < promise.bound_ns
 
 
 def test_an_engine_slower_than_can_be_measured_is_noticed() -> None:
