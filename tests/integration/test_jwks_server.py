@@ -73,9 +73,9 @@ async def test_a_server_that_hangs_keeps_nobody_for_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Known keys count meanwhile; who waits for a new one is refused before the fetch is given up."""
-    monkeypatch.setattr(jwks, "WAIT_S", 0.05)
-    monkeypatch.setattr(jwks, "FETCH_S", 60)
     async with issuing(tmp_path) as (server, made):
+        monkeypatch.setattr(jwks, "WAIT_S", 0.05)
+        monkeypatch.setattr(jwks, "FETCH_S", 60)
         server.answer = server.hang
         made.clock.now += 60
         await made.refused(NEW.token(claims()), "its issuer publishes no such key")

@@ -72,6 +72,7 @@ async def client(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> AsyncIter
 async def test_a_request_is_cancelled_by_its_id(client: Client) -> None:
     """Whether it runs or waits, its client hears who ended it, and the others go on."""
     first, second, waiting = await client.ask("one", "two", "three")
+    await until(lambda: sum(each.running for each in client.served.gateway.state.requests.values()) == 2)
     listed = await client.served.cli("requests", "list")
     assert re.search(r"^ID +STATE +AGE +ADAPTER +TENANT +CLASS +BACKEND +MAX TOKENS +REQUEST$", listed.out, re.M)
     running = r"^\w+ +running +[\d.]+ m?s +slow@v1 +acme +default +trt-0 +\d+\+\d+ +\d+$"

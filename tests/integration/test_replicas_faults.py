@@ -151,7 +151,7 @@ async def test_who_is_left_counts_what_ended_with_an_owner(
 async def test_a_replica_that_stops_counts_what_it_cuts_off(adapters: Path, tmp_path: Path) -> None:
     """Not the owner, too; and what the client has left is the owner's to count."""
     async with owner_and_other(adapters, tmp_path, SLOW | {"seats": 2}) as (owner, other):
-        left, cut = (asyncio.create_task(other.ask(name, tokens=500)) for name in ("a00", "a01"))
+        left, cut = (asyncio.create_task(other.ask(name, tokens=5_000)) for name in ("a00", "a01"))
         await until(lambda: sum(request.first_token for request in owner.state.requests.values()) == 2)
         await until(lambda: all(ticket.came for ticket in other.sidecar.gateway.tickets.values()))
         left.cancel()

@@ -54,7 +54,7 @@ class Client:
     """A client of any OpenAI API."""
 
     def __init__(self, address: str, patience_s: float = 60.0) -> None:
-        self.http = httpx.AsyncClient(base_url=f"http://{address}", timeout=patience_s)
+        self.http = httpx.AsyncClient(base_url=f"http://{address}", timeout=httpx.Timeout(60.0, read=patience_s))
 
     async def load(self, name: str, path: Path | str, **fields: Any) -> httpx.Response:
         """Request the load of an adapter."""
