@@ -318,13 +318,13 @@ class _Telling:
         """
         if until_ns <= since_ns:
             return
-        backend, first = queued.backend, queued.note
-        rest = []
+        backend, before, rest = queued.backend, None, []
         for note in self._record.notes.get(backend, ()):
             if note.at_ns <= since_ns:
-                first = queued.note or note
+                before = note
             elif note.at_ns < until_ns:
                 rest.append(note)
+        first = queued.note or before
         if first is None and rest and rest[0].at_ns - since_ns <= LOOK_LATE_NS:
             first, rest = rest[0], rest[1:]
         reason, because = self._said(first)

@@ -36,13 +36,14 @@ def arrived(state: State, request: Request | None) -> str:
 
 
 def queued(backend: str) -> str:
+    """Return in whose queue a request is; only a replay knows why."""
     return f"routed to {backend}"
 
 
 def routed(chosen: Choice, candidates: Sequence[Candidate]) -> str:
     """Return the routing policy's choice for a request, its reason, and the other candidates."""
     others = [_candidate(candidate) for candidate in candidates]
-    return f"routed to {chosen.backend} ({chosen.reason}) of {listed(others, CANDIDATES_NAMED_MAX)}"
+    return f"{queued(chosen.backend)} ({chosen.reason}) of {listed(others, CANDIDATES_NAMED_MAX)}"
 
 
 def _candidate(candidate: Candidate) -> str:
@@ -138,7 +139,7 @@ def _standing(event: Standing) -> str:
     if isinstance(event, ev.BackendRemoved):
         return "was taken out"
     if isinstance(event, ev.BackendLeaving):
-        return "is leaving: it was removed, and finishes what runs" if event.leaving else "stays after all"
+        return "is leaving: it finishes what runs and gets nothing more" if event.leaving else "stays after all"
     return "is being drained" if event.draining else "takes requests again"
 
 

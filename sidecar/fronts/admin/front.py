@@ -175,7 +175,7 @@ class QueuesService(admin_pb2_grpc.QueuesServicer):
         return admin_pb2.CancelResponse(cancelled=cancelled)
 
     def _check_name(self, adapter: str) -> None:
-        """Raise Misused(UNKNOWN_ADAPTER) for a name that is misspelt; one that was unregistered may have requests."""
+        """Raise Refused(UNKNOWN_ADAPTER) for an unknown name that has no request: it is misspelt, or long gone."""
         if adapter and not is_base(self._gateway.state, adapter):
             self._gateway.catalogue.known(adapter)
 
