@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from policies.views import BASE, Eviction, Ordering, Prefetch, Routing
+from policies.views import Eviction, Ordering, Prefetch, Routing
 from sidecar.core import (
     admission,
     disk,
@@ -272,8 +272,7 @@ def _learn(step: Step, request: Request) -> None:
     backend = step.state.backends[request.backend]
     backend.runs.ended(step.now_ns - request.dispatched_ns)
     promising.learn_yield(step.state, backend, request.tokens, step.now_ns)
-    if request.version != BASE:
-        promising.learn_length(step.state.versions[request.version], request)
+    promising.learn_length(step.state, request)
 
 
 def _progress(step: Step, event: ev.Progress) -> None:

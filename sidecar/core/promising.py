@@ -11,7 +11,7 @@ from policies.views import BASE, Backlog
 from sidecar.core import eligibility
 from sidecar.core.facts import Packed
 from sidecar.core.pace import Demand, Pace, slowest_token_ns, token_ns, usual_token_ns
-from sidecar.core.state import Backend, Request, State, Version
+from sidecar.core.state import Backend, Request, State
 
 FETCH_ALLOWANCE_NS = 10_000_000_000
 """The time that a promise allows for bringing an adapter into the host store. A class without patience allows none: its
@@ -68,22 +68,43 @@ def slots_of(backend: Backend, pages: int) -> int:
     return SLOTS_UNLIMITED if limit is None else max(1, limit // max(1, pages))
 
 
-def expected_tokens(state: State, request: Request) -> int:
-    """Return the expected output of a request: its client's limit times the fraction that answers have used.
+def expected_tokens(state: State, request: Request) -> tuple[int, bool]:
+    """Return the expected output of a request, and True if it is a guess.
 
-    This is right on average, whether clients ask for what they need or for a generous limit.
+    It is the client's limit times the fraction that answers of its version have used. This is right on average, whether
+    clients ask for what they need or for a generous limit. Until one has answered, it is guessed to be the whole limit;
+    the base model's always is.
     """
     asked = request.view.output_tokens_max
     version = state.versions.get(request.version)
     if version is None or not version.asked_tokens:
-        return asked
-    return max(1, round(asked * version.answered_tokens / version.asked_tokens))
+        return asked, True
+    return max(1, round(asked * version.answered_tokens / version.asked_tokens)), False
 
 
-def learn_length(version: Version, request: Request) -> None:
+def learn_length(state: State, request: Request) -> None:
     """Learn from the length of an answer."""
-    version.asked_tokens = LENGTHS_KEPT * version.asked_tokens + request.view.output_tokens_max
-    version.answered_tokens = LENGTHS_KEPT * version.answered_tokens + request.tokens
+    answers, version = state.answers, state.versions.get(request.version)
+    answers.count = LENGTHS_KEPT * answers.count + 1
+    answers.tokens = LENGTHS_KEPT * answers.tokens + request.tokens
+    if version is not None:
+        version.asked_tokens = LENGTHS_KEPT * version.asked_tokens + request.view.output_tokens_max
+        version.answered_tokens = LENGTHS_KEPT * version.answered_tokens + request.tokens
+
+
+def forecast_ns(state: State, backend: Backend, request: Request, expected_ns: int) -> int:
+    """Return the part of the expected wait in ns of a request, just counted as queued, for which it may be refused.
+
+    A promise counts the whole limit of a request whose length is a guess. A forecast counts it as long as answers were
+    of late, whatever they were of, and not at all before the first.
+    """
+    outstanding, answers = backend.outstanding, state.answers
+    ahead = outstanding.queued_tokens - request.expected_tokens
+    if state.config.refuses_on_guesses or not ahead:
+        return expected_ns
+    guessed = outstanding.guessed_tokens - (request.expected_tokens if request.guessed else 0)
+    usual = (outstanding.guessed - request.guessed) * answers.tokens / answers.count if answers.count else 0
+    return round(expected_ns * (1 - max(0, guessed - usual) / ahead))
 
 
 def backlog_of(state: State, backend: Backend, request: Request) -> Backlog:

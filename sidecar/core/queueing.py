@@ -27,12 +27,13 @@ def promise(step: Step, request: Request, backend: Backend) -> int:
         request.promise = backend.ordering.promise(request.view, backlog, step.now_ns)
     if backend.silence.suspected or not promising.wait_is_known(backend):
         return 0  # a request is never refused on a guess
-    return backlog.queue_ns if request.promise is None else request.promise.expected_ns
+    expected_ns = backlog.queue_ns if request.promise is None else request.promise.expected_ns
+    return promising.forecast_ns(step.state, backend, request, expected_ns)
 
 
 def take_back(step: Step, request: Request, backend: Backend) -> None:
     """Undo the accounting of a request that is refused for its predicted wait."""
-    backend.outstanding.queued_tokens -= request.expected_tokens
+    backend.outstanding.left_queue(request.expected_tokens, request.guessed)
     remove_outstanding(step, request, backend)
 
 
@@ -108,9 +109,11 @@ def enqueue(step: Step, request: Request, backend: Backend) -> None:
 def _count_outstanding(step: Step, request: Request, backend: Backend) -> None:
     view = request.view
     request.counted = True
-    request.expected_tokens = promising.expected_tokens(step.state, request)
+    request.expected_tokens, request.guessed = promising.expected_tokens(step.state, request)
     weight = step.state.config.weight_of(view.tenant)
-    backend.outstanding.add(view.tenant, weight, view.input_tokens, request.expected_tokens, view.output_tokens_max)
+    backend.outstanding.add(
+        view.tenant, weight, view.input_tokens, request.expected_tokens, view.output_tokens_max, request.guessed
+    )
 
 
 def remove_outstanding(step: Step, request: Request, backend: Backend) -> None:
@@ -163,7 +166,7 @@ def dequeue(step: Step, request: Request, to_run: bool = False) -> None:
         del backend.queued_by_version[request.version]
         backend.recount(request.version)
     backend.ordering.left(request.id, step.now_ns)
-    backend.outstanding.queued_tokens -= request.expected_tokens
+    backend.outstanding.left_queue(request.expected_tokens, request.guessed)
     if not to_run:
         remove_outstanding(step, request, backend)
     if request.version != BASE:

@@ -52,6 +52,14 @@ class Name:
 
 
 @dataclass
+class Answers:
+    """How many answers have ended, and their tokens; recent ones weigh more."""
+
+    count: float = 0.0
+    tokens: float = 0.0
+
+
+@dataclass
 class Version:
     """One immutable version and what was learned about it."""
 
@@ -91,6 +99,8 @@ class Request:
     """The client's own id of the request."""
     expected_tokens: int = 0
     """The output that it is still expected to generate."""
+    guessed: bool = False
+    """That was a guess when it was counted: nothing of its version had answered."""
     promise: Promise | None = None
     counted: bool = False
     """It is counted in its backend's `outstanding`."""
@@ -389,6 +399,7 @@ class State:
     disk_paused_until_ns: int = 0
     names: dict[str, Name] = field(default_factory=dict)
     versions: dict[str, Version] = field(default_factory=dict)
+    answers: Answers = field(default_factory=Answers)
     backends: dict[str, Backend] = field(default_factory=dict)
     requests: dict[int, Request] = field(default_factory=dict)
     unrouted: dict[int, None] = field(default_factory=dict)

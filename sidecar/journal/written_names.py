@@ -188,8 +188,8 @@ WRITTEN: dict[type, Form] = {
         "queued_tokens_max queued_bytes_max tenant_queued_max tenant_queued_tokens_max tenant_queued_bytes_max "
         "tenant_weights heals_max visits_max seat_slack seats_default retry_ns retry_ns_max joining_ns_max pools "
         "base_requests classes eviction disk_eviction ordering routing prefetch prefetch_bytes_per_s raise_on "
-        "names_limits voids_end_urgency",
-        derived={"voids_end_urgency": lambda record: False},  # from 0.2 on
+        "names_limits voids_end_urgency refuses_on_guesses",
+        derived={"voids_end_urgency": lambda record: False, "refuses_on_guesses": lambda record: True},  # from 0.2 on
     ),
     views.Waiting: Form(
         "Waiting",
@@ -200,7 +200,8 @@ WRITTEN: dict[type, Form] = {
     lateness.Lateness: Form("Lateness", "missing stood_ns stands_since_ns"),
     outstanding.Outstanding: Form(
         "Outstanding",
-        "requests input_tokens expected_tokens queued_tokens footprint_tokens tenants weights lengths",
+        "requests input_tokens expected_tokens queued_tokens footprint_tokens tenants weights lengths "
+        "guessed guessed_tokens",
     ),
     prefetch_accounting.PrefetchCounts: Form("AheadCounts", "begun used late wasted_bytes"),
     prefetch_accounting.Guess: Form("Guess", "size_bytes given_up"),
@@ -213,6 +214,7 @@ WRITTEN: dict[type, Form] = {
     silence.Silence: Form("Silence", "since_ns due_ns suspected found excused"),
     # The state.
     state.Name: Form("Name", "name digest ordinal allow pinned versions kept canary"),
+    state.Answers: Form("Answers", "count tokens"),
     state.Version: Form(
         "Version",
         "adapter origin generation names requests asked_tokens answered_tokens answered suspect lost_backends "
@@ -222,7 +224,7 @@ WRITTEN: dict[type, Form] = {
         "Request",
         "view ordinal expires_ns deadline_ns size_bytes only client_id expected_tokens promise counted voided backend "
         "running settled attempt tokens first_token progressing heals engine_failures region_heals losses pinned_key "
-        "cache fetch dispatched_ns fetch_ns queued_clock fetch_allowed_ns load_ns",
+        "cache fetch dispatched_ns fetch_ns queued_clock fetch_allowed_ns load_ns guessed",
     ),
     state.Slot: Form("Slot", "opened_ns pages load running stale"),
     state.LoadRun: Form("LoadRun", "id backend digest key begun_ns"),
@@ -242,7 +244,7 @@ WRITTEN: dict[type, Form] = {
         "State",
         "config store disk routing prefetch guesses disk_paused_until_ns names versions backends requests unrouted "
         "loads load_count suspects joining ahead_of_removed draining waiting tenant_queued voided timers wake_ns "
-        "listen_ns steal_ns wanted lateness hungry_heap fetched_for prefetches",
+        "listen_ns steal_ns wanted lateness hungry_heap fetched_for prefetches answers",
     ),
     store.Entry: Form("Entry", "size_bytes digest ready pins held_by_operator doomed"),
     store.StoreIndex: Form("StoreIndex", "budget_bytes policy entries bytes_used fetches evictions"),

@@ -667,8 +667,10 @@ def _check_outstanding(core: Core, backend: Backend) -> None:
             view.input_tokens,
             request.expected_tokens,
             view.output_tokens_max,
+            request.guessed,
         )
-    counted.queued_tokens = sum(request.expected_tokens for request in queued)
+    for request in backend.running:
+        counted.left_queue(core.state.requests[request].expected_tokens, core.state.requests[request].guessed)
     assert backend.outstanding == counted
 
 

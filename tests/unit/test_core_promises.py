@@ -283,13 +283,14 @@ def test_a_tenant_is_not_charged_for_a_turn_it_did_not_take() -> None:
 # Predicted waits.
 
 
-def overloaded(wait_s_max: float = 10.0) -> World:
-    """Return a world whose engine is calibrated to one token of each request in 10 ms, with a class limit."""
+def overloaded(wait_s_max: float = 10.0, answered_tokens: int = 400) -> World:
+    """Return a world whose engine takes 10 ms for a token, with a class limit, and where one request was answered."""
     classes = {"default": ClassLimit(queue_wait_ns_max=round(wait_s_max * SECOND))}
     world = World(CoreConfig(classes=classes), engines=0)
     pace = Pace(fixed_ns=10e6, seat_ns=0.0, context_token_ns=0.0, prompt_token_ns=0.0)
     world.add_engine("b0", with_facts(facts_of(seats=1), pace=pace))
     world.engines["b0"].run_ns = 4 * SECOND
+    world.feed(ev.RunEnded(world.send(output_tokens=400), 1, answered_tokens))
     world.send(output_tokens=400)
     return world
 
@@ -337,6 +338,24 @@ def test_nobody_is_refused_on_a_guess() -> None:
     world = World(CoreConfig(classes={"default": ClassLimit(queue_wait_ns_max=SECOND)}), seats=1)
     taken = [world.send(output_tokens=100_000) for _ in range(20)]
     assert not [request for request in taken if request in world.settled]
+
+
+@pytest.mark.parametrize("adapter", ["sql", ""])
+def test_nobody_is_refused_because_others_ask_for_more_than_they_will_use(adapter: str) -> None:
+    """Lengths of what has not answered yet are a guess: at the usual 10 tokens, 40 requests wait for 4 s, not 160."""
+    world = overloaded(answered_tokens=10)
+    world.register("sql", "chat")
+    flood = [world.send(adapter, output_tokens=400) for _ in range(30)]
+    others = [world.send("chat", output_tokens=400) for _ in range(10)]
+    assert not [request for request in flood + others if request in world.settled]
+    assert world.settled[[world.send(adapter, output_tokens=400) for _ in range(60)][-1]].reason is Reason.QUEUE_FULL
+
+
+def test_before_the_first_answer_nobody_is_refused_for_lengths() -> None:
+    """However many ask for however much: nothing is known of what they will use."""
+    world = calibrated()
+    flood = [world.send(output_tokens=100_000) for _ in range(100)]
+    assert not [request for request in flood if request in world.settled]
 
 
 # Bounds of the queue.

@@ -232,7 +232,8 @@ def test_people_get_a_table_and_what_it_means(sidecar: Callable[..., Ended]) -> 
 
 def test_refusals_are_explained(sidecar: Callable[..., Ended]) -> None:
     """Overload is refused with a reason and a delay; the first message of each reason is shown."""
-    out = sidecar("simulate", *SMALL, "--order", "skip", "--load", "50", "--wait-limit", "0.5").out
+    small = (*SMALL, "--requests", "400", "--order", "skip", "--load", "5")
+    out = sidecar("simulate", *small, "--wait-limit", "0.5").out
     assert re.search(r"skip had \d+ QUEUE_FULL.*; refused ones were told to come back after", out)
     assert "QUEUE_FULL, for example: b0 would not come to it for" in out
 
