@@ -42,7 +42,9 @@ def list_requests(
         print_json(answer)
         return
     if not answer.requests:
-        say("no request is open")
+        asked = {"adapter": adapter, "tenant": tenant, "backend": backend}
+        said = ", ".join(f'{what} "{name}"' for what, name in asked.items() if name)
+        say(f"no request of {said} is open" if said else "no request is open")
         return
     console().print(table(OPEN, [open_row(each) for each in answer.requests]))
     if answer.total > len(answer.requests):

@@ -56,13 +56,20 @@ def troubles(state: State, now_ns: int, beyond: Beyond) -> Iterator[str]:
     if down:
         share = "no backend is up" if len(down) == len(backends) and len(down) > 1 else ""
         yield f"{share or joined(down) + _is(down) + ' down'}{_since(down, now_ns)}"
-    for backend in [each for each in backends if each.silence.suspected][:NAMED_MAX]:
+    stalled = [each for each in backends if each.silence.suspected][:NAMED_MAX]
+    quiet = [each for each in backends if not each.silence.suspected and silence(each, now_ns, beyond)][:NAMED_MAX]
+    for backend in (*stalled, *quiet):
         found = f" ({backend.silence.found})" if backend.silence.found else ""
-        yield f"{backend.id} is stalled: {_nothing_came(backend, now_ns - backend.silence.since_ns)}{found}"
-    quiet = [(each, silent_ns) for each in backends if (silent_ns := _quiet_ns(each, now_ns, beyond))]
-    for backend, silent_ns in quiet[:NAMED_MAX]:
-        yield f"{backend.id} is quiet: {_nothing_came(backend, silent_ns)}"
+        yield f"{silence(backend, now_ns, beyond)}{_with_what(backend)}{found}"
     yield from drained
+
+
+def silence(backend: Backend, now_ns: int, beyond: Beyond = NOTHING) -> str:
+    """Return that a backend is stalled, or quiet, and for how long; "" if it is neither."""
+    if backend.silence.suspected:
+        return f"{backend.id} is stalled: nothing came for {readable(now_ns - backend.silence.since_ns)}"
+    silent_ns = 0 if backend.phase is not Phase.UP else beyond.silence_of(backend, now_ns) or 0
+    return f"{backend.id} is quiet: nothing came for {readable(silent_ns)}" if silent_ns >= QUIET_NS else ""
 
 
 def elsewhere(beyond: Beyond) -> Iterator[str]:
@@ -138,17 +145,9 @@ def _since(down: list[Backend], now_ns: int) -> str:
     return f", lost {readable(now_ns - max(lost))} ago" if lost else ""
 
 
-def _quiet_ns(backend: Backend, now_ns: int, beyond: Beyond) -> int:
-    """Return how long nothing has come from an engine that is quiet; 0 if it is not, or is suspected already."""
-    if backend.phase is not Phase.UP or backend.silence.suspected:
-        return 0
-    silent_ns = beyond.silence_of(backend, now_ns) or 0
-    return silent_ns if silent_ns >= QUIET_NS else 0
-
-
-def _nothing_came(backend: Backend, silent_ns: int) -> str:
+def _with_what(backend: Backend) -> str:
     loads = f", {len(backend.loads)} loading" if backend.loads else ""
-    return f"nothing came for {readable(silent_ns)} with {len(backend.running)} running{loads}"
+    return f" with {len(backend.running)} running{loads}"
 
 
 def _why_not(state: State, backend: Backend, request: Request) -> str:

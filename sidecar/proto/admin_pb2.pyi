@@ -1035,7 +1035,7 @@ class WatchPoolRequest(_message.Message):
     def __init__(self, page: _Optional[str] = ..., sort: _Optional[str] = ..., filter: _Optional[str] = ..., offset: _Optional[int] = ..., limit: _Optional[int] = ..., interval_s: _Optional[float] = ..., lanes_of: _Optional[str] = ..., only: _Optional[_Union[RequestNames, _Mapping]] = ...) -> None: ...
 
 class PoolView(_message.Message):
-    __slots__ = ("time", "replica", "verdict", "waiting", "running", "tokens_per_s", "backends", "backends_up", "seats", "adapters", "rows_total", "groups", "backend_rows", "adapter_rows", "tenant_rows", "request_rows", "lanes", "seats_assumed")
+    __slots__ = ("time", "replica", "verdict", "waiting", "running", "tokens_per_s", "backends", "backends_serving", "seats", "adapters", "rows_total", "groups", "backend_rows", "adapter_rows", "tenant_rows", "request_rows", "lanes", "seats_assumed")
     TIME_FIELD_NUMBER: _ClassVar[int]
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     VERDICT_FIELD_NUMBER: _ClassVar[int]
@@ -1043,7 +1043,7 @@ class PoolView(_message.Message):
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     BACKENDS_FIELD_NUMBER: _ClassVar[int]
-    BACKENDS_UP_FIELD_NUMBER: _ClassVar[int]
+    BACKENDS_SERVING_FIELD_NUMBER: _ClassVar[int]
     SEATS_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     ROWS_TOTAL_FIELD_NUMBER: _ClassVar[int]
@@ -1061,7 +1061,7 @@ class PoolView(_message.Message):
     running: int
     tokens_per_s: float
     backends: int
-    backends_up: int
+    backends_serving: int
     seats: int
     adapters: int
     rows_total: int
@@ -1072,7 +1072,7 @@ class PoolView(_message.Message):
     request_rows: _containers.RepeatedCompositeFieldContainer[OpenRequest]
     lanes: _containers.RepeatedCompositeFieldContainer[Lane]
     seats_assumed: bool
-    def __init__(self, time: _Optional[float] = ..., replica: _Optional[str] = ..., verdict: _Optional[str] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., backends: _Optional[int] = ..., backends_up: _Optional[int] = ..., seats: _Optional[int] = ..., adapters: _Optional[int] = ..., rows_total: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[QueueGroup, _Mapping]]] = ..., backend_rows: _Optional[_Iterable[_Union[BackendRow, _Mapping]]] = ..., adapter_rows: _Optional[_Iterable[_Union[AdapterRow, _Mapping]]] = ..., tenant_rows: _Optional[_Iterable[_Union[TenantRow, _Mapping]]] = ..., request_rows: _Optional[_Iterable[_Union[OpenRequest, _Mapping]]] = ..., lanes: _Optional[_Iterable[_Union[Lane, _Mapping]]] = ..., seats_assumed: _Optional[bool] = ...) -> None: ...
+    def __init__(self, time: _Optional[float] = ..., replica: _Optional[str] = ..., verdict: _Optional[str] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., backends: _Optional[int] = ..., backends_serving: _Optional[int] = ..., seats: _Optional[int] = ..., adapters: _Optional[int] = ..., rows_total: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[QueueGroup, _Mapping]]] = ..., backend_rows: _Optional[_Iterable[_Union[BackendRow, _Mapping]]] = ..., adapter_rows: _Optional[_Iterable[_Union[AdapterRow, _Mapping]]] = ..., tenant_rows: _Optional[_Iterable[_Union[TenantRow, _Mapping]]] = ..., request_rows: _Optional[_Iterable[_Union[OpenRequest, _Mapping]]] = ..., lanes: _Optional[_Iterable[_Union[Lane, _Mapping]]] = ..., seats_assumed: _Optional[bool] = ...) -> None: ...
 
 class BackendRow(_message.Message):
     __slots__ = ("backend", "tokens_per_s", "silent_s")

@@ -21,7 +21,7 @@ from policies.views import BASE
 from sidecar.backends.api import Ticket, Traced
 from sidecar.config.identities import clipped
 from sidecar.core import effects as do
-from sidecar.core import eligibility
+from sidecar.core import eligibility, troubles
 from sidecar.core import events as ev
 from sidecar.core.admission import with_name
 from sidecar.core.enums import Phase, Why
@@ -123,6 +123,12 @@ class Chronicle:
             if record.settle is None:
                 self._complete(record)
         return sorted(found, key=attrgetter("number"))
+
+    def silence_of(self, record: Record, now_ns: int) -> str:
+        """Return that the backend where an open request waits or runs is stalled or quiet; "" if it is neither."""
+        place = record.place if record.place is not None or record.dispatch is None else record.dispatch.backend
+        backend = None if record.is_elsewhere else self._state().backends.get(place or "")
+        return "" if backend is None else troubles.silence(backend, now_ns)
 
     # Steps.
 
@@ -508,6 +514,7 @@ def story(chronicle: Chronicle, text: str, now_ns: int, tenant: str | None = Non
     timeline = timeline_of(told, now_ns, hides_others=tenant is not None)
     if timeline.ended_ns is None:
         timeline.notes.append("it has not ended")
+        timeline.notes += filter(None, [chronicle.silence_of(told, now_ns)])
     if told.request == asked.number:
         note = also_an_id_note(text, others)
     else:

@@ -110,7 +110,7 @@ async def _served(service: front.PoolService) -> AsyncIterator[tuple[str, list[f
 async def _viewer(address: str, views: list[float]) -> float:
     """Return what one viewer takes of a core, in percent, in the thread that serves it."""
     with Terminal("top", "--admin", address, "--page", "engines", "--interval", "0.2") as top:
-        await top.shows(f"{BACKENDS}/{BACKENDS} engines up")
+        await top.shows(f"{BACKENDS}/{BACKENDS} engines serve")
         begun_s, begun_cpu_s = monotonic(), thread_time()
         await asyncio.sleep(WATCHED_S)
         return 100 * (thread_time() - begun_cpu_s) / (monotonic() - begun_s)
@@ -120,7 +120,7 @@ async def _update_ms(address: str, views: list[float], page: str, columns: int, 
     """Return the CPU of the terminal's process for one update."""
     terminal = Terminal("top", "--admin", address, "--page", page, "--interval", "0.2", columns=columns, lines=lines)
     with terminal as top:
-        await top.shows(f"{BACKENDS}/{BACKENDS} engines up")
+        await top.shows(f"{BACKENDS}/{BACKENDS} engines serve")
         process: Any = psutil.Process(top.process.pid)
         begun, cpu = len(views), process.cpu_times()
         while len(views) < begun + UPDATES:

@@ -94,6 +94,8 @@ async def test_a_request_is_cancelled_by_its_id(client: Client) -> None:
     assert (await client.served.cli("requests", "cancel", left, "--json")).json() == {"cancelled": 1}
     assert await calls[left] == BY_OPERATOR
     assert (await client.served.cli("requests", "list")).out == "no request is open\n"
+    told = await client.served.cli("requests", "list", "--tenant", "acme", "--backend", "trt-0")
+    assert told.out == 'no request of tenant "acme", backend "trt-0" is open\n'
 
 
 async def listed_now(client: Client, *options: str) -> list[dict[str, Any]]:

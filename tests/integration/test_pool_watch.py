@@ -73,7 +73,7 @@ def observes(served: Served) -> bool:
 
 async def test_every_page_has_the_totals_and_its_rows(served: Served) -> None:
     queue = await first_view(served)
-    assert (queue.waiting, queue.running, queue.backends, queue.backends_up, queue.adapters) == (2, 2, 2, 1, 2)
+    assert (queue.waiting, queue.running, queue.backends, queue.backends_serving, queue.adapters) == (2, 2, 2, 1, 2)
     assert queue.verdict.startswith("trt-1 is down; 2 waiting, the oldest for ")
     assert [(g.adapter, g.tenant, g.backend, g.waiting, g.running) for g in queue.groups] == [
         ("slow", "acme", "trt-0", 1, 2),

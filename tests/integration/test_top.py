@@ -120,7 +120,7 @@ async def drained(pool: Pool) -> str:
 async def test_the_first_line_names_the_culprit(tmp_path: Path, cause: Callable[[Pool], Awaitable[str]]) -> None:
     async with pool(tmp_path) as made:
         with Terminal("top", *made.admin) as top:
-            await top.shows("2/2 engines up")
+            await top.shows("2/2 engines serve")
             wanted = await cause(made)
             begun_s = monotonic()
             await top.matches(wanted)
@@ -288,14 +288,14 @@ async def test_a_sidecar_that_is_away_is_said_and_found_again(tmp_path: Path) ->
         sidecar = await Sidecar.start(parse(config, "the test"))
         with Terminal("top", "--admin", admin, "--page", "engines") as top:
             try:
-                await top.shows("1/1 engines up", "slots of trt-0")
+                await top.shows("1/1 engines serve", "slots of trt-0")
             finally:
                 await sidecar.stop()
             await top.shows("cannot reach the admin listener", "what is below is old")
             config["backends"] = [place_of(engine, 0) | {"id": "renamed"}]
             sidecar = await Sidecar.start(parse(config, "the test"))
             try:
-                await top.matches("1/1 engines up nobody waits")
+                await top.matches("1/1 engines serve nobody waits")
                 await top.shows("slots of renamed")
                 top.press("q")
                 assert await asyncio.to_thread(top.process.wait) == 0
@@ -307,7 +307,7 @@ async def test_a_terminal_that_is_gone_ends_it(tmp_path: Path) -> None:
     """Nothing goes on drawing for nobody."""
     async with pool(tmp_path) as made:
         with Terminal("top", *made.admin) as top:
-            await top.shows("2/2 engines up")
+            await top.shows("2/2 engines serve")
             top.hang_up()
             await until(lambda: top.process.poll() is not None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from sidecar.timelines.wording import lines_of
 from tests.kit.cases import first
 from tests.kit.corekit import MS, SECOND, World, facts_of
 from tests.kit.journals import write_journal
+from tests.unit.test_core_stalls import house, one_frozen
 from tests.unit.test_explain import SCENES, busy_world
 
 
@@ -91,6 +93,21 @@ def test_each_reason_is_told_live(why: Why, tmp_path: Path) -> None:
         assert told[why.value] in {period.because for period in exact.periods()}
     assert "it has not ended" in waiting.notes
     assert ended.reasons_ns() == exact.reasons_ns()
+
+
+def test_a_silent_engine_is_told_while_the_request_is_open() -> None:
+    """Of one that runs there: since when nothing came. At first that is nothing to speak of."""
+    world = house(engines=1)
+    request = one_frozen(world)
+    froze_ns = world.now_ns
+    chronicle = lived(world)
+    assert story(chronicle, str(request), froze_ns + SECOND).notes == ["it has not ended"]
+    later = story(chronicle, str(request), froze_ns + 12 * SECOND).notes
+    assert later[0] == "it has not ended"
+    assert re.fullmatch(r"b0 is quiet: nothing came for 12(\.\d)? s", later[1])
+    world.run(20 * SECOND)
+    (_, stalled) = story(lived(world), str(request), world.now_ns).notes
+    assert stalled.startswith("b0 is stalled: nothing came for 20")
 
 
 def test_rare_looks_tell_what_lasts(tmp_path: Path) -> None:

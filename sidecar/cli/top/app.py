@@ -228,7 +228,8 @@ class Top(App[None]):
             return Text("sidecar top", "bold")
         parts = [view.replica, datetime.fromtimestamp(view.time).strftime("%H:%M:%S"), f"{view.waiting} waiting"]
         if view.backends:
-            parts += [f"{view.running}/{seats_of(view)} seats", f"{view.backends_up}/{view.backends} engines up"]
+            serve = f"{view.backends_serving}/{view.backends} engines serve"
+            parts += [f"{view.running}/{seats_of(view)} seats", serve]
         else:
             parts.append(f"{view.running} running")
         if view.HasField("tokens_per_s"):

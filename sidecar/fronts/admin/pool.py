@@ -13,7 +13,6 @@ from policies.views import BASE
 from sidecar.access.principal import Action
 from sidecar.config.identities import clipped
 from sidecar.core import pool_view, queries, waiting
-from sidecar.core.enums import Phase
 from sidecar.core.naming import called
 from sidecar.core.pool_view import Activity, Page
 from sidecar.core.state import Backend, Request
@@ -152,7 +151,7 @@ class PoolService(admin_pb2_grpc.PoolServicer):
         if tenant is None:
             backends = state.backends.values()
             message.backends = len(backends)
-            message.backends_up = sum(backend.phase is Phase.UP for backend in backends)
+            message.backends_serving = sum(backend.takes_requests for backend in backends)
             message.seats = sum(backend.seats(state.config) for backend in backends)
             message.seats_assumed = any(backend.facts.seats is None for backend in backends)
             message.adapters = len(state.names)
