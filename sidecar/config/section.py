@@ -126,7 +126,8 @@ def _wrong(problem: ErrorDetails) -> str:
     if wanted is None:
         return _SHOULD.sub("it must ", problem["msg"].removeprefix("Value error, "))
     in_quotes = problem["type"] == "string_type" and isinstance(problem["input"], int | float)
-    return f"it must be {wanted}" + ("; put it into quotes" if in_quotes else "")
+    in_seconds = wanted is _NUMBER and re.search(r"_s(_max)?$", str(problem["loc"][-1])) is not None
+    return f"it must be {wanted}{' of seconds' if in_seconds else ''}" + ("; put it into quotes" if in_quotes else "")
 
 
 def _shown(loc: Sequence[str], problem: ErrorDetails) -> str:

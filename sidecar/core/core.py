@@ -34,7 +34,7 @@ from sidecar.core.durations import readable
 from sidecar.core.effects import Effect, WakeAt
 from sidecar.core.enums import Phase, Voided
 from sidecar.core.shadow import CacheShadow, EngineShadow
-from sidecar.core.state import NEVER_NS, Backend, Request, State
+from sidecar.core.state import NEVER_NS, Backend, Overrun, Request, State
 from sidecar.core.step import Step
 from sidecar.core.store import StoreIndex
 from sidecar.errors import Reason
@@ -272,7 +272,15 @@ def _learn(step: Step, request: Request) -> None:
     backend = step.state.backends[request.backend]
     backend.runs.ended(step.now_ns - request.dispatched_ns)
     promising.learn_yield(step.state, backend, request.tokens, step.now_ns)
-    promising.learn_length(step.state, request)
+    if promising.learn_length(step.state, request):
+        for each in step.state.backends.values():
+            queueing.expect_anew(step, each, request.version)
+    if request.unsure_tokens or step.state.config.lengths_by_fraction:
+        return
+    if backend.overrun.ended(request.counted_tokens, request.tokens):
+        backend.overrun = Overrun()
+        queueing.void_promises(step, backend, Voided.ANSWERS_LONGER)
+        queueing.expect_anew(step, backend)
 
 
 def _progress(step: Step, event: ev.Progress) -> None:

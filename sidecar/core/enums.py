@@ -55,6 +55,7 @@ class Voided(Enum):
     """Why a promise no longer holds; the label of `lora_sidecar_wait_bounds_voided_total`."""
 
     ADAPTER_LATE = "adapter late"
+    ANSWERS_LONGER = "answers longer"
     BACKEND_ADDED = "backend added"
     BACKEND_LOST = "backend lost"
     BACKEND_SLOWED = "backend slowed"
@@ -69,6 +70,7 @@ class Voided(Enum):
 
 VOID_BECAUSE = {
     Voided.ADAPTER_LATE: "The adapter's weights came later than assumed.",
+    Voided.ANSWERS_LONGER: "Answers have become longer than those before, by which the bound was reckoned.",
     Voided.BACKEND_ADDED: "A backend was added, and the host store no longer holds an adapter for every slot.",
     Voided.BACKEND_LOST: "The engine was lost.",
     Voided.BACKEND_SLOWED: (

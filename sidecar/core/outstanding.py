@@ -21,8 +21,8 @@ class Outstanding:
     """The part of `expected_tokens` of queued requests."""
     guessed: int = 0
     """How many queued requests have a length that is a guess."""
-    guessed_tokens: int = 0
-    """Their part of `queued_tokens`."""
+    unsure_tokens: int = 0
+    """The part of `queued_tokens` that is not sure, all of theirs included."""
     footprint_tokens: int = 0
     tenants: dict[str, int] = field(default_factory=dict)
     """Expected tokens plus the number of requests of each tenant that has any."""
@@ -36,16 +36,12 @@ class Outstanding:
     def __post_init__(self) -> None:
         self.weight_units = sum(map(_units, self.weights.values()))
 
-    def add(
-        self, tenant: str, weight: float, input_tokens: int, expected_tokens: int, tokens_max: int, guessed: bool
-    ) -> None:
+    def add(self, tenant: str, weight: float, input_tokens: int, expected_tokens: int, tokens_max: int) -> None:
         """Count a request that is queued."""
         self.requests += 1
         self.input_tokens += input_tokens
         self.expected_tokens += expected_tokens
         self.queued_tokens += expected_tokens
-        self.guessed += guessed
-        self.guessed_tokens += expected_tokens if guessed else 0
         self.footprint_tokens += input_tokens + tokens_max
         if tenant not in self.tenants:
             self.weights[tenant] = weight
@@ -54,11 +50,16 @@ class Outstanding:
         length = rounded_up(tokens_max)
         self.lengths[length] = self.lengths.get(length, 0) + 1
 
-    def left_queue(self, expected_tokens: int, guessed: bool) -> None:
+    def doubt(self, unsure_tokens: int, guessed: bool) -> None:
+        """Note what of a queued request is not sure."""
+        self.unsure_tokens += unsure_tokens
+        self.guessed += guessed
+
+    def left_queue(self, expected_tokens: int, unsure_tokens: int, guessed: bool) -> None:
         """Count a request as queued no longer; it is still outstanding."""
         self.queued_tokens -= expected_tokens
+        self.unsure_tokens -= unsure_tokens
         self.guessed -= guessed
-        self.guessed_tokens -= expected_tokens if guessed else 0
 
     def reweigh(self, weight_of: Callable[[str], float]) -> bool:
         """Take changed weights; return True if the share of any tenant here has changed."""

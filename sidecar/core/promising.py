@@ -10,8 +10,9 @@ from __future__ import annotations
 from policies.views import BASE, Backlog
 from sidecar.core import eligibility
 from sidecar.core.facts import Packed
+from sidecar.core.lengths import LENGTHS_KEPT
 from sidecar.core.pace import Demand, Pace, slowest_token_ns, token_ns, usual_token_ns
-from sidecar.core.state import Backend, Request, State
+from sidecar.core.state import Backend, Request, State, Version
 
 FETCH_ALLOWANCE_NS = 10_000_000_000
 """The time that a promise allows for bringing an adapter into the host store. A class without patience allows none: its
@@ -20,8 +21,6 @@ SLOWED = 1.25
 """Steps that take this many times what promises allow for mean that the engine has become slower."""
 SLOWED_LEARNED = 1.5
 """The same for a learned pace: a different load looks like a different pace."""
-LENGTHS_KEPT = 0.99
-"""The factor by which each answer reduces the weight of earlier ones."""
 SLOTS_UNLIMITED = 1 << 20
 
 
@@ -68,43 +67,62 @@ def slots_of(backend: Backend, pages: int) -> int:
     return SLOTS_UNLIMITED if limit is None else max(1, limit // max(1, pages))
 
 
-def expected_tokens(state: State, request: Request) -> tuple[int, bool]:
-    """Return the expected output of a request, and True if it is a guess.
+def expect_tokens(state: State, request: Request) -> None:
+    """Set the expected output of a request, and what of it is not sure.
 
-    It is the client's limit times the fraction that answers of its version have used. This is right on average, whether
-    clients ask for what they need or for a generous limit. Until one has answered, it is guessed to be the whole limit;
-    the base model's always is.
+    Until LEARNED answers of its version have ended it is guessed to be the client's whole limit; for the base model it
+    always is.
     """
-    asked = request.view.output_tokens_max
-    version = state.versions.get(request.version)
+    limit, version = request.view.output_tokens_max, state.versions.get(request.version)
+    if state.config.lengths_by_fraction:
+        request.expected_tokens = _by_fraction(limit, version)
+        return
+    request.guessed = version is None or not version.lengths.known
+    if version is None or request.guessed:
+        request.expected_tokens = request.unsure_tokens = limit
+    else:
+        request.expected_tokens, sure = version.lengths.expected(limit)
+        request.unsure_tokens = request.expected_tokens - sure
+    request.counted_tokens = request.expected_tokens
+
+
+def _by_fraction(limit: int, version: Version | None) -> int:
     if version is None or not version.asked_tokens:
-        return asked, True
-    return max(1, round(asked * version.answered_tokens / version.asked_tokens)), False
+        return limit
+    return max(1, round(limit * version.answered_tokens / version.asked_tokens))
 
 
-def learn_length(state: State, request: Request) -> None:
-    """Learn from the length of an answer."""
-    answers, version = state.answers, state.versions.get(request.version)
+def learn_length(state: State, request: Request) -> bool:
+    """Learn from the length of an answer; return True if it is the one by which lengths of its version are known."""
+    limit, answers, version = request.view.output_tokens_max, state.answers, state.versions.get(request.version)
     answers.count = LENGTHS_KEPT * answers.count + 1
     answers.tokens = LENGTHS_KEPT * answers.tokens + request.tokens
-    if version is not None:
-        version.asked_tokens = LENGTHS_KEPT * version.asked_tokens + request.view.output_tokens_max
+    if version is None:
+        return False
+    if state.config.lengths_by_fraction:
+        version.asked_tokens = LENGTHS_KEPT * version.asked_tokens + limit
         version.answered_tokens = LENGTHS_KEPT * version.answered_tokens + request.tokens
+        return False
+    was_known = version.lengths.known
+    version.lengths.learn(request.tokens, limit)
+    return version.lengths.known and not was_known
 
 
-def forecast_ns(state: State, backend: Backend, request: Request, expected_ns: int) -> int:
-    """Return the part of the expected wait in ns of a request, just counted as queued, for which it may be refused.
+def sure_share(state: State, backend: Backend, request: Request | None = None) -> float:
+    """Return which part of the tokens that are queued, before a request if one is given, to count on, from 0 to 1.
 
-    A promise counts the whole limit of a request whose length is a guess. A forecast counts it as long as answers were
-    of late, whatever they were of, and not at all before the first.
+    Bounds count the whole limit of a request whose length is a guess. Forecasts count it as long as answers were of
+    late, whatever they were of, and not at all before the first.
     """
     outstanding, answers = backend.outstanding, state.answers
-    ahead = outstanding.queued_tokens - request.expected_tokens
-    if state.config.refuses_on_guesses or not ahead:
-        return expected_ns
-    guessed = outstanding.guessed_tokens - (request.expected_tokens if request.guessed else 0)
-    usual = (outstanding.guessed - request.guessed) * answers.tokens / answers.count if answers.count else 0
-    return round(expected_ns * (1 - max(0, guessed - usual) / ahead))
+    queued, unsure, guessed = outstanding.queued_tokens, outstanding.unsure_tokens, outstanding.guessed
+    if request is not None:
+        queued, unsure = queued - request.expected_tokens, unsure - request.unsure_tokens
+        guessed -= request.guessed
+    if not queued:
+        return 1.0
+    usual = guessed * answers.tokens / answers.count if answers.count else 0
+    return 1 - max(0, unsure - usual) / queued
 
 
 def backlog_of(state: State, backend: Backend, request: Request) -> Backlog:
@@ -184,7 +202,7 @@ def serving_ns(state: State, backend: Backend) -> int:
         return 0
     demand = backend.outstanding.demand(max(1, _versions(backend)))
     each_ns, _ = _token_times(state, backend, demand, slots_of(backend, 1))
-    return round(backend.outstanding.queued_tokens * each_ns)
+    return round(backend.outstanding.queued_tokens * each_ns * sure_share(state, backend))
 
 
 def _token_times(state: State, backend: Backend, demand: Demand, slots: int) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 
 from policies.id_queue import IdQueue
 from policies.views import BASE, HearsOfVoids
@@ -13,6 +14,8 @@ from sidecar.core.routing_view import RoutingView
 from sidecar.core.state import Backend, Queued, Request
 from sidecar.core.step import Step
 from sidecar.errors import Reason
+
+ANEW_MAX = 1_000
 
 
 def promise(step: Step, request: Request, backend: Backend) -> int:
@@ -28,12 +31,12 @@ def promise(step: Step, request: Request, backend: Backend) -> int:
     if backend.silence.suspected or not promising.wait_is_known(backend):
         return 0  # a request is never refused on a guess
     expected_ns = backlog.queue_ns if request.promise is None else request.promise.expected_ns
-    return promising.forecast_ns(step.state, backend, request, expected_ns)
+    return round(expected_ns * promising.sure_share(step.state, backend, request))
 
 
 def take_back(step: Step, request: Request, backend: Backend) -> None:
     """Undo the accounting of a request that is refused for its predicted wait."""
-    backend.outstanding.left_queue(request.expected_tokens, request.guessed)
+    _left_queue(request, backend)
     remove_outstanding(step, request, backend)
 
 
@@ -109,11 +112,27 @@ def enqueue(step: Step, request: Request, backend: Backend) -> None:
 def _count_outstanding(step: Step, request: Request, backend: Backend) -> None:
     view = request.view
     request.counted = True
-    request.expected_tokens, request.guessed = promising.expected_tokens(step.state, request)
+    promising.expect_tokens(step.state, request)
     weight = step.state.config.weight_of(view.tenant)
-    backend.outstanding.add(
-        view.tenant, weight, view.input_tokens, request.expected_tokens, view.output_tokens_max, request.guessed
-    )
+    backend.outstanding.add(view.tenant, weight, view.input_tokens, request.expected_tokens, view.output_tokens_max)
+    backend.outstanding.doubt(request.unsure_tokens, request.guessed)
+
+
+def _left_queue(request: Request, backend: Backend) -> None:
+    backend.outstanding.left_queue(request.expected_tokens, request.unsure_tokens, request.guessed)
+
+
+def expect_anew(step: Step, backend: Backend, version: str = "") -> None:
+    """Expect anew what requests that are queued at a backend will generate, those of one version or all.
+
+    What is known of lengths has changed much. Only the first few are looked at: there may be any number.
+    """
+    queue = backend.queued if not version else backend.queued_by_version.get(version, IdQueue()).first_few(ANEW_MAX)
+    for request_id in list(islice(queue, ANEW_MAX)):
+        request = step.state.requests[request_id]
+        _left_queue(request, backend)
+        remove_outstanding(step, request, backend)
+        _count_outstanding(step, request, backend)
 
 
 def remove_outstanding(step: Step, request: Request, backend: Backend) -> None:
@@ -166,7 +185,7 @@ def dequeue(step: Step, request: Request, to_run: bool = False) -> None:
         del backend.queued_by_version[request.version]
         backend.recount(request.version)
     backend.ordering.left(request.id, step.now_ns)
-    backend.outstanding.left_queue(request.expected_tokens, request.guessed)
+    _left_queue(request, backend)
     if not to_run:
         remove_outstanding(step, request, backend)
     if request.version != BASE:

@@ -12,6 +12,7 @@ from sidecar.core.config import CoreConfig
 from sidecar.core.enums import Cache, Phase
 from sidecar.core.facts import BASE_PACKED, Adapter, EngineFacts, Misfit, Packed, misfit, packed_for
 from sidecar.core.lateness import Lateness
+from sidecar.core.lengths import Lengths
 from sidecar.core.outstanding import Outstanding
 from sidecar.core.pace import Runs, Yield
 from sidecar.core.prefetch_accounting import Guesses, PrefetchCounts, PrefetchedLoads
@@ -19,6 +20,8 @@ from sidecar.core.shadow import EngineShadow
 from sidecar.core.silence import Silence
 from sidecar.core.store import StoreIndex
 
+OVERRUN, OVERRUN_SEEN, OVERRUN_KEPT = 1.5, 16, 0.98
+"""Answers have become longer if the last 50 or so had this many times the tokens expected; chance does that rarely."""
 NEVER_NS = 1 << 62
 
 
@@ -52,6 +55,25 @@ class Name:
 
 
 @dataclass
+class Overrun:
+    """Tokens of a backend's ended runs, and how many had been expected; recent runs weigh more.
+
+    Runs count whose lengths were no guess. `seen` counts them up to OVERRUN_SEEN.
+    """
+
+    expected: float = 0.0
+    came: float = 0.0
+    seen: int = 0
+
+    def ended(self, expected: int, came: int) -> bool:
+        """Count a run; return True if answers have become much longer than expected."""
+        self.expected = OVERRUN_KEPT * self.expected + expected
+        self.came = OVERRUN_KEPT * self.came + came
+        self.seen = min(OVERRUN_SEEN, self.seen + 1)
+        return self.seen >= OVERRUN_SEEN and self.came > OVERRUN * self.expected
+
+
+@dataclass
 class Answers:
     """How many answers have ended, and their tokens; recent ones weigh more."""
 
@@ -69,9 +91,10 @@ class Version:
     names: dict[str, None] = field(default_factory=dict)
     """The names that stand for it now."""
     requests: int = 0
+    lengths: Lengths = field(default_factory=Lengths)
     asked_tokens: float = 0.0
     answered_tokens: float = 0.0
-    """Sums of the output that clients allowed and of what was generated; recent requests weigh more."""
+    """Sums of the output that clients allowed and of what was generated, from which journals of 0.1.0 have lengths."""
     answered: bool = False
     """It has answered somewhere. Until then it is on probation: one Load at a time in the whole pool."""
     suspect: bool = False
@@ -99,8 +122,12 @@ class Request:
     """The client's own id of the request."""
     expected_tokens: int = 0
     """The output that it is still expected to generate."""
+    counted_tokens: int = 0
+    """The same when it was counted."""
+    unsure_tokens: int = 0
+    """What of that is not sure: no answer of its version has been so long."""
     guessed: bool = False
-    """That was a guess when it was counted: nothing of its version had answered."""
+    """All of it is a guess: too few of its version have answered."""
     promise: Promise | None = None
     counted: bool = False
     """It is counted in its backend's `outstanding`."""
@@ -259,6 +286,7 @@ class Backend:
     yielded: Yield = field(default_factory=Yield)
     """Actual over expected time of its whole output."""
     runs: Runs = field(default_factory=Runs)
+    overrun: Overrun = field(default_factory=Overrun)
     silence: Silence = field(default_factory=Silence)
     slots: dict[str, Slot] = field(default_factory=dict)
     busy: dict[str, None] = field(default_factory=dict)

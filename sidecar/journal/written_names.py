@@ -29,6 +29,7 @@ from sidecar.core import (
     facts,
     lateness,
     layout,
+    lengths,
     outstanding,
     pace,
     prefetch_accounting,
@@ -188,8 +189,8 @@ WRITTEN: dict[type, Form] = {
         "queued_tokens_max queued_bytes_max tenant_queued_max tenant_queued_tokens_max tenant_queued_bytes_max "
         "tenant_weights heals_max visits_max seat_slack seats_default retry_ns retry_ns_max joining_ns_max pools "
         "base_requests classes eviction disk_eviction ordering routing prefetch prefetch_bytes_per_s raise_on "
-        "names_limits voids_end_urgency refuses_on_guesses",
-        derived={"voids_end_urgency": lambda record: False, "refuses_on_guesses": lambda record: True},  # from 0.2 on
+        "names_limits voids_end_urgency lengths_by_fraction",
+        derived={"voids_end_urgency": lambda record: False, "lengths_by_fraction": lambda record: True},  # from 0.2 on
     ),
     views.Waiting: Form(
         "Waiting",
@@ -201,7 +202,7 @@ WRITTEN: dict[type, Form] = {
     outstanding.Outstanding: Form(
         "Outstanding",
         "requests input_tokens expected_tokens queued_tokens footprint_tokens tenants weights lengths "
-        "guessed guessed_tokens",
+        "guessed unsure_tokens",
     ),
     prefetch_accounting.PrefetchCounts: Form("AheadCounts", "begun used late wasted_bytes"),
     prefetch_accounting.Guess: Form("Guess", "size_bytes given_up"),
@@ -215,16 +216,20 @@ WRITTEN: dict[type, Form] = {
     # The state.
     state.Name: Form("Name", "name digest ordinal allow pinned versions kept canary"),
     state.Answers: Form("Answers", "count tokens"),
+    state.Overrun: Form("Overrun", "expected came seen"),
+    lengths.Alike: Form("Alike", "ended cut tokens"),
+    lengths.Lengths: Form("Lengths", "alike next_weight answers"),
     state.Version: Form(
         "Version",
         "adapter origin generation names requests asked_tokens answered_tokens answered suspect lost_backends "
-        "quarantined refused_by loads",
+        "quarantined refused_by loads lengths",
     ),
     state.Request: Form(
         "Request",
         "view ordinal expires_ns deadline_ns size_bytes only client_id expected_tokens promise counted voided backend "
         "running settled attempt tokens first_token progressing heals engine_failures region_heals losses pinned_key "
-        "cache fetch dispatched_ns fetch_ns queued_clock fetch_allowed_ns load_ns guessed",
+        "cache fetch dispatched_ns fetch_ns queued_clock fetch_allowed_ns load_ns counted_tokens "
+        "unsure_tokens guessed",
     ),
     state.Slot: Form("Slot", "opened_ns pages load running stale"),
     state.LoadRun: Form("LoadRun", "id backend digest key begun_ns"),
@@ -237,7 +242,7 @@ WRITTEN: dict[type, Form] = {
         "kv_of_others queued queued_by_version outstanding slowness slowness_promised steps yielded runs silence "
         "slots busy resting busy_pages stale shadow estimate loads lone_load full_until_ns full_backoff_ns "
         "seats_learned seats_credit pages_learned pages_credit quiet_until_ns quiet_backoff_ns warmups ahead "
-        "steal_from heals",
+        "steal_from heals overrun",
     ),
     state.Queued: Form("Queued", "requests tokens size_bytes"),
     state.State: Form(

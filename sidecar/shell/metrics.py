@@ -6,6 +6,7 @@ Counts and durations are taken as they happen, at a few microseconds a step. Gau
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from time import monotonic_ns
@@ -38,6 +39,8 @@ from sidecar.shell.series import (
     Series,
 )
 from sidecar.shell.state_gauges import families_of, family
+
+logger = logging.getLogger(__name__)
 
 DECLARED_PHASES = ("Pending", "Loading", "Ready", "Held", "Failed", "Removing")
 TENANT_LABELS_MAX = 200
@@ -277,16 +280,23 @@ class Metrics:
         self._first_token.take(waited_ns, request.view.klass)
         if promised_ns is not None:
             self._judge(waited_ns <= promised_ns, request.view.klass, self._tenants.label(request.view.tenant))
-        self._check_bound(waited_ns, self._bound_ns(request))
+        self._check_bound(event.request, waited_ns, self._bound_ns(request))
 
     def _bound_ns(self, request: Request) -> int | None:
         """Return the promised longest wait, from the arrival at the first replica."""
         earlier_ns = self.waited_ns.get(request.id, 0)
         return None if request.promise is None else request.promise.bound_ns + earlier_ns
 
-    def _check_bound(self, waited_ns: int, bound_ns: int | None) -> None:
+    def _check_bound(self, request: int, waited_ns: int, bound_ns: int | None) -> None:
         if bound_ns is not None and waited_ns > bound_ns:
             self._exceeded.add(1)
+            logger.warning(
+                "request %d waited %.2f s, and had been promised %.2f s: a bound that holds was broken; please report "
+                "it with a capture (sidecar capture)",
+                request,
+                waited_ns / 1e9,
+                bound_ns / 1e9,
+            )
 
     def _judge(self, kept: bool, klass: str, tenant: str) -> None:
         for each in (True, False):  # both are there from the first on, so that a share of them can be computed
@@ -365,7 +375,7 @@ class Metrics:
     def _settle(self, effect: do.Settle, now_ns: int) -> None:
         if effect.request in self._waiting:  # it had no token, so its wait is known up to its dispatch
             promised_ns = self._waiting.pop(effect.request)
-            self._check_bound(effect.queue_ns, effect.bound_ns)
+            self._check_bound(effect.request, effect.queue_ns, effect.bound_ns)
             if promised_ns is not None and (effect.outcome is Outcome.OK or effect.queue_ns >= promised_ns):
                 kept = effect.outcome is Outcome.OK and effect.queue_ns <= promised_ns
                 self._judge(kept, effect.klass, self._tenant_label(effect))

@@ -139,8 +139,13 @@ def _standing(event: Standing) -> str:
     if isinstance(event, ev.BackendRemoved):
         return "was taken out"
     if isinstance(event, ev.BackendLeaving):
-        return "is leaving: it finishes what runs and gets nothing more" if event.leaving else "stays after all"
+        return _leaving(event.serves_queue) if event.leaving else "stays after all"
     return "is being drained" if event.draining else "takes requests again"
+
+
+def _leaving(serves_queue: bool) -> str:
+    waits = ", and what waits here if no other takes it" if serves_queue else ""
+    return f"is leaving: it finishes what runs{waits}, and gets nothing new"
 
 
 def voided(why: str) -> Told:

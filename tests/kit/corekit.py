@@ -76,6 +76,7 @@ class Engine:
     load_ns: int = 5 * MS
     first_token_ns: int = 10 * MS
     run_ns: int = 30 * MS
+    answer_tokens: int = 10
     queue_max: int | None = None
     """Beyond so many requests at once, the engine refuses with "queue full"."""
     up: bool = False
@@ -487,7 +488,7 @@ class World:
         if self._lives_on(engine, epoch):
             run = engine.runs.get((effect.request, effect.attempt))
             if run is not None:
-                run.answered_tokens = 10
+                run.answered_tokens = engine.answer_tokens
             self._end_run(engine.id, effect.request, effect.attempt)
 
     def _end_run(self, backend: str, request: int, attempt: int) -> None:
@@ -667,10 +668,10 @@ def _check_outstanding(core: Core, backend: Backend) -> None:
             view.input_tokens,
             request.expected_tokens,
             view.output_tokens_max,
-            request.guessed,
         )
-    for request in backend.running:
-        counted.left_queue(core.state.requests[request].expected_tokens, core.state.requests[request].guessed)
+    for request in queued:
+        counted.doubt(request.unsure_tokens, request.guessed)
+    counted.queued_tokens = sum(request.expected_tokens for request in queued)
     assert backend.outstanding == counted
 
 

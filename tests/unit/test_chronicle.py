@@ -260,7 +260,7 @@ def test_where_a_request_goes_when_backends_leave(tmp_path: Path) -> None:
     told = story(lived(world), str(request), 0)
     assert list(waiting.periods())[-1].because == ", ".join(sorted((f"{home} is leaving", f"{other}: draining")))
     texts = [entry.text for entry in told.entries if isinstance(entry, Moment)]
-    assert f"{home} is leaving: it finishes what runs and gets nothing more" in texts
+    assert f"{home} is leaving: it finishes what runs, and gets nothing new" in texts
     assert f"{other} is being drained" in texts
     assert moments(told) == moments(explain(tmp_path, request))
 

@@ -351,6 +351,70 @@ def test_nobody_is_refused_because_others_ask_for_more_than_they_will_use(adapte
     assert world.settled[[world.send(adapter, output_tokens=400) for _ in range(60)][-1]].reason is Reason.QUEUE_FULL
 
 
+def answering(by_fraction: bool = False) -> World:
+    """Return a world of one seat whose engine takes 10 ms for a token, and ends answers after 10 of them."""
+    config = CoreConfig(classes={"default": ClassLimit(patience_ns=0)}, lengths_by_fraction=by_fraction)
+    world = World(config, engines=0)
+    pace = Pace(fixed_ns=10e6, seat_ns=0.0, context_token_ns=0.0, prompt_token_ns=0.0)
+    world.add_engine("b0", with_facts(facts_of(seats=1), pace=pace)).run_ns = 100 * MS
+    world.register("sql")
+    world.ask(lambda ask: ev.PrefetchAsked(ask, "sql", ("b0",)))
+    world.run()
+    return world
+
+
+@pytest.mark.parametrize("limits", [(640, 16), (16, 640), (640, 16, 640), (12, 40, 2000, 11), (8, 640, 8)])
+def test_clients_that_change_their_limits_break_no_promise(limits: tuple[int, ...]) -> None:
+    """Answers have 10 tokens whatever was allowed, or what was allowed. Each world checks all waits itself."""
+    world = answering()
+    for limit in limits:
+        world.engines["b0"].answer_tokens = min(10, limit)
+        requests = [world.send("sql", output_tokens=limit) for _ in range(200)]
+        world.run()
+        assert {world.settled[request].outcome for request in requests} == {Outcome.OK}
+        assert not any(world.settled[request].voided for request in requests)
+
+
+def test_a_fraction_of_the_limits_breaks_promises() -> None:
+    """So journals of 0.1.0 have it: after generous limits, tight ones look like a sixty-fourth of the work."""
+    world = answering(by_fraction=True)
+    for _ in range(200):
+        world.send("sql", output_tokens=640)
+    world.run()
+    for _ in range(200):
+        world.send("sql", output_tokens=16)
+    with pytest.raises(AssertionError, match="bound"):
+        world.run()
+
+
+def test_answers_that_become_longer_void_the_promises_that_counted_on_short_ones() -> None:
+    """Ten times as long: those who would wait for longer than promised are told before that, and new ones wait less."""
+    world = answering()
+    for _ in range(100):
+        world.send("sql", output_tokens=640)
+    world.run()
+    world.engines["b0"].answer_tokens, world.engines["b0"].run_ns = 100, SECOND
+    requests = [world.send("sql", output_tokens=640) for _ in range(100)]
+    world.run()
+    voided = [world.settled[request].voided for request in requests]
+    assert set(voided) == {"", "answers longer"}
+    assert voided == sorted(voided)
+    more = [world.send("sql", output_tokens=640) for _ in range(100)]
+    world.run()
+    assert not any(world.settled[request].voided for request in more)
+
+
+def test_what_is_queued_is_expected_anew_once_lengths_are_known() -> None:
+    """At first 100 requests look like 640 tokens each; after five answers of ten tokens each like ten."""
+    world = answering()
+    for _ in range(100):
+        world.send("sql", output_tokens=640)
+    outstanding = world.core.state.backends["b0"].outstanding
+    assert outstanding.queued_tokens == 99 * 640
+    world.run(6 * 100 * MS)
+    assert outstanding.queued_tokens == outstanding.requests * 10 - 10
+
+
 def test_before_the_first_answer_nobody_is_refused_for_lengths() -> None:
     """However many ask for however much: nothing is known of what they will use."""
     world = calibrated()
