@@ -14,6 +14,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from sidecar.core.events import Received
+from sidecar.core.state import Answers
 from sidecar.proto import gateway_pb2
 from tests.kit.emulated import core_request, running_engine
 from tests.kit.kserve_clients import DUMMY
@@ -61,6 +62,7 @@ async def one_runs_and_one_waits(engine: dict[str, Any] | None = None, **queue: 
         running_engine(**DUMMY, time_scale=1.0) as emulated,
         serving([emulated], backend={"engine": {"seats": 1} | (engine or {})}, queue=queue) as served,
     ):
+        served.state.answers = Answers(1.0, ANSWER)  # one has used all it might, which would take half a minute here
         calls = [served.gateway.Generate(generate_request("red")) for _ in range(2)]
         readers = [asyncio.ensure_future(call.read()) for call in calls]
         await until(lambda: served.state.queued == 1 and len(served.state.backends["trt-0"].running) == 1)
