@@ -174,6 +174,8 @@ def _expired(step: Step, request: Request) -> str:
     waited = f"the request waited {readable(waited_ns)} and"
     if request.deadline_ns is not None and request.deadline_ns <= step.now_ns:
         return f"{waited} {_deadline_passed(request)}; send it with a longer one, or with none"
+    if request.backend is None:
+        return f"{waited} no backend that could serve it was up; send it again later"
     klass = request.view.klass
     longest = readable(step.state.config.classes[klass].queue_wait_ns_max)
     key = f"queue.classes.{klass}.queue_wait_s_max"

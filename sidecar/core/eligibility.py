@@ -358,7 +358,7 @@ def why_waiting(state: State, request: Request, now_ns: int) -> Why:
     if request.backend is None:
         return Why.BACKEND_DOWN
     backend = state.backends[request.backend]
-    why = why_not_send(state, backend, request, now_ns)
+    why = why_not_take_over(state, backend, request, now_ns)  # of a version that could be opened: is there a seat?
     if why is not None:
         return why
     hold = backend.ordering.holds(request.id)

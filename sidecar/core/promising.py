@@ -7,10 +7,13 @@ basis is gone: the backend was lost or became slower, or the adapter's origin wa
 
 from __future__ import annotations
 
+import math
+from itertools import islice
+
 from policies.views import BASE, Backlog
 from sidecar.core import eligibility
 from sidecar.core.facts import Packed
-from sidecar.core.lengths import LENGTHS_KEPT
+from sidecar.core.lengths import LENGTHS_KEPT, Lengths
 from sidecar.core.pace import Demand, Pace, slowest_token_ns, token_ns, usual_token_ns
 from sidecar.core.state import Backend, Request, State, Version
 
@@ -22,6 +25,7 @@ SLOWED = 1.25
 SLOWED_LEARNED = 1.5
 """The same for a learned pace: a different load looks like a different pace."""
 SLOTS_UNLIMITED = 1 << 20
+RUNS_LOOKED_AT = 32
 
 
 def pace_of(backend: Backend) -> Pace:
@@ -70,20 +74,24 @@ def slots_of(backend: Backend, pages: int) -> int:
 def expect_tokens(state: State, request: Request) -> None:
     """Set the expected output of a request, and what of it is not sure.
 
-    Until LEARNED answers of its version have ended it is guessed to be the client's whole limit; for the base model it
-    always is.
+    Until LEARNED answers of its version have ended it is guessed to be the client's whole limit.
     """
-    limit, version = request.view.output_tokens_max, state.versions.get(request.version)
+    limit = request.view.output_tokens_max
     if state.config.lengths_by_fraction:
-        request.expected_tokens = _by_fraction(limit, version)
+        request.expected_tokens = _by_fraction(limit, state.versions.get(request.version))
         return
-    request.guessed = version is None or not version.lengths.known
-    if version is None or request.guessed:
+    lengths = _lengths_of(state, request)
+    request.guessed = not lengths.known
+    if request.guessed:
         request.expected_tokens = request.unsure_tokens = limit
     else:
-        request.expected_tokens, sure = version.lengths.expected(limit)
+        request.expected_tokens, sure = lengths.expected(limit)
         request.unsure_tokens = request.expected_tokens - sure
     request.counted_tokens = request.expected_tokens
+
+
+def _lengths_of(state: State, request: Request) -> Lengths:
+    return state.base_lengths if request.version == BASE else state.versions[request.version].lengths
 
 
 def _by_fraction(limit: int, version: Version | None) -> int:
@@ -94,35 +102,60 @@ def _by_fraction(limit: int, version: Version | None) -> int:
 
 def learn_length(state: State, request: Request) -> bool:
     """Learn from the length of an answer; return True if it is the one by which lengths of its version are known."""
-    limit, answers, version = request.view.output_tokens_max, state.answers, state.versions.get(request.version)
-    answers.count = LENGTHS_KEPT * answers.count + 1
-    answers.tokens = LENGTHS_KEPT * answers.tokens + request.tokens
-    if version is None:
-        return False
+    limit, tokens, version = request.view.output_tokens_max, request.tokens, state.versions.get(request.version)
     if state.config.lengths_by_fraction:
-        version.asked_tokens = LENGTHS_KEPT * version.asked_tokens + limit
-        version.answered_tokens = LENGTHS_KEPT * version.answered_tokens + request.tokens
+        if version is not None:
+            version.asked_tokens = LENGTHS_KEPT * version.asked_tokens + limit
+            version.answered_tokens = LENGTHS_KEPT * version.answered_tokens + tokens
         return False
-    was_known = version.lengths.known
-    version.lengths.learn(request.tokens, limit)
-    return version.lengths.known and not was_known
+    if version is not None:
+        state.answers.count = LENGTHS_KEPT * state.answers.count + 1
+        state.answers.tokens = LENGTHS_KEPT * state.answers.tokens + tokens
+    lengths = _lengths_of(state, request)
+    was_known = lengths.known
+    lengths.learn(tokens, limit)
+    return lengths.known and not was_known
 
 
-def sure_share(state: State, backend: Backend, request: Request | None = None) -> float:
+def seat_ns(state: State, backend: Backend, token_ns: float, unknown: float = 0.0) -> int:
+    """Return the time in ns until a seat is free, where a sequence has a token every `token_ns`.
+
+    Only the runs that were sent first are looked at: most probably one of them is the first to end. `unknown` is that
+    of `sure_share`.
+    """
+    if state.config.lengths_by_fraction or backend.in_flight < backend.seats(state.config) or not backend.running:
+        return 0
+    usual = _usual_tokens(state, unknown)
+    runs = (state.requests[request] for request in islice(backend.running, RUNS_LOOKED_AT))
+    least = min(
+        min(usual, run.counted_tokens) - run.tokens
+        if run.guessed
+        else run.counted_tokens - run.unsure_tokens - run.tokens
+        for run in runs
+    )
+    return round(max(0, least) * token_ns)
+
+
+def _usual_tokens(state: State, unknown: float) -> float:
+    """Return the mean length of adapters' answers of late; `unknown` before the first."""
+    return state.answers.tokens / state.answers.count if state.answers.count else unknown
+
+
+def sure_share(state: State, backend: Backend, request: Request | None = None, unknown: float = 0.0) -> float:
     """Return which part of the tokens that are queued, before a request if one is given, to count on, from 0 to 1.
 
-    Bounds count the whole limit of a request whose length is a guess. Forecasts count it as long as answers were of
-    late, whatever they were of, and not at all before the first.
+    Bounds count the whole limit of a request whose length is a guess. Forecasts count it as long as answers of adapters
+    were of late, and before the first as `unknown` tokens.
     """
-    outstanding, answers = backend.outstanding, state.answers
+    outstanding = backend.outstanding
     queued, unsure, guessed = outstanding.queued_tokens, outstanding.unsure_tokens, outstanding.guessed
     if request is not None:
         queued, unsure = queued - request.expected_tokens, unsure - request.unsure_tokens
         guessed -= request.guessed
     if not queued:
         return 1.0
-    usual = guessed * answers.tokens / answers.count if answers.count else 0
-    return 1 - max(0, unsure - usual) / queued
+    likely = guessed * _usual_tokens(state, unknown) if guessed else 0
+    return 1 - max(0, unsure - likely) / queued
 
 
 def backlog_of(state: State, backend: Backend, request: Request) -> Backlog:
@@ -192,7 +225,9 @@ def wait_ns(state: State, backend: Backend) -> int | None:
     if not backend.takes_requests:
         return None
     if wait_is_known(backend):
-        return serving_ns(state, backend)
+        demand = backend.outstanding.demand(1)
+        token_ns = _token_times(state, backend, demand, slots_of(backend, 1))[1] if demand.requests else 0.0
+        return serving_ns(state, backend) + seat_ns(state, backend, token_ns, unknown=math.inf)
     return 0 if not backend.queued and backend.in_flight < backend.seats(state.config) else None
 
 
@@ -202,7 +237,7 @@ def serving_ns(state: State, backend: Backend) -> int:
         return 0
     demand = backend.outstanding.demand(max(1, _versions(backend)))
     each_ns, _ = _token_times(state, backend, demand, slots_of(backend, 1))
-    return round(backend.outstanding.queued_tokens * each_ns * sure_share(state, backend))
+    return round(backend.outstanding.queued_tokens * each_ns * sure_share(state, backend, unknown=math.inf))
 
 
 def _token_times(state: State, backend: Backend, demand: Demand, slots: int) -> tuple[float, float]:

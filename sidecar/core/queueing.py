@@ -31,7 +31,10 @@ def promise(step: Step, request: Request, backend: Backend) -> int:
     if backend.silence.suspected or not promising.wait_is_known(backend):
         return 0  # a request is never refused on a guess
     expected_ns = backlog.queue_ns if request.promise is None else request.promise.expected_ns
-    return round(expected_ns * promising.sure_share(step.state, backend, request))
+    token_ns = backlog.turn_ns / backend.outstanding.longest_tokens
+    return round(expected_ns * promising.sure_share(step.state, backend, request)) + promising.seat_ns(
+        step.state, backend, token_ns
+    )
 
 
 def take_back(step: Step, request: Request, backend: Backend) -> None:
@@ -122,12 +125,12 @@ def _left_queue(request: Request, backend: Backend) -> None:
     backend.outstanding.left_queue(request.expected_tokens, request.unsure_tokens, request.guessed)
 
 
-def expect_anew(step: Step, backend: Backend, version: str = "") -> None:
+def expect_anew(step: Step, backend: Backend, version: str | None = None) -> None:
     """Expect anew what requests that are queued at a backend will generate, those of one version or all.
 
     What is known of lengths has changed much. Only the first few are looked at: there may be any number.
     """
-    queue = backend.queued if not version else backend.queued_by_version.get(version, IdQueue()).first_few(ANEW_MAX)
+    queue = backend.queued if version is None else backend.queued_by_version.get(version, ())
     for request_id in list(islice(queue, ANEW_MAX)):
         request = step.state.requests[request_id]
         _left_queue(request, backend)

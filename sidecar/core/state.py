@@ -75,7 +75,7 @@ class Overrun:
 
 @dataclass
 class Answers:
-    """How many answers have ended, and their tokens; recent ones weigh more."""
+    """How many answers of adapters have ended, and their tokens; recent ones weigh more."""
 
     count: float = 0.0
     tokens: float = 0.0
@@ -427,7 +427,10 @@ class State:
     disk_paused_until_ns: int = 0
     names: dict[str, Name] = field(default_factory=dict)
     versions: dict[str, Version] = field(default_factory=dict)
+    base_lengths: Lengths = field(default_factory=Lengths)
+    """The lengths of the base model's answers."""
     answers: Answers = field(default_factory=Answers)
+    """Those of all adapters."""
     backends: dict[str, Backend] = field(default_factory=dict)
     requests: dict[int, Request] = field(default_factory=dict)
     unrouted: dict[int, None] = field(default_factory=dict)

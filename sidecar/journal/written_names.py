@@ -249,7 +249,7 @@ WRITTEN: dict[type, Form] = {
         "State",
         "config store disk routing prefetch guesses disk_paused_until_ns names versions backends requests unrouted "
         "loads load_count suspects joining ahead_of_removed draining waiting tenant_queued voided timers wake_ns "
-        "listen_ns steal_ns wanted lateness hungry_heap fetched_for prefetches answers",
+        "listen_ns steal_ns wanted lateness hungry_heap fetched_for prefetches answers base_lengths",
     ),
     store.Entry: Form("Entry", "size_bytes digest ready pins held_by_operator doomed"),
     store.StoreIndex: Form("StoreIndex", "budget_bytes policy entries bytes_used fetches evictions"),

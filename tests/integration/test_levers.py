@@ -37,14 +37,14 @@ class Client:
     served: Served
     stub: Any
 
-    async def ask(self, *ids: str, tenant: str = "acme") -> list[asyncio.Task[str]]:
-        """Send requests for "slow", which has two seats, and return them once the core has them."""
-        calls = [asyncio.create_task(self._ending(request_id, tenant)) for request_id in ids]
+    async def ask(self, *ids: str, tenant: str = "acme", adapter: str = "slow") -> list[asyncio.Task[str]]:
+        """Send requests for an adapter, which has two seats, and return them once the core has them."""
+        calls = [asyncio.create_task(self._ending(request_id, tenant, adapter)) for request_id in ids]
         await until(lambda: set(ids) <= {each.client_id for each in self.served.gateway.state.requests.values()})
         return calls
 
-    async def _ending(self, request_id: str, tenant: str) -> str:
-        request = gateway_pb2.GenerateRequest(adapter="slow", text="hi", request_id=request_id, tenant=tenant)
+    async def _ending(self, request_id: str, tenant: str, adapter: str) -> str:
+        request = gateway_pb2.GenerateRequest(adapter=adapter, text="hi", request_id=request_id, tenant=tenant)
         return await ending(self.stub.Generate(request))
 
 
@@ -125,6 +125,18 @@ async def test_all_of_a_tenant_or_an_adapter_are_cancelled(client: Client, tmp_p
     assert not beta[0].done()
     assert (await client.served.cli("requests", "cancel", "--adapter", "slow")).out == "1 request cancelled\n"
     assert await beta[0] == BY_OPERATOR
+
+
+async def test_requests_of_the_base_model_are_found_by_its_name(client: Client) -> None:
+    """As the list itself, the API and access policies call it; those of adapters are left alone."""
+    adapters = await client.ask("a1", "a2")  # they have both seats
+    base = await client.ask("b1", "b2", adapter="")
+    assert {each["request_id"] for each in await listed_now(client, "--adapter", "base")} == {"b1", "b2"}
+    done = await client.served.cli("requests", "cancel", "--adapter", "base", "--tenant", "acme")
+    assert done.out == "2 requests cancelled\n"
+    assert await asyncio.gather(*base) == [BY_OPERATOR] * 2
+    assert not adapters[0].done()
+    assert (await client.served.cli("requests", "cancel", "--adapter", "base")).code == 1
 
 
 async def test_the_requests_of_one_row_are_cancelled(client: Client) -> None:

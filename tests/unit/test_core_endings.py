@@ -9,8 +9,9 @@ from sidecar.core import effects as fx
 from sidecar.core import events as ev
 from sidecar.core.config import ClassLimit, CoreConfig
 from sidecar.core.enums import Fault, Outcome
+from sidecar.core.pace import Pace
 from sidecar.errors import Reason
-from tests.kit.corekit import MS, SECOND, World, assert_idle, facts_of
+from tests.kit.corekit import MS, SECOND, World, assert_idle, facts_of, with_facts
 
 
 def test_expired_in_the_queue_is_never_dispatched() -> None:
@@ -54,10 +55,11 @@ def test_a_late_tick_lets_nothing_expired_out() -> None:
 
 def test_the_class_bounds_the_wait() -> None:
     """Without a deadline of its own a request waits no longer than its class allows."""
-    world = World(
-        CoreConfig(names_limits=True, classes={"default": ClassLimit(), "short": ClassLimit(2 * SECOND)}), engines=0
-    )
-    world.add_engine("b0", facts_of(), up=False)
+    classes = {"default": ClassLimit(), "short": ClassLimit(2 * SECOND)}
+    world = World(CoreConfig(names_limits=True, classes=classes), engines=0)
+    pace = Pace(fixed_ns=4e8, seat_ns=0.0, context_token_ns=0.0, prompt_token_ns=0.0)
+    world.add_engine("b0", with_facts(facts_of(seats=1), pace=pace)).run_ns = 4 * SECOND
+    world.send()
     short, long = world.send(klass="short"), world.send()
     world.run(3 * SECOND)
     assert world.settled[short].outcome is Outcome.EXPIRED
@@ -66,6 +68,18 @@ def test_the_class_bounds_the_wait() -> None:
         "queue.classes.short.queue_wait_s_max"
     )
     assert long not in world.settled
+
+
+def test_what_expires_without_a_backend_says_so() -> None:
+    """A longer class would not have helped."""
+    world = World(CoreConfig(names_limits=True, classes={"default": ClassLimit(2 * SECOND)}), engines=0)
+    world.add_engine("b0", facts_of(), up=False)
+    late = world.send()
+    world.run(3 * SECOND)
+    assert world.settled[late].outcome is Outcome.EXPIRED
+    assert world.settled[late].message.endswith(
+        "waited 2 s and no backend that could serve it was up; send it again later"
+    )
 
 
 def test_the_class_does_not_bound_the_answer() -> None:

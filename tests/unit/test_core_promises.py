@@ -9,8 +9,10 @@ import pytest
 from sidecar.core import events as ev
 from sidecar.core.config import ClassLimit, CoreConfig
 from sidecar.core.enums import Fault, Outcome
+from sidecar.core.lengths import LEARNED
 from sidecar.core.pace import Pace
 from sidecar.core.promising import FETCH_ALLOWANCE_NS
+from sidecar.core.queries import backend_view
 from sidecar.errors import Reason
 from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, facts_of, with_facts
 
@@ -284,13 +286,17 @@ def test_a_tenant_is_not_charged_for_a_turn_it_did_not_take() -> None:
 
 
 def overloaded(wait_s_max: float = 10.0, answered_tokens: int = 400) -> World:
-    """Return a world whose engine takes 10 ms for a token, with a class limit, and where one request was answered."""
+    """Return a world whose engine takes 10 ms for a token, with a class limit, where some requests were answered."""
     classes = {"default": ClassLimit(queue_wait_ns_max=round(wait_s_max * SECOND))}
     world = World(CoreConfig(classes=classes), engines=0)
     pace = Pace(fixed_ns=10e6, seat_ns=0.0, context_token_ns=0.0, prompt_token_ns=0.0)
     world.add_engine("b0", with_facts(facts_of(seats=1), pace=pace))
-    world.engines["b0"].run_ns = 4 * SECOND
-    world.feed(ev.RunEnded(world.send(output_tokens=400), 1, answered_tokens))
+    engine = world.engines["b0"]
+    engine.answer_tokens, engine.run_ns = answered_tokens, answered_tokens * 10 * MS
+    world.register("sql", "chat", "known")
+    for adapter in ("known", *[""] * LEARNED):
+        world.send(adapter, output_tokens=400)
+        world.run()
     world.send(output_tokens=400)
     return world
 
@@ -344,7 +350,6 @@ def test_nobody_is_refused_on_a_guess() -> None:
 def test_nobody_is_refused_because_others_ask_for_more_than_they_will_use(adapter: str) -> None:
     """Lengths of what has not answered yet are a guess: at the usual 10 tokens, 40 requests wait for 4 s, not 160."""
     world = overloaded(answered_tokens=10)
-    world.register("sql", "chat")
     flood = [world.send(adapter, output_tokens=400) for _ in range(30)]
     others = [world.send("chat", output_tokens=400) for _ in range(10)]
     assert not [request for request in flood + others if request in world.settled]
@@ -413,6 +418,22 @@ def test_what_is_queued_is_expected_anew_once_lengths_are_known() -> None:
     assert outstanding.queued_tokens == 99 * 640
     world.run(6 * 100 * MS)
     assert outstanding.queued_tokens == outstanding.requests * 10 - 10
+
+
+def test_an_engine_with_its_seats_taken_has_a_wait_even_if_nobody_waits() -> None:
+    """What runs counts: 400 tokens at 10 ms are 4 s, so a request with a deadline of 3 s is refused at once."""
+    world = overloaded()
+    assert backend_view(world.core.state, "b0", world.now_ns).predicted_wait_ns == pytest.approx(4.4 * SECOND)
+    refused = world.settled[world.send(output_tokens=10, deadline_ns=3 * SECOND)]
+    assert refused.reason is Reason.DEADLINE_UNMEETABLE
+    assert world.send(output_tokens=10, deadline_ns=6 * SECOND) not in world.settled
+
+
+def test_the_base_model_teaches_its_own_length() -> None:
+    """And none of adapters': 8 base requests of 400 tokens do not make a flood for a new adapter look long."""
+    world = overloaded()
+    assert world.core.state.base_lengths.expected(400) == (400, 400)
+    assert world.core.state.answers.count == 1  # of the one adapter
 
 
 def test_before_the_first_answer_nobody_is_refused_for_lengths() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from policies.ordering.skip import Skip
 from policies.views import Decision, Hold, OrderingView
+from sidecar.core import eligibility
 from sidecar.core import events as ev
 from sidecar.core.config import ClassLimit, CoreConfig
 from sidecar.core.enums import Fault, Why
@@ -17,6 +18,7 @@ from sidecar.core.pace import Pace
 from sidecar.incident import story
 from sidecar.incident.explain import explain
 from sidecar.journal.segments import segment_paths
+from sidecar.timelines.obstacles import in_the_way
 from sidecar.timelines.timeline import AT_AN_ENGINE, Moment, Timeline
 from sidecar.timelines.wording import lines_of, record_of
 from tests.kit.cases import first
@@ -235,6 +237,24 @@ SCENES: dict[Why, Callable[[], tuple[World, int]]] = {
     Why.GATED: _gated,
 }
 """A world in which a request waits for each reason. NEXT lasts no time; a cap of tenants is a policy's to have."""
+
+
+def test_seats_that_others_have_are_the_reason_while_a_slot_is_idle() -> None:
+    """The version of a waiting request is not open and could be, in the place of an idle one; but no seat is free."""
+    world = World(CoreConfig(seat_slack=0.0), engines=0)
+    world.add_engine("b0", facts_of(seats=2, device_pages=2)).run_ns = 10 * SECOND
+    world.register("chef", "talk", "sql")
+    for adapter in ("sql", "chef", "talk"):
+        world.engines["b0"].run_ns = 10 * MS
+        world.send(adapter)
+        world.run()
+    world.engines["b0"].run_ns = 10 * SECOND
+    for _ in range(2):
+        world.send()
+    world.run(for_ns=SECOND)
+    waits = world.core.state.requests[world.send("sql")]
+    assert eligibility.why_waiting(world.core.state, waits, world.now_ns) is Why.SEATS_FULL
+    assert in_the_way(world.core.state, waits, Why.SEATS_FULL, world.now_ns) == "2 of 2 seats are taken: base model 2"
 
 
 @pytest.mark.parametrize("why", list(SCENES))

@@ -150,7 +150,7 @@ class QueuesService(admin_pb2_grpc.QueuesServicer):
         tenant = confined_to(self._gateway.access, Action.SEE_QUEUE, request.tenant, context)
         if request.backend and tenant is None:
             self._gateway.known_backend(request.backend)
-        chosen = Chosen(adapter=request.adapter, tenant=tenant or request.tenant, backend=request.backend)
+        chosen = self._named(Chosen(adapter=request.adapter, tenant=tenant or request.tenant, backend=request.backend))
         found = list(open_requests(self._gateway, chosen))
         if not found and tenant is None:
             self._check_name(request.adapter)
@@ -168,11 +168,17 @@ class QueuesService(admin_pb2_grpc.QueuesServicer):
         tenant = confined_to(self._gateway.access, Action.CANCEL, request.tenant, context)
         asked = Chosen(request.request_id, request.adapter, request.tenant, only=names_in(request.only))
         check_chosen(asked)
-        chosen = replace(asked, tenant=tenant or request.tenant)
+        chosen = self._named(replace(asked, tenant=tenant or request.tenant))
         cancelled = cancel(self._gateway, chosen)
         if not cancelled and tenant is None:
             self._check_name(request.adapter)
         return admin_pb2.CancelResponse(cancelled=cancelled)
+
+    def _named(self, chosen: Chosen) -> Chosen:
+        """Return the requests of the base model if its name was given as the adapter's."""
+        if not chosen.adapter or not is_base(self._gateway.state, chosen.adapter):
+            return chosen
+        return replace(chosen, adapter="", only={**chosen.only, "adapter": ""})
 
     def _check_name(self, adapter: str) -> None:
         """Raise Refused(UNKNOWN_ADAPTER) for an unknown name that has no request: it is misspelt, or long gone."""
