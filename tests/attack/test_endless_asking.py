@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sidecar.core.config import CoreConfig
+from sidecar.core.lengths import LEARNED
 from sidecar.core.pace import Pace
 from sidecar.errors import Reason
 from tests.kit.corekit import SECOND, World, facts_of, with_facts
@@ -56,6 +57,8 @@ def test_the_queue_is_not_full_of_what_nobody_can_give() -> None:
 def test_a_flood_of_honest_size_still_fills_its_own_share() -> None:
     """Who floods is told so: its own wait grows with what it has waiting, and is refused past its class's limit."""
     world = world_of(4096)
+    for _ in range(LEARNED):
+        world.core.state.base_lengths.learn(4000, 4000)  # that answers use what they may is known
     sent = [world.send(tenant="greedy", output_tokens=4000) for _ in range(100)]
     refused = [request for request in sent if request in world.settled]
     assert refused

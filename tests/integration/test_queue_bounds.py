@@ -113,14 +113,14 @@ async def test_the_size_is_the_clients_message() -> None:
 @pytest.mark.parametrize("front", FRONTS)
 async def test_a_wait_that_is_predicted_to_be_too_long(front: str) -> None:
     """An engine whose pace is known: past the class's longest wait a request may come back when that is over."""
-    classes = {"default": {"queue_wait_s_max": 10, "patience_s": 1}}
+    classes = {"default": {"queue_wait_s_max": 120, "patience_s": 1}}
     async with one_runs_and_one_waits({"cost": COST}, classes=classes) as served:
         error, info, retry_s = await refusal(served, front)
         assert (error.code(), info.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
-        told = re.search(r"for (\d+) s and class \"default\" waits at most 10 s", error.details() or "")
+        told = re.search(r"for (\d+) s and class \"default\" waits at most 120 s", error.details() or "")
         assert told is not None
-        assert int(told[1]) > 20
-        assert retry_s == pytest.approx(int(told[1]) - 10, abs=0.6)
+        assert int(told[1]) > 120
+        assert retry_s == pytest.approx(int(told[1]) - 120, abs=0.6)
 
 
 @pytest.mark.parametrize("front", FRONTS)
