@@ -33,8 +33,9 @@ from sidecar.core.config import CoreConfig
 from sidecar.core.durations import readable
 from sidecar.core.effects import Effect, WakeAt
 from sidecar.core.enums import Phase, Voided
+from sidecar.core.lengths import Overrun
 from sidecar.core.shadow import CacheShadow, EngineShadow
-from sidecar.core.state import NEVER_NS, Backend, Overrun, Request, State
+from sidecar.core.state import NEVER_NS, Backend, Request, State
 from sidecar.core.step import Step
 from sidecar.core.store import StoreIndex
 from sidecar.errors import Reason

@@ -16,6 +16,8 @@ LENGTHS_KEPT = 0.99
 """The factor by which each answer reduces the weight of earlier ones."""
 LEARNED = 5
 """Until so many answers have ended, their lengths say too little."""
+OVERRUN, OVERRUN_SEEN, OVERRUN_KEPT = 1.5, 16, 0.98
+"""Answers have become longer if the last 50 or so had this many times the tokens expected; chance does that rarely."""
 WEIGHT_MAX = 1e9
 NEGLIGIBLE = 1e-3
 
@@ -75,12 +77,9 @@ class Lengths:
         share, at, tokens = 1.0, 0.0, 0.0
         for length in sorted(self.alike):
             alike = self.alike[length]
-            if alike.length >= limit:
-                tokens += share * (limit - at)
-                return _whole(tokens, tokens)
-            tokens += share * (alike.length - at)
+            tokens += share * (min(alike.length, limit) - at)
             share, at, left = share * (1 - alike.ended / left), alike.length, left - alike.weight
-            if share < NEGLIGIBLE:
+            if at >= limit or share < NEGLIGIBLE:
                 return _whole(tokens, tokens)
         return _whole(tokens + share * (limit - at), tokens)
 
@@ -93,6 +92,33 @@ class Lengths:
             if alike.weight < NEGLIGIBLE:
                 del self.alike[length]
         self.next_weight = 1.0
+
+
+@dataclass
+class Answers:
+    """How many answers of adapters have ended, and their tokens; recent ones weigh more."""
+
+    count: float = 0.0
+    tokens: float = 0.0
+
+
+@dataclass
+class Overrun:
+    """Tokens of a backend's ended runs, and how many had been expected; recent runs weigh more.
+
+    Runs count whose lengths were no guess. `seen` counts them up to OVERRUN_SEEN.
+    """
+
+    expected: float = 0.0
+    came: float = 0.0
+    seen: int = 0
+
+    def ended(self, expected: int, came: int) -> bool:
+        """Count a run; return True if answers have become much longer than expected."""
+        self.expected = OVERRUN_KEPT * self.expected + expected
+        self.came = OVERRUN_KEPT * self.came + came
+        self.seen = min(OVERRUN_SEEN, self.seen + 1)
+        return self.seen >= OVERRUN_SEEN and self.came > OVERRUN * self.expected
 
 
 def _whole(expected: float, sure: float) -> tuple[int, int]:

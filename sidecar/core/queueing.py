@@ -130,8 +130,11 @@ def expect_anew(step: Step, backend: Backend, version: str | None = None) -> Non
 
     What is known of lengths has changed much. Only the first few are looked at: there may be any number.
     """
-    queue = backend.queued if version is None else backend.queued_by_version.get(version, ())
-    for request_id in list(islice(queue, ANEW_MAX)):
+    queued: Iterable[int] = backend.queued
+    if version is not None:
+        waiting = backend.queued_by_version.get(version)
+        queued = () if waiting is None else waiting.first_few(ANEW_MAX)
+    for request_id in list(islice(queued, ANEW_MAX)):
         request = step.state.requests[request_id]
         _left_queue(request, backend)
         remove_outstanding(step, request, backend)

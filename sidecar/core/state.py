@@ -12,7 +12,7 @@ from sidecar.core.config import CoreConfig
 from sidecar.core.enums import Cache, Phase
 from sidecar.core.facts import BASE_PACKED, Adapter, EngineFacts, Misfit, Packed, misfit, packed_for
 from sidecar.core.lateness import Lateness
-from sidecar.core.lengths import Lengths
+from sidecar.core.lengths import Answers, Lengths, Overrun
 from sidecar.core.outstanding import Outstanding
 from sidecar.core.pace import Runs, Yield
 from sidecar.core.prefetch_accounting import Guesses, PrefetchCounts, PrefetchedLoads
@@ -20,8 +20,6 @@ from sidecar.core.shadow import EngineShadow
 from sidecar.core.silence import Silence
 from sidecar.core.store import StoreIndex
 
-OVERRUN, OVERRUN_SEEN, OVERRUN_KEPT = 1.5, 16, 0.98
-"""Answers have become longer if the last 50 or so had this many times the tokens expected; chance does that rarely."""
 NEVER_NS = 1 << 62
 
 
@@ -52,33 +50,6 @@ class Name:
     def pins(self, version: str) -> bool:
         """Return True if an operator wants the version in memory."""
         return self.pinned and version == self.digest
-
-
-@dataclass
-class Overrun:
-    """Tokens of a backend's ended runs, and how many had been expected; recent runs weigh more.
-
-    Runs count whose lengths were no guess. `seen` counts them up to OVERRUN_SEEN.
-    """
-
-    expected: float = 0.0
-    came: float = 0.0
-    seen: int = 0
-
-    def ended(self, expected: int, came: int) -> bool:
-        """Count a run; return True if answers have become much longer than expected."""
-        self.expected = OVERRUN_KEPT * self.expected + expected
-        self.came = OVERRUN_KEPT * self.came + came
-        self.seen = min(OVERRUN_SEEN, self.seen + 1)
-        return self.seen >= OVERRUN_SEEN and self.came > OVERRUN * self.expected
-
-
-@dataclass
-class Answers:
-    """How many answers of adapters have ended, and their tokens; recent ones weigh more."""
-
-    count: float = 0.0
-    tokens: float = 0.0
 
 
 @dataclass

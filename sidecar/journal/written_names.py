@@ -215,8 +215,8 @@ WRITTEN: dict[type, Form] = {
     silence.Silence: Form("Silence", "since_ns due_ns suspected found excused"),
     # The state.
     state.Name: Form("Name", "name digest ordinal allow pinned versions kept canary"),
-    state.Answers: Form("Answers", "count tokens"),
-    state.Overrun: Form("Overrun", "expected came seen"),
+    lengths.Answers: Form("Answers", "count tokens"),
+    lengths.Overrun: Form("Overrun", "expected came seen"),
     lengths.Alike: Form("Alike", "ended cut tokens"),
     lengths.Lengths: Form("Lengths", "alike next_weight answers"),
     state.Version: Form(

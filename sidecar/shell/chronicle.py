@@ -130,16 +130,16 @@ class Chronicle:
         backend = None if record.is_elsewhere else self._state().backends.get(place or "")
         return "" if backend is None else troubles.silence(backend, now_ns)
 
-    def now_in_the_way(self, record: Record, now_ns: int) -> list[str]:
-        """Return what keeps a waiting request now, if that differs from what was in the way when its reason began."""
+    def now_in_the_way(self, record: Record, now_ns: int) -> str:
+        """Return what keeps a waiting request now; "" if that is what was in the way when its reason began."""
         request = self._state().requests.get(record.request)
         if request is None or request.running or request.settled or request.backend is None:
-            return []
+            return ""
         why, notes = self._why(request, now_ns), self._notes.get((request.backend, request.version))
         because = in_the_way(self._state(), request, why, now_ns)
         if notes and (notes[-1].why, notes[-1].because) == (why, because):
-            return []
-        return [f"now {why.value}: {because}"]
+            return ""
+        return f"now {why.value}: {because}"
 
     # Steps.
 
@@ -525,8 +525,8 @@ def story(chronicle: Chronicle, text: str, now_ns: int, tenant: str | None = Non
     timeline = timeline_of(told, now_ns, hides_others=tenant is not None)
     if timeline.ended_ns is None:
         timeline.notes.append("it has not ended")
-        timeline.notes += filter(None, [chronicle.silence_of(told, now_ns)])
-        timeline.notes += [] if tenant is not None else chronicle.now_in_the_way(told, now_ns)
+        now = "" if tenant is not None else chronicle.now_in_the_way(told, now_ns)
+        timeline.notes += filter(None, (chronicle.silence_of(told, now_ns), now))
     if told.request == asked.number:
         note = also_an_id_note(text, others)
     else:

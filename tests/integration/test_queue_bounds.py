@@ -14,7 +14,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from sidecar.core.events import Received
-from sidecar.core.state import Answers
+from sidecar.core.lengths import Answers
 from sidecar.proto import gateway_pb2
 from tests.kit.emulated import core_request, running_engine
 from tests.kit.kserve_clients import DUMMY

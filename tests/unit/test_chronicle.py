@@ -10,6 +10,7 @@ import pytest
 
 from sidecar.config.plugins import policies_of
 from sidecar.core import events as ev
+from sidecar.core.config import CoreConfig
 from sidecar.core.core import Core
 from sidecar.core.effects import Settle
 from sidecar.core.enums import Why
@@ -108,6 +109,23 @@ def test_a_silent_engine_is_told_while_the_request_is_open() -> None:
     world.run(20 * SECOND)
     (_, stalled) = story(lived(world), str(request), world.now_ns).notes
     assert stalled.startswith("b0 is stalled: nothing came for 20")
+
+
+def test_what_is_in_the_way_now_is_told_if_it_has_changed() -> None:
+    """The reason goes on, and others than at its begin have the seats; a tenant is not told who."""
+    world = World(CoreConfig(seat_slack=0.0), engines=0)
+    world.add_engine("b0", facts_of(seats=1)).run_ns = SECOND
+    first = world.send()
+    world.run(100 * MS)
+    world.register("sql")
+    world.send("sql")
+    last = world.send()
+    chronicle = lived(world)
+    assert story(chronicle, str(last), world.now_ns).notes == ["it has not ended"]
+    world.run(1200 * MS)
+    assert first in world.settled
+    assert "now seats full: 1 of 1 seats are taken: sql 1" in story(lived(world), str(last), world.now_ns).notes
+    assert not [note for note in story(lived(world), str(last), world.now_ns, tenant="").notes if "now" in note]
 
 
 def test_rare_looks_tell_what_lasts(tmp_path: Path) -> None:

@@ -104,6 +104,11 @@ def test_the_null_device_is_an_empty_configuration() -> None:
         ("adapters: {roots: ./loras}", r'FILE: adapters.roots: it must be a list \(it is "./loras"\)'),
         ("legacy_task_ids: {x: a}", r'FILE: legacy_task_ids.x as a key: it must be a whole number \(it is "x"\)'),
         ("drain_timeout_s: 0", r"FILE: drain_timeout_s: it must be greater than 0 \(it is 0\)"),
+        ("drain_timeout_s: 30s", r'FILE: drain_timeout_s: it must be a number of seconds \(it is "30s"\)'),
+        (
+            "queue: {classes: {a: {queue_wait_s_max: 5m}}}",
+            r"FILE: .*_s_max: it must be a number of seconds.*",
+        ),
         ("drain_timeout_s: .inf", r"FILE: drain_timeout_s: it must be a finite number.*"),
         ("queue: {tenant_weights: {a: .nan}}", r"FILE: queue.tenant_weights.a: it must be a finite number.*"),
         ("backends: [{url: 'triton://a:1', progress_timeout_s: .inf}]", "FILE: backends.0.progress_timeout_s: .*"),

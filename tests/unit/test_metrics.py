@@ -313,14 +313,17 @@ async def test_void_promises_by_reason() -> None:
 
 
 @pytest.mark.parametrize("first_token_s", [1, 60])
-async def test_a_bound_that_stood_and_was_exceeded_is_counted(first_token_s: int) -> None:
-    """An engine that is slower than any promise allows for shows, and one that is not does not."""
+async def test_a_bound_that_stood_and_was_exceeded_is_counted(
+    first_token_s: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An engine that is slower than any promise allows for shows, in the log too, and one that is not does not."""
     world = Measured()
     world.engines["b0"].first_token_ns = first_token_s * SECOND + MS
     world.engines["b0"].run_ns = 2 * first_token_s * SECOND
     world.send()
     world.run()
     assert (await scrape(world))["lora_sidecar_wait_bounds_exceeded_total"] == {(): first_token_s // 60}
+    assert ("request 1 waited 60.00 s, and had been promised" in caplog.text) is (first_token_s == 60)
 
 
 async def test_an_answer_in_one_piece_is_judged_by_its_dispatch() -> None:
