@@ -390,7 +390,8 @@ def _wait(backend: Any) -> str:
         return f"no new request is sent there: it is {state_of(backend)}"
     told, wait_s = backend.HasField("predicted_wait_s"), backend.predicted_wait_s
     wait = f"wait {duration(wait_s)}" if wait_s else "not wait" if told else "wait for an unknown time"
-    return f"a request that came now would {wait}"
+    behind = " behind all that is queued" if wait_s else ""
+    return f"a request that came now would {wait}{behind}"
 
 
 def _page_facts(backend: Any, kind: Any) -> str:

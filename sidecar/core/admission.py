@@ -291,7 +291,7 @@ def _in_time(step: Step, request: Request, backend: Backend, limit: ClassLimit) 
     """Refuse a request whose predicted wait exceeds its class's longest wait or its deadline."""
     wait_ns = queueing.promise(step, request, backend)
     over_ns = wait_ns - limit.queue_wait_ns_max
-    might = "would" if step.state.config.lengths_by_fraction else "might"  # the wait has a margin
+    might = "would" if step.state.config.estimates_of_0_1 else "might"  # the wait has a margin
     if over_ns > 0:
         raise Refused(
             Reason.QUEUE_FULL,

@@ -247,9 +247,8 @@ def _first_token(step: Step, event: ev.FirstToken) -> None:
     request = step.state.requests.get(event.request)
     if request is not None and request.attempt == event.attempt and request.running:
         assert request.backend is not None
-        request.first_token = True
         request.tokens = max(1, request.tokens)
-        stalls.note_life_sign(step, step.state.backends[request.backend])
+        stalls.had_first_token(step, step.state.backends[request.backend], request)
         if request.losses:
             step.dirty[request.backend] = None  # a suspect's Load may have waited for this token
 
@@ -278,7 +277,7 @@ def _learn(step: Step, request: Request) -> None:
     if promising.learn_length(step.state, request):
         for each in step.state.backends.values():
             queueing.expect_anew(step, each, request.version)
-    if request.unsure_tokens or step.state.config.lengths_by_fraction:
+    if request.unsure_tokens or step.state.config.estimates_of_0_1:
         return
     if backend.overrun.ended(request.counted_tokens, request.tokens):
         backend.overrun = Overrun()

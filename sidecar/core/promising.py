@@ -77,7 +77,7 @@ def expect_tokens(state: State, request: Request) -> None:
     Until LEARNED answers of its version have ended it is guessed to be the client's whole limit.
     """
     limit = request.view.output_tokens_max
-    if state.config.lengths_by_fraction:
+    if state.config.estimates_of_0_1:
         request.expected_tokens = _by_fraction(limit, state.versions.get(request.version))
         return
     lengths = _lengths_of(state, request)
@@ -103,7 +103,7 @@ def _by_fraction(limit: int, version: Version | None) -> int:
 def learn_length(state: State, request: Request) -> bool:
     """Learn from the length of an answer; return True if it is the one by which lengths of its version are known."""
     limit, tokens, version = request.view.output_tokens_max, request.tokens, state.versions.get(request.version)
-    if state.config.lengths_by_fraction:
+    if state.config.estimates_of_0_1:
         if version is not None:
             version.asked_tokens = LENGTHS_KEPT * version.asked_tokens + limit
             version.answered_tokens = LENGTHS_KEPT * version.answered_tokens + tokens
@@ -123,7 +123,7 @@ def seat_ns(state: State, backend: Backend, token_ns: float, unknown: float = 0.
     Only the runs that were sent first are looked at: most probably one of them is the first to end. `unknown` is that
     of `sure_share`.
     """
-    if state.config.lengths_by_fraction or backend.in_flight < backend.seats(state.config) or not backend.running:
+    if state.config.estimates_of_0_1 or backend.in_flight < backend.seats(state.config) or not backend.running:
         return 0
     usual = _usual_tokens(state, unknown)
     runs = (state.requests[request] for request in islice(backend.running, RUNS_LOOKED_AT))

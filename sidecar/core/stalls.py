@@ -5,9 +5,10 @@ at once, with its slots and all beliefs. If the probe fails too, its queue moves
 and its runs stay: only the backend's own `progress_timeout_s` ends those.
 
 Silence is measured in steps, so an engine whose pace is a guess is not judged by its runs. Prompts are read in
-silence, so the time for prompts without a token yet is allowed for; where that time is a guess, only runs that have
-had a token count. Answers that come all at once say little: each answered probe doubles the allowed silence.
-A Load must end within ten seconds of silence on every engine, since the time of a Load is unknown.
+silence, so the time for prompts without a token yet is allowed for: what a calibrated pace says, else twice what the
+slowest of late took. Until five have been read there, only runs that have had a token count. Answers that come all at
+once say little: each answered probe doubles the allowed silence. A Load must end within ten seconds of silence on every
+engine, since the time of a Load is unknown.
 
 If the first Load of a version is in flight at an engine that turns out to stall, another engine may try it too, and
 the promises to requests that wait for the version become void.
@@ -19,7 +20,7 @@ from sidecar.core import eligibility, promising, queueing
 from sidecar.core.effects import Probe
 from sidecar.core.enums import Phase, Voided
 from sidecar.core.events import BackendProbed, Progress
-from sidecar.core.state import NEVER_NS, Backend, State
+from sidecar.core.state import NEVER_NS, Backend, Request, State
 from sidecar.core.step import Step
 
 STEPS = 5
@@ -27,6 +28,9 @@ LEAST_NS = 2_000_000_000
 """An engine may be silent for this many steps, and for at least this long."""
 LOAD_NS = 10_000_000_000
 """How long an engine may be silent if it has nothing but Loads to report."""
+READ_MARGIN = 2.0
+READ_GROWTH = 4
+"""A suspected engine may have hung while it read: a token then counts as this many times what was allowed, at most."""
 EXCUSES_MAX = 4
 """After this many doublings the allowed silence exceeds a usual `progress_timeout_s`."""
 ASKED_AGAIN_NS = 5_000_000_000
@@ -43,6 +47,19 @@ def note_life_sign(step: Step, backend: Backend) -> None:
     """Note a sign of life of an engine."""
     backend.silence.excused = 0
     _believe(step, backend)
+
+
+def had_first_token(step: Step, backend: Backend, request: Request) -> None:
+    """Note a run's first token, and what reading its prompt and others took."""
+    state, silence = step.state, backend.silence
+    if backend.facts.pace is None and not request.first_token:
+        reading_ns = step.now_ns - silence.since_ns - promising.step_ns(state, backend)
+        token_ns = max(0.0, reading_ns) / max(1, _unread_tokens(state, backend))
+        if silence.suspected:
+            token_ns = min(token_ns, READ_GROWTH * _prompt_token_ns(state, backend))
+        silence.reading.has_read(token_ns)
+    request.first_token = True
+    note_life_sign(step, backend)
 
 
 def progressed(step: Step, backend: Backend, event: Progress) -> None:
@@ -145,7 +162,10 @@ def _has_to_speak(state: State, backend: Backend) -> bool:
 def _speaks(state: State, backend: Backend, request_id: int) -> bool:
     """Return True if a run should report something by now, apart from the time to read its prompt."""
     request = state.requests[request_id]
-    return not request.settled and (request.first_token or backend.facts.pace is not None)
+    reads_in_time = backend.facts.pace is not None or (
+        backend.silence.reading.known and not state.config.estimates_of_0_1
+    )
+    return not request.settled and (request.first_token or reads_in_time)
 
 
 def _due_ns(state: State, backend: Backend) -> int:
@@ -159,9 +179,21 @@ def _due_ns(state: State, backend: Backend) -> int:
 
 def _patience_ns(state: State, backend: Backend) -> int:
     """Return how long in ns an engine with runs may be silent."""
-    unread = (state.requests[request] for request in backend.running if not state.requests[request].first_token)
-    prompts_ns = promising.pace_of(backend).prompt_token_ns * sum(request.view.input_tokens for request in unread)
+    prompts_ns = _prompt_token_ns(state, backend) * _unread_tokens(state, backend)
     return (_steps_ns(state, backend) << backend.silence.excused) + round(prompts_ns)
+
+
+def _unread_tokens(state: State, backend: Backend) -> int:
+    running = (state.requests[request] for request in backend.running)
+    return sum(request.view.input_tokens for request in running if not request.first_token)
+
+
+def _prompt_token_ns(state: State, backend: Backend) -> float:
+    """Return how long in ns an engine may take to read a token of a prompt."""
+    guess_ns = promising.pace_of(backend).prompt_token_ns
+    if backend.facts.pace is not None or state.config.estimates_of_0_1:
+        return guess_ns
+    return READ_MARGIN * backend.silence.reading.token_ns(guess_ns)
 
 
 def _steps_ns(state: State, backend: Backend) -> int:

@@ -189,8 +189,8 @@ WRITTEN: dict[type, Form] = {
         "queued_tokens_max queued_bytes_max tenant_queued_max tenant_queued_tokens_max tenant_queued_bytes_max "
         "tenant_weights heals_max visits_max seat_slack seats_default retry_ns retry_ns_max joining_ns_max pools "
         "base_requests classes eviction disk_eviction ordering routing prefetch prefetch_bytes_per_s raise_on "
-        "names_limits voids_end_urgency lengths_by_fraction",
-        derived={"voids_end_urgency": lambda record: False, "lengths_by_fraction": lambda record: True},  # from 0.2 on
+        "names_limits voids_end_urgency estimates_of_0_1",
+        derived={"voids_end_urgency": lambda record: False, "estimates_of_0_1": lambda record: True},  # from 0.2 on
     ),
     views.Waiting: Form(
         "Waiting",
@@ -212,7 +212,8 @@ WRITTEN: dict[type, Form] = {
     shadow.Belief: Form("Belief", "pages since_ns source running"),
     shadow.CacheShadow: Form("CacheShadow", "pages_total held evictions"),
     shadow.EngineShadow: Form("EngineShadow", "host device"),
-    silence.Silence: Form("Silence", "since_ns due_ns suspected found excused"),
+    silence.Silence: Form("Silence", "since_ns due_ns suspected found excused reading"),
+    silence.Reading: Form("Reading", "slowest_ns before_ns read"),
     # The state.
     state.Name: Form("Name", "name digest ordinal allow pinned versions kept canary"),
     lengths.Answers: Form("Answers", "count tokens"),

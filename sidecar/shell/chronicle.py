@@ -171,6 +171,7 @@ class Chronicle:
         record.expires_after_ns = request.expires_ns - record.arrived_ns
         earlier_ns = request.view.arrived_ns - record.arrived_ns
         record.promised_ns = None if request.promise is None else request.promise.bound_ns + earlier_ns
+        self._see_promise(record, request.voided, now_ns)
         if not request.running:
             self._see_in_queue(record, request, now_ns)
 
@@ -233,6 +234,7 @@ class Chronicle:
             request = requests.get(record.request)
             if request is None or request.settled:
                 continue
+            self._see_promise(record, request.voided, now_ns)
             if self._has_failed(record, request):
                 self._add(record, now_ns, QueuedAgain())
             if not request.running:  # else it was sent again in this very step
@@ -247,7 +249,6 @@ class Chronicle:
 
     def _see_in_queue(self, record: Record, request: Request, now_ns: int) -> None:
         """Note in whose queue a request waits, if that is new, and why it waits there."""
-        self._see_promise(record, request.voided, now_ns)
         place = request.backend or ""
         if place != record.place:
             record.place = place
@@ -498,8 +499,6 @@ class Chronicle:
             backend: _since(self._notes.get((backend, record.version), ()), since_ns, 1) for backend in places
         }
         news = [_since(self._of_versions.get(record.version, ()), since_ns)] if places else []
-        if record.dispatch is not None:
-            places.add(record.dispatch.backend)
         if "" in places:
             places.update(self._of_backends)
         news += [_since(self._of_backends.get(backend, ()), since_ns) for backend in places]

@@ -99,7 +99,7 @@ _REQUESTS = (
     ),
     _gauge(
         "predicted_wait_seconds",
-        "Predicted wait of a request that comes now; no sample while it is unknown.",
+        "Predicted wait of a request that comes now, behind all that is queued; no sample while it is unknown.",
         "backend",
     ),
     _gauge(

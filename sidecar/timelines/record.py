@@ -175,8 +175,8 @@ class Record:
 
     @property
     def places(self) -> set[str]:
-        """The backends in whose queues it was seen."""
-        return {entry.what.backend for entry in self.happened if isinstance(entry.what, Queued)}
+        """The backends in whose queues it was seen, and to which it was sent."""
+        return {entry.what.backend for entry in self.happened if isinstance(entry.what, Queued | do.Dispatch)}
 
     @property
     def first_token_ns(self) -> int | None:
@@ -258,8 +258,9 @@ class _Telling:
     def _sent(self, at_ns: int, what: do.Dispatch) -> None:
         had = self._has_it
         self._hand_over(at_ns, what)
-        if isinstance(had, Queued) and had.backend not in ("", what.backend) and not self._hides_others:
-            self._waits.moment(at_ns, *saying.taken_over(had.backend, what))
+        if isinstance(had, Queued) and had.note is not None and not self._hides_others:  # else it was sent at once
+            if had.backend not in ("", what.backend):
+                self._waits.moment(at_ns, *saying.taken_over(had.backend, what))
         self._waits.moment(at_ns, "sent", saying.sent(what))
 
     def _queued(self, at_ns: int, what: Queued) -> None:

@@ -283,6 +283,29 @@ def test_where_a_request_goes_when_backends_leave(tmp_path: Path) -> None:
     assert moments(told) == moments(explain(tmp_path, request))
 
 
+def test_a_request_that_was_sent_at_once_and_lost_its_engine(tmp_path: Path) -> None:
+    """It never waited at that engine: both stories say when that was lost, and what became void by it."""
+    world = World(engines=2, seats=1)
+    request = world.send(output_tokens=1)
+    home = world.dispatches[request][-1].backend
+    world.engines[home].frozen = True
+    world.run(for_ns=2 * SECOND)
+    lost_ns = world.now_ns
+    world.lose(home)
+    world.run()
+    write_journal(world, tmp_path)
+    live, exact = story(lived(world, 1_000 * SECOND), str(request), 0), explain(tmp_path, request)
+    assert f"{home} was lost: connection reset" in [text for _, _, text in moments(live)]
+    assert moments(live) == moments(exact)
+    voided = [
+        entry.at_ns
+        for told in (live, exact)
+        for entry in told.entries
+        if isinstance(entry, Moment) and entry.what == "voided"
+    ]
+    assert voided == [lost_ns, lost_ns]
+
+
 def test_a_request_that_another_backend_takes_over(tmp_path: Path) -> None:
     """It waits behind a long run; an engine that is idle meanwhile sends it at once, and both stories say so."""
     world = World(engines=2, seats=1)

@@ -358,7 +358,7 @@ def test_nobody_is_refused_because_others_ask_for_more_than_they_will_use(adapte
 
 def answering(by_fraction: bool = False) -> World:
     """Return a world of one seat whose engine takes 10 ms for a token, and ends answers after 10 of them."""
-    config = CoreConfig(classes={"default": ClassLimit(patience_ns=0)}, lengths_by_fraction=by_fraction)
+    config = CoreConfig(classes={"default": ClassLimit(patience_ns=0)}, estimates_of_0_1=by_fraction)
     world = World(config, engines=0)
     pace = Pace(fixed_ns=10e6, seat_ns=0.0, context_token_ns=0.0, prompt_token_ns=0.0)
     world.add_engine("b0", with_facts(facts_of(seats=1), pace=pace)).run_ns = 100 * MS

@@ -251,3 +251,47 @@ def test_a_lost_engine_is_suspected_no_more() -> None:
     assert world.core.state.backends[frozen].takes_requests
     world.run()
     assert world.outcomes() == {"failed": 1}
+
+
+def learned(input_tokens: int, read_ns: int, answers: int = 12) -> World:
+    """Return engines without a calibrated pace that have answered, and took so long for each prompt."""
+    world = house(pace=None, engines=2)
+    for engine in world.engines.values():
+        engine.first_token_ns, engine.run_ns = read_ns, read_ns + 10 * SECOND
+    for _ in range(answers):
+        for backend in world.engines:
+            world.send("a", input_tokens=input_tokens, output_tokens=500, only=(backend,))
+        reporting(world, read_ns + 11 * SECOND)
+    assert all(backend.steps.known for backend in world.core.state.backends.values())
+    return world
+
+
+def test_an_engine_that_hangs_before_any_first_token_is_found_by_what_prompts_took() -> None:
+    """Nothing runs there when it hangs: what is sent next never gets a token, and prompts like it took 50 ms."""
+    world = learned(input_tokens=23, read_ns=50 * MS)
+    world.engines["b0"].frozen = True
+    world.send("a", input_tokens=23, output_tokens=500, only=("b0",))
+    reporting(world, 1_500 * MS)
+    assert not world.of(fx.Probe)
+    reporting(world, SECOND)
+    assert len(world.of(fx.Probe)) == 1
+    before = sent_to(world, "b0")
+    later = [world.send("a", input_tokens=23, output_tokens=500) for _ in range(SEATS)]
+    reporting(world, SECOND)
+    assert sent_to(world, "b0") == before
+    assert all(world.dispatches[request][-1].backend == "b1" for request in later)
+
+
+@pytest.mark.parametrize(("input_tokens", "asks"), [(10, True), (5_000, False)])
+def test_long_prompts_of_an_engine_that_is_not_calibrated_get_the_time_that_such_prompts_took(
+    input_tokens: int, asks: bool
+) -> None:
+    """It took 10 s for 5,000 tokens."""
+    world = learned(input_tokens=5_000, read_ns=10 * SECOND)
+    asked = len(world.of(fx.Probe))
+    for engine in world.engines.values():
+        engine.first_token_ns = 15 * SECOND
+    for backend in world.engines:
+        world.send("a", input_tokens=input_tokens, only=(backend,))
+    world.run(10 * SECOND)
+    assert (len(world.of(fx.Probe)) > asked) == asks
