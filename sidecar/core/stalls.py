@@ -54,7 +54,7 @@ def had_first_token(step: Step, backend: Backend, request: Request) -> None:
     state, silence = step.state, backend.silence
     if backend.facts.pace is None and not request.first_token:
         reading_ns = step.now_ns - silence.since_ns - promising.step_ns(state, backend)
-        token_ns = max(0.0, reading_ns) / max(1, _unread_tokens(state, backend))
+        token_ns = reading_ns / max(1, _unread_tokens(state, backend)) if reading_ns > 0 else 0.0
         if silence.suspected:
             token_ns = min(token_ns, READ_GROWTH * _prompt_token_ns(state, backend))
         silence.reading.has_read(token_ns)
