@@ -258,9 +258,9 @@ class _Telling:
     def _sent(self, at_ns: int, what: do.Dispatch) -> None:
         had = self._has_it
         self._hand_over(at_ns, what)
-        if isinstance(had, Queued) and had.note is not None and not self._hides_others:  # else it was sent at once
-            if had.backend not in ("", what.backend):
-                self._waits.moment(at_ns, *saying.taken_over(had.backend, what))
+        waited_in = had.backend if isinstance(had, Queued) and had.note is not None else ""  # else it went at once
+        if waited_in not in ("", what.backend) and not self._hides_others:
+            self._waits.moment(at_ns, *saying.taken_over(waited_in, what))
         self._waits.moment(at_ns, "sent", saying.sent(what))
 
     def _queued(self, at_ns: int, what: Queued) -> None:
