@@ -72,6 +72,8 @@ class Backlog:
     """The expected engine time per token of any answer."""
     run_ns: int
     """A long run by recent experience; 0 without any."""
+    seat_ns: int
+    """The time from one seat that becomes free to the next, by the same."""
     turn_ns: int
     """The longest run of anything outstanding, with the engine full."""
     open: bool

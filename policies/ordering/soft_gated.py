@@ -87,7 +87,7 @@ class SoftGated:
         overdue_ns = min(max(backlog.patience_ns, twice_ns), latest_ns) + backlog.fetch_ns
         rounds = -(-backlog.blocked // backlog.slots)
         urgent_ns = overdue_ns + rounds * backlog.turn_ns
-        expected_ns = round(QUEUE_MARGIN * min(backlog.queue_ns, backlog.tenant_queue_ns + backlog.run_ns))
+        expected_ns = round(QUEUE_MARGIN * min(backlog.queue_ns, backlog.tenant_queue_ns + backlog.seat_ns))
         if not backlog.open or request.version in self._gates:
             expected_ns = max(expected_ns, overdue_ns - backlog.fetch_ns + rounds * backlog.run_ns)
         return Promise(expected_ns, urgent_ns + 2 * backlog.turn_ns, overdue_ns, urgent_ns)

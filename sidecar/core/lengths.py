@@ -83,6 +83,23 @@ class Lengths:
                 return _whole(tokens, tokens)
         return _whole(tokens + share * (limit - at), tokens)
 
+    def remaining(self, tokens: int, limit: int) -> float:
+        """Return how many more tokens an answer is expected to have that has `tokens`, limited to `limit`.
+
+        It goes on like those answers that were longer. If all were seen to end before, it is expected to double.
+        """
+        left = sum(alike.weight for alike in self.alike.values())
+        share, at, more, had = 1.0, 0.0, 0.0, 1.0
+        for length in sorted(self.alike):
+            alike = self.alike[length]
+            had = share if at <= tokens else had
+            more += share * max(0.0, min(alike.length, limit) - max(at, tokens))
+            share, at, left = share * (1 - alike.ended / left), alike.length, left - alike.weight
+        had = share if at <= tokens else had
+        if had < NEGLIGIBLE:
+            return min(max(0, limit - tokens), tokens)
+        return (more + share * max(0.0, limit - max(at, tokens))) / had
+
     def _rescale(self) -> None:
         """Divide all weights, before they grow too large, and forget what weighs nothing any more."""
         for length, alike in list(self.alike.items()):

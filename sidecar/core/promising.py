@@ -127,13 +127,17 @@ def seat_ns(state: State, backend: Backend, token_ns: float, unknown: float = 0.
         return 0
     usual = _usual_tokens(state, unknown)
     runs = (state.requests[request] for request in islice(backend.running, RUNS_LOOKED_AT))
-    least = min(
-        min(usual, run.counted_tokens) - run.tokens
-        if run.guessed
-        else run.counted_tokens - run.unsure_tokens - run.tokens
-        for run in runs
-    )
-    return round(max(0, least) * token_ns)
+    return round(min(_remaining_tokens(state, run, usual) for run in runs) * token_ns)
+
+
+def _remaining_tokens(state: State, run: Request, usual: float) -> float:
+    """Return how many more tokens a run is expected to have; `usual` is the length of a run that is a guess."""
+    sure = min(usual, run.counted_tokens) if run.guessed else run.counted_tokens - run.unsure_tokens
+    if run.tokens < sure:
+        return sure - run.tokens
+    if run.guessed:
+        return min(max(0, run.view.output_tokens_max - run.tokens), run.tokens) if usual else 0
+    return _lengths_of(state, run).remaining(run.tokens, run.view.output_tokens_max)
 
 
 def _usual_tokens(state: State, unknown: float) -> float:
@@ -170,14 +174,18 @@ def backlog_of(state: State, backend: Backend, request: Request) -> Backlog:
     tenant, limit = request.view.tenant, state.config.classes[request.view.klass]
     of_tenant, share = outstanding.tenants[tenant], outstanding.share_of(tenant)
     is_here = _is_here_to_stay(state, backend, request.version)
+    turn_ns, run_ns, seats = round(outstanding.longest_tokens * slowest_ns), backend.runs.long_ns, 1
+    if not state.config.estimates_of_0_1:  # runs of before may have been longer than any that is outstanding now
+        run_ns, seats = min(run_ns, turn_ns), max(1, backend.in_flight)
     return Backlog(
         drain_ns=round(outstanding.expected_tokens * each_ns),
         tenant_drain_ns=round(of_tenant * each_ns / share),
         queue_ns=round((outstanding.queued_tokens - request.expected_tokens) * each_ns),
         tenant_queue_ns=round(max(0, of_tenant - request.expected_tokens - 1) * each_ns / share),
         token_ns=each_ns,
-        run_ns=round(backend.runs.long_ns),
-        turn_ns=round(outstanding.longest_tokens * slowest_ns),
+        run_ns=round(run_ns),
+        seat_ns=round(run_ns / seats),
+        turn_ns=turn_ns,
         open=is_open or _finds_a_slot(backend, packed, blocked),
         blocked=max(blocked, 0),
         slots=slots,

@@ -133,6 +133,8 @@ def _drained(state: State) -> Iterator[str]:
         alike = [each for each in state.backends.values() if each.draining and bool(each.running) is runs]
         if alike:
             yield f"{joined(alike)}{_is(alike)} {word}"
+    if going := [each for each in state.backends.values() if each.leaving and not each.draining]:
+        yield f"{joined(going)}{_is(going)} leaving, {sum(len(each.running) for each in going)} running"
 
 
 def _is(backends: list[Backend]) -> str:

@@ -7,7 +7,7 @@ oldest one; a view says when that left some out.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from operator import itemgetter
 
@@ -24,6 +24,7 @@ EXAMINED_OFTEN_MAX = 100
 """The same for a verdict that is made every second."""
 PLACES_NAMED_MAX = 2
 FLOOD_MIN = 10
+HOLDER_MIN = 4
 FLOOD_SHARE = 0.8
 """The verdict names an adapter or a tenant that has this share of so many waiting requests."""
 
@@ -133,7 +134,8 @@ def _told(
     """Return the verdict. Who is confined to a tenant hears nothing of the pool."""
     waiting = sum(group.waiting for group in groups)
     running = sum(group.running for group in groups)
-    of_queue = _verdict(state, now_ns, oldest, waiting, running, _flood(groups, waiting), beyond)
+    holders = [] if tenant is not None else groups
+    of_queue = _verdict(state, now_ns, oldest, waiting, running, _flood(groups, waiting), holders, beyond)
     if beyond.passed_on and not oldest:
         of_queue = of_queue.replace("nobody waits", "nobody waits here", 1)
     if tenant is not None:
@@ -240,6 +242,20 @@ def _flood(groups: list[Group], waiting: int) -> str:
     return f", {'all' if min(counts) == waiting else min(counts)} of them {' '.join(parts)}" if parts else ""
 
 
+def _holder(state: State, groups: list[Group], places: Collection[str], whose: str) -> str:
+    """Return who has most seats of some backends: ", 8 of 8 by tenant acme"; "" if nobody, or who floods the queue."""
+    there = [group for group in groups if group.backend in places]
+    taken = sum(group.running for group in there)
+    if taken < HOLDER_MIN or taken < sum(len(state.backends[place].running) for place in places):
+        return ""  # or only a part of the requests is looked at
+    tenants: Counter[str] = Counter()
+    for group in there:
+        tenants[group.tenant] += group.running
+    name, count = max(tenants.items(), key=itemgetter(1))
+    is_told = not name or count < FLOOD_SHARE * taken or f"of tenant {name}" in whose
+    return "" if is_told else f", {count} of {taken} by tenant {name}"
+
+
 def waiting_view(state: State, request: Request, now_ns: int) -> WaitingView:
     view = request.view
     return WaitingView(
@@ -263,7 +279,14 @@ def _silent_ns(state: State, now_ns: int) -> int:
 
 
 def _verdict(
-    state: State, now_ns: int, oldest: list[WaitingView], waiting: int, running: int, whose: str, beyond: Beyond
+    state: State,
+    now_ns: int,
+    oldest: list[WaitingView],
+    waiting: int,
+    running: int,
+    whose: str,
+    holders: list[Group],
+    beyond: Beyond,
 ) -> str:
     if not oldest:
         return f"nobody waits, {running} running" if running else "nobody waits, nothing runs"
@@ -278,6 +301,8 @@ def _verdict(
         because += f" for {readable(_silent_ns(state, now_ns))}"
     elif why is Why.BACKEND_DOWN and not any(view.backend for view in views):
         because = leaving(state, state.requests[views[0].request], beyond) or because
+    elif why is Why.SEATS_FULL:
+        because += _holder(state, holders, {view.backend for view in views}, whose)
     count = len(views)
     if waiting == 1:
         return f"1 waiting for {since} because {because}"

@@ -58,3 +58,19 @@ def test_recent_answers_weigh_more() -> None:
     assert lengths.expected(4000)[0] == pytest.approx(300, rel=0.1)
     assert len(lengths.alike) < 40
     assert lengths.next_weight < 1e10
+
+
+@pytest.mark.parametrize("limits", [[4000], [100, 4000], [20, 40, 80, 160, 2000]])
+@pytest.mark.parametrize(("tokens", "limit"), [(0, 400), (50, 400), (120, 400), (120, 150)])
+def test_what_is_left_of_an_answer_that_goes_on(limits: list[int], tokens: int, limit: int) -> None:
+    """An exponential length has no memory: mean (1 - exp(-(limit - tokens) / mean)) are left, however long it was."""
+    mean = 100.0
+    left = learned(limits, mean).remaining(tokens, limit)
+    assert left == pytest.approx(mean * (1 - exp(-(limit - tokens) / mean)), rel=0.4)
+
+
+def test_what_is_left_of_an_answer_that_is_longer_than_all_before() -> None:
+    """If those were cut off it goes on to its limit, as they would have; if they ended, it may as well double."""
+    cut, ended = learned([600], None), learned([4000], 30.0)
+    assert cut.remaining(850, 3000) == pytest.approx(2150)
+    assert [ended.remaining(tokens, 3000) for tokens in (850, 2000, 3000)] == [850, 1000, 0]

@@ -476,3 +476,55 @@ def test_the_queue_is_bounded(limits: dict[str, int], words: str) -> None:
     assert (send("blue") not in world.settled) == is_of_tenant
     world.feed(ev.ClientLeft(first))
     assert send("red") not in world.settled
+
+
+def seated(seats: int = 4) -> World:
+    """Return a world of some seats whose engine takes 10 ms for a token, and knows base answers of 60 tokens."""
+    classes = {"default": ClassLimit(), "soon": ClassLimit(queue_wait_ns_max=20 * SECOND)}
+    world = World(CoreConfig(classes=classes, seat_slack=0.0), engines=0)
+    pace = Pace(fixed_ns=10e6, seat_ns=0.0, context_token_ns=0.0, prompt_token_ns=0.0)
+    world.add_engine("b0", with_facts(facts_of(seats=seats), pace=pace))
+    answers(world, 60, [world.send(output_tokens=60) for _ in range(4 * LEARNED)])
+    return world
+
+
+def answers(world: World, tokens: int, requests: list[int], for_ns: int | None = None) -> None:
+    """Run until requests have ended that generate so many tokens, or for some time, and report all progress."""
+    engine = world.engines["b0"]
+    engine.answer_tokens, engine.run_ns = tokens, tokens * 10 * MS
+    until_ns = world.now_ns + (for_ns or 10**15)
+    while world.now_ns < until_ns and not all(request in world.settled for request in requests):
+        world.run(100 * MS)
+        running = world.core.state.backends["b0"].running
+        world.feed(ev.Progress("b0", dict.fromkeys(running, 10)))
+
+
+def test_runs_that_are_longer_than_all_before_keep_their_seats() -> None:
+    """3,000 tokens were asked for where 60 had been: after 10 s the next seat is free in 20 s, not at once.
+
+    Who can wait for less is refused; who can wait is sent about when the forecast says.
+    """
+    world = seated()
+    running = [world.send(output_tokens=3000) for _ in range(4)]
+    answers(world, 3000, running, for_ns=10 * SECOND)
+    told_ns = backend_view(world.core.state, "b0", world.now_ns).predicted_wait_ns
+    assert told_ns == pytest.approx(20 * SECOND, rel=0.25)
+    asked_ns = world.now_ns
+    assert world.settled[world.send(klass="soon", output_tokens=60)].reason is Reason.QUEUE_FULL
+    patient = world.send(output_tokens=60)
+    answers(world, 3000, running)
+    world.run(50 * MS)
+    assert world.dispatches[patient][0].queue_ns == pytest.approx(told_ns, rel=0.25), asked_ns
+
+
+def test_a_tenant_with_nothing_queued_waits_for_a_seat_and_not_for_a_run_of_before() -> None:
+    """Runs of 30 s are over; another tenant floods with short ones. A tenant without any has its turn within 2 s."""
+    world = seated()
+    long = [world.send(output_tokens=3000) for _ in range(12)]
+    answers(world, 3000, long)
+    flood = [world.send(tenant="bulk", output_tokens=100) for _ in range(200)]
+    answers(world, 100, flood, for_ns=3 * SECOND)
+    request = world.send(tenant="quiet", output_tokens=50, deadline_ns=6 * SECOND)
+    assert request not in world.settled, world.settled[request].message
+    answers(world, 100, [request], for_ns=6 * SECOND)
+    assert world.dispatches[request][0].queue_ns < 2 * SECOND

@@ -26,6 +26,7 @@ BACKLOG = Backlog(
     tenant_queue_ns=10 * SECOND_NS,
     token_ns=1e6,
     run_ns=5 * SECOND_NS,
+    seat_ns=5 * SECOND_NS,
     turn_ns=8 * SECOND_NS,
     open=False,
     blocked=5,

@@ -107,6 +107,25 @@ def test_the_oldest_come_first_and_the_rest_is_counted() -> None:
     )
 
 
+def test_who_holds_the_seats_is_named() -> None:
+    """Not who waits for them: a tenant with few requests waits behind the long ones of another."""
+    world = World(CoreConfig(seat_slack=0.0), engines=2, seats=4)
+    for _ in range(8):
+        world.send(tenant="hog")
+    for _ in range(3):
+        world.send(tenant="nice")
+    assert view(world).verdict.endswith(", 8 of 8 by tenant hog")
+    assert "hog" not in view(world, tenant="nice").verdict
+    assert "8 of 8" not in view(world, backend="b0").verdict
+
+
+def test_the_verdict_names_a_backend_that_leaves() -> None:
+    world = World(engines=2)
+    world.send(only=("b0",))
+    world.leave("b0")
+    assert view(world).verdict == "b0 is leaving, 1 running; nobody waits, 1 running"
+
+
 def test_reasons_are_counted_apart() -> None:
     """The verdict names the most frequent reason and how many it keeps."""
     world = busy_world(3)

@@ -135,6 +135,7 @@ class _Bench:
             queue_ns=10**8,
             tenant_queue_ns=10**8,
             token_ns=10.0**5,
+            seat_ns=0,
             run_ns=10**7,
             turn_ns=10**7,
             open=request.version in self.open,
