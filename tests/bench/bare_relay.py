@@ -1,4 +1,4 @@
-"""A relay that does nothing: streams in, the same streams out, messages as bytes. The reference of `relay`.
+"""A relay that does nothing: what comes in goes out as bytes. The reference of `relay`, `short` and `latency`.
 
 python -m tests.bench.bare_relay HOST:PORT [--uvloop]
 """
@@ -31,6 +31,13 @@ class Relay:
             f"/{SERVICE}/ModelStreamInfer", request_serializer=as_they_are, response_deserializer=as_they_are
         )
 
+        self._unary: Any = channel.unary_unary(
+            f"/{SERVICE}/ModelInfer", request_serializer=as_they_are, response_deserializer=as_they_are
+        )
+
+    async def infer(self, raw: bytes, context: Any) -> bytes:
+        return await self._unary(raw)  # type: ignore[no-any-return]
+
     async def stream_infer(self, requests: AsyncIterator[bytes], context: Any) -> None:
         call = self._method()
         sending = asyncio.create_task(self._send(requests, call))
@@ -49,8 +56,12 @@ async def serve(engine: str) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asked.set)
     async with grpc.aio.insecure_channel(engine, options=OPTIONS) as channel:
         server = grpc.aio.server(options=OPTIONS)
-        handler = grpc.stream_stream_rpc_method_handler(Relay(channel).stream_infer)
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"ModelStreamInfer": handler}),))
+        relay = Relay(channel)
+        handlers = {
+            "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(relay.stream_infer),
+            "ModelInfer": grpc.unary_unary_rpc_method_handler(relay.infer),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         print(json.dumps({"data": f"127.0.0.1:{port}"}), flush=True)

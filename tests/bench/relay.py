@@ -91,7 +91,9 @@ async def _interleaved(subjects: Sequence[Subject]) -> list[float]:
     return [middle(costs) for costs in zip(*rounds[1:], strict=True)]
 
 
-async def streams(stack: AsyncExitStack, address: str, names: list[str], tokens: int) -> Traffic:
+async def streams(
+    stack: AsyncExitStack, address: str, names: list[str], tokens: int, messages_a_round: int = MESSAGES
+) -> Traffic:
     channel = await stack.enter_async_context(clients.open_channel(address))
     streams = [clients.open_stream(channel) for _ in range(STREAMS)]
     messages = [clients.named_request(names[number % len(names)], tokens, f"r{number}") for number in range(STREAMS)]
@@ -99,7 +101,7 @@ async def streams(stack: AsyncExitStack, address: str, names: list[str], tokens:
 
     async def traffic() -> int:
         pairs = zip(streams, messages, strict=True)
-        times = MESSAGES // STREAMS // tokens
+        times = messages_a_round // STREAMS // tokens
         return sum(await asyncio.gather(*(clients.ask_many(stream, message, times) for stream, message in pairs)))
 
     return traffic
