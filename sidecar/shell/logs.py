@@ -1,6 +1,7 @@
 """Logging that never makes the event loop wait for a terminal or a pipe.
 
-Records go through a bounded queue to a thread that writes them to stderr, as text or as one JSON object a line. If
+Records go through a bounded queue to a thread that writes them to stderr, as text or as one JSON object a line. The
+thread wakes for a batch: where a wake-up costs more than a line, one a record would be a tenth of a short request. If
 stderr is too slow, lines are dropped, and the next line that gets through says how many. No line has an API key: of
 one that a client writes in place of a name or an id, the key's id is left.
 """
@@ -10,16 +11,19 @@ from __future__ import annotations
 import atexit
 import json
 import logging
-import queue
 import re
 import sys
+import threading
+from collections import deque
 from datetime import UTC, datetime
-from logging.handlers import QueueHandler, QueueListener
 from typing import Any, Literal, TextIO
 
 from sidecar.access.keys import without_secrets
 
 QUEUED_MAX = 10_000
+BATCH_S = 0.05
+"""How long a line may wait for others. A warning is written at once, with all before it."""
+LINES_A_WRITE = 64
 NOT_UTF8_EVERY_S = 60.0
 GRPC_METADATA = "grpc._cython.cygrpc"
 """The logger in gRPC that reports undecodable metadata."""
@@ -87,27 +91,32 @@ class JsonFormatter(logging.Formatter):
         return without_secrets(json.dumps(line, separators=(",", ":"), default=str))
 
 
-class QueuedHandler(QueueHandler):
-    """Hand records to the writing thread without ever waiting for it."""
+class QueuedHandler(logging.Handler):
+    """Keep records for the writing thread, without ever waiting for it."""
 
-    def __init__(self, records: queue.Queue[logging.LogRecord]) -> None:
-        super().__init__(records)
-        self.left_out = 0
+    def __init__(self, queued_max: int = QUEUED_MAX) -> None:
+        super().__init__()
+        self.records: deque[logging.LogRecord] = deque()
+        self.some, self.now = threading.Event(), threading.Event()
+        """Set when there are records, and when they are to be written at once."""
+        self._queued_max = queued_max
+        self._left_out = 0
 
-    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        """Render the message now, since its arguments may change; the thread formats the rest."""
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue a record. Its message is rendered now, since its arguments may change; the thread formats the rest."""
         if record.args:
             record.msg, record.args = record.getMessage(), None
-        return record
-
-    def enqueue(self, record: logging.LogRecord) -> None:
-        try:
-            if self.left_out:
-                self.queue.put_nowait(_left_out(self.left_out))
-                self.left_out = 0
-            self.queue.put_nowait(record)
-        except queue.Full:
-            self.left_out += 1
+        if len(self.records) + bool(self._left_out) >= self._queued_max:
+            self._left_out += 1
+            return
+        if self._left_out:
+            self.records.append(_left_out(self._left_out))
+            self._left_out = 0
+        self.records.append(record)
+        if not self.some.is_set():
+            self.some.set()
+        if record.levelno >= logging.WARNING:
+            self.now.set()
 
 
 def _left_out(count: int) -> logging.LogRecord:
@@ -144,23 +153,49 @@ class NotUtf8(logging.Filter):
 class LogWriter:
     """The thread behind the root logger. `stop` writes what is still queued."""
 
-    def __init__(self, handler: QueuedHandler, listener: QueueListener, not_utf8: NotUtf8) -> None:
+    def __init__(self, handler: QueuedHandler, written: logging.StreamHandler[TextIO], not_utf8: NotUtf8) -> None:
         self._handler = handler
+        self._written = written
         self._not_utf8 = not_utf8
-        self._listener: QueueListener | None = listener
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
 
     def start(self) -> None:
-        assert self._listener is not None
-        self._listener.start()
+        self._thread.start()
 
     def stop(self) -> None:
-        listener, self._listener = self._listener, None
-        if listener is None:
+        if self._stopping:
             return
         logging.getLogger().removeHandler(self._handler)
         logging.getLogger(GRPC_METADATA).removeFilter(self._not_utf8)
-        listener.stop()
+        self._stopping = True
+        self._handler.now.set()
+        self._handler.some.set()
+        self._thread.join()
         atexit.unregister(self.stop)
+
+    def _run(self) -> None:
+        some, now, records = self._handler.some, self._handler.now, self._handler.records
+        while not (self._stopping and not records):
+            some.wait()
+            now.wait(BATCH_S)
+            some.clear()  # before the queue is emptied: what comes from here on sets it again
+            now.clear()
+            while records:
+                self._write([records.popleft() for _ in range(min(len(records), LINES_A_WRITE))])
+
+    def _write(self, records: list[logging.LogRecord]) -> None:
+        lines = []
+        for record in records:
+            try:
+                lines.append(self._written.format(record))
+            except Exception:  # noqa: BLE001 — of anything's text: no line may end the thread
+                self._written.handleError(record)
+        try:
+            self._written.stream.write("\n".join([*lines, ""]))
+            self._written.flush()
+        except Exception:  # noqa: BLE001 — such as a closed pipe; told as logging's own handlers do
+            self._written.handleError(records[0])
 
 
 def configure_logging(
@@ -170,11 +205,10 @@ def configure_logging(
     written = logging.StreamHandler(stream or sys.stderr)
     text = TextFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     written.setFormatter(JsonFormatter() if log_format == "json" else text)
-    records: queue.Queue[logging.LogRecord] = queue.Queue(QUEUED_MAX)
-    handler = QueuedHandler(records)
+    handler = QueuedHandler()
     not_utf8 = NotUtf8()
     logging.getLogger(GRPC_METADATA).addFilter(not_utf8)
-    writer = LogWriter(handler, QueueListener(records, written), not_utf8)
+    writer = LogWriter(handler, written, not_utf8)
     root = logging.getLogger()
     root.setLevel(level.upper())
     root.addHandler(handler)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import queue
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -257,13 +256,12 @@ def test_stopping_twice_is_once() -> None:
 
 def test_a_slow_stream_never_blocks_the_caller() -> None:
     """With the queue full a record is left out, and the next that gets through says how many were."""
-    records: queue.Queue[logging.LogRecord] = queue.Queue(2)
-    handler = QueuedHandler(records)
+    handler = QueuedHandler(queued_max=2)
     for number in range(5):
-        handler.handle(logging.makeLogRecord({"msg": f"line {number}"}))
-    taken = [records.get_nowait().getMessage() for _ in range(2)]
-    handler.handle(logging.makeLogRecord({"msg": "after"}))
-    taken += [records.get_nowait().getMessage() for _ in range(2)]
+        handler.handle(logging.makeLogRecord({"msg": f"line {number}", "levelno": logging.INFO}))
+    taken = [handler.records.popleft().getMessage() for _ in range(2)]
+    handler.handle(logging.makeLogRecord({"msg": "after", "levelno": logging.INFO}))
+    taken += [handler.records.popleft().getMessage() for _ in range(2)]
     assert taken == [
         "line 0", "line 1", "3 log lines were left out: stderr takes them too slowly", "after",
     ]  # fmt: skip
