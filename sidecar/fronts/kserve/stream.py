@@ -12,7 +12,7 @@ import grpc.aio
 
 from sidecar.backends import wire
 from sidecar.backends.api import Reply, Ticket
-from sidecar.core.effects import Settle
+from sidecar.core.effects import Dispatch, Settle
 from sidecar.errors import Failed, Reason
 from sidecar.fronts import callers, relay
 from sidecar.fronts.kserve.lifetime import Lifetime
@@ -170,17 +170,21 @@ class InferStream:
         """Return the writer of the replies. The first reply has the origin, too: the last may have no data."""
         asked = live.asked
         id_only = wire.in_stream_response(wire.response_fragment(asked.client_id))
-        first = True
+        of: Dispatch | None = None
+        origin = b""
 
         def write(reply: Reply) -> Awaitable[None]:
-            nonlocal first
-            if not first and not reply.final:
+            nonlocal of, origin
+            if of is not None and not reply.final:
                 return self._write(reply.raw + id_only)
-            first = False
+            if of is not live.ticket.dispatch:
+                of = live.ticket.dispatch
+                origin = wire.in_stream_response(
+                    wire.response_fragment(asked.client_id, self._front.origin(live.ticket))
+                )
             if reply.final and not reply.message.outputs and not asked.wants_empty_final:
                 return _nothing()  # the client did not ask for it; we did, to see the end
-            fragment = wire.response_fragment(asked.client_id, self._front.origin(live.ticket))
-            return self._write(reply.raw + wire.in_stream_response(fragment))
+            return self._write(reply.raw + origin)
 
         return write
 
