@@ -164,14 +164,14 @@ class Metrics:
         self._heals = Series("heals_total", registry)
         self._quarantines = Series("quarantines_total", registry)
         for outcome in Outcome:  # present from the start, so that a first failure is an increase
-            self._requests.child(outcome.value)
-        self._exceeded.child()
+            self._requests.begin(outcome.value)
+        self._exceeded.begin()
         for cache in Cache:
-            self._dispatches.child(cache.value)
+            self._dispatches.begin(cache.value)
         for result in ("ok", "failed"):
-            self._fetch_results.child(result)
+            self._fetch_results.begin(result)
         for label in ("adapter", "tenant"):
-            self._folded.child(label)
+            self._folded.begin(label)
 
     def start(self) -> None:
         """Begin to measure the event loop."""

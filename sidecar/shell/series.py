@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.core import Metric as Family
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from sidecar.shell.metric_table import BY_SHORT
 
@@ -20,41 +24,65 @@ FEW_WAIT_BUCKETS_S = (0.01, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 BOUND_BUCKETS_S = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 3600)
 
 
-class Series:
-    """A family of the client library with its children cached: finding one by label costs more than counting."""
+class Series(Collector):
+    """The series of a counter, or with `buckets` of a histogram, by their labels' values.
+
+    They are counted here and handed over when they are scraped: the client library's own series check, lock and look
+    for each count, which on the event loop costs many times the count itself.
+    """
 
     def __init__(self, short: str, registry: CollectorRegistry, buckets: Sequence[float] = ()) -> None:
-        metric = BY_SHORT[short]
-        self._family: Any
-        if metric.kind == "counter":
-            self._family = Counter(metric.name, metric.help, metric.labels, registry=registry)
-        else:
-            self._family = Histogram(metric.name, metric.help, metric.labels, registry=registry, buckets=buckets)
-        self._children: dict[tuple[str, ...], Any] = {}
+        self._metric = BY_SHORT[short]
+        self._bounds_s = tuple(map(float, buckets))
+        self._counts: dict[tuple[str, ...], float] = {}
+        self._seen: dict[tuple[str, ...], list[float]] = {}
+        """How many durations fell into each bucket and above them all, and last their sum."""
+        registry.register(self)
+
+    @property
+    def _series(self) -> dict[tuple[str, ...], Any]:
+        return self._seen if self._bounds_s else self._counts
 
     def __len__(self) -> int:
-        return len(self._children)
+        return len(self._series)
 
     def __contains__(self, labels: tuple[str, ...]) -> bool:
-        return labels in self._children
+        return labels in self._series
 
-    def child(self, *labels: str) -> Any:
-        child = self._children.get(labels)
-        if child is None:
-            child = self._children[labels] = self._family.labels(*labels) if labels else self._family
-        return child
+    def begin(self, *labels: str) -> None:
+        """Show a counter's series before there is anything to count."""
+        self._counts.setdefault(labels, 0.0)
 
     def add(self, amount: float, *labels: str) -> None:
-        self.child(*labels).inc(amount)
+        self._counts[labels] = self._counts.get(labels, 0.0) + amount
 
     def take(self, duration_ns: int, *labels: str) -> None:
-        self.child(*labels).observe(duration_ns / 1e9)
+        seen = self._seen.get(labels)
+        if seen is None:
+            seen = self._seen[labels] = [0.0] * (len(self._bounds_s) + 2)
+        duration_s = duration_ns / 1e9
+        seen[bisect_left(self._bounds_s, duration_s)] += 1
+        seen[-1] += duration_s
 
     def end(self, first_label: str) -> None:
         """Remove every series whose first label has this value."""
-        for labels in [labels for labels in self._children if labels[0] == first_label]:
-            del self._children[labels]
-            self._family.remove(*labels)
+        for labels in [labels for labels in self._series if labels[0] == first_label]:
+            del self._series[labels]
+
+    def collect(self) -> Iterable[Family]:
+        """Return the family; in any thread."""
+        metric = self._metric
+        if not self._bounds_s:
+            counter = CounterMetricFamily(metric.name, metric.help, labels=metric.labels)
+            for labels, count in list(self._counts.items()):
+                counter.add_metric(labels, count)
+            return (counter,)
+        histogram = HistogramMetricFamily(metric.name, metric.help, labels=metric.labels)
+        names = [*map(floatToGoString, self._bounds_s), "+Inf"]
+        for labels, seen in list(self._seen.items()):
+            *counts, sum_s = list(seen)
+            histogram.add_metric(labels, list(zip(names, accumulate(counts), strict=True)), sum_s)
+        return (histogram,)
 
 
 class _Standing(Collector):
@@ -77,7 +105,6 @@ class Page:
     """
 
     def __init__(self) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # it would double every counter
         self.registry = CollectorRegistry()
         self._standing = _Standing()
         self.registry.register(self._standing)
