@@ -86,6 +86,9 @@ class Permit:
     versions: tuple[int, ...] | None = None
 
 
+ANY_VERSION = Permit()
+
+
 class Charge:
     """What a request has reserved of its budgets, as its ticket settles it."""
 
@@ -266,14 +269,14 @@ class Access:
         a name that is not there or not permitted.
         """
         if self.mode == "off" or caller is OURSELVES:
-            return Permit()
+            return ANY_VERSION
         if self.mode == "observe":
             claims_another = (
                 caller.is_believed and caller.proven is not None and tenant not in ("", caller.proven.tenant)
             )
             if not (caller.is_recorded or claims_another):
                 self._observe(caller, reference, request_id, is_base)
-            return Permit()
+            return ANY_VERSION
         self.check(caller)
         permit, why = self._judge(caller.principal, reference, is_base)
         if permit is None:
@@ -315,7 +318,7 @@ class Access:
             if not is_base:
                 return None, ""
             decision = self._policy.decide(principal, Action.INFER, Resource(Sort.BASE, reference))
-            return (Permit() if decision.allowed else None), decision.by
+            return (ANY_VERSION if decision.allowed else None), decision.by
         decision = self._policy.decide(principal, Action.INFER, adapter_resource(record))
         if not decision.allowed:
             return None, decision.by

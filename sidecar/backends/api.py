@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from time import monotonic_ns
 from typing import Any, Protocol
@@ -85,7 +85,10 @@ class Payload:
 
     def spent(self) -> Payload:
         """Return the payload without its bytes, for a request that will not be sent again."""
-        return replace(self, head=b"", forms=dict.fromkeys(self.forms, b""))
+        if not self.head and not self.forms:
+            return self
+        forms: dict[str, Form] = dict.fromkeys(self.forms, b"")
+        return Payload(self.model, b"", self.raw, self.unary, self.metadata, self.prompt, self.kind, forms)
 
     def is_whole(self, kind: str) -> bool:
         """Return True if a model of that kind is asked for the whole answer at once."""

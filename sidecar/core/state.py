@@ -445,6 +445,8 @@ class State:
     """The backends that can serve each version."""
     takers: dict[str, tuple[tuple[str, ...], int]] = field(default_factory=dict, metadata={"derived": True})
     """Those of them that are up, and the longest prompt that all of them take."""
+    pool_version: int = field(default=0, metadata={"derived": True})
+    """Counts the changes of backends and of what they can serve, for those who keep what follows from these."""
 
     @property
     def queued(self) -> int:
@@ -491,6 +493,7 @@ class State:
         self.full.clear()
         self.servers.clear()
         self.takers.clear()
+        self.pool_version += 1
 
     def forget_servers_of(self, version: str) -> None:
         self.servers.pop(version, None)

@@ -17,6 +17,9 @@ from sidecar.core.facts import EngineFacts
 from sidecar.core.state import State
 from sidecar.errors import Reason, Refused
 
+SORTS_MAX = 1_000
+"""Sorts of requests that are kept: clients choose the names of models."""
+
 
 def backends_of(state: State, kinds: Collection[str], base: str = "") -> tuple[str, ...] | None:
     """Return the backends of these kinds, with `base` those of that base model: () for all backends, None for none."""
@@ -98,6 +101,26 @@ def kserve_eligibility(state: State, payload: Payload, base: str = "") -> tuple[
             Reason.INVALID_REQUEST, f'no backend of the base model "{clipped(base)}" takes this; use the OpenAI API'
         )
     return payload, fitting or ()
+
+
+class Eligibility:
+    """`kserve_eligibility`, asked once for each sort of request until a backend changes."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {}
+        self._version = -1
+
+    def of(self, state: State, payload: Payload, base: str = "") -> tuple[Payload, tuple[str, ...]]:
+        if self._version != state.pool_version or len(self._found) > SORTS_MAX:
+            self._found.clear()
+            self._version = state.pool_version
+        sort = (base, payload.model, *payload.kinds)
+        found = self._found.get(sort)
+        if found is None:
+            eligible, only = kserve_eligibility(state, payload, base)
+            found = self._found[sort] = eligible.kind, only
+        kind, only = found
+        return payload if kind == payload.kind else replace(payload, kind=kind), only
 
 
 def kserve_engines(state: State) -> list[EngineFacts]:

@@ -263,7 +263,7 @@ class Gateway:
         """
         facts.check()
         try:
-            facts = self._permitted(facts, client_id, caller)
+            self._permit(facts, client_id, caller)
         except SidecarError as error:
             name = UNKNOWN if admission.name_in(self.state, facts.adapter) else ""
             self.show_refused(name, facts.tenant, facts.klass, facts.input_tokens, error)
@@ -299,8 +299,8 @@ class Gateway:
             self.show_refused(name, facts.tenant, facts.klass, facts.input_tokens, refused)
             raise
 
-    def _permitted(self, facts: RequestFacts, client_id: str, caller: Caller) -> RequestFacts:
-        """Return a request as the caller may make it. Raises Refused, Misused(UNAUTHENTICATED)."""
+    def _permit(self, facts: RequestFacts, client_id: str, caller: Caller) -> None:
+        """Complete a request as the caller may make it. Raises Refused, Misused(UNAUTHENTICATED)."""
         access, name = self.access, facts.adapter
         klass = access.class_of(caller, facts.klass)
         is_base = name in admission.BASE_NAMES and name not in self.state.names
@@ -309,7 +309,7 @@ class Gateway:
         is_visible = record is not None and (permit.versions is not None or record.is_for(facts.tenant))
         if record is not None and is_visible and caller is not OURSELVES:
             check_not_paused(record, time())
-        return replace(facts, klass=klass, versions=permit.versions)
+        facts.klass, facts.versions = klass, permit.versions
 
     def permit(self, caller: Caller, reference: str, request_id: str, is_base: bool, tenant: str) -> None:
         """Raise as `access.permit` does, and show the refusal, for a request that is submitted by another reference."""

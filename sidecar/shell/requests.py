@@ -33,9 +33,9 @@ class TraceOrigin(NamedTuple):
 NO_TRACE = TraceOrigin()
 
 
-@dataclass(frozen=True)
+@dataclass
 class RequestFacts:
-    """What the core must know of a request; `deadline_s` is in seconds from now.
+    """What the core must know of a request; `deadline_s` is in seconds from now. It is its front's until `submit`.
 
     Counts are limited to COUNT_MAX: they are added up, sent to other replicas and written to the journal.
     """
@@ -64,8 +64,9 @@ class RequestFacts:
     """How long it has waited since it came to the first replica, before this replica's core gets it."""
 
     def __post_init__(self) -> None:
-        for name in ("input_tokens", "output_tokens_max", "sequences"):
-            object.__setattr__(self, name, min(getattr(self, name), COUNT_MAX))
+        self.input_tokens = min(self.input_tokens, COUNT_MAX)
+        self.output_tokens_max = min(self.output_tokens_max, COUNT_MAX)
+        self.sequences = min(self.sequences, COUNT_MAX)
 
     def check(self) -> None:
         """Raise Refused(INVALID_REQUEST) for a malformed name. Every front relies on it."""

@@ -28,7 +28,7 @@ from sidecar.config import Config
 from sidecar.core.effects import Settle
 from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts import callers, relay
-from sidecar.fronts.eligible import is_base, kserve_eligibility
+from sidecar.fronts.eligible import Eligibility, is_base
 from sidecar.fronts.hiding import Hiding
 from sidecar.fronts.kserve import request
 from sidecar.fronts.kserve.lifetime import Lifetimes
@@ -57,6 +57,7 @@ class KServe:
         self.lifetimes = Lifetimes(config.listeners.data.max_connection_age_s)
         gateway.observe(self.lifetimes)
         self.regions = RegionOwners(gateway.access)
+        self._eligibility = Eligibility()
         self._rules = request.Rules(config.legacy_task_ids, config.allow_client_lora)
 
     async def infer(self, raw: bytes, context: Any) -> bytes:
@@ -115,7 +116,8 @@ class KServe:
             if task and error.reason is Reason.UNKNOWN_ADAPTER:  # its text would tell which name the task id means
                 error = unknown(task, request_id)
             raise NotAccepted(error, request_id, client_id) from None
-        live = Live(replace(asked, payload=asked.payload.spent(), text=None), ticket, context.peer(), call)
+        asked.payload, asked.text = asked.payload.spent(), None
+        live = Live(asked, ticket, context.peer(), call)
         self.live.add(live)
         return live
 
@@ -135,22 +137,20 @@ class KServe:
         facts, tokens, caller = asked.facts, asked.facts.input_tokens, callers.CALLER.get()
         tenant = self.gateway.access.tenant_of(caller, callers.claimed_tenants(metadata, facts.tenant), request_id)
         base = facts.adapter if is_base(self.gateway.state, facts.adapter) else ""
-        payload, only = kserve_eligibility(self.gateway.state, asked.payload)
+        payload, only = self._eligibility.of(self.gateway.state, asked.payload)
         if base and not asked.stop:  # only now: until here a name that means nothing is answered alike
             self.gateway.permit(caller, base, request_id, True, tenant)
             caller = replace(caller, is_recorded=True)
-            payload, only = kserve_eligibility(self.gateway.state, asked.payload, base)
-        facts = replace(
-            facts,
-            adapter="" if base else facts.adapter,
-            tenant=tenant,
-            deadline_s=callers.earliest(facts.deadline_s, callers.remaining_s(context)),
-            input_tokens=text_tokens_max(self.gateway.state, tokens) if asked.is_text else tokens,
-            only=only,
-            has_length=facts.output_tokens_max > 0,
-            is_estimated=asked.is_text,
-        )
-        return replace(asked, facts=facts, payload=payload, hidden_regions=hidden), caller
+            payload, only = self._eligibility.of(self.gateway.state, asked.payload, base)
+        facts.adapter = "" if base else facts.adapter
+        facts.tenant = tenant
+        facts.deadline_s = callers.earliest(facts.deadline_s, callers.remaining_s(context))
+        facts.input_tokens = text_tokens_max(self.gateway.state, tokens) if asked.is_text else tokens
+        facts.only = only
+        facts.has_length = facts.output_tokens_max > 0
+        facts.is_estimated = asked.is_text
+        asked.payload, asked.hidden_regions = payload, hidden
+        return asked, caller
 
     def close(self, live: Live) -> None:
         self.live.remove(live)

@@ -35,14 +35,15 @@ class Rules:
     allow_client_lora: bool
 
 
-@dataclass(frozen=True)
+@dataclass
 class KServeRequest:
-    """A parsed request. `client_id` is the message's own id; `request_id` is a made one where it has none.
+    """A parsed request, which is completed until it is submitted, and has no bytes any more after that.
 
-    With `stop` it cancels an earlier request with its id instead of running. With `is_text` the prompt is text, and
-    `facts.input_tokens` counts its bytes; `text` is the prompt if it was asked for and is one text in the message.
-    `outputs` names the requested outputs, () for all. `task` is what the client says instead of the adapter's name,
-    "" if it says the name. `hidden_regions` has the client's names of regions by those that the engine is told.
+    `client_id` is the message's own id; `request_id` is a made one where it has none. With `stop` it cancels an earlier
+    request with its id instead of running. With `is_text` the prompt is text, and `facts.input_tokens` counts its
+    bytes; `text` is the prompt if it was asked for and is one text in the message. `outputs` names the requested
+    outputs, () for all. `task` is what the client says instead of the adapter's name, "" if it says the name.
+    `hidden_regions` has the client's names of regions by those that the engine is told.
     """
 
     client_id: str
