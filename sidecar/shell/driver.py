@@ -75,6 +75,7 @@ class Driver:
         self._scheduled = False
         self._stopped = False
         self._timer: asyncio.TimerHandle | None = None
+        self._running_in: asyncio.AbstractEventLoop | None = None
         self._last_ns = 0
 
     def observe(self, observer: Observer, of_refused: bool = False, of_core: bool = False) -> None:
@@ -109,7 +110,14 @@ class Driver:
             self._engine.append(event)
         if not self._scheduled:
             self._scheduled = True
-            asyncio.get_running_loop().call_soon(self._run_batch)
+            self._loop.call_soon(self._run_batch)
+
+    @property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop, kept: until Python 3.12 asyncio makes a system call each time that it is asked for it."""
+        if self._running_in is None:
+            self._running_in = asyncio.get_running_loop()
+        return self._running_in
 
     def _refuse(self, event: Received) -> Refused:
         refused = Refused(
@@ -136,7 +144,7 @@ class Driver:
             else:
                 return
         self._scheduled = True
-        asyncio.get_running_loop().call_soon(self._run_batch)
+        self._loop.call_soon(self._run_batch)
 
     def tell(self, event: Event) -> None:
         """Take an event now, after all that engines have reported: the core must know of every first token by then.
@@ -217,7 +225,7 @@ class Driver:
         if self._timer is not None:
             self._timer.cancel()
         delay_s = max(0, at_ns - now_ns) / 1e9 + 0.0005  # after that time, whatever the timer's resolution
-        self._timer = asyncio.get_running_loop().call_later(delay_s, self.post, Tick())
+        self._timer = self._loop.call_later(delay_s, self.post, Tick())
 
     def stop(self) -> None:
         """Take no more events; those still queued are dropped."""

@@ -60,14 +60,15 @@ class Client:
             self.lifetime.over()
 
     async def _answer(self, raw: bytes) -> None:
-        with self.lifetime.answering():
-            try:
-                self.lifetime.check()
-            except Refused:
-                self.refused.append(raw)
-                return
+        self.lifetime.begin()
+        try:
+            self.lifetime.check()
             await self.may_end.setdefault(raw, asyncio.Event()).wait()
             self.answered.append(raw)
+        except Refused:
+            self.refused.append(raw)
+        finally:
+            self.lifetime.ended()
 
     def send(self, raw: bytes) -> None:
         self.sent.put_nowait(raw)

@@ -10,8 +10,8 @@ for its age once more.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from random import Random
 
 from sidecar.core.effects import Effect
@@ -85,17 +85,15 @@ class Lifetime:
         finally:
             self._is_reading = False
 
-    @contextmanager
-    def answering(self) -> Iterator[None]:
-        """Enter the answering of one request, which is in flight meanwhile."""
+    def begin(self) -> None:
+        """Note that the answering of a request begins, which is in flight until `ended`."""
         self._in_flight += 1
         self._schedule()
-        try:
-            yield
-        finally:
-            self._in_flight -= 1
-            self._quiet_since_s = self._loop.time()
-            self._schedule()
+
+    def ended(self) -> None:
+        self._in_flight -= 1
+        self._quiet_since_s = self._loop.time()
+        self._schedule()
 
     def check(self) -> None:
         """Raise Refused(DRAINING) if the stream is too old for a new request. During a drain the core refuses."""

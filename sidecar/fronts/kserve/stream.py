@@ -128,12 +128,15 @@ class InferStream:
             raise ClientLeft from error
 
     async def _answer(self, raw: bytes) -> None:
-        with self.lifetime.answering():
+        self.lifetime.begin()
+        try:
             accepted = self._accept(raw)
-            del raw  # the answer, or a refusal, may wait for its client
+            raw = b""  # the answer, or a refusal, may wait for its client
             message = await self._relay(accepted) if isinstance(accepted, Live) else accepted
             if message is not None:
                 await self._send(message)
+        finally:
+            self.lifetime.ended()
 
     def _accept(self, raw: bytes) -> Live | _Message:
         """Submit a request; return the answer to one that is refused, or is a stop."""
