@@ -7,9 +7,10 @@ the engine's adapter-cache pages.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol, runtime_checkable
+
+from policies.record import record
 
 BASE = ""
 """The version id of the base model, which needs no adapter, page or load."""
@@ -38,7 +39,7 @@ class Eviction(Protocol):
         """Replace the state by one that `snapshot` returned."""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Waiting:
     """A request in a backend's queue."""
 
@@ -56,7 +57,7 @@ class Waiting:
     """The seats that it takes while it runs."""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Backlog:
     """What a request finds on its backend at admission, itself included; the basis of a promise. Times in ns."""
 
@@ -92,7 +93,7 @@ class Backlog:
     """The time allowed for its adapter to reach the host store; 0 if it is there."""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Promise:
     """The promise given at admission: durations in ns since arrival, never raised."""
 
@@ -164,21 +165,21 @@ Room = OrderingView
 """The name until 0.2; plug-ins may import it for one more release."""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Send:
     """Dispatch this request; `OrderingView.can_send` must be True for it."""
 
     request: int
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Open:
     """Give this version a slot and load it if needed; `OrderingView.can_open` must be True for it."""
 
     version: str
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Close:
     """Free the slot of a version without runs."""
 
@@ -231,7 +232,7 @@ class HearsOfVoids(Protocol):
         """Note that nothing bounds the waits of these queued requests any more."""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Candidate:
     """A backend that can serve the request, as it is now. "The version" is the request's own."""
 
@@ -294,7 +295,7 @@ class Candidates(Protocol):
         """Return how many there are."""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Choice:
     """The chosen backend and a short reason for the log."""
 
@@ -328,7 +329,7 @@ class HearsOfRemovals(Protocol):
         """Forget a backend. A later one with the same id is a new one."""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Sized:
     """A version and the bytes of its packed form."""
 

@@ -20,7 +20,9 @@ sweep is the combined recency and frequency of Lee et al., "LRFU", IEEE Transact
 per byte as in GreedyDual-Size, Cao and Irani, USITS 1997. The store, not the policy, spares blobs that requests need.
 
 O(log n) per event: every expert keeps the held keys in its order too. Building the new order only when another expert
-takes over was tried; it saves a quarter of each event, but the change itself took 600 ms at 100,000 adapters.
+takes over was tried; it saves a quarter of each event, but the change itself took 600 ms at 100,000 adapters. Used keys
+are put into the orders only when something has to go, or when there are UNPLACED_MAX of them: while everything fits no
+order is needed, and a key that is used again and again is placed once.
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ CLEARLY_BETTER = 1.03
 """Another expert takes over when the bill of the one in charge exceeds the least bill by this factor."""
 REMEMBERED_REQUESTS = 5 * max(HALF_LIVES)
 """How many requests a key is remembered that nothing holds. This bounds the number of remembered keys."""
+UNPLACED_MAX = 1000
+"""So many used keys wait to be put into the orders. Placing them takes 11 ms of the next eviction."""
 
 
 class Shadow:
@@ -76,6 +80,8 @@ class RatePerByte:
         self._remembered: OrderedDict[str, tuple[int, Known]] = OrderedDict()
         """History of keys that nothing holds any more, with the request at which the last holder dropped them."""
         self._held: dict[str, None] = {}
+        self._unplaced: dict[str, None] = {}
+        """The keys whose last use the orders don't show yet, least recently used first. Every shadow has them."""
         self._bytes_held = 0
         self._bytes_max = 0
         self._orders = {name: expert() for name, expert in EXPERTS.items()}
@@ -95,17 +101,31 @@ class RatePerByte:
 
     def on_hit(self, key: str, now_ns: int) -> None:
         self._requests += 1
+        self._known[key].used(self._requests)
+        if key in self._unplaced or all(key in shadow.order for shadow in self._shadows.values()):
+            self._unplaced.pop(key, None)
+            self._unplaced[key] = None
+            for shadow in self._shadows.values():
+                shadow.bill_ns *= BILL_DECAY
+            if len(self._unplaced) > UNPLACED_MAX:
+                self._place(next(iter(self._unplaced)))
+        else:
+            self._miss(key)
+        self._forget_the_past()
+
+    def _miss(self, key: str) -> None:
+        """Note a use of a key that some shadow lacks."""
+        self._place_all()
         known = self._known[key]
-        known.used(self._requests)
         for order in self._orders.values():
             order.place(key, known)
         for shadow in self._shadows.values():
             for gone in shadow.use(key, self._known, self._bytes_max, self._requests):
                 self._let_go(gone)
-        self._forget_the_past()
         self._choose_an_expert()
 
     def on_remove(self, key: str, now_ns: int) -> None:
+        self._place_all()
         del self._held[key]
         for order in self._orders.values():
             order.remove(key)
@@ -113,7 +133,20 @@ class RatePerByte:
         self._let_go(key)
 
     def victims(self, now_ns: int) -> Iterator[str]:
+        self._place_all()
         yield from self._orders[self._in_charge].least_first(self._requests)
+
+    def _place_all(self) -> None:
+        while self._unplaced:
+            self._place(next(iter(self._unplaced)))
+
+    def _place(self, key: str) -> None:
+        del self._unplaced[key]
+        known = self._known[key]
+        for order in self._orders.values():
+            order.place(key, known)
+        for shadow in self._shadows.values():
+            shadow.order.place(key, known)
 
     def snapshot(self) -> dict[str, Any]:
         return {
@@ -132,7 +165,7 @@ class RatePerByte:
         self._remembered = OrderedDict(
             (key, (let_go, Known(size, last, tuple(uses)))) for key, let_go, size, last, uses in state["remembered"]
         )
-        self._in_charge, self._held = state["in_charge"], dict.fromkeys(state["held"])
+        self._in_charge, self._held, self._unplaced = state["in_charge"], dict.fromkeys(state["held"]), {}
         self._bytes_held = sum(self._known[key].size_bytes for key in self._held)
         for name, (bill_ns, keys) in state["shadows"].items():
             self._orders[name] = self._in_order(name, self._held)

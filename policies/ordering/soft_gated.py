@@ -34,7 +34,6 @@ with few slots. Exhaustive and gated service are those of polling systems (Takag
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from policies.ordering.fairness import TokenCounters
@@ -42,6 +41,7 @@ from policies.ordering.least_served import LeastServed
 from policies.ordering.open_times import OpenTimes
 from policies.ordering.overdue import NOBODY, Overdue
 from policies.ordering.queues import Queues
+from policies.record import record
 from policies.views import BASE, Backlog, Close, Decision, Hold, Open, OrderingView, Promise, Send, Waiting
 
 DRAIN_FACTOR = 2
@@ -57,7 +57,7 @@ SLACK_REQUESTS = 32
 NO_GATE = NOBODY
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Rule:
     """The limits at one moment: only requests up to `urgent`, only tenants served up to `served_most`."""
 

@@ -14,6 +14,7 @@ from enum import Enum
 from time import monotonic_ns
 from typing import Any, Protocol
 
+from policies.record import record
 from sidecar.backends import faults, wire
 from sidecar.backends.buffers import REPLY_BYTES, AnswerBuffers
 from sidecar.core.effects import Dispatch, Load, Settle
@@ -31,7 +32,7 @@ class Prompt(Enum):
     TOKENS = "tokens"
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class HttpForm:
     """A request for an engine's OpenAI API: its JSON body around the model's name, which is added at dispatch.
 
@@ -52,7 +53,7 @@ to KServe the bytes are a serialized `ModelInferRequest`.
 """
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class HttpRejection:
     """An engine's own error, passed unchanged to a client of the same API."""
 
@@ -60,7 +61,7 @@ class HttpRejection:
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Payload:
     """A request in the engine's form, without id and adapter: these are added as bytes at dispatch.
 
@@ -375,7 +376,7 @@ class LoadResult:
         return self.means or faults.classify(self.error or "")
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Wear:
     """The adapter versions that an engine keeps in memory until it is restarted, and how many it may keep.
 
@@ -391,7 +392,7 @@ class Wear:
         return self.limit is not None and self.versions >= self.limit
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Signs:
     """The signs of life of an engine.
 

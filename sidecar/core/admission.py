@@ -69,9 +69,7 @@ def _counted(state: State, event: Received, digest: str) -> Received:
     Without the cap one client could lengthen every other client's promise at will.
     """
     config = state.config
-    servers = eligibility.among(eligibility.servers_of(state, digest), event.only)
-    longest = [backend.facts.sequence_tokens_max or config.sequence_tokens_assumed for backend in servers]
-    most = max(1, max(longest, default=config.sequence_tokens_assumed) - event.input_tokens) * event.sequences
+    most = max(1, eligibility.longest_sequence(state, digest, event.only) - event.input_tokens) * event.sequences
     tokens = min(event.output_tokens_max or config.output_tokens_assumed, most)
     return event if tokens == event.output_tokens_max else replace(event, output_tokens_max=tokens)
 
@@ -261,30 +259,26 @@ def _admit(state: State, event: Received, name: Name | None, digest: str, now_ns
 
 def _has_room(state: State, event: Received) -> None:
     """Check the queue's limits on requests, tokens and bytes, in total and per tenant. Raise Refused at a limit."""
-    config, tenant = state.config, state.tenant_queued.get(event.tenant, Queued())
-    tokens = event.input_tokens + event.output_tokens_max
-    of_tenant = f' of tenant "{event.tenant}"'
-    bounds = (
-        ("queued_max", state.waiting.requests, 1, config.queued_max, "requests"),
-        ("queued_tokens_max", state.waiting.tokens, tokens, config.queued_tokens_max, "tokens"),
-        ("queued_bytes_max", state.waiting.size_bytes, event.size_bytes, config.queued_bytes_max, "bytes"),
-        ("tenant_queued_max", tenant.requests, 1, config.tenant_queued_max, f"requests{of_tenant}"),
-        ("tenant_queued_tokens_max", tenant.tokens, tokens, config.tenant_queued_tokens_max, f"tokens{of_tenant}"),
-        (
-            "tenant_queued_bytes_max",
-            tenant.size_bytes,
-            event.size_bytes,
+    config, tokens, size_bytes = state.config, event.input_tokens + event.output_tokens_max, event.size_bytes
+    whose, prefix = "", ""
+    over = state.waiting.over(tokens, size_bytes, config.queued_max, config.queued_tokens_max, config.queued_bytes_max)
+    if over is None:
+        whose, prefix = f' of tenant "{event.tenant}"', "tenant_"
+        over = (state.tenant_queued.get(event.tenant) or Queued()).over(
+            tokens,
+            size_bytes,
+            config.tenant_queued_max,
+            config.tenant_queued_tokens_max,
             config.tenant_queued_bytes_max,
-            f"bytes{of_tenant}",
-        ),
-    )
-    for key, held, more, limit, what in bounds:
-        if held + more > limit:
-            raise Refused(
-                Reason.QUEUE_FULL,
-                f"the queue is full: {held} {what} wait (limit {limit}); try again later, or raise queue.{key}",
-                retry_after_s=RETRY_AFTER_NS / 1e9,
-            )
+        )
+    if over is not None:
+        what, held, limit = over
+        key = f"{prefix}queued_{'' if what == 'requests' else f'{what}_'}max"
+        raise Refused(
+            Reason.QUEUE_FULL,
+            f"the queue is full: {held} {what}{whose} wait (limit {limit}); try again later, or raise queue.{key}",
+            retry_after_s=RETRY_AFTER_NS / 1e9,
+        )
 
 
 def _in_time(step: Step, request: Request, backend: Backend, limit: ClassLimit) -> None:
@@ -332,6 +326,13 @@ def _not_quarantined(state: State, name: Name, digest: str) -> None:
 
 def _find_server(state: State, event: Received, name: Name | None, digest: str) -> None:
     servers = eligibility.among(eligibility.servers_of(state, digest), event.only)
+    for server in servers:
+        if (
+            server.owned
+            and eligibility.long_enough(server, event.input_tokens)
+            and server.can_seat(event.sequences, state.config)
+        ):
+            return
     text = name.name if name is not None else "base model"
     if not servers:
         if eligibility.are_gone(state, event.only):

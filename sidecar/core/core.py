@@ -71,15 +71,11 @@ class Core:
     def step(self, event: ev.Event, now_ns: int) -> list[Effect]:
         """Take one event at `now_ns` (monotonic, never decreasing) and return the effects to carry out."""
         step = Step(self.state, now_ns)
-        if isinstance(event, ev.BackendAdded):
-            self._backend_added(step, event)
-        elif not (isinstance(event, OF_A_BACKEND) and event.backend not in self.state.backends):
-            HANDLERS[type(event)](step, event)
-            if isinstance(event, ev.BackendUp):
-                lifecycle.begin_joining(step, self.state.backends[event.backend], self.policies.routing)
-            elif isinstance(event, ev.BackendRemoved) and event.successor is not None:
-                self._backend_added(step, event.successor)
-                queueing.route_unrouted(step)
+        kind = type(event)
+        if kind in OF_A_BACKEND:
+            self._of_a_backend(step, event)
+        else:
+            HANDLERS[kind](step, event)
         if self.state.config.raise_on:
             injected.check(self.state.config.raise_on, event, self.state)  # here: the state is half changed
         _end_overdue(step)
@@ -87,6 +83,18 @@ class Core:
         self._schedule(step)
         self._set_wake(step)
         return step.effects
+
+    def _of_a_backend(self, step: Step, event: Any) -> None:
+        """Handle an event about a backend. It may have been removed since: then the event is ignored."""
+        if isinstance(event, ev.BackendAdded):
+            self._backend_added(step, event)
+        elif event.backend in self.state.backends:
+            HANDLERS[type(event)](step, event)
+            if isinstance(event, ev.BackendUp):
+                lifecycle.begin_joining(step, self.state.backends[event.backend], self.policies.routing)
+            elif isinstance(event, ev.BackendRemoved) and event.successor is not None:
+                self._backend_added(step, event.successor)
+                queueing.route_unrouted(step)
 
     def _backend_added(self, step: Step, event: ev.BackendAdded) -> None:
         ordering = self.policies.ordering()
@@ -378,8 +386,7 @@ HANDLERS: dict[type, Callable[[Step, Any], None]] = {
     ev.Progress: _progress,
     ev.Tick: _tick,
 }
-OF_A_BACKEND = (
-    ev.DrainSet, ev.BackendLeaving, ev.BackendRemoved, ev.BackendPlanned, ev.BackendTaken, ev.BackendGivenUp,
-    ev.BackendUp, ev.BackendMeasured, ev.BackendProbed, ev.BackendLost, ev.Progress,
-)  # fmt: skip
-"""Events about a backend that may arrive after it was removed; they are ignored then."""
+OF_A_BACKEND: frozenset[type] = frozenset((
+    ev.BackendAdded, ev.DrainSet, ev.BackendLeaving, ev.BackendRemoved, ev.BackendPlanned, ev.BackendTaken,
+    ev.BackendGivenUp, ev.BackendUp, ev.BackendMeasured, ev.BackendProbed, ev.BackendLost, ev.Progress,
+))  # fmt: skip

@@ -78,8 +78,6 @@ def open_version(step: Step, backend: Backend, digest: str) -> None:
 def _close_idle(state: State, backend: Backend, pages: int) -> None:
     """Close idle slots, longest open first, until `pages` fit for a waiting version."""
     limit = eligibility.page_limit(backend)
-    if limit is None:
-        return
     taken = sum(slot.pages for slot in backend.slots.values())
     for version, slot in sorted(backend.slots.items(), key=lambda item: (item[1].opened_ns, item[0])):
         if taken + pages <= limit:

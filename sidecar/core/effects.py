@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from policies.record import record
 from sidecar.core.enums import Cache, Outcome
 from sidecar.core.facts import Layout, Packed
 from sidecar.errors import Reason
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Fetch:
     """Bring a blob into memory; answered by Fetched or FetchFailed.
 
@@ -24,28 +23,28 @@ class Fetch:
     from_disk: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Drop:
     """Free a packed blob's memory."""
 
     key: str
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Spill:
     """Write a packed blob to the disk tier; answered by Spilled or SpillFailed."""
 
     key: str
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class DropDisk:
     """Delete a packed blob from the disk tier."""
 
     key: str
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Load:
     """Bring a packed blob into a backend; answered by LoadDone or LoadFailed."""
 
@@ -58,7 +57,7 @@ class Load:
     """The epoch under which this replica owns the backend; 0 with a single replica."""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Dispatch:
     """Send a request to a backend; answered by FirstToken, RunEnded, RunFailed."""
 
@@ -81,7 +80,7 @@ class Dispatch:
     """The epoch under which this replica owns the backend; 0 with a single replica."""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class CancelRun:
     """Stop a run at its backend; answered by RunEnded or RunFailed."""
 
@@ -90,14 +89,14 @@ class CancelRun:
     backend: str
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class RegisterRegions:
     """Register the clients' shared-memory regions with a backend that has forgotten them."""
 
     backend: str
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Probe:
     """Ask a silent engine for a sign of life within `within_ns`; answered by BackendProbed unless it is lost."""
 
@@ -105,7 +104,7 @@ class Probe:
     within_ns: int
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Settle:
     """End a request, exactly once. `reason` is None when it was answered in full."""
 
@@ -128,7 +127,7 @@ class Settle:
     """Why the promise became void."""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Heal:
     """Report to observers that a wrong belief or a fault was mended at no client's cost. Asks for no action."""
 
@@ -137,7 +136,7 @@ class Heal:
     version: str
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Quarantine:
     """Report to observers that a version is refused until an operator releases it."""
 
@@ -145,7 +144,7 @@ class Quarantine:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Answer:
     """Reply to an operator: pairs of (tier or backend, what happened there)."""
 
@@ -153,7 +152,7 @@ class Answer:
     lines: tuple[tuple[str, str], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class WakeAt:
     """Send a Tick at or after this time; replaces any earlier WakeAt."""
 

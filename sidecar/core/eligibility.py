@@ -8,8 +8,8 @@ from __future__ import annotations
 import difflib
 from bisect import bisect_left
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 
+from policies.record import record
 from policies.views import BASE, Hold, Waiting
 from sidecar.core.enums import Phase, Why
 from sidecar.core.facts import Misfit, misfit
@@ -57,6 +57,18 @@ def servers_of(state: State, digest: str) -> tuple[Backend, ...]:
         servers = tuple(b for b in state.backends.values() if cannot_serve(state, b, digest) is None)
         state.servers[digest] = servers
     return servers
+
+
+def longest_sequence(state: State, digest: str, only: tuple[str, ...]) -> int:
+    """Return the tokens of the longest sequence, prompt included, that a backend which can serve a version runs."""
+    longest = None if only else state.longest.get(digest)
+    if longest is None:
+        assumed = state.config.sequence_tokens_assumed
+        servers = among(servers_of(state, digest), only)
+        longest = max((backend.facts.sequence_tokens_max or assumed for backend in servers), default=assumed)
+        if not only:
+            state.longest[digest] = longest
+    return longest
 
 
 def servers_for(state: State, request: Request) -> tuple[Backend, ...]:
@@ -196,25 +208,24 @@ def is_needed(state: State, key: str) -> bool:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class PageRoom:
-    """The pages free for versions yet to be opened, idle slots counted as free; `free` is None without a limit."""
+    """The pages free for versions yet to be opened, idle slots counted as free."""
 
-    free: int | None
+    free: int
     nothing_busy: bool
 
     def takes(self, pages: int) -> bool:
         """Return True if `pages` fit beside the busy slots. An adapter larger than the limit may run alone."""
-        return self.free is None or pages <= self.free or self.nothing_busy
+        return pages <= self.free or self.nothing_busy
 
 
 def page_room(backend: Backend) -> PageRoom:
-    limit = page_limit(backend)
-    return PageRoom(None if limit is None else limit - backend.busy_pages, not backend.busy)
+    return PageRoom(page_limit(backend) - backend.busy_pages, not backend.busy)
 
 
-def page_limit(backend: Backend) -> int | None:
-    """Return how many pages may be open at once, or None without a limit.
+def page_limit(backend: Backend) -> int:
+    """Return how many pages may be open at once; NEVER_NS without a limit.
 
     The device pages where known, else the learned estimate; capped by the host pages, past which the engine fails
     requests, and by what the engine was seen to hold.

@@ -6,15 +6,14 @@ bounded by what is in flight, never refused, and taken first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from policies.record import record
 from sidecar.core.config import CoreConfig
 from sidecar.core.enums import Fault
 from sidecar.core.facts import Adapter, EngineFacts
 from sidecar.errors import Reason
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Received:
     """A client's request. `request` numbers arrivals; `adapter` is the reference as the client wrote it."""
 
@@ -37,7 +36,7 @@ class Received:
     """The ordinals that a policy lets answer it, as it saw the name; None for any."""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class ClientLeft:
     """The client cancelled or disconnected; or, with `moved`, another replica serves the request.
 
@@ -52,14 +51,14 @@ class ClientLeft:
     shut_down: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class ClientStalled:
     """The client read its answer so slowly that more than the buffer limit waited, for too long."""
 
     request: int
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class OtherVersion:
     """A version of a name besides the current one; clients select it by ordinal or digest.
 
@@ -73,7 +72,7 @@ class OtherVersion:
     kept: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class AdapterRegistered:
     """The new definition of a name: its current version, its other versions and its canary.
 
@@ -91,12 +90,12 @@ class AdapterRegistered:
     canary: tuple[int, int] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class AdapterUnregistered:
     name: str
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class EvictAsked:
     """An operator asks to drop an adapter from the store now. The reply is an `Answer` effect with this id."""
 
@@ -104,7 +103,7 @@ class EvictAsked:
     name: str
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class PrefetchAsked:
     """An operator asks to bring an adapter into the store, and onto `backends` if any are named."""
 
@@ -113,14 +112,14 @@ class PrefetchAsked:
     backends: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class ReleaseAsked:
     """An operator lifts a version's quarantine."""
 
     name: str
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class DrainSet:
     """An operator starts or ends the drain of a backend."""
 
@@ -128,12 +127,12 @@ class DrainSet:
     draining: bool
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class ShutdownBegun:
     """The process shuts down: admit nothing new, finish what is here."""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class BackendAdded:
     """A backend was added. It is down until `BackendUp`, and another replica's unless `owned`.
 
@@ -148,7 +147,7 @@ class BackendAdded:
     fresh: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class BackendLeaving:
     """A backend is about to go, so nothing new is sent to it; or it stays after all.
 
@@ -160,7 +159,7 @@ class BackendLeaving:
     serves_queue: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class BackendRemoved:
     """A backend is gone for good. A later one with the same id is a new backend.
 
@@ -172,14 +171,14 @@ class BackendRemoved:
     successor: BackendAdded | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class ConfigChanged:
     """The configuration was changed while the process runs; the fields in `config.FIXED` are as before."""
 
     config: CoreConfig
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class BackendPlanned:
     """The versions that a joining backend loads before it takes a normal share of requests.
 
@@ -190,7 +189,7 @@ class BackendPlanned:
     versions: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class BackendTaken:
     """This replica owns a backend's queue from now on, or still does under a newer epoch."""
 
@@ -198,7 +197,7 @@ class BackendTaken:
     epoch: int
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class BackendGivenUp:
     """This replica no longer owns a backend's queue: nothing more may be sent there."""
 
@@ -206,7 +205,7 @@ class BackendGivenUp:
     cause: str
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class BackendUp:
     """A backend was reached. Its caches are believed empty."""
 
@@ -214,7 +213,7 @@ class BackendUp:
     facts: EngineFacts
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class BackendMeasured:
     """The engine's own gauges: its seats, the size of its KV cache and the tokens in use."""
 
@@ -224,7 +223,7 @@ class BackendMeasured:
     kv_used: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class BackendProbed:
     """The result of a probe of a silent engine; `text` says what it found."""
 
@@ -233,18 +232,18 @@ class BackendProbed:
     text: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class BackendLost:
     backend: str
     cause: str
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Fetched:
     key: str
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class FetchFailed:
     """A blob could not be fetched. A failed read from disk means that it was damaged or gone and ends no request."""
 
@@ -253,20 +252,20 @@ class FetchFailed:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Spilled:
     """A whole blob was written to the disk tier."""
 
     key: str
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class SpillFailed:
     key: str
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class DiskHolds:
     """At start: the disk tier has a blob of an earlier process."""
 
@@ -275,25 +274,25 @@ class DiskHolds:
     size_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class LoadDone:
     load: int
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class LoadFailed:
     load: int
     fault: Fault
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class FirstToken:
     request: int
     attempt: int
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class RunEnded:
     """The engine's final response to a request, or the end of a cancelled run."""
 
@@ -302,7 +301,7 @@ class RunEnded:
     output_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class RunFailed:
     """The engine's error for a request, after `output_tokens` tokens had arrived."""
 
@@ -313,7 +312,7 @@ class RunFailed:
     output_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Progress:
     """Tokens that running requests of one backend produced since the last such event.
 
@@ -324,7 +323,7 @@ class Progress:
     tokens: dict[int, int]
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Tick:
     """The time of a `WakeAt` effect has passed."""
 

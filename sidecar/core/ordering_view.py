@@ -12,22 +12,19 @@ from sidecar.core.state import Backend, Slot, State
 class LiveOrderingView:
     """One backend between two decisions; implements `policies.views.OrderingView`."""
 
-    __slots__ = ("_backend", "_now_ns", "_pages", "_state", "open")
+    __slots__ = ("_backend", "_now_ns", "_pages", "_state", "open", "seats")
 
     def __init__(self, state: State, backend: Backend, now_ns: int) -> None:
         self._state = state
         self._backend = backend
         self.open: Mapping[str, Slot] = backend.slots
+        self.seats = backend.seats(state.config)  # no decision changes it
         self._now_ns = now_ns
         self._pages: eligibility.PageRoom | None = None
 
     @property
     def backend(self) -> str:
         return self._backend.id
-
-    @property
-    def seats(self) -> int:
-        return self._backend.seats(self._state.config)
 
     @property
     def seats_free(self) -> int:

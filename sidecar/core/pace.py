@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from policies.record import record
+
 INTERLEAVED = 1.1
 """Prompts that are read between a run's tokens slow it down; this factor allows for more than their mean."""
 
@@ -22,7 +24,7 @@ YIELD_BUSY_NS, YIELD_SEEN = 15_000_000_000, 50
 YIELD_FACTOR_MAX = 8.0
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Pace:
     """Step time in ns: a fixed part, one per sequence, one per context token; and the time to read a prompt token."""
 
@@ -36,7 +38,7 @@ class Pace:
         return self.fixed_ns + self.seat_ns * batch + self.context_token_ns * contexts_tokens
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Demand:
     """What is outstanding at an engine; `work_tokens` are those still expected to be generated."""
 

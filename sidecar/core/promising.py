@@ -26,11 +26,12 @@ SLOWED_LEARNED = 1.5
 """The same for a learned pace: a different load looks like a different pace."""
 SLOTS_UNLIMITED = 1 << 20
 RUNS_LOOKED_AT = 32
+GUESSED = Pace()
 
 
 def pace_of(backend: Backend) -> Pace:
     """Return an engine's pace: calibrated, or the default one, corrected by `slowness` once learned."""
-    return backend.facts.pace or Pace()
+    return backend.facts.pace or GUESSED
 
 
 def _versions(backend: Backend) -> int:
@@ -67,8 +68,7 @@ def step_ns(state: State, backend: Backend) -> float:
 
 def slots_of(backend: Backend, pages: int) -> int:
     """Return how many versions of this many pages may be open at once."""
-    limit = eligibility.page_limit(backend)
-    return SLOTS_UNLIMITED if limit is None else max(1, limit // max(1, pages))
+    return max(1, eligibility.page_limit(backend) // max(1, pages))
 
 
 def expect_tokens(state: State, request: Request) -> None:
@@ -279,7 +279,7 @@ def learn_steps(state: State, backend: Backend, steps: int, now_ns: int) -> bool
     if pace is not None:
         expected_ns = slowest_token_ns(pace, demand, seats, backend.facts.kv_tokens)
     else:
-        expected_ns = usual_token_ns(Pace(), demand, backend.sequences, backend.kv_reserved)
+        expected_ns = usual_token_ns(GUESSED, demand, backend.sequences, backend.kv_reserved)
     backend.steps.generated(steps * expected_ns, now_ns)
     if not backend.steps.known:
         return False

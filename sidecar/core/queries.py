@@ -234,7 +234,7 @@ def _backend_view(state: State, backend: Backend, now_ns: int) -> BackendView:
         device_pages=facts.device_pages or 0,
         kv_tokens=facts.kv_tokens or 0,
         kv_reserved=backend.kv_reserved,
-        page_limit=eligibility.page_limit(backend) or 0,
+        page_limit=eligibility.page_limit(backend),
         open=tuple(_open_view(state, backend, digest, now_ns) for digest in backend.slots),
         heals=tuple(
             HealView(now_ns - heal.at_ns, heal.reason, called(state, heal.version, backend) if heal.version else "base")

@@ -67,11 +67,10 @@ def candidate(state: State, backend: Backend, version: str) -> Candidate:
 
 def _slots(backend: Backend, pages: int) -> tuple[int | None, int | None]:
     """Return how many versions of this size may be open, and how many more; None for both while being learned."""
-    limit, free = eligibility.page_limit(backend), eligibility.page_room(backend).free
-    known = backend.facts.device_pages is not None or backend.pages_learned is not None
-    if not known or not pages or limit is None or free is None:
+    if not pages or (backend.facts.device_pages is None and backend.pages_learned is None):
         return None, None
-    return limit // pages, max(0, free // pages)
+    limit = eligibility.page_limit(backend)
+    return limit // pages, max(0, (limit - backend.busy_pages) // pages)
 
 
 def _tokens_per_s(state: State, backend: Backend) -> float:

@@ -379,6 +379,16 @@ class Queued:
     tokens: int = 0
     size_bytes: int = 0
 
+    def over(
+        self, tokens: int, size_bytes: int, requests_max: int, tokens_max: int, bytes_max: int
+    ) -> tuple[str, int, int] | None:
+        """Return which limit one more request would pass, how much is queued of that, and the limit; None if none."""
+        if self.requests >= requests_max:
+            return "requests", self.requests, requests_max
+        if self.tokens + tokens > tokens_max:
+            return "tokens", self.tokens, tokens_max
+        return ("bytes", self.size_bytes, bytes_max) if self.size_bytes + size_bytes > bytes_max else None
+
     def count(self, request: Request, sign: int) -> None:
         self.requests += sign
         self.tokens += sign * request.footprint
@@ -445,6 +455,8 @@ class State:
     """The backends that can serve each version."""
     takers: dict[str, tuple[tuple[str, ...], int]] = field(default_factory=dict, metadata={"derived": True})
     """Those of them that are up, and the longest prompt that all of them take."""
+    longest: dict[str, int] = field(default_factory=dict, metadata={"derived": True})
+    """The longest sequence that any of them runs."""
     pool_version: int = field(default=0, metadata={"derived": True})
     """Counts the changes of backends and of what they can serve, for those who keep what follows from these."""
 
@@ -493,11 +505,13 @@ class State:
         self.full.clear()
         self.servers.clear()
         self.takers.clear()
+        self.longest.clear()
         self.pool_version += 1
 
     def forget_servers_of(self, version: str) -> None:
         self.servers.pop(version, None)
         self.takers.pop(version, None)
+        self.longest.pop(version, None)
 
     def misfit_of(self, version: str, backend: Backend) -> Misfit | None:
         """Return why an engine cannot serve a version by its facts alone, or None."""

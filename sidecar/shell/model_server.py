@@ -159,4 +159,4 @@ def _slots(backend: Backend) -> int | None:
     if backend.facts.device_pages is None:
         return None
     pages = max((belief.pages for belief in backend.shadow.device.held.values()), default=1)
-    return max(1, (eligibility.page_limit(backend) or 1) // max(1, pages))
+    return max(1, eligibility.page_limit(backend) // max(1, pages))

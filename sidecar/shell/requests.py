@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from time import monotonic_ns
 from typing import NamedTuple, Protocol
 
+from policies.record import record
 from sidecar.access.keys import without_secrets
 from sidecar.backends.api import Ticket
 from sidecar.config import identities
@@ -91,7 +92,7 @@ class RequestFacts:
         )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class PassedOn:
     """An open request at the replica that owns a backend; `owner` and `backend` are "" while it looks for one."""
 

@@ -92,7 +92,7 @@ def _of_slots(value_of: Callable[[State, Backend, int], float]) -> Callable[[Sta
         for backend in state.backends.values():
             is_known = backend.facts.device_pages is not None and not backend.facts.base_only
             if is_known and backend.owned and backend.phase is Phase.UP:
-                yield (backend.id,), value_of(state, backend, eligibility.page_limit(backend) or 0)
+                yield (backend.id,), value_of(state, backend, eligibility.page_limit(backend))
 
     return read
 

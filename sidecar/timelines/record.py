@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from operator import itemgetter
 from typing import Any, NamedTuple
 
+from policies.record import record
 from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.enums import Why
@@ -26,7 +27,7 @@ PASSED_ON = "passed on"
 """The reason of a period in which another replica has the request."""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Note:
     """Since when the requests of a version wait at a backend for a reason, and what is in their way."""
 
@@ -35,7 +36,7 @@ class Note:
     because: str
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class News:
     """What happened to a version, or to a backend; `backend` is "" if it concerns all. `load` numbers a load.
 
@@ -54,26 +55,26 @@ class News:
     """How long of a fetch was packing."""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class QueuedAgain:
     """An engine failed before the first token, so the request waits again."""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Unowned:
     """A replica is looked for that owns a backend for the request: it is in no queue."""
 
     backend: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class CameBack:
     """This replica's core got the request, after others had it or this one had given it back; `text` says where."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class PassedOn:
     """Another replica, which owns the backend, got the request. `leg` is what `Traced.headers` was asked for."""
 
@@ -82,21 +83,21 @@ class PassedOn:
     leg: int
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class GivenBack:
     """The other replica gave the request back before its first token."""
 
     why: str
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class PromiseVoided:
     """What the request was promised was seen to be void."""
 
     why: str
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Queued:
     """It was seen in a backend's queue; "" is where requests wait that no backend can take.
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
+from policies.record import record
+
 NOBODY, NO_TENANT, OTHERS = "(idle)", "(none)", "(others)"
 BASE, UNKNOWN = "(base)", "(unknown)"
 OUTCOMES = ("ok", "refused", "expired", "cancelled", "failed")
@@ -127,7 +129,7 @@ class Engine:
         self.since_ns = now_ns
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Snapshot:
     """A period as it was at one moment. `rows` does the work, so that a thread can do it."""
 

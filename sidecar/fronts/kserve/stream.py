@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
 
+from policies.record import record
 from sidecar.backends import wire
 from sidecar.backends.api import Reply, Ticket
 from sidecar.core.effects import Dispatch, Settle
@@ -36,7 +36,7 @@ class StreamBroken(Exception):
         self.status = status
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class _Message:
     """A message of ours. For an error, `status` is what the call ends with if its client wants gRPC errors."""
 
