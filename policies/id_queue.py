@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 STALE_MAX = 16
+Key = TypeVar("Key")
 
 
 def is_mostly_stale(held: int, live: int) -> bool:
     """Return True if a heap with lazy deletion should be rebuilt: more than half of it, and a few, are stale."""
     return held > 2 * live + STALE_MAX
+
+
+def queue_of(queues: dict[Key, IdQueue], key: Key) -> IdQueue:
+    """Return the queue under a key; a new one if there is none."""
+    queue = queues.get(key)
+    if queue is None:
+        queue = queues[key] = IdQueue()
+    return queue
 
 
 class IdQueue:

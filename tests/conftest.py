@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 
+from sidecar.cli.serving import GRPC_POLLING, GRPC_VARIABLE
+
 # Matrices of tests are tiny: further threads of OpenBLAS only wait for them, busily, at eight times the CPU time. The
 # processes that tests start inherit this.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+assert "grpc" not in sys.modules, "gRPC reads the variable when it is imported"
+os.environ.setdefault(GRPC_VARIABLE, GRPC_POLLING)
 
 
 @pytest.hookimpl(wrapper=True)

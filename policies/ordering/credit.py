@@ -35,7 +35,7 @@ class Credit:
         self._queues.add(request)
 
     def left(self, request_id: int, now_ns: int) -> None:
-        request = self._queues.remove(request_id)
+        request, _, _ = self._queues.remove(request_id)
         if request.version not in self._queues.versions:
             self._credit.pop(request.version, None)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from policies.id_queue import IdQueue
+from policies.id_queue import IdQueue, queue_of
 from policies.views import Waiting
 
 FIELDS = tuple(each.name for each in fields(Waiting))
@@ -45,7 +45,8 @@ class Queues:
         self.newest = 0
         """The largest id that was ever queued."""
 
-    def add(self, request: Waiting) -> None:
+    def add(self, request: Waiting) -> bool:
+        """Add a request; return True if it is now the oldest of its version and tenant."""
         self.requests[request.id] = request
         self.newest = max(self.newest, request.id)
         version = self.versions.get(request.version)
@@ -53,31 +54,31 @@ class Queues:
             version = self.versions[request.version] = Version()
         version.count += 1
         version.arrived_sum_ns += request.arrived_ns
-        line = version.lines.get(request.tenant)
-        if line is None:
-            line = version.lines[request.tenant] = IdQueue()
+        line = queue_of(version.lines, request.tenant)
         before = line.head()
         line.add(request.id)
-        self._note_head(request.version, version, before, line.head())
+        if before is not None and before < request.id:
+            return False
+        self._note_head(request.version, version, before, request.id)
+        return True
 
-    def remove(self, request_id: int) -> Waiting:
+    def remove(self, request_id: int) -> tuple[Waiting, bool, bool]:
+        """Remove a request; return it, and whether it was the oldest of its version and tenant, and of its version."""
         request = self.requests.pop(request_id)
         version = self.versions[request.version]
         version.count -= 1
         version.arrived_sum_ns -= request.arrived_ns
         line = version.lines[request.tenant]
-        before = line.head()
+        was_head = line.head() == request_id
+        was_oldest = was_head and version.head() == request_id
         line.discard(request_id)
-        self._note_head(request.version, version, before, line.head())
+        if was_head:
+            self._note_head(request.version, version, request_id, line.head())
         if not line:
             del version.lines[request.tenant]
             if not version.count:
                 del self.versions[request.version]
-        return request
-
-    def is_head(self, request: Waiting) -> bool:
-        """Return True if a queued request is the oldest of its version and tenant."""
-        return self.versions[request.version].lines[request.tenant].head() == request.id
+        return request, was_head, was_oldest
 
     def lines_of(self, version: str) -> Mapping[str, IdQueue]:
         """Return the queues of a version by tenant; empty if none of its requests waits."""
@@ -98,8 +99,6 @@ class Queues:
 
     def _note_head(self, name: str, version: Version, before: int | None, after: int | None) -> None:
         """Update the heads after a change of the oldest request of a tenant's queue."""
-        if before == after:
-            return
         oldest = version.heads.head()
         if before is not None:
             version.heads.discard(before)

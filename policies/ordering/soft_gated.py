@@ -93,18 +93,15 @@ class SoftGated:
         return Promise(expected_ns, urgent_ns + 2 * backlog.turn_ns, overdue_ns, urgent_ns)
 
     def queued(self, request: Waiting, promise: Promise | None, now_ns: int) -> None:
-        self._queues.add(request)
+        is_head = self._queues.add(request)
         self._tenants.queued(request)
-        if self._queues.is_head(request):
+        if is_head:
             self._least_served.note(request.tenant, (request.version,))
         self._open_times.came(request.version, now_ns)
         self._overdue.queued(request, promise)
 
     def left(self, request_id: int, now_ns: int) -> None:
-        request = self._queues.requests[request_id]
-        was_oldest = self._queues.versions[request.version].head() == request_id
-        was_head = self._queues.is_head(request)
-        self._queues.remove(request_id)
+        request, was_head, was_oldest = self._queues.remove(request_id)
         self._tenants.left(request)
         if request.tenant not in self._queues.lines_of(request.version):
             self._least_served.left(request.tenant, request.version)

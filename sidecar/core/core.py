@@ -122,10 +122,12 @@ class Core:
                 self.state.full.pop(backend_id, None)
                 backend = self.state.backends[backend_id]
                 if backend.phase is Phase.UP and backend.owned:
-                    prefetching.end_loads(step, backend)
+                    if backend.ahead.unused:
+                        prefetching.end_loads(step, backend)
                     dispatching.pump(step, backend)
                     prefetching.load_ahead(step, backend)
-                lifecycle.review_joining(step, backend)
+                if self.state.joining:
+                    lifecycle.review_joining(step, backend)
 
     def _set_wake(self, step: Step) -> None:
         timers = self.state.timers

@@ -18,8 +18,12 @@ from sidecar.errors import Reason
 
 def pump(step: Step, backend: Backend) -> None:
     """Carry out the ordering policy's decisions for one backend until it returns None."""
-    _reload_stale(step, backend)
-    _warm_up(step, backend)
+    if backend.stale:
+        _reload_stale(step, backend)
+    if backend.warmups:
+        _warm_up(step, backend)
+    if not backend.queued:
+        return
     view = LiveOrderingView(step.state, backend, step.now_ns)
     while backend.queued:
         decision = backend.ordering.choose(view, step.now_ns)

@@ -182,7 +182,7 @@ def not_owner_message(backends: tuple[Backend, ...]) -> str:
 
 def resident(backend: Backend, digest: str) -> bool:
     """Return True if the version is believed to be in the engine, so that its id alone is enough."""
-    return digest == BASE or digest in backend.shadow.host
+    return digest == BASE or digest in backend.shadow.host.held
 
 
 def ready(state: State, backend: Backend, digest: str) -> bool:

@@ -81,7 +81,8 @@ def end_loads(step: Step, backend: Backend) -> None:
 
 def load_ahead(step: Step, backend: Backend) -> None:
     """Load what the policy advises, once the ordering policy has decided all it wants."""
-    _count_used(step, backend)
+    if backend.ahead.unused:
+        _count_used(step, backend)
     if not _has_to_spare(step.state, backend, step.now_ns):
         return
     if backend.ahead.rest:

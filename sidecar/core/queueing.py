@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import islice
 
-from policies.id_queue import IdQueue
+from policies.id_queue import queue_of
 from policies.views import BASE, HearsOfVoids
 from sidecar.core import eligibility, promising, storing
 from sidecar.core.effects import Settle
@@ -87,7 +87,9 @@ def _set_aside(step: Step, request: Request) -> None:
 def _count_waiting(step: Step, request: Request, sign: int) -> None:
     state, tenant = step.state, request.view.tenant
     state.waiting.count(request, sign)
-    of_tenant = state.tenant_queued.setdefault(tenant, Queued())
+    of_tenant = state.tenant_queued.get(tenant)
+    if of_tenant is None:
+        of_tenant = state.tenant_queued[tenant] = Queued()
     of_tenant.count(request, sign)
     if not of_tenant.requests:
         del state.tenant_queued[tenant]
@@ -97,14 +99,14 @@ def enqueue(step: Step, request: Request, backend: Backend) -> None:
     _count_waiting(step, request, 1)
     request.backend = backend.id
     backend.queued[request.id] = None
-    backend.queued_by_version.setdefault(request.version, IdQueue()).add(request.id)
+    queue_of(backend.queued_by_version, request.version).add(request.id)
     backend.recount(request.version)
     if not request.counted:
         _count_outstanding(step, request, backend)
     backend.ordering.queued(request.view, request.promise, step.now_ns)
     if request.version != BASE:
         key = step.state.packed_for(request.version, backend).key
-        step.state.wanted.setdefault(key, IdQueue()).add(request.id)
+        queue_of(step.state.wanted, key).add(request.id)
         if not step.state.store.has(key):
             storing.queue_fetch(step, key)
             if not eligibility.resident(backend, request.version):

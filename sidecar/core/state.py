@@ -318,7 +318,7 @@ class Backend:
 
     @property
     def in_flight(self) -> int:
-        return self.sequences + len(self.loads)
+        return len(self.running) + self.more_sequences + len(self.loads)
 
     @property
     def serves(self) -> bool:

@@ -64,14 +64,13 @@ class Plain:
         self.running: list[Waiting] = []
 
     def queue(self, request: Waiting) -> None:
-        self.queues.add(request)
+        is_head = self.queues.add(request)
         self.counters.queued(request)
-        if self.queues.is_head(request):
+        if is_head:
             self.first.note(request.tenant, (request.version,))
 
     def leave(self, request: Waiting) -> None:
-        was_head = self.queues.is_head(request)
-        self.queues.remove(request.id)
+        _, was_head, _ = self.queues.remove(request.id)
         self.counters.left(request)
         if request.tenant not in self.queues.lines_of(request.version):
             self.first.left(request.tenant, request.version)

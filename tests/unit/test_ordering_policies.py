@@ -328,7 +328,7 @@ def test_what_has_left_does_not_stay_in_the_heaps() -> None:
         queues.add(request)
         overdue.queued(request, promise)
         if number > 20:
-            overdue.left(queues.remove(number - 20), was_head=True)
+            overdue.left(queues.remove(number - 20)[0], was_head=True)
     assert len(overdue.snapshot()["times"]) == 20
     assert max(len(overdue._overdue), len(overdue._urgent)) <= 2 * 20 + 17
 
@@ -345,7 +345,7 @@ def test_the_most_urgent_is_the_one_whose_time_came_first() -> None:
     assert overdue.most_urgent(20 * SECOND_NS, lambda _: True) == 2
     assert overdue.most_urgent(40 * SECOND_NS, lambda version: version != "v2") == 1
     assert overdue.most_urgent(40 * SECOND_NS, lambda _: True) == 2, "it was passed over while it could not be opened"
-    overdue.left(queues.remove(2), was_head=True)
+    overdue.left(queues.remove(2)[0], was_head=True)
     assert overdue.most_urgent(40 * SECOND_NS, lambda _: True) == 1
 
 
