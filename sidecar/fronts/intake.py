@@ -111,16 +111,14 @@ class Intake:
         Call `call.source.hand_over` with its size afterwards. Raises Refused if it takes too long, or if it is given up
         because the budget is exceeded.
         """
-        async with self._timed(self.limits.arrival_s) as arrival:
-            with self._arriving(call.source, arrival):
-                await self._until_admitted(call.source, arrival)
-                return self._linger(call, await read())
+        async with _Arriving(self, call.source, self.limits.arrival_s) as arrival:
+            await self._until_admitted(call.source, arrival)
+            return self._linger(call, await read())
 
     async def next_of(self, call: Call, read: Callable[[], Awaitable[Any]]) -> Any:
         """Return the next message of a stream from `read`. Unlike `one` it has no deadline and does not wait first."""
-        async with self._timed(None) as arrival:
-            with self._arriving(call.source, arrival):
-                return self._linger(call, await read())
+        async with _Arriving(self, call.source, None):
+            return self._linger(call, await read())
 
     @asynccontextmanager
     async def body(self, size_bytes: int) -> AsyncIterator[BodyArrival]:
@@ -128,18 +126,17 @@ class Intake:
 
         Waits until it may be read, and raises Refused as `one` does.
         """
-        async with self._timed(self.limits.arrival_s) as arrival:
-            source = Source(size_bytes)
-            source.large_body_bytes = size_bytes if size_bytes > LARGE_BODY_BYTES else 0
-            body = BodyArrival(self, source, arrival)
-            try:
-                with self._arriving(body.source, arrival):
-                    await self._until_admitted(body.source, arrival)
-                    yield body
-            finally:
-                self._large_bodies_bytes -= arrival.large_body_bytes
-                self.charge(body.source, -body.source.charge)
-                self._admit()
+        source = Source(size_bytes)
+        source.large_body_bytes = size_bytes if size_bytes > LARGE_BODY_BYTES else 0
+        arriving = _Arriving(self, source, self.limits.arrival_s)
+        try:
+            async with arriving as arrival:
+                await self._until_admitted(source, arrival)
+                yield BodyArrival(self, source, arrival)
+        finally:
+            self._large_bodies_bytes -= arriving.arrival.large_body_bytes
+            self.charge(source, -source.charge)
+            self._admit()
 
     def charge(self, source: Source, size_bytes: int) -> None:
         """Count bytes that a source without a TCP connection has brought."""
@@ -149,30 +146,19 @@ class Intake:
         self._charged += size_bytes
         self._make_room()
 
-    @asynccontextmanager
-    async def _timed(self, arrival_s: float | None) -> AsyncIterator[Arrival]:
-        try:
-            async with asyncio.timeout(arrival_s) as timeout:
-                arrival = Arrival(timeout)
-                yield arrival
-        except TimeoutError:
-            if not timeout.expired():
-                raise
-            raise arrival.closed or self._too_late() from None
-
-    @contextmanager
-    def _arriving(self, source: Source, arrival: Arrival) -> Iterator[None]:
+    def begin(self, source: Source, arrival: Arrival) -> None:
+        """Count a message that is on its way."""
         source.begin(arrival)
         self._moving[source] = None
         self._look_soon()
-        try:
-            yield
-        finally:
-            self._is_known(arrival)
-            source.arriving.pop(arrival, None)
-            if source.charge and not source.arriving:
-                self._settle(source)
-            self._admit()
+
+    def end(self, source: Source, arrival: Arrival) -> None:
+        """Count it no longer."""
+        self._is_known(arrival)
+        source.arriving.pop(arrival, None)
+        if source.charge and not source.arriving:
+            self._settle(source)
+        self._admit()
 
     def _linger(self, call: Call, message: Any) -> Any:
         """Keep a large message charged for a while: copying, parsing or refusing it takes time."""
@@ -290,7 +276,7 @@ class Intake:
         for source in self._moving:
             if source.is_silent(now_s, self.limits.arrival_s):
                 for arrival in list(source.arriving):
-                    arrival.close(self._too_late())
+                    arrival.close(self.too_late())
                 source.arriving.clear()
                 self._settle(source)
 
@@ -328,7 +314,7 @@ class Intake:
             self._settle(source)
         return held - source.held
 
-    def _too_late(self) -> Refused:
+    def too_late(self) -> Refused:
         self.refused["late"] += 1
         return Refused(
             Reason.QUEUE_FULL,
@@ -336,6 +322,30 @@ class Intake:
             "send it again, over a faster connection or in smaller parts",
             retry_after_s=RETRY_S,
         )
+
+
+class _Arriving:
+    """A message on its way, in a block of `async with`. A class, for it encloses each message of a stream."""
+
+    __slots__ = ("_intake", "_source", "_timeout", "arrival")
+
+    def __init__(self, intake: Intake, source: Source, arrival_s: float | None) -> None:
+        self._intake = intake
+        self._source = source
+        self._timeout = asyncio.timeout(arrival_s)
+        self.arrival = Arrival(self._timeout)
+
+    async def __aenter__(self) -> Arrival:
+        await self._timeout.__aenter__()
+        self._intake.begin(self._source, self.arrival)
+        return self.arrival
+
+    async def __aexit__(self, *raised: Any) -> None:
+        self._intake.end(self._source, self.arrival)
+        try:
+            await self._timeout.__aexit__(*raised)
+        except TimeoutError:
+            raise self.arrival.closed or self._intake.too_late() from None
 
 
 class BodyArrival:
