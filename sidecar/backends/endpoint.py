@@ -232,7 +232,8 @@ class Endpoint(ABC):
         if ticket.is_whole:
             self._whole.add((effect.request, effect.attempt))
         task = self._spawn(self._run(run, ticket.client_id, weights))
-        task.add_done_callback(lambda _: _release(weights))
+        if weights is not None:
+            task.add_done_callback(lambda _: _release(weights))
 
     async def _run(self, run: Running, client_id: str, weights: Weights | None) -> None:
         key = (run.effect.request, run.effect.attempt)

@@ -184,8 +184,17 @@ def siblings(names: Sequence[str]) -> list[ModelKind]:
 
 def written_for(rank: Callable[[str], int | None]) -> ModelKind:
     """Return the kind of model for which a KServe request is written, by the rank of its inputs."""
-    natives = [model for model in models().values() if model.native is Native.KSERVE]
-    return next((model for model in natives if model.recognises is not None and model.recognises(rank)), natives[0])
+    natives = _of_kserve(len(KINDS), len(_from_elsewhere))
+    for model in natives:
+        if model.recognises is not None and model.recognises(rank):
+            return model
+    return natives[0]
+
+
+@lru_cache
+def _of_kserve(ours: int, elsewhere: int) -> tuple[ModelKind, ...]:
+    """Cached as `_model_kind`."""
+    return tuple(model for model in models().values() if model.native is Native.KSERVE)
 
 
 def urls(of: Callable[[Kind], bool] = lambda kind: True) -> str:

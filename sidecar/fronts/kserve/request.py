@@ -118,7 +118,7 @@ def read(
 def _most(tensors: Tensors, names: tuple[str, ...]) -> int:
     """Return the largest count in any row of any of these tensors; 1 if there is none."""
     for name in names:
-        if tensors.in_region(name):
+        if name in tensors and tensors.in_region(name):
             raise Refused(
                 Reason.INVALID_REQUEST,
                 f"{name} says how many seats the request takes: send it in the message, not in a shared-memory region",
@@ -128,7 +128,11 @@ def _most(tensors: Tensors, names: tuple[str, ...]) -> int:
 
 def _largest(tensors: Tensors, names: tuple[str, ...], least: int) -> int:
     """Return the largest element of any of these tensors, `least` if none is larger."""
-    return max([least, *(element for name in names for element in tensors.integers(name))])
+    found = least
+    for name in names:
+        if name in tensors:
+            found = max(found, *tensors.integers(name), found)
+    return found
 
 
 def _adapter(message: Any, tensors: Tensors, name: str | None, rules: Rules) -> tuple[str, str]:

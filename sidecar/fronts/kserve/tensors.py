@@ -92,8 +92,10 @@ class Tensors:
 
     def integers(self, *names: str) -> tuple[int, ...]:
         """Return the elements of the first of these tensors that is present; () if they cannot be read."""
-        name = next((name for name in names if name in self._indices), None)
-        if name is None:
+        for name in names:
+            if name in self._indices:
+                break
+        else:
             return ()
         raw = self._raw.get(name)
         datatype = self._message.inputs[self._indices[name]].datatype
@@ -138,11 +140,11 @@ class Tensors:
 
     def rows(self) -> int:
         """Return the number of prompts: the batch dimension of the prompt tensor."""
-        name = next((name for name in PROMPTS if name in self._indices), None)
-        if name is None:
-            return 1
-        shape = self._message.inputs[self._indices[name]].shape
-        return max(1, int(shape[0])) if len(shape) > 1 else 1
+        for name in PROMPTS:
+            if name in self._indices:
+                shape = self._message.inputs[self._indices[name]].shape
+                return max(1, int(shape[0])) if len(shape) > 1 else 1
+        return 1
 
     def _shared_bytes(self, name: str) -> int:
         """Return the size of a tensor in shared memory, 0 if it is not there."""
