@@ -115,10 +115,6 @@ class InferStream:
         if self._ended is not None:
             self._context.set_trailing_metadata(relay.origin_metadata(self._ended, self._front.hide_backend))
 
-    async def _write(self, raw: bytes) -> None:
-        async with self._writing:  # gRPC takes one message of a call at a time
-            await self._written(raw)
-
     async def _written(self, raw: bytes) -> None:
         if self._is_stuck:  # gRPC still waits for the write that was given up, so only the status can follow
             raise ClientLeft
@@ -176,18 +172,19 @@ class InferStream:
         of: Dispatch | None = None
         origin = b""
 
-        def write(reply: Reply) -> Awaitable[None]:
+        async def write(reply: Reply) -> None:
             nonlocal of, origin
-            if of is not None and not reply.final:
-                return self._write(reply.raw + id_only)
-            if of is not live.ticket.dispatch:
-                of = live.ticket.dispatch
-                origin = wire.in_stream_response(
-                    wire.response_fragment(asked.client_id, self._front.origin(live.ticket))
-                )
-            if reply.final and not reply.message.outputs and not asked.wants_empty_final:
-                return _nothing()  # the client did not ask for it; we did, to see the end
-            return self._write(reply.raw + origin)
+            added = id_only
+            if of is None or reply.final:
+                if of is not live.ticket.dispatch:
+                    of = live.ticket.dispatch
+                    fragment = wire.response_fragment(asked.client_id, self._front.origin(live.ticket))
+                    origin = wire.in_stream_response(fragment)
+                if reply.final and not reply.message.outputs and not asked.wants_empty_final:
+                    return  # the client did not ask for it; we did, to see the end
+                added = origin
+            async with self._writing:  # gRPC takes one message of a call at a time
+                await self._written(reply.raw + added)
 
         return write
 
@@ -211,10 +208,6 @@ def _refusal(client_id: str, request_id: str, reason: Reason, status: Status, me
     response.infer_response.parameters[wire.FINAL].bool_param = True
     response.infer_response.parameters["lora_request_id"].string_param = request_id
     return _Message(response.SerializeToString(), status)
-
-
-async def _nothing() -> None:
-    """Write nothing."""
 
 
 def _final(response: Any) -> bytes:
