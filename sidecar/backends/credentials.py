@@ -11,6 +11,7 @@ import grpc.aio
 import httpx
 
 from sidecar.backends import wire
+from sidecar.backends.http_transport import EngineTransport
 from sidecar.errors import Misused, Reason
 from sidecar.files import file_for_ssl, read_regular, read_regular_or_piped
 
@@ -60,9 +61,8 @@ def open_http_client(
         base_url=f"{'http' if tls is None else 'https'}://{address}",
         headers=_authorization(api_key_file),
         timeout=timeout,
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=kept_s),
         trust_env=False,
-        verify=False if tls is None else tls_context(tls, "http/1.1"),
+        transport=EngineTransport(None if tls is None else tls_context(tls, "http/1.1"), kept_s),
     )
 
 

@@ -21,12 +21,13 @@ from tests.bench.processes import Measured, SidecarProcess
 from tests.kit.serving import write_adapters
 from tests.kit.vllm_emulated import BASE, VllmProcess
 
-STREAMS, ROUNDS = 16, 3
-LONG = 256
+STREAMS, ROUNDS = 16, 5
+LONG, SHORT = 256, 4
 """Events of an answer: what the request around them costs must not show."""
-REQUESTS = 100
-"""In a row, of one token each, for latency and for what a request costs."""
+REQUESTS = 320
+"""In a round: in a row, of one token each, for latency and for what a request costs; or short streams, at once."""
 LABEL = "bare httpx and starlette relay"
+EVENT_GOAL, COMPLETION_GOAL = 1.1, 1.8
 
 
 class BareRelay(Measured):
@@ -51,12 +52,22 @@ class Subject:
     async def event_us(self) -> float:
         """Return the process's CPU microseconds an event, with many streams at once."""
         before_s = self.process.cpu_s()
-        events = sum(await asyncio.gather(*(self._stream() for _ in range(STREAMS))))
+        events = sum(await asyncio.gather(*(self._stream(LONG) for _ in range(STREAMS))))
         return (self.process.cpu_s() - before_s) / events * 1e6
 
-    async def _stream(self) -> int:
+    async def short_us(self) -> float:
+        """Return the process's CPU microseconds a streamed completion of `SHORT` tokens, with many at once."""
+        before_s = self.process.cpu_s()
+        await asyncio.gather(*(self._streams(REQUESTS // STREAMS) for _ in range(STREAMS)))
+        return (self.process.cpu_s() - before_s) / (REQUESTS // STREAMS * STREAMS) * 1e6
+
+    async def _streams(self, times: int) -> None:
+        for _ in range(times):
+            await self._stream(SHORT)
+
+    async def _stream(self, tokens: int) -> int:
         events = 0
-        async with self.client.stream("POST", "/v1/completions", json=self._body(LONG, stream=True)) as response:
+        async with self.client.stream("POST", "/v1/completions", json=self._body(tokens, stream=True)) as response:
             response.raise_for_status()
             async for piece in response.aiter_raw():
                 events += piece.count(b"\n\n")
@@ -108,17 +119,23 @@ async def compare_events(subjects: Sequence[Subject]) -> list[Figure]:
     rounds = [[await subject.event_us() for subject in subjects] for _ in range(ROUNDS + 1)]
     bare, base, adapter = (middle(costs) for costs in zip(*rounds[1:], strict=True))
     return [
-        Figure("openai: event, base model", base, "µs/event", bare, LABEL),
-        Figure("openai: event, adapter", adapter, "µs/event", bare, LABEL),
+        Figure("openai: event, base model", base, "µs/event", bare, LABEL, "ratio", EVENT_GOAL),
+        Figure("openai: event, adapter", adapter, "µs/event", bare, LABEL, "ratio", EVENT_GOAL),
     ]
 
 
 async def compare_requests(subjects: Sequence[Subject]) -> list[Figure]:
+    shorts = [[await subject.short_us() for subject in subjects] for _ in range(ROUNDS + 1)]
+    bare, base, adapter = (middle(one) for one in zip(*shorts[1:], strict=True))
     rounds = [[await subject.requests() for subject in subjects] for _ in range(ROUNDS + 1)]
     costs = [middle([cost for cost, _ in one]) for one in zip(*rounds[1:], strict=True)]
     times = [[s * 1e3 for _, seconds in one for s in seconds] for one in zip(*rounds[1:], strict=True)]
     p50, p99 = ([percentile(one, share) for one in times] for share in (0.5, 0.99))
     return [
+        Figure(
+            f"openai: streamed completion of {SHORT} tokens, adapter", adapter, "µs/request", bare, LABEL, "ratio",
+            COMPLETION_GOAL, f"base model: {base:.0f} µs",
+        ),
         Figure(
             "openai: request, adapter", costs[2], "µs/request", costs[0], LABEL, note=f"base model: {costs[1]:.0f} µs"
         ),

@@ -7,8 +7,15 @@ from dataclasses import dataclass
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-PREFIX = "nv_trt_llm_"
+from sidecar.backends.http_transport import EngineTransport
+
+REQUESTS, BLOCKS, GENERAL = (
+    "nv_trt_llm_request_metrics",
+    "nv_trt_llm_kv_cache_block_metrics",
+    "nv_trt_llm_general_metrics",
+)
 SCRAPE_TIMEOUT_S = 2.0
+KEEP_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -27,9 +34,10 @@ class Scraper:
     def __init__(self, url: str, model: str) -> None:
         self._url = url
         self._model = model
-        # Reading the machine's certificates takes tens of milliseconds: do it only for https.
-        verify = url.startswith("https:")
-        self._client = httpx.AsyncClient(timeout=SCRAPE_TIMEOUT_S, trust_env=False, verify=verify)
+        # Reading the certificates takes tens of milliseconds: do it only for https.
+        tls = httpx.create_ssl_context() if url.startswith("https:") else None
+        transport = EngineTransport(tls, KEEP_S)
+        self._client = httpx.AsyncClient(timeout=SCRAPE_TIMEOUT_S, trust_env=False, transport=transport)
 
     async def scrape(self) -> Gauges | None:
         """Return the gauges; None if they cannot be read, which does not make the engine lost."""
@@ -46,7 +54,7 @@ class Scraper:
 
 def parse(text: str, model: str) -> Gauges:
     """Return a model's gauges from the text of a scrape. Raises ValueError if it is malformed."""
-    ours = "\n".join(line for line in text.splitlines() if line.startswith(PREFIX))
+    ours = "\n".join(line for line in text.splitlines() if line.startswith((REQUESTS, BLOCKS, GENERAL)))
     found: dict[tuple[str, str], float] = {}
     for family in text_string_to_metric_families(ours):
         for sample in family.samples:
@@ -55,13 +63,11 @@ def parse(text: str, model: str) -> Gauges:
             for label, value in sample.labels.items():
                 if label not in ("model", "version"):
                     found[sample.name, value] = sample.value
-    blocks = found.get(("nv_trt_llm_kv_cache_block_metrics", "max"))
-    per_block = found.get(("nv_trt_llm_kv_cache_block_metrics", "tokens_per"))
-    used = found.get(("nv_trt_llm_kv_cache_block_metrics", "used"))
+    blocks, per_block, used = (found.get((BLOCKS, which)) for which in ("max", "tokens_per", "used"))
     return Gauges(
-        seats=_positive(found.get(("nv_trt_llm_request_metrics", "max"))),
+        seats=_positive(found.get((REQUESTS, "max"))),
         kv_tokens=int(blocks * per_block) if blocks and per_block else None,
-        iterations=_whole(found.get(("nv_trt_llm_general_metrics", "iteration_counter"))),
+        iterations=_whole(found.get((GENERAL, "iteration_counter"))),
         kv_used=int(used * per_block) if used is not None and per_block else None,
     )
 

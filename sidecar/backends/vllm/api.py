@@ -27,6 +27,14 @@ DEATHS = (
 )
 """The texts that tell of a dead engine: of 0.32, of 0.33, and of the Rust front end of either."""
 INSIDE = "vllm:num_requests_running", "vllm:num_requests_waiting"
+STEPS, GENERATED, KV_USED = (
+    "vllm:iteration_tokens_total_count",
+    "vllm:generation_tokens_total",
+    "vllm:kv_cache_usage_perc",
+)
+CACHE, ADAPTERS, STARTED_AT = "vllm:cache_config_info", "vllm:lora_requests_info", "process_start_time_seconds"
+READ = (*INSIDE, STEPS, GENERATED, KV_USED, CACHE, ADAPTERS, STARTED_AT)
+"""What is parsed of a scrape: most of its lines are histograms, and each takes as long."""
 REMOVAL_REFUSED = "engine rejected removal of LoRA adapter"
 """The Rust front end's, when the engine has dropped the adapter from its memory: the name stays."""
 
@@ -145,8 +153,7 @@ def version_of(body: bytes) -> Version | None:
 
 def parse(text: str) -> Measures:
     """Return the values used of a scrape's text. Raises ValueError if it is malformed."""
-    wanted = ("vllm:", "process_start_time_seconds")
-    lines = "\n".join(line for line in text.splitlines() if line.startswith(wanted)) + "\n"
+    lines = "\n".join(line for line in text.splitlines() if line.startswith(READ)) + "\n"
     samples = [sample for family in text_string_to_metric_families(lines) for sample in family.samples]
     found: dict[str, float] = {}
     kv_tokens = inside = generated = None
@@ -155,21 +162,21 @@ def parse(text: str) -> Measures:
         found[sample.name] = sample.value
         if sample.name in INSIDE:
             inside = (inside or 0) + int(sample.value)
-        if sample.name == "vllm:generation_tokens_total":
+        if sample.name == GENERATED:
             generated = (generated or 0) + int(sample.value)
-        if sample.name.startswith("vllm:cache_config_info"):
+        if sample.name.startswith(CACHE):
             kv_tokens = _kv_tokens(sample.labels)
-        if sample.name.startswith("vllm:lora_requests_info") and sample.value >= newest:
+        if sample.name.startswith(ADAPTERS) and sample.value >= newest:
             newest, slots = sample.value, _whole(sample.labels.get("max_lora"))
-    usage = found.get("vllm:kv_cache_usage_perc")
-    steps = found.get("vllm:iteration_tokens_total_count")
+    usage = found.get(KV_USED)
+    steps = found.get(STEPS)
     return Measures(
         steps=None if steps is None else int(steps),
         generated=generated,
         kv_tokens=kv_tokens,
         kv_used=None if usage is None or kv_tokens is None else int(usage * kv_tokens),
         slots=slots or None,
-        started_at=found.get("process_start_time_seconds"),
+        started_at=found.get(STARTED_AT),
         inside=inside,
     )
 

@@ -1,0 +1,102 @@
+"""Reach HTTP engines by aiohttp under httpx's interface.
+
+httpx reads a chunk of an answer through nine generators and a parser in Python, which is half of what a relayed event
+costs. aiohttp parses in C and hands over what has come. The package httpx-aiohttp does the same, but reports a server
+that hangs up as a timeout, and here that is the difference between an engine that has ended and one that hangs.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+
+import aiohttp
+import httpx
+
+ERRORS: tuple[tuple[type[Exception], type[httpx.HTTPError]], ...] = (
+    (aiohttp.ConnectionTimeoutError, httpx.ConnectTimeout),
+    (aiohttp.ServerTimeoutError, httpx.ReadTimeout),
+    (aiohttp.ClientConnectorError, httpx.ConnectError),
+    (aiohttp.ServerDisconnectedError, httpx.RemoteProtocolError),
+    (aiohttp.ClientPayloadError, httpx.RemoteProtocolError),
+    (aiohttp.ClientOSError, httpx.ReadError),
+    (aiohttp.ClientError, httpx.RemoteProtocolError),
+    (OSError, httpx.WriteError),
+)
+"""What aiohttp raises as httpx calls it; the first that fits. A subclass comes before its base."""
+
+
+class EngineTransport(httpx.AsyncBaseTransport):
+    """HTTP/1.1 to one server, by as many connections as there are requests; idle ones are kept for `kept_s`."""
+
+    def __init__(self, tls: ssl.SSLContext | None, kept_s: float) -> None:
+        self._tls = tls
+        self._kept_s = kept_s
+        self._session: aiohttp.ClientSession | None = None
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if self._session is None:
+            self._session = self._open()  # not before: it needs the running loop
+        limits = request.extensions["timeout"]
+        timeout = aiohttp.ClientTimeout(sock_connect=limits["connect"], sock_read=limits["read"])
+        with _errors_of_httpx():
+            answer = await self._session.request(
+                request.method,
+                str(request.url),
+                headers=request.headers,
+                data=_body(request),
+                allow_redirects=False,
+                timeout=timeout,
+            )
+        return httpx.Response(answer.status, headers=list(answer.raw_headers), stream=_Chunks(answer))
+
+    def _open(self) -> aiohttp.ClientSession:
+        connector = aiohttp.TCPConnector(
+            limit=0,
+            keepalive_timeout=self._kept_s,
+            ssl=True if self._tls is None else self._tls,
+            use_dns_cache=False,  # an engine that comes back may have another address
+        )
+        return aiohttp.ClientSession(
+            connector=connector,
+            auto_decompress=False,  # httpx does it
+            cookie_jar=aiohttp.DummyCookieJar(),
+            skip_auto_headers=("content-type", "accept-encoding", "user-agent"),
+        )
+
+    async def aclose(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+
+class _Chunks(httpx.AsyncByteStream):
+    """An answer's body as it comes."""
+
+    def __init__(self, answer: aiohttp.ClientResponse) -> None:
+        self._answer = answer
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        with _errors_of_httpx():
+            async for chunk in self._answer.content.iter_any():
+                yield chunk
+
+    async def aclose(self) -> None:
+        self._answer.close()  # an answer that is complete has given its connection back already
+
+
+def _body(request: httpx.Request) -> bytes | httpx.AsyncByteStream | None:
+    try:
+        return request.content or None
+    except httpx.RequestNotRead:
+        assert isinstance(request.stream, httpx.AsyncByteStream)
+        return request.stream
+
+
+@contextmanager
+def _errors_of_httpx() -> Iterator[None]:
+    try:
+        yield
+    except (aiohttp.ClientError, OSError) as error:
+        found = next(ours for theirs, ours in ERRORS if isinstance(error, theirs))
+        raise found(str(error) or type(error).__name__) from error
