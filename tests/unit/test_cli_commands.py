@@ -24,7 +24,19 @@ from sidecar.cli import run
 code = run(sys.argv[1:])
 print(json.dumps({"code": code, "modules": sorted(sys.modules)}), file=sys.stderr)
 """
-OF_OTHERS = ("numpy", "yaml", "starlette", "uvicorn", "httpx", "httptools", "fsspec", "redis", "safetensors", "jinja2")
+OF_OTHERS = (
+    "numpy",
+    "yaml",
+    "starlette",
+    "uvicorn",
+    "httpx",
+    "aiohttp",
+    "httptools",
+    "fsspec",
+    "redis",
+    "safetensors",
+    "jinja2",
+)
 """Libraries that no command needs to ask a sidecar."""
 CLIENT = {"cli", "errors", "proto"}
 """Rooms that a command needs to ask a sidecar."""
