@@ -1,4 +1,4 @@
-"""Latency that the sidecar adds to a streamed request of a resident adapter: of one client, and of 64 that take turns."""
+"""Latency that the sidecar adds to a streamed request of a resident adapter, for one client and 64 that take turns."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ def _figures(times: dict[str, list[clients.Timed]], loop: str, goal_ms: float | 
     for what, by in (("first token", first), (f"{TOKENS} tokens", whole)):
         direct, sidecar, relay = (middle(by[place]) for place in ("direct", "sidecar", "relay"))
         added, bare = sidecar - direct, relay - direct
-        note = f"adds {added:.2f} ms, {added / bare:.1f} times what a bare relay adds ({bare:.2f} ms); p99 {_p99(by):.2f} ms"
+        times = f"{added / bare:.1f} times what a bare relay adds ({bare:.2f} ms)"
+        note = f"adds {added:.2f} ms, {times}; p99 {_p99(by):.2f} ms"
         reference = "the engine directly"
         figures.append(
             Figure(f"latency: p50 {what}, {loop}", sidecar, "ms", direct, reference, "difference", goal_ms, note)
