@@ -112,9 +112,17 @@ def _state(backend: Any) -> str | Text:
 
 
 def _pages(backend: Any) -> str:
-    """Return the pages of open versions and their limit, with "~" if that is learned from loads."""
+    """Return the pages of open versions and their limit, with "~" for what is assumed, or learned from loads."""
     learned = "" if backend.device_pages or not backend.page_limit else "~"
-    return f"{_open_pages(backend)}/{learned}{backend.page_limit or '?'}"
+    return f"{'~' if _guesses_pages(backend) else ''}{_open_pages(backend)}/{learned}{backend.page_limit or '?'}"
+
+
+ONE_PAGE_EACH = "each adapter is counted as one page; backends[].engine.config would tell its pages"
+
+
+def _guesses_pages(backend: Any) -> bool:
+    """Return True if pages are declared, but not what tells how many of them an adapter takes."""
+    return bool(backend.pages_assumed and (backend.device_pages or backend.host_pages))
 
 
 def _open_pages(backend: Any) -> int:
@@ -402,4 +410,4 @@ def _page_facts(backend: Any, kind: Any) -> str:
     places = kind.pages.format(host=host, device=backend.device_pages or "?")
     learned = "" if backend.device_pages or not backend.page_limit else ", as learned from loads"
     parts = (f"{_open_pages(backend)} open, at most {backend.page_limit or '?'} at once{learned}", _past_limit(backend))
-    return "; ".join(filter(None, (*parts, places)))
+    return "; ".join(filter(None, (*parts, places, ONE_PAGE_EACH if _guesses_pages(backend) else "")))

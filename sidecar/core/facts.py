@@ -97,6 +97,11 @@ class EngineFacts:
         return page_shape(self)
 
     @property
+    def pages_assumed(self) -> bool:
+        """True if each adapter is counted as one page, since the geometry of pages is unknown."""
+        return self.page is None and not self.reads_files
+
+    @property
     def host_pages_total(self) -> int | None:
         """The host cache's pages: declared, or derived from its bytes; None while neither is known."""
         if self.host_pages is not None:

@@ -193,6 +193,7 @@ class BackendView:
     seats: int
     host_pages: int
     host_pages_assumed: bool
+    pages_assumed: bool
     device_pages: int
     kv_tokens: int
     kv_reserved: int
@@ -231,6 +232,7 @@ def _backend_view(state: State, backend: Backend, now_ns: int) -> BackendView:
         seats=backend.seats(state.config),
         host_pages=facts.host_pages_total or 0,
         host_pages_assumed=facts.host_pages_assumed,
+        pages_assumed=facts.pages_assumed,
         device_pages=facts.device_pages or 0,
         kv_tokens=facts.kv_tokens or 0,
         kv_reserved=backend.kv_reserved,

@@ -17,7 +17,7 @@ from sidecar.incident.witness import Routed
 from sidecar.journal.replay import Replayed
 from sidecar.timelines import saying
 from sidecar.timelines.obstacles import in_the_way
-from sidecar.timelines.timeline import AT_AN_ENGINE, NOT_JOURNALED, Timeline, Waits
+from sidecar.timelines.timeline import AT_AN_ENGINE, NOT_JOURNALED, SENT, Timeline, Waits
 
 
 class Story:
@@ -182,7 +182,7 @@ class Story:
 
     def _sent(self, at_ns: int, attempt: int, text: str) -> None:
         self._waits.end(at_ns)
-        self._waits.moment(at_ns, "sent", text)
+        self._waits.moment(at_ns, SENT, text)
         self._sent_ns, self._attempt = at_ns, attempt
 
     def _settled(self, settle: do.Settle, now_ns: int) -> None:

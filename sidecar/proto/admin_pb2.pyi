@@ -774,7 +774,7 @@ class BackendRequest(_message.Message):
     def __init__(self, backend: _Optional[str] = ...) -> None: ...
 
 class Backend(_message.Message):
-    __slots__ = ("id", "kind", "address", "state", "base_model", "dtype", "rank_max", "running", "queued", "seats", "host_pages", "device_pages", "kv_tokens", "kv_reserved", "page_limit", "open", "heals", "resident", "detail", "pace", "predicted_wait_s", "owner", "epoch", "host_pages_assumed", "draining", "seats_assumed", "refused")
+    __slots__ = ("id", "kind", "address", "state", "base_model", "dtype", "rank_max", "running", "queued", "seats", "host_pages", "device_pages", "kv_tokens", "kv_reserved", "page_limit", "open", "heals", "resident", "detail", "pace", "predicted_wait_s", "owner", "epoch", "host_pages_assumed", "draining", "seats_assumed", "refused", "pages_assumed")
     ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -802,6 +802,7 @@ class Backend(_message.Message):
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     SEATS_ASSUMED_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
+    PAGES_ASSUMED_FIELD_NUMBER: _ClassVar[int]
     id: str
     kind: str
     address: str
@@ -829,7 +830,8 @@ class Backend(_message.Message):
     draining: bool
     seats_assumed: bool
     refused: int
-    def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., base_model: _Optional[str] = ..., dtype: _Optional[str] = ..., rank_max: _Optional[int] = ..., running: _Optional[int] = ..., queued: _Optional[int] = ..., seats: _Optional[int] = ..., host_pages: _Optional[int] = ..., device_pages: _Optional[int] = ..., kv_tokens: _Optional[int] = ..., kv_reserved: _Optional[int] = ..., page_limit: _Optional[int] = ..., open: _Optional[_Iterable[_Union[OpenVersion, _Mapping]]] = ..., heals: _Optional[_Iterable[_Union[HealNote, _Mapping]]] = ..., resident: _Optional[_Iterable[str]] = ..., detail: _Optional[str] = ..., pace: _Optional[str] = ..., predicted_wait_s: _Optional[float] = ..., owner: _Optional[str] = ..., epoch: _Optional[int] = ..., host_pages_assumed: _Optional[bool] = ..., draining: _Optional[bool] = ..., seats_assumed: _Optional[bool] = ..., refused: _Optional[int] = ...) -> None: ...
+    pages_assumed: bool
+    def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., base_model: _Optional[str] = ..., dtype: _Optional[str] = ..., rank_max: _Optional[int] = ..., running: _Optional[int] = ..., queued: _Optional[int] = ..., seats: _Optional[int] = ..., host_pages: _Optional[int] = ..., device_pages: _Optional[int] = ..., kv_tokens: _Optional[int] = ..., kv_reserved: _Optional[int] = ..., page_limit: _Optional[int] = ..., open: _Optional[_Iterable[_Union[OpenVersion, _Mapping]]] = ..., heals: _Optional[_Iterable[_Union[HealNote, _Mapping]]] = ..., resident: _Optional[_Iterable[str]] = ..., detail: _Optional[str] = ..., pace: _Optional[str] = ..., predicted_wait_s: _Optional[float] = ..., owner: _Optional[str] = ..., epoch: _Optional[int] = ..., host_pages_assumed: _Optional[bool] = ..., draining: _Optional[bool] = ..., seats_assumed: _Optional[bool] = ..., refused: _Optional[int] = ..., pages_assumed: _Optional[bool] = ...) -> None: ...
 
 class AddBackendRequest(_message.Message):
     __slots__ = ("backend", "url", "like")

@@ -24,6 +24,7 @@ from sidecar.core import effects as do
 from sidecar.core import eligibility, troubles
 from sidecar.core import events as ev
 from sidecar.core.admission import with_name
+from sidecar.core.durations import readable
 from sidecar.core.enums import Phase, Why
 from sidecar.core.facts import version_of_key
 from sidecar.core.state import Request, State
@@ -47,7 +48,7 @@ from sidecar.timelines.record import (
     Unowned,
     timeline_of,
 )
-from sidecar.timelines.timeline import Timeline
+from sidecar.timelines.timeline import SLOW_NS, Timeline
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +130,17 @@ class Chronicle:
         place = record.place if record.place is not None or record.dispatch is None else record.dispatch.backend
         backend = None if record.is_elsewhere else self._state().backends.get(place or "")
         return "" if backend is None else troubles.silence(backend, now_ns)
+
+    def at_its_engine(self, record: Record, now_ns: int) -> str:
+        """Return for how long an engine has had an open request without a token; "" if that is not long."""
+        ticket, dispatch = self._ticket_of(record.request), record.dispatch
+        if dispatch is None or record.place is not None or record.first_token_ns is not None:
+            return ""
+        if ticket is not None and ticket.is_whole:
+            return ""  # such an answer comes all at once
+        sent_ns = next((at_ns for _, at_ns, what in reversed(record.happened) if what is dispatch), now_ns)
+        took_ns = now_ns - sent_ns
+        return f"{dispatch.backend} has had it for {readable(took_ns)} without a token" if took_ns >= SLOW_NS else ""
 
     def now_in_the_way(self, record: Record, now_ns: int) -> str:
         """Return what keeps a waiting request now; "" if that is what was in the way when its reason began."""
@@ -525,7 +537,8 @@ def story(chronicle: Chronicle, text: str, now_ns: int, tenant: str | None = Non
     if timeline.ended_ns is None:
         timeline.notes.append("it has not ended")
         now = "" if tenant is not None else chronicle.now_in_the_way(told, now_ns)
-        timeline.notes += filter(None, (chronicle.silence_of(told, now_ns), now))
+        at_engine = "" if tenant is not None else chronicle.at_its_engine(told, now_ns)
+        timeline.notes += filter(None, (at_engine, chronicle.silence_of(told, now_ns), now))
     if told.request == asked.number:
         note = also_an_id_note(text, others)
     else:

@@ -17,7 +17,7 @@ from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.enums import Why
 from sidecar.timelines import saying
-from sidecar.timelines.timeline import AT_AN_ENGINE, Timeline, Waits
+from sidecar.timelines.timeline import AT_AN_ENGINE, SENT, Timeline, Waits
 
 NOT_LOOKED_AT = "not looked at"
 """The reason of a wait so long ago, or so many changes ago, that it is not kept any more."""
@@ -262,7 +262,7 @@ class _Telling:
         waited_in = had.backend if isinstance(had, Queued) and had.note is not None else ""  # else it went at once
         if waited_in not in ("", what.backend) and not self._hides_others:
             self._waits.moment(at_ns, *saying.taken_over(waited_in, what))
-        self._waits.moment(at_ns, "sent", saying.sent(what))
+        self._waits.moment(at_ns, SENT, saying.sent(what))
 
     def _queued(self, at_ns: int, what: Queued) -> None:
         self._hand_over(at_ns, what)

@@ -17,7 +17,9 @@ AT_AN_ENGINE = "at an engine, in vain"
 """The reason of a period at an engine that failed before the first token, after which the request was queued again."""
 NOT_JOURNALED = "not journaled"
 """The reason of a period that the journal does not cover: it begins later, or left steps out."""
-FIRST_TOKEN = "first_token"
+SENT, FIRST_TOKEN = "sent", "first_token"
+SLOW_NS = 1_000_000_000
+"""An engine that takes longer to a first token is named."""
 """The word of the moment at which an answer begins."""
 
 IDS_KEPT_MAX = 8
@@ -147,6 +149,17 @@ class Timeline:
         first = (each.at_ns for each in self.entries if isinstance(each, Moment) and each.what == FIRST_TOKEN)
         sent_ns = self.arrived_ns + self.waited_ns if self.outcome == Outcome.OK.value else self.arrived_ns
         return max(0, next(first, sent_ns) - self.arrived_ns - self.promised_ns)
+
+    @property
+    def first_token_took_ns(self) -> int:
+        """How long the engine took to the first token after it was sent the request; 0 if none came."""
+        sent_ns = None
+        for entry in self.entries:
+            if isinstance(entry, Moment) and entry.what == SENT:
+                sent_ns = entry.at_ns
+            elif isinstance(entry, Moment) and entry.what == FIRST_TOKEN and sent_ns is not None:
+                return entry.at_ns - sent_ns
+        return 0
 
     def periods(self) -> Iterator[Period]:
         return (entry for entry in self.entries if isinstance(entry, Period))

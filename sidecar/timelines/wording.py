@@ -8,7 +8,7 @@ from typing import Any
 
 from sidecar.timelines.obstacles import listed
 from sidecar.timelines.saying import duration
-from sidecar.timelines.timeline import Entry, Moment, Period, Tally, Timeline, folded
+from sidecar.timelines.timeline import SLOW_NS, Entry, Moment, Period, Tally, Timeline, folded
 
 PERIODS_SHOWN_MAX = 24
 """Short neighbouring periods are folded until at most about twice as many are left."""
@@ -138,6 +138,8 @@ def _reasons(reasons_ns: dict[str, int]) -> str:
 def _sum(timeline: Timeline) -> str:
     reasons = timeline.reasons_ns()
     if not reasons:
-        return "it did not wait"
+        took_ns = timeline.first_token_took_ns
+        at_engine = f" here; its engine took {duration(took_ns)} to the first token" if took_ns >= SLOW_NS else ""
+        return f"it did not wait{at_engine}"
     late = f"; its answer began {duration(timeline.late_ns)} later than promised" if timeline.late_ns else ""
     return f"waited {duration(timeline.waited_ns)} in all: {_reasons(reasons)}{late}"

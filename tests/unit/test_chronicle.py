@@ -111,6 +111,19 @@ def test_a_silent_engine_is_told_while_the_request_is_open() -> None:
     assert stalled.startswith("b0 is stalled: nothing came for 20")
 
 
+def test_a_request_that_waits_inside_its_engine(tmp_path: Path) -> None:
+    """It was sent at once, and got its first token after 3 s: both stories say where the time went."""
+    world = World(engines=1)
+    world.engines["b0"].first_token_ns, world.engines["b0"].run_ns = 3 * SECOND, 4 * SECOND
+    request = world.send()
+    world.run(2 * SECOND)
+    assert "b0 has had it for 2 s without a token" in story(lived(world), str(request), world.now_ns).notes
+    world.run()
+    write_journal(world, tmp_path)
+    for told in (story(lived(world), str(request), world.now_ns), explain(tmp_path, request)):
+        assert "it did not wait here; its engine took 3.00 s to the first token" in list(lines_of(told))
+
+
 def test_what_is_in_the_way_now_is_told_if_it_has_changed() -> None:
     """The reason goes on, and others than at its begin have the seats; a tenant is not told who."""
     world = World(CoreConfig(seat_slack=0.0), engines=0)

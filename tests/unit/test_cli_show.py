@@ -181,6 +181,15 @@ def test_pages_past_a_learned_limit_are_explained() -> None:
     assert (backends._row(backend)[4], backends._row(backend)[-1]) == ("4/4", DETAIL)
 
 
+def test_pages_that_are_guessed_are_marked() -> None:
+    """Without the engine's modules or layers each adapter is counted as one page, and that may be too few."""
+    backend = admin_pb2.Backend(id="b", state="up", page_limit=4, device_pages=4, pages_assumed=True)
+    backend.open.extend([admin_pb2.OpenVersion(pages=1)])
+    assert backends._row(backend)[4] == "~1/4"
+    shown = " ".join(printed(Group(*backends.shown(backend)), 300).split())
+    assert "each adapter is counted as one page; backends[].engine.config would tell its pages" in shown
+
+
 def test_seats_that_are_assumed_are_marked() -> None:
     """As limits of pages are that are learned."""
     for assumed, seats in ((True, "~70"), (False, "70")):

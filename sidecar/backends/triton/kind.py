@@ -112,6 +112,12 @@ def usual_metrics_url(address: str) -> str | None:
 
 
 def _notes(entry: TritonEntry, declared: EngineFacts) -> Iterator[str]:
+    if declared.pages_assumed and (declared.device_pages or declared.host_pages_total):
+        yield (
+            "each adapter is counted as one page, since the engine's modules and layers are not declared: one that "
+            "takes more may wait inside the engine, where no queue shows it; backends[].engine.config names the "
+            "engine's config.json"
+        )
     if entry.discover is None and entry.metrics_url is None:
         patience_s = entry.progress_timeout_s
         yield (

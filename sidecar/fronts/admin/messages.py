@@ -24,6 +24,7 @@ def backend_message(view: queries.BackendView) -> Any:
         seats=view.seats,
         host_pages=view.host_pages,
         host_pages_assumed=view.host_pages_assumed,
+        pages_assumed=view.pages_assumed,
         device_pages=view.device_pages,
         kv_tokens=view.kv_tokens,
         kv_reserved=view.kv_reserved,
