@@ -114,6 +114,8 @@ test -n "$_SIDECAR_COMPLETE$SAY" && exec {python} -m sidecar "$@"
 printf '%s\\n' "$@" > ran
 """
 """A `sidecar` that completes, and that writes its arguments down when the line is run."""
+TABS_MAX = 10
+"""On a busy machine a Tab may get no answer within its second."""
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,10 @@ async def test_tab_in_a_real_bash(
     async for served in serve_here(tmp_path, runner(capfd), ids=("127.0.0.1:19000", "10.0.0.1:19000")):
         await served.register("sql", tmp_path)
         monkeypatch.setenv(ADMIN_VARIABLE, served.address)
-        await asyncio.to_thread(in_bash, f"sidecar {typed}\t\nexit\n", tmp_path)
+        for _ in range(TABS_MAX):
+            await asyncio.to_thread(in_bash, f"sidecar {typed}\t\nexit\n", tmp_path)
+            if (tmp_path / "ran").read_text().split() == ran.split():
+                break
     assert (tmp_path / "ran").read_text().split() == ran.split()
 
 
