@@ -38,6 +38,7 @@ class EngineTransport(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         if self._session is None:
             self._session = self._open()  # not before: it needs the running loop
+        request.headers.pop("transfer-encoding", None)  # aiohttp sets it, and refuses to find it
         limits = request.extensions["timeout"]
         timeout = aiohttp.ClientTimeout(sock_connect=limits["connect"], sock_read=limits["read"])
         with _errors_of_httpx():

@@ -37,6 +37,7 @@ GOOD = ("up", "joining")
 """The states of a backend that serves, or is about to."""
 DRAINED = ("draining", "drained")
 
+ONE_PAGE_EACH = "each adapter is counted as one page; backends[].engine.config would tell its pages"
 PACES = {
     "calibrated": "calibrated from its cost file",
     "learned": "learned from its runs",
@@ -115,9 +116,6 @@ def _pages(backend: Any) -> str:
     """Return the pages of open versions and their limit, with "~" for what is assumed, or learned from loads."""
     learned = "" if backend.device_pages or not backend.page_limit else "~"
     return f"{'~' if _guesses_pages(backend) else ''}{_open_pages(backend)}/{learned}{backend.page_limit or '?'}"
-
-
-ONE_PAGE_EACH = "each adapter is counted as one page; backends[].engine.config would tell its pages"
 
 
 def _guesses_pages(backend: Any) -> bool:
