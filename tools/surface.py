@@ -296,7 +296,8 @@ def protocols() -> dict[str, Any]:
 
 def _files() -> list[Any]:
     package = imported(WHERE["protocols"])
-    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name.endswith("_pb2"))
+    found = {module.name for module in pkgutil.iter_modules(package.__path__) if module.name.endswith("_pb2")}
+    names = sorted(found - {"envoy_pb2"})  # Envoy's own protocol; the names of its parts are on no wire
     return [imported(f"{package.__name__}.{name}").DESCRIPTOR for name in names]
 
 

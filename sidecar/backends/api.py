@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from time import monotonic_ns
 from typing import Any, Protocol
+
+import httpx
 
 from policies.record import record
 from sidecar.backends import faults, wire
@@ -150,6 +152,60 @@ class Traced(Protocol):
         """
 
 
+UNREAD, UNSEEN = "unread", "unseen"
+"""Extensions of an answer that a carrier hands over: True if its body cannot be read; what is seen of it from outside,
+an `Unseen`, if that may go past this process.
+"""
+
+
+class Ending(Enum):
+    """How an answer ended that nobody here has read."""
+
+    WHOLE = "whole"
+    CLIENT_LEFT = "client left"
+    LATE = "late"
+    BROKE = "broke"
+
+
+@record(frozen=True, slots=True)
+class Sighting:
+    """What is seen of an answer from outside: the bytes of its body so far, and how it ended; None before its end.
+
+    `cause` says why it did not end well, `served` which engine answered, as HOST:PORT; "" if unknown.
+    """
+
+    body_bytes: int
+    ending: Ending | None
+    cause: str = ""
+    served: str = ""
+
+
+class Unseen(Protocol):
+    """An answer of which the rest goes past this process, if `goes_on`."""
+
+    goes_on: bool
+
+    @property
+    def is_lost(self) -> bool:
+        """True if more is told of other answers, and nothing of this one for so long that its end must be lost."""
+
+    async def next(self) -> Sighting:
+        """Return the next thing that is seen of it. It may never come."""
+
+
+class Carrier(Protocol):
+    """Something else that takes a request to its engine, and the answer to its client: a proxy."""
+
+    head: Callable[[], Iterable[tuple[bytes, bytes]]]
+    """Returns the headers that the answer gets from us."""
+
+    async def carry(self, request: httpx.Request) -> httpx.Response | None:
+        """Have a request sent, and return the answer as far as it comes here; None if it is to be sent from here.
+
+        Raises httpx.HTTPError as a transport does.
+        """
+
+
 class Ticket:
     """One request between its front, the shell and its backend, all on one event loop.
 
@@ -167,6 +223,7 @@ class Ticket:
         "blocked_since_ns",
         "caller",
         "came",
+        "carrier",
         "client_id",
         "counting",
         "delivered",
@@ -220,6 +277,8 @@ class Ticket:
         """What it has taken of its tenant's budgets until it is settled."""
         self.delivered = 0
         """The number of replies that have come."""
+        self.carrier: Carrier | None = None
+        """What takes it to its engine, if that is not this process."""
         self.trip: Any = None
         """The router's own record of the request, if there are other replicas."""
         self._reader: asyncio.Future[None] | None = None

@@ -51,6 +51,8 @@ LATE_LOOKS = 2
 """Steps are counted at a look, and a busy server answers looks late: so many make no silence."""
 NOT_YET_S = 5.0
 """How long an engine that has never been up may leave us without an answer before the log warns of it."""
+UNHEARD_S = 30.0
+"""How long it counts that nothing has been heard of a run."""
 STEPS_AGAIN_S = 0.1
 """Interval of reading the steps of an engine that may be stalled."""
 
@@ -94,6 +96,9 @@ class Endpoint(ABC):
         self._sent: set[int] = set()
         self._progress: dict[int, int] = {}
         self._measured: BackendMeasured | None = None
+        self._unheard: dict[tuple[int, int], float] = {}
+        """Runs of which nothing has been heard for long, and when that was last found."""
+        self._counting = asyncio.Lock()
         self._checking: asyncio.Task[None] | None = None
         self._probing: asyncio.Task[None] | None = None
 
@@ -111,6 +116,30 @@ class Endpoint(ABC):
     @abstractmethod
     async def _look(self) -> str | None:
         """Return why an engine that is up must be treated as a new one, None if it need not. Raises as `_reach`."""
+
+    async def _inside(self) -> int | None:
+        """Return how many requests the engine has, whoever sent them; None if it does not tell. Raises WIRE_ERRORS."""
+        return None
+
+    async def _lacks(self, run: Running) -> bool:
+        """Return True if the engine no longer has a run of which nothing has been heard for long.
+
+        It has not if it tells, twice, of fewer requests than there are such runs. One of them is taken for it.
+        """
+        key, now_s = (run.effect.request, run.effect.attempt), monotonic()
+        self._unheard[key] = now_s
+        async with self._counting:
+            for pause_s in (LOOK_S, 0.0):
+                known = [each for each, at_s in self._unheard.items() if at_s > now_s - UNHEARD_S]
+                try:
+                    inside = await self._inside() if self._up else 0
+                except self.WIRE_ERRORS:
+                    return False
+                if inside is None or inside >= len(known):
+                    return False
+                await asyncio.sleep(pause_s)
+            self._unheard.pop(key, None)
+            return True
 
     @abstractmethod
     async def _steps(self) -> int | None:
@@ -249,6 +278,7 @@ class Endpoint(ABC):
         finally:
             self._runs.pop(key, None)
             self._whole.discard(key)
+            self._unheard.pop(key, None)
             self._progress.pop(run.effect.request, None)
             self._close_if_idle()
 

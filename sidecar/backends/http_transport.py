@@ -14,6 +14,10 @@ from contextlib import contextmanager
 import aiohttp
 import httpx
 
+from sidecar.backends.api import Carrier
+
+CARRIER = "carrier"
+"""The extension of a request that says what takes it to the server; None for this process itself."""
 ERRORS: tuple[tuple[type[Exception], type[httpx.HTTPError]], ...] = (
     (aiohttp.ConnectionTimeoutError, httpx.ConnectTimeout),
     (aiohttp.ServerTimeoutError, httpx.ReadTimeout),
@@ -36,6 +40,9 @@ class EngineTransport(httpx.AsyncBaseTransport):
         self._session: aiohttp.ClientSession | None = None
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        carrier: Carrier | None = request.extensions.get(CARRIER)
+        if carrier is not None and (carried := await carrier.carry(request)) is not None:
+            return carried
         if self._session is None:
             self._session = self._open()  # not before: it needs the running loop
         request.headers.pop("transfer-encoding", None)  # aiohttp sets it, and refuses to find it

@@ -234,6 +234,10 @@ COMMANDS = {
         "sidecar.cli.configuring:reload",
         "Have a running sidecar read its configuration file again, and print the keys that have changed.",
     ),
+    "envoy config": (
+        "sidecar.cli.envoy:print_config",
+        "Print Envoy's configuration for a sidecar that picks engines for it.",
+    ),
     "policies check": (
         "sidecar.cli.checking:check_policy",
         "Check a policy for conformance, purity and a golden trace.",
@@ -267,6 +271,7 @@ GROUPS = {
     "keys": "Make, list and revoke API keys.",
     "limits": "Set and see what requests may take.",
     "access": "Ask who may do what.",
+    "envoy": "Configure an Envoy that carries the bytes while the sidecar decides.",
     "config": "Check a configuration, and see and reload that of a running sidecar.",
     "policies": "Check a policy.",
     "state": "Where names, keys and limits are kept.",

@@ -136,6 +136,19 @@ class DrainListener(Section):
         return address
 
 
+class EndpointPickerListener(GrpcListener):
+    """The listener of Envoy's external processing and access logs, by which a gateway has the sidecar pick engines. Off
+    without an address.
+
+    `override_mode` asks gateways that buffer bodies to stream answers, where they allow it.
+    """
+
+    address: GrpcAddress | None = None  # type: ignore[assignment]
+    calls_per_connection_max: int = Field(65_536, ge=1)
+    idle_s: float = Field(3600.0, gt=0, le=2_000_000)
+    override_mode: bool = False
+
+
 class Listeners(Section):
     """`arriving_bytes_max` bounds the incomplete messages and bodies of all listeners together. One that is incomplete
     after `arrival_s` is given up.
@@ -147,4 +160,5 @@ class Listeners(Section):
     admin: AdminListener = AdminListener()
     http: HttpListener = HttpListener()
     probes: ProbesListener = ProbesListener()
+    endpoint_picker: EndpointPickerListener = EndpointPickerListener()
     drain: DrainListener = DrainListener()

@@ -32,7 +32,7 @@ from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
 from sidecar.core.durations import readable
 from sidecar.core.effects import Effect, WakeAt
-from sidecar.core.enums import Phase, Voided
+from sidecar.core.enums import Phase, Seen, Voided
 from sidecar.core.lengths import Overrun
 from sidecar.core.shadow import CacheShadow, EngineShadow
 from sidecar.core.state import NEVER_NS, Backend, Request, State
@@ -244,6 +244,7 @@ def why_left(event: ev.ClientLeft) -> str:
 
 
 LEFT = "the client cancelled the request or went away"
+UNOBSERVED = "no access log has told how the answer ended, which the client has got from a proxy; see its own record"
 STALLED = "for longer than client_stall_s more of the answer waited for the client than is kept; read it as it comes"
 
 
@@ -268,26 +269,32 @@ def _run_ended(step: Step, event: ev.RunEnded) -> None:
     if request is None or request.attempt != event.attempt or not request.running:
         return
     request.tokens = event.output_tokens
-    if not request.settled:
-        _learn(step, request)
+    if not request.settled and event.seen is not Seen.NOTHING:
+        _learn(step, request, event.seen)
     backend = running.end_run(step, request, event.output_tokens)
-    if not request.settled:  # a settled one may have been ended by the sidecar, which says nothing of the engine
+    if not request.settled and event.seen is Seen.NOTHING:
+        queueing.settle(step, request, Reason.UNOBSERVED, f"{backend.id} has it no longer; {UNOBSERVED}")
+    elif not request.settled:  # a settled one may have been ended by the sidecar, which says nothing of the engine
         stalls.note_life_sign(step, backend)
         queueing.settle(step, request, None)
     healing.run_completed(backend, backend.facts.seats or step.state.config.seats_default)
     queueing.release(step, request)
 
 
-def _learn(step: Step, request: Request) -> None:
-    """Learn the pace of the engine and the answer length of the adapter from a run that was answered in full."""
+def _learn(step: Step, request: Request, seen: Seen) -> None:
+    """Learn the pace of the engine and the answer length of the adapter from a run that was answered in full.
+
+    An estimate of its tokens is good enough for lengths, and not for a pace.
+    """
     assert request.backend is not None
     backend = step.state.backends[request.backend]
     backend.runs.ended(step.now_ns - request.dispatched_ns)
-    promising.learn_yield(step.state, backend, request.tokens, step.now_ns)
+    if seen is Seen.ALL:
+        promising.learn_yield(step.state, backend, request.tokens, step.now_ns)
     if promising.learn_length(step.state, request):
         for each in step.state.backends.values():
             queueing.expect_anew(step, each, request.version)
-    if request.unsure_tokens or step.state.config.estimates_of_0_1:
+    if seen is not Seen.ALL or request.unsure_tokens or step.state.config.estimates_of_0_1:
         return
     if backend.overrun.ended(request.counted_tokens, request.tokens):
         backend.overrun = Overrun()

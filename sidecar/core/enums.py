@@ -109,6 +109,14 @@ class Fault(Enum):
     DEADLY = "deadly_adapter"
 
 
+class Seen(Enum):
+    """What has been seen of an answer that has ended: all of it, its bytes but not its tokens, or not even its end."""
+
+    ALL = "all"
+    ESTIMATED = "estimated"
+    NOTHING = "nothing"
+
+
 class Phase(Enum):
     """Whether a backend is reached."""
 

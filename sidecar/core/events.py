@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from policies.record import record
 from sidecar.core.config import CoreConfig
-from sidecar.core.enums import Fault
+from sidecar.core.enums import Fault, Seen
 from sidecar.core.facts import Adapter, EngineFacts
 from sidecar.errors import Reason
 
@@ -299,6 +299,7 @@ class RunEnded:
     request: int
     attempt: int
     output_tokens: int
+    seen: Seen = Seen.ALL
 
 
 @record(frozen=True, slots=True)

@@ -122,7 +122,7 @@ WRITTEN: dict[type, Form] = {
     ev.LoadDone: Form("LoadDone", "load"),
     ev.LoadFailed: Form("LoadFailed", "load fault text"),
     ev.FirstToken: Form("FirstToken", "request attempt"),
-    ev.RunEnded: Form("RunEnded", "request attempt output_tokens"),
+    ev.RunEnded: Form("RunEnded", "request attempt output_tokens seen"),
     ev.RunFailed: Form("RunFailed", "request attempt fault text output_tokens"),
     ev.Progress: Form("Progress", "backend tokens"),
     ev.Tick: Form("Tick", ""),
@@ -157,12 +157,13 @@ WRITTEN: dict[type, Form] = {
         "ADAPTER_UNSUPPORTED ADAPTER_MISMATCH ADAPTER_TOO_LARGE ORIGIN_NOT_ALLOWED ORIGIN_UNREADABLE INVALID_NAME "
         "NO_PREVIOUS_VERSION MANAGED_ELSEWHERE CONFIG_INVALID DATA_DIRECTORY_IN_USE PORT_IN_USE BACKEND_UNREACHABLE "
         "UNKNOWN_BACKEND UNAUTHENTICATED NOT_A_JOURNAL STATE_INCOMPATIBLE STATE_NOT_EMPTY RATE_LIMITED PAUSED "
-        "UNKNOWN_REQUEST",
+        "UNKNOWN_REQUEST UNOBSERVED",
     ),
     enums.Fault: Form(
         "Fault",
         "MISS FULL PAGE_CLAIM WHOLE_ENGINE UNKNOWN_REGION QUEUE_FULL LOST NO_ANSWER REJECTED NOT_OWNED DEADLY",
     ),
+    enums.Seen: Form("Seen", "ALL ESTIMATED NOTHING"),
     enums.Phase: Form("Phase", "DOWN UP"),
     enums.Cache: Form("Cache", "BASE RESIDENT HOST FETCHED JOINED"),
     enums.Outcome: Form("Outcome", "OK REFUSED EXPIRED CANCELLED FAILED"),

@@ -163,6 +163,11 @@ class Sidecar:
         return self.listening.data
 
     @property
+    def endpoint_picker_address(self) -> str:
+        """HOST:PORT of the endpoint picker; "" if it is off."""
+        return self.listening.endpoint_picker
+
+    @property
     def admin_address(self) -> str:
         return self.listening.admin
 

@@ -30,6 +30,7 @@ from sidecar.fronts.admin.guard import Guard
 from sidecar.fronts.admin.verbs import purpose_on_admin
 from sidecar.fronts.calls import PENDING_OPTIONS, BoundedCalls, purpose_on_data
 from sidecar.fronts.checked_messages import CheckedMessages
+from sidecar.fronts.extproc.front import HEALTH_NAMES, MESSAGE_BYTES_MAX, Picker
 from sidecar.fronts.generate.front import GatewayService
 from sidecar.fronts.hiding import Hiding
 from sidecar.fronts.http.app import HttpFront, server_tls
@@ -74,7 +75,7 @@ class Listening:
         drain: Callable[[], Awaitable[None]],
         access: AccessParts,
     ) -> None:
-        self.data = self.admin = self.http = self.probes = self.drain = ""
+        self.data = self.admin = self.http = self.probes = self.drain = self.endpoint_picker = ""
         self.streams: Lifetimes | None = None
         """Lifetimes of clients' KServe streams."""
         self.drained = asyncio.Event()
@@ -97,6 +98,7 @@ class Listening:
         self._openai: OpenAiFront | None = None
         self._probes: HttpProbes | None = None
         self._drain_front: HttpDrain | None = None
+        self._picker: Picker | None = None
 
     def server(self, listener: Listener, name: str, interceptors: Sequence[Any] = ()) -> tuple[grpc.aio.Server, str]:
         """Return another server, which is started with the others, and its address. Raises Misused(PORT_IN_USE)."""
@@ -109,9 +111,10 @@ class Listening:
         self._open_admin(replica)
         await self._open_http()
         await self._open_probes()
+        await self._open_picker()
         for server in self._servers:
             await server.start()
-        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        await self._report(health_pb2.HealthCheckResponse.SERVING)
 
     def configure(self, queue: Queue, templates: Mapping[str, ChatTemplate]) -> None:
         """Take what changes of a configuration while the process runs."""
@@ -120,13 +123,19 @@ class Listening:
 
     async def refuse(self) -> None:
         """Report NOT_SERVING to health checks."""
-        await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._report(health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    async def _report(self, status: Any) -> None:
+        for name in ("", *HEALTH_NAMES):
+            await self._health.set(name, status)
 
     async def close(self, grace_s: float = 0) -> None:
         """Stop listening; calls that are still open after `grace_s` are cancelled."""
         if self._drain_front is not None:
             await self._drain_front.stop()
         await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
+        if self._picker is not None:
+            await self._picker.stop()
         for http in (self._http, self._probes):
             if http is not None:
                 await http.stop()
@@ -180,6 +189,18 @@ class Listening:
             self._drain_front = HttpDrain(self._drain, self.drained.set, drain.address)
             await self._drain_front.start()
             self.drain = self._drain_front.address
+
+    async def _open_picker(self) -> None:
+        wanted = self._config.listeners.endpoint_picker
+        if wanted.address is None:
+            return
+        assert self._openai is not None
+        self._picker = Picker(self._openai, wanted.override_mode)
+        bounds = (*_bounds(wanted, MESSAGE_BYTES_MAX), ("grpc.max_concurrent_streams", wanted.calls_per_connection_max))
+        server = self._server(options=bounds)
+        self._picker.add_to(server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        self.endpoint_picker = _bind(server, wanted, "endpoint_picker")
 
     async def _open_probes(self) -> None:
         wanted = self._config.listeners.probes

@@ -10,7 +10,8 @@ from typing import Any
 
 import httpx
 
-from sidecar.backends.api import HttpForm, HttpRejection, Reply, Ticket
+from sidecar.backends.api import UNREAD, UNSEEN, Ending, HttpForm, HttpRejection, Reply, Sighting, Ticket, Unseen
+from sidecar.backends.http_transport import CARRIER
 from sidecar.backends.openai.events import (
     CHOICES,
     DONE,
@@ -22,12 +23,14 @@ from sidecar.backends.openai.events import (
     split,
 )
 from sidecar.core.effects import Dispatch
-from sidecar.core.enums import Fault
-from sidecar.core.events import Event, FirstToken, RunEnded, RunFailed
+from sidecar.core.enums import Fault, Seen
+from sidecar.core.events import ClientLeft, Event, FirstToken, RunEnded, RunFailed
 
 HEADERS = {"content-type": "application/json"}
 INPUT = "'input':"
 """How a server that validates by pydantic quotes what it was sent."""
+QUIET_S = 5.0
+"""How long nothing is told of an answer that goes past us before its engine is asked."""
 PIECE_BYTES = 1 << 18
 """Bytes that are copied and sent at once. A larger body is sent in pieces, between which other tasks run."""
 
@@ -35,7 +38,7 @@ PIECE_BYTES = 1 << 18
 class OpenAiRun(ABC):
     """A run. It calls `heard(request, tokens)` for each reply.
 
-    `broken(text, begun)` returns True if the engine is gone.
+    `broken(text, begun)` returns True if the engine is gone, `lacks(run)` if the engine no longer has a run.
 
     A subclass says how a body names the adapter, and what an engine's errors mean. A server that takes no body larger
     than `body_bytes_max` may hang up under one: its refusal is lost then, and no other server is asked.
@@ -51,6 +54,7 @@ class OpenAiRun(ABC):
         post: Callable[[Event], None],
         heard: Callable[[int, int], None],
         broken: Callable[[str, bool], Awaitable[bool]],
+        lacks: Callable[[Any], Awaitable[bool]],
     ) -> None:
         self.effect = effect
         self.ticket = ticket
@@ -64,6 +68,10 @@ class OpenAiRun(ABC):
         self._work: asyncio.Task[Any] | None = None
         self._has_begun = False
         self._count = StreamedTokens()
+        self._lacks = lacks
+        self._is_unseen = False
+        self._seen_bytes = self._seen_tokens = self._event_bytes = 0
+        """What has been read of a stream: bytes, tokens, and the bytes of the last event with a token."""
 
     @abstractmethod
     def _body(self) -> tuple[bytes, ...]:
@@ -82,9 +90,12 @@ class OpenAiRun(ABC):
         return HttpRejection(status, body)
 
     def cancel(self) -> None:
-        """Cancel the run: the engine frees its seat when the connection is closed."""
+        """Cancel the run: the engine frees its seat when the connection is closed.
+
+        An answer that goes past us cannot be ended from here, and keeps its seat until its end is told.
+        """
         self.cancelled = True
-        if self._work is not None:
+        if self._work is not None and not self._is_unseen:
             self._work.cancel()
 
     async def go(self, client: httpx.AsyncClient) -> None:
@@ -99,8 +110,12 @@ class OpenAiRun(ABC):
         if self.ticket.trace is not None:
             headers |= dict(self.ticket.trace.headers(self.effect.attempt))
         try:
-            async with client.stream("POST", self._form.path, content=content, headers=headers) as reply:
-                if reply.status_code != httpx.codes.OK:
+            extensions = {CARRIER: self.ticket.carrier}
+            path = self._form.path
+            async with client.stream("POST", path, content=content, headers=headers, extensions=extensions) as reply:
+                if UNREAD in reply.extensions:
+                    await self._unread(reply.status_code)
+                elif reply.status_code != httpx.codes.OK:
                     await self._rejected(reply.status_code, await reply.aread())
                 elif self._form.streams:
                     await self._events(reply)
@@ -126,16 +141,62 @@ class OpenAiRun(ABC):
                 return
             if not self.ticket.has_room:
                 await self._room()
-        await self._wire_broke("the stream ended before the answer was complete")
+        unseen: Unseen | None = reply.extensions.get(UNSEEN)
+        if unseen is not None and unseen.goes_on:
+            await self._watch(unseen)
+        else:
+            await self._wire_broke("the stream ended before the answer was complete")
+
+    async def _watch(self, unseen: Unseen) -> None:
+        """Follow an answer that goes past us, until its end is told, or its engine has it no longer."""
+        self._is_unseen = self.waits_for_client = True  # nothing has to come from the engine
+        while True:
+            try:
+                async with asyncio.timeout(QUIET_S):
+                    sighting = await unseen.next()
+            except TimeoutError:
+                if unseen.is_lost or await self._lacks(self):
+                    break
+                continue
+            self._estimate(sighting)
+            if sighting.ending is not None:
+                await self._end_unseen(sighting)
+                return
+        self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens, Seen.NOTHING))
+
+    def _estimate(self, sighting: Sighting) -> None:
+        """Count the tokens of events that nobody here has read by their bytes: one has about the bytes of the last."""
+        left_bytes = sighting.body_bytes - self._seen_bytes
+        if sighting.ending is Ending.WHOLE:
+            left_bytes -= len(DONE + END_OF_EVENT)
+        if self._event_bytes and left_bytes > 0:
+            tokens = self._seen_tokens + round(left_bytes / self._event_bytes)
+            self._heard(self.effect.request, max(0, tokens - self.tokens))
+            self.tokens = max(self.tokens, tokens)
+
+    async def _end_unseen(self, sighting: Sighting) -> None:
+        key = self.effect.request, self.effect.attempt
+        if sighting.ending is Ending.BROKE:
+            await self._wire_broke(sighting.cause)
+        elif sighting.ending is Ending.LATE:
+            text = f"the proxy's timeout ended the answer: {sighting.cause}"
+            self._post(RunFailed(*key, Fault.REJECTED, text, self.tokens))
+        else:
+            if sighting.ending is Ending.CLIENT_LEFT:
+                self._post(ClientLeft(self.effect.request))
+            self._post(RunEnded(*key, self.tokens, Seen.ESTIMATED))
 
     def _take(self, event: bytes, final: bool) -> None:
         """Deliver an event."""
+        self._seen_bytes += len(event) + len(END_OF_EVENT)
         choice = event.find(CHOICES)
         is_first = choice >= 0 and not self._has_begun
         if choice >= 0:
             tokens = self._count.added(event, choice)
             self._has_begun = True
             self.tokens += tokens
+            self._seen_tokens = self.tokens
+            self._event_bytes = len(event) + len(END_OF_EVENT)
         else:
             tokens = self._corrected(event)
         self._heard(self.effect.request, tokens)
@@ -167,6 +228,13 @@ class OpenAiRun(ABC):
         await self.ticket.room()
         self.waits_for_client = False
         self._heard(self.effect.request, 0)
+
+    async def _unread(self, status: int) -> None:
+        """End by an error whose text cannot be read. Engines know every path: what is not found is a model."""
+        self._heard(self.effect.request, 0)
+        text = f"it answers {status}; the gateway's mode keeps the text of its error from the sidecar"
+        fault = {httpx.codes.NOT_FOUND: Fault.MISS, httpx.codes.SERVICE_UNAVAILABLE: Fault.LOST}
+        await self._failed(fault.get(httpx.codes(status), Fault.REJECTED), text, in_doubt=status >= 500)
 
     async def _rejected(self, status: int, body: bytes) -> None:
         self._heard(self.effect.request, 0)

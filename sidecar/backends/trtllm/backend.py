@@ -182,6 +182,9 @@ class TrtllmBackend(Endpoint):
     async def _steps(self) -> int | None:
         return (await self._api.measures()).steps
 
+    async def _inside(self) -> int | None:
+        return (await self._api.measures()).active
+
     async def _answers(self, within_s: float) -> bool:
         try:
             status, _ = await self._api.ask(PROMPTS[0], 1, within_s)
@@ -229,7 +232,9 @@ class TrtllmBackend(Endpoint):
         lora = None
         if effect.packed_key:
             lora = self._lora(effect.name, effect.digest, effect.task_id, effect.packed_key)
-        return TrtllmRun(effect, ticket, form, lora, self._post, self._heard, self._broke, self._run_failed)
+        return TrtllmRun(
+            effect, ticket, form, lora, self._post, self._heard, self._broke, self._lacks, self._run_failed
+        )
 
     async def _broke(self, text: str, begun: bool) -> bool:
         """Find out what became of the engine after a run's connection broke, and let it end what it still runs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from sidecar.backends.api import HttpForm, HttpRejection, Ticket
 from sidecar.backends.openai.run import OpenAiRun
@@ -27,9 +28,10 @@ class TrtllmRun(OpenAiRun):
         post: Callable[[Event], None],
         heard: Callable[[int, int], None],
         broken: Callable[[str, bool], Awaitable[bool]],
+        lacks: Callable[[Any], Awaitable[bool]],
         failed: Callable[[Fault], None],
     ) -> None:
-        super().__init__(effect, ticket, form, post, heard, broken)
+        super().__init__(effect, ticket, form, post, heard, broken, lacks)
         self._lora = lora
         self._told = failed
 

@@ -25,8 +25,10 @@ HEAD_BYTES_MAX = 16 << 10
 SILENCE_S_MAX = 30.0
 DISCARDED_BYTES_MAX = 64 << 20
 """Bytes of a body that is answered without being read; beyond that the connection is cut."""
-PEER, CROWDED = "peer", "crowded"
-"""Keys of a request's state: the names in the client's certificate; True if there are more connections than planned."""
+PEER, CROWDED, CARRIER, SUBSET = "peer", "crowded", "carrier", "subset"
+"""Keys of a request's state: the names in the client's certificate; True if there are more connections than planned;
+what carries it to its engine, if that is not this process; the addresses of engines that it may go to, if not to all.
+"""
 
 _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 

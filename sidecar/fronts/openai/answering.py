@@ -150,6 +150,10 @@ class Answering:
             with contextlib.suppress(asyncio.CancelledError):
                 await leaving
 
+    def head(self) -> Headers:
+        """Return the headers of the answer that are ours, once an engine has the request."""
+        return [*request_id_header(self._request_id), *self._origin()]
+
     async def _cancel_when_left(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
@@ -226,8 +230,7 @@ class Answering:
             self._has_begun = True
             length = (b"content-length", str(len(body)).encode())
             kind = EVENTS if self._asked.streams else (JSON, length)
-            headers = [*kind, *request_id_header(self._request_id), *self._origin()]
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.start", "status": 200, "headers": [*kind, *self.head()]})
         if body or ended:
             await send({"type": "http.response.body", "body": body, "more_body": not ended})
         self._blocked(None)

@@ -28,7 +28,7 @@ from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts.callers import AUTHORIZATION, FORWARDED, peer_at
 from sidecar.fronts.eligible import empty_pools
 from sidecar.fronts.hiding import Hiding
-from sidecar.fronts.http.connection import CROWDED, PEER
+from sidecar.fronts.http.connection import CARRIER, CROWDED, PEER
 from sidecar.fronts.http.content_type import why_not_json
 from sidecar.fronts.intake import Intake
 from sidecar.fronts.lengths import text_tokens_max
@@ -179,7 +179,11 @@ class OpenAiFront:
                 await send_failure(send, failed, request_id)
                 return
             limits = self._limits(tenant, caller, requests[0][0])
-            await Answering(self._gateway, requests, tickets, self._hide_backend, limits).serve(receive, send)
+            answering = Answering(self._gateway, requests, tickets, self._hide_backend, limits)
+            if (carrier := scope["state"].get(CARRIER)) is not None and len(tickets) == 1:
+                # Before the loop runs again: its run may have been started, and sends nothing before that.
+                carrier.head, tickets[0].carrier = answering.head, carrier
+            await answering.serve(receive, send)
         finally:
             for ticket in reversed(tickets):  # queued ones first, as in `Answering`
                 self._gateway.close(ticket)

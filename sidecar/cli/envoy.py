@@ -1,0 +1,65 @@
+"""`sidecar envoy config`: Envoy's configuration for the lane in which Envoy carries the bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+
+from sidecar.cli.exits import CommandError, Exit
+from sidecar.cli.serving import resolve
+from sidecar.cli.show import AsJson, print_json
+
+EVERYWHERE = ("0.0.0.0", "[::]")
+Port = Annotated[int, typer.Option("--port", metavar="N", min=1, max=65_535, help="Envoy's port for clients.")]
+
+
+def print_config(
+    file: Annotated[Path, typer.Argument(help="Configuration file (YAML) of the sidecar.", show_default=False)],
+    port: Port = 8080,
+    picker: Annotated[
+        str | None,
+        typer.Option(
+            "--picker",
+            metavar="HOST:PORT",
+            help="Where Envoy reaches the endpoint picker; by default the address of the file, from the same machine.",
+            show_default=False,
+        ),
+    ] = None,
+    ca: Annotated[
+        str | None,
+        typer.Option("--ca", metavar="PATH", help="Certificate, on Envoy's machine, of a picker with TLS."),
+    ] = None,
+    admin_port: Annotated[
+        int | None, typer.Option("--admin-port", metavar="N", help="Port of Envoy's administration, on loopback.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print Envoy's configuration for a sidecar that picks engines for it: a bootstrap for `envoy -c`.
+
+    Every request of Envoy's clients asks the sidecar where it goes. Answers pass Envoy only, and its access log tells
+    the sidecar how they ended.
+    """
+    from sidecar.fronts.extproc.bootstrap import bootstrap
+
+    listener = resolve(file).listeners.endpoint_picker
+    if listener.address is None:
+        raise CommandError(
+            f"{file} has no endpoint picker: set listeners.endpoint_picker.address, as 127.0.0.1:9004", Exit.MISUSED
+        )
+    if listener.address.startswith("unix:") and picker is None:
+        raise CommandError(
+            "name the endpoint picker's HOST:PORT with --picker: it listens on a socket file", Exit.MISUSED
+        )
+    host, _, number = listener.address.rpartition(":")
+    place = picker or f"{'127.0.0.1' if host in EVERYWHERE else host}:{number}"
+    if (listener.tls is None) != (ca is None):
+        missing = "give --ca: the endpoint picker has TLS" if ca is None else "leave out --ca: the picker has no TLS"
+        raise CommandError(missing, Exit.MISUSED)
+    record = bootstrap(port, place, picker_ca=ca, admin_port=admin_port)
+    if as_json:
+        print_json(record)
+    else:
+        print(yaml.safe_dump(record, sort_keys=False), end="")

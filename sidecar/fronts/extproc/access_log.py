@@ -1,0 +1,107 @@
+"""What Envoy's access log tells of answers that this process does not see: how many bytes, and how they ended."""
+
+from __future__ import annotations
+
+import asyncio
+from time import monotonic
+
+from sidecar.backends.api import Ending, Sighting
+from sidecar.fronts.extproc.replies import EXCHANGE, OURS
+from sidecar.proto import envoy_pb2 as envoy
+
+LOST_S, ALIVE_S = 15.0, 5.0
+"""How long the log says nothing of an answer, while it goes on telling of others, before its end counts as lost."""
+_LEFT = ("downstream_connection_termination", "downstream_remote_reset", "downstream_protocol_error")
+_LATE = ("upstream_request_timeout", "duration_timeout", "upstream_max_stream_duration_reached")
+_BROKE = (
+    "upstream_remote_reset",
+    "upstream_connection_termination",
+    "upstream_protocol_error",
+    "upstream_connection_failure",
+    "upstream_overflow",
+    "no_healthy_upstream",
+    "local_reset",
+    "stream_idle_timeout",
+    "overload_manager",
+)
+"""Flags of an entry, in the order in which they tell: a client that leaves makes Envoy reset the engine's side, too."""
+
+
+class Watched:
+    """What the log tells of one exchange."""
+
+    def __init__(self, log: AccessLog, exchange: str) -> None:
+        self._log, self._exchange = log, exchange
+        self._came: asyncio.Queue[Sighting] = asyncio.Queue()
+        self._told_s = monotonic()
+        self.goes_on = False
+
+    def take(self, sighting: Sighting) -> None:
+        self._told_s = monotonic()
+        self._came.put_nowait(sighting)
+
+    @property
+    def is_lost(self) -> bool:
+        now_s = monotonic()
+        return self._log.is_periodic and now_s - self._told_s > LOST_S and now_s - self._log.told_s < ALIVE_S
+
+    async def next(self) -> Sighting:
+        return await self._came.get()
+
+    def close(self) -> None:
+        """Forget it."""
+        self._log.forget(self._exchange)
+
+
+class AccessLog:
+    """The exchanges whose ends Envoy's log has yet to tell. Entries of others, and second ones, are counted only."""
+
+    def __init__(self) -> None:
+        self._watched: dict[str, Watched] = {}
+        self.entries = {"used": 0, "unknown": 0}
+        self.told_s = 0.0
+        """When the log last told of an exchange that is watched."""
+        self.is_periodic = False
+        """It tells of answers before they end."""
+
+    def watch(self, exchange: str) -> Watched:
+        """Begin to keep what is told of an exchange."""
+        watched = self._watched[exchange] = Watched(self, exchange)
+        return watched
+
+    def forget(self, exchange: str) -> None:
+        self._watched.pop(exchange, None)
+
+    def take(self, message: envoy.AccessLogMessage) -> None:
+        """Pass on the entries of a message to the exchanges that they are about."""
+        for entry in message.http_logs.log_entry:
+            metadata = entry.common_properties.metadata.filter_metadata
+            if OURS not in metadata:
+                continue
+            exchange = metadata[OURS].fields[EXCHANGE].string_value
+            watched = self._watched.get(exchange)
+            self.entries["unknown" if watched is None else "used"] += 1
+            if watched is None:
+                continue
+            self.told_s = monotonic()
+            sighting = _sighting(entry)
+            if sighting.ending is None:
+                self.is_periodic = True
+            else:
+                self.forget(exchange)
+            watched.take(sighting)
+
+
+def _sighting(entry: envoy.HttpEntry) -> Sighting:
+    common, response = entry.common_properties, entry.response
+    served = common.upstream_remote_address.socket_address
+    address = f"{served.address}:{served.port_value}" if served.address else ""
+    if common.access_log_type in (envoy.DOWNSTREAM_START, envoy.DOWNSTREAM_PERIODIC):
+        return Sighting(response.response_body_bytes, None, "", address)
+    flags = common.response_flags
+    for names, ending in ((_LEFT, Ending.CLIENT_LEFT), (_LATE, Ending.LATE), (_BROKE, Ending.BROKE)):
+        found = [name for name in names if getattr(flags, name)]
+        if found:
+            cause = f"{', '.join(found).replace('_', ' ')} ({response.response_code_details})"
+            return Sighting(response.response_body_bytes, ending, cause, address)
+    return Sighting(response.response_body_bytes, Ending.WHOLE, "", address)

@@ -1,0 +1,161 @@
+"""Write Envoy's configuration for the Envoy lane: one listener, whose every request asks the sidecar first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sidecar.fronts.extproc.heads import DETAILS, SUBSET_HINT
+from sidecar.fronts.extproc.replies import DESTINATION, ENDPOINTS, OURS
+from sidecar.proto import envoy_pb2 as envoy
+
+TYPE = "type.googleapis.com/envoy.extensions."
+HELD_MAX = 65_536
+"""Requests that Envoy holds or sends at a time: more than a sidecar admits, whose own limits tell a client why."""
+HOLD_S = 3600
+"""Envoy's time for an answer of ours, the longest that it takes. In full duplex a hold does not count."""
+
+
+def bootstrap(
+    port: int,
+    picker: str,
+    request_mode: str = "FULL_DUPLEX_STREAMED",
+    response_mode: str = "STREAMED",
+    picker_ca: str | None = None,
+    admin_port: int | None = None,
+    host: str = "0.0.0.0",
+) -> dict[str, Any]:
+    """Return the bootstrap of an Envoy that listens on `port` and reaches the endpoint picker at HOST:PORT `picker`.
+
+    `picker_ca` is the path, on Envoy's machine, of the certificate by which it knows a picker with TLS.
+    """
+    configured: dict[str, Any] = {
+        "static_resources": {
+            "listeners": [_listener(host, port, request_mode, response_mode)],
+            "clusters": [*_engines(), _sidecar(picker, picker_ca)],
+        }
+    }
+    if admin_port is not None:
+        configured["admin"] = {"address": _socket("127.0.0.1", admin_port)}
+    return configured
+
+
+def _listener(host: str, port: int, request_mode: str, response_mode: str) -> dict[str, Any]:
+    routes = [
+        {"match": {"prefix": "/", "grpc": {}}, "route": {"cluster": "engines_h2", "timeout": "0s"}},
+        {"match": {"prefix": "/"}, "route": {"cluster": "engines", "timeout": "0s"}},
+    ]
+    manager = {
+        "@type": f"{TYPE}filters.network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": "clients",
+        "stream_idle_timeout": "0s",  # it counts while a request is held
+        "access_log_options": {"access_log_flush_interval": "1s"},
+        "access_log": [_access_log()],
+        "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": routes}]},
+        "http_filters": [
+            {"name": "envoy.filters.http.ext_proc", "typed_config": external_processor(request_mode, response_mode)},
+            {"name": "envoy.filters.http.router", "typed_config": {"@type": f"{TYPE}filters.http.router.v3.Router"}},
+        ],
+    }
+    manager_filter = {"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}
+    return {"name": "clients", "address": _socket(host, port), "filter_chains": [{"filters": [manager_filter]}]}
+
+
+def external_processor(request_mode: str, response_mode: str) -> dict[str, Any]:
+    """Return the filter that asks the sidecar. Modes are Envoy's names of body modes."""
+    is_buffered = request_mode == envoy.BodyMode.Name(envoy.BUFFERED)
+    return {
+        "@type": f"{TYPE}filters.http.ext_proc.v3.ExternalProcessor",
+        "grpc_service": {"envoy_grpc": {"cluster_name": "sidecar"}},
+        "failure_mode_allow": False,  # open, it would send requests unchanged to any engine
+        "status_on_error": {"code": 503},
+        "message_timeout": f"{HOLD_S}s",
+        "request_attributes": [],
+        "response_attributes": ["upstream.address", DETAILS],
+        "processing_mode": {
+            "request_body_mode": request_mode,
+            "request_trailer_mode": "SKIP" if is_buffered else "SEND",
+            "response_body_mode": response_mode,
+            "response_trailer_mode": "SEND",
+        },
+        "allow_mode_override": is_buffered,
+        "mutation_rules": {"allow_envoy": True},  # for the timeout by which Envoy keeps a client's deadline
+        "metadata_options": {
+            "receiving_namespaces": {"untyped": [ENDPOINTS, OURS]},
+            "forwarding_namespaces": {"untyped": [ENDPOINTS, SUBSET_HINT]},
+        },
+    }
+
+
+def _access_log() -> dict[str, Any]:
+    common = {
+        "log_name": "lora-sidecar",
+        "transport_api_version": "V3",
+        "buffer_flush_interval": "0.05s",
+        "grpc_service": {"envoy_grpc": {"cluster_name": "sidecar"}},
+    }
+    return {
+        "name": "envoy.access_loggers.http_grpc",
+        "typed_config": {
+            "@type": f"{TYPE}access_loggers.grpc.v3.HttpGrpcAccessLogConfig",
+            "additional_response_trailers_to_log": ["grpc-status"],
+            "common_config": common,
+        },
+    }
+
+
+def _engines() -> list[dict[str, Any]]:
+    """Return the clusters of engines, whose addresses are those that the sidecar answers."""
+    plain = {
+        "name": "engines",
+        "type": "ORIGINAL_DST",
+        "lb_policy": "CLUSTER_PROVIDED",
+        "original_dst_lb_config": {"use_http_header": True, "http_header_name": DESTINATION},
+        "circuit_breakers": _breakers(),
+    }
+    return [plain, {**plain, "name": "engines_h2", "typed_extension_protocol_options": _http2()}]
+
+
+def _sidecar(picker: str, ca: str | None) -> dict[str, Any]:
+    host, _, port = picker.rpartition(":")
+    host = host.strip("[]")
+    endpoint = {"endpoint": {"address": _socket(host, int(port))}}
+    is_name = not host.replace(".", "").isdigit() and ":" not in host
+    cluster: dict[str, Any] = {
+        "name": "sidecar",
+        "type": "STRICT_DNS" if is_name else "STATIC",
+        "circuit_breakers": _breakers(),
+        "typed_extension_protocol_options": _http2(),
+        "load_assignment": {"cluster_name": "sidecar", "endpoints": [{"lb_endpoints": [endpoint]}]},
+    }
+    if ca is not None:
+        cluster["transport_socket"] = {
+            "name": "envoy.transport_sockets.tls",
+            "typed_config": {
+                "@type": f"{TYPE}transport_sockets.tls.v3.UpstreamTlsContext",
+                "sni": host,
+                "common_tls_context": {
+                    "alpn_protocols": ["h2"],
+                    "validation_context": {"trusted_ca": {"filename": ca}},
+                },
+            },
+        }
+    return cluster
+
+
+def _http2() -> dict[str, Any]:
+    return {
+        "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
+            "@type": f"{TYPE}upstreams.http.v3.HttpProtocolOptions",
+            "explicit_http_config": {"http2_protocol_options": {"max_concurrent_streams": HELD_MAX}},
+        }
+    }
+
+
+def _breakers() -> dict[str, Any]:
+    """Return limits beyond ours: Envoy's own default of 1,024 would refuse requests that wait."""
+    limits = dict.fromkeys(("max_connections", "max_pending_requests", "max_requests"), HELD_MAX)
+    return {"thresholds": [limits]}
+
+
+def _socket(host: str, port: int) -> dict[str, Any]:
+    return {"socket_address": {"address": host, "port_value": port}}

@@ -1,0 +1,341 @@
+"""One request that Envoy asks about.
+
+For the front it is a client's connection: an ASGI scope with `receive` and `send`. For the run it is the carrier: Envoy
+sends what the run would send to its engine, and what the engine answers comes from Envoy. So one front, one core and
+one backend serve both lanes, and only this package knows Envoy's order of messages.
+
+How an answer comes back depends on the mode that the gateway sets for it:
+
+* FULL_DUPLEX_STREAMED: every chunk comes here, and the front's own bytes go back.
+* STREAMED: the first chunk of a stream of events goes on as it is. Then this call is closed, and Envoy's access log
+  tells the rest. An answer in one body comes here whole.
+* NONE: the log tells all but the head.
+* BUFFERED: the answer comes here whole, at its end.
+
+An answer of an engine's that must not reach the client is held at its head, and ours takes its place. Nothing is closed
+under a full-duplex answer: chunks that Envoy has sent here would be lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from enum import Enum
+from time import monotonic
+from typing import Any
+
+import httpx
+from starlette.types import Message
+
+from sidecar.backends.api import UNREAD, UNSEEN
+from sidecar.fronts.extproc import heads, replies
+from sidecar.fronts.extproc.access_log import AccessLog, Watched
+from sidecar.fronts.extproc.replies import Reply
+from sidecar.proto import envoy_pb2 as envoy
+
+CHUNKS_MAX = 8
+"""Chunks of a request's body that wait for the front before no more are read."""
+EVENTS = "text/event-stream"
+FULL_DUPLEX = envoy.FULL_DUPLEX_STREAMED
+
+
+class _Phase(Enum):
+    HELD = "held"
+    """Envoy waits to hear where the request goes."""
+    SENT = "sent"
+    """The request is on its way to an engine."""
+    ANSWERING = "answering"
+    """The head of an answer has come."""
+    CLOSED = "closed"
+
+
+class Aborted(Exception):
+    """The answer cannot be completed: Envoy must cut it."""
+
+
+class Exchange:
+    """One call of `Process`. `write` sends a reply to Envoy; `finished` is done when Envoy needs nothing more."""
+
+    def __init__(
+        self,
+        first: envoy.ProcessingRequest,
+        write: Callable[[Reply], Awaitable[Any]],
+        log: AccessLog,
+        overrides_mode: bool,
+    ) -> None:
+        self._first = first
+        self._write_one, self._log = write, log
+        self._is_duplex = first.protocol_config.request_body_mode == FULL_DUPLEX
+        self._mode = first.protocol_config.response_body_mode
+        self._overrides_mode = overrides_mode and not self._is_duplex
+        self._writing = asyncio.Lock()
+        self._id = secrets.token_hex(8)
+        self._began_s = monotonic()
+        self._phase = _Phase.HELD
+        self._pieces: asyncio.Queue[tuple[bytes, bool] | None] = asyncio.Queue()
+        """The client's body, each piece with whether more comes; None once the client has left."""
+        self._body_has_come = self._has_trailers = False
+        self._room = asyncio.Event()
+        self._gone = asyncio.Event()
+        self._head: asyncio.Future[envoy.ProcessingRequest] | None = None
+        self._chunks: asyncio.Queue[tuple[bytes, bool]] = asyncio.Queue()
+        """The engine's answer, each chunk with whether it is the last."""
+        self._watched: Watched | None = None
+        self._is_local = False
+        """The head that has come is Envoy's own."""
+        self._gone_status: int | None = None
+        """The status of the head that has gone to the client."""
+        self._gathers = self._has_all = False
+        """The engine's answer is replaced at its end by the front's; the engine's last chunk has come."""
+        self._start: Message | None = None
+        self._own: list[bytes] = []
+        self._is_own_whole = False
+        self.head: Callable[[], Iterable[tuple[bytes, bytes]]] = tuple
+        """Returns the headers of an answer that are ours. Set by the front once it has a ticket."""
+        self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    # What Envoy sends.
+
+    async def begin(self) -> None:
+        """Take the first message, which has the request's head."""
+        if self._first.request_headers.end_of_stream:
+            self._body_has_come = True
+            self._pieces.put_nowait((b"", False))
+        elif not self._is_duplex:
+            if self._overrides_mode:
+                self._mode = envoy.STREAMED
+            await self._write(replies.later(self._mode if self._overrides_mode else None))
+
+    async def take(self, message: envoy.ProcessingRequest) -> None:
+        """Take another message."""
+        kind = message.WhichOneof("request")
+        if kind == "request_body":
+            await self._take_body(message.request_body)
+        elif kind == "request_trailers":
+            await self._take_trailers()
+        elif kind == "response_headers":
+            self._take_head(message)
+        elif kind == "response_body":
+            await self._take_chunk(message.response_body)
+        elif kind == "response_trailers":
+            self._chunks.put_nowait((b"", True))
+            if self._mode != FULL_DUPLEX:
+                await self._write(Reply(response_trailers=envoy.TrailersResponse()))
+
+    def left(self) -> None:
+        """Note that Envoy has ended the call, as it does when the client leaves."""
+        if self._phase is not _Phase.CLOSED:
+            self._phase = _Phase.CLOSED
+            self._unwatch()
+            self._leave()
+
+    async def _take_body(self, body: envoy.HttpBody) -> None:
+        if self._body_has_come:
+            return  # Envoy repeats the end of a large body
+        self._body_has_come = body.end_of_stream
+        self._pieces.put_nowait((body.body, not body.end_of_stream))
+        while self._pieces.qsize() > CHUNKS_MAX and self._phase is _Phase.HELD:
+            self._room.clear()
+            await self._room.wait()
+
+    async def _take_trailers(self) -> None:
+        self._has_trailers = True
+        if not self._body_has_come:
+            self._body_has_come = True
+            self._pieces.put_nowait((b"", False))
+
+    def _take_head(self, message: envoy.ProcessingRequest) -> None:
+        self._is_local = heads.is_envoys_own(message)
+        if self._phase is _Phase.HELD:
+            self._leave()  # Envoy has stopped waiting, and answers the client itself
+        self._phase = _Phase.ANSWERING
+        if message.response_headers.end_of_stream:
+            self._has_all = True
+            self._chunks.put_nowait((b"", True))
+        if self._head is not None and not self._head.done():
+            self._head.set_result(message)
+
+    async def _take_chunk(self, chunk: envoy.HttpBody) -> None:
+        self._chunks.put_nowait((chunk.body, chunk.end_of_stream))
+        if self._mode == FULL_DUPLEX:
+            return
+        if self._gathers:
+            self._has_all = chunk.end_of_stream
+            if self._has_all:
+                await self._give_gathered()
+            else:
+                await self._write(replies.chunk(b""))  # all of it goes with the last
+            return
+        await self._write(replies.chunk(None))
+        if chunk.end_of_stream:
+            self._close()
+        else:
+            self._let_go()
+
+    # The front's connection.
+
+    async def receive(self) -> Message:
+        """Return the next part of the request, or that its client has left."""
+        if not self._gone.is_set() and (not self._body_has_come or not self._pieces.empty()):
+            piece = await self._pieces.get()
+            self._room.set()
+            if piece is not None:
+                return {"type": "http.request", "body": piece[0], "more_body": piece[1]}
+        await self._gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        """Take the next part of the front's answer."""
+        if self._phase is _Phase.CLOSED:
+            return
+        if message["type"] == "http.response.start":
+            self._start = message
+            return
+        body, ended = message["body"], not message.get("more_body", False)
+        if self._phase is _Phase.ANSWERING and self._mode == FULL_DUPLEX and not self._is_local:
+            await self._stream(body, ended)
+            return
+        self._own.append(body)
+        self._is_own_whole = ended
+        if self._gathers:
+            await self._give_gathered()
+        elif ended and self._gone_status is None:
+            await self._answer_instead()
+
+    async def _stream(self, body: bytes, ended: bool) -> None:
+        """Send the next of a full-duplex answer."""
+        assert self._start is not None
+        if self._gone_status is None:
+            self._gone_status = self._start["status"]
+            await self._write(replies.head(self._gone_status, self._start["headers"], ("content-length",)))
+        for reply in replies.bodies((*self._own, body), of_request=False, ended=ended):
+            await self._write(reply)
+        self._own.clear()
+        if ended:
+            self._close()
+
+    async def _answer_instead(self) -> None:
+        """Answer in the place of an engine whose head has not come, or is held."""
+        assert self._start is not None
+        make = replies.replaced if self._phase is _Phase.ANSWERING and not self._is_local else replies.answered
+        await self._write(make(self._start["status"], self._start["headers"], b"".join(self._own)))
+        self._close()
+
+    async def _give_gathered(self) -> None:
+        """Give the front's answer in the place of the engine's last chunk, once both have come."""
+        if not (self._has_all and self._is_own_whole) or self._phase is _Phase.CLOSED:
+            return
+        assert self._start is not None
+        if self._start["status"] != self._gone_status:
+            self.abort("the answer broke off after its head")
+            return
+        await self._write(replies.chunk(b"".join(self._own)))
+        self._close()
+
+    # The run's carrier.
+
+    async def carry(self, request: httpx.Request) -> httpx.Response | None:
+        """Have Envoy send a request, and return the engine's answer as far as it comes here.
+
+        Returns None if Envoy has been told otherwise already, or speaks TLS to no engine: then the request is to be
+        sent from here. Raises httpx.HTTPError as a transport does.
+        """
+        if self._phase is not _Phase.HELD or request.url.scheme != "http":
+            return None
+        address, body = await heads.address_of(request.url), await heads.content_of(request)
+        if self._phase is not _Phase.HELD:
+            return None  # the client has left meanwhile
+        self._phase, self._head = _Phase.SENT, asyncio.get_running_loop().create_future()
+        self._watched = self._log.watch(self._id)
+        await self._route(address, request, body)
+        return await self._answer_of(await self._head, request)
+
+    async def _route(self, address: str, request: httpx.Request, body: bytes) -> None:
+        added, removed = heads.changes(self._first, request, self._began_s)
+        if self._is_duplex:
+            await self._write(replies.routed(address, self._id, added, removed))
+            for reply in replies.bodies((body,), of_request=True):
+                await self._write(reply)
+            if self._has_trailers:
+                await self._write(Reply(request_trailers=envoy.TrailersResponse()))
+        else:
+            await self._write(replies.routed_whole(address, self._id, added, removed, body))
+
+    async def _answer_of(self, message: envoy.ProcessingRequest, request: httpx.Request) -> httpx.Response:
+        """Return the engine's answer, and let its head go if it is what the client gets."""
+        status, headers = heads.answer_of(message)
+        if self._is_local:
+            raise httpx.ConnectError(f"Envoy did not reach it: {status} {heads.details_of(message)}", request=request)
+        extensions: dict[str, Any] = {}
+        if self._mode != FULL_DUPLEX:
+            if status == httpx.codes.NOT_FOUND or status >= httpx.codes.INTERNAL_SERVER_ERROR:
+                # Its body comes only once the head has gone, and the head may have to be replaced.
+                return httpx.Response(status, headers=headers, content=b"", extensions={UNREAD: True})
+            is_stream = status == httpx.codes.OK and headers.get("content-type", "").startswith(EVENTS)
+            self._gathers = self._mode == envoy.BUFFERED or (self._mode == envoy.STREAMED and not is_stream)
+            self._gone_status = status
+            if not self._gathers:
+                extensions[UNSEEN] = self._watched
+            await self._write(replies.head(None, self.head(), ("content-length",) if self._gathers else ()))
+            if self._mode == envoy.NONE:
+                self._let_go()
+            elif self._has_all:
+                self._close()
+        return httpx.Response(status, headers=headers, stream=_Chunks(self._read()), extensions=extensions)
+
+    async def _read(self) -> AsyncIterator[bytes]:
+        """Yield the engine's chunks as far as they come here."""
+        ended = False
+        while not ended:
+            chunk, ended = await self._chunks.get()
+            if chunk:
+                yield chunk
+
+    def _let_go(self) -> None:
+        """Close the call: what is still to come of the answer goes past us, and its access log is read."""
+        assert self._watched is not None
+        self._watched.goes_on, self._watched = True, None
+        self._chunks.put_nowait((b"", True))
+        self._close()
+
+    # Ends.
+
+    def abort(self, why: str) -> None:
+        """Have Envoy cut the request, or what there is of its answer."""
+        self._phase = _Phase.CLOSED
+        self._unwatch()
+        if not self.finished.done():
+            self.finished.set_exception(Aborted(why))
+
+    def _unwatch(self) -> None:
+        if self._watched is not None:
+            self._watched.close()
+            self._watched = None
+
+    def _leave(self) -> None:
+        self._gone.set()
+        self._pieces.put_nowait(None)
+        self._room.set()
+
+    def _close(self) -> None:
+        self._phase = _Phase.CLOSED
+        self._unwatch()
+        self._room.set()
+        if not self.finished.done():
+            self.finished.set_result(None)
+
+    async def _write(self, reply: Reply) -> None:
+        async with self._writing:  # gRPC takes one message at a time
+            await self._write_one(reply)
+
+
+class _Chunks(httpx.AsyncByteStream):
+    """An answer's body as it comes."""
+
+    def __init__(self, chunks: AsyncIterator[bytes]) -> None:
+        self._chunks = chunks
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for chunk in self._chunks:
+            yield chunk

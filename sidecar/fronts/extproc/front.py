@@ -1,0 +1,117 @@
+"""The endpoint picker's services: external processing, access logs, and health as gateways ask for it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from typing import Any
+
+import grpc
+import grpc.aio
+from starlette.types import Receive, Scope, Send
+
+from sidecar.fronts.extproc import heads, replies
+from sidecar.fronts.extproc.access_log import AccessLog
+from sidecar.fronts.extproc.exchange import Aborted, Exchange
+from sidecar.fronts.openai.errors import failure
+from sidecar.proto import envoy_pb2 as envoy
+
+logger = logging.getLogger(__name__)
+
+PROCESSOR = "envoy.service.ext_proc.v3.ExternalProcessor"
+LOGS = "envoy.service.accesslog.v3.AccessLogService"
+HEALTH_NAMES = ("liveness", "readiness", PROCESSOR)
+"""What gateways and charts of endpoint pickers ask health of, besides ""."""
+MESSAGE_BYTES_MAX = 64 << 20
+"""A message has a chunk of a body, or in buffered modes all of it, which gateways bound themselves."""
+END: Any = grpc.aio.EOF  # type: ignore[attr-defined]
+
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class Picker:
+    """Answers Envoy by an ASGI application. `overrides_mode` asks gateways that buffer to stream answers."""
+
+    def __init__(self, app: Application, overrides_mode: bool) -> None:
+        self._app = app
+        self._overrides_mode = overrides_mode
+        self.log = AccessLog()
+        self._answering: set[asyncio.Task[None]] = set()
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Serve on a server."""
+        process = grpc.stream_stream_rpc_method_handler(
+            self._process, envoy.ProcessingRequest.FromString, envoy.ProcessingResponse.SerializeToString
+        )
+        logs = grpc.stream_unary_rpc_method_handler(
+            self._take_logs, envoy.AccessLogMessage.FromString, envoy.Received.SerializeToString
+        )
+        server.add_generic_rpc_handlers(
+            (
+                grpc.method_handlers_generic_handler(PROCESSOR, {"Process": process}),
+                grpc.method_handlers_generic_handler(LOGS, {"StreamAccessLogs": logs}),
+            )
+        )
+
+    async def stop(self) -> None:
+        """Cancel what is being answered."""
+        for task in list(self._answering):
+            task.cancel()
+        await asyncio.gather(*self._answering, return_exceptions=True)
+
+    async def _process(self, requests: Any, context: Any) -> None:
+        first = await context.read()
+        if first is END or first.WhichOneof("request") != "request_headers":
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must have a request's headers")
+        if first.observability_mode:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION, "observability_mode must be off: it routes nothing"
+            )
+        if (trouble := heads.mode_trouble(first)) is not None:
+            refused = failure(500, trouble, "gateway_mode")
+            await context.write(replies.answered(refused.status, refused.headers, refused.body))
+            return
+        exchange = Exchange(first, context.write, self.log, self._overrides_mode)
+        scope = heads.scope_of(first, _peer_of(context.peer()), exchange)
+        answering = asyncio.create_task(self._answer(scope, exchange))
+        self._answering.add(answering)
+        answering.add_done_callback(self._answering.discard)
+        reading = asyncio.create_task(_read(context, exchange))
+        try:
+            await exchange.begin()
+            await asyncio.wait((reading, exchange.finished), return_when=asyncio.FIRST_COMPLETED)
+            if exchange.finished.done():
+                exchange.finished.result()
+        except Aborted as aborted:
+            await context.abort(grpc.StatusCode.ABORTED, str(aborted))
+        finally:
+            reading.cancel()
+            with suppress(asyncio.CancelledError):
+                await reading
+            exchange.left()
+
+    async def _answer(self, scope: Scope, exchange: Exchange) -> None:
+        try:
+            await self._app(scope, exchange.receive, exchange.send)
+        except Exception:
+            logger.exception("an exchange with Envoy broke")
+            exchange.abort("the sidecar failed")
+
+    async def _take_logs(self, messages: AsyncIterator[envoy.AccessLogMessage], context: Any) -> envoy.Received:
+        async for message in messages:
+            self.log.take(message)
+        return envoy.Received()
+
+
+async def _read(context: Any, exchange: Exchange) -> None:
+    """Give an exchange Envoy's messages until Envoy ends the call."""
+    while (message := await context.read()) is not END:
+        await exchange.take(message)
+
+
+def _peer_of(peer: str) -> str:
+    """Return gRPC's name of a peer as HOST:PORT; "" for a socket file."""
+    kind, _, address = peer.partition(":")
+    return address.replace("%5B", "[").replace("%5D", "]") if kind in ("ipv4", "ipv6") else ""

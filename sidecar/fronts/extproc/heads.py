@@ -1,0 +1,152 @@
+"""Heads of requests and answers, between Envoy's form, ASGI's and httpx's."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterable
+from time import monotonic
+from typing import Any
+
+import httpx
+from starlette.types import Scope
+
+from sidecar.fronts.http.connection import CARRIER, CROWDED, PEER, SUBSET
+from sidecar.proto import envoy_pb2 as envoy
+
+SUBSET_HINT, SUBSET_KEY = "envoy.lb.subset_hint", "x-gateway-destination-endpoint-subset"
+"""Where the Endpoint Picker Protocol has that subset."""
+DETAILS, VIA_UPSTREAM = "response.code_details", "via_upstream"
+TIMEOUT_MS = b"x-envoy-upstream-rq-timeout-ms"
+DEADLINE_MS = "x-lora-deadline-ms"
+_CLIENTS = frozenset(("authorization", "proxy-authorization", "cookie", "accept-encoding", "x-api-key", "expect"))
+"""Headers that a client sends to us, and that are not for an engine."""
+_FOR_US = "x-lora-"
+_OF_HTTP = frozenset(
+    ("host", "content-length", "transfer-encoding", "connection", "accept", "accept-encoding", "user-agent")
+)
+"""Headers that a client library adds to a request; Envoy has its own."""
+
+
+def scope_of(first: envoy.ProcessingRequest, peer: str, carrier: Any) -> Scope:
+    """Return the ASGI scope of a request. `peer` is Envoy's address as HOST:PORT."""
+    headers = [(name.encode("latin-1"), value) for name, value in pairs(first.request_headers.headers)]
+    pseudo = dict(headers)
+    path, _, query = pseudo.get(b":path", b"/").partition(b"?")
+    host, _, port = peer.rpartition(":")
+    return {
+        "type": "http",
+        "http_version": "1.1",
+        "method": pseudo.get(b":method", b"GET").decode("latin-1"),
+        "scheme": pseudo.get(b":scheme", b"http").decode("latin-1"),
+        "path": path.decode("latin-1"),
+        "raw_path": path,
+        "query_string": query,
+        "headers": [pair for pair in headers if not pair[0].startswith(b":")],
+        "client": (host, int(port)) if port.isdigit() else None,
+        "state": {PEER: (), CROWDED: False, CARRIER: carrier, SUBSET: subset_of(first)},
+    }
+
+
+def pairs(headers: envoy.HeaderMap) -> Iterable[tuple[str, bytes]]:
+    """Yield names, in lower case, and values."""
+    for header in headers.headers:
+        yield header.key.lower(), header.raw_value or header.value.encode()
+
+
+def is_call(first: envoy.ProcessingRequest) -> bool:
+    """Return True for a gRPC call."""
+    return any(
+        name == "content-type" and value.startswith(b"application/grpc")
+        for name, value in pairs(first.request_headers.headers)
+    )
+
+
+def subset_of(first: envoy.ProcessingRequest) -> tuple[str, ...] | None:
+    """Return the addresses of the engines that the gateway lets the request go to; None for any."""
+    hint = first.metadata_context.filter_metadata
+    if SUBSET_HINT not in hint or SUBSET_KEY not in hint[SUBSET_HINT].fields:
+        return None
+    value = hint[SUBSET_HINT].fields[SUBSET_KEY]
+    if value.HasField("list_value"):
+        return tuple(each.string_value for each in value.list_value.values)
+    return tuple(each.strip() for each in value.string_value.split(",") if each.strip())
+
+
+def changes(
+    first: envoy.ProcessingRequest, request: httpx.Request, began_s: float
+) -> tuple[list[tuple[bytes, bytes]], list[str]]:
+    """Return the headers to set and those to remove so that a client's request becomes the one for an engine.
+
+    What is left of the client's deadline becomes Envoy's timeout: nobody here can end the answer later.
+    """
+    theirs = dict(pairs(first.request_headers.headers))
+    added = [(name.encode(), value.encode()) for name, value in request.headers.items() if name not in _OF_HTTP]
+    if theirs.get(":path", b"") != request.url.raw_path:
+        added.append((b":path", request.url.raw_path))
+    if (deadline := theirs.get(DEADLINE_MS, b"")).isdigit():
+        left_ms = int(deadline) - round((monotonic() - began_s) * 1000)
+        added.append((TIMEOUT_MS, str(max(1, left_ms)).encode()))
+    removed = [name for name in theirs if name in _CLIENTS or name.startswith(_FOR_US)]
+    return added, [name for name in removed if name not in request.headers or name in _OF_HTTP]
+
+
+def answer_of(message: envoy.ProcessingRequest) -> tuple[int, httpx.Headers]:
+    """Return the status and the headers of an engine's answer."""
+    found = list(pairs(message.response_headers.headers))
+    status = next((int(value) for name, value in found if name == ":status"), 0)
+    return status, httpx.Headers(
+        [(name.encode(), value) for name, value in found if not name.startswith(":") and name != "content-length"]
+    )
+
+
+def details_of(message: envoy.ProcessingRequest) -> str:
+    """Return Envoy's word for where an answer comes from; "" if the gateway does not pass it on."""
+    for attributes in message.attributes.values():
+        if DETAILS in attributes.fields:
+            return attributes.fields[DETAILS].string_value
+    return ""
+
+
+def is_envoys_own(message: envoy.ProcessingRequest) -> bool:
+    """Return True for the head of an answer that Envoy made, because it did not reach an engine or waited too long."""
+    details = details_of(message)
+    return details != "" and details != VIA_UPSTREAM
+
+
+async def address_of(url: httpx.URL) -> str:
+    """Return HOST:PORT of a server by its IP address, as Envoy's original-destination clusters need it.
+
+    Raises httpx.ConnectError if the name is unknown.
+    """
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(url.host, url.port or 80, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise httpx.ConnectError(f"{url.host}: {error}") from error
+    host, port = map(str, found[0][4][:2])
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+async def content_of(request: httpx.Request) -> bytes:
+    """Return a request's body, which may be given in pieces."""
+    try:
+        return request.content
+    except httpx.RequestNotRead:
+        return await request.aread()
+
+
+def mode_trouble(first: envoy.ProcessingRequest) -> str | None:
+    """Return why a gateway's modes cannot be served, with the setting to change; None if they can."""
+    if not first.HasField("protocol_config"):
+        return (
+            "this gateway does not tell its processing mode (protocol_config), as newer Envoys do; upgrade it, or "
+            "send requests to the sidecar's http listener"
+        )
+    mode = first.protocol_config.request_body_mode
+    if mode not in (envoy.FULL_DUPLEX_STREAMED, envoy.BUFFERED):
+        name = envoy.BodyMode.Name(mode)
+        return (
+            f"the gateway sends request bodies in mode {name}, which routes a request before its body is known; set "
+            "processing_mode.request_body_mode to FULL_DUPLEX_STREAMED, or to BUFFERED"
+        )
+    return None

@@ -1,0 +1,90 @@
+"""A real Envoy in front of a sidecar's endpoint picker."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sidecar.fronts.extproc.bootstrap import bootstrap
+from tests.e2e.envoy import guard
+from tests.e2e.installed import Installed, NotInstalled
+from tests.e2e.server import Server
+
+
+class EnvoyInstalled(Installed):
+    """The environment that holds Envoy's binary."""
+
+    FOLDER, VARIABLE = ".venv-envoy", "ENVOY_VENV"
+
+    @property
+    def binary(self) -> Path:
+        return self.venv / "bin" / "envoy"
+
+    def _check(self) -> None:
+        if not self.binary.exists():
+            raise NotInstalled(f"no Envoy in {self.venv}: make {self.FOLDER}, or set {self.VARIABLE}")
+
+
+class EnvoyServer(Server):
+    """One Envoy, with the bootstrap that `sidecar envoy config` prints. `changed` may change it."""
+
+    NAME = "envoy"
+    START_S = 30.0
+    PORTS = 2
+    NOISE = re.compile(r"\]\[(?:info|debug)\]")
+    GUARD = guard
+
+    def __init__(
+        self,
+        folder: Path,
+        picker: str,
+        request_mode: str = "FULL_DUPLEX_STREAMED",
+        response_mode: str = "STREAMED",
+        changed: Callable[[dict[str, Any]], None] = lambda record: None,
+    ) -> None:
+        super().__init__(folder, None)
+        self.installed = EnvoyInstalled.find()
+        self._picker, self._modes, self._changed = picker, (request_mode, response_mode), changed
+
+    @property
+    def address(self) -> str:
+        """Host and port for clients."""
+        return self._address(0)
+
+    @property
+    def admin(self) -> str:
+        return self._address(1)
+
+    @property
+    def _mark(self) -> str:
+        return "envoy"
+
+    @property
+    def _ready_url(self) -> str:
+        return f"http://{self.admin}/ready"
+
+    def _prepare(self) -> Path:
+        assert self._ports is not None
+        record = bootstrap(self._ports[0], self._picker, *self._modes, admin_port=self._ports[1], host="127.0.0.1")
+        self._changed(record)
+        (self.folder / "envoy.json").write_text(json.dumps(record))
+        return self.folder
+
+    def _command(self) -> list[str]:
+        # Without its own hot-restart region two Envoys of a machine would be one.
+        return [
+            str(self.installed.binary),
+            "-c",
+            "envoy.json",
+            "--concurrency",
+            "1",
+            "--disable-hot-restart",
+            "-l",
+            "warn",
+        ]
+
+    def _environment(self) -> dict[str, str]:
+        return self.installed.environment()

@@ -1,0 +1,149 @@
+"""Requests of OpenAI clients through a real Envoy, in each mode of a gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from sidecar.core.events import RunEnded
+from tests.e2e.envoy.house import LANES, House, house
+from tests.e2e.envoy.server import EnvoyInstalled
+from tests.kit.serving import until, write_adapters
+
+SEEN_WHOLE = {"duplex-duplex", "buffered"}
+"""The lanes in which all of a stream's bytes pass the sidecar."""
+
+lanes = pytest.mark.parametrize("lane", LANES)
+
+
+async def quiet(running: House) -> None:
+    """Wait until no request is left, and with it no seat and no pin."""
+    state = running.served.state
+    await until(lambda: not state.requests)
+    assert all(not backend.running for backend in state.backends.values())
+    assert all(not slot.running for backend in state.backends.values() for slot in backend.slots.values())
+
+
+@lanes
+async def test_adapters_answer_by_their_names(tmp_path: Path, lane: str) -> None:
+    """Streams and whole answers have the tokens that the named adapter gives; so are headers and usage."""
+    names = write_adapters(tmp_path / "adapters", 3)
+    async with house(tmp_path, names, lane) as running:
+        for name in (*names, "base"):
+            own = "" if name == "base" else name
+            answer = await running.stream(name, 12)
+            assert answer.status == 200, answer.raw
+            assert answer.is_complete
+            assert answer.token_ids == running.tokens_of(own, 12)
+            assert answer.headers["x-lora-backend"] == "vllm-0"
+            assert answer.headers["x-request-id"]
+            whole = await running.whole(name, 7)
+            assert whole.status_code == 200, whole.text
+            assert whole.json()["choices"][0]["token_ids"] == running.tokens_of(own, 7)
+            assert whole.json()["usage"]["completion_tokens"] == 7
+        await quiet(running)
+
+
+@lanes
+async def test_errors_come_before_an_engine_is_asked(tmp_path: Path, lane: str) -> None:
+    """An unknown adapter, a malformed body and an unknown path get the errors of the http listener."""
+    write_adapters(tmp_path / "adapters", 1)
+    async with house(tmp_path, [], lane) as running:
+        unknown = await running.stream("none", 4)
+        assert unknown.status == 404
+        assert b"model_not_found" in unknown.raw
+        broken = await running.http.post("/v1/completions", content=b"{", headers={"content-type": "application/json"})
+        assert broken.status_code == 400
+        assert (await running.http.get("/v1/nothing")).status_code == 404
+        listed = await running.http.get("/v1/models")
+        assert {"a00", "tiny-llama"} == {each["id"] for each in listed.json()["data"]}
+        await quiet(running)
+
+
+@lanes
+async def test_an_engines_own_refusal_reaches_the_client(tmp_path: Path, lane: str) -> None:
+    """A prompt that is too long for the engine is its 400."""
+    names = write_adapters(tmp_path / "adapters", 1)
+    async with house(tmp_path, names, lane) as running:
+        refused = await running.whole(names[0], 4, temperature=-5)
+        assert refused.status_code == 400, refused.text
+        assert "temperature" in refused.text
+        await quiet(running)
+
+
+@lanes
+async def test_a_miss_is_healed_before_the_client_sees_it(tmp_path: Path, lane: str) -> None:
+    """An engine that has forgotten an adapter answers 404, is loaded anew, and the client gets its answer."""
+    names = write_adapters(tmp_path / "adapters", 1)
+    async with house(tmp_path, names, lane) as running:
+        name = names[0]
+        assert (await running.stream(name, 4)).is_complete
+        for ask in (running.stream, running.whole):
+            await quiet(running)
+            await _forget(running, name)
+            answer = await ask(name, 5)
+            if ask == running.stream:
+                assert answer.status == 200, answer.raw
+                assert answer.token_ids == running.tokens_of(name, 5)
+                assert answer.is_complete
+            else:
+                assert answer.status_code == 200, answer.text
+                assert answer.json()["choices"][0]["token_ids"] == running.tokens_of(name, 5)
+        await quiet(running)
+
+
+async def _forget(running: House, name: str) -> None:
+    async with httpx.AsyncClient(base_url=f"http://{running.engines[0].http_address}") as engine:
+        reply = await engine.post("/v1/unload_lora_adapter", json={"lora_name": running.engines_name(name)})
+        assert reply.status_code == 200, reply.text
+
+
+async def test_the_call_is_closed_after_the_first_chunk_and_the_log_tells_the_rest(tmp_path: Path) -> None:
+    """In the mode that is meant for it, no event but the first comes here, and the count of tokens is near."""
+    names = write_adapters(tmp_path / "adapters", 1)
+    async with house(tmp_path, names, time_scale=0.1) as running:
+        answer = await running.stream(names[0], 300)
+        assert answer.token_ids == running.tokens_of(names[0], 300)
+        assert answer.is_complete
+        await quiet(running)
+        ended = next(event for event in running.served.recorder.events if isinstance(event, RunEnded))
+        assert ended.seen.value == "estimated"
+        assert abs(ended.output_tokens - 300) <= 15
+
+
+@pytest.mark.parametrize("lane", ["duplex-streamed", "duplex-duplex"])
+async def test_a_client_that_leaves_frees_its_seat(tmp_path: Path, lane: str) -> None:
+    """While it is held at once; while it is answered when Envoy tells."""
+    names = write_adapters(tmp_path / "adapters", 1)
+    backend = {"engine": {"device_pages": 4, "host_pages": 8, "seats": 1}}
+    async with house(tmp_path, names, lane, time_scale=1.0, backend=backend) as running:
+        state = running.served.state
+        first = asyncio.create_task(running.stream(names[0], 2000))
+        await until(lambda: any(backend.running for backend in state.backends.values()))
+        await until(lambda: any(request.first_token for request in state.requests.values()))
+        held = asyncio.create_task(running.stream(names[0], 4))
+        await until(lambda: len(state.requests) == 2)
+        held.cancel()
+        await until(lambda: len(state.requests) == 1)
+        first.cancel()
+        await quiet(running)
+        assert (await running.stream(names[0], 3)).is_complete
+
+
+def test_the_printed_bootstrap_is_valid(tmp_path: Path) -> None:
+    """Envoy itself takes what `sidecar envoy config` prints."""
+    file = tmp_path / "sidecar.yaml"
+    file.write_text("listeners: {endpoint_picker: {address: '127.0.0.1:9004'}}\n")
+    printed = subprocess.run(
+        [sys.executable, "-m", "sidecar", "envoy", "config", str(file), "--admin-port", "9901"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    (tmp_path / "envoy.yaml").write_text(printed.stdout)
+    command = [str(EnvoyInstalled.find().binary), "--mode", "validate", "-c", str(tmp_path / "envoy.yaml")]
+    checked = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stderr
