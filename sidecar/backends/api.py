@@ -199,6 +199,13 @@ class Carrier(Protocol):
     head: Callable[[], Iterable[tuple[bytes, bytes]]]
     """Returns the headers that the answer gets from us."""
 
+    @property
+    def estimates(self) -> bool:
+        """True if tokens that count for budgets may be estimated."""
+
+    async def redirect(self, body: bytes) -> bool:
+        """Send a client's request as it came to the http listener; return False if there is no way."""
+
     async def carry(self, request: httpx.Request) -> httpx.Response | None:
         """Have a request sent, and return the answer as far as it comes here; None if it is to be sent from here.
 
@@ -472,6 +479,10 @@ class Backend(Protocol):
     @property
     def streams(self) -> bool:
         """True if the engine answers token by token, as far as is known."""
+
+    @property
+    def is_encrypted(self) -> bool:
+        """True if it is reached by TLS."""
 
     @property
     def wear(self) -> Wear | None:

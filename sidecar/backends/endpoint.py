@@ -75,8 +75,11 @@ class Endpoint(ABC):
     WIRE_ERRORS: ClassVar[tuple[type[Exception], ...]]
     """The exceptions of the kind's client library for an engine that does not answer."""
 
-    def __init__(self, identity: str, address: str, patience_s: float, pulse: Pulse) -> None:
+    def __init__(
+        self, identity: str, address: str, patience_s: float, pulse: Pulse, is_encrypted: bool = False
+    ) -> None:
         self.id = identity
+        self.is_encrypted = is_encrypted
         self.address = address
         self.pulse = pulse
         self._look_s = min(LOOK_S, patience_s / 4)

@@ -37,10 +37,10 @@ def print_config(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print Envoy's configuration for a sidecar that picks engines for it: a bootstrap for `envoy -c`.
+    """Print Envoy's configuration for a sidecar that picks engines for it.
 
-    Every request of Envoy's clients asks the sidecar where it goes. Answers pass Envoy only, and its access log tells
-    the sidecar how they ended.
+    It is a bootstrap for `envoy -c`. Every request of Envoy's clients asks the sidecar where it goes. Answers pass
+    Envoy only, and its access log tells the sidecar how they ended.
     """
     from sidecar.fronts.extproc.bootstrap import bootstrap
 

@@ -140,13 +140,17 @@ class EndpointPickerListener(GrpcListener):
     """The listener of Envoy's external processing and access logs, by which a gateway has the sidecar pick engines. Off
     without an address.
 
-    `override_mode` asks gateways that buffer bodies to stream answers, where they allow it.
+    `override_mode` asks gateways that buffer bodies to stream answers, where they allow it. `in_path` is where Envoy
+    reaches the http listener, to which it sends requests whose every token must be seen. With `estimates_allowed`
+    tenants with budgets of tokens are not among them: what they are charged is estimated by bytes.
     """
 
     address: GrpcAddress | None = None  # type: ignore[assignment]
     calls_per_connection_max: int = Field(65_536, ge=1)
     idle_s: float = Field(3600.0, gt=0, le=2_000_000)
     override_mode: bool = False
+    in_path: Address | None = None
+    estimates_allowed: bool = False
 
 
 class Listeners(Section):

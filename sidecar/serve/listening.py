@@ -195,7 +195,7 @@ class Listening:
         if wanted.address is None:
             return
         assert self._openai is not None
-        self._picker = Picker(self._openai, wanted.override_mode)
+        self._picker = Picker(self._openai, wanted)
         bounds = (*_bounds(wanted, MESSAGE_BYTES_MAX), ("grpc.max_concurrent_streams", wanted.calls_per_connection_max))
         server = self._server(options=bounds)
         self._picker.add_to(server)

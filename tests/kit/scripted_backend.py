@@ -18,6 +18,7 @@ class ScriptedBackend:
     """Implements the backend protocol without an engine."""
 
     streams = True
+    is_encrypted = False
     wear: Wear | None = None
 
     def __init__(self, backend_id: str, up: bool = True, seats: int = 2) -> None:

@@ -15,6 +15,6 @@ def test_generated_code_is_current(tmp_path: Path) -> None:
     environment = os.environ | {"OUT": str(tmp_path), "PYTHON": sys.executable}
     subprocess.run(["sh", str(ROOT / "proto" / "generate.sh")], check=True, env=environment)
     generated = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
-    assert len(generated) == 9
+    assert len(generated) == 11
     for path in generated:
         assert (tmp_path / path).read_text() == (ROOT / path).read_text(), f"{path} is stale: run make proto"

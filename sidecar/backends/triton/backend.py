@@ -58,7 +58,9 @@ class TritonBackend(Endpoint):
         self._regions = Regions(entry.identity, self._stub)
         self._transport = Transport(entry.identity, entry.weights_transport, wiring.memory, self._stub)
         self._server = Server(entry, declared, self._stub, self._transport)
-        super().__init__(entry.identity, entry.address, entry.progress_timeout_s, self._server.pulse)
+        super().__init__(
+            entry.identity, entry.address, entry.progress_timeout_s, self._server.pulse, entry.tls_files is not None
+        )
 
     @property
     def streams(self) -> bool:

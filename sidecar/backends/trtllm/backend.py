@@ -53,7 +53,7 @@ class TrtllmBackend(Endpoint):
 
     def __init__(self, entry: TrtllmEntry, declared: EngineFacts, owner: str = "") -> None:
         pulse = Pulse(entry.progress_timeout_s, monotonic())
-        super().__init__(entry.identity, entry.address, entry.progress_timeout_s, pulse)
+        super().__init__(entry.identity, entry.address, entry.progress_timeout_s, pulse, entry.tls_files is not None)
         self._entry = entry
         self._declared = declared
         self._owner = owner

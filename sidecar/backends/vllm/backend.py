@@ -51,7 +51,7 @@ class VllmBackend(Endpoint):
 
     def __init__(self, entry: VllmEntry, declared: EngineFacts, *, tries_sizes: bool = False) -> None:
         pulse = Pulse(entry.progress_timeout_s, monotonic())
-        super().__init__(entry.identity, entry.address, entry.progress_timeout_s, pulse)
+        super().__init__(entry.identity, entry.address, entry.progress_timeout_s, pulse, entry.tls_files is not None)
         self._entry = entry
         self._declared = declared
         timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)

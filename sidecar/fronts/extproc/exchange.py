@@ -29,6 +29,7 @@ import httpx
 from starlette.types import Message
 
 from sidecar.backends.api import UNREAD, UNSEEN
+from sidecar.config.listeners import EndpointPickerListener
 from sidecar.fronts.extproc import heads, replies
 from sidecar.fronts.extproc.access_log import AccessLog, Watched
 from sidecar.fronts.extproc.replies import Reply
@@ -62,13 +63,14 @@ class Exchange:
         first: envoy.ProcessingRequest,
         write: Callable[[Reply], Awaitable[Any]],
         log: AccessLog,
-        overrides_mode: bool,
+        settings: EndpointPickerListener,
     ) -> None:
         self._first = first
         self._write_one, self._log = write, log
         self._is_duplex = first.protocol_config.request_body_mode == FULL_DUPLEX
         self._mode = first.protocol_config.response_body_mode
-        self._overrides_mode = overrides_mode and not self._is_duplex
+        self._overrides_mode = settings.override_mode and not self._is_duplex
+        self._in_path, self.estimates = settings.in_path, settings.estimates_allowed
         self._writing = asyncio.Lock()
         self._id = secrets.token_hex(8)
         self._began_s = monotonic()
@@ -90,7 +92,7 @@ class Exchange:
         """The engine's answer is replaced at its end by the front's; the engine's last chunk has come."""
         self._start: Message | None = None
         self._own: list[bytes] = []
-        self._is_own_whole = False
+        self._is_own_whole = self._passes = False
         self.head: Callable[[], Iterable[tuple[bytes, bytes]]] = tuple
         """Returns the headers of an answer that are ours. Set by the front once it has a ticket."""
         self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -114,6 +116,8 @@ class Exchange:
             await self._take_body(message.request_body)
         elif kind == "request_trailers":
             await self._take_trailers()
+        elif self._passes:
+            await self._pass(message)
         elif kind == "response_headers":
             self._take_head(message)
         elif kind == "response_body":
@@ -122,6 +126,24 @@ class Exchange:
             self._chunks.put_nowait((b"", True))
             if self._mode != FULL_DUPLEX:
                 await self._write(Reply(response_trailers=envoy.TrailersResponse()))
+
+    async def _pass(self, message: envoy.ProcessingRequest) -> None:
+        """Let an answer go on that is not ours to read."""
+        if message.WhichOneof("request") == "response_headers":
+            await self._write(Reply(response_headers=envoy.HeadersResponse()))
+            if message.response_headers.end_of_stream or self._mode == envoy.NONE:
+                self._close()
+        elif message.WhichOneof("request") == "response_body":
+            body = message.response_body
+            if self._mode == FULL_DUPLEX:
+                for reply in replies.bodies((body.body,), of_request=False, ended=body.end_of_stream):
+                    await self._write(reply)
+            else:
+                await self._write(replies.chunk(None))
+            if body.end_of_stream or self._mode != FULL_DUPLEX:
+                self._close()
+        else:
+            await self._write(Reply(response_trailers=envoy.TrailersResponse()))
 
     def left(self) -> None:
         """Note that Envoy has ended the call, as it does when the client leaves."""
@@ -235,6 +257,18 @@ class Exchange:
 
     # The run's carrier.
 
+    async def redirect(self, body: bytes) -> bool:
+        """Send a client's request as it came to the http listener; return False if there is no way to it."""
+        if self._in_path is None or self._phase is not _Phase.HELD:
+            return False
+        self._phase, self._passes = _Phase.SENT, True
+        if self._is_duplex:
+            await self._write(replies.routed(self._in_path, self._id, (), ()))
+            await self._send_body(body)
+        else:
+            await self._write(replies.routed_whole(self._in_path, self._id, (), (), body))
+        return True
+
     async def carry(self, request: httpx.Request) -> httpx.Response | None:
         """Have Envoy send a request, and return the engine's answer as far as it comes here.
 
@@ -255,12 +289,15 @@ class Exchange:
         added, removed = heads.changes(self._first, request, self._began_s)
         if self._is_duplex:
             await self._write(replies.routed(address, self._id, added, removed))
-            for reply in replies.bodies((body,), of_request=True):
-                await self._write(reply)
-            if self._has_trailers:
-                await self._write(Reply(request_trailers=envoy.TrailersResponse()))
+            await self._send_body(body)
         else:
             await self._write(replies.routed_whole(address, self._id, added, removed, body))
+
+    async def _send_body(self, body: bytes) -> None:
+        for reply in replies.bodies((body,), of_request=True):
+            await self._write(reply)
+        if self._has_trailers:
+            await self._write(Reply(request_trailers=envoy.TrailersResponse()))
 
     async def _answer_of(self, message: envoy.ProcessingRequest, request: httpx.Request) -> httpx.Response:
         """Return the engine's answer, and let its head go if it is what the client gets."""

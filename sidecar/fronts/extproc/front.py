@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 from starlette.types import Receive, Scope, Send
 
+from sidecar.config.listeners import EndpointPickerListener
 from sidecar.fronts.extproc import heads, replies
 from sidecar.fronts.extproc.access_log import AccessLog
 from sidecar.fronts.extproc.exchange import Aborted, Exchange
@@ -32,11 +33,11 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class Picker:
-    """Answers Envoy by an ASGI application. `overrides_mode` asks gateways that buffer to stream answers."""
+    """Answers Envoy by an ASGI application."""
 
-    def __init__(self, app: Application, overrides_mode: bool) -> None:
+    def __init__(self, app: Application, settings: EndpointPickerListener) -> None:
         self._app = app
-        self._overrides_mode = overrides_mode
+        self._settings = settings
         self.log = AccessLog()
         self._answering: set[asyncio.Task[None]] = set()
 
@@ -73,7 +74,7 @@ class Picker:
             refused = failure(500, trouble, "gateway_mode")
             await context.write(replies.answered(refused.status, refused.headers, refused.body))
             return
-        exchange = Exchange(first, context.write, self.log, self._overrides_mode)
+        exchange = Exchange(first, context.write, self.log, self._settings)
         scope = heads.scope_of(first, _peer_of(context.peer()), exchange)
         answering = asyncio.create_task(self._answer(scope, exchange))
         self._answering.add(answering)

@@ -31,6 +31,7 @@ STATUSES = {
     "INTERNAL": 500,
     "UNAVAILABLE": 503,
     "DEADLINE_EXCEEDED": 504,
+    "UNKNOWN": 500,
 }
 """HTTP statuses by the gRPC codes in the table of reasons; other codes, which only engines send, are 500."""
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from starlette.datastructures import QueryParams
@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from sidecar.access import access
 from sidecar.access.principal import Action, Presented, Purpose, Resource, Sort
 from sidecar.access.resources import adapter_resource
-from sidecar.backends.api import Ticket
+from sidecar.backends.api import Carrier, Ticket
 from sidecar.backends.kind import Native
 from sidecar.backends.registry import model_kind
 from sidecar.config import Config
@@ -28,7 +28,7 @@ from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts.callers import AUTHORIZATION, FORWARDED, peer_at
 from sidecar.fronts.eligible import empty_pools
 from sidecar.fronts.hiding import Hiding
-from sidecar.fronts.http.connection import CARRIER, CROWDED, PEER
+from sidecar.fronts.http.connection import CARRIER, CROWDED, PEER, SUBSET
 from sidecar.fronts.http.content_type import why_not_json
 from sidecar.fronts.intake import Intake
 from sidecar.fronts.lengths import text_tokens_max
@@ -165,6 +165,13 @@ class OpenAiFront:
                     place = self._placing(tenant, caller.klass)
                     requests = await self._read(path, pieces, size_bytes, place, sender, tenant, request_id)
                     sender = replace(sender, is_recorded=True)
+                if (subset := scope["state"].get(SUBSET)) is not None:
+                    requests = [(asked, self._within(destination, subset)) for asked, destination in requests]
+                carrier: Carrier | None = scope["state"].get(CARRIER)
+                if carrier is not None and not self._may_carry(carrier, requests, tenant, caller.klass):
+                    if await carrier.redirect(b"".join(pieces)):
+                        return
+                    carrier = None
                 if len(requests) > 1:
                     caller = _of_one_session(caller, requests[0][0])
                 for asked, destination in requests:
@@ -180,7 +187,7 @@ class OpenAiFront:
                 return
             limits = self._limits(tenant, caller, requests[0][0])
             answering = Answering(self._gateway, requests, tickets, self._hide_backend, limits)
-            if (carrier := scope["state"].get(CARRIER)) is not None and len(tickets) == 1:
+            if carrier is not None:
                 # Before the loop runs again: its run may have been started, and sends nothing before that.
                 carrier.head, tickets[0].carrier = answering.head, carrier
             await answering.serve(receive, send)
@@ -257,6 +264,27 @@ class OpenAiFront:
             trace=TraceOrigin(*caller.trace_context, caller.came_ns),
         )
         return self._gateway.submit(facts, destination.payload, request_id, sender, _text(asked, destination))
+
+    def _within(self, destination: Destination, subset: Collection[str]) -> Destination:
+        """Return a destination without the engines whose addresses a gateway has left out. Raises Refused for none."""
+        backends, only = self._gateway.state.backends, destination.only
+        near = [each.id for each in self._gateway.backends.values() if each.address in subset]
+        left = tuple(each for each in near if not only or each in only or backends[each].group in only)
+        if not left:
+            shown = ", ".join(subset)[:200] or "nothing"
+            message = f"the gateway lets the request go to {shown}, and no engine there can serve it"
+            raise Refused(Reason.NO_BACKEND, message)
+        return replace(destination, only=left)
+
+    def _may_carry(
+        self, carrier: Carrier, requests: Sequence[tuple[OpenAiRequest, Destination]], tenant: str, klass: str
+    ) -> bool:
+        """Return True if something else may carry a request: it is one for any engine, and need not be read."""
+        if len(requests) > 1 or requests[0][1].text is not None:
+            return False
+        if any(backend.is_encrypted for backend in self._gateway.backends.values()):
+            return False
+        return carrier.estimates or self._gateway.access.standing(tenant, klass, requests[0][0].model).tokens is None
 
     def _limits(self, tenant: str, caller: Caller, asked: OpenAiRequest) -> tuple[tuple[bytes, bytes], ...]:
         """Return the headers that say what remains of the tenant's budgets."""

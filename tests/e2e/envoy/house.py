@@ -39,10 +39,13 @@ class House:
     http: httpx.AsyncClient
     folder: Path
 
-    async def stream(self, model: str, tokens: int, **fields: Any) -> Streamed:
+    async def stream(
+        self, model: str, tokens: int, headers: Mapping[str, str] | None = None, **fields: Any
+    ) -> Streamed:
         """Ask for a stream of events and read it to its end. Raises httpx.HTTPError if that does not come."""
         body = {"model": model, "prompt": "hello", "max_tokens": tokens, "stream": True, "return_token_ids": True}
-        async with self.http.stream("POST", "/v1/completions", json=body | fields) as reply:
+        path = "/v1/completions"
+        async with self.http.stream("POST", path, json=body | fields, headers=headers) as reply:
             raw = b"".join([chunk async for chunk in reply.aiter_raw()])
         return Streamed(reply.status_code, dict(reply.headers), raw)
 
@@ -90,6 +93,24 @@ class Streamed:
         return self.raw.endswith(b"data: [DONE]\n\n")
 
 
+def http_filters(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the HTTP filters of a bootstrap."""
+    manager = record["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
+    found: list[dict[str, Any]] = manager["http_filters"]
+    return found
+
+
+def set_metadata(namespace: str, key: str, header: str) -> dict[str, Any]:
+    """Return a filter that sets dynamic metadata by a client's header, as a gateway does by its own knowledge."""
+    rule = {
+        "header": header,
+        "on_header_present": {"metadata_namespace": namespace, "key": key, "type": "STRING"},
+        "remove": True,
+    }
+    kind = "type.googleapis.com/envoy.extensions.filters.http.header_to_metadata.v3.Config"
+    return {"name": "metadata", "typed_config": {"@type": kind, "request_rules": [rule]}}
+
+
 @asynccontextmanager
 async def house(
     folder: Path,
@@ -99,10 +120,15 @@ async def house(
     options: Sequence[str] = (),
     time_scale: float = 0.0,
     changed: Callable[[dict[str, Any]], None] = lambda record: None,
+    listener: Mapping[str, Any] | None = None,
+    http: str | None = None,
     **record: Any,
 ) -> AsyncIterator[House]:
-    """Run it. `options` are those of `sidecar emulate --protocol vllm`, `changed` changes Envoy's bootstrap."""
-    request_mode, response_mode, listener = LANES[lane]
+    """Run it. `options` are those of `sidecar emulate --protocol vllm`, `changed` changes Envoy's bootstrap.
+
+    `listener` has settings of the endpoint picker, `http` the address of the http listener.
+    """
+    request_mode, response_mode, needed = LANES[lane]
     shared = folder / "shared"
     shared.mkdir(exist_ok=True)
     async with AsyncExitStack() as stack:
@@ -113,7 +139,8 @@ async def house(
             stack.push_async_callback(process.kill)
             running.append(process)
         free = {"address": "127.0.0.1:0"}
-        listeners = {"data": free, "admin": free, "http": free, "endpoint_picker": free | listener}
+        listeners = {"data": free, "admin": free, "http": free if http is None else {"address": http}}
+        listeners["endpoint_picker"] = free | needed | dict(listener or {})
         base = folder / "base.json"
         base.write_text(json.dumps(BASE_CONFIG))
         model = {"name": "tiny-llama", "aliases": ["base"], "config": str(base)}

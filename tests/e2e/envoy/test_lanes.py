@@ -6,13 +6,15 @@ import asyncio
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from sidecar.core.events import RunEnded
-from tests.e2e.envoy.house import LANES, House, house
+from tests.e2e.envoy.house import LANES, House, house, http_filters, set_metadata
 from tests.e2e.envoy.server import EnvoyInstalled
+from tests.kit.ports import free_port
 from tests.kit.serving import until, write_adapters
 
 SEEN_WHOLE = {"duplex-duplex", "buffered"}
@@ -147,3 +149,55 @@ def test_the_printed_bootstrap_is_valid(tmp_path: Path) -> None:
     command = [str(EnvoyInstalled.find().binary), "--mode", "validate", "-c", str(tmp_path / "envoy.yaml")]
     checked = subprocess.run(command, capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stderr
+
+
+@pytest.mark.parametrize("lane", ["duplex-streamed", "duplex-duplex", "buffered-override"])
+async def test_several_prompts_stay_in_path(tmp_path: Path, lane: str) -> None:
+    """A list of prompts is several requests: they go to the http listener, or are answered here."""
+    names = write_adapters(tmp_path / "adapters", 1)
+    for in_path in (None, f"127.0.0.1:{free_port()}"):
+        listener = {} if in_path is None else {"in_path": in_path}
+        async with house(tmp_path, names, lane, listener=listener, http=in_path) as running:
+            asked = {"model": names[0], "prompt": ["hello", "you"], "max_tokens": 3, "return_token_ids": True}
+            whole = await running.http.post("/v1/completions", json=asked)
+            assert [each["token_ids"] for each in whole.json()["choices"]] == [running.tokens_of(names[0], 3)] * 2
+            streamed = await running.stream(names[0], 3, prompt=["hello", "you"])
+            assert streamed.is_complete
+            assert sorted(streamed.token_ids) == sorted(running.tokens_of(names[0], 3) * 2)
+            await quiet(running)
+
+
+async def test_what_counts_for_a_budget_is_seen(tmp_path: Path) -> None:
+    """A tenant with a budget of tokens is answered in path unless estimates will do."""
+    names = write_adapters(tmp_path / "adapters", 1)
+    limits = {"limits": [{"tenant": "acme", "tokens_per_minute": 100_000}]}
+    headers = {"x-lora-tenant": "acme"}
+    for allowed, seen in ((False, "all"), (True, "estimated")):
+        in_path = f"127.0.0.1:{free_port()}"
+        listener = {"in_path": in_path, "estimates_allowed": allowed}
+        async with house(tmp_path, names, listener=listener, http=in_path, time_scale=0.1, access=limits) as running:
+            running.http.headers.update(headers)
+            assert (await running.stream(names[0], 100)).is_complete
+            await quiet(running)
+            ended = next(event for event in running.served.recorder.events if isinstance(event, RunEnded))
+            assert ended.seen.value == seen
+
+
+async def test_a_gateways_subset_is_kept(tmp_path: Path) -> None:
+    """A request goes to an engine that the gateway lets it go to; if none is left, it is refused as unavailable."""
+    names = write_adapters(tmp_path / "adapters", 1)
+    hint = "envoy.lb.subset_hint"
+
+    def hinting(record: dict[str, Any]) -> None:
+        filters = http_filters(record)
+        # Sets the metadata that a gateway sets, from a header of the client's.
+        filters.insert(0, set_metadata(hint, "x-gateway-destination-endpoint-subset", "x-test-subset"))
+
+    async with house(tmp_path, names, engines=2, changed=hinting) as running:
+        for number, engine in enumerate(running.engines):
+            for _ in range(4):
+                answer = await running.stream(names[0], 2, headers={"x-test-subset": engine.http_address})
+                assert answer.headers["x-lora-backend"] == f"vllm-{number}"
+        refused = await running.stream(names[0], 2, headers={"x-test-subset": "10.0.0.1:8000"})
+        assert refused.status == 503
+        await quiet(running)
