@@ -31,18 +31,88 @@ class KeepReply(_message.Message):
     def __init__(self) -> None: ...
 
 class ForwardRequests(_message.Message):
-    __slots__ = ("requests", "ended", "paused", "resumed", "moved")
+    __slots__ = ("requests", "ended", "paused", "resumed", "moved", "carried")
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     ENDED_FIELD_NUMBER: _ClassVar[int]
     PAUSED_FIELD_NUMBER: _ClassVar[int]
     RESUMED_FIELD_NUMBER: _ClassVar[int]
     MOVED_FIELD_NUMBER: _ClassVar[int]
+    CARRIED_FIELD_NUMBER: _ClassVar[int]
     requests: _containers.RepeatedCompositeFieldContainer[ForwardRequest]
     ended: _containers.RepeatedScalarFieldContainer[int]
     paused: _containers.RepeatedScalarFieldContainer[int]
     resumed: _containers.RepeatedScalarFieldContainer[int]
     moved: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, requests: _Optional[_Iterable[_Union[ForwardRequest, _Mapping]]] = ..., ended: _Optional[_Iterable[int]] = ..., paused: _Optional[_Iterable[int]] = ..., resumed: _Optional[_Iterable[int]] = ..., moved: _Optional[_Iterable[int]] = ...) -> None: ...
+    carried: _containers.RepeatedCompositeFieldContainer[Carried]
+    def __init__(self, requests: _Optional[_Iterable[_Union[ForwardRequest, _Mapping]]] = ..., ended: _Optional[_Iterable[int]] = ..., paused: _Optional[_Iterable[int]] = ..., resumed: _Optional[_Iterable[int]] = ..., moved: _Optional[_Iterable[int]] = ..., carried: _Optional[_Iterable[_Union[Carried, _Mapping]]] = ...) -> None: ...
+
+class Carried(_message.Message):
+    __slots__ = ("number", "head", "chunk", "end", "sighting", "failed", "declined")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    HEAD_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    SIGHTING_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    DECLINED_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    head: CarriedHead
+    chunk: bytes
+    end: CarriedEnd
+    sighting: Sighting
+    failed: str
+    declined: bool
+    def __init__(self, number: _Optional[int] = ..., head: _Optional[_Union[CarriedHead, _Mapping]] = ..., chunk: _Optional[bytes] = ..., end: _Optional[_Union[CarriedEnd, _Mapping]] = ..., sighting: _Optional[_Union[Sighting, _Mapping]] = ..., failed: _Optional[str] = ..., declined: _Optional[bool] = ...) -> None: ...
+
+class CarriedHead(_message.Message):
+    __slots__ = ("status", "headers", "is_unread")
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    HEADERS_FIELD_NUMBER: _ClassVar[int]
+    IS_UNREAD_FIELD_NUMBER: _ClassVar[int]
+    status: int
+    headers: _containers.RepeatedCompositeFieldContainer[ForwardedMetadata]
+    is_unread: bool
+    def __init__(self, status: _Optional[int] = ..., headers: _Optional[_Iterable[_Union[ForwardedMetadata, _Mapping]]] = ..., is_unread: _Optional[bool] = ...) -> None: ...
+
+class CarriedEnd(_message.Message):
+    __slots__ = ("goes_on",)
+    GOES_ON_FIELD_NUMBER: _ClassVar[int]
+    goes_on: bool
+    def __init__(self, goes_on: _Optional[bool] = ...) -> None: ...
+
+class Sighting(_message.Message):
+    __slots__ = ("exchange", "body_bytes", "ending", "cause", "served")
+    EXCHANGE_FIELD_NUMBER: _ClassVar[int]
+    BODY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ENDING_FIELD_NUMBER: _ClassVar[int]
+    CAUSE_FIELD_NUMBER: _ClassVar[int]
+    SERVED_FIELD_NUMBER: _ClassVar[int]
+    exchange: str
+    body_bytes: int
+    ending: str
+    cause: str
+    served: str
+    def __init__(self, exchange: _Optional[str] = ..., body_bytes: _Optional[int] = ..., ending: _Optional[str] = ..., cause: _Optional[str] = ..., served: _Optional[str] = ...) -> None: ...
+
+class TellRequest(_message.Message):
+    __slots__ = ("sightings",)
+    SIGHTINGS_FIELD_NUMBER: _ClassVar[int]
+    sightings: _containers.RepeatedCompositeFieldContainer[Sighting]
+    def __init__(self, sightings: _Optional[_Iterable[_Union[Sighting, _Mapping]]] = ...) -> None: ...
+
+class TellReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Carriage(_message.Message):
+    __slots__ = ("url", "headers", "body")
+    URL_FIELD_NUMBER: _ClassVar[int]
+    HEADERS_FIELD_NUMBER: _ClassVar[int]
+    BODY_FIELD_NUMBER: _ClassVar[int]
+    url: str
+    headers: _containers.RepeatedCompositeFieldContainer[ForwardedMetadata]
+    body: bytes
+    def __init__(self, url: _Optional[str] = ..., headers: _Optional[_Iterable[_Union[ForwardedMetadata, _Mapping]]] = ..., body: _Optional[bytes] = ...) -> None: ...
 
 class ForwardReplies(_message.Message):
     __slots__ = ("replies", "dispatched")
@@ -53,7 +123,7 @@ class ForwardReplies(_message.Message):
     def __init__(self, replies: _Optional[_Iterable[_Union[ForwardReply, _Mapping]]] = ..., dispatched: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
-    __slots__ = ("member", "backend", "adapter", "tenant", "klass", "input_tokens", "output_tokens_max", "deadline_s", "session", "size_bytes", "client_id", "payload", "number", "sequences", "versions", "is_estimated", "peer", "traceparent", "tracestate", "waited_ns")
+    __slots__ = ("member", "backend", "adapter", "tenant", "klass", "input_tokens", "output_tokens_max", "deadline_s", "session", "size_bytes", "client_id", "payload", "number", "sequences", "versions", "is_estimated", "peer", "traceparent", "tracestate", "waited_ns", "is_carried")
     MEMBER_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
@@ -74,6 +144,7 @@ class ForwardRequest(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     TRACESTATE_FIELD_NUMBER: _ClassVar[int]
     WAITED_NS_FIELD_NUMBER: _ClassVar[int]
+    IS_CARRIED_FIELD_NUMBER: _ClassVar[int]
     member: str
     backend: str
     adapter: str
@@ -94,7 +165,8 @@ class ForwardRequest(_message.Message):
     traceparent: str
     tracestate: str
     waited_ns: int
-    def __init__(self, member: _Optional[str] = ..., backend: _Optional[str] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., klass: _Optional[str] = ..., input_tokens: _Optional[int] = ..., output_tokens_max: _Optional[int] = ..., deadline_s: _Optional[float] = ..., session: _Optional[str] = ..., size_bytes: _Optional[int] = ..., client_id: _Optional[str] = ..., payload: _Optional[_Union[ForwardedPayload, _Mapping]] = ..., number: _Optional[int] = ..., sequences: _Optional[int] = ..., versions: _Optional[_Union[Ordinals, _Mapping]] = ..., is_estimated: _Optional[bool] = ..., peer: _Optional[str] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., waited_ns: _Optional[int] = ...) -> None: ...
+    is_carried: bool
+    def __init__(self, member: _Optional[str] = ..., backend: _Optional[str] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., klass: _Optional[str] = ..., input_tokens: _Optional[int] = ..., output_tokens_max: _Optional[int] = ..., deadline_s: _Optional[float] = ..., session: _Optional[str] = ..., size_bytes: _Optional[int] = ..., client_id: _Optional[str] = ..., payload: _Optional[_Union[ForwardedPayload, _Mapping]] = ..., number: _Optional[int] = ..., sequences: _Optional[int] = ..., versions: _Optional[_Union[Ordinals, _Mapping]] = ..., is_estimated: _Optional[bool] = ..., peer: _Optional[str] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., waited_ns: _Optional[int] = ..., is_carried: _Optional[bool] = ...) -> None: ...
 
 class Ordinals(_message.Message):
     __slots__ = ("ordinals",)
@@ -160,18 +232,20 @@ class ForwardedMetadata(_message.Message):
     def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
 
 class ForwardReply(_message.Message):
-    __slots__ = ("origin", "part", "last", "ending", "number")
+    __slots__ = ("origin", "part", "last", "ending", "carriage", "number")
     ORIGIN_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
     ENDING_FIELD_NUMBER: _ClassVar[int]
+    CARRIAGE_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     origin: ForwardedOrigin
     part: bytes
     last: bytes
     ending: ForwardedEnding
+    carriage: Carriage
     number: int
-    def __init__(self, origin: _Optional[_Union[ForwardedOrigin, _Mapping]] = ..., part: _Optional[bytes] = ..., last: _Optional[bytes] = ..., ending: _Optional[_Union[ForwardedEnding, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
+    def __init__(self, origin: _Optional[_Union[ForwardedOrigin, _Mapping]] = ..., part: _Optional[bytes] = ..., last: _Optional[bytes] = ..., ending: _Optional[_Union[ForwardedEnding, _Mapping]] = ..., carriage: _Optional[_Union[Carriage, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
 
 class ForwardedOrigin(_message.Message):
     __slots__ = ("backend", "name", "ordinal", "digest", "cache", "queue_ns", "load_ns", "heals")

@@ -54,6 +54,11 @@ class PeersStub:
                 request_serializer=sidecar_dot_proto_dot_peers__pb2.SourceRequest.SerializeToString,
                 response_deserializer=sidecar_dot_proto_dot_peers__pb2.SourceChunk.FromString,
                 _registered_method=True)
+        self.Tell = channel.unary_unary(
+                '/lorasidecar.v1.Peers/Tell',
+                request_serializer=sidecar_dot_proto_dot_peers__pb2.TellRequest.SerializeToString,
+                response_deserializer=sidecar_dot_proto_dot_peers__pb2.TellReply.FromString,
+                _registered_method=True)
         self.Keep = channel.unary_unary(
                 '/lorasidecar.v1.Peers/Keep',
                 request_serializer=sidecar_dot_proto_dot_peers__pb2.KeepRequest.SerializeToString,
@@ -92,6 +97,13 @@ class PeersServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tell(self, request, context):
+        """Tells what a proxy's access log says of answers whose requests the replica has placed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Keep(self, request, context):
         """Returns when the replica has the files of a version too.
         """
@@ -121,6 +133,11 @@ def add_PeersServicer_to_server(servicer, server):
                     servicer.Source,
                     request_deserializer=sidecar_dot_proto_dot_peers__pb2.SourceRequest.FromString,
                     response_serializer=sidecar_dot_proto_dot_peers__pb2.SourceChunk.SerializeToString,
+            ),
+            'Tell': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tell,
+                    request_deserializer=sidecar_dot_proto_dot_peers__pb2.TellRequest.FromString,
+                    response_serializer=sidecar_dot_proto_dot_peers__pb2.TellReply.SerializeToString,
             ),
             'Keep': grpc.unary_unary_rpc_method_handler(
                     servicer.Keep,
@@ -236,6 +253,33 @@ class Peers:
             '/lorasidecar.v1.Peers/Source',
             sidecar_dot_proto_dot_peers__pb2.SourceRequest.SerializeToString,
             sidecar_dot_proto_dot_peers__pb2.SourceChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tell(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasidecar.v1.Peers/Tell',
+            sidecar_dot_proto_dot_peers__pb2.TellRequest.SerializeToString,
+            sidecar_dot_proto_dot_peers__pb2.TellReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
+from google.protobuf.message import Message
+
 from sidecar.backends.api import Payload, Reply, Ticket
 from sidecar.backends.buffers import AnswerBuffers
 from sidecar.config.identities import REQUEST_ID, is_fit
@@ -16,6 +18,7 @@ from sidecar.core.effects import Dispatch, Settle
 from sidecar.errors import Reason, Refused
 from sidecar.proto import peers_pb2
 from sidecar.replicas import forms
+from sidecar.replicas.carrying import RemoteCarrier
 from sidecar.replicas.forwarding import ended
 from sidecar.shell.gateway import Gateway
 
@@ -48,6 +51,12 @@ class PassedOn(Ticket):
             return
         self.came = reply
         sent = self.answers.send(self.number, "last" if reply.final else "part", reply.raw)
+        if not self._has_sent_origin:
+            self._add_origin(sent)
+
+    def send_carriage(self, carriage: Any) -> None:
+        """Have the receiving replica's proxy send the request."""
+        sent = self.answers.send(self.number, "carriage", carriage)
         if not self._has_sent_origin:
             self._add_origin(sent)
 
@@ -123,8 +132,7 @@ class Answers:
 
     def send(self, number: int, what: str, content: Any) -> Any:
         """Put a reply into the next message and return it."""
-        if what != "ending":
-            self._unsent_bytes += len(content)
+        self._unsent_bytes += content.ByteSize() if isinstance(content, Message) else len(content)
         self._outbox_changed.set()
         return self._outbox.replies.add(number=number, **{what: content})
 
@@ -165,6 +173,10 @@ class Answers:
                 self._close(number)
             for number in message.moved:
                 self._close(number, moved=True)
+            for carried in message.carried:
+                ticket = self._tickets.get(carried.number)
+                if ticket is not None and isinstance(ticket.carrier, RemoteCarrier):
+                    ticket.carrier.hear(carried)
             for number in message.paused:
                 self._pause(number, True)
             for number in message.resumed:
@@ -196,6 +208,8 @@ class Answers:
     def _ticket(self, number: int, payload: Payload, request: Any) -> PassedOn:
         ticket = PassedOn(number, payload, request.client_id, self, request.number)
         ticket.peer = request.peer
+        if request.is_carried:
+            ticket.carrier = RemoteCarrier(ticket.send_carriage)
         self._tickets[request.number] = ticket
         return ticket
 

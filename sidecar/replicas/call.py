@@ -65,6 +65,11 @@ class ForwardCall:
         elif self._leaves:
             self._outbox_changed.set()
 
+    def tell(self, carried: Any) -> None:
+        """Tell the owner what a proxy has brought of an answer."""
+        self._outbox.carried.append(carried)
+        self._outbox_changed.set()
+
     def pause(self, number: int) -> None:
         """Ask the other replica to pause an answer."""
         self._outbox.paused.append(number)

@@ -40,6 +40,7 @@ def forwarded(member: str, backend: str, facts: RequestFacts, ticket: Ticket, le
         versions=None if facts.versions is None else peers_pb2.Ordinals(ordinals=facts.versions),
         is_estimated=facts.is_estimated,
         waited_ns=facts.waited_ns,
+        is_carried=ticket.carrier is not None,
         payload=peers_pb2.ForwardedPayload(
             model=payload.model,
             kind=payload.kind,

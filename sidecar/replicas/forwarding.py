@@ -17,6 +17,7 @@ from sidecar.core.enums import outcome_of
 from sidecar.errors import Reason
 from sidecar.replicas import forms
 from sidecar.replicas.call import ForwardCall
+from sidecar.replicas.carrying import carry
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.requests import RequestFacts
 
@@ -73,6 +74,9 @@ class Forward:
         self._has_begun = False
         self._is_taken_back = False
         self._has_origin = False
+        self._goes_on = self._is_orphaned = False
+        """The rest of the answer goes past this process; its owner is gone meanwhile."""
+        self._carrying: asyncio.Task[None] | None = None
         self._end: asyncio.Future[GivenBack | None] = asyncio.get_running_loop().create_future()
         self._resuming: asyncio.Task[None] | None = None
         self._call: ForwardCall | None = None
@@ -92,8 +96,9 @@ class Forward:
             return await self._end
         finally:
             call.close(self._number, self._is_taken_back)
-            if self._resuming is not None:
-                self._resuming.cancel()
+            for task in (self._resuming, self._carrying):
+                if task is not None:
+                    task.cancel()
 
     def leave(self) -> None:
         """Let the owner count no ending of the request: this replica ends it and counts that."""
@@ -126,6 +131,9 @@ class Forward:
             is_suspect = broke_off and monotonic() - self._busy_s < SUSPECT_S
             self._ended(GivenBack(f"replica {self.owner}: {why}", Owner.SILENT if is_suspect else Owner.SOUND))
             return
+        if self._goes_on:
+            self._is_orphaned = True  # the answer goes on without its owner, and the proxy tells us its end
+            return
         if self._ticket.came is not None and self._ticket.came.final:
             self._gateway.end_here(self._ticket, self._facts, None, "", self.backend)
             self._ended(None)
@@ -151,6 +159,9 @@ class Forward:
         if which == "ending":
             self._ended(self._take_ending(reply.ending))
             return True
+        if which == "carriage":
+            self._carrying = asyncio.create_task(self._carry(reply.carriage))
+            return False
         self._has_begun = True
         raw = reply.last if which == "last" else reply.part
         if raw.startswith((b"{", EVENT)):  # only in JSON no text of an answer can look like the engine's own count
@@ -167,6 +178,19 @@ class Forward:
         await self._ticket.room()
         self._resuming = None
         self._call.resume(self._number)
+
+    async def _carry(self, carriage: Any) -> None:
+        """Have our proxy carry the request, as its owner decided."""
+        carrier = self._ticket.carrier
+        assert carrier is not None, "a carriage for a request that nothing carries"
+        assert self._call is not None
+        await carry(carrier, carriage, self._number, self._call.tell, self._carried)
+        if self._is_orphaned:
+            self._gateway.end_here(self._ticket, self._facts, None, "", self.backend)
+            self._ended(None)
+
+    def _carried(self, goes_on: bool) -> None:
+        self._has_begun, self._goes_on = True, goes_on
 
     def _take_ending(self, sent: Any) -> GivenBack | None:
         ticket = self._ticket

@@ -11,7 +11,7 @@ from typing import Any
 import grpc.aio
 
 from policies.views import BASE, Routing
-from sidecar.backends.api import Wear
+from sidecar.backends.api import Sighting, Wear
 from sidecar.core import eligibility, promising
 from sidecar.core.effects import Effect
 from sidecar.core.enums import Phase
@@ -22,6 +22,7 @@ from sidecar.ownership.facts import LEADER, Bounds, Member
 from sidecar.ownership.ownership import Ownership
 from sidecar.proto import peers_pb2, peers_pb2_grpc
 from sidecar.replicas.board import DOWN, DRAINING, JOINING, SERVING, STALLED, Board
+from sidecar.replicas.carrying import sighting_sent
 from sidecar.replicas.files import PeerFiles
 from sidecar.replicas.keeper import Keeper, Leases
 from sidecar.replicas.peers import Peers
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 TELL_S = 1.0
 LEAVE_S = 1.0
+TELL_SIGHTINGS_S = 5.0
 """How long the other replicas may take to receive the last replies of this one."""
 
 
@@ -98,6 +100,7 @@ class Replica:
         """The engine that this replica is restarting, "" if none."""
         self._watchers: set[asyncio.Event] = set()
         self._leaves = False
+        self._telling: set[asyncio.Future[None]] = set()
         self._reporting: asyncio.Task[None] | None = None
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -157,6 +160,26 @@ class Replica:
         if isinstance(event, BackendLost | BackendUp | BackendLeaving | BackendRemoved) or spared != self._spared:
             self._spared = spared
             asyncio.get_running_loop().call_soon(self._changed)
+
+    def hear_sightings(self, told: Callable[[str, Sighting], None]) -> None:
+        """Give what other replicas' proxies tell of exchanges of this replica to `told`."""
+        self._service.told = told
+
+    def tell_sightings(self, member: str, sightings: Sequence[tuple[str, Sighting]]) -> None:
+        """Tell another replica what a proxy has told of its exchanges. Nothing is done for a former member."""
+        stub = self.peers.stub(member)
+        if stub is None:
+            return
+        sent = [sighting_sent(sighting, exchange) for exchange, sighting in sightings]
+        task = asyncio.ensure_future(self._tell(stub, peers_pb2.TellRequest(sightings=sent)))
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
+
+    async def _tell(self, stub: Any, request: Any) -> None:
+        try:
+            await stub.Tell(request, timeout=TELL_SIGHTINGS_S)
+        except grpc.aio.AioRpcError as error:  # what is not told counts as lost, and the engine is asked
+            logger.info("%s sightings of answers were not told: %s", len(request.sightings), error.details())
 
     def tell_restarting(self, backend: str) -> None:
         """Tell the other replicas which engine this one is restarting, "" for none."""

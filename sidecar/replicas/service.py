@@ -8,9 +8,11 @@ from typing import Any
 
 import grpc
 
+from sidecar.backends.api import Sighting
 from sidecar.errors import SidecarError
 from sidecar.proto import peers_pb2, peers_pb2_grpc
 from sidecar.replicas.answering import Answers
+from sidecar.replicas.carrying import sighting_of
 from sidecar.replicas.files import FilesHere
 from sidecar.shell.gateway import Gateway
 
@@ -27,6 +29,8 @@ class PeersService(peers_pb2_grpc.PeersServicer):
         self._answer = answer
         self._files = FilesHere(gateway)
         self._answers: set[Answers] = set()
+        self.told: Callable[[str, Sighting], None] = lambda exchange, sighting: None
+        """Takes what another replica's proxy tells of an exchange of ours."""
 
     async def Forward(self, messages: AsyncIterator[Any], context: Any) -> None:
         """Answer requests until they end; cancelling the call cancels them."""
@@ -47,6 +51,11 @@ class PeersService(peers_pb2_grpc.PeersServicer):
             return await self._answer(request)
         except SidecarError as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, error.message)
+
+    async def Tell(self, request: Any, context: Any) -> Any:
+        for sent in request.sightings:
+            self.told(sent.exchange, sighting_of(sent))
+        return peers_pb2.TellReply()
 
     async def Source(self, request: Any, context: Any) -> None:
         await self._files.send(request.digest, context)

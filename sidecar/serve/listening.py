@@ -111,7 +111,7 @@ class Listening:
         self._open_admin(replica)
         await self._open_http()
         await self._open_probes()
-        await self._open_picker()
+        await self._open_picker(replica)
         for server in self._servers:
             await server.start()
         await self._report(health_pb2.HealthCheckResponse.SERVING)
@@ -190,12 +190,15 @@ class Listening:
             await self._drain_front.start()
             self.drain = self._drain_front.address
 
-    async def _open_picker(self) -> None:
+    async def _open_picker(self, replica: Replica | None) -> None:
         wanted = self._config.listeners.endpoint_picker
         if wanted.address is None:
             return
         assert self._openai is not None
-        self._picker = Picker(self._openai, wanted)
+        self._picker = Picker(self._openai, wanted, "" if replica is None else replica.member.id)
+        if replica is not None:
+            self._picker.log.pass_on = replica.tell_sightings
+            replica.hear_sightings(self._picker.log.hear)
         bounds = (*_bounds(wanted, MESSAGE_BYTES_MAX), ("grpc.max_concurrent_streams", wanted.calls_per_connection_max))
         server = self._server(options=bounds)
         self._picker.add_to(server)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from time import monotonic
 
 from sidecar.backends.api import Ending, Sighting
-from sidecar.fronts.extproc.replies import EXCHANGE, OURS
+from sidecar.fronts.extproc.replies import EXCHANGE, OURS, REPLICA
 from sidecar.proto import envoy_pb2 as envoy
 
 LOST_S, ALIVE_S = 15.0, 5.0
@@ -54,11 +55,16 @@ class Watched:
 
 
 class AccessLog:
-    """The exchanges whose ends Envoy's log has yet to tell. Entries of others, and second ones, are counted only."""
+    """The exchanges whose ends Envoy's log has yet to tell. Entries of others, and second ones, are counted only.
 
-    def __init__(self) -> None:
+    Envoy may tell any replica: entries for another one are given to `pass_on`, with its id.
+    """
+
+    def __init__(self, replica: str = "") -> None:
+        self.replica = replica
+        self.pass_on: Callable[[str, list[tuple[str, Sighting]]], None] = lambda replica, told: None
         self._watched: dict[str, Watched] = {}
-        self.entries = {"used": 0, "unknown": 0}
+        self.entries = {"used": 0, "passed_on": 0, "unknown": 0}
         self.told_s = 0.0
         """When the log last told of an exchange that is watched."""
         self.is_periodic = False
@@ -73,23 +79,34 @@ class AccessLog:
         self._watched.pop(exchange, None)
 
     def take(self, message: envoy.AccessLogMessage) -> None:
-        """Pass on the entries of a message to the exchanges that they are about."""
+        """Give the entries of a message to the exchanges that they are about."""
+        others: dict[str, list[tuple[str, Sighting]]] = {}
         for entry in message.http_logs.log_entry:
             metadata = entry.common_properties.metadata.filter_metadata
             if OURS not in metadata:
                 continue
-            exchange = metadata[OURS].fields[EXCHANGE].string_value
-            watched = self._watched.get(exchange)
-            self.entries["unknown" if watched is None else "used"] += 1
-            if watched is None:
+            fields = metadata[OURS].fields
+            told = fields[EXCHANGE].string_value, _sighting(entry)
+            if (replica := fields[REPLICA].string_value) != self.replica:
+                others.setdefault(replica, []).append(told)
                 continue
-            self.told_s = monotonic()
-            sighting = _sighting(entry)
-            if sighting.ending is None:
-                self.is_periodic = True
-            else:
-                self.forget(exchange)
-            watched.take(sighting)
+            self.hear(*told)
+        for replica, all_told in others.items():
+            self.entries["passed_on"] += len(all_told)
+            self.pass_on(replica, all_told)
+
+    def hear(self, exchange: str, sighting: Sighting) -> None:
+        """Take what is told of an exchange of this replica."""
+        watched = self._watched.get(exchange)
+        self.entries["unknown" if watched is None else "used"] += 1
+        if watched is None:
+            return
+        self.told_s = monotonic()
+        if sighting.ending is None:
+            self.is_periodic = True
+        else:
+            self.forget(exchange)
+        watched.take(sighting)
 
 
 def _sighting(entry: envoy.HttpEntry) -> Sighting:

@@ -73,6 +73,7 @@ class Exchange:
         self._in_path, self.estimates = settings.in_path, settings.estimates_allowed
         self._writing = asyncio.Lock()
         self._id = secrets.token_hex(8)
+        self._mark = {replies.EXCHANGE: self._id, replies.REPLICA: log.replica}
         self._began_s = monotonic()
         self._phase = _Phase.HELD
         self._pieces: asyncio.Queue[tuple[bytes, bool] | None] = asyncio.Queue()
@@ -263,10 +264,10 @@ class Exchange:
             return False
         self._phase, self._passes = _Phase.SENT, True
         if self._is_duplex:
-            await self._write(replies.routed(self._in_path, self._id, (), ()))
+            await self._write(replies.routed(self._in_path, self._mark, (), ()))
             await self._send_body(body)
         else:
-            await self._write(replies.routed_whole(self._in_path, self._id, (), (), body))
+            await self._write(replies.routed_whole(self._in_path, self._mark, (), (), body))
         return True
 
     async def carry(self, request: httpx.Request) -> httpx.Response | None:
@@ -288,10 +289,10 @@ class Exchange:
     async def _route(self, address: str, request: httpx.Request, body: bytes) -> None:
         added, removed = heads.changes(self._first, request, self._began_s)
         if self._is_duplex:
-            await self._write(replies.routed(address, self._id, added, removed))
+            await self._write(replies.routed(address, self._mark, added, removed))
             await self._send_body(body)
         else:
-            await self._write(replies.routed_whole(address, self._id, added, removed, body))
+            await self._write(replies.routed_whole(address, self._mark, added, removed, body))
 
     async def _send_body(self, body: bytes) -> None:
         for reply in replies.bodies((body,), of_request=True):

@@ -33,12 +33,12 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class Picker:
-    """Answers Envoy by an ASGI application."""
+    """Answers Envoy by an ASGI application. `replica` is this replica's id, if there are others."""
 
-    def __init__(self, app: Application, settings: EndpointPickerListener) -> None:
+    def __init__(self, app: Application, settings: EndpointPickerListener, replica: str = "") -> None:
         self._app = app
         self._settings = settings
-        self.log = AccessLog()
+        self.log = AccessLog(replica)
         self._answering: set[asyncio.Task[None]] = set()
 
     def add_to(self, server: grpc.aio.Server) -> None:

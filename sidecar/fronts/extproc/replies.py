@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from sidecar.proto import envoy_pb2 as envoy
 
@@ -11,27 +11,27 @@ Reply = envoy.ProcessingResponse
 
 DESTINATION = "x-gateway-destination-endpoint"
 """Where a request goes, as a header and in the dynamic metadata of `ENDPOINTS`: the Endpoint Picker Protocol."""
-ENDPOINTS, OURS, EXCHANGE = "envoy.lb", "lora", "exchange"
-"""Namespaces of dynamic metadata, and the key in ours that names an exchange: access logs repeat it."""
+ENDPOINTS, OURS, EXCHANGE, REPLICA = "envoy.lb", "lora", "exchange", "replica"
+"""Namespaces of dynamic metadata, and the keys in ours by which access logs name an exchange and who placed it."""
 PIECE_BYTES = 1 << 18
 """Bytes of a body in one reply."""
 _ENVOYS_OWN = frozenset((b"connection", b"content-length", b"transfer-encoding", b"keep-alive"))
 """Headers of an answer that belong to a connection, or that Envoy sets by the body."""
 
 
-def routed(address: str, exchange: str, headers: Headers, removed: Iterable[str]) -> Reply:
+def routed(address: str, mark: Mapping[str, str], headers: Headers, removed: Iterable[str]) -> Reply:
     """Send a request to an engine, before its body (`bodies`)."""
     reply = Reply()
-    _route(reply, reply.request_headers.response, address, exchange, headers, removed)
+    _route(reply, reply.request_headers.response, address, mark, headers, removed)
     return reply
 
 
-def routed_whole(address: str, exchange: str, headers: Headers, removed: Iterable[str], body: bytes) -> Reply:
+def routed_whole(address: str, mark: Mapping[str, str], headers: Headers, removed: Iterable[str], body: bytes) -> Reply:
     """Send a request to an engine with a body in place of the buffered one."""
     reply = Reply()
     response = reply.request_body.response
     length = (b"content-length", str(len(body)).encode())
-    _route(reply, response, address, exchange, (*headers, length), removed)
+    _route(reply, response, address, mark, (*headers, length), removed)
     response.body_mutation.body = body
     return reply
 
@@ -40,13 +40,13 @@ def _route(
     reply: Reply,
     response: envoy.CommonResponse,
     address: str,
-    exchange: str,
+    mark: Mapping[str, str],
     headers: Headers,
     removed: Iterable[str],
 ) -> None:
     _set(response.header_mutation, ((DESTINATION.encode(), address.encode()), *headers))
     response.header_mutation.remove_headers.extend(removed)
-    reply.dynamic_metadata.update({ENDPOINTS: {DESTINATION: address}, OURS: {EXCHANGE: exchange}})
+    reply.dynamic_metadata.update({ENDPOINTS: {DESTINATION: address}, OURS: mark})
 
 
 def bodies(pieces: Iterable[bytes], of_request: bool, ended: bool = True) -> Iterator[Reply]:

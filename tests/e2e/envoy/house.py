@@ -30,14 +30,10 @@ ENGINE = {"device_pages": 4, "host_pages": 8, "seats": 64}
 
 
 @dataclass
-class House:
-    """All of it. Clients ask `http`, which reaches Envoy."""
+class Clients:
+    """Clients that ask through `http`."""
 
-    served: Serving
-    envoy: EnvoyServer
-    engines: Sequence[Any]
     http: httpx.AsyncClient
-    folder: Path
 
     async def stream(
         self, model: str, tokens: int, headers: Mapping[str, str] | None = None, **fields: Any
@@ -52,6 +48,16 @@ class House:
     async def whole(self, model: str, tokens: int, **fields: Any) -> httpx.Response:
         body = {"model": model, "prompt": "hello", "max_tokens": tokens, "return_token_ids": True}
         return await self.http.post("/v1/completions", json=body | fields)
+
+
+@dataclass
+class House(Clients):
+    """All of it. Clients reach Envoy."""
+
+    served: Serving
+    envoy: EnvoyServer
+    engines: Sequence[Any]
+    folder: Path
 
     def engines_name(self, name: str) -> str:
         """Return the name that vLLM has for an adapter."""
@@ -154,4 +160,4 @@ async def house(
         await stack.enter_async_context(envoy)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         http = httpx.AsyncClient(base_url=f"http://{envoy.address}", timeout=60.0, trust_env=False, limits=limits)
-        yield House(served, envoy, running, await stack.enter_async_context(http), folder)
+        yield House(await stack.enter_async_context(http), served, envoy, running, folder)

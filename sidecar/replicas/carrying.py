@@ -1,0 +1,132 @@
+"""Have the proxy of the replica that received a request carry it, while the owner of its backend decides and follows.
+
+Only the decision crosses, and of the answer what comes to the receiving replica anyway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any
+
+import httpx
+
+from sidecar.backends.api import UNREAD, UNSEEN, Carrier, Ending, Sighting, Unseen
+from sidecar.proto import peers_pb2
+
+Tell = Callable[[Any], None]
+
+
+class RemoteCarrier:
+    """The owner's end. `send` sends a carriage to the replica that received the request."""
+
+    estimates = True  # the receiving replica has decided that it may be carried
+    head: Callable[[], Iterable[tuple[bytes, bytes]]] = tuple
+
+    def __init__(self, send: Tell) -> None:
+        self._send = send
+        self._brought: asyncio.Queue[Any] = asyncio.Queue()
+        self._unseen = _RemoteUnseen()
+
+    def hear(self, carried: Any) -> None:
+        """Take what the other replica says."""
+        if carried.WhichOneof("brought") == "sighting":
+            self._unseen.take(sighting_of(carried.sighting))
+        else:
+            self._brought.put_nowait(carried)
+
+    async def redirect(self, body: bytes) -> bool:
+        return False
+
+    async def carry(self, request: httpx.Request) -> httpx.Response | None:
+        content = await request.aread()
+        headers = [peers_pb2.ForwardedMetadata(key=key, value=value) for key, value in request.headers.items()]
+        self._send(peers_pb2.Carriage(url=str(request.url), headers=headers, body=content))
+        first = await self._brought.get()
+        which = first.WhichOneof("brought")
+        if which == "declined":
+            return None
+        if which == "failed":
+            raise httpx.ConnectError(first.failed, request=request)
+        fields = [(each.key, each.value) for each in first.head.headers]
+        extensions: dict[str, Any] = {UNREAD: True} if first.head.is_unread else {UNSEEN: self._unseen}
+        return httpx.Response(first.head.status, headers=fields, stream=_Chunks(self._chunks()), extensions=extensions)
+
+    async def _chunks(self) -> AsyncIterator[bytes]:
+        while (carried := await self._brought.get()).WhichOneof("brought") == "chunk":
+            yield carried.chunk
+        self._unseen.goes_on = carried.end.goes_on
+
+
+class _RemoteUnseen:
+    """An answer that goes past both replicas; the other one tells what it sees."""
+
+    is_lost = False
+
+    def __init__(self) -> None:
+        self.goes_on = False
+        self._came: asyncio.Queue[Sighting] = asyncio.Queue()
+
+    def take(self, sighting: Sighting) -> None:
+        self._came.put_nowait(sighting)
+
+    async def next(self) -> Sighting:
+        return await self._came.get()
+
+
+class _Chunks(httpx.AsyncByteStream):
+    def __init__(self, chunks: AsyncIterator[bytes]) -> None:
+        self._chunks = chunks
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for chunk in self._chunks:
+            yield chunk
+
+
+async def carry(
+    carrier: Carrier, carriage: Any, number: int, tell: Tell, begun: Callable[[bool], None]
+) -> Sighting | None:
+    """Have a carrier carry what the owner decided, and tell the owner what comes of it.
+
+    Calls `begun(goes_on)` when an answer has begun that the client sees, and when the rest goes past us. Returns how
+    such an answer ended, None if it was seen whole.
+    """
+    try:
+        headers = [(each.key, each.value) for each in carriage.headers]
+        answer = await carrier.carry(httpx.Request("POST", carriage.url, headers=headers, content=carriage.body))
+        if answer is None:
+            tell(peers_pb2.Carried(number=number, declined=True))
+            return None
+        head = peers_pb2.CarriedHead(status=answer.status_code, is_unread=UNREAD in answer.extensions)
+        for key, value in answer.headers.items():
+            head.headers.add(key=key, value=value)
+        tell(peers_pb2.Carried(number=number, head=head))
+        async for chunk in answer.aiter_raw():
+            if answer.status_code == httpx.codes.OK:
+                begun(False)
+            tell(peers_pb2.Carried(number=number, chunk=chunk))
+    except httpx.HTTPError as error:
+        tell(peers_pb2.Carried(number=number, failed=str(error)))
+        return None
+    unseen: Unseen | None = answer.extensions.get(UNSEEN)
+    goes_on = unseen is not None and unseen.goes_on
+    tell(peers_pb2.Carried(number=number, end=peers_pb2.CarriedEnd(goes_on=goes_on)))
+    if unseen is None or not goes_on:
+        return None
+    begun(True)
+    while True:
+        sighting = await unseen.next()
+        tell(peers_pb2.Carried(number=number, sighting=sighting_sent(sighting)))
+        if sighting.ending is not None:
+            return sighting
+
+
+def sighting_sent(sighting: Sighting, exchange: str = "") -> Any:
+    ending = "" if sighting.ending is None else sighting.ending.value
+    return peers_pb2.Sighting(
+        exchange=exchange, body_bytes=sighting.body_bytes, ending=ending, cause=sighting.cause, served=sighting.served
+    )
+
+
+def sighting_of(sent: Any) -> Sighting:
+    return Sighting(sent.body_bytes, Ending(sent.ending) if sent.ending else None, sent.cause, sent.served)

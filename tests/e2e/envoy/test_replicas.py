@@ -1,0 +1,82 @@
+"""Replicas behind one Envoy: whichever it asks, the owner of the engine decides, and no bytes cross."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from sidecar.core.events import RunEnded
+from tests.e2e.envoy.house import ENGINE, LANES, Clients
+from tests.e2e.envoy.server import EnvoyServer
+from tests.kit.redis_servers import running
+from tests.kit.replica_pool import CALM_S, replicas
+from tests.kit.serving import Serving, until, write_adapters
+from tests.kit.trtllm_emulated import BASE_CONFIG
+from tests.kit.vllm_emulated import VllmProcess
+
+
+@asynccontextmanager
+async def pool_behind_envoy(
+    folder: Path, lane: str = "duplex-streamed", engines: int = 2, time_scale: float = 0.0, count: int = 2
+) -> AsyncIterator[tuple[list[Serving], Clients, EnvoyServer]]:
+    request_mode, response_mode, listener = LANES[lane]
+    (folder / "shared").mkdir()
+    (folder / "base.json").write_text(json.dumps(BASE_CONFIG))
+    model = {"name": "tiny-llama", "aliases": ["base"], "config": str(folder / "base.json")}
+    free = {"address": "127.0.0.1:0"}
+    listeners = {"data": free, "admin": free, "http": free, "endpoint_picker": free | listener}
+    async with AsyncExitStack() as stack:
+        started = []
+        for _ in range(engines):
+            process = VllmProcess("--compute", "none", time_scale=time_scale)
+            await process.start()
+            stack.push_async_callback(process.kill)
+            started.append(process)
+        redis = await stack.enter_async_context(running(folder / "redis"))
+        pool = await stack.enter_async_context(
+            replicas(
+                count, redis.url, started, folder / "adapters", lease_s=CALM_S, listeners=listeners,
+                backend={"adapters_dir": str(folder / "shared"), "engine": ENGINE, "base_model": model},
+            )
+        )  # fmt: skip
+        pickers = [served.sidecar.endpoint_picker_address for served in pool]
+
+        def all_pickers(record: dict[str, Any]) -> None:
+            cluster = next(each for each in record["static_resources"]["clusters"] if each["name"] == "sidecar")
+            cluster["load_assignment"]["endpoints"][0]["lb_endpoints"] = [
+                {"endpoint": {"address": {"socket_address": {"address": host, "port_value": int(port)}}}}
+                for host, _, port in (picker.rpartition(":") for picker in pickers)
+            ]
+
+        envoy = EnvoyServer(folder / "envoy", pickers[0], request_mode, response_mode, all_pickers)
+        await stack.enter_async_context(envoy)
+        http = httpx.AsyncClient(base_url=f"http://{envoy.address}", timeout=60.0, trust_env=False)
+        await stack.enter_async_context(http)
+        yield pool, Clients(http), envoy
+
+
+@pytest.mark.parametrize("lane", LANES)
+async def test_the_owner_decides_whichever_replica_envoy_asks(tmp_path: Path, lane: str) -> None:
+    """Each replica is asked in turn: answers are right, and no request is left."""
+    names = write_adapters(tmp_path / "adapters", 4)
+    async with pool_behind_envoy(tmp_path, lane, time_scale=0.05) as (pool, clients, _):
+        asked = [(name, tokens) for name in names for tokens in (3, 40, 7, 25)]
+        answers = await asyncio.gather(*(clients.stream(name, tokens) for name, tokens in asked))
+        for (name, tokens), answer in zip(asked, answers, strict=True):
+            assert answer.status == 200, answer.raw
+            assert answer.is_complete
+            assert len(answer.token_ids) == tokens
+            assert answer.headers["x-lora-version"] == f"{name}@v1"
+        wholes = await asyncio.gather(*(clients.whole(name, tokens) for name, tokens in asked))
+        assert [len(each.json()["choices"][0]["token_ids"]) for each in wholes] == [tokens for _, tokens in asked]
+        await until(lambda: all(not served.state.requests for served in pool))
+        assert sum(served.sidecar.replica.router.forwards for served in pool) > 0
+        ended = [event for served in pool for event in served.recorder.events if isinstance(event, RunEnded)]
+        assert {event.seen.value for event in ended} <= {"all", "estimated"}
