@@ -186,6 +186,10 @@ class Unseen(Protocol):
     goes_on: bool
 
     @property
+    def tells(self) -> bool:
+        """True if something is seen of it every second or two while it goes on."""
+
+    @property
     def is_lost(self) -> bool:
         """True if more is told of other answers, and nothing of this one for so long that its end must be lost."""
 

@@ -258,7 +258,7 @@ def _first_token(step: Step, event: ev.FirstToken) -> None:
     request = step.state.requests.get(event.request)
     if request is not None and request.attempt == event.attempt and request.running:
         assert request.backend is not None
-        request.tokens = max(1, request.tokens)
+        request.tokens, request.unheard = max(1, request.tokens), event.unheard
         stalls.had_first_token(step, step.state.backends[request.backend], request)
         if request.losses:
             step.dirty[request.backend] = None  # a suspect's Load may have waited for this token
@@ -274,9 +274,13 @@ def _run_ended(step: Step, event: ev.RunEnded) -> None:
     backend = running.end_run(step, request, event.output_tokens)
     if not request.settled and event.seen is Seen.NOTHING:
         queueing.settle(step, request, Reason.UNOBSERVED, f"{backend.id} has it no longer; {UNOBSERVED}")
-    elif not request.settled:  # a settled one may have been ended by the sidecar, which says nothing of the engine
-        stalls.note_life_sign(step, backend)
+    elif not request.settled:
+        if event.seen is Seen.ALL:  # a log may tell late
+            stalls.note_life_sign(step, backend)
         queueing.settle(step, request, None)
+    # The end of a settled one may be the sidecar's doing, which says nothing of the engine.
+    if event.seen is Seen.NOTHING:
+        queueing.void_promises(step, backend, Voided.UNTOLD)
     healing.run_completed(backend, backend.facts.seats or step.state.config.seats_default)
     queueing.release(step, request)
 

@@ -66,6 +66,7 @@ class Voided(Enum):
     NO_BACKEND = "no backend"
     RUN_AGAIN = "run again"
     SHARES_CHANGED = "shares changed"
+    UNTOLD = "end untold"
 
 
 VOID_BECAUSE = {
@@ -85,6 +86,7 @@ VOID_BECAUSE = {
     Voided.NO_BACKEND: "No backend that could serve was up.",
     Voided.RUN_AGAIN: "The request was sent and had to be sent again.",
     Voided.SHARES_CHANGED: "Tenants' weights were changed.",
+    Voided.UNTOLD: "A proxy carried an answer, and nobody told its end: it kept its seat until the engine was asked.",
 }
 
 

@@ -288,8 +288,11 @@ class LoadFailed:
 
 @record(frozen=True, slots=True)
 class FirstToken:
+    """The first of an answer; with `unheard` the rest goes past the sidecar, and nothing has to be heard of it."""
+
     request: int
     attempt: int
+    unheard: bool = False
 
 
 @record(frozen=True, slots=True)

@@ -165,7 +165,7 @@ def _speaks(state: State, backend: Backend, request_id: int) -> bool:
     reads_in_time = backend.facts.pace is not None or (
         backend.silence.reading.known and not state.config.estimates_of_0_1
     )
-    return not request.settled and (request.first_token or reads_in_time)
+    return not (request.settled or request.unheard) and (request.first_token or reads_in_time)
 
 
 def _due_ns(state: State, backend: Backend) -> int:

@@ -111,6 +111,8 @@ class Request:
     attempt: int = 0
     tokens: int = 0
     first_token: bool = False
+    unheard: bool = False
+    """Nothing has to be heard of its answer until the end."""
     progressing: bool = False
     """It had tokens already at the last progress report of its engine."""
     heals: int = 0

@@ -121,7 +121,7 @@ WRITTEN: dict[type, Form] = {
     ev.DiskHolds: Form("DiskHolds", "key version size_bytes"),
     ev.LoadDone: Form("LoadDone", "load"),
     ev.LoadFailed: Form("LoadFailed", "load fault text"),
-    ev.FirstToken: Form("FirstToken", "request attempt"),
+    ev.FirstToken: Form("FirstToken", "request attempt unheard"),
     ev.RunEnded: Form("RunEnded", "request attempt output_tokens seen"),
     ev.RunFailed: Form("RunFailed", "request attempt fault text output_tokens"),
     ev.Progress: Form("Progress", "backend tokens"),
@@ -231,7 +231,7 @@ WRITTEN: dict[type, Form] = {
         "view ordinal expires_ns deadline_ns size_bytes only client_id expected_tokens promise counted voided backend "
         "running settled attempt tokens first_token progressing heals engine_failures region_heals losses pinned_key "
         "cache fetch dispatched_ns fetch_ns queued_clock fetch_allowed_ns load_ns counted_tokens "
-        "unsure_tokens guessed",
+        "unsure_tokens guessed unheard",
     ),
     state.Slot: Form("Slot", "opened_ns pages load running stale"),
     state.LoadRun: Form("LoadRun", "id backend digest key begun_ns"),

@@ -61,7 +61,7 @@ class RemoteCarrier:
 class _RemoteUnseen:
     """An answer that goes past both replicas; the other one tells what it sees."""
 
-    is_lost = False
+    is_lost = tells = False  # as far as is known
 
     def __init__(self) -> None:
         self.goes_on = False

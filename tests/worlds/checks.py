@@ -39,6 +39,7 @@ VOIDED_BY: dict[str, tuple[str, ...]] = {
     "engine queue full": ("queue",),
     "backend slowed": ("slow", "stalls"),
     "shares changed": ("config",),
+    "end untold": ("log",),
 }
 """Why a promise may become void, and the kinds of fault that are a cause of it."""
 WITHOUT_A_FAULT = "answers longer"
@@ -50,6 +51,7 @@ ENDED_BY: dict[Reason, tuple[str, ...]] = {
     Reason.NO_BACKEND: ("drain",),
     Reason.UNKNOWN_ADAPTER: ("operators",),
     Reason.CANCELLED: ("clients",),
+    Reason.UNOBSERVED: ("log",),
     Reason.CLIENT_STALLED: ("clients",),
 }
 """Why a request may end without an answer, and the kinds of fault that are a cause of it."""

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from sidecar.core import effects as do
 from sidecar.core import events as ev
-from sidecar.core.enums import Fault
+from sidecar.core.enums import Fault, Seen
 from sidecar.core.facts import Adapter, version_id
 from sidecar.errors import Reason
 from sidecar.lab.engine.messages import Event, Request
-from sidecar.lab.sim.product import DISK_NS, PROBE_NS, Product
+from sidecar.lab.sim.product import ATTEMPTS, DISK_NS, LOADS_FROM, PROBE_NS, Product
 from sidecar.lab.sim.setup import SECOND_NS, adapter_named
 from sidecar.lab.sim.workloads import Arrival, source
 from tests.worlds.checks import Checks
@@ -22,6 +22,12 @@ FETCH_FAILS, FETCH_SLOW, FETCH_SLOW_S = 0.1, 0.2, 30.0
 DISK_FAILS = 0.2
 LEAVES, STALLS, LEAVES_WITHIN_S = 0.15, 0.05, 20.0
 DEADLINES_S = (0.5, 30.0)
+CARRIED, UNTOLD, TWICE, LATE, LATE_S, ASKED_S = 0.5, 0.1, 0.1, 0.5, 5.0, (5.0, 20.0)
+"""Shares of answers that a proxy carries, and of those whose end its log never tells, tells twice, or tells late, by so
+many seconds; within how many the engine is asked about one that is not told.
+"""
+ESTIMATED = (0.95, 1.05)
+"""The count of an answer's tokens by its bytes, as a share of their number."""
 
 
 class FaultyProduct(Product):
@@ -37,6 +43,7 @@ class FaultyProduct(Product):
         self._at: dict[str, dict[int, None]] = {backend: {} for backend in scenario.setup.backends}
         """The engine ids of the requests and loads at each engine that somebody listens for."""
         super().__init__(world, scenario.sidecar)
+        self._log = source(scenario.seed, "access log")
         self.names = Names(world.workload.adapters, self._make, source(scenario.seed, "operators"))
         self.names.backends = scenario.setup.backends
         for registration in self.names.registrations():
@@ -75,7 +82,51 @@ class FaultyProduct(Product):
             del at[ending.request_id]
         for failure in heard.failures:
             del at[failure.request_id]
-        super().observe(backend, heard)
+        carried = tuple(ending for ending in heard.endings if self._is_carried(ending.request_id))
+        told = tuple(ending for ending in heard.endings if ending not in carried)
+        super().observe(backend, Event(heard.at_ns, heard.started, told, heard.failures))
+        for ending in carried:
+            self._tell_later(backend, *divmod(ending.request_id, ATTEMPTS), ending.output_tokens)
+
+    def feed(self, event: ev.Event) -> None:
+        """Feed an event as the sidecar sees it of an answer that a proxy carries.
+
+        In some worlds its log tells of no progress. There no engine stalls, which nobody could see.
+        """
+        if not self.scenario.has("log") or self.scenario.has("stalls"):
+            super().feed(event)
+            return
+        if isinstance(event, ev.FirstToken) and self._is_carried(event.request * ATTEMPTS):
+            event = replace(event, unheard=True)
+        elif isinstance(event, ev.Progress):
+            heard = {each: n for each, n in event.tokens.items() if not self._is_carried(each * ATTEMPTS)}
+            event = replace(event, tokens=heard)
+            if not heard:
+                return
+        super().feed(event)
+
+    def _is_carried(self, engine_id: int) -> bool:
+        """Return True if a proxy carries an answer."""
+        if not self.scenario.has("log") or engine_id >= LOADS_FROM:
+            return False
+        return source(self.scenario.seed, f"carried {engine_id // ATTEMPTS}").random() < CARRIED
+
+    def _tell_later(self, backend: str, request: int, attempt: int, tokens: int) -> None:
+        """Tell the end of an answer that a proxy carried as its access log does."""
+        log = self._log
+        if not self.peaceful and log.random() < UNTOLD:
+            self._tell_after(backend, log.uniform(*ASKED_S), ev.RunEnded(request, attempt, 0, Seen.NOTHING))
+            return
+        event = ev.RunEnded(request, attempt, max(1, round(tokens * log.uniform(*ESTIMATED))), Seen.ESTIMATED)
+        is_late = not self.peaceful and log.random() < LATE
+        self._tell_after(backend, log.uniform(0, LATE_S) if is_late else 0.0, event)
+        if log.random() < TWICE:
+            self._tell_after(backend, log.uniform(LATE_S, 2 * LATE_S), event)
+
+    def _tell_after(self, backend: str, seconds: float, event: ev.Event) -> None:
+        """Tell it later; until then the seat looks taken, which no bound allows for."""
+        self.checks.trouble(backend, round(seconds * SECOND_NS))
+        self.world.after(round(seconds * SECOND_NS), lambda: self.feed(event))
 
     def register(self, event: ev.AdapterRegistered) -> None:
         """Register a name, and keep its versions' rows for their loads."""

@@ -69,7 +69,7 @@ class OpenAiRun(ABC):
         self._has_begun = False
         self._count = StreamedTokens()
         self._lacks = lacks
-        self._is_unseen = False
+        self._is_unseen = self._is_unheard = False
         self._seen_bytes = self._seen_tokens = self._event_bytes = 0
         """What has been read of a stream: bytes, tokens, and the bytes of the last event with a token."""
 
@@ -130,6 +130,8 @@ class OpenAiRun(ABC):
                 await self._wire_broke(text)
 
     async def _events(self, reply: httpx.Response) -> None:
+        unseen: Unseen | None = reply.extensions.get(UNSEEN)
+        self._is_unheard = unseen is not None and not unseen.tells
         async for event in split(reply.aiter_raw()):
             if event.startswith(ERROR):
                 await self._refused(httpx.codes.INTERNAL_SERVER_ERROR, message_of(event.removeprefix(b"data: ")))
@@ -141,7 +143,6 @@ class OpenAiRun(ABC):
                 return
             if not self.ticket.has_room:
                 await self._room()
-        unseen: Unseen | None = reply.extensions.get(UNSEEN)
         if unseen is not None and unseen.goes_on:
             await self._watch(unseen)
         else:
@@ -150,6 +151,9 @@ class OpenAiRun(ABC):
     async def _watch(self, unseen: Unseen) -> None:
         """Follow an answer that goes past us, until its end is told, or its engine has it no longer."""
         self._is_unseen = self.waits_for_client = True  # nothing has to come from the engine
+        if not self._has_begun:
+            self._has_begun = True
+            self._post(FirstToken(self.effect.request, self.effect.attempt, not unseen.tells))
         while True:
             try:
                 async with asyncio.timeout(QUIET_S):
@@ -202,7 +206,7 @@ class OpenAiRun(ABC):
         self._heard(self.effect.request, tokens)
         self.ticket.deliver(Reply(self._shown(event) + END_OF_EVENT, None, final))
         if is_first:
-            self._post(FirstToken(self.effect.request, self.effect.attempt))
+            self._post(FirstToken(self.effect.request, self.effect.attempt, self._is_unheard))
 
     def _corrected(self, event: bytes) -> int:
         """Correct the count by the engine's total, if the event has it; return how many tokens were missing."""

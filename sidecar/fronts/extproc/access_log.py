@@ -42,6 +42,10 @@ class Watched:
         self._came.put_nowait(sighting)
 
     @property
+    def tells(self) -> bool:
+        return self._log.is_periodic
+
+    @property
     def is_lost(self) -> bool:
         now_s = monotonic()
         return self._log.is_periodic and now_s - self._told_s > LOST_S and now_s - self._log.told_s < ALIVE_S
