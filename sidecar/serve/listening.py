@@ -202,6 +202,7 @@ class Listening:
         bounds = (*_bounds(wanted, MESSAGE_BYTES_MAX), ("grpc.max_concurrent_streams", wanted.calls_per_connection_max))
         server = self._server(options=bounds)
         self._picker.add_to(server)
+        self._metrics.picker = self._picker.figures
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         self.endpoint_picker = _bind(server, wanted, "endpoint_picker")
 

@@ -212,6 +212,17 @@ _PROCESS = (
         "Messages and calls refused on arrival: budget (exceeded), late, calls (too many on a connection).",
         "why",
     ),
+    _gauge(
+        "picker_requests",
+        "Requests of gateways: held, sent to an engine, answering through the sidecar, or unseen (past it).",
+        "where",
+    ),
+    _counter(
+        "picker_log_entries_total",
+        "Entries of gateways' access logs: used, passed_on to the replica that they are for, or unknown.",
+        "result",
+    ),
+    _counter("picker_elsewhere_total", "Answers that came from another engine than the one that was picked."),
     _counter("steps_total", "Events that the core has taken."),
     _gauge("event_loop_stall_seconds", "Longest stall of the event loop since the last scrape."),
     _gauge("draining", "1 if the sidecar admits no new requests."),

@@ -63,12 +63,24 @@ class Watched(Protocol):
         """Call back with the key and report of every packing."""
 
 
+PICKED, TOLD = ("held", "sent", "answering", "unseen"), ("used", "passed_on", "unknown")
+
+
 @dataclass(frozen=True)
 class ArrivalFigures:
     """Bytes of incomplete messages, and messages refused since the start, by reason."""
 
     held_bytes: int = 0
     refused: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(("budget", "late", "calls"), 0))
+
+
+@dataclass(frozen=True)
+class PickerFigures:
+    """Requests that a gateway asks about, by where they are; log entries, by what became of them; answers by others."""
+
+    requests: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(PICKED, 0))
+    entries: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(TOLD, 0))
+    elsewhere: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,6 +117,8 @@ class Metrics:
         """Source of the figures between replicas; set by the process that joins others."""
         self.arrivals: Callable[[], ArrivalFigures] = ArrivalFigures
         """Source of the figures of incomplete messages; set by the listeners."""
+        self.picker: Callable[[], PickerFigures] = PickerFigures
+        """Source of the endpoint picker's figures; set by the listeners."""
         self.declared: Callable[[], Mapping[str, int]] = dict
         """Source of the declared adapters' number by phase; set by the follower of a cluster."""
         self.waited_ns: Mapping[int, int] = {}
@@ -185,13 +199,14 @@ class Metrics:
         return await self._page.render(self._families, accept)
 
     def _families(self) -> list[Family]:
-        between, arrivals = self.replica(), self.arrivals()
+        between, arrivals, picker = self.replica(), self.arrivals(), self.picker()
         epoch, fault = self.policy()
         is_reloaded, read_at = self.config()
         figures = self.journal.figures if self.journal is not None else JournalFigures(0, 0, 0, 0)
         counted = {
             "open_calls": len(self._gateway.tickets),
             "arriving_bytes": arrivals.held_bytes,
+            "picker_elsewhere_total": picker.elsewhere,
             "steps_total": self._steps,
             "event_loop_stall_seconds": self._watch.take_longest_s(),
             "journal_bytes_total": figures.written_bytes,
@@ -221,6 +236,8 @@ class Metrics:
             *families_of(self._core.state, self._clock()),
             family("ownership_changes_total", changes),
             family("arrivals_refused_total", [((why,), count) for why, count in arrivals.refused.items()]),
+            family("picker_requests", [((where,), count) for where, count in picker.requests.items()]),
+            family("picker_log_entries_total", [((result,), count) for result, count in picker.entries.items()]),
             family("access_denied_total", list(self.denials().items())),
             family("traces_total", [((result,), count) for result, count in self.traces().items()]),
             family("audit_lines_total", [((kind,), written) for kind, (written, _) in self.audit().items()]),

@@ -79,6 +79,11 @@ class AccessLog:
         watched = self._watched[exchange] = Watched(self, exchange)
         return watched
 
+    @property
+    def unseen(self) -> int:
+        """The number of answers whose rest goes past this process."""
+        return sum(watched.goes_on for watched in self._watched.values())
+
     def forget(self, exchange: str) -> None:
         self._watched.pop(exchange, None)
 

@@ -19,6 +19,7 @@ under a full-duplex answer: chunks that Envoy has sent here would be lost.
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from enum import Enum
@@ -34,6 +35,8 @@ from sidecar.fronts.extproc import heads, replies
 from sidecar.fronts.extproc.access_log import AccessLog, Watched
 from sidecar.fronts.extproc.replies import Reply
 from sidecar.proto import envoy_pb2 as envoy
+
+logger = logging.getLogger(__name__)
 
 CHUNKS_MAX = 8
 """Chunks of a request's body that wait for the front before no more are read."""
@@ -55,6 +58,23 @@ class Aborted(Exception):
     """The answer cannot be completed: Envoy must cut it."""
 
 
+class Elsewhere:
+    """Answers that did not come from the engine that was picked."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def note(self, picked: str, served: str) -> None:
+        if served and served != picked:
+            self.count += 1
+            if self.count == 1:
+                logger.warning(
+                    "a gateway sent a request to %s, and not to %s as it was told: its cluster must take its endpoint "
+                    "from the header %s and the metadata of the same name; see picker_elsewhere_total",
+                    served, picked, replies.DESTINATION,
+                )  # fmt: skip
+
+
 class Exchange:
     """One call of `Process`. `write` sends a reply to Envoy; `finished` is done when Envoy needs nothing more."""
 
@@ -63,10 +83,11 @@ class Exchange:
         first: envoy.ProcessingRequest,
         write: Callable[[Reply], Awaitable[Any]],
         log: AccessLog,
+        elsewhere: Elsewhere,
         settings: EndpointPickerListener,
     ) -> None:
         self._first = first
-        self._write_one, self._log = write, log
+        self._write_one, self._log, self._elsewhere = write, log, elsewhere
         self._is_duplex = first.protocol_config.request_body_mode == FULL_DUPLEX
         self._mode = first.protocol_config.response_body_mode
         self._overrides_mode = settings.override_mode and not self._is_duplex
@@ -97,6 +118,11 @@ class Exchange:
         self.head: Callable[[], Iterable[tuple[bytes, bytes]]] = tuple
         """Returns the headers of an answer that are ours. Set by the front once it has a ticket."""
         self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def where(self) -> str:
+        """A word for where the request is; "answering" also once nothing more is expected."""
+        return self._phase.value if self._phase is not _Phase.CLOSED else _Phase.ANSWERING.value
 
     # What Envoy sends.
 
@@ -284,7 +310,9 @@ class Exchange:
         self._phase, self._head = _Phase.SENT, asyncio.get_running_loop().create_future()
         self._watched = self._log.watch(self._id)
         await self._route(address, request, body)
-        return await self._answer_of(await self._head, request)
+        message = await self._head
+        self._elsewhere.note(address, heads.served_by(message))
+        return await self._answer_of(message, request)
 
     async def _route(self, address: str, request: httpx.Request, body: bytes) -> None:
         added, removed = heads.changes(self._first, request, self._began_s)

@@ -15,9 +15,10 @@ from starlette.types import Receive, Scope, Send
 from sidecar.config.listeners import EndpointPickerListener
 from sidecar.fronts.extproc import heads, replies
 from sidecar.fronts.extproc.access_log import AccessLog
-from sidecar.fronts.extproc.exchange import Aborted, Exchange
+from sidecar.fronts.extproc.exchange import Aborted, Elsewhere, Exchange
 from sidecar.fronts.openai.errors import failure
 from sidecar.proto import envoy_pb2 as envoy
+from sidecar.shell.metrics import PICKED, PickerFigures
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ class Picker:
         self._settings = settings
         self.log = AccessLog(replica)
         self._answering: set[asyncio.Task[None]] = set()
+        self._exchanges: set[Exchange] = set()
+        self._elsewhere = Elsewhere()
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Serve on a server."""
@@ -55,6 +58,14 @@ class Picker:
                 grpc.method_handlers_generic_handler(LOGS, {"StreamAccessLogs": logs}),
             )
         )
+
+    def figures(self) -> PickerFigures:
+        """Return what is on its way, and what access logs have told."""
+        counted = dict.fromkeys(PICKED, 0)
+        for exchange in self._exchanges:
+            counted[exchange.where] += 1
+        counted["unseen"] = self.log.unseen
+        return PickerFigures(counted, self.log.entries, self._elsewhere.count)
 
     async def stop(self) -> None:
         """Cancel what is being answered."""
@@ -74,7 +85,8 @@ class Picker:
             refused = failure(500, trouble, "gateway_mode")
             await context.write(replies.answered(refused.status, refused.headers, refused.body))
             return
-        exchange = Exchange(first, context.write, self.log, self._settings)
+        exchange = Exchange(first, context.write, self.log, self._elsewhere, self._settings)
+        self._exchanges.add(exchange)
         scope = heads.scope_of(first, _peer_of(context.peer()), exchange)
         answering = asyncio.create_task(self._answer(scope, exchange))
         self._answering.add(answering)
@@ -92,6 +104,7 @@ class Picker:
             with suppress(asyncio.CancelledError):
                 await reading
             exchange.left()
+            self._exchanges.discard(exchange)
 
     async def _answer(self, scope: Scope, exchange: Exchange) -> None:
         try:

@@ -16,7 +16,9 @@ from sidecar.proto import envoy_pb2 as envoy
 
 SUBSET_HINT, SUBSET_KEY = "envoy.lb.subset_hint", "x-gateway-destination-endpoint-subset"
 """Where the Endpoint Picker Protocol has that subset."""
-DETAILS, VIA_UPSTREAM = "response.code_details", "via_upstream"
+DETAILS, UPSTREAM, VIA_UPSTREAM = "response.code_details", "upstream.address", "via_upstream"
+SERVED = "x-gateway-destination-endpoint-served"
+"""The header in which some gateways tell which endpoint has answered."""
 TIMEOUT_MS = b"x-envoy-upstream-rq-timeout-ms"
 DEADLINE_MS = "x-lora-deadline-ms"
 _CLIENTS = frozenset(("authorization", "proxy-authorization", "cookie", "accept-encoding", "x-api-key", "expect"))
@@ -102,9 +104,20 @@ def answer_of(message: envoy.ProcessingRequest) -> tuple[int, httpx.Headers]:
 
 def details_of(message: envoy.ProcessingRequest) -> str:
     """Return Envoy's word for where an answer comes from; "" if the gateway does not pass it on."""
+    return _attribute(message, DETAILS)
+
+
+def served_by(message: envoy.ProcessingRequest) -> str:
+    """Return the address of the engine that an answer comes from; "" if nobody tells."""
+    if served := _attribute(message, UPSTREAM):
+        return served
+    return next((value.decode() for name, value in pairs(message.response_headers.headers) if name == SERVED), "")
+
+
+def _attribute(message: envoy.ProcessingRequest, name: str) -> str:
     for attributes in message.attributes.values():
-        if DETAILS in attributes.fields:
-            return attributes.fields[DETAILS].string_value
+        if name in attributes.fields:
+            return attributes.fields[name].string_value
     return ""
 
 
