@@ -51,8 +51,8 @@ LATE_LOOKS = 2
 """Steps are counted at a look, and a busy server answers looks late: so many make no silence."""
 NOT_YET_S = 5.0
 """How long an engine that has never been up may leave us without an answer before the log warns of it."""
-UNHEARD_S = 30.0
-"""How long it counts that nothing has been heard of a run."""
+UNHEARD_S, LACKING_S = 30.0, 2.0
+"""How long it counts that nothing has been heard of a run, and how long an engine lacks runs before one is given up."""
 STEPS_AGAIN_S = 0.1
 """Interval of reading the steps of an engine that may be stalled."""
 
@@ -101,7 +101,7 @@ class Endpoint(ABC):
         self._measured: BackendMeasured | None = None
         self._unheard: dict[tuple[int, int], float] = {}
         """Runs of which nothing has been heard for long, and when that was last found."""
-        self._counting = asyncio.Lock()
+        self._lacking_since_s: float | None = None
         self._checking: asyncio.Task[None] | None = None
         self._probing: asyncio.Task[None] | None = None
 
@@ -125,24 +125,26 @@ class Endpoint(ABC):
         return None
 
     async def _lacks(self, run: Running) -> bool:
-        """Return True if the engine no longer has a run of which nothing has been heard for long.
+        """Return True if the engine no longer has a run of which nothing has been heard for long; ask again if not.
 
-        It has not if it tells, twice, of fewer requests than there are such runs. One of them is taken for it.
+        It has not if, for a while, it has told of fewer requests than there are such runs. One of them is taken for it.
         """
         key, now_s = (run.effect.request, run.effect.attempt), monotonic()
         self._unheard[key] = now_s
-        async with self._counting:
-            for pause_s in (LOOK_S, 0.0):
-                known = [each for each, at_s in self._unheard.items() if at_s > now_s - UNHEARD_S]
-                try:
-                    inside = await self._inside() if self._up else 0
-                except self.WIRE_ERRORS:
-                    return False
-                if inside is None or inside >= len(known):
-                    return False
-                await asyncio.sleep(pause_s)
-            self._unheard.pop(key, None)
-            return True
+        try:
+            inside = await self._inside() if self._up else 0
+        except self.WIRE_ERRORS:
+            return False
+        known = sum(at_s > now_s - UNHEARD_S for at_s in self._unheard.values())
+        if inside is None or inside >= known:
+            self._lacking_since_s = None
+            return False
+        if self._lacking_since_s is None:
+            self._lacking_since_s = now_s
+        if now_s - self._lacking_since_s < LACKING_S:
+            return False
+        self._unheard.pop(key, None)
+        return True
 
     @abstractmethod
     async def _steps(self) -> int | None:

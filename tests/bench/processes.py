@@ -56,6 +56,10 @@ class Measured:
         self._errors.seek(0)
         return self._errors.read()[-4000:].decode(errors="replace")
 
+    def signal(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
     @property
     def pid(self) -> int:
         assert self._process is not None

@@ -240,7 +240,8 @@ QUIET = {
     "serve", "demo", "emulate", "calibrate", "generate", "queue", "replay", "simulate", "plan", "audit", "usage",
     "adapters list", "adapters show", "adapters watch", "adapters verify", "adapters inspect", "adapters convert",
     "backends list", "backends show", "backends check", "requests list", "requests show", "replicas list", "keys list",
-    "limits list", "config check", "config show", "policies check", "access check", "debug capture", "whoami", "top",
+    "limits list", "config check", "envoy config", "config show", "policies check", "access check", "debug capture",
+    "whoami", "top",
 }  # fmt: skip
 """Commands that change nothing at a running sidecar."""
 ELSEWHERE = {"login", "logout", "state migrate", "state backup", "state restore"}

@@ -61,8 +61,8 @@ def test_the_version_is_the_package_s(sidecar: Callable[..., Ended]) -> None:
 def test_the_commands_are_those_that_are_promised() -> None:
     """No command is missing, and none stands there without its mechanism."""
     groups = {
-        "access", "adapters", "backends", "config", "debug", "keys", "limits", "policies", "replicas", "requests",
-        "state",
+        "access", "adapters", "backends", "config", "debug", "envoy", "keys", "limits", "policies", "replicas",
+        "requests", "state",
     }  # fmt: skip
     assert sorted(" ".join(path) for path in commands() if path and path[0] not in groups) == [
         "audit", "calibrate", "demo", "emulate", "generate", "login", "logout", "plan", "queue", "replay", "serve",

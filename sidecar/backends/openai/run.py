@@ -29,7 +29,7 @@ from sidecar.core.events import ClientLeft, Event, FirstToken, RunEnded, RunFail
 HEADERS = {"content-type": "application/json"}
 INPUT = "'input':"
 """How a server that validates by pydantic quotes what it was sent."""
-QUIET_S = 5.0
+QUIET_S = 10.0
 """How long nothing is told of an answer that goes past us before its engine is asked."""
 PIECE_BYTES = 1 << 18
 """Bytes that are copied and sent at once. A larger body is sent in pieces, between which other tasks run."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sidecar.fronts.extproc.heads import DETAILS, SUBSET_HINT, UPSTREAM
+from sidecar.fronts.extproc.heads import DETAILS, SOURCE, SUBSET_HINT, UPSTREAM
 from sidecar.fronts.extproc.replies import DESTINATION, ENDPOINTS, OURS
 from sidecar.proto import envoy_pb2 as envoy
 
@@ -69,6 +69,7 @@ def external_processor(request_mode: str, response_mode: str) -> dict[str, Any]:
         "failure_mode_allow": False,  # open, it would send requests unchanged to any engine
         "status_on_error": {"code": 503},
         "message_timeout": f"{HOLD_S}s",
+        "request_attributes": [SOURCE],
         "response_attributes": [UPSTREAM, DETAILS],
         "processing_mode": {
             "request_body_mode": request_mode,

@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 CHUNKS_MAX = 8
 """Chunks of a request's body that wait for the front before no more are read."""
+OWN_BYTES_MAX = 64 << 20
+"""Bytes of an answer of ours that waits to be complete, where the gateway takes it at once only."""
 EVENTS = "text/event-stream"
 FULL_DUPLEX = envoy.FULL_DUPLEX_STREAMED
 
@@ -114,6 +116,7 @@ class Exchange:
         """The engine's answer is replaced at its end by the front's; the engine's last chunk has come."""
         self._start: Message | None = None
         self._own: list[bytes] = []
+        self._own_bytes = 0
         self._is_own_whole = self._passes = False
         self.head: Callable[[], Iterable[tuple[bytes, bytes]]] = tuple
         """Returns the headers of an answer that are ours. Set by the front once it has a ticket."""
@@ -151,7 +154,9 @@ class Exchange:
             await self._take_chunk(message.response_body)
         elif kind == "response_trailers":
             self._chunks.put_nowait((b"", True))
-            if self._mode != FULL_DUPLEX:
+            if self._gathers:
+                self.abort("the engine's answer ends with trailers, after which no body can be put in its place")
+            elif self._mode != FULL_DUPLEX:
                 await self._write(Reply(response_trailers=envoy.TrailersResponse()))
 
     async def _pass(self, message: envoy.ProcessingRequest) -> None:
@@ -246,6 +251,10 @@ class Exchange:
             await self._stream(body, ended)
             return
         self._own.append(body)
+        self._own_bytes += len(body)
+        if self._own_bytes > OWN_BYTES_MAX:
+            self.abort(f"an answer that cannot be streamed is longer than {OWN_BYTES_MAX} bytes")
+            return
         self._is_own_whole = ended
         if self._gathers:
             await self._give_gathered()

@@ -17,6 +17,8 @@ from sidecar.proto import envoy_pb2 as envoy
 SUBSET_HINT, SUBSET_KEY = "envoy.lb.subset_hint", "x-gateway-destination-endpoint-subset"
 """Where the Endpoint Picker Protocol has that subset."""
 DETAILS, UPSTREAM, VIA_UPSTREAM = "response.code_details", "upstream.address", "via_upstream"
+SOURCE = "source.address"
+"""The attribute with the client's address."""
 SERVED = "x-gateway-destination-endpoint-served"
 """The header in which some gateways tell which endpoint has answered."""
 TIMEOUT_MS = b"x-envoy-upstream-rq-timeout-ms"
@@ -31,11 +33,13 @@ _OF_HTTP = frozenset(
 
 
 def scope_of(first: envoy.ProcessingRequest, peer: str, carrier: Any) -> Scope:
-    """Return the ASGI scope of a request. `peer` is Envoy's address as HOST:PORT."""
+    """Return the ASGI scope of a request. `peer` is Envoy's address as HOST:PORT, if nobody tells the client's."""
+    peer = _attribute(first, SOURCE) or peer
     headers = [(name.encode("latin-1"), value) for name, value in pairs(first.request_headers.headers)]
     pseudo = dict(headers)
     path, _, query = pseudo.get(b":path", b"/").partition(b"?")
     host, _, port = peer.rpartition(":")
+    host = host.strip("[]")
     return {
         "type": "http",
         "http_version": "1.1",

@@ -117,6 +117,24 @@ def set_metadata(namespace: str, key: str, header: str) -> dict[str, Any]:
     return {"name": "metadata", "typed_config": {"@type": kind, "request_rules": [rule]}}
 
 
+def log_to(address: str) -> Callable[[dict[str, Any]], None]:
+    """Return what changes a bootstrap so that the access log goes to another address than the picker's."""
+
+    def change(record: dict[str, Any]) -> None:
+        clusters = record["static_resources"]["clusters"]
+        cluster = json.loads(json.dumps(next(each for each in clusters if each["name"] == "sidecar")))
+        cluster["name"] = "log"
+        host, _, port = address.rpartition(":")
+        place = {"socket_address": {"address": host, "port_value": int(port)}}
+        cluster["load_assignment"]["endpoints"][0]["lb_endpoints"] = [{"endpoint": {"address": place}}]
+        clusters.append(cluster)
+        manager = record["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
+        log = manager["access_log"][0]["typed_config"]["common_config"]
+        log["grpc_service"]["envoy_grpc"]["cluster_name"] = "log"
+
+    return change
+
+
 @asynccontextmanager
 async def house(
     folder: Path,

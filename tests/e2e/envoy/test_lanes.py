@@ -11,8 +11,10 @@ from typing import Any
 import httpx
 import pytest
 
+from sidecar.core.effects import Settle
 from sidecar.core.events import RunEnded
-from tests.e2e.envoy.house import LANES, House, house, http_filters, set_metadata
+from sidecar.errors import Reason
+from tests.e2e.envoy.house import LANES, Clients, House, house, http_filters, set_metadata
 from tests.e2e.envoy.server import EnvoyInstalled
 from tests.kit.ports import free_port
 from tests.kit.serving import until, write_adapters
@@ -201,3 +203,27 @@ async def test_a_gateways_subset_is_kept(tmp_path: Path) -> None:
         refused = await running.stream(names[0], 2, headers={"x-test-subset": "10.0.0.1:8000"})
         assert refused.status == 503
         await quiet(running)
+
+
+async def test_a_deadline_goes_along(tmp_path: Path) -> None:
+    """An answer that nobody reads here is ended by Envoy when the client's time is up, and its seat is free."""
+    names = write_adapters(tmp_path / "adapters", 1)
+    async with house(tmp_path, names, time_scale=1.0) as running:
+        with pytest.raises(httpx.HTTPError):
+            await running.stream(names[0], 4000, headers={"x-lora-deadline-ms": "2500"})
+        await quiet(running)
+        settled = next(effect for effect in running.served.recorder.effects if isinstance(effect, Settle))
+        assert settled.reason is Reason.DEADLINE_EXCEEDED
+
+
+async def test_clients_are_known_by_their_own_addresses(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The request's line in the log has the client's address, and not Envoy's."""
+    names = write_adapters(tmp_path / "adapters", 1)
+    caplog.set_level("INFO", logger="sidecar.requests")
+    async with house(tmp_path, names) as running:
+        transport = httpx.AsyncHTTPTransport(local_address="127.0.0.3")
+        base_url = f"http://{running.envoy.address}"
+        async with httpx.AsyncClient(base_url=base_url, transport=transport, trust_env=False) as http:
+            assert (await Clients(http).stream(names[0], 3)).is_complete
+        await quiet(running)
+    assert any("127.0.0.3:" in record.getMessage() for record in caplog.records)

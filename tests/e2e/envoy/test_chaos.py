@@ -1,0 +1,140 @@
+"""What goes wrong around the lane: processes that are killed, and an access log that is late, lossy and repeats itself.
+
+No answer is wrong, no request is answered twice, and no seat and no pin is left once all is quiet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import httpx
+import pytest
+
+from sidecar.core.events import RunEnded
+from tests.bench.processes import SidecarProcess
+from tests.e2e.envoy.house import Clients, House, house, log_to
+from tests.e2e.envoy.log_relay import log_relay
+from tests.e2e.envoy.server import EnvoyServer
+from tests.kit.ports import free_port
+from tests.kit.serving import until, write_adapters
+from tests.kit.vllm_emulated import VllmProcess
+
+TOLD: tuple[tuple[str, Mapping[str, float]], ...] = (
+    ("late", {"delay_s": 5.0}),
+    ("lossy", {"dropped": 0.1}),
+    ("twice", {"doubled": 0.5}),
+    ("all", {"delay_s": 2.0, "dropped": 0.1, "doubled": 0.2}),
+)
+
+
+async def quiet(running: House) -> None:
+    """Wait until nothing is queued, nothing runs and nothing is pinned."""
+    state = running.served.state
+    await until(lambda: not state.requests, patience_s=120)
+    for backend in state.backends.values():
+        assert not backend.running
+        assert not backend.kv_reserved
+        assert not any(slot.running for slot in backend.slots.values())
+    assert not any(entry.pins for entry in state.store.entries.values())
+
+
+@pytest.mark.parametrize("faults", [faults for _, faults in TOLD], ids=[name for name, _ in TOLD])
+async def test_a_bad_access_log_costs_no_answer_and_no_seat(tmp_path: Path, faults: Mapping[str, float]) -> None:
+    names = write_adapters(tmp_path / "adapters", 4)
+    picker, random = f"127.0.0.1:{free_port()}", Random(7)
+    async with log_relay(picker, **faults) as relay:
+        listener = {"address": picker}
+        changed = log_to(relay.address)
+        async with house(tmp_path, names, time_scale=0.05, changed=changed, listener=listener) as running:
+            asked = [(random.choice(names), random.choice((2, 30, 90))) for _ in range(120)]
+            answers = await asyncio.gather(*(running.stream(name, tokens) for name, tokens in asked))
+            for (name, tokens), answer in zip(asked, answers, strict=True):
+                assert answer.token_ids == running.tokens_of(name, tokens)
+                assert answer.is_complete
+            await quiet(running)
+            seen = Counter(each.seen.value for each in running.served.recorder.events if isinstance(each, RunEnded))
+            assert sum(seen.values()) == len(asked)
+            assert seen["nothing"] <= relay.counts["dropped"]  # some answers are seen whole in their first chunk
+            assert bool(seen["nothing"]) == bool(relay.counts["dropped"])
+
+
+async def test_a_killed_envoy_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Its clients' answers are cut; the engine has them no longer, and the seats are free again."""
+    names = write_adapters(tmp_path / "adapters", 2)
+    async with house(tmp_path, names, time_scale=1.0) as running:
+        state = running.served.state
+        asked = [asyncio.create_task(running.stream(names[number % 2], 900)) for number in range(6)]
+        await until(lambda: sum(request.first_token for request in state.requests.values()) == len(asked))
+        await running.envoy.kill()
+        assert all(isinstance(each, httpx.HTTPError) for each in await asyncio.gather(*asked, return_exceptions=True))
+        await quiet(running)
+        await running.envoy.start()
+        assert (await running.stream(names[0], 4)).is_complete
+
+
+async def test_a_killed_engine_ends_what_it_ran(tmp_path: Path) -> None:
+    """What had begun is cut, as in path; what had not is answered by the other engine."""
+    names = write_adapters(tmp_path / "adapters", 1)
+    async with house(tmp_path, names, engines=2, time_scale=1.0) as running:
+        state = running.served.state
+        asked = [asyncio.create_task(running.stream(names[0], 900)) for _ in range(16)]
+        await until(lambda: sum(request.first_token for request in state.requests.values()) == len(asked))
+        await running.engines[0].kill()
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        whole = [each for each in answers if not isinstance(each, BaseException) and each.is_complete]
+        assert 0 < len(whole) < len(asked)
+        assert all(each.token_ids == running.tokens_of(names[0], 900) for each in whole)
+        await until(lambda: not state.requests)
+        assert (await running.stream(names[0], 4)).is_complete
+
+
+async def test_a_killed_sidecar_cuts_no_answer_that_it_has_let_go(tmp_path: Path) -> None:
+    """Held requests get their 503 at once, answers go on to their end, and a new sidecar serves again."""
+    names = write_adapters(tmp_path / "adapters", 1)
+    (tmp_path / "shared").mkdir()
+    free, picker = {"address": "127.0.0.1:0"}, f"127.0.0.1:{free_port()}"
+    async with AsyncExitStack() as stack:
+        engine = VllmProcess("--compute", "none", time_scale=1.0)
+        await engine.start()
+        stack.push_async_callback(engine.kill)
+        backend = {
+            "url": f"vllm://{engine.http_address}", "id": "vllm-0", "adapters_dir": str(tmp_path / "shared"),
+            "engine": {"device_pages": 2, "host_pages": 4, "seats": 4},
+        }  # fmt: skip
+        settings: dict[str, Any] = {
+            "listeners": {"data": free, "admin": free, "http": free, "endpoint_picker": {"address": picker}},
+            "adapters": {"serve": str(tmp_path / "adapters")},
+        }
+        killed = SidecarProcess(tmp_path, [backend], **settings)
+        await killed.__aenter__()
+        stack.push_async_callback(killed.__aexit__)
+        envoy = await stack.enter_async_context(EnvoyServer(tmp_path / "envoy", picker))
+        http = httpx.AsyncClient(base_url=f"http://{envoy.address}", timeout=60.0, trust_env=False)
+        clients = Clients(await stack.enter_async_context(http))
+        running = [asyncio.create_task(clients.stream(names[0], 300)) for _ in range(4)]
+        unseen = {("picker_requests", ("unseen",)): 4.0}
+        async with asyncio.timeout(60):
+            while not unseen.items() <= (await killed.metrics()).items():
+                await asyncio.sleep(0.02)
+        held = [asyncio.create_task(clients.stream(names[0], 4)) for _ in range(4)]
+        async with asyncio.timeout(60):
+            while (await killed.metrics())["picker_requests", ("held",)] < 4:
+                await asyncio.sleep(0.02)
+        with suppress(ProcessLookupError):
+            killed.signal(signal.SIGKILL)
+        assert {answer.status for answer in await asyncio.gather(*held)} == {503}
+        assert (await clients.stream(names[0], 4)).status == 503
+        answers = await asyncio.gather(*running)
+        assert all(answer.is_complete and len(answer.token_ids) == 300 for answer in answers)
+        await stack.enter_async_context(SidecarProcess(tmp_path, [backend], **settings))
+        async with asyncio.timeout(60):
+            while (answer := await clients.stream(names[0], 4)).status == 503:
+                await asyncio.sleep(0.1)
+        assert answer.is_complete
