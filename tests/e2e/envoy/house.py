@@ -26,6 +26,7 @@ LANES = {
 """The modes of gateways, by name: of requests, of answers, and what the listener needs for them."""
 
 
+SIZES = ("--compute", "none", "--max-loras", "4", "--max-cpu-loras", "8")
 ENGINE = {"device_pages": 4, "host_pages": 8, "seats": 64}
 
 
@@ -158,7 +159,7 @@ async def house(
     async with AsyncExitStack() as stack:
         running = []
         for _ in range(engines):
-            process = VllmProcess("--compute", "none", *options, time_scale=time_scale)
+            process = VllmProcess(*SIZES, *options, time_scale=time_scale)
             await process.start()
             stack.push_async_callback(process.kill)
             running.append(process)

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from sidecar.core.events import RunEnded
-from tests.e2e.envoy.house import ENGINE, LANES, Clients
+from tests.e2e.envoy.house import ENGINE, LANES, SIZES, Clients
 from tests.e2e.envoy.server import EnvoyServer
 from tests.kit.redis_servers import running
 from tests.kit.replica_pool import CALM_S, replicas
@@ -35,7 +35,7 @@ async def pool_behind_envoy(
     async with AsyncExitStack() as stack:
         started = []
         for _ in range(engines):
-            process = VllmProcess("--compute", "none", time_scale=time_scale)
+            process = VllmProcess(*SIZES, time_scale=time_scale)
             await process.start()
             stack.push_async_callback(process.kill)
             started.append(process)
