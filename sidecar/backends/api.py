@@ -196,6 +196,9 @@ class Unseen(Protocol):
     async def next(self) -> Sighting:
         """Return the next thing that is seen of it. It may never come."""
 
+    def close(self) -> None:
+        """Wait for nothing more of it."""
+
 
 class Carrier(Protocol):
     """Something else that takes a request to its engine, and the answer to its client: a proxy."""

@@ -73,6 +73,9 @@ class _RemoteUnseen:
     async def next(self) -> Sighting:
         return await self._came.get()
 
+    def close(self) -> None:
+        """Do nothing: it ends with its request."""
+
 
 class _Chunks(httpx.AsyncByteStream):
     def __init__(self, chunks: AsyncIterator[bytes]) -> None:
@@ -114,11 +117,13 @@ async def carry(
     if unseen is None or not goes_on:
         return None
     begun(True)
-    while True:
-        sighting = await unseen.next()
-        tell(peers_pb2.Carried(number=number, sighting=sighting_sent(sighting)))
-        if sighting.ending is not None:
-            return sighting
+    try:
+        while (sighting := await unseen.next()).ending is None:
+            tell(peers_pb2.Carried(number=number, sighting=sighting_sent(sighting)))
+    finally:
+        unseen.close()
+    tell(peers_pb2.Carried(number=number, sighting=sighting_sent(sighting)))
+    return sighting
 
 
 def sighting_sent(sighting: Sighting, exchange: str = "") -> Any:

@@ -154,19 +154,25 @@ class OpenAiRun(ABC):
         if not self._has_begun:
             self._has_begun = True
             self._post(FirstToken(self.effect.request, self.effect.attempt, not unseen.tells))
+        try:
+            while (sighting := await self._next_of(unseen)) is not None:
+                self._estimate(sighting)
+                if sighting.ending is not None:
+                    await self._end_unseen(sighting)
+                    return
+        finally:
+            unseen.close()
+        self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens, Seen.NOTHING))
+
+    async def _next_of(self, unseen: Unseen) -> Sighting | None:
+        """Return the next thing that is seen of an answer; None once its end must be lost."""
         while True:
             try:
                 async with asyncio.timeout(QUIET_S):
-                    sighting = await unseen.next()
+                    return await unseen.next()
             except TimeoutError:
                 if unseen.is_lost or await self._lacks(self):
-                    break
-                continue
-            self._estimate(sighting)
-            if sighting.ending is not None:
-                await self._end_unseen(sighting)
-                return
-        self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens, Seen.NOTHING))
+                    return None
 
     def _estimate(self, sighting: Sighting) -> None:
         """Count the tokens of events that nobody here has read by their bytes: one has about the bytes of the last."""
