@@ -261,13 +261,16 @@ def _ready(sidecar: Any, config: Config, as_json: bool) -> str:
     }
     if sidecar.listening.probes:
         addresses["probes"] = sidecar.listening.probes
+    if sidecar.listening.endpoint_picker:
+        addresses["endpoint_picker"] = sidecar.listening.endpoint_picker
     backends, adapters = len(config.backends), len(sidecar.gateway.state.names)
     if as_json:
         return json.dumps({**addresses, "backends": backends, "adapters": adapters})
     probes = f", probes and metrics on {addresses['probes']}" if "probes" in addresses else ""
+    picker = f", endpoint picker on {addresses['endpoint_picker']}" if "endpoint_picker" in addresses else ""
     return (
         f"ready: gRPC on {addresses['data']}, OpenAI's API on {addresses['http']}/v1, "
-        f"admin on {addresses['admin']}{probes}; "
+        f"admin on {addresses['admin']}{probes}{picker}; "
         f"{count(backends, 'backend')}, {count(adapters, 'adapter')}"
     )
 

@@ -51,6 +51,10 @@ class Measured:
                 await self._process.wait()
         self._errors.close()
 
+    def send_signal(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
     def errors(self) -> str:
         """Return the last of what the process wrote to standard error."""
         self._errors.seek(0)
@@ -66,25 +70,35 @@ class Measured:
         return self._process.pid
 
     def cpu_s(self) -> float:
-        """Return the CPU seconds of the process and its threads so far, to the nanosecond.
+        """Return the CPU seconds of the process and its threads so far."""
+        return cpu_s(self.pid)
 
-        `psutil` has them in hundredths only; a process's CPU clock has this id by clock_getcpuclockid(3).
-        """
-        return time.clock_gettime(~self.pid << 3 | 2)
+
+def cpu_s(pid: int) -> float:
+    """Return the CPU seconds of a process and its threads so far, to the nanosecond.
+
+    `psutil` has them in hundredths only; a process's CPU clock has this id by clock_getcpuclockid(3).
+    """
+    return time.clock_gettime(~pid << 3 | 2)
 
 
 class SidecarProcess(Measured):
-    """`sidecar serve` in front of engines, on free ports; `settings` are keys of the configuration."""
+    """`sidecar serve` in front of engines, on free ports; `settings` are keys of the configuration.
+
+    With `picks` it is Envoy's endpoint picker, too.
+    """
 
     def __init__(
         self,
         folder: Path,
         backends: Sequence[dict[str, Any]],
         uvloop: bool = True,
+        picks: bool = False,
         **settings: Any,
     ) -> None:
         free = {"address": "127.0.0.1:0"}
-        config = {"backends": list(backends), "listeners": {"data": free, "admin": free, "http": free}, **settings}
+        listeners = {"data": free, "admin": free, "http": free, **({"endpoint_picker": free} if picks else {})}
+        config = {"backends": list(backends), "listeners": listeners, **settings}
         path = folder / f"sidecar-{id(self)}.yaml"
         path.write_text(json.dumps(config))
         code = ("" if uvloop else WITHOUT_UVLOOP) + RUN_SIDECAR
@@ -108,6 +122,10 @@ class SidecarProcess(Measured):
     @property
     def http(self) -> str:
         return str(self.ready["http"])
+
+    @property
+    def endpoint_picker(self) -> str:
+        return str(self.ready["endpoint_picker"])
 
     async def metrics(self) -> dict[tuple[str, tuple[str, ...]], float]:
         """Return every sample of `/metrics` by name, without the prefix, and label values."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -165,6 +165,13 @@ async def until(holds: Callable[[], bool], patience_s: float = PATIENCE_S) -> No
     async with asyncio.timeout(patience_s):
         while not holds():
             await asyncio.sleep(0.005)
+
+
+async def until_async(holds: Callable[[], Awaitable[bool]], patience_s: float = PATIENCE_S) -> None:
+    """Wait until what has to be asked for holds; fail after `patience_s`."""
+    async with asyncio.timeout(patience_s):
+        while not await holds():
+            await asyncio.sleep(0.05)
 
 
 def write_adapters(folder: Path, count: int, **options: Any) -> list[str]:
