@@ -169,12 +169,10 @@ class Connection(asyncio.Protocol):
         return f"HTTP/1.1 {status} -\r\n{ENGINE}: {self._engine.address}\r\n".encode()
 
     async def _stream(self, order: Order) -> None:
-        head = (
-            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
-        )
+        head = b"content-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
         self._engine.running += 1
         try:
-            await self._chunks(head, order)
+            await self._chunks(self._begin(200) + head, order)
         finally:
             self._engine.running -= 1
 
