@@ -87,7 +87,7 @@ def agentgateway(record: dict[str, Any]) -> None:
     """Full duplex both ways, without attributes and without metadata that come back."""
     del manager_of(record)["access_log"]
     processor = processor_of(record)
-    for key in ("request_attributes", "response_attributes", "metadata_options"):
+    for key in ("response_attributes", "metadata_options"):
         del processor[key]
     processor["processing_mode"] = _modes(FD)
 
