@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -57,8 +58,12 @@ class Measured:
 
     def errors(self) -> str:
         """Return the last of what the process wrote to standard error."""
-        self._errors.seek(0)
-        return self._errors.read()[-4000:].decode(errors="replace")
+        return self.logged()[-4000:]
+
+    def logged(self) -> str:
+        """Return what the process has written to standard error so far."""
+        size = os.fstat(self._errors.fileno()).st_size
+        return os.pread(self._errors.fileno(), size, 0).decode(errors="replace")  # its own place stays where it is
 
     def signal(self, number: signal.Signals) -> None:
         assert self._process is not None
