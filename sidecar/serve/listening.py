@@ -195,7 +195,7 @@ class Listening:
         if wanted.address is None:
             return
         assert self._openai is not None
-        self._picker = Picker(self._openai, wanted, "" if replica is None else replica.member.id)
+        self._picker = Picker(self._openai, wanted, self._named, "" if replica is None else replica.member.id)
         if replica is not None:
             self._picker.log.pass_on = replica.tell_sightings
             replica.hear_sightings(self._picker.log.hear)
@@ -205,6 +205,10 @@ class Listening:
         self._metrics.picker = self._picker.figures
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         self.endpoint_picker = _bind(server, wanted, "endpoint_picker")
+
+    def _named(self, address: str) -> str:
+        """Return the backend at an address, "" if there is none."""
+        return next((each.id for each in self._gateway.backends.values() if each.address == address), "")
 
     async def _open_probes(self) -> None:
         wanted = self._config.listeners.probes

@@ -18,6 +18,7 @@ ENDS_ONLY = b'"text":"","finish_reason":"', b'"delta":{},"finish_reason":"'
 and puts "logprobs" in between.
 """
 IDS = b'"token_ids":['
+PROMPT_IDS = b'"prompt_token_ids":['
 USAGE = b'"usage":{'
 # None of these can occur in the text of an answer: there a backslash precedes every quote.
 _index = re.compile(rb'"choices":\[\{"index":(\d+)').search
@@ -81,6 +82,12 @@ class StreamedTokens:
 def _ids_in(event: bytes, begin: int) -> int:
     end = event.find(b"]", begin)
     return event.count(b",", begin, end) + 1 if end > begin else 0
+
+
+def prompt_bytes(event: bytes) -> int:
+    """Return how many bytes longer an event is for the prompt's token ids, which only the first one has."""
+    begin = event.find(PROMPT_IDS)
+    return 0 if begin < 0 else event.find(b"]", begin) + 1 - (begin + len(PROMPT_IDS) - 1) - len(b"null")
 
 
 def completion_tokens(body: bytes) -> int | None:

@@ -19,6 +19,7 @@ from sidecar.backends.openai.events import (
     ERROR,
     StreamedTokens,
     completion_tokens,
+    prompt_bytes,
     prompt_tokens,
     split,
 )
@@ -206,7 +207,7 @@ class OpenAiRun(ABC):
             self._has_begun = True
             self.tokens += tokens
             self._seen_tokens = self.tokens
-            self._event_bytes = len(event) + len(END_OF_EVENT)
+            self._event_bytes = len(event) - prompt_bytes(event) + len(END_OF_EVENT)
         else:
             tokens = self._corrected(event)
         self._heard(self.effect.request, tokens)

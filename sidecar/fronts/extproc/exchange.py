@@ -42,7 +42,7 @@ CHUNKS_MAX = 8
 """Chunks of a request's body that wait for the front before no more are read."""
 OWN_BYTES_MAX = 64 << 20
 """Bytes of an answer of ours that waits to be complete, where the gateway takes it at once only."""
-EVENTS = "text/event-stream"
+EVENTS, ORIGIN = "text/event-stream", b"x-lora-backend"
 FULL_DUPLEX = envoy.FULL_DUPLEX_STREAMED
 
 
@@ -61,13 +61,20 @@ class Aborted(Exception):
 
 
 class Elsewhere:
-    """Answers that did not come from the engine that was picked."""
+    """Answers that did not come from the engine that was picked. `named` returns the backend at an address, or ""."""
 
-    def __init__(self) -> None:
+    def __init__(self, named: Callable[[str], str]) -> None:
         self.count = 0
+        self._named = named
 
-    def note(self, picked: str, served: str) -> None:
-        if served and served != picked:
+    def corrected(self, head: Iterable[tuple[bytes, bytes]], served: str) -> Iterable[tuple[bytes, bytes]]:
+        """Return the headers of an answer from elsewhere, with the name of the engine that has answered."""
+        for name, value in head:
+            yield name, (self._named(served) or served).encode() if name == ORIGIN else value
+
+    def note(self, picked: str, served: str) -> bool:
+        """Return True for an answer from elsewhere."""
+        if is_elsewhere := served not in ("", picked):
             self.count += 1
             if self.count == 1:
                 logger.warning(
@@ -75,6 +82,7 @@ class Elsewhere:
                     "from the header %s and the metadata of the same name; see picker_elsewhere_total",
                     served, picked, replies.DESTINATION,
                 )  # fmt: skip
+        return is_elsewhere
 
 
 class Exchange:
@@ -118,6 +126,8 @@ class Exchange:
         self._own: list[bytes] = []
         self._own_bytes = 0
         self._is_own_whole = self._passes = False
+        self._served = ""
+        """The engine that has answered, if it is not the one that was picked."""
         self.head: Callable[[], Iterable[tuple[bytes, bytes]]] = tuple
         """Returns the headers of an answer that are ours. Set by the front once it has a ticket."""
         self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -266,7 +276,7 @@ class Exchange:
         assert self._start is not None
         if self._gone_status is None:
             self._gone_status = self._start["status"]
-            await self._write(replies.head(self._gone_status, self._start["headers"], ("content-length",)))
+            await self._write(replies.head(self._gone_status, self._told(self._start["headers"]), ("content-length",)))
         for reply in replies.bodies((*self._own, body), of_request=False, ended=ended):
             await self._write(reply)
         self._own.clear()
@@ -320,7 +330,8 @@ class Exchange:
         self._watched = self._log.watch(self._id)
         await self._route(address, request, body)
         message = await self._head
-        self._elsewhere.note(address, heads.served_by(message))
+        if self._elsewhere.note(address, served := heads.served_by(message)):
+            self._served = served
         return await self._answer_of(message, request)
 
     async def _route(self, address: str, request: httpx.Request, body: bytes) -> None:
@@ -352,7 +363,7 @@ class Exchange:
             self._gone_status = status
             if not self._gathers:
                 extensions[UNSEEN] = self._watched
-            await self._write(replies.head(None, self.head(), ("content-length",) if self._gathers else ()))
+            await self._write(replies.head(None, self._told(self.head()), ("content-length",) if self._gathers else ()))
             if self._mode == envoy.NONE:
                 self._let_go()
             elif self._has_all:
@@ -373,6 +384,9 @@ class Exchange:
         self._watched.goes_on, self._watched = True, None
         self._chunks.put_nowait((b"", True))
         self._close()
+
+    def _told(self, headers: Iterable[tuple[bytes, bytes]]) -> Iterable[tuple[bytes, bytes]]:
+        return self._elsewhere.corrected(headers, self._served) if self._served else headers
 
     # Ends.
 

@@ -34,15 +34,20 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class Picker:
-    """Answers Envoy by an ASGI application. `replica` is this replica's id, if there are others."""
+    """Answers Envoy by an ASGI application.
 
-    def __init__(self, app: Application, settings: EndpointPickerListener, replica: str = "") -> None:
+    `named` returns the backend at an address, or ""; `replica` is this replica's id, "" if there are no others.
+    """
+
+    def __init__(
+        self, app: Application, settings: EndpointPickerListener, named: Callable[[str], str], replica: str
+    ) -> None:
         self._app = app
         self._settings = settings
         self.log = AccessLog(replica)
         self._answering: set[asyncio.Task[None]] = set()
         self._exchanges: set[Exchange] = set()
-        self._elsewhere = Elsewhere()
+        self._elsewhere = Elsewhere(named)
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Serve on a server."""

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 from starlette.types import Scope
 
+from sidecar.fronts.extproc.replies import ENDPOINTS
 from sidecar.fronts.http.connection import CARRIER, CROWDED, PEER, SUBSET
 from sidecar.proto import envoy_pb2 as envoy
 
@@ -20,7 +21,7 @@ DETAILS, UPSTREAM, VIA_UPSTREAM = "response.code_details", "upstream.address", "
 SOURCE = "source.address"
 """The attribute with the client's address."""
 SERVED = "x-gateway-destination-endpoint-served"
-"""The header in which some gateways tell which endpoint has answered."""
+"""The metadata of `ENDPOINTS`, or the header, in which gateways tell which endpoint has answered."""
 TIMEOUT_MS = b"x-envoy-upstream-rq-timeout-ms"
 DEADLINE_MS = "x-lora-deadline-ms"
 _CLIENTS = frozenset(("authorization", "proxy-authorization", "cookie", "accept-encoding", "x-api-key", "expect"))
@@ -115,6 +116,9 @@ def served_by(message: envoy.ProcessingRequest) -> str:
     """Return the address of the engine that an answer comes from; "" if nobody tells."""
     if served := _attribute(message, UPSTREAM):
         return served
+    told = message.metadata_context.filter_metadata
+    if ENDPOINTS in told and SERVED in told[ENDPOINTS].fields:
+        return told[ENDPOINTS].fields[SERVED].string_value
     return next((value.decode() for name, value in pairs(message.response_headers.headers) if name == SERVED), "")
 
 

@@ -168,6 +168,9 @@ class OpenAiFront:
                 if (subset := scope["state"].get(SUBSET)) is not None:
                     requests = [(asked, self._within(destination, subset)) for asked, destination in requests]
                 carrier: Carrier | None = scope["state"].get(CARRIER)
+                if carrier is not None and not self._gateway.takes_requests:
+                    # A gateway's endpoint picker must say so at once; in path a request waits for an engine.
+                    raise Refused(Reason.NO_BACKEND, "no engine is ready; try again later", retry_after_s=1.0)
                 if carrier is not None and not self._may_carry(carrier, requests, tenant, caller.klass):
                     if await carrier.redirect(b"".join(pieces)):
                         return

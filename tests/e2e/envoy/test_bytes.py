@@ -42,7 +42,6 @@ async def test_every_byte_is_the_engines(tmp_path: Path, gateway: str, count: in
 
 
 @pytest.mark.nightly
-@pytest.mark.xfail(strict=True, reason="runs of which nothing is told are released one a second: the look takes a lock")
 async def test_seats_of_ends_that_nothing_tells_come_back_together(tmp_path: Path) -> None:
     """The engine's gauge says that it has none of them."""
     async with quick_house(tmp_path, UNTOLD, adapters=4) as house:
