@@ -11,6 +11,8 @@ from sidecar.proto import envoy_pb2 as envoy
 TYPE = "type.googleapis.com/envoy.extensions."
 HELD_MAX = 65_536
 """Requests that Envoy holds or sends at a time: more than a sidecar admits, whose own limits tell a client why."""
+FRAMES_MAX = 1 << 20
+"""Frames that wait for one connection: a request has about three."""
 HOLD_S = 3600
 """Envoy's time for an answer of ours, the longest that it takes. In full duplex a hold does not count."""
 
@@ -143,10 +145,20 @@ def _sidecar(picker: str, ca: str | None) -> dict[str, Any]:
 
 
 def _http2() -> dict[str, Any]:
+    """Return options of HTTP/2 by which many requests may begin or leave at once.
+
+    By default Envoy takes 10,000 frames that wait for one connection, or 1,000 resets, for a flood: it closes the
+    connection, and with it all that is held there.
+    """
+    limits = {
+        "max_concurrent_streams": HELD_MAX,
+        "max_outbound_frames": FRAMES_MAX,
+        "max_outbound_control_frames": FRAMES_MAX,
+    }
     return {
         "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
             "@type": f"{TYPE}upstreams.http.v3.HttpProtocolOptions",
-            "explicit_http_config": {"http2_protocol_options": {"max_concurrent_streams": HELD_MAX}},
+            "explicit_http_config": {"http2_protocol_options": limits},
         }
     }
 
