@@ -19,6 +19,9 @@ Port = Annotated[int, typer.Option("--port", metavar="N", min=1, max=65_535, hel
 def print_config(
     file: Annotated[Path, typer.Argument(help="Configuration file (YAML) of the sidecar.", show_default=False)],
     port: Port = 8080,
+    host: Annotated[
+        str, typer.Option("--host", metavar="ADDRESS", help="Envoy's address for clients and probes.")
+    ] = "0.0.0.0",
     picker: Annotated[
         str | None,
         typer.Option(
@@ -34,6 +37,16 @@ def print_config(
     ] = None,
     admin_port: Annotated[
         int | None, typer.Option("--admin-port", metavar="N", help="Port of Envoy's administration, on loopback.")
+    ] = None,
+    ready_port: Annotated[
+        int | None,
+        typer.Option(
+            "--ready-port",
+            metavar="N",
+            min=1,
+            max=65_535,
+            help="Port of /ready and /live, for probes from outside; needs --admin-port.",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -53,12 +66,14 @@ def print_config(
         raise CommandError(
             "name the endpoint picker's HOST:PORT with --picker: it listens on a socket file", Exit.MISUSED
         )
-    host, _, number = listener.address.rpartition(":")
-    place = picker or f"{'127.0.0.1' if host in EVERYWHERE else host}:{number}"
+    listens, _, number = listener.address.rpartition(":")
+    place = picker or f"{'127.0.0.1' if listens in EVERYWHERE else listens}:{number}"
     if (listener.tls is None) != (ca is None):
         missing = "give --ca: the endpoint picker has TLS" if ca is None else "leave out --ca: the picker has no TLS"
         raise CommandError(missing, Exit.MISUSED)
-    record = bootstrap(port, place, picker_ca=ca, admin_port=admin_port)
+    if ready_port is not None and admin_port is None:
+        raise CommandError("give --admin-port with --ready-port: /ready asks Envoy's administration", Exit.MISUSED)
+    record = bootstrap(port, place, picker_ca=ca, admin_port=admin_port, host=host, ready_port=ready_port)
     if as_json:
         print_json(record)
     else:

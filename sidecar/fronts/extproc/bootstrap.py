@@ -25,10 +25,12 @@ def bootstrap(
     picker_ca: str | None = None,
     admin_port: int | None = None,
     host: str = "0.0.0.0",
+    ready_port: int | None = None,
 ) -> dict[str, Any]:
     """Return the bootstrap of an Envoy that listens on `port` and reaches the endpoint picker at HOST:PORT `picker`.
 
-    `picker_ca` is the path, on Envoy's machine, of the certificate by which it knows a picker with TLS.
+    `picker_ca` is the path, on Envoy's machine, of the certificate by which it knows a picker with TLS. `ready_port`
+    has another listener tell from outside whether Envoy is ready and alive, and needs `admin_port`.
     """
     configured: dict[str, Any] = {
         "static_resources": {
@@ -38,6 +40,9 @@ def bootstrap(
     }
     if admin_port is not None:
         configured["admin"] = {"address": _socket("127.0.0.1", admin_port)}
+        if ready_port is not None:
+            configured["static_resources"]["listeners"].append(_ready(host, ready_port))
+            configured["static_resources"]["clusters"].append(_cluster("admin", "STATIC", "127.0.0.1", admin_port))
     return configured
 
 
@@ -55,11 +60,37 @@ def _listener(host: str, port: int, request_mode: str, response_mode: str) -> di
         "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": routes}]},
         "http_filters": [
             {"name": "envoy.filters.http.ext_proc", "typed_config": external_processor(request_mode, response_mode)},
-            {"name": "envoy.filters.http.router", "typed_config": {"@type": f"{TYPE}filters.http.router.v3.Router"}},
+            _router(),
         ],
     }
+    return _listening("clients", host, port, manager)
+
+
+def _ready(host: str, port: int) -> dict[str, Any]:
+    """Return a listener for probes: /ready asks the administration, which stays on loopback; /live a worker thread.
+
+    Once its health check is failed on purpose, as before its end, an Envoy is not ready and yet alive.
+    """
+    routes = [
+        {"match": {"path": "/ready"}, "route": {"cluster": "admin"}},
+        {"match": {"path": "/live"}, "direct_response": {"status": 200}},
+    ]
+    manager = {
+        "@type": f"{TYPE}filters.network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": "ready",
+        "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": routes}]},
+        "http_filters": [_router()],
+    }
+    return _listening("ready", host, port, manager)
+
+
+def _listening(name: str, host: str, port: int, manager: dict[str, Any]) -> dict[str, Any]:
     manager_filter = {"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}
-    return {"name": "clients", "address": _socket(host, port), "filter_chains": [{"filters": [manager_filter]}]}
+    return {"name": name, "address": _socket(host, port), "filter_chains": [{"filters": [manager_filter]}]}
+
+
+def _router() -> dict[str, Any]:
+    return {"name": "envoy.filters.http.router", "typed_config": {"@type": f"{TYPE}filters.http.router.v3.Router"}}
 
 
 def external_processor(request_mode: str, response_mode: str) -> dict[str, Any]:
@@ -120,15 +151,9 @@ def _engines() -> list[dict[str, Any]]:
 def _sidecar(picker: str, ca: str | None) -> dict[str, Any]:
     host, _, port = picker.rpartition(":")
     host = host.strip("[]")
-    endpoint = {"endpoint": {"address": _socket(host, int(port))}}
     is_name = not host.replace(".", "").isdigit() and ":" not in host
-    cluster: dict[str, Any] = {
-        "name": "sidecar",
-        "type": "STRICT_DNS" if is_name else "STATIC",
-        "circuit_breakers": _breakers(),
-        "typed_extension_protocol_options": _http2(),
-        "load_assignment": {"cluster_name": "sidecar", "endpoints": [{"lb_endpoints": [endpoint]}]},
-    }
+    cluster = _cluster("sidecar", "STRICT_DNS" if is_name else "STATIC", host, int(port))
+    cluster |= {"circuit_breakers": _breakers(), "typed_extension_protocol_options": _http2()}
     if ca is not None:
         cluster["transport_socket"] = {
             "name": "envoy.transport_sockets.tls",
@@ -142,6 +167,15 @@ def _sidecar(picker: str, ca: str | None) -> dict[str, Any]:
             },
         }
     return cluster
+
+
+def _cluster(name: str, kind: str, host: str, port: int) -> dict[str, Any]:
+    endpoint = {"endpoint": {"address": _socket(host, port)}}
+    return {
+        "name": name,
+        "type": kind,
+        "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": [endpoint]}]},
+    }
 
 
 def _http2() -> dict[str, Any]:
@@ -170,4 +204,5 @@ def _breakers() -> dict[str, Any]:
 
 
 def _socket(host: str, port: int) -> dict[str, Any]:
-    return {"socket_address": {"address": host, "port_value": port}}
+    address = {"address": host, "port_value": port}
+    return {"socket_address": address | ({"ipv4_compat": True} if host == "::" else {})}
