@@ -26,6 +26,7 @@ OF_THE_CHART = {
     "AdminListener": {"address", "tls", "token_file", "allow_cleartext"},
     "HttpListener": {"address", "tls"},
     "ProbesListener": {"address", "tls"},
+    "EndpointPickerListener": {"tls"},
     "Listeners": {"drain"},
     "Identity": {"mode", "keys_file"},
     "State": {"url", "password_file", "tls"},

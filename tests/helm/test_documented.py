@@ -23,7 +23,7 @@ def leaves(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield each value with its path; what is meant as a whole, or is empty, is one value."""
     for key, value in values.items():
         here = f"{path}{key}"
-        as_a_whole = path == "resources." or key == "labels" or here == "redis.bundled.resources"
+        as_a_whole = path == "resources." or key == "labels" or here in ("redis.bundled.resources", "envoy.resources")
         if isinstance(value, dict) and value and not as_a_whole:
             yield from leaves(value, f"{here}.")
         else:

@@ -119,6 +119,20 @@ OPTIONS: Options = {
             "service": {"type": "LoadBalancer", "annotations": {"lb": "internal"}},
         },
     ],
+    "envoy": [OFF, {"envoy": {"enabled": True, "allowCleartext": True, "extraArgs": ["--log-level", "warn"]}}],
+    "pool": [
+        OFF,
+        {
+            "inferencePool": {"create": True, "matchLabels": {"app": "vllm"}, "targetPorts": [8000, 8001]},
+            "networkPolicy": {"gateways": [{"podSelector": {"matchLabels": {"role": "gateway"}}}]},
+        },
+        {
+            "inferencePool": {"create": True, "matchLabels": {"app": "t"}, "appProtocol": "kubernetes.io/h2c"},
+            "networkPolicy": {"gateways": [{"namespaceSelector": {}}]},
+            "tls": {"picker": {"secretName": "picker-tls"}},
+            "istio": {"destinationRule": {"create": True, "insecureSkipVerify": True}},
+        },
+    ],
     "engines": [OFF, {"engineScaling": {"enabled": True, "target": {"name": "triton"}}}],
 }
 ENGINE = {
@@ -126,7 +140,7 @@ ENGINE = {
     "image": "engine:1",
     "resources": {"requests": {"cpu": "4", "memory": "8Gi"}, "limits": {"memory": "8Gi", "nvidia.com/gpu": 1}},
 }
-OF_GATEWAYS = ("replicas", "disk")
+OF_GATEWAYS = ("replicas", "disk", "pool")
 SIDECARS: list[dict[str, Any]] = [
     {"mode": "sidecar", "sidecar": {"engine": ENGINE}},
     {"mode": "sidecar", "sidecar": {"kind": "vllm", "engine": ENGINE}},

@@ -16,6 +16,8 @@ PARTS = {
     "four-tritons": {"Deployment", "ServiceMonitor", "PrometheusRule"},
     "high-availability": {"StatefulSet", "HorizontalPodAutoscaler", "PriorityClass", "PrometheusRule"},
     "discovered": {"Role", "RoleBinding", "ScaledObject", "Deployment"},
+    "envoy-vllm": {"Deployment", "Service"},
+    "inference-pool": {"InferencePool", "DestinationRule", "Service", "NetworkPolicy"},
     "sidecar-triton": {"Deployment", "Service", "ConfigMap", "NetworkPolicy"},
 }
 

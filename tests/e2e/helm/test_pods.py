@@ -39,7 +39,7 @@ def test_every_container_is_confined(rendered: dict[str, list[Object]]) -> None:
                 assert secured["capabilities"] == {"drop": ["ALL"]}, where
                 assert secured["seccompProfile"] == {"type": "RuntimeDefault"}, where
                 assert any(mount["mountPath"] == "/tmp" for mount in container.get("volumeMounts", [])) or (
-                    container["name"] == "ready"
+                    container["name"] in ("ready", "lora-sidecar-envoy")
                 ), where
     assert seen > 50
 

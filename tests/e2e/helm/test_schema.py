@@ -38,7 +38,23 @@ BY_SCHEMA: list[tuple[dict[str, Any], list[str]]] = [
     ({"monitoring": {"rules": {"disabled": ["Watchdog"]}}}, ["monitoring", "disabled", "pattern"]),
     ({"sidecar": {"kind": "sglang"}}, ["sidecar", "kind", "triton", "vllm"]),
     ({"podSecurity": {"user": 0}}, ["podSecurity", "user", "1"]),
+    ({"inferencePool": {"targetPorts": [8000, 8000]}}, ["inferencePool", "targetPorts", "equal"]),
+    ({"inferencePool": {"targetPorts": list(range(8000, 8009))}}, ["inferencePool", "targetPorts", "8"]),
+    ({"inferencePool": {"appProtocol": "grpc"}}, ["inferencePool", "appProtocol", "kubernetes.io/h2c"]),
+    ({"config": {"listeners": {"endpoint_picker": {"tls": {}}}}}, ["endpoint_picker", "tls", "not allowed"]),
 ]
+POOL: dict[str, Any] = {
+    "inferencePool": {"create": True, "matchLabels": {"app": "vllm"}},
+    "networkPolicy": {"gateways": [{"podSelector": {}}]},
+}
+PICKER: dict[str, Any] = {"tls": {"picker": {"secretName": "picker-tls"}}}
+SLICES = {"service": "vllm", "port": 8000, "namespace": "models"}
+
+
+def picker_at(address: str) -> dict[str, Any]:
+    return {"config": {"listeners": {"endpoint_picker": {"address": address}}}}
+
+
 BY_CHART: list[tuple[dict[str, Any], str]] = [
     ({"replicaCount": 2}, "several replicas know of each other by a Redis: set redis.url"),
     ({"autoscaling": {"enabled": True}}, "set redis.url, or redis.bundled.enabled for a trial"),
@@ -65,6 +81,28 @@ BY_CHART: list[tuple[dict[str, Any], str]] = [
     ({"mode": "sidecar", "persistence": {"enabled": True}}, "one sidecar in each engine's pod"),
     ({"backends": []}, "backends is empty, so the gateway would have no engine to send requests to: name the engines"),
     ({"adapters": [{"name": "a", "source": "/a"}, {"name": "a", "source": "/b"}]}, "adapters: a is declared twice"),
+    (PICKER, "there is no endpoint picker: set inferencePool.create"),
+    ({"envoy": {"enabled": True}, **picker_at("unix:/tmp/p")}, "is a socket file: take it out, or name HOST:PORT"),
+    ({"envoy": {"enabled": True}, "tls": {"http": {"secretName": "a"}}}, "set envoy.allowCleartext: true"),
+    ({**POOL, "mode": "sidecar"}, "which no gateway reaches: set mode: gateway"),
+    ({"inferencePool": {"create": True}}, "needs inferencePool.matchLabels"),
+    ({"inferencePool": POOL["inferencePool"]}, "networkPolicy.gateways is empty, so no gateway would reach"),
+    ({**POOL, **picker_at("127.0.0.1:9004")}, "is 127.0.0.1:9004, which no gateway reaches: take it out"),
+    ({**POOL, **picker_at("[::1]:9004")}, "is [::1]:9004, which no gateway reaches: take it out"),
+    (
+        {**POOL, "backends": [{"id": "v", "kind": "vllm", "discover": {"endpoint_slices": SLICES}}]},
+        "an InferencePool has pods of its own namespace only",
+    ),
+    ({**POOL, "istio": {"destinationRule": {"create": True}}}, "set inferencePool.create and tls.picker.secretName"),
+    ({**POOL, **PICKER, "istio": {"destinationRule": {"create": True}}}, "needs one way to know the endpoint picker"),
+    (
+        {
+            **POOL,
+            **PICKER,
+            "istio": {"destinationRule": {"create": True, "credentialName": "a", "insecureSkipVerify": True}},
+        },
+        "needs one way to know the endpoint picker",
+    ),
     ({"resources": {"limits": {"memory": "2 Gigs"}}}, '"2 Gigs" is not an amount of memory: write 2Gi, 512Mi or bytes'),
 ]
 

@@ -9,7 +9,7 @@ import yaml
 from tests.e2e.helm.installed import CHART, HelmInstalled
 
 OLDEST = 29
-CUSTOM = {"ServiceMonitor", "PrometheusRule", "ScaledObject"}
+CUSTOM = {"ServiceMonitor", "PrometheusRule", "ScaledObject", "InferencePool", "DestinationRule"}
 """Kinds that Kubernetes has no schema of."""
 
 

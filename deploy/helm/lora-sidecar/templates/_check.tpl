@@ -49,6 +49,7 @@
 {{- fail "sidecar.engine.enabled is set and mode is gateway: set mode: sidecar, or name the engines under backends" -}}
 {{- end -}}
 {{- include "lora-sidecar.checkIdentity" . -}}
+{{- include "lora-sidecar.checkLanes" . -}}
 {{- $names := list -}}
 {{- range .Values.adapters -}}
 {{- if has .name $names -}}

@@ -88,6 +88,11 @@ listeners:
     allow_cleartext: true
     {{- end }}
     {{- include "lora-sidecar.tls" (list "admin" .Values.tls.admin.secretName .Values.tls.admin.clientCa) | nindent 4 }}
+  {{- with include "lora-sidecar.pickerAddress" . }}
+  endpoint_picker:
+    address: {{ . | quote }}
+    {{- include "lora-sidecar.tls" (list "picker" $.Values.tls.picker.secretName false) | nindent 4 }}
+  {{- end }}
   {{- if eq .Values.mode "sidecar" }}
   drain:
     address: 127.0.0.1:9004

@@ -20,6 +20,9 @@ ports:
   {{- if include "lora-sidecar.clustered" . }}
   - {name: grpc-replicas, containerPort: 9003}
   {{- end }}
+  {{- if .Values.inferencePool.create }}
+  - {name: grpc-picker, containerPort: {{ include "lora-sidecar.pickerPort" . }}}
+  {{- end }}
 startupProbe:
   {{- include "lora-sidecar.probe" (list . "/livez") | nindent 2 }}
   periodSeconds: 2
@@ -37,18 +40,23 @@ readinessProbe:
 resources:
   {{- include "lora-sidecar.resources" . | nindent 2 }}
 securityContext:
-  allowPrivilegeEscalation: false
-  readOnlyRootFilesystem: true
-  capabilities:
-    drop: [ALL]
-  {{- if eq .Values.mode "sidecar" }}
-  runAsNonRoot: true
-  runAsUser: {{ .Values.podSecurity.user }}
-  seccompProfile:
-    type: RuntimeDefault
-  {{- end }}
+  {{- include "lora-sidecar.ownSecurity" . | nindent 2 }}
 volumeMounts:
   {{- include "lora-sidecar.volumeMounts" . | nindent 2 }}
+{{- end }}
+
+{{/* In an engine's pod, whose own context is the engine's, all of it is said. */}}
+{{- define "lora-sidecar.ownSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
+{{- if eq .Values.mode "sidecar" }}
+runAsNonRoot: true
+runAsUser: {{ .Values.podSecurity.user }}
+seccompProfile:
+  type: RuntimeDefault
+{{- end }}
 {{- end }}
 
 {{- define "lora-sidecar.probe" -}}
@@ -91,7 +99,7 @@ httpGet:
 {{/* The Secrets that are mounted, as a list of folder and Secret under one key. */}}
 {{- define "lora-sidecar.secrets" -}}
 secrets:
-{{- range $listener := list "data" "http" "admin" "replicas" }}
+{{- range $listener := list "data" "http" "admin" "replicas" "picker" }}
 {{- with (index $.Values.tls $listener).secretName }}
   - {name: tls-{{ $listener }}, secret: {{ . }}}
 {{- end }}
@@ -139,6 +147,9 @@ secrets:
 {{- range (include "lora-sidecar.secrets" . | fromYaml).secrets }}
 - name: {{ include "lora-sidecar.volumePrefix" $ }}{{ .name }}
   secret: {secretName: {{ .secret }}, defaultMode: 0440{{ with .key }}, items: [{key: {{ . }}, path: {{ . }}}]{{ end }}}
+{{- end }}
+{{- if .Values.envoy.enabled }}
+{{ include "lora-sidecar.envoyVolumes" . }}
 {{- end }}
 {{- if eq .Values.mode "sidecar" }}
 {{ include "lora-sidecar.sidecar.sharedVolumes" . }}

@@ -27,13 +27,31 @@ spec:
     seccompProfile:
       type: RuntimeDefault
   {{- include "lora-sidecar.scheduling" . | nindent 2 }}
+  {{- if .Values.envoy.enabled }}
+  initContainers:
+    {{- include "lora-sidecar.envoyContainers" . | nindent 4 }}
+  {{- end }}
   containers:
     - {{ include "lora-sidecar.container" . | nindent 6 | trim }}
       lifecycle:
         preStop:
           exec:
             {{- /* Whoever balances the load hears of the end of a pod when the pod does: take requests for a while yet. */}}
+            {{- if .Values.envoy.enabled }}
+            {{- /* And have Envoy close its clients' connections after their answers, so that they go elsewhere. */}}
+            command:
+              - python
+              - -c
+              - |
+                import time, urllib.request
+                try:
+                    fail = urllib.request.Request("http://127.0.0.1:9901/healthcheck/fail", method="POST")
+                    urllib.request.urlopen(fail, timeout=5)
+                finally:
+                    time.sleep({{ int .Values.preStopSeconds }})
+            {{- else }}
             command: [sleep, {{ .Values.preStopSeconds | quote }}]
+            {{- end }}
   volumes:
     {{- include "lora-sidecar.volumes" . | nindent 4 }}
 {{- end }}

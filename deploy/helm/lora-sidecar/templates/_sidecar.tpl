@@ -9,6 +9,11 @@
 restartPolicy: Always
 {{- end }}
 
+{{/* Entries of initContainers after that one, with envoy.enabled: Envoy, which ends after the engine and before the sidecar. */}}
+{{- define "lora-sidecar.sidecar.envoyContainers" -}}
+{{- include "lora-sidecar.envoyContainers" . -}}
+{{- end }}
+
 {{/* Entries of the pod's volumes. */}}
 {{- define "lora-sidecar.sidecar.volumes" -}}
 {{- include "lora-sidecar.volumes" . -}}
@@ -27,14 +32,20 @@ preStop:
       - /bin/sh
       - -c
       - |
-        sleep {{ int .Values.preStopSeconds }}
-        url=http://127.0.0.1:9004/drain
-        if command -v curl >/dev/null; then
-          exec curl -sS -X POST --max-time {{ add (include "lora-sidecar.drainSeconds" . | int) 5 }} "$url"
-        fi
-        exec python3 -c 'import sys, urllib.request
+        ask() {
+          if command -v curl >/dev/null; then
+            curl -sS -X POST --max-time {{ add (include "lora-sidecar.drainSeconds" . | int) 5 }} "$1"
+          else
+            python3 -c 'import sys, urllib.request
         ask = urllib.request.Request(sys.argv[1], method="POST")
-        urllib.request.urlopen(ask, timeout={{ add (include "lora-sidecar.drainSeconds" . | int) 5 }})' "$url"
+        urllib.request.urlopen(ask, timeout={{ add (include "lora-sidecar.drainSeconds" . | int) 5 }})' "$1"
+          fi
+        }
+        {{- if .Values.envoy.enabled }}
+        ask http://127.0.0.1:9901/healthcheck/fail
+        {{- end }}
+        sleep {{ int .Values.preStopSeconds }}
+        ask http://127.0.0.1:9004/drain
 {{- end }}
 
 {{/* The pod's terminationGracePeriodSeconds: the wait for the balancers, the drain, and the engine's own end. */}}
