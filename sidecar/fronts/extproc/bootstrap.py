@@ -159,7 +159,7 @@ def _sidecar(picker: str, ca: str | None) -> dict[str, Any]:
             "name": "envoy.transport_sockets.tls",
             "typed_config": {
                 "@type": f"{TYPE}transport_sockets.tls.v3.UpstreamTlsContext",
-                "sni": host,
+                **({"sni": host} if is_name else {}),  # addresses are none
                 "common_tls_context": {
                     "alpn_protocols": ["h2"],
                     "validation_context": {"trusted_ca": {"filename": ca}},

@@ -38,7 +38,7 @@ BY_SCHEMA: list[tuple[dict[str, Any], list[str]]] = [
     ({"monitoring": {"rules": {"disabled": ["Watchdog"]}}}, ["monitoring", "disabled", "pattern"]),
     ({"sidecar": {"kind": "sglang"}}, ["sidecar", "kind", "triton", "vllm"]),
     ({"podSecurity": {"user": 0}}, ["podSecurity", "user", "1"]),
-    ({"inferencePool": {"targetPorts": [8000, 8000]}}, ["inferencePool", "targetPorts", "equal"]),
+    ({"inferencePool": {"targetPorts": [8000, 8000]}}, ["inferencePool", "targetPorts"]),
     ({"inferencePool": {"targetPorts": list(range(8000, 8009))}}, ["inferencePool", "targetPorts", "8"]),
     ({"inferencePool": {"appProtocol": "grpc"}}, ["inferencePool", "appProtocol", "kubernetes.io/h2c"]),
     ({"config": {"listeners": {"endpoint_picker": {"tls": {}}}}}, ["endpoint_picker", "tls", "not allowed"]),
