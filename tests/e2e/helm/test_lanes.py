@@ -108,6 +108,7 @@ def test_envoy_is_where_its_probes_and_clients_are(
     assert found["ready"] == (everywhere, named["envoy-ready"])
     assert found["administration"] == ("127.0.0.1", 9901)
     assert ":".join(map(str, found["picker"])) == listener(objects)["address"]
+    assert listener(objects)["in_path"] == ("[::1]:9002" if ipv6 else "127.0.0.1:9002")
     paths = {kind: envoy[f"{kind}Probe"]["httpGet"] for kind in ("startup", "readiness", "liveness")}
     assert {kind: probe["path"] for kind, probe in paths.items()} == {
         "startup": "/ready", "readiness": "/ready", "liveness": "/live"
@@ -134,6 +135,13 @@ def test_an_address_of_the_users_stays(newest: Renderer, tmp_path: Path, sidecar
     [port] = one(objects, "Service", "-picker")["spec"]["ports"]
     assert (port["port"], port["targetPort"]) == (9004, 9123)
     assert allowed(one(objects, "NetworkPolicy", "lora-sidecar"))[9123] == GATEWAYS
+
+
+def test_gateways_are_sent_to_no_address_of_the_pod(newest: Renderer) -> None:
+    """What stays in path is reached at loopback by the pod's own Envoy only, and in clear text only."""
+    secure = {"envoy": {"enabled": True, "allowCleartext": True}, "tls": {"http": {"secretName": "http-tls"}}}
+    for values in ({**ENVOY, **POOL}, POOL, secure):
+        assert "in_path" not in listener(newest.objects(values))
 
 
 def test_envoy_outlives_the_process_that_decides(newest: Renderer) -> None:

@@ -91,6 +91,10 @@ listeners:
   {{- with include "lora-sidecar.pickerAddress" . }}
   endpoint_picker:
     address: {{ . | quote }}
+    {{- /* What it names, gateways would ask, and reach nothing or another. */}}
+    {{- if and $.Values.envoy.enabled (not $.Values.inferencePool.create) (not $.Values.tls.http.secretName) }}
+    in_path: {{ ternary "[::1]:9002" "127.0.0.1:9002" $.Values.ipv6 | quote }}
+    {{- end }}
     {{- include "lora-sidecar.tls" (list "picker" $.Values.tls.picker.secretName false) | nindent 4 }}
   {{- end }}
   {{- if eq .Values.mode "sidecar" }}
