@@ -149,10 +149,12 @@ TABLE: dict[Reason, Row] = {
 class SidecarError(Exception):
     """An error with a machine-readable reason and a message for people.
 
-    `details` go into ErrorInfo's metadata (adapter, version, backend), `retry_after_s` into RetryInfo.
+    `details` go into ErrorInfo's metadata (adapter, version, backend), `retry_after_s` into RetryInfo. `http` has the
+    status and headers for HTTP clients where an external check chose them, and not the table.
     """
 
     family: Family
+    http: tuple[int, tuple[tuple[str, str], ...]] | None = None
 
     def __init__(self, reason: Reason, message: str, *, retry_after_s: float | None = None, **details: str) -> None:
         super().__init__(message)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import time
 from typing import Any, NoReturn
@@ -19,6 +20,7 @@ from typing import Any, NoReturn
 from sidecar.access.audit import Audit
 from sidecar.access.budgets.budgets import Budgets, Reservation, Standing
 from sidecar.access.deciding import CachedPolicy
+from sidecar.access.external import ExternalCheck, why_denied
 from sidecar.access.keys import KeyBook
 from sidecar.access.policy import Open, Roles, prefix_owner
 from sidecar.access.principal import (
@@ -120,6 +122,7 @@ class Access:
         keys: KeyBook | None = None,
         tokens: Tokens | None = None,
         budgets: Budgets | None = None,
+        external: ExternalCheck | None = None,
         change_of: Callable[[], int] = lambda: 0,
         clock: Callable[[], float] = time,
     ) -> None:
@@ -131,7 +134,8 @@ class Access:
         """All names as resources at a change of the registry."""
         self.mode = identity.mode
         self.ends_revoked = identity.on_revoked == "end"
-        self._proving = Proving(identity, keys, tokens, clock)
+        self._proving = Proving(identity, keys, tokens, clock, external)
+        self._asked_besides = None if external is None or external.proves else external
         self._tenant_from = tenant_from
         self._record_of = record_of
         self._policy = policy
@@ -147,29 +151,47 @@ class Access:
     # Who calls.
 
     async def identify(self, presented: Presented, purpose: Purpose = INFERENCE) -> Caller:
-        """Return the sender of a call. Raises Misused(UNAUTHENTICATED) in enforce mode.
+        """Return the sender of a call. Raises, in enforce mode, Misused(UNAUTHENTICATED) or what `ExternalCheck` does.
 
         In observe mode it records who would be denied. Inference is left to `permit`, which is asked for each request
-        of a stream.
+        of a stream; what the external check says is recorded once for the call, which does not wait for it.
         """
         if self.mode == "off":
             return self._believed(presented)
         try:
-            proven = await self._proving.prove(presented)
+            proven = await self._proving.prove(presented, purpose)
         except SidecarError as error:
+            why = why_denied(error)
             if self.mode == "observe":
                 believed = self._believed(presented)
-                caller = Caller(believed.principal, presented.peer, believed.is_believed, None, error.message)
+                caller = Caller(believed.principal, presented.peer, believed.is_believed, None, why)
                 if purpose.action is not Action.INFER:
-                    self.denied(caller, purpose.action, SYSTEM, error.message, purpose.request_id, purpose.verb)
+                    self._denied_call(caller, purpose, why)
                 return caller
-            caller = Caller(peer=presented.peer)
-            self.denied(caller, purpose.action, SYSTEM, error.message, purpose.request_id, purpose.verb)
+            self._denied_call(Caller(peer=presented.peer), purpose, why)
             raise
+        external = self._asked_besides
         if self.mode == "observe":
             believed = self._believed(presented)
-            return Caller(believed.principal, presented.peer, believed.is_believed, proven)
-        return Caller(proven, presented.peer, proven=proven)
+            caller = Caller(believed.principal, presented.peer, believed.is_believed, proven)
+            if external is not None:
+                tell = partial(self._would_deny, caller, purpose)
+                external.check_beside(presented, purpose, proven, tell)
+            return caller
+        caller = Caller(proven, presented.peer, proven=proven)
+        if external is not None:
+            try:
+                await external.check(presented, purpose, proven)
+            except SidecarError as error:
+                self._denied_call(caller, purpose, why_denied(error))
+                raise
+        return caller
+
+    def _would_deny(self, caller: Caller, purpose: Purpose, error: SidecarError) -> None:
+        self._denied_call(caller, purpose, why_denied(error))
+
+    def _denied_call(self, caller: Caller, purpose: Purpose, why: str) -> None:
+        self.denied(caller, purpose.action, SYSTEM, why, purpose.request_id, purpose.verb)
 
     def _believed(self, presented: Presented) -> Caller:
         if self._tenant_from == "metadata":

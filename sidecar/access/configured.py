@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sidecar.access.access import CLASS_DEFAULT, RESERVED_CLASSES
+from sidecar.access.external import FORWARDED
 from sidecar.access.jwks import keys_in, read_file
 from sidecar.access.keys_file import KeysFile
 from sidecar.access.policy import GROUP
@@ -31,7 +32,7 @@ def check(config: Config) -> list[str]:
             (wrong if is_wrong else notes).extend(f"identity.issuers.{number}.jwks: {each}" for each in problems)
     if wrong:
         raise Misused(Reason.CONFIG_INVALID, "; ".join(wrong))
-    notes += _of_groups(config)
+    notes += [*_of_groups(config), *_of_external(config.identity)]
     return [*notes, *_of_identity(config.identity, classes_of(config))]
 
 
@@ -117,6 +118,26 @@ def _of_identity(identity: Identity, classes: Sequence[str]) -> Iterator[str]:
         for key, path in _beside(issuer):
             if not path.is_file():
                 yield f"{where}.{key}: there is no file {path} here; without it no key is fetched"
+
+
+def _of_external(identity: Identity) -> Iterator[str]:
+    external = identity.external
+    if external is None:
+        return
+    waits = f"waits for {external.address}, {external.timeout_s:g} s at most, and is refused without its consent"
+    if identity.mode == "observe":
+        waits = f"is told to {external.address}, and what that would deny is only recorded"
+    yield f"identity.external: each call of a client {waits}"
+    if external.proves and identity.mode == "observe":
+        yield "identity.external.proves: calls wait for the check, although none is refused; it says whose they are"
+    if FORWARDED in external.headers and identity.certificates.forwarded is None:
+        yield (
+            f"identity.external.headers: {FORWARDED} is not sent without identity.certificates.forwarded: any client "
+            "could have written it"
+        )
+    for name, path in ({} if external.tls is None else external.tls.model_dump(exclude_none=True)).items():
+        if not Path(path).is_file():
+            yield f"identity.external.tls.{name}: there is no file {path} here; without it the sidecar does not start"
 
 
 def _beside(issuer: Issuer) -> Iterator[tuple[str, Path]]:

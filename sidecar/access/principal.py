@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -26,6 +27,25 @@ class Proof(Enum):
     KEY = "key"
     TOKEN = "token"
     """A JWT of a configured issuer."""
+    EXTERNAL = "external check"
+    """The server of `identity.external` says so, with `proves`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The head of a request as an external check is told it: `headers` are as they came, names in lower case.
+
+    `path` has the query; of a gRPC call it is the method. `host` is "" where the protocol's library does not tell it.
+    """
+
+    method: str = ""
+    path: str = ""
+    protocol: str = ""
+    host: str = ""
+    headers: Iterable[tuple[str | bytes, str | bytes]] = ()
+
+
+NO_HEAD = Head()
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +55,7 @@ class Presented:
     `authorization` and `forwarded` have every value of the headers `authorization` and `x-forwarded-client-cert`, in
     the order in which they came. `certificate` has the names in the client's certificate, which TLS has verified.
     `peer` is the address of the connection as ip:port, an IPv6 address in brackets, or "unix"; `is_local` is True if
-    only this machine can have made it.
+    only this machine can have made it. `head` is for an external check alone.
     """
 
     authorization: tuple[str, ...] = ()
@@ -43,6 +63,7 @@ class Presented:
     forwarded: tuple[str, ...] = ()
     peer: str = ""
     is_local: bool = False
+    head: Head = NO_HEAD
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from sidecar.access.certificates import principal_of
+from sidecar.access.external import ExternalCheck
 from sidecar.access.forwarded import names_in
 from sidecar.access.keys import PREFIX, KeyBook
-from sidecar.access.principal import Presented, Principal, Proof
+from sidecar.access.principal import Presented, Principal, Proof, Purpose
 from sidecar.access.tokens import Tokens
 from sidecar.config.identities import is_reserved
 from sidecar.config.identity import Identity
@@ -18,19 +19,30 @@ _WAY = 'send an API key or a token as "authorization: Bearer …"'
 
 
 class Proving:
-    """Proves who calls by certificate, API key, token, or what a mesh forwards. What is None is not configured."""
+    """Proves who calls by certificate, API key, token, or what a mesh forwards, or by an external check that proves
+    instead of them. What is None is not configured.
+    """
 
     def __init__(
-        self, identity: Identity, keys: KeyBook | None, tokens: Tokens | None, clock: Callable[[], float]
+        self,
+        identity: Identity,
+        keys: KeyBook | None,
+        tokens: Tokens | None,
+        clock: Callable[[], float],
+        external: ExternalCheck | None = None,
     ) -> None:
+        self._external = external if external is not None and external.proves else None
         self._identity = identity
         self._keys = keys
         self._tokens = tokens
         self._clock = clock
 
-    async def prove(self, presented: Presented) -> Principal:
-        """Return whom a call's credential proves. Raises Misused(UNAUTHENTICATED)."""
-        principal = await self._first(presented)
+    async def prove(self, presented: Presented, purpose: Purpose) -> Principal:
+        """Return whom a call's credential proves. Raises Misused(UNAUTHENTICATED), or what the external check does."""
+        if self._external is None:
+            principal = await self._first(presented)
+        else:
+            principal = await self._external.prove(presented, purpose)
         if is_reserved(principal.tenant):
             raise _unauthenticated(f'the credential is of tenant "{principal.tenant}", which is the sidecar\'s own')
         return principal

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from sidecar.config.section import Section
+from sidecar.config.listeners import is_local
+from sidecar.config.section import Section, Tls, is_address
 
 PLACE = "{tenant}"
 """Where a pattern has the tenant; `*` stands for any text without a slash or a colon."""
@@ -114,6 +115,73 @@ class Certificates(Section):
     forwarded: Forwarded | None = None
 
 
+SENT_HEADERS = (
+    "authorization",
+    "x-forwarded-client-cert",
+    "x-request-id",
+    "traceparent",
+    "x-lora-tenant",
+    "x-lora-class",
+    "lora-tenant",
+)
+"""What an external check is sent of a call's headers by default; gRPC clients name their tenant in the last one."""
+OWN_EXTENSIONS = ("tenant", "subject", "proof", "groups", "action", "verb")
+"""The context extensions of a check that say what this process knows of a call."""
+_HEADER = re.compile(r"[a-z0-9][a-z0-9_.-]*")
+
+
+def _is_header(name: str) -> str:
+    name = name.lower()
+    if not _HEADER.fullmatch(name):
+        raise ValueError("it must name a header, as in x-team")
+    if name.endswith("-bin"):
+        raise ValueError("it names binary metadata of gRPC, which no header of a check can hold")
+    return name
+
+
+def _is_server(address: str) -> str:
+    if not (is_address(address) or address.removeprefix("unix:").startswith("/")):
+        raise ValueError("it must be HOST:PORT, as opa.policy.svc:9191, or unix:/PATH")
+    return address
+
+
+class External(Section):
+    """Ask a server about each call, by the gRPC protocol of Envoy's `ext_authz`. What it denies is denied, and so is
+    everything that it has not answered after `timeout_s`, or while `in_flight_max` other checks are under way.
+
+    It is sent the `headers` that a call has, and `context_extensions` beside those that say who calls and what for.
+    With `proves` it also says whose a call is, by `x-lora-tenant` in its answer, and no other credential is taken.
+    Credentials go there, so that another machine needs `tls`, or `allow_cleartext` where the network encrypts.
+    """
+
+    address: Annotated[str, AfterValidator(_is_server)]
+    tls: Tls | None = None
+    allow_cleartext: bool = False
+    timeout_s: float = Field(0.5, gt=0, le=10)
+    in_flight_max: int = Field(1000, ge=1)
+    headers: tuple[Annotated[str, AfterValidator(_is_header)], ...] = SENT_HEADERS
+    context_extensions: dict[str, str] = {}
+    proves: bool = False
+
+    @model_validator(mode="after")
+    def _credentials_travel_safely(self) -> Self:
+        is_near = is_local(self.address) or self.address.startswith("unix:")
+        if self.tls is None and not (is_near or self.allow_cleartext):
+            raise ValueError(
+                f"{self.address} is another machine, and clients' credentials would go there in clear text; set tls, "
+                "or allow_cleartext: true where the network encrypts, as a mesh does"
+            )
+        return self
+
+    @field_validator("context_extensions")
+    @classmethod
+    def _are_not_ours(cls, extensions: dict[str, str]) -> dict[str, str]:
+        for name in extensions:
+            if name in OWN_EXTENSIONS:
+                raise ValueError(f"{name} is what the sidecar says of each call; name it otherwise")
+        return extensions
+
+
 class Identity(Section):
     """The credentials that prove who calls; the first that a call presents counts.
 
@@ -122,7 +190,8 @@ class Identity(Section):
 
     `keys_file` lists API keys beside those of the registry. Keys from Redis are valid for `stale_max_s` without it.
     `on_revoked` says what happens to a running answer when its credential is revoked or ends. `local_admin` lets
-    processes of this machine use an admin listener on loopback as operators without a credential.
+    processes of this machine use an admin listener on loopback as operators without a credential. `external` asks a
+    server about each call besides.
     """
 
     mode: Mode = "off"
@@ -133,6 +202,7 @@ class Identity(Section):
     stale_max_s: float = Field(3600.0, gt=0)
     on_revoked: Literal["finish", "end"] = "finish"
     local_admin: bool = True
+    external: External | None = None
 
     @model_validator(mode="after")
     def _proxies_are_not_operators(self) -> Self:
@@ -146,8 +216,27 @@ class Identity(Section):
     @model_validator(mode="after")
     def _something_proves(self) -> Self:
         certificates = self.certificates.enabled or self.certificates.forwarded is not None
-        if self.mode == "enforce" and not (self.keys or self.issuers or certificates):
+        external = self.external is not None and self.external.proves
+        if self.mode == "enforce" and not (self.keys or self.issuers or certificates or external):
             raise ValueError("enforce without keys, issuers or certificates refuses everybody; allow one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _external_has_a_say(self) -> Self:
+        if self.external is None:
+            return self
+        if self.mode == "off":
+            raise ValueError(
+                "external with mode: off: every client is believed then, and no server is asked; set mode: observe to "
+                "see whom it would deny, then enforce"
+            )
+        certificates = self.certificates.enabled
+        for name, is_taken in (("keys", self.keys), ("issuers", self.issuers), ("certificates.enabled", certificates)):
+            if self.external.proves and is_taken:
+                raise ValueError(
+                    f"external.proves with {name}: two would say whose a call is; "
+                    + ("set keys: false" if name == "keys" else f"leave {name} out, or external.proves")
+                )
         return self
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from sidecar.access.certificates import names_of_grpc
-from sidecar.access.principal import Presented
+from sidecar.access.principal import Head, Presented
 from sidecar.config.identities import REQUEST_ID, checked, clipped, is_fit
 from sidecar.errors import Reason, Refused
 
@@ -36,10 +36,11 @@ CALL_ID: ContextVar[str] = ContextVar("call_id")
 """The id that was made for the gRPC call that this task answers: all that is said of the call has the same one."""
 
 
-def presented(context: Any) -> Presented:
+def presented(context: Any, method: str) -> Presented:
     """Return what a gRPC call presents to prove who sends it."""
     found: dict[str, list[str]] = {AUTHORIZATION: [], FORWARDED: []}
-    for key, value in context.invocation_metadata() or ():
+    metadata = context.invocation_metadata() or ()
+    for key, value in metadata:
         if key in found:
             found[key].append(value if isinstance(value, str) else value.decode(errors="replace"))
     peer = str(context.peer())
@@ -49,6 +50,7 @@ def presented(context: Any) -> Presented:
         tuple(found[FORWARDED]),
         peer_of_grpc(peer),
         peer.startswith(LOCAL),
+        Head("POST", method, "HTTP/2", headers=metadata),
     )
 
 

@@ -105,7 +105,7 @@ class BoundedCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         async def serve(requests: Any, context: Any) -> Any:
             try:
                 told = context if self._hiding is None else self._hiding.context(context)
-                return await self._served(handler, method, told, purpose)
+                return await self._served(handler, method, told, purpose, name)
             except grpc.aio.AbortError as error:
                 # The call keeps this exception, and the frames of its traceback keep the call and with it the message.
                 # Only the garbage collector would break that ring, and it counts objects, not bytes.
@@ -116,23 +116,25 @@ class BoundedCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             return grpc.stream_stream_rpc_method_handler(serve, None, handler.response_serializer)
         return grpc.stream_unary_rpc_method_handler(serve, None, handler.response_serializer)
 
-    async def _served(self, handler: Any, method: Any, context: Any, purpose: tuple[Action, str] | None) -> Any:
+    async def _served(
+        self, handler: Any, method: Any, context: Any, purpose: tuple[Action, str] | None, name: str
+    ) -> Any:
         callers.CALL_ID.set(callers.made_id())
         with self._intake.call(wire_of(context.peer(), self.port)) as call:
             try:
                 self._check(call.source)
                 if purpose is not None:
-                    await self._find_caller(context, *purpose)
+                    await self._find_caller(context, name, *purpose)
                 incoming = _Incoming(self._intake, call, context)
                 request = incoming.messages() if handler.request_streaming else await incoming.one()
                 return await _answered(method, request, context)
             except _TurnedAway as turned_away:
                 await abort(context, turned_away.why)
 
-    async def _find_caller(self, context: Any, action: Action, verb: str) -> None:
+    async def _find_caller(self, context: Any, name: str, action: Action, verb: str) -> None:
         purpose = Purpose(callers.id_of_call(context), action, verb)
         try:
-            callers.CALLER.set(await self._identify(callers.presented(context), purpose))
+            callers.CALLER.set(await self._identify(callers.presented(context, name), purpose))
         except SidecarError as error:
             raise _TurnedAway(error) from None
 

@@ -17,6 +17,7 @@ from sidecar.access.budgets.kept import Kept
 from sidecar.access.budgets.meters import Alone, Sharing
 from sidecar.access.configured import classes_of, limited_classes_of, limits_of_nothing
 from sidecar.access.deciding import policy_of
+from sidecar.access.external import ExternalCheck
 from sidecar.access.keys import KeyBook
 from sidecar.access.policy import Roles
 from sidecar.access.principal import SYSTEM, Action
@@ -70,6 +71,8 @@ class AccessParts:
         keys_file = None if identity.keys_file is None else Path(identity.keys_file).expanduser()
         self.keys = KeyBook(self.store, keys_file, identity.stale_max_s)
         self.tokens = Tokens(identity.issuers, folder) if identity.issuers else None
+        is_in_mesh = identity.certificates.forwarded is not None
+        self.external = None if identity.external is None else ExternalCheck(identity.external, is_in_mesh)
         self.count_replicas: Callable[[], int] = lambda: 1
         leases: Leases | None = None
         if place is not None:
@@ -92,6 +95,7 @@ class AccessParts:
             keys=self.keys if identity.keys else None,
             tokens=self.tokens,
             budgets=self.budgets,
+            external=self.external,
             change_of=lambda: registry.last_change,
         )
         self._key_calls = KeyCalls(self.store, self.keys, classes_of(config), self.access)
@@ -122,6 +126,8 @@ class AccessParts:
         await self.limits.start()
         if self.tokens is not None:
             self.tokens.start()
+        if self.external is not None:
+            self.external.start()
         self.policy.on_replaced = self._record_policy
         self._watching = asyncio.create_task(self.policy.watch())
 
@@ -143,6 +149,8 @@ class AccessParts:
             self._watching.cancel()
         if self.tokens is not None:
             await self.tokens.stop()
+        if self.external is not None:
+            await self.external.stop()
         await self.limits.close()
         if self.kept is not None:
             await self.kept.close()

@@ -130,6 +130,8 @@ class Sidecar:
         self.metrics.wear = self.gateway.fleet.wear
         self.metrics.audit = self.access.audit.log.figures
         self.metrics.denials = lambda: self.access.access.denials
+        if self.access.external is not None:
+            self.access.external.on_checked = self.metrics.checked
         self.metrics.keys_away_s = self.access.away_s
         self.metrics.policy = lambda: (self.access.policy.epoch, self.access.policy.fault)
         self.metrics.set_aside = lambda: len(self.gateway.catalogue.set_aside)

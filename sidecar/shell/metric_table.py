@@ -194,6 +194,12 @@ _ACCESS = (
         "observed",
     ),
     _gauge("access_state_away_seconds", "Time since which the keys and limits in Redis could not be read."),
+    _counter(
+        "external_checks_total",
+        "External checks of calls (identity.external), by result: ok, denied, or failed, which refuses a call, too.",
+        "result",
+    ),
+    _histogram("external_check_seconds", "Time until an external check had its answer, or failed."),
     _counter("audit_lines_total", "Lines written to the audit, by kind: change or denial.", "kind"),
     _counter("audit_lost_total", "Changes and denials that could not be recorded in the audit.", "kind"),
     _gauge("policy_epoch", "Policies that have decided so far: 1, and 1 more for each change of their file."),

@@ -16,6 +16,7 @@ from prometheus_client.core import Metric as Family
 
 from sidecar.access.access import DENIALS
 from sidecar.access.audit_log import KINDS
+from sidecar.access.external import RESULTS
 from sidecar.access.usage.meter import OTHERS, tenant_of
 from sidecar.adapters.packed import PackReport
 from sidecar.backends.api import Wear
@@ -32,6 +33,7 @@ from sidecar.shell.metric_table import METRICS as METRICS
 from sidecar.shell.model_server import ModelServer
 from sidecar.shell.series import (
     BOUND_BUCKETS_S,
+    CHECK_BUCKETS_S,
     FEW_WAIT_BUCKETS_S,
     LOAD_BUCKETS_S,
     WAIT_BUCKETS_S,
@@ -177,6 +179,8 @@ class Metrics:
         self._fetch_results = Series("fetches_total", registry)
         self._heals = Series("heals_total", registry)
         self._quarantines = Series("quarantines_total", registry)
+        self._checks = Series("external_checks_total", registry)
+        self._check_time = Series("external_check_seconds", registry, CHECK_BUCKETS_S)
         for outcome in Outcome:  # present from the start, so that a first failure is an increase
             self._requests.begin(outcome.value)
         self._exceeded.begin()
@@ -186,6 +190,8 @@ class Metrics:
             self._fetch_results.begin(result)
         for label in ("adapter", "tenant"):
             self._folded.begin(label)
+        for result in RESULTS:
+            self._checks.begin(result)
 
     def start(self) -> None:
         """Begin to measure the event loop."""
@@ -253,6 +259,12 @@ class Metrics:
         """Record how long a fetch and its packing took."""
         self._load_time.take(report.fetch_ns, "fetch")
         self._load_time.take(report.pack_ns, "pack")
+
+    def checked(self, result: str, took_ns: int) -> None:
+        """Record an external check; one that was not sent took no time."""
+        self._checks.add(1, result)
+        if took_ns:
+            self._check_time.take(took_ns)
 
     def observed(self, event: ev.Event, effects: Sequence[do.Effect], now_ns: int) -> None:
         self._steps += 1

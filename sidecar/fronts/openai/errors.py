@@ -91,7 +91,13 @@ def without_retry(failed: Failure) -> Failure:
 
 def failure_of_error(error: SidecarError, param: str | None = None) -> Failure:
     retry_ms = None if error.retry_after_s is None else int(error.retry_after_s * 1000)
-    return _of_reason(error.reason, error.message, retry_ms, param)
+    if error.http is None:
+        return _of_reason(error.reason, error.message, retry_ms, param)
+    status, chosen = error.http
+    failed = failure(status, error.message, error.reason.value.lower(), None, retry_ms, retry_ms is not None)
+    headers = [(name.encode(), value.encode("latin-1")) for name, value in chosen]
+    names = {name for name, _ in headers}
+    return replace(failed, headers=(*(pair for pair in failed.headers if pair[0] not in names), *headers))
 
 
 def failure_of_ending(ending: Settle, ticket: Ticket) -> Failure:

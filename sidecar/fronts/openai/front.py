@@ -16,7 +16,7 @@ from starlette.datastructures import QueryParams
 from starlette.types import Receive, Scope, Send
 
 from sidecar.access import access
-from sidecar.access.principal import Action, Presented, Purpose, Resource, Sort
+from sidecar.access.principal import Action, Head, Presented, Purpose, Resource, Sort
 from sidecar.access.resources import adapter_resource
 from sidecar.backends.api import Carrier, Ticket
 from sidecar.backends.kind import Native
@@ -372,7 +372,15 @@ def _presented(scope: Scope) -> Presented:
             found[name].append(value.decode("latin-1"))
     peer = peer_at(*scope["client"]) if scope.get("client") else ""
     authorization, forwarded = found.values()
-    return Presented(tuple(authorization), scope["state"].get(PEER, ()), tuple(forwarded), peer)
+    return Presented(tuple(authorization), scope["state"].get(PEER, ()), tuple(forwarded), peer, head=_head_of(scope))
+
+
+def _head_of(scope: Scope) -> Head:
+    headers, query = scope["headers"], scope["query_string"]
+    path = scope.get("raw_path", b"") + (b"?" + query if query else b"")
+    host = next((value for name, value in headers if name == b"host"), b"")
+    protocol = f"HTTP/{scope['http_version']}"
+    return Head(scope["method"], path.decode("latin-1"), protocol, host.decode("latin-1"), headers)
 
 
 def _purpose_of(path: str) -> tuple[Action, str]:
