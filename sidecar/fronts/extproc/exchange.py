@@ -149,6 +149,10 @@ class Exchange:
                 self._mode = envoy.STREAMED
             await self._write(replies.later(self._mode if self._overrides_mode else None))
 
+    def pass_on(self) -> None:
+        """Let the answer go on as it comes, unread."""
+        self._phase, self._passes = _Phase.SENT, True
+
     async def take(self, message: envoy.ProcessingRequest) -> None:
         """Take another message."""
         kind = message.WhichOneof("request")
@@ -307,7 +311,7 @@ class Exchange:
         """Send a client's request as it came to the http listener; return False if there is no way to it."""
         if self._in_path is None or self._phase is not _Phase.HELD:
             return False
-        self._phase, self._passes = _Phase.SENT, True
+        self.pass_on()
         if self._is_duplex:
             await self._write(replies.routed(self._in_path, self._mark, (), ()))
             await self._send_body(body)

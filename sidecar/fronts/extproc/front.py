@@ -80,7 +80,11 @@ class Picker:
 
     async def _process(self, requests: Any, context: Any) -> None:
         first = await context.read()
-        if first is END or first.WhichOneof("request") != "request_headers":
+        kind = None if first is END else first.WhichOneof("request")
+        if kind == "response_headers":  # a filter of the gateway before us has answered: it checks, or limits, clients
+            await self._pass_on(first, context)
+            return
+        if kind != "request_headers":
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must have a request's headers")
         if first.observability_mode:
             await context.abort(
@@ -110,6 +114,16 @@ class Picker:
                 await reading
             exchange.left()
             self._exchanges.discard(exchange)
+
+    async def _pass_on(self, first: envoy.ProcessingRequest, context: Any) -> None:
+        """Let the answer to a request go on that has not come here."""
+        exchange = Exchange(first, context.write, self.log, self._settings)
+        exchange.pass_on()
+        message = first
+        while message is not END and not exchange.finished.done():
+            await exchange.take(message)
+            if not exchange.finished.done():
+                message = await context.read()
 
     async def _answer(self, scope: Scope, exchange: Exchange) -> None:
         try:

@@ -49,7 +49,7 @@ def scope_of(first: envoy.ProcessingRequest, peer: str, carrier: Any) -> Scope:
         "path": path.decode("latin-1"),
         "raw_path": path,
         "query_string": query,
-        "headers": [pair for pair in headers if not pair[0].startswith(b":")],
+        "headers": [(b"host", pseudo.get(b":authority", b"")), *(pair for pair in headers if pair[0][:1] != b":")],
         "client": (host, int(port)) if port.isdigit() else None,
         "state": {PEER: (), CROWDED: False, CARRIER: carrier, SUBSET: subset_of(first)},
     }
