@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
 from hashlib import sha256
@@ -17,14 +18,15 @@ from sidecar.access.cedar import SCHEMA, CedarPolicy
 from sidecar.access.cedar_text import statements_of
 from sidecar.access.deciding import CachedPolicy, policy_of
 from sidecar.access.entries import Key
+from sidecar.access.external import ExternalCheck
 from sidecar.access.keys import KeyBook, new_secret
 from sidecar.access.policy import READY, Roles
-from sidecar.access.principal import Action, Policy, Presented, Principal, Proof, Resource, Sort
+from sidecar.access.principal import INFERENCE, Action, Head, Policy, Presented, Principal, Proof, Resource, Sort
 from sidecar.access.resources import adapter_resource
 from sidecar.access.store import AccessStore
 from sidecar.access.tokens import Tokens
 from sidecar.config.access import Policies
-from sidecar.config.identity import Identity
+from sidecar.config.identity import External, Identity
 from sidecar.state.records import Record, added
 from tests.bench.figures import Figure, middle
 from tests.kit.corekit import adapter_of
@@ -33,6 +35,7 @@ from tests.kit.tokens import TokenMaker
 ROUNDS, QUESTIONS = 5, 2_000
 NAMES, TENANTS = 5_000, 1_000_000
 GOAL_US = 40.0
+CHECKS, CHECKS_AT_ONCE = 1_600, 32
 REFERENCE_BYTES = 4096
 
 THREE = """\
@@ -57,6 +60,9 @@ async def bench(folder: Path) -> list[Figure]:
     record, _ = added(None, "acme/sql", adapter_of("one"), "/a", now=0.0)
     for name, value_us in (await _whole(folder, record)).items():
         add(f"identity by {name} and policy, kept", value_us, GOAL_US)
+    cpu_us, waited_us = await _external_us()
+    add("an external check, its answer awaited alone", waited_us)
+    add("an external check, CPU of this process with 32 under way", cpu_us)
     resource = adapter_resource(record)
     cached = policy_of(Policies(ready="tenant_prefix"))
     add("policy, kept", _decision_us(cached, resource))
@@ -115,6 +121,42 @@ async def _whole(folder: Path, record: Record) -> dict[str, float]:
         await tokens.stop()
         await keys.close()
         await store.close()
+
+
+async def _external_us() -> tuple[float, float]:
+    """Return what a check costs this process, and how long it takes; its server is a process of its own."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "tests.kit.authorization", stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None
+    address = (await process.stdout.readline()).decode().strip()
+    check = ExternalCheck(External(address=address, timeout_s=10))
+    check.start()
+    headers = (("authorization", f"Bearer {'a' * 900}"), ("x-request-id", "0" * 32), ("user-agent", "bench"))
+    head = Head("POST", "/lorasidecar.v1.Gateway/Generate", "HTTP/2", headers=headers)
+    presented, proven = Presented(peer="127.0.0.1:5", head=head), Principal("acme", Proof.TOKEN, "somebody")
+
+    async def ask(count: int = 1) -> None:
+        for _ in range(count):
+            await check.check(presented, INFERENCE, proven)
+
+    async def cpu_us() -> float:
+        began = process_time_ns()
+        await asyncio.gather(*(ask(CHECKS // CHECKS_AT_ONCE) for _ in range(CHECKS_AT_ONCE)))
+        return (process_time_ns() - began) / CHECKS / 1e3
+
+    async def waited_us() -> float:
+        began = perf_counter()
+        await ask(CHECKS)
+        return (perf_counter() - began) / CHECKS * 1e6
+
+    try:
+        await ask(100)
+        return middle([await cpu_us() for _ in range(ROUNDS)]), middle([await waited_us() for _ in range(ROUNDS)])
+    finally:
+        await check.stop()
+        process.kill()
+        await process.wait()
 
 
 async def _round_us(ask: Callable[[], Awaitable[object]], count: int = QUESTIONS) -> float:

@@ -76,3 +76,66 @@ def test_a_mode_that_refuses_everybody_is_refused() -> None:
         Identity(mode="enforce", keys=False)
     assert Identity(mode="observe", keys=False)
     assert Identity(mode="enforce", keys=False, issuers=(Issuer(**GOOD),))
+
+
+CHECKED = {"mode": "enforce", "external": {"address": "127.0.0.1:9191"}}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"address": "opa"}, "it must be HOST:PORT, as opa.policy.svc:9191, or unix:/PATH"),
+        ({"address": "unix:opa.sock"}, "it must be HOST:PORT"),
+        ({"address": "127.0.0.1:0"}, "it must be HOST:PORT"),
+        ({"address": "opa.policy.svc:9191"}, "clients' credentials would go there in clear text"),
+        ({"timeout_s": 0}, "greater than 0"),
+        ({"timeout_s": 60}, "less than or equal to 10"),
+        ({"in_flight_max": 0}, "greater than or equal to 1"),
+        ({"headers": ["a header"]}, "it must name a header"),
+        ({"headers": ["x-trace-bin"]}, "binary metadata of gRPC"),
+        ({"context_extensions": {"tenant": "acme"}}, "tenant is what the sidecar says of each call"),
+        ({"proves": True}, "external.proves with keys: two would say whose a call is; set keys: false"),
+    ],
+)
+def test_an_external_check_that_cannot_be_trusted_is_refused(changed: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Identity.model_validate(CHECKED | {"external": CHECKED["external"] | changed})  # type: ignore[operator]
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"address": "unix:/run/opa.sock"},
+        {"address": "[::1]:9191"},
+        {"address": "opa.policy.svc:9191", "tls": {}},
+        {"address": "opa.policy.svc:9191", "allow_cleartext": True},
+        {"headers": []},
+    ],
+)
+def test_an_external_check_is_near_or_its_way_is_encrypted(changed: dict[str, Any]) -> None:
+    assert Identity.model_validate(CHECKED | {"external": CHECKED["external"] | changed}).external  # type: ignore[operator]
+
+
+def test_headers_are_named_in_lower_case() -> None:
+    given = {"address": "127.0.0.1:9191", "headers": ["X-Team"]}
+    found = Identity.model_validate(CHECKED | {"external": given}).external
+    assert found is not None
+    assert found.headers == ("x-team",)
+
+
+def test_off_refuses_an_external_check() -> None:
+    with pytest.raises(ValidationError, match="external with mode: off: every client is believed then"):
+        Identity.model_validate(CHECKED | {"mode": "off"})
+    assert Identity.model_validate(CHECKED | {"mode": "observe"})
+
+
+def test_one_alone_proves() -> None:
+    """With `proves` no other credential may be taken, and nothing else is needed."""
+    proves = {"external": {"address": "127.0.0.1:9191", "proves": True}, "keys": False}
+    assert Identity.model_validate(CHECKED | proves)
+    for beside in ({"issuers": [GOOD]}, {"certificates": {"enabled": True}}):
+        with pytest.raises(ValidationError, match="two would say whose a call is; leave"):
+            Identity.model_validate(CHECKED | proves | beside)
+    with pytest.raises(ValidationError, match="refuses everybody"):
+        Identity.model_validate(CHECKED | {"keys": False})

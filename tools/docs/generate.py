@@ -83,7 +83,8 @@ OF_ACCESS = {
         "`/v1/models` lists what you may use. Your operator finds the reason by the id in the message.",
     ),
     Reason.NOT_ALLOWED: (
-        "The request names another tenant or class than its credential, or a command is not for you.",
+        "The request names another tenant or class than its credential, or a command is not for you, or an "
+        "[external check](access.md#an-external-check) says no; then the HTTP status may be another one.",
         "Leave the tenant and the class out, or ask your operator.",
     ),
     Reason.RATE_LIMITED: (
@@ -100,7 +101,8 @@ OF_ACCESS = {
         "Wait until then, or ask whom the message names. OpenAI's SDKs are told not to retry.",
     ),
     Reason.STATE_UNAVAILABLE: (
-        "Nobody can tell whether the key is good: [Redis](replicas.md#without-redis) or the tokens' issuer is away.",
+        "Nobody can tell whether the key is good: [Redis](replicas.md#without-redis) or the tokens' issuer is away, or "
+        "an [external check](access.md#an-external-check) did not answer in time.",
         "Send it again; another replica may know.",
     ),
     Reason.CANCELLED: (
