@@ -117,7 +117,7 @@ class Picker:
 
     async def _pass_on(self, first: envoy.ProcessingRequest, context: Any) -> None:
         """Let the answer to a request go on that has not come here."""
-        exchange = Exchange(first, context.write, self.log, self._settings)
+        exchange = Exchange(first, context.write, self.log, self._elsewhere, self._settings)
         exchange.pass_on()
         message = first
         while message is not END and not exchange.finished.done():
