@@ -21,7 +21,7 @@ PATIENCE_S = 300.0
 
 @pytest.mark.parametrize("count", [1_500, pytest.param(5_000, marks=pytest.mark.nightly)])
 async def test_so_many_are_held_and_none_is_refused(tmp_path: Path, count: int, capsys: Any) -> None:
-    """Envoy itself would end the 1,025th, or all of them when their frames come faster than they are read. A fifth of them
+    """Envoy itself would end the 1,025th, or all of them when frames come faster than they are read. A fifth of them
     leave at once, the others are answered.
     """
     async with quick_house(tmp_path, adapters=4, seats=1) as house, house.client() as first:
