@@ -11,6 +11,7 @@ import yaml
 from sidecar.cli.exits import CommandError, Exit
 from sidecar.cli.serving import resolve
 from sidecar.cli.show import AsJson, print_json
+from sidecar.config.listeners import DataListener
 
 EVERYWHERE = ("0.0.0.0", "[::]")
 Port = Annotated[int, typer.Option("--port", metavar="N", min=1, max=65_535, help="Envoy's port for clients.")]
@@ -52,12 +53,13 @@ def print_config(
 ) -> None:
     """Print Envoy's configuration for a sidecar that picks engines for it.
 
-    It is a bootstrap for `envoy -c`. Every request of Envoy's clients asks the sidecar where it goes. Answers pass
-    Envoy only, and its access log tells the sidecar how they ended.
+    It is a bootstrap for `envoy -c`. Every HTTP request of Envoy's clients asks the sidecar where it goes. Answers
+    pass Envoy only, and its access log tells the sidecar how they ended. gRPC calls go to the data listener.
     """
     from sidecar.fronts.extproc.bootstrap import bootstrap
 
-    listener = resolve(file).listeners.endpoint_picker
+    listeners = resolve(file).listeners
+    listener = listeners.endpoint_picker
     if listener.address is None:
         raise CommandError(
             f"{file} has no endpoint picker: set listeners.endpoint_picker.address, as 127.0.0.1:9004", Exit.MISUSED
@@ -73,8 +75,20 @@ def print_config(
         raise CommandError(missing, Exit.MISUSED)
     if ready_port is not None and admin_port is None:
         raise CommandError("give --admin-port with --ready-port: /ready asks Envoy's administration", Exit.MISUSED)
-    record = bootstrap(port, place, picker_ca=ca, admin_port=admin_port, host=host, ready_port=ready_port)
+    data, calls_max = _data_listener(listeners.data, place), listeners.data.calls_per_connection_max
+    record = bootstrap(
+        port, place, picker_ca=ca, admin_port=admin_port, host=host, ready_port=ready_port, data=data,
+        data_calls_max=calls_max,
+    )  # fmt: skip
     if as_json:
         print_json(record)
     else:
         print(yaml.safe_dump(record, sort_keys=False), end="")
+
+
+def _data_listener(listener: DataListener, picker: str) -> str | None:
+    """Return where Envoy reaches the data listener, which is on the picker's machine; None if it cannot."""
+    host, _, port = listener.address.rpartition(":")
+    if listener.tls is not None or listener.address.startswith("unix:"):
+        return None
+    return f"{picker.rpartition(':')[0] if host in EVERYWHERE else host}:{port}"

@@ -8,6 +8,7 @@ from sidecar.fronts.extproc.heads import DETAILS, SOURCE, SUBSET_HINT, UPSTREAM
 from sidecar.fronts.extproc.replies import DESTINATION, ENDPOINTS, OURS
 from sidecar.proto import envoy_pb2 as envoy
 
+PROCESSOR_FILTER = "envoy.filters.http.ext_proc"
 TYPE = "type.googleapis.com/envoy.extensions."
 HELD_MAX = 65_536
 """Requests that Envoy holds or sends at a time: more than a sidecar admits, whose own limits tell a client why."""
@@ -26,16 +27,23 @@ def bootstrap(
     admin_port: int | None = None,
     host: str = "0.0.0.0",
     ready_port: int | None = None,
+    data: str | None = None,
+    data_calls_max: int = 1024,
 ) -> dict[str, Any]:
     """Return the bootstrap of an Envoy that listens on `port` and reaches the endpoint picker at HOST:PORT `picker`.
 
     `picker_ca` is the path, on Envoy's machine, of the certificate by which it knows a picker with TLS. `ready_port`
-    has another listener tell from outside whether Envoy is ready and alive, and needs `admin_port`.
+    has another listener tell from outside whether Envoy is ready and alive, and needs `admin_port`. gRPC calls go to
+    the data listener at HOST:PORT `data`, in path, with `data_calls_max` calls on a connection; without it they are
+    refused.
     """
+    clusters = [*_engines(), _server("sidecar", picker, HELD_MAX, picker_ca)]
+    if data is not None:
+        clusters.append(_server("sidecar_data", data, data_calls_max))
     configured: dict[str, Any] = {
         "static_resources": {
-            "listeners": [_listener(host, port, request_mode, response_mode)],
-            "clusters": [*_engines(), _sidecar(picker, picker_ca)],
+            "listeners": [_listener(host, port, request_mode, response_mode, data is not None)],
+            "clusters": clusters,
         }
     }
     if admin_port is not None:
@@ -46,11 +54,13 @@ def bootstrap(
     return configured
 
 
-def _listener(host: str, port: int, request_mode: str, response_mode: str) -> dict[str, Any]:
-    routes = [
-        {"match": {"prefix": "/", "grpc": {}}, "route": {"cluster": "engines_h2", "timeout": "0s"}},
-        {"match": {"prefix": "/"}, "route": {"cluster": "engines", "timeout": "0s"}},
-    ]
+def _listener(host: str, port: int, request_mode: str, response_mode: str, has_data: bool) -> dict[str, Any]:
+    calls: dict[str, Any] = {"match": {"prefix": "/", "grpc": {}}, "route": {"cluster": "engines_h2", "timeout": "0s"}}
+    if has_data:
+        calls["route"]["cluster"] = "sidecar_data"
+        off = {"@type": f"{TYPE}filters.http.ext_proc.v3.ExtProcPerRoute", "disabled": True}
+        calls["typed_per_filter_config"] = {PROCESSOR_FILTER: off}
+    routes = [calls, {"match": {"prefix": "/"}, "route": {"cluster": "engines", "timeout": "0s"}}]
     manager = {
         "@type": f"{TYPE}filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": "clients",
@@ -59,7 +69,7 @@ def _listener(host: str, port: int, request_mode: str, response_mode: str) -> di
         "access_log": [_access_log()],
         "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": routes}]},
         "http_filters": [
-            {"name": "envoy.filters.http.ext_proc", "typed_config": external_processor(request_mode, response_mode)},
+            {"name": PROCESSOR_FILTER, "typed_config": external_processor(request_mode, response_mode)},
             _router(),
         ],
     }
@@ -145,15 +155,16 @@ def _engines() -> list[dict[str, Any]]:
         "original_dst_lb_config": {"use_http_header": True, "http_header_name": DESTINATION},
         "circuit_breakers": _breakers(),
     }
-    return [plain, {**plain, "name": "engines_h2", "typed_extension_protocol_options": _http2()}]
+    return [plain, {**plain, "name": "engines_h2", "typed_extension_protocol_options": _http2(HELD_MAX)}]
 
 
-def _sidecar(picker: str, ca: str | None) -> dict[str, Any]:
-    host, _, port = picker.rpartition(":")
+def _server(name: str, address: str, calls_max: int, ca: str | None = None) -> dict[str, Any]:
+    """Return the cluster of one gRPC server, with so many calls on a connection."""
+    host, _, port = address.rpartition(":")
     host = host.strip("[]")
     is_name = not host.replace(".", "").isdigit() and ":" not in host
-    cluster = _cluster("sidecar", "STRICT_DNS" if is_name else "STATIC", host, int(port))
-    cluster |= {"circuit_breakers": _breakers(), "typed_extension_protocol_options": _http2()}
+    cluster = _cluster(name, "STRICT_DNS" if is_name else "STATIC", host, int(port))
+    cluster |= {"circuit_breakers": _breakers(), "typed_extension_protocol_options": _http2(calls_max)}
     if ca is not None:
         cluster["transport_socket"] = {
             "name": "envoy.transport_sockets.tls",
@@ -178,14 +189,14 @@ def _cluster(name: str, kind: str, host: str, port: int) -> dict[str, Any]:
     }
 
 
-def _http2() -> dict[str, Any]:
+def _http2(calls_max: int) -> dict[str, Any]:
     """Return options of HTTP/2 by which many requests may begin or leave at once.
 
     By default Envoy takes 10,000 frames that wait for one connection, or 1,000 resets, for a flood: it closes the
     connection, and with it all that is held there.
     """
     limits = {
-        "max_concurrent_streams": HELD_MAX,
+        "max_concurrent_streams": calls_max,
         "max_outbound_frames": FRAMES_MAX,
         "max_outbound_control_frames": FRAMES_MAX,
     }

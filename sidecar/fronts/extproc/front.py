@@ -28,6 +28,7 @@ HEALTH_NAMES = ("liveness", "readiness", PROCESSOR)
 """What gateways and charts of endpoint pickers ask health of, besides ""."""
 MESSAGE_BYTES_MAX = 64 << 20
 """A message has a chunk of a body, or in buffered modes all of it, which gateways bound themselves."""
+NO_CALLS = "this gateway carries no gRPC calls; have it route them to the sidecar's data listener"
 END: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -93,6 +94,9 @@ class Picker:
         if (trouble := heads.mode_trouble(first)) is not None:
             refused = failure(500, trouble, "gateway_mode")
             await context.write(replies.answered(refused.status, refused.headers, refused.body))
+            return
+        if heads.is_call(first):
+            await context.write(replies.refused_call(grpc.StatusCode.UNIMPLEMENTED.value[0], NO_CALLS))
             return
         exchange = Exchange(first, context.write, self.log, self._elsewhere, self._settings)
         self._exchanges.add(exchange)

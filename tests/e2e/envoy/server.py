@@ -45,10 +45,12 @@ class EnvoyServer(Server):
         response_mode: str = "STREAMED",
         changed: Callable[[dict[str, Any]], None] = lambda record: None,
         picker_ca: Path | None = None,
+        data: str | None = None,
     ) -> None:
         super().__init__(folder, None)
         self.installed = EnvoyInstalled.find()
         self._picker, self._modes, self._changed = picker, (request_mode, response_mode), changed
+        self._data = data
         self._picker_ca = None if picker_ca is None else str(picker_ca)
 
     @property
@@ -76,10 +78,10 @@ class EnvoyServer(Server):
     def _prepare(self) -> Path:
         assert self._ports is not None
         clients, admin, ready = self._ports
-        clients, admin, ready = self._ports
         record = bootstrap(
-            clients, self._picker, *self._modes, self._picker_ca, admin_port=admin, host="127.0.0.1", ready_port=ready
-        )
+            clients, self._picker, *self._modes, self._picker_ca, admin_port=admin, host="127.0.0.1",
+            ready_port=ready, data=self._data,
+        )  # fmt: skip
         self._changed(record)
         (self.folder / "envoy.json").write_text(json.dumps(record))
         return self.folder
