@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 
-@dataclass
+@dataclass(slots=True)
 class Missing:
     """One adapter on its way. `since` and `begun` are readings of the clock that stops, in ns."""
 
@@ -19,7 +19,7 @@ class Missing:
     begun_ns: int = 0
 
 
-@dataclass
+@dataclass(slots=True)
 class Lateness:
     """The clock that stops, and the missing blobs by packed key."""
 

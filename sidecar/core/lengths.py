@@ -22,7 +22,7 @@ WEIGHT_MAX = 1e9
 NEGLIGIBLE = 1e-3
 
 
-@dataclass
+@dataclass(slots=True)
 class Alike:
     """Answers of about one length: the weight of those that ended by themselves, of those cut, and their tokens."""
 
@@ -40,7 +40,7 @@ class Alike:
         return self.tokens / self.weight
 
 
-@dataclass
+@dataclass(slots=True)
 class Lengths:
     """The lengths of a version's answers; recent ones weigh more."""
 
@@ -111,7 +111,7 @@ class Lengths:
         self.next_weight = 1.0
 
 
-@dataclass
+@dataclass(slots=True)
 class Answers:
     """How many answers of adapters have ended, and their tokens; recent ones weigh more."""
 
@@ -119,7 +119,7 @@ class Answers:
     tokens: float = 0.0
 
 
-@dataclass
+@dataclass(slots=True)
 class Overrun:
     """Tokens of a backend's ended runs, and how many had been expected; recent runs weigh more.
 

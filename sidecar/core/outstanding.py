@@ -10,7 +10,7 @@ from sidecar.core.pace import Demand
 WEIGHT_UNITS = 1_000_000
 
 
-@dataclass
+@dataclass(slots=True)
 class Outstanding:
     """Sums over a backend's requests. `expected_tokens` are those still expected to be generated."""
 

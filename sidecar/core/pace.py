@@ -81,7 +81,7 @@ def usual_token_ns(pace: Pace, demand: Demand, batch: float, contexts_tokens: fl
     return pace.step_ns(batch, contexts_tokens) + prompts_ns
 
 
-@dataclass
+@dataclass(slots=True)
 class Yield:
     """Actual over expected time of an engine's tokens while it is busy, over the last minutes.
 
@@ -124,7 +124,7 @@ class Yield:
         return max(self.busy_ns / self.expected_ns, 1 / YIELD_FACTOR_MAX)
 
 
-@dataclass
+@dataclass(slots=True)
 class Runs:
     """Moving averages of the duration of an engine's runs."""
 

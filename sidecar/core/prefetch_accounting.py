@@ -12,7 +12,7 @@ PAUSE_NS = 30 * SECOND_NS
 """How long prefetching stops after a failed try."""
 
 
-@dataclass
+@dataclass(slots=True)
 class PrefetchCounts:
     """Counts of prefetches into one place: how many, and what became of them."""
 
@@ -30,7 +30,7 @@ class PrefetchCounts:
         self.wasted_bytes += other.wasted_bytes
 
 
-@dataclass
+@dataclass(slots=True)
 class Guess:
     """A blob that is fetched, or was, before any request waited for it."""
 
@@ -39,7 +39,7 @@ class Guess:
     """A request needs its space: it is dropped as soon as it arrives."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Guesses:
     """Speculative blobs that no request has used yet, by packed key, and the remaining byte budget."""
 
@@ -86,7 +86,7 @@ class Guesses:
             self.counts.wasted_bytes += guess.size_bytes
 
 
-@dataclass
+@dataclass(slots=True)
 class PrefetchedLoad:
     """A version loaded, or being loaded, before its requests were due; kept until one of them runs."""
 
@@ -94,7 +94,7 @@ class PrefetchedLoad:
     done_ns: int | None = None
 
 
-@dataclass
+@dataclass(slots=True)
 class PrefetchedLoads:
     """Versions loaded ahead into one backend's engine."""
 

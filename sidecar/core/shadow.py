@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 
-@dataclass
+@dataclass(slots=True)
 class Belief:
     """One version in one cache. `since_ns` and `source` give the age and the evidence of the belief."""
 
@@ -20,7 +20,7 @@ class Belief:
     running: int = 0
 
 
-@dataclass
+@dataclass(slots=True)
 class CacheShadow:
     """One page cache. With `pages_total` None its size is unknown, and nothing is ever believed evicted."""
 
@@ -86,7 +86,7 @@ class CacheShadow:
         return evicted
 
 
-@dataclass
+@dataclass(slots=True)
 class EngineShadow:
     """The engine's host cache, which decides whether weights must be sent, and its device cache above it."""
 

@@ -8,7 +8,7 @@ READ_LEAST, READ_KEPT = 5, 25
 """An engine has read so many prompts before it is judged by the next; the last 25 to 50 count."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Reading:
     """The slowest that an engine without a calibrated pace has read prompts of late, in ns a token."""
 
@@ -32,7 +32,7 @@ class Reading:
         self.slowest_ns = max(self.slowest_ns, took_ns)
 
 
-@dataclass
+@dataclass(slots=True)
 class Silence:
     """The silence of one backend. `since_ns` is when it was last heard of, or when silence began to count."""
 

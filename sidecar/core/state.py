@@ -23,7 +23,7 @@ from sidecar.core.store import StoreIndex
 NEVER_NS = 1 << 62
 
 
-@dataclass
+@dataclass(slots=True)
 class Name:
     """A name that clients use, with its current version and all its versions.
 
@@ -52,7 +52,7 @@ class Name:
         return self.pinned and version == self.digest
 
 
-@dataclass
+@dataclass(slots=True)
 class Version:
     """One immutable version and what was learned about it."""
 
@@ -78,7 +78,7 @@ class Version:
     """The Load in flight on each backend."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Request:
     """A request from admission to its end. `attempt` numbers its dispatches; a late result carries an old number."""
 
@@ -154,7 +154,7 @@ class Request:
         return self.footprint if longest is None else min(self.footprint, longest * self.view.sequences)
 
 
-@dataclass
+@dataclass(slots=True)
 class Slot:
     """A version that is open on a backend."""
 
@@ -170,7 +170,7 @@ class Slot:
         return self.load is not None or self.stale
 
 
-@dataclass
+@dataclass(slots=True)
 class LoadRun:
     """A Load in flight."""
 
@@ -181,14 +181,14 @@ class LoadRun:
     begun_ns: int
 
 
-@dataclass
+@dataclass(slots=True)
 class HealNote:
     at_ns: int
     reason: str
     version: str
 
 
-@dataclass
+@dataclass(slots=True)
 class SlotEstimate:
     """The number of pages of a device cache of unknown size that may be open, grown while the engine keeps up.
 
@@ -210,7 +210,7 @@ class SlotEstimate:
             self.pages = open_pages + own_pages
 
 
-@dataclass
+@dataclass(slots=True)
 class Joining:
     """A backend that has just come up and is spared until `until_ns` while it loads what is planned for it.
 
@@ -222,7 +222,7 @@ class Joining:
     planned: dict[str, None] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(slots=True)
 class Backend:
     """One engine endpoint: its facts, its queue and the beliefs about its caches."""
 
@@ -373,7 +373,7 @@ class Backend:
         return slot.running > 0 or slot.load is not None
 
 
-@dataclass
+@dataclass(slots=True)
 class Queued:
     """What is queued: requests, tokens that they may take, bytes of their messages."""
 
@@ -397,7 +397,7 @@ class Queued:
         self.size_bytes += sign * request.size_bytes
 
 
-@dataclass
+@dataclass(slots=True)
 class State:
     """Everything. Fields marked `derived` are left out of snapshots and computed anew."""
 

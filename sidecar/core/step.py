@@ -11,7 +11,7 @@ from sidecar.core.effects import Effect, Heal
 from sidecar.core.state import Backend, HealNote, State
 
 
-@dataclass
+@dataclass(slots=True)
 class Step:
     """What one step works on. `dirty` names the backends whose queue may be able to move now."""
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from policies.views import Eviction
 
 
-@dataclass
+@dataclass(slots=True)
 class Entry:
     """One blob, held or being fetched."""
 
@@ -26,7 +26,7 @@ class Entry:
     """Drop it as soon as its last pin is gone or its fetch ends."""
 
 
-@dataclass
+@dataclass(slots=True)
 class StoreIndex:
     """What the store holds and fetches. `bytes_used` never exceeds `budget_bytes`."""
 

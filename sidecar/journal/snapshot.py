@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from functools import cache
+from operator import attrgetter
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from policies.id_queue import IdQueue
@@ -93,20 +94,26 @@ def _deque_copier(item: Copier | None) -> Copier:
 @cache
 def _dataclass_copier(cls: Any) -> Copier:
     hints = get_type_hints(cls)
-    copiers: list[tuple[str, Copier]] = []
+    names: list[str] = []
+    copiers: list[tuple[int, Copier]] = []
     for field in fields(cls):
+        if not field.init:
+            assert field.metadata.get("derived"), f"{cls.__name__} cannot be made with its {field.name}"
+            continue
         if field.metadata.get("policy"):
-            copiers.append((field.name, lambda policy: PolicySnapshot(policy.snapshot())))
+            copiers.append((len(names), lambda policy: PolicySnapshot(policy.snapshot())))
         elif field.metadata.get("derived"):
-            copiers.append((field.name, lambda derived: type(derived)()))
+            copiers.append((len(names), lambda derived: type(derived)()))
         elif (copier := _copier(hints[field.name])) is not None:
-            copiers.append((field.name, copier))
+            copiers.append((len(names), copier))
+        names.append(field.name)
+    assert len(names) > 1, f"{cls.__name__} has one field: attrgetter would return no tuple"
+    values_of: Callable[[Any], tuple[Any, ...]] = attrgetter(*names)
 
     def copy(held: Any) -> Any:
-        copied = object.__new__(cls)
-        copied.__dict__ = values = held.__dict__.copy()
-        for name, copier in copiers:
-            values[name] = copier(values[name])
-        return copied
+        values = list(values_of(held))
+        for index, copier in copiers:
+            values[index] = copier(values[index])
+        return cls(*values)
 
     return copy
