@@ -30,7 +30,7 @@ class IdQueue:
 
     def __init__(self, ids: Iterable[int] = ()) -> None:
         self._members = dict.fromkeys(ids)
-        self._heap = sorted(self._members)
+        self._heap = sorted(self._members) if ids else []
 
     def add(self, request_id: int) -> None:
         if request_id not in self._members:
@@ -40,14 +40,15 @@ class IdQueue:
     def discard(self, request_id: int) -> None:
         """Remove an id. Stale heap entries go when they reach the top, or when they are the majority."""
         self._members.pop(request_id, None)
-        if is_mostly_stale(len(self._heap), len(self._members)):
+        if len(self._heap) > STALE_MAX and is_mostly_stale(len(self._heap), len(self._members)):
             self._heap = sorted(self._members)
 
     def head(self) -> int | None:
         """Return the smallest id, or None if the queue is empty."""
-        while self._heap and self._heap[0] not in self._members:
-            heapq.heappop(self._heap)
-        return self._heap[0] if self._heap else None
+        heap, members = self._heap, self._members
+        while heap and heap[0] not in members:
+            heapq.heappop(heap)
+        return heap[0] if heap else None
 
     def first(self) -> int:
         """Return the smallest id of a queue that is not empty."""

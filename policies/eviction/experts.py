@@ -40,7 +40,7 @@ class Known:
             self.single_uses = (float(request),) * len(HALF_LIVES)
             return
         before = zip(HALF_LIVES, self.single_uses, strict=True)
-        self.single_uses = tuple(request + life * log2(1 + 2.0 ** ((use - request) / life)) for life, use in before)
+        self.single_uses = tuple([request + life * log2(1 + 2.0 ** ((use - request) / life)) for life, use in before])
 
 
 class Order(Protocol):

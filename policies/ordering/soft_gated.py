@@ -184,6 +184,8 @@ class SoftGated:
         These are the overdue ones; or, while some tenant is held back, all that other tenants wait for.
         """
         candidates = self._queues.versions if self._tenants.some_are_ahead(rule.served_most) else self._overdue.versions
+        if not candidates:  # mostly
+            return []
         blocked = [
             version
             for version in candidates
@@ -193,6 +195,8 @@ class SoftGated:
 
     def _gate_for(self, wanted: int, room: OrderingView) -> None:
         """Gate `wanted` open versions, those whose runs are expected to end first."""
+        if not wanted and not self._gates:  # mostly
+            return
         for version in [version for version in self._gates if version not in room.open]:
             del self._gates[version]
         for version in self._gates:
@@ -229,7 +233,8 @@ class SoftGated:
         return None
 
     def _opening(self, room: OrderingView, rule: Rule, first: list[str], now_ns: int) -> Decision | None:
-        if not self._queues.versions.keys() - room.open.keys() - {BASE}:
+        waiting, open_versions = self._queues.versions.keys(), room.open.keys()
+        if waiting <= open_versions or not waiting - open_versions - {BASE}:
             return None
         free = room.pages_free
         if free is not None and free <= 0:

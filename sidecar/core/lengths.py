@@ -73,12 +73,13 @@ class Lengths:
 
         Answers longer than any that was seen are expected to go on to the limit, which is not sure.
         """
-        left = sum(alike.weight for alike in self.alike.values())
+        left = sum([alike.weight for alike in self.alike.values()])
         share, at, tokens = 1.0, 0.0, 0.0
         for length in sorted(self.alike):
             alike = self.alike[length]
-            tokens += share * (min(alike.length, limit) - at)
-            share, at, left = share * (1 - alike.ended / left), alike.length, left - alike.weight
+            mean, weight = alike.length, alike.weight
+            tokens += share * (min(mean, limit) - at)
+            share, at, left = share * (1 - alike.ended / left), mean, left - weight
             if at >= limit or share < NEGLIGIBLE:
                 return _whole(tokens, tokens)
         return _whole(tokens + share * (limit - at), tokens)

@@ -393,7 +393,8 @@ class Queued:
 
     def count(self, request: Request, sign: int) -> None:
         self.requests += sign
-        self.tokens += sign * request.footprint
+        view = request.view
+        self.tokens += sign * (view.input_tokens + view.output_tokens_max)
         self.size_bytes += sign * request.size_bytes
 
 
