@@ -128,7 +128,7 @@ class KServe:
 
         Raises Refused(INVALID_REQUEST), or for a base model that the sender may not use.
         """
-        hidden = self.regions.hide((*structure.message.inputs, *structure.message.outputs), context)
+        hidden = self.regions.hide((*structure.inputs, *structure.outputs), context)
         if hidden:
             structure.changed()
         asked = request.read(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from sidecar.config import identities
@@ -71,7 +72,12 @@ def _check_named(own: Mapping[str, str]) -> None:
 
 
 def _is_misspelt(name: str) -> bool:
-    letters = name[:SHOWN_CHARACTERS_MAX].lower().replace("_", "").replace("-", "")
+    return _is_like_ours(name[:SHOWN_CHARACTERS_MAX])
+
+
+@lru_cache(1024)
+def _is_like_ours(name: str) -> bool:
+    letters = name.lower().replace("_", "").replace("-", "")
     return letters.startswith("lora") or letters in MISTAKES
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from sidecar.backends.api import Payload
 from sidecar.backends.registry import written_for
@@ -76,8 +75,8 @@ def read(
         check_word("model_version", message.model_version)
     own = own_parameters(message.parameters, metadata)
     tensors = Tensors(structure)
-    adapter, task = _adapter(message, tensors, own.get("lora_name"), rules)
-    dropped = bool(adapter) and any(name in tensors for name in LORA_TENSORS)
+    adapter, task = _adapter(tensors, own.get("lora_name"), rules)
+    dropped = bool(adapter) and bool(tensors.lora)
     rows, beams, returned = tensors.rows(), _most(tensors, BEAMS), _most(tensors, RETURNED)
     sequences = rows * (1 if beams > 1 else returned)  # the beams of a request share one seat
     facts = RequestFacts(
@@ -102,7 +101,7 @@ def read(
         wants_empty_final=EMPTY_FINAL in parameters and parameters[EMPTY_FINAL].bool_param,
         is_text="text_input" in tensors,
         text=tensors.text() if with_text else None,
-        outputs=tuple(output.name for output in message.outputs),
+        outputs=tuple([output.name for output in structure.outputs]),
         facts=facts,
         payload=Payload(
             model=message.model_name,
@@ -135,12 +134,12 @@ def _largest(tensors: Tensors, names: tuple[str, ...], least: int) -> int:
     return found
 
 
-def _adapter(message: Any, tensors: Tensors, name: str | None, rules: Rules) -> tuple[str, str]:
+def _adapter(tensors: Tensors, name: str | None, rules: Rules) -> tuple[str, str]:
     """Return the adapter's name, and what stands for it in the request, "" if it does itself.
 
     The name is "" for the base model, and for a LoRA that the client may send itself.
     """
-    own_tensors = [tensor.name for tensor in message.inputs if tensor.name in LORA_TENSORS]
+    own_tensors = tensors.lora
     if name is not None:
         if own_tensors:
             raise Refused(

@@ -34,12 +34,17 @@ _PARAMETER = _DESCRIPTOR.fields_by_name["parameters"].number << 3 | 2
 
 
 class Structure:
-    """One request: `message` without raw contents, `contents` apart, and `size_bytes` as received."""
+    """One request: `message` without raw contents, `contents` apart, and `size_bytes` as received.
 
-    __slots__ = ("_whole", "contents", "message", "size_bytes")
+    `inputs` and `outputs` are the message's own tensors: protobuf makes an object for each whenever it is asked.
+    """
+
+    __slots__ = ("_whole", "contents", "inputs", "message", "outputs", "size_bytes")
 
     def __init__(self, message: Any, contents: list[memoryview], size_bytes: int, whole: bytes | None) -> None:
         self.message = message
+        self.inputs: list[Any] = list(message.inputs)
+        self.outputs: list[Any] = list(message.outputs)
         self.contents = contents
         self.size_bytes = size_bytes
         self._whole = whole

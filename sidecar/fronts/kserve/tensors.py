@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Container
+from functools import lru_cache
 from typing import Any
 
 from sidecar.config.identities import clipped
@@ -34,6 +35,8 @@ PARAMETERS_MAX = 32
 CORE_LORA_TENSORS = ("lora_task_id", "lora_weights", "lora_config")
 LLMAPI_LORA_TENSORS = ("lora_id", "lora_name", "lora_path", "lora_ckpt_source")
 LORA_TENSORS = (*CORE_LORA_TENSORS, *LLMAPI_LORA_TENSORS)
+WORDS_KEPT = 1024
+"""Names that were found good, which are not checked again: clients use few."""
 
 
 class Tensors:
@@ -45,12 +48,12 @@ class Tensors:
 
     def __init__(self, structure: Structure) -> None:
         self._structure = structure
-        self._message = structure.message
+        self._inputs = structure.inputs
         self._indices: dict[str, int] = {}
         self._raw: dict[str, memoryview] = {}
         self.typed = False
         contents, used = structure.contents, 0
-        for index, tensor in enumerate(self._message.inputs):
+        for index, tensor in enumerate(self._inputs):
             in_region = check_tensor(tensor)
             name = tensor.name
             if name in self._indices:
@@ -69,8 +72,10 @@ class Tensors:
                 if used < len(contents):
                     self._raw[name] = contents[used]
                 used += 1
-        for output in self._message.outputs:
+        for output in structure.outputs:
             check_tensor(output)
+        self.lora = [name for name in self._indices if name in LORA_TENSORS]
+        """The names of the LoRA tensors that the client sends."""
         if self.typed and contents:
             raise _wrong("the request has typed contents beside raw_input_contents; send all inputs in one of the two")
         if used != len(contents):
@@ -84,11 +89,11 @@ class Tensors:
 
     def in_region(self, name: str) -> bool:
         """Return True if a tensor is present and lies in shared memory, where its content cannot be read."""
-        return name in self._indices and REGION in self._message.inputs[self._indices[name]].parameters
+        return name in self._indices and REGION in self._inputs[self._indices[name]].parameters
 
     def rank(self, name: str) -> int | None:
         """Return the number of a tensor's dimensions, None if it is absent."""
-        return len(self._message.inputs[self._indices[name]].shape) if name in self._indices else None
+        return len(self._inputs[self._indices[name]].shape) if name in self._indices else None
 
     def integers(self, *names: str) -> tuple[int, ...]:
         """Return the elements of the first of these tensors that is present; () if they cannot be read."""
@@ -98,7 +103,7 @@ class Tensors:
         else:
             return ()
         raw = self._raw.get(name)
-        datatype = self._message.inputs[self._indices[name]].datatype
+        datatype = self._inputs[self._indices[name]].datatype
         if datatype == "BYTES":
             return ()
         if raw is None:
@@ -117,7 +122,7 @@ class Tensors:
     def input_tokens(self) -> int:
         """Return the prompt's length: token ids by their shape, text in bytes."""
         if "input_ids" in self._indices:
-            shape = self._message.inputs[self._indices["input_ids"]].shape
+            shape = self._inputs[self._indices["input_ids"]].shape
             size = max(0, int(shape[-1])) if shape else 0
             raw = self._raw.get("input_ids")
             return size if raw is None else min(size, len(raw) // 4)
@@ -142,7 +147,7 @@ class Tensors:
         """Return the number of prompts: the batch dimension of the prompt tensor."""
         for name in PROMPTS:
             if name in self._indices:
-                shape = self._message.inputs[self._indices[name]].shape
+                shape = self._inputs[self._indices[name]].shape
                 return max(1, int(shape[0])) if len(shape) > 1 else 1
         return 1
 
@@ -150,7 +155,7 @@ class Tensors:
         """Return the size of a tensor in shared memory, 0 if it is not there."""
         if name not in self._indices:
             return 0
-        parameters = self._message.inputs[self._indices[name]].parameters
+        parameters = self._inputs[self._indices[name]].parameters
         return int(parameters[SHARED_BYTES].int64_param) if SHARED_BYTES in parameters else 0
 
     def without(self, names: Container[str]) -> bytes:
@@ -162,7 +167,7 @@ class Tensors:
         )
 
     def _typed(self, name: str) -> Any:
-        tensor = self._message.inputs[self._indices[name]]
+        tensor = self._inputs[self._indices[name]]
         field = CONTENTS.get(tensor.datatype)
         return () if field is None else getattr(tensor.contents, field)
 
@@ -173,13 +178,10 @@ def check_tensor(tensor: Any) -> bool:
     Raises Refused(INVALID_REQUEST) for a name that can be read in two ways: Triton's C interface ends it at a NUL. A
     name that nearly is one of our tensors' was meant to be one.
     """
-    name = tensor.name
-    check_word("the name of a tensor", name)
-    if name not in LORA_TENSORS and name.strip().lower().startswith("lora"):
-        raise _wrong(f"the tensor {clipped(name)} is none of {', '.join(LORA_TENSORS)}; name adapters with lora_name")
-    if not tensor.parameters:
+    name, parameters = tensor.name, tensor.parameters
+    _check_name(name)
+    if not parameters:
         return False
-    parameters = tensor.parameters
     if len(parameters) > PARAMETERS_MAX:
         raise _wrong(f"the tensor {clipped(name)} has {len(parameters)} parameters; at most {PARAMETERS_MAX} are taken")
     if REGION in parameters and not parameters[REGION].string_param:
@@ -187,6 +189,14 @@ def check_tensor(tensor: Any) -> bool:
     return REGION in parameters
 
 
+@lru_cache(WORDS_KEPT)
+def _check_name(name: str) -> None:
+    check_word("the name of a tensor", name)
+    if name not in LORA_TENSORS and name.strip().lower().startswith("lora"):
+        raise _wrong(f"the tensor {clipped(name)} is none of {', '.join(LORA_TENSORS)}; name adapters with lora_name")
+
+
+@lru_cache(WORDS_KEPT)
 def check_word(what: str, word: str) -> None:
     """Raise Refused(INVALID_REQUEST) for a word that is empty, too long or not printable; engines may change it."""
     if not word or len(word) > NAME_CHARACTERS_MAX or not word.isprintable():
