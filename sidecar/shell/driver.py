@@ -75,6 +75,8 @@ class Driver:
         self._scheduled = False
         self._stopped = False
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_ns = self._wake_ns = 0
+        """When the timer was set to end, and when the core wants to be woken."""
         self._running_in: asyncio.AbstractEventLoop | None = None
         self._last_ns = 0
 
@@ -191,6 +193,8 @@ class Driver:
     def _named(self, event: Received, effects: Sequence[Effect]) -> Sequence[Effect]:
         """Return the effects of an arrival with the request's name in its refusal."""
         state, number = self.core.state, event.request
+        if Settle not in map(type, effects):
+            return effects
         return [
             with_name(state, effect, event.adapter)
             if isinstance(effect, Settle) and effect.request == number
@@ -222,10 +226,22 @@ class Driver:
                 logger.exception("an observer failed on %s", type(event).__name__)
 
     def _wake_at(self, at_ns: int, now_ns: int) -> None:
+        """Post a Tick then. A timer that ends before is left, and set anew at its end: most times are put off again."""
+        self._wake_ns = at_ns
         if self._timer is not None:
+            if self._timer_ns <= at_ns:
+                return
             self._timer.cancel()
+        self._timer_ns = at_ns
         delay_s = max(0, at_ns - now_ns) / 1e9 + 0.0005  # after that time, whatever the timer's resolution
-        self._timer = self._loop.call_later(delay_s, self.post, Tick())
+        self._timer = self._loop.call_later(delay_s, self._timer_ended)
+
+    def _timer_ended(self) -> None:
+        self._timer = None
+        if self._timer_ns < self._wake_ns:
+            self._wake_at(self._wake_ns, self.clock_ns())
+        else:
+            self.post(Tick())
 
     def stop(self) -> None:
         """Take no more events; those still queued are dropped."""

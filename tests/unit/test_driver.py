@@ -113,6 +113,23 @@ async def test_a_tick_comes_when_the_core_asked_for_one() -> None:
     assert order.events == [Tick()]
 
 
+async def test_a_wake_up_that_is_put_off_or_brought_forward_comes_once() -> None:
+    hour_ns = 3_600_000_000_000
+    order = Order()
+    driver = driver_of([], observers=[order])
+    driver._wake_at(0, 0)
+    driver._wake_at(hour_ns, 0)
+    async with asyncio.timeout(10):
+        while driver._timer_ns != hour_ns:
+            await asyncio.sleep(0.001)
+        assert order.events == [], "the timer of the first has ended, and nobody asks for that time any more"
+        driver._wake_at(0, 0)
+        while not order.events:
+            await asyncio.sleep(0.001)
+    assert order.events == [Tick()]
+    driver.stop()
+
+
 class Fails:
     """Carries out effects until one is to fail."""
 
