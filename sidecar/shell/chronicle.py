@@ -514,8 +514,8 @@ class Chronicle:
         if "" in places:
             places.update(self._of_backends)
         news += [_since(self._of_backends.get(backend, ()), since_ns) for backend in places]
-        since = (each for told in news for each in told if each.number > record.number)
-        record.news = tuple(sorted(since, key=attrgetter("number")))
+        since = [each for told in news for each in told if each.number > record.number]
+        record.news = tuple(sorted(since, key=attrgetter("number"))) if since else ()
 
 
 def story(chronicle: Chronicle, text: str, now_ns: int, tenant: str | None = None) -> Timeline:
@@ -556,7 +556,7 @@ def _since(held: Reversible[_T], since_ns: int, before: int = 0) -> tuple[_T, ..
             if before < 0:
                 break
         found.append(each)
-    return tuple(reversed(found))
+    return tuple(reversed(found)) if found else ()
 
 
 def _slices(what: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

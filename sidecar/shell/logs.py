@@ -28,6 +28,7 @@ NOT_UTF8_EVERY_S = 60.0
 GRPC_METADATA = "grpc._cython.cygrpc"
 """The logger in gRPC that reports undecodable metadata."""
 _PLAIN = re.compile(r"[\w.@:/+-]+\Z")
+_NUMBERS = (int, float)
 
 
 class Fields:
@@ -46,7 +47,7 @@ class Fields:
 
 def _shown(value: Any) -> str:
     text = str(value)
-    return text if isinstance(value, int | float) or _PLAIN.match(text) else json.dumps(text)
+    return text if isinstance(value, _NUMBERS) or text.isalnum() or _PLAIN.match(text) else json.dumps(text)
 
 
 def _time_of(record: logging.LogRecord) -> str:

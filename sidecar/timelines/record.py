@@ -122,6 +122,9 @@ Happened = (
 )
 
 
+_IN_PLACES = (Queued, do.Dispatch)
+
+
 class Entry(NamedTuple):
     """What happened to a request. `number` counts as that of `News`."""
 
@@ -177,7 +180,7 @@ class Record:
     @property
     def places(self) -> set[str]:
         """The backends in whose queues it was seen, and to which it was sent."""
-        return {entry.what.backend for entry in self.happened if isinstance(entry.what, Queued | do.Dispatch)}
+        return {entry.what.backend for entry in self.happened if isinstance(entry.what, _IN_PLACES)}
 
     @property
     def first_token_ns(self) -> int | None:

@@ -279,9 +279,8 @@ class Budgets:
 
 def _placed(matching: Sequence[tuple[Rule, Words]]) -> list[tuple[Place, Rule]]:
     """Return the places of the budgets of limits, each given with the words of its budget."""
-    if len(matching) == 1:  # mostly
-        rule, own = matching[0]
-        return [((own, rule.limit.tokens, None), rule)]
+    if len(matching) <= 1:  # mostly
+        return [((own, rule.limit.tokens, None), rule) for rule, own in matching]
     shared = Counter((own, rule.limit.tokens) for rule, own in matching)
     return [
         ((own, rule.limit.tokens, rule.words if shared[own, rule.limit.tokens] > 1 else None), rule)
