@@ -51,7 +51,7 @@ DEADLINE = Shape("the deadline", 64, 64)
 
 def checked(shape: Shape, text: str, called: str = "") -> str:
     """Return a well-formed or empty word. Raises Refused(INVALID_REQUEST), naming it as `called`."""
-    problem = problem_of(shape, text)
+    problem = problem_of(shape, text) if text else ""
     if problem:
         raise Refused(Reason.INVALID_REQUEST, f"{called or shape.noun} {problem}")
     return text

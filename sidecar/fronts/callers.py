@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
@@ -28,18 +28,28 @@ AUTHORIZATION, FORWARDED = "authorization", "x-forwarded-client-cert"
 LOCAL = ("unix:", "ipv4:127.", "ipv6:%5B::1%5D", "ipv6:[::1]")
 """How gRPC writes the addresses that only this machine has."""
 
+Headers = Sequence[tuple[str, str | bytes]]
+
 CALLER: ContextVar[Caller] = ContextVar("caller")
 """The sender of the gRPC call that this task answers; set before the call's first message is read."""
 
+HEADERS: ContextVar[Headers] = ContextVar("headers")
+"""The metadata of the gRPC call that this task answers, read once: gRPC makes it anew whenever it is asked."""
 
 CALL_ID: ContextVar[str] = ContextVar("call_id")
 """The id that was made for the gRPC call that this task answers: all that is said of the call has the same one."""
 
 
+def headers_of(context: Any) -> Headers:
+    """Return the metadata of a gRPC call."""
+    headers = HEADERS.get(None)
+    return context.invocation_metadata() or () if headers is None else headers
+
+
 def presented(context: Any, method: str) -> Presented:
     """Return what a gRPC call presents to prove who sends it."""
     found: dict[str, list[str]] = {AUTHORIZATION: [], FORWARDED: []}
-    metadata = context.invocation_metadata() or ()
+    metadata = headers_of(context)
     for key, value in metadata:
         if key in found:
             found[key].append(value if isinstance(value, str) else value.decode(errors="replace"))
@@ -77,7 +87,7 @@ def metadata_of(context: Any) -> dict[str, str]:
     or if its value is not ASCII: gRPC allows nothing else, and other bytes arrive here changed.
     """
     found: dict[str, str] = {}
-    for key, value in context.invocation_metadata() or ():
+    for key, value in headers_of(context):
         if not isinstance(value, str):
             continue
         if key.startswith(OWN_PREFIX) or key == REQUEST_ID_KEY:
@@ -118,7 +128,7 @@ def request_id_of(asked: str, metadata: Mapping[str, str]) -> str:
 
 def id_of_call(context: Any, asked: str = "") -> str:
     """Return the id to report with an error of a request that is not read: `asked`, the metadata's, or the call's."""
-    given = [value for key, value in context.invocation_metadata() or () if key == REQUEST_ID_KEY]
+    given = [value for key, value in headers_of(context) if key == REQUEST_ID_KEY]
     candidates = (asked, *(given if len(given) == 1 else ()))
     return next((id_ for id_ in candidates if id_ and is_fit(REQUEST_ID, id_)), "") or CALL_ID.get("") or made_id()
 

@@ -119,6 +119,7 @@ class BoundedCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     async def _served(
         self, handler: Any, method: Any, context: Any, purpose: tuple[Action, str] | None, name: str
     ) -> Any:
+        callers.HEADERS.set(context.invocation_metadata() or ())
         callers.CALL_ID.set(callers.made_id())
         with self._intake.call(wire_of(context.peer(), self.port)) as call:
             try:
@@ -159,7 +160,7 @@ class _Incoming:
         self._intake = intake
         self._call = call
         self._context = context
-        self._beside_bytes = sum(len(key) + len(value) for key, value in context.invocation_metadata())
+        self._beside_bytes = sum([len(key) + len(value) for key, value in callers.headers_of(context)])
 
     async def one(self) -> Any:
         """Return the message of a call that has exactly one."""

@@ -101,7 +101,7 @@ class TritonBackend(Endpoint):
         elif not self._takes or run.refused():
             return
         elif run.ticket.payload.unary:
-            await run.unary(self._channel)
+            await run.unary(self._pool)
         else:
             await run.stream(self._pool)
 

@@ -36,11 +36,14 @@ class EngineGone(Exception):
 
 
 class StreamPool:
-    """Idle `ModelStreamInfer` calls."""
+    """Idle `ModelStreamInfer` calls, and the method for unary ones."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._method: Any = channel.stream_stream(
             f"{wire.SERVICE}/ModelStreamInfer", request_serializer=unchanged, response_deserializer=unchanged
+        )
+        self.unary: Any = channel.unary_unary(
+            f"{wire.SERVICE}/ModelInfer", request_serializer=unchanged, response_deserializer=unchanged
         )
         self._idle: deque[Any] = deque()
 
@@ -205,13 +208,10 @@ class Run:
             self._post(FirstToken(self.effect.request, self.effect.attempt))
         return final
 
-    async def unary(self, channel: grpc.aio.Channel) -> None:
+    async def unary(self, pool: StreamPool) -> None:
         """Run as one `ModelInfer` call. Raises CancelledError if it is cancelled."""
         self._work = asyncio.current_task()
-        method = channel.unary_unary(
-            f"{wire.SERVICE}/ModelInfer", request_serializer=unchanged, response_deserializer=unchanged
-        )
-        call = self._call = method(self.message(stream=False), metadata=self._trace_context())
+        call = self._call = pool.unary(self.message(stream=False), metadata=self._trace_context())
         try:
             raw = await call
         except grpc.RpcError as error:
