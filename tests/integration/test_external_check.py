@@ -20,6 +20,7 @@ from tests.integration.test_observe import denials
 from tests.kit import protobuf_wire as wire
 from tests.kit.authority import NEEDS_OPENSSL, Authority
 from tests.kit.authorization import (
+    DENIED,
     ERROR,
     PERMISSION_DENIED,
     Asked,
@@ -247,7 +248,7 @@ async def test_http_clients_get_the_status_and_the_headers_that_the_server_chose
         status_alone = wire.field(1, wire.number_field(1, PERMISSION_DENIED))
         assert (await ask(status_alone)).status_code == 403
         assert (await ask(ok() + status_alone)).status_code == 403
-        assert (await ask(wire.field(1, b"") + denied(403, "no"))).status_code == 403
+        assert (await ask(wire.field(1, b"") + wire.field(DENIED, b""))).status_code == 403
         refusals = [await ask(ok()), await ask(wire.field(1, b""))]
         assert [each.status_code for each in refusals] == [200, 200]
 
@@ -423,6 +424,9 @@ async def test_the_server_proves_whose_a_call_is(tmp_path: Path) -> None:
             assert await running.generate(theirs) is CODE.UNAVAILABLE
         running.checks.answer = lambda asked: ok(x_lora_tenant="load-calls")  # the sidecar's own
         assert await running.generate(theirs) is CODE.UNAUTHENTICATED
+        asked = len(running.checks.asked)
+        assert (await running.complete([*theirs, (HEADER, "Basic def")])).status_code == 401  # it may read the other
+        assert len(running.checks.asked) == asked
         running.checks.answer = lambda asked: denied(401, "no", {"www-authenticate": "Negotiate"})
         answer = await running.complete(list(theirs))
         assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Negotiate")
