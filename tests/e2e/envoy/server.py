@@ -33,7 +33,7 @@ class EnvoyServer(Server):
 
     NAME = "envoy"
     START_S = 30.0
-    PORTS = 3
+    PORTS = 2
     NOISE = re.compile(r"\]\[(?:info|debug)\]")
     GUARD = guard
 
@@ -44,14 +44,12 @@ class EnvoyServer(Server):
         request_mode: str = "FULL_DUPLEX_STREAMED",
         response_mode: str = "STREAMED",
         changed: Callable[[dict[str, Any]], None] = lambda record: None,
-        picker_ca: Path | None = None,
         data: str | None = None,
     ) -> None:
         super().__init__(folder, None)
         self.installed = EnvoyInstalled.find()
         self._picker, self._modes, self._changed = picker, (request_mode, response_mode), changed
         self._data = data
-        self._picker_ca = None if picker_ca is None else str(picker_ca)
 
     @property
     def address(self) -> str:
@@ -63,11 +61,6 @@ class EnvoyServer(Server):
         return self._address(1)
 
     @property
-    def probes(self) -> str:
-        """Host and port of what the kubelet asks."""
-        return self._address(2)
-
-    @property
     def _mark(self) -> str:
         return "envoy"
 
@@ -77,11 +70,8 @@ class EnvoyServer(Server):
 
     def _prepare(self) -> Path:
         assert self._ports is not None
-        clients, admin, ready = self._ports
-        record = bootstrap(
-            clients, self._picker, *self._modes, self._picker_ca, admin_port=admin, host="127.0.0.1",
-            ready_port=ready, data=self._data,
-        )  # fmt: skip
+        clients, admin = self._ports
+        record = bootstrap(clients, self._picker, *self._modes, admin_port=admin, host="127.0.0.1", data=self._data)
         self._changed(record)
         (self.folder / "envoy.json").write_text(json.dumps(record))
         return self.folder

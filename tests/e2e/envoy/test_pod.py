@@ -6,13 +6,17 @@ import asyncio
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
+from sidecar.fronts.extproc.bootstrap import bootstrap
 from tests.e2e.envoy.house import house
 from tests.e2e.envoy.server import EnvoyInstalled, EnvoyServer
+from tests.e2e.envoy.variants import Change
 from tests.kit.authority import Authority
+from tests.kit.ports import free_port
 from tests.kit.serving import serving, until, write_adapters
 from tests.kit.vllm_emulated import VllmProcess
 
@@ -34,14 +38,40 @@ def test_what_the_pods_init_container_writes(tmp_path: Path, host: str, address:
     assert checked.returncode == 0, checked.stderr
 
 
+def with_probes(port: int) -> Change:
+    """Return what has an Envoy listen for probes."""
+
+    def change(record: dict[str, Any]) -> None:
+        admin = record["admin"]["address"]["socket_address"]["port_value"]
+        own = bootstrap(1, "127.0.0.1:1", admin_port=admin, host="127.0.0.1", ready_port=port)["static_resources"]
+        for part, name in (("listeners", "ready"), ("clusters", "admin")):
+            record["static_resources"][part] += [each for each in own[part] if each["name"] == name]
+
+    return change
+
+
+def with_ca(ca: Path) -> Change:
+    """Return what has an Envoy ask a picker with TLS."""
+
+    def change(record: dict[str, Any]) -> None:
+        own = bootstrap(1, "127.0.0.1:1", picker_ca=str(ca))["static_resources"]["clusters"]
+        [secured] = [each for each in own if each["name"] == "sidecar"]
+        for cluster in record["static_resources"]["clusters"]:
+            if cluster["name"] == "sidecar":
+                cluster["transport_socket"] = secured["transport_socket"]
+
+    return change
+
+
 async def test_the_pods_end(tmp_path: Path) -> None:
     """The preStop hook takes Envoy out; answers under way end whole, the drain waits for them, and refuses new ones.
 
     Envoy itself is stopped once the sidecar has ended.
     """
     [name] = write_adapters(tmp_path / "adapters", 1)
-    async with house(tmp_path, [name], time_scale=SLOWNESS) as running:
-        probes, admin = f"http://{running.envoy.probes}", f"http://{running.envoy.admin}"
+    port = free_port()
+    async with house(tmp_path, [name], time_scale=SLOWNESS, changed=with_probes(port)) as running:
+        probes, admin = f"http://127.0.0.1:{port}", f"http://{running.envoy.admin}"
         client = running.http
         assert [(await client.get(f"{probes}/{path}")).status_code for path in ("ready", "live", "stats")] == [
             200, 200, 404
@@ -84,8 +114,6 @@ async def test_a_picker_with_tls(tmp_path: Path) -> None:
         async with serving([engine], listeners=listeners, backend=backend) as served:
             address = served.sidecar.endpoint_picker_address
             for ca, status in ((authority.ca, 200), (stranger.ca, 503)):
-                async with (
-                    EnvoyServer(tmp_path / f"envoy-{status}", address, picker_ca=ca) as envoy,
-                    httpx.AsyncClient() as http,
-                ):
+                envoy = EnvoyServer(tmp_path / f"envoy-{status}", address, changed=with_ca(ca))
+                async with envoy, httpx.AsyncClient(trust_env=False) as http:
                     assert (await http.get(f"http://{envoy.address}/v1/models")).status_code == status
