@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterable
 from time import monotonic
 from typing import Any
+from urllib.parse import unquote
 
 import httpx
 from starlette.types import Scope
@@ -46,7 +47,7 @@ def scope_of(first: envoy.ProcessingRequest, peer: str, carrier: Any) -> Scope:
         "http_version": "1.1",
         "method": pseudo.get(b":method", b"GET").decode("latin-1"),
         "scheme": pseudo.get(b":scheme", b"http").decode("latin-1"),
-        "path": path.decode("latin-1"),
+        "path": unquote(path.decode("latin-1")),
         "raw_path": path,
         "query_string": query,
         "headers": [(b"host", pseudo.get(b":authority", b"")), *(pair for pair in headers if pair[0][:1] != b":")],
