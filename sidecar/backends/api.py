@@ -152,9 +152,9 @@ class Traced(Protocol):
         """
 
 
-UNREAD, UNSEEN = "unread", "unseen"
+UNREAD, UNSEEN, TRAILERS = "unread", "unseen", "trailers"
 """Extensions of an answer that a carrier hands over: True if its body cannot be read; what is seen of it from outside,
-an `Unseen`, if that may go past this process.
+an `Unseen`, if that may go past this process; the trailers of a gRPC call, once its body has been read.
 """
 
 
@@ -205,6 +205,8 @@ class Carrier(Protocol):
 
     head: Callable[[], Iterable[tuple[bytes, bytes]]]
     """Returns the headers that the answer gets from us."""
+    answer_id: str
+    """The id that the answer to a KServe request has for its client."""
 
     @property
     def estimates(self) -> bool:

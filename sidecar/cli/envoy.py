@@ -21,7 +21,7 @@ def print_config(
     file: Annotated[Path, typer.Argument(help="Configuration file (YAML) of the sidecar.", show_default=False)],
     port: Port = 8080,
     host: Annotated[
-        str, typer.Option("--host", metavar="ADDRESS", help="Envoy's address for clients and probes.")
+        str, typer.Option("--host", metavar="HOST", help="Envoy's address for clients and probes.")
     ] = "0.0.0.0",
     picker: Annotated[
         str | None,

@@ -141,7 +141,8 @@ class EndpointPickerListener(GrpcListener):
     without an address.
 
     `override_mode` asks gateways that buffer bodies to stream answers, where they allow it. `in_path` is where Envoy
-    reaches the http listener, to which it sends requests whose every token must be seen. With `estimates_allowed`
+    reaches the http listener, to which it sends requests whose every token must be seen; `in_path_grpc` is where it
+    reaches the data listener, for calls. With `estimates_allowed`
     tenants with budgets of tokens are not among them: what they are charged is estimated by bytes.
     """
 
@@ -150,6 +151,7 @@ class EndpointPickerListener(GrpcListener):
     idle_s: float = Field(3600.0, gt=0, le=2_000_000)
     override_mode: bool = False
     in_path: Address | None = None
+    in_path_grpc: Address | None = None
     estimates_allowed: bool = False
 
 

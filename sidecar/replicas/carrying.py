@@ -20,6 +20,7 @@ Tell = Callable[[Any], None]
 class RemoteCarrier:
     """The owner's end. `send` sends a carriage to the replica that received the request."""
 
+    answer_id = ""
     estimates = True  # the receiving replica has decided that it may be carried
     head: Callable[[], Iterable[tuple[bytes, bytes]]] = tuple
 

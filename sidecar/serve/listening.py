@@ -39,6 +39,7 @@ from sidecar.fronts.http.drain import HttpDrain
 from sidecar.fronts.http.probes import HttpProbes, Probes
 from sidecar.fronts.intake import Intake, IntakeLimits
 from sidecar.fronts.kserve.front import add_kserve, add_kserve_admin
+from sidecar.fronts.kserve.infer import KServe
 from sidecar.fronts.kserve.lifetime import Lifetimes, connection_age_options
 from sidecar.fronts.kserve.verbs import SERVICE as KSERVE
 from sidecar.fronts.openai.chat_templates import ChatTemplate, read_chat_template
@@ -195,7 +196,10 @@ class Listening:
         if wanted.address is None:
             return
         assert self._openai is not None
-        self._picker = Picker(self._openai, wanted, self._named, "" if replica is None else replica.member.id)
+        self._picker = Picker(
+            self._openai, KServe(self._gateway, self._config), wanted, self._config.listeners.data.message_bytes_max,
+            self._named, "" if replica is None else replica.member.id,
+        )  # fmt: skip
         if replica is not None:
             self._picker.log.pass_on = replica.tell_sightings
             replica.hear_sightings(self._picker.log.hear)

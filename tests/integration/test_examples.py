@@ -106,7 +106,7 @@ async def test_a_plug_in_policy_serves(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_example_has_a_readme_that_names_its_file() -> None:
     """A folder each, with a README and one runnable file that it names, or files of policies that it names."""
     for folder in sorted(path for path in EXAMPLES.iterdir() if path.is_dir()):
-        files = list(folder.glob("*.cedar")) or list(folder.glob("*.py"))
+        files = list(folder.glob("*.cedar")) or list(folder.glob("*.py")) or list(folder.glob("envoyfilter.yaml"))
         assert len(files) == 1 or files[0].suffix == ".cedar"
         readme = (folder / "README.md").read_text()
         for file in files:

@@ -60,7 +60,7 @@ def rooms(modules: set[str]) -> set[str]:
 
 def test_the_openai_api_is_named_with_its_path() -> None:
     """A client's base URL ends with /v1: the ready line and the help of `--http` say so."""
-    listening = SimpleNamespace(probes=None)
+    listening = SimpleNamespace(probes=None, endpoint_picker="")
     gateway = SimpleNamespace(state=SimpleNamespace(names={}))
     sidecar = SimpleNamespace(
         data_address="h:9000", admin_address="h:9001", http_address="h:9002", listening=listening, gateway=gateway

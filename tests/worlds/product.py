@@ -22,7 +22,7 @@ FETCH_FAILS, FETCH_SLOW, FETCH_SLOW_S = 0.1, 0.2, 30.0
 DISK_FAILS = 0.2
 LEAVES, STALLS, LEAVES_WITHIN_S = 0.15, 0.05, 20.0
 DEADLINES_S = (0.5, 30.0)
-CARRIED, UNTOLD, TWICE, LATE, LATE_S, ASKED_S = 0.5, 0.1, 0.1, 0.5, 5.0, (5.0, 20.0)
+CARRIED, UNTOLD, TWICE, LATE, LATE_S, ASKED_S = 0.5, 0.05, 0.1, 0.1, 5.0, (5.0, 20.0)
 """Shares of answers that a proxy carries, and of those whose end its log never tells, tells twice, or tells late, by so
 many seconds; within how many the engine is asked about one that is not told.
 """
@@ -125,7 +125,8 @@ class FaultyProduct(Product):
 
     def _tell_after(self, backend: str, seconds: float, event: ev.Event) -> None:
         """Tell it later; until then the seat looks taken, which no bound allows for."""
-        self.checks.trouble(backend, round(seconds * SECOND_NS))
+        if seconds:
+            self.checks.trouble(backend, round(seconds * SECOND_NS))
         self.world.after(round(seconds * SECOND_NS), lambda: self.feed(event))
 
     def register(self, event: ev.AdapterRegistered) -> None:

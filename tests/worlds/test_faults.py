@@ -87,7 +87,7 @@ def test_every_kind_of_fault_is_drawn_and_missing() -> None:
 
 def _fails() -> str:
     """Return what the first failing seed of some says, beginning with those that notice most in the shortest time."""
-    for seed in (1, 8, 7, 19, 6, 2, 3, 4, 5, 9, 10, 11, LARGE):
+    for seed in (1, 8, 7, 19, 20, 6, 2, 3, 4, 5, 9, 10, 11, LARGE):
         try:
             run(seed)
         except SeedFailed as failure:

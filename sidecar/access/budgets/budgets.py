@@ -108,6 +108,12 @@ class Budgets:
         """Return how many budgets are kept."""
         return len(self._budgets)
 
+    @property
+    def count_tokens(self) -> bool:
+        """True if a limit is of tokens over a time."""
+        limits = (rule.limit for rules in self._rules.values() for rule in rules)
+        return any(limit.tokens_per_minute or limit.tokens_per_hour or limit.tokens_per_day for limit in limits)
+
     def set_limits(self, limits: Sequence[Limit]) -> None:
         """Replace the limits, at once and without forgetting what is taken.
 

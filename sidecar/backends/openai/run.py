@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from sidecar.backends.api import UNREAD, UNSEEN, Ending, HttpForm, HttpRejection, Reply, Sighting, Ticket, Unseen
+from sidecar.backends.api import UNREAD, UNSEEN, HttpForm, HttpRejection, Reply, Ticket, Unseen
 from sidecar.backends.http_transport import CARRIER
 from sidecar.backends.openai.events import (
     CHOICES,
@@ -23,15 +23,14 @@ from sidecar.backends.openai.events import (
     prompt_tokens,
     split,
 )
+from sidecar.backends.unseen import Read, follow
 from sidecar.core.effects import Dispatch
-from sidecar.core.enums import Fault, Seen
-from sidecar.core.events import ClientLeft, Event, FirstToken, RunEnded, RunFailed
+from sidecar.core.enums import Fault
+from sidecar.core.events import Event, FirstToken, RunEnded, RunFailed
 
 HEADERS = {"content-type": "application/json"}
 INPUT = "'input':"
 """How a server that validates by pydantic quotes what it was sent."""
-QUIET_S = 10.0
-"""How long nothing is told of an answer that goes past us before its engine is asked."""
 PIECE_BYTES = 1 << 18
 """Bytes that are copied and sent at once. A larger body is sent in pieces, between which other tasks run."""
 
@@ -71,8 +70,7 @@ class OpenAiRun(ABC):
         self._count = StreamedTokens()
         self._lacks = lacks
         self._is_unseen = self._is_unheard = False
-        self._seen_bytes = self._seen_tokens = self._event_bytes = 0
-        """What has been read of a stream: bytes, tokens, and the bytes of the last event with a token."""
+        self._read = Read(len(DONE + END_OF_EVENT))
 
     @abstractmethod
     def _body(self) -> tuple[bytes, ...]:
@@ -150,64 +148,21 @@ class OpenAiRun(ABC):
             await self._wire_broke("the stream ended before the answer was complete")
 
     async def _watch(self, unseen: Unseen) -> None:
-        """Follow an answer that goes past us, until its end is told, or its engine has it no longer."""
-        self._is_unseen = self.waits_for_client = True  # nothing has to come from the engine
-        if not self._has_begun:
-            self._has_begun = True
-            self._post(FirstToken(self.effect.request, self.effect.attempt, not unseen.tells))
-        try:
-            while (sighting := await self._next_of(unseen)) is not None:
-                self._estimate(sighting)
-                if sighting.ending is not None:
-                    await self._end_unseen(sighting)
-                    return
-        finally:
-            unseen.close()
-        self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens, Seen.NOTHING))
-
-    async def _next_of(self, unseen: Unseen) -> Sighting | None:
-        """Return the next thing that is seen of an answer; None once its end must be lost."""
-        while True:
-            try:
-                async with asyncio.timeout(QUIET_S):
-                    return await unseen.next()
-            except TimeoutError:
-                if unseen.is_lost or await self._lacks(self):
-                    return None
-
-    def _estimate(self, sighting: Sighting) -> None:
-        """Count the tokens of events that nobody here has read by their bytes: one has about the bytes of the last."""
-        left_bytes = sighting.body_bytes - self._seen_bytes
-        if sighting.ending is Ending.WHOLE:
-            left_bytes -= len(DONE + END_OF_EVENT)
-        if self._event_bytes and left_bytes > 0:
-            tokens = self._seen_tokens + round(left_bytes / self._event_bytes)
-            self._heard(self.effect.request, max(0, tokens - self.tokens))
-            self.tokens = max(self.tokens, tokens)
-
-    async def _end_unseen(self, sighting: Sighting) -> None:
-        key = self.effect.request, self.effect.attempt
-        if sighting.ending is Ending.BROKE:
-            await self._wire_broke(sighting.cause)
-        elif sighting.ending is Ending.LATE:
-            text = f"the proxy's timeout ended the answer: {sighting.cause}"
-            self._post(RunFailed(*key, Fault.REJECTED, text, self.tokens))
-        else:
-            if sighting.ending is Ending.CLIENT_LEFT:
-                self._post(ClientLeft(self.effect.request))
-            self._post(RunEnded(*key, self.tokens, Seen.ESTIMATED))
+        """Follow an answer that goes past us."""
+        self._is_unseen = self._has_begun = True
+        await follow(self, unseen, self._read, self._post, self._heard, self._lacks, self._wire_broke)
 
     def _take(self, event: bytes, final: bool) -> None:
         """Deliver an event."""
-        self._seen_bytes += len(event) + len(END_OF_EVENT)
+        self._read.size_bytes += len(event) + len(END_OF_EVENT)
         choice = event.find(CHOICES)
         is_first = choice >= 0 and not self._has_begun
         if choice >= 0:
             tokens = self._count.added(event, choice)
             self._has_begun = True
             self.tokens += tokens
-            self._seen_tokens = self.tokens
-            self._event_bytes = len(event) - prompt_bytes(event) + len(END_OF_EVENT)
+            self._read.tokens = self.tokens
+            self._read.token_bytes = len(event) - prompt_bytes(event) + len(END_OF_EVENT)
         else:
             tokens = self._corrected(event)
         self._heard(self.effect.request, tokens)

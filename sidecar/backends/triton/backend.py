@@ -98,7 +98,7 @@ class TritonBackend(Endpoint):
             run.attached = await self._attached(run, weights)
         if run.cancelled:
             run.abandon()
-        elif not self._takes or run.refused():
+        elif not self._takes or run.refused() or await run.by_proxy(self.address, self._lacks):
             return
         elif run.ticket.payload.unary:
             await run.unary(self._pool)
@@ -207,6 +207,9 @@ class TritonBackend(Endpoint):
 
     async def _look(self) -> str | None:
         return await self._server.look()
+
+    async def _inside(self) -> int | None:
+        return await self._server.inside()
 
     async def _steps(self) -> int | None:
         return await self._server.steps()

@@ -20,12 +20,15 @@ KEEP_S = 5.0
 
 @dataclass(frozen=True)
 class Gauges:
-    """Seats and KV tokens of the engine, total and in use, and its iterations so far; None if not published."""
+    """Seats and KV tokens of the engine, total and in use, its iterations so far, and the requests that it has, waiting
+    ones included; None if not published.
+    """
 
     seats: int | None = None
     kv_tokens: int | None = None
     iterations: int | None = None
     kv_used: int | None = None
+    inside: int | None = None
 
 
 class Scraper:
@@ -64,11 +67,13 @@ def parse(text: str, model: str) -> Gauges:
                 if label not in ("model", "version"):
                     found[sample.name, value] = sample.value
     blocks, per_block, used = (found.get((BLOCKS, which)) for which in ("max", "tokens_per", "used"))
+    inside = [found.get((REQUESTS, which)) for which in ("waiting", "active")]
     return Gauges(
         seats=_positive(found.get((REQUESTS, "max"))),
         kv_tokens=int(blocks * per_block) if blocks and per_block else None,
         iterations=_whole(found.get((GENERAL, "iteration_counter"))),
         kv_used=int(used * per_block) if used is not None and per_block else None,
+        inside=None if None in inside else int(sum(count for count in inside if count is not None)),
     )
 
 

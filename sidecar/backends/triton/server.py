@@ -152,6 +152,11 @@ class Server:
         gauges = None if self._scraper is None else await self._scraper.scrape()
         return None if gauges is None else gauges.iterations
 
+    async def inside(self) -> int | None:
+        """Return how many requests the engine has; None if its metrics lack it, or are of one of several instances."""
+        gauges = None if self._scraper is None or self._caches != 1 else await self._scraper.scrape()
+        return None if gauges is None else gauges.inside
+
     async def answers(self, within_s: float) -> bool:
         """Return True if the engine answers a request of ours for one token."""
         try:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
 import grpc.aio
+import httpx
 
 from sidecar.backends import faults, wire
-from sidecar.backends.api import Reply, Ticket
+from sidecar.backends.api import TRAILERS, UNSEEN, Reply, Ticket, Unseen
 from sidecar.backends.quoting import wrote_in
 from sidecar.backends.triton.dialects import Dialect
+from sidecar.backends.triton.framing import PREFIX, framed, messages_of, status_in
+from sidecar.backends.unseen import Read, follow
 from sidecar.core.effects import Dispatch
 from sidecar.core.enums import Fault
 from sidecar.core.events import Event, FirstToken, RunEnded, RunFailed
@@ -93,6 +96,7 @@ class Run:
         self.tokens = 0
         self.cancelled = False
         self.waits_for_client = False
+        self._is_unseen = self._is_unheard = False
         self._work: asyncio.Task[Any] | None = None
         self._post = post
         self._heard = heard
@@ -104,9 +108,11 @@ class Run:
         """Fragment naming the replica that sends the request."""
         self.attached = b""
         """Fragment naming or holding its weights, if they are sent along."""
-        self.engine_id = f"{effect.request}.{effect.attempt}"
-        """The id that the engine sees: clients' ids may collide, ours do not."""
-        self._wire_id = wire.id_field(self.engine_id)
+        self._known_as(f"{effect.request}.{effect.attempt}")
+
+    def _known_as(self, engine_id: str) -> None:
+        """Set the id that the engine sees. Clients' ids may collide, ours do not."""
+        self.engine_id, self._wire_id = engine_id, wire.id_field(engine_id)
 
     def message(self, stream: bool) -> bytes:
         fragment = self._dialect.fragment(self.engine_id, self.effect, self._payload.raw, stream)
@@ -132,7 +138,7 @@ class Run:
         self.cancelled = True
         if self._call is not None:
             self._call.cancel()
-        if self._work is not None:
+        if self._work is not None and not self._is_unseen:  # what goes past us cannot be ended from here
             self._work.cancel()
 
     def abandon(self) -> None:
@@ -205,8 +211,62 @@ class Run:
         if final:
             self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
         elif is_first:
-            self._post(FirstToken(self.effect.request, self.effect.attempt))
+            self._post(FirstToken(self.effect.request, self.effect.attempt, self._is_unheard))
         return final
+
+    async def by_proxy(self, address: str, lacks: Callable[[Any], Awaitable[bool]]) -> bool:
+        """Have a proxy carry the request, if one can; return False if it is to be sent from here.
+
+        The client's own id goes along, since the engine's messages reach it unchanged, and no empty last message is
+        asked for: the end of the call tells.
+        """
+        carrier = self.ticket.carrier
+        if carrier is None:
+            return False
+        self._work = asyncio.current_task()
+        ours = self.engine_id
+        self._known_as(carrier.answer_id)
+        method = "ModelInfer" if self._payload.unary else "ModelStreamInfer"
+        headers = {"content-type": "application/grpc", "te": "trailers", **dict(self._trace_context())}
+        body = framed(self.message(stream=False))
+        request = httpx.Request("POST", f"http://{address}{wire.SERVICE}/{method}", headers=headers, content=body)
+        try:
+            answer = await carrier.carry(request)
+            if answer is None:
+                self._known_as(ours)
+                return False
+            await self._carried(answer, lacks)
+        except httpx.HTTPError as error:
+            await self._ended_with(grpc.StatusCode.UNAVAILABLE, str(error))
+        except EngineGone as gone:
+            await self._ended_with(None, str(gone))
+        return True
+
+    async def _carried(self, answer: httpx.Response, lacks: Callable[[Any], Awaitable[bool]]) -> None:
+        """Read an answer that a proxy brings, as far as it comes here."""
+        unseen: Unseen | None = answer.extensions.get(UNSEEN)
+        self._is_unheard = unseen is not None and not unseen.tells
+        read = Read(0)
+        async for raw in messages_of(answer.aiter_raw()):
+            if self._payload.unary:
+                self._take_whole(raw)
+                return
+            read.size_bytes += len(raw) + PREFIX.size
+            if self._take(raw):
+                return
+            read.tokens, read.token_bytes = self.tokens, len(raw) + PREFIX.size if self.tokens else 0
+        if unseen is not None and unseen.goes_on:
+            self._is_unseen = True
+            await follow(self, unseen, read, self._post, self._heard, lacks, self._broke_off)
+            return
+        code, text = status_in(answer.extensions.get(TRAILERS) or answer.headers)
+        if code is grpc.StatusCode.OK and self.tokens:
+            self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
+        else:
+            await self._ended_with(code, text or "the answer ended before it was complete")
+
+    async def _broke_off(self, cause: str) -> None:
+        await self._ended_with(grpc.StatusCode.UNAVAILABLE, cause)
 
     async def unary(self, pool: StreamPool) -> None:
         """Run as one `ModelInfer` call. Raises CancelledError if it is cancelled."""
@@ -220,11 +280,15 @@ class Run:
             if self.cancelled:
                 self.abandon()
                 return
-            response = wire.ModelInferResponse.FromString(raw)
-            self.tokens = wire.output_tokens(response)
-            self._heard(self.effect.request, self.tokens)
-            self.ticket.deliver(Reply(raw, response, True))
-            self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
+            self._take_whole(raw)
+
+    def _take_whole(self, raw: bytes) -> None:
+        """Deliver the answer to a unary call."""
+        response = wire.ModelInferResponse.FromString(raw)
+        self.tokens = wire.output_tokens(response)
+        self._heard(self.effect.request, self.tokens)
+        self.ticket.deliver(Reply(raw, response, True))
+        self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
 
     async def _stream_closed(self, call: Any) -> None:
         code = await call.code()

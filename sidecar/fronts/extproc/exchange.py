@@ -46,7 +46,7 @@ EVENTS, ORIGIN = "text/event-stream", b"x-lora-backend"
 FULL_DUPLEX = envoy.FULL_DUPLEX_STREAMED
 
 
-class _Phase(Enum):
+class Phase(Enum):
     HELD = "held"
     """Envoy waits to hear where the request goes."""
     SENT = "sent"
@@ -101,12 +101,13 @@ class Exchange:
         self._is_duplex = first.protocol_config.request_body_mode == FULL_DUPLEX
         self._mode = first.protocol_config.response_body_mode
         self._overrides_mode = settings.override_mode and not self._is_duplex
+        self._settings = settings
         self._in_path, self.estimates = settings.in_path, settings.estimates_allowed
         self._writing = asyncio.Lock()
         self._id = secrets.token_hex(8)
         self._mark = {replies.EXCHANGE: self._id, replies.REPLICA: log.replica}
         self._began_s = monotonic()
-        self._phase = _Phase.HELD
+        self._phase = Phase.HELD
         self._pieces: asyncio.Queue[tuple[bytes, bool] | None] = asyncio.Queue()
         """The client's body, each piece with whether more comes; None once the client has left."""
         self._body_has_come = self._has_trailers = False
@@ -128,6 +129,7 @@ class Exchange:
         self._is_own_whole = self._passes = False
         self._served = ""
         """The engine that has answered, if it is not the one that was picked."""
+        self.answer_id = ""
         self.head: Callable[[], Iterable[tuple[bytes, bytes]]] = tuple
         """Returns the headers of an answer that are ours. Set by the front once it has a ticket."""
         self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -135,7 +137,7 @@ class Exchange:
     @property
     def where(self) -> str:
         """A word for where the request is; "answering" also once nothing more is expected."""
-        return self._phase.value if self._phase is not _Phase.CLOSED else _Phase.ANSWERING.value
+        return self._phase.value if self._phase is not Phase.CLOSED else Phase.ANSWERING.value
 
     # What Envoy sends.
 
@@ -151,12 +153,16 @@ class Exchange:
 
     def pass_on(self) -> None:
         """Let the answer go on as it comes, unread."""
-        self._phase, self._passes = _Phase.SENT, True
+        self._phase, self._passes = Phase.SENT, True
 
     async def take(self, message: envoy.ProcessingRequest) -> None:
         """Take another message."""
         kind = message.WhichOneof("request")
-        if kind == "request_body":
+        if kind == "request_body" and self._passes:
+            body = message.request_body
+            for reply in replies.bodies((body.body,), of_request=True, ended=body.end_of_stream):
+                await self._write(reply)
+        elif kind == "request_body":
             await self._take_body(message.request_body)
         elif kind == "request_trailers":
             await self._take_trailers()
@@ -167,11 +173,7 @@ class Exchange:
         elif kind == "response_body":
             await self._take_chunk(message.response_body)
         elif kind == "response_trailers":
-            self._chunks.put_nowait((b"", True))
-            if self._gathers:
-                self.abort("the engine's answer ends with trailers, after which no body can be put in its place")
-            elif self._mode != FULL_DUPLEX:
-                await self._write(Reply(response_trailers=envoy.TrailersResponse()))
+            await self._take_trailers_of_answer(message.response_trailers)
 
     async def _pass(self, message: envoy.ProcessingRequest) -> None:
         """Let an answer go on that is not ours to read."""
@@ -193,8 +195,8 @@ class Exchange:
 
     def left(self) -> None:
         """Note that Envoy has ended the call, as it does when the client leaves."""
-        if self._phase is not _Phase.CLOSED:
-            self._phase = _Phase.CLOSED
+        if self._phase is not Phase.CLOSED:
+            self._phase = Phase.CLOSED
             self._unwatch()
             self._leave()
 
@@ -203,21 +205,30 @@ class Exchange:
             return  # Envoy repeats the end of a large body
         self._body_has_come = body.end_of_stream
         self._pieces.put_nowait((body.body, not body.end_of_stream))
-        while self._pieces.qsize() > CHUNKS_MAX and self._phase is _Phase.HELD:
+        while self._pieces.qsize() > CHUNKS_MAX and self._phase is Phase.HELD:
             self._room.clear()
             await self._room.wait()
 
+    async def _take_trailers_of_answer(self, trailers: envoy.HttpTrailers) -> None:
+        self._chunks.put_nowait((b"", True))
+        if self._gathers:
+            self.abort("the engine's answer ends with trailers, after which no body can be put in its place")
+        elif self._mode != FULL_DUPLEX:
+            await self._write(replies.trailers(()))
+
     async def _take_trailers(self) -> None:
         self._has_trailers = True
+        if self._passes:
+            await self._write(Reply(request_trailers=envoy.TrailersResponse()))
         if not self._body_has_come:
             self._body_has_come = True
             self._pieces.put_nowait((b"", False))
 
     def _take_head(self, message: envoy.ProcessingRequest) -> None:
         self._is_local = heads.is_envoys_own(message)
-        if self._phase is _Phase.HELD:
+        if self._phase is Phase.HELD:
             self._leave()  # Envoy has stopped waiting, and answers the client itself
-        self._phase = _Phase.ANSWERING
+        self._phase = Phase.ANSWERING
         if message.response_headers.end_of_stream:
             self._has_all = True
             self._chunks.put_nowait((b"", True))
@@ -241,6 +252,11 @@ class Exchange:
         else:
             self._let_go()
 
+    @property
+    def hides_tokens(self) -> bool:
+        """True if an answer of several messages goes past us."""
+        return self._mode != FULL_DUPLEX
+
     # The front's connection.
 
     async def receive(self) -> Message:
@@ -255,13 +271,13 @@ class Exchange:
 
     async def send(self, message: Message) -> None:
         """Take the next part of the front's answer."""
-        if self._phase is _Phase.CLOSED:
+        if self._phase is Phase.CLOSED:
             return
         if message["type"] == "http.response.start":
             self._start = message
             return
         body, ended = message["body"], not message.get("more_body", False)
-        if self._phase is _Phase.ANSWERING and self._mode == FULL_DUPLEX and not self._is_local:
+        if self._phase is Phase.ANSWERING and self._mode == FULL_DUPLEX and not self._is_local:
             await self._stream(body, ended)
             return
         self._own.append(body)
@@ -290,13 +306,13 @@ class Exchange:
     async def _answer_instead(self) -> None:
         """Answer in the place of an engine whose head has not come, or is held."""
         assert self._start is not None
-        make = replies.replaced if self._phase is _Phase.ANSWERING and not self._is_local else replies.answered
+        make = replies.replaced if self._phase is Phase.ANSWERING and not self._is_local else replies.answered
         await self._write(make(self._start["status"], self._start["headers"], b"".join(self._own)))
         self._close()
 
     async def _give_gathered(self) -> None:
         """Give the front's answer in the place of the engine's last chunk, once both have come."""
-        if not (self._has_all and self._is_own_whole) or self._phase is _Phase.CLOSED:
+        if not (self._has_all and self._is_own_whole) or self._phase is Phase.CLOSED:
             return
         assert self._start is not None
         if self._start["status"] != self._gone_status:
@@ -309,7 +325,7 @@ class Exchange:
 
     async def redirect(self, body: bytes) -> bool:
         """Send a client's request as it came to the http listener; return False if there is no way to it."""
-        if self._in_path is None or self._phase is not _Phase.HELD:
+        if self._in_path is None or self._phase is not Phase.HELD:
             return False
         self.pass_on()
         if self._is_duplex:
@@ -325,12 +341,12 @@ class Exchange:
         Returns None if Envoy has been told otherwise already, or speaks TLS to no engine: then the request is to be
         sent from here. Raises httpx.HTTPError as a transport does.
         """
-        if self._phase is not _Phase.HELD or request.url.scheme != "http":
+        if self._phase is not Phase.HELD or request.url.scheme != "http":
             return None
         address, body = await heads.address_of(request.url), await heads.content_of(request)
-        if self._phase is not _Phase.HELD:
+        if self._phase is not Phase.HELD:
             return None  # the client has left meanwhile
-        self._phase, self._head = _Phase.SENT, asyncio.get_running_loop().create_future()
+        self._phase, self._head = Phase.SENT, asyncio.get_running_loop().create_future()
         self._watched = self._log.watch(self._id)
         await self._route(address, request, body)
         message = await self._head
@@ -347,7 +363,7 @@ class Exchange:
             await self._write(replies.routed_whole(address, self._mark, added, removed, body))
 
     async def _send_body(self, body: bytes) -> None:
-        for reply in replies.bodies((body,), of_request=True):
+        for reply in replies.bodies((body,), of_request=True, ended=self._body_has_come):
             await self._write(reply)
         if self._has_trailers:
             await self._write(Reply(request_trailers=envoy.TrailersResponse()))
@@ -372,7 +388,7 @@ class Exchange:
                 self._let_go()
             elif self._has_all:
                 self._close()
-        return httpx.Response(status, headers=headers, stream=_Chunks(self._read()), extensions=extensions)
+        return httpx.Response(status, headers=headers, stream=Chunks(self._read()), extensions=extensions)
 
     async def _read(self) -> AsyncIterator[bytes]:
         """Yield the engine's chunks as far as they come here."""
@@ -396,7 +412,7 @@ class Exchange:
 
     def abort(self, why: str) -> None:
         """Have Envoy cut the request, or what there is of its answer."""
-        self._phase = _Phase.CLOSED
+        self._phase = Phase.CLOSED
         self._unwatch()
         if not self.finished.done():
             self.finished.set_exception(Aborted(why))
@@ -412,7 +428,7 @@ class Exchange:
         self._room.set()
 
     def _close(self) -> None:
-        self._phase = _Phase.CLOSED
+        self._phase = Phase.CLOSED
         self._unwatch()
         self._room.set()
         if not self.finished.done():
@@ -423,7 +439,7 @@ class Exchange:
             await self._write_one(reply)
 
 
-class _Chunks(httpx.AsyncByteStream):
+class Chunks(httpx.AsyncByteStream):
     """An answer's body as it comes."""
 
     def __init__(self, chunks: AsyncIterator[bytes]) -> None:

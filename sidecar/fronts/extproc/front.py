@@ -15,7 +15,10 @@ from starlette.types import Receive, Scope, Send
 from sidecar.config.listeners import EndpointPickerListener
 from sidecar.fronts.extproc import heads, replies
 from sidecar.fronts.extproc.access_log import AccessLog
+from sidecar.fronts.extproc.call_exchange import CallExchange
+from sidecar.fronts.extproc.calls import STREAM, UNARY, Call, answer
 from sidecar.fronts.extproc.exchange import Aborted, Elsewhere, Exchange
+from sidecar.fronts.kserve.infer import KServe
 from sidecar.fronts.openai.errors import failure
 from sidecar.proto import envoy_pb2 as envoy
 from sidecar.shell.metrics import PICKED, PickerFigures
@@ -35,16 +38,23 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class Picker:
-    """Answers Envoy by an ASGI application.
+    """Answers Envoy by an ASGI application, and calls by the front of KServe.
 
-    `named` returns the backend at an address, or ""; `replica` is this replica's id, "" if there are no others.
+    A call's message has `message_bytes_max` at most. `named` returns the backend at an address, or ""; `replica` is
+    this replica's id, "" if there are no others.
     """
 
     def __init__(
-        self, app: Application, settings: EndpointPickerListener, named: Callable[[str], str], replica: str
+        self,
+        app: Application,
+        kserve: KServe,
+        settings: EndpointPickerListener,
+        message_bytes_max: int,
+        named: Callable[[str], str],
+        replica: str,
     ) -> None:
-        self._app = app
-        self._settings = settings
+        self._app, self._kserve = app, kserve
+        self._settings, self._message_bytes_max = settings, message_bytes_max
         self.log = AccessLog(replica)
         self._answering: set[asyncio.Task[None]] = set()
         self._exchanges: set[Exchange] = set()
@@ -95,13 +105,21 @@ class Picker:
             refused = failure(500, trouble, "gateway_mode")
             await context.write(replies.answered(refused.status, refused.headers, refused.body))
             return
-        if heads.is_call(first):
-            await context.write(replies.refused_call(grpc.StatusCode.UNIMPLEMENTED.value[0], NO_CALLS))
+        asked = first, context.write, self.log, self._elsewhere, self._settings
+        peer = _peer_of(context.peer())
+        exchange: Exchange
+        if not heads.is_call(first):
+            exchange = Exchange(*asked)
+            work = self._app(heads.scope_of(first, peer, exchange), exchange.receive, exchange.send)
+        elif (method := heads.path_of(first)) in (UNARY, STREAM):
+            exchange = CallExchange(method == UNARY, *asked)
+            call = Call(exchange, first, peer, self._message_bytes_max)
+            work = answer(self._kserve, call, method, exchange.hides_tokens)
+        else:
+            await context.write(replies.ended_call(grpc.StatusCode.UNIMPLEMENTED.value[0], NO_CALLS))
             return
-        exchange = Exchange(first, context.write, self.log, self._elsewhere, self._settings)
         self._exchanges.add(exchange)
-        scope = heads.scope_of(first, _peer_of(context.peer()), exchange)
-        answering = asyncio.create_task(self._answer(scope, exchange))
+        answering = asyncio.create_task(_to_its_end(work, exchange))
         self._answering.add(answering)
         answering.add_done_callback(self._answering.discard)
         reading = asyncio.create_task(_read(context, exchange))
@@ -129,17 +147,18 @@ class Picker:
             if not exchange.finished.done():
                 message = await context.read()
 
-    async def _answer(self, scope: Scope, exchange: Exchange) -> None:
-        try:
-            await self._app(scope, exchange.receive, exchange.send)
-        except Exception:
-            logger.exception("an exchange with Envoy broke")
-            exchange.abort("the sidecar failed")
-
     async def _take_logs(self, messages: AsyncIterator[envoy.AccessLogMessage], context: Any) -> envoy.Received:
         async for message in messages:
             self.log.take(message)
         return envoy.Received()
+
+
+async def _to_its_end(work: Awaitable[None], exchange: Exchange) -> None:
+    try:
+        await work
+    except Exception:
+        logger.exception("an exchange with Envoy broke")
+        exchange.abort("the sidecar failed")
 
 
 async def _read(context: Any, exchange: Exchange) -> None:

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Iterable
 from time import monotonic
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import httpx
 from starlette.types import Scope
@@ -36,7 +36,7 @@ _OF_HTTP = frozenset(
 
 def scope_of(first: envoy.ProcessingRequest, peer: str, carrier: Any) -> Scope:
     """Return the ASGI scope of a request. `peer` is Envoy's address as HOST:PORT, if nobody tells the client's."""
-    peer = _attribute(first, SOURCE) or peer
+    peer = client_of(first) or peer
     headers = [(name.encode("latin-1"), value) for name, value in pairs(first.request_headers.headers)]
     pseudo = dict(headers)
     path, _, query = pseudo.get(b":path", b"/").partition(b"?")
@@ -54,6 +54,15 @@ def scope_of(first: envoy.ProcessingRequest, peer: str, carrier: Any) -> Scope:
         "client": (host, int(port)) if port.isdigit() else None,
         "state": {PEER: (), CROWDED: False, CARRIER: carrier, SUBSET: subset_of(first)},
     }
+
+
+def client_of(first: envoy.ProcessingRequest) -> str:
+    """Return the client's address as HOST:PORT; "" if the gateway does not tell."""
+    return _attribute(first, SOURCE)
+
+
+def path_of(first: envoy.ProcessingRequest) -> str:
+    return dict(pairs(first.request_headers.headers)).get(":path", b"").decode("latin-1")
 
 
 def pairs(headers: envoy.HeaderMap) -> Iterable[tuple[str, bytes]]:
@@ -106,6 +115,11 @@ def answer_of(message: envoy.ProcessingRequest) -> tuple[int, httpx.Headers]:
     return status, httpx.Headers(
         [(name.encode(), value) for name, value in found if not name.startswith(":") and name != "content-length"]
     )
+
+
+def escaped(text: str) -> bytes:
+    """Return a status's text as gRPC writes it in trailers."""
+    return quote(text, safe=" !\"#$&'()*+,/:;<=>?@[]^`{|}~").encode()
 
 
 def details_of(message: envoy.ProcessingRequest) -> str:

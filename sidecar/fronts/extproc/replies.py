@@ -123,12 +123,21 @@ def answered(status: int, headers: Headers, body: bytes) -> Reply:
     return reply
 
 
-def refused_call(code: int, text: str) -> Reply:
-    """Answer a gRPC call with a status."""
+def ended_call(code: int, text: str, trailers: Headers = ()) -> Reply:
+    """Answer a gRPC call with a status alone."""
     reply = Reply()
-    reply.immediate_response.status.code = 200
-    reply.immediate_response.grpc_status.status = code
-    reply.immediate_response.body = text.encode()
+    immediate = reply.immediate_response
+    immediate.status.code = 200
+    immediate.grpc_status.status = code
+    immediate.body = text.encode()  # Envoy makes the status's text of it
+    _set(immediate.headers, trailers)
+    return reply
+
+
+def trailers(changes: Headers) -> Reply:
+    """Let the trailers of an answer go, with ours."""
+    reply = Reply(response_trailers=envoy.TrailersResponse())
+    _set(reply.response_trailers.header_mutation, changes)
     return reply
 
 

@@ -23,7 +23,7 @@ import grpc.aio
 
 from sidecar.access.access import Caller, unknown
 from sidecar.backends import wire
-from sidecar.backends.api import Reply, Ticket
+from sidecar.backends.api import Carrier, Reply, Ticket
 from sidecar.config import Config
 from sidecar.core.effects import Settle
 from sidecar.errors import Reason, Refused, SidecarError
@@ -107,6 +107,10 @@ class KServe:
             if stream is not None:
                 stream.lifetime.check()
             ticket = self.gateway.submit(asked.facts, asked.payload, request_id, caller, asked.text)
+            carrier: Carrier | None = getattr(context, "carrier", None)
+            if carrier is not None:  # its run may have been started, and sends nothing before the loop runs again
+                carrier.answer_id, ticket.carrier = client_id, carrier
+                carrier.head = lambda: self._head(ticket)
         except SidecarError as error:
             if not request_id:
                 own = id_in(raw)
@@ -151,6 +155,11 @@ class KServe:
         facts.is_estimated = asked.is_text
         asked.payload, asked.hidden_regions = payload, hidden
         return asked, caller
+
+    def _head(self, ticket: Ticket) -> list[tuple[bytes, bytes]]:
+        """Return the headers of an answer of which the trailers may not be ours."""
+        origin = relay.origin_metadata(ticket, self.hide_backend)
+        return [(name.encode(), str(value).encode()) for name, value in origin if value]
 
     def close(self, live: Live) -> None:
         self.live.remove(live)

@@ -70,12 +70,13 @@ async def test_unary_calls_work(tmp_path: Path) -> None:
         assert result.as_numpy("output_ids").ravel().tolist() == served.expected(name, 4)
 
 
-async def test_calls_that_a_gateway_asks_about_are_refused_by_the_way_out(tmp_path: Path) -> None:
-    name = write_adapters(tmp_path / "adapters", 1)[0]
+async def test_verbs_that_no_engine_answers_are_refused_by_the_way_out(tmp_path: Path) -> None:
+    """A gateway that asks the picker about other verbs than inference has to route them."""
+    write_adapters(tmp_path / "adapters", 1)
     async with (
         behind_envoy(tmp_path, False, decoupled=False) as (_, envoy),
         triton_aio.InferenceServerClient(envoy.address) as client,
     ):
         with pytest.raises(InferenceServerException, match="data listener") as refused:
-            await client.infer(CORE, core_inputs(streaming=False), parameters={"lora_name": name})
+            await client.get_model_metadata(CORE)
         assert refused.value.status() == "StatusCode.UNIMPLEMENTED"

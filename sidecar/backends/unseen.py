@@ -1,0 +1,85 @@
+"""Follow an answer of which the rest goes past this process: count its tokens by bytes, and tell the core its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sidecar.backends.api import Ending, Sighting, Unseen
+from sidecar.core.enums import Fault, Seen
+from sidecar.core.events import ClientLeft, Event, FirstToken, RunEnded, RunFailed
+
+QUIET_S = 10.0
+"""How long nothing is told of an answer that goes past us before its engine is asked."""
+
+
+@dataclass
+class Read:
+    """What has been read of an answer: its bytes and tokens, and the bytes that a token takes, as in the last message.
+
+    `tail_bytes` are those of what follows the last token.
+    """
+
+    tail_bytes: int
+    size_bytes: int = 0
+    tokens: int = 0
+    token_bytes: int = 0
+
+    def tokens_at(self, sighting: Sighting) -> int:
+        """Return an estimate of the tokens of an answer of which so many bytes have gone past."""
+        left_bytes = sighting.body_bytes - self.size_bytes
+        if sighting.ending is Ending.WHOLE:
+            left_bytes -= self.tail_bytes
+        return self.tokens + (round(left_bytes / self.token_bytes) if self.token_bytes and left_bytes > 0 else 0)
+
+
+async def follow(
+    run: Any,
+    unseen: Unseen,
+    read: Read,
+    post: Callable[[Event], None],
+    heard: Callable[[int, int], None],
+    lacks: Callable[[Any], Awaitable[bool]],
+    broke: Callable[[str], Awaitable[None]],
+) -> None:
+    """Follow a run's answer until its end is told, or its engine has it no longer (`lacks`), and post that.
+
+    `broke(cause)` ends a run whose engine broke off.
+    """
+    run.waits_for_client = True  # nothing has to come from the engine
+    key = run.effect.request, run.effect.attempt
+    if not read.token_bytes:
+        post(FirstToken(*key, not unseen.tells))
+    try:
+        while (sighting := await _next_of(run, unseen, lacks)) is not None:
+            tokens = max(run.tokens, read.tokens_at(sighting))
+            heard(run.effect.request, tokens - run.tokens)
+            run.tokens = tokens
+            if sighting.ending is Ending.BROKE:
+                await broke(sighting.cause)
+                return
+            if sighting.ending is Ending.LATE:
+                text = f"the proxy's timeout ended the answer: {sighting.cause}"
+                post(RunFailed(*key, Fault.REJECTED, text, run.tokens))
+                return
+            if sighting.ending is not None:
+                if sighting.ending is Ending.CLIENT_LEFT:
+                    post(ClientLeft(run.effect.request))
+                post(RunEnded(*key, run.tokens, Seen.ESTIMATED))
+                return
+    finally:
+        unseen.close()
+    post(RunEnded(*key, run.tokens, Seen.NOTHING))
+
+
+async def _next_of(run: Any, unseen: Unseen, lacks: Callable[[Any], Awaitable[bool]]) -> Sighting | None:
+    """Return the next thing that is seen of an answer; None once its end must be lost."""
+    while True:
+        try:
+            async with asyncio.timeout(QUIET_S):
+                return await unseen.next()
+        except TimeoutError:
+            if unseen.is_lost or await lacks(run):
+                return None

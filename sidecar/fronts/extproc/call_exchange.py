@@ -1,0 +1,108 @@
+"""One gRPC call that Envoy asks about: an exchange whose answer has messages and, at its end, a status in trailers.
+
+No trailers can be added to an answer that has none, so a call whose engine ended it by a status alone can only end by a
+status. Else the status and the trailing metadata of the front take the place of the engine's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import httpx
+
+from sidecar.backends.api import TRAILERS, UNREAD, UNSEEN
+from sidecar.backends.triton.framing import PREFIX, Frames
+from sidecar.fronts.extproc import heads, replies
+from sidecar.fronts.extproc.exchange import FULL_DUPLEX, Chunks, Exchange, Phase
+from sidecar.proto import envoy_pb2 as envoy
+
+STATUS, TEXT = "grpc-status", "grpc-message"
+ERROR_FIRST = 0x0A
+"""The first byte of a stream's message that reports an error: that field comes first."""
+OK, UNAVAILABLE = 0, 14
+
+
+class CallExchange(Exchange):
+    """One call. `is_unary` says that its answer is one message, which comes here whole."""
+
+    def __init__(self, is_unary: bool, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._is_unary = is_unary
+        self._in_path = self._settings.in_path_grpc
+        self._frames = Frames()
+        self._trailers: dict[str, str] = {}
+        self._trailers_have_come = self._is_held = False
+        """The engine's trailers are here; its first message reports an error, and is held."""
+        self._ending: list[tuple[bytes, bytes]] | None = None
+        """The front's status and trailing metadata."""
+
+    async def end(self, code: int, text: str, metadata: Iterable[tuple[bytes, bytes]]) -> None:
+        """End the call with the front's status."""
+        if self._phase is Phase.CLOSED:
+            return
+        if self._gone_status is None:
+            if code == OK:
+                code, text = UNAVAILABLE, "the engine's own status could not be taken back; send the request again"
+            await self._write(replies.ended_call(code, text, metadata))
+            self._close()
+            return
+        self._ending = [(STATUS.encode(), str(code).encode()), (TEXT.encode(), heads.escaped(text)), *metadata]
+        self._is_own_whole = True
+        if self._is_held or self._gathers:
+            await self._give_gathered()
+        await self._end_by_trailers()
+
+    async def _give_gathered(self) -> None:
+        ready = self._is_own_whole and (self._is_held or self._has_all)
+        if ready and self._own:
+            body, self._own = b"".join(self._own), []
+            await self._write(replies.chunk(body))
+
+    async def _take_chunk(self, chunk: envoy.HttpBody) -> None:
+        if self._mode == FULL_DUPLEX:
+            await super()._take_chunk(chunk)
+            return
+        self._chunks.put_nowait((chunk.body, chunk.end_of_stream))
+        if self._gathers:
+            self._has_all = self._has_all or bool(self._frames.take(chunk.body))
+            if self._has_all:
+                await self._give_gathered()
+            else:
+                await self._write(replies.chunk(b""))
+        elif chunk.body[PREFIX.size : PREFIX.size + 1] == bytes((ERROR_FIRST,)):
+            self._is_held = True  # what the front says takes its place
+            await self._give_gathered()
+        else:
+            await self._write(replies.chunk(None))
+            self._let_go()
+
+    async def _take_trailers_of_answer(self, trailers: envoy.HttpTrailers) -> None:
+        self._trailers |= {name: value.decode("latin-1") for name, value in heads.pairs(trailers.trailers)}
+        self._trailers_have_come = True
+        self._chunks.put_nowait((b"", True))
+        await self._end_by_trailers()
+
+    async def _end_by_trailers(self) -> None:
+        """Let the trailers go once the engine's are here and the front's are known."""
+        if self._trailers_have_come and self._ending is not None and self._phase is not Phase.CLOSED:
+            await self._write(replies.trailers(self._ending))
+            self._close()
+
+    async def _answer_of(self, message: envoy.ProcessingRequest, request: httpx.Request) -> httpx.Response:
+        status, headers = heads.answer_of(message)
+        if self._is_local:
+            raise httpx.ConnectError(f"Envoy did not reach it: {status} {heads.details_of(message)}", request=request)
+        if STATUS in headers or message.response_headers.end_of_stream or status != httpx.codes.OK:
+            # A status alone: it is held, since the request may be sent again.
+            return httpx.Response(status, headers=headers, content=b"", extensions={UNREAD: True})
+        extensions: dict[str, Any] = {TRAILERS: self._trailers}
+        if self._mode != FULL_DUPLEX:
+            self._gathers = self._is_unary and self._mode != envoy.NONE
+            self._gone_status = status
+            if not self._gathers:
+                extensions[UNSEEN] = self._watched
+            await self._write(replies.head(None, self._told(self.head())))
+            if self._mode == envoy.NONE:
+                self._let_go()
+        return httpx.Response(status, headers=headers, stream=Chunks(self._read()), extensions=extensions)

@@ -1,0 +1,185 @@
+"""KServe's inference calls that Envoy asks about, answered by the same front as those of the data listener."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import AsyncIterator, Iterable
+from time import monotonic
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+
+from sidecar.access.principal import Action, Purpose
+from sidecar.backends import wire
+from sidecar.backends.triton.framing import Compressed, Frames, framed
+from sidecar.errors import Reason, Refused, SidecarError
+from sidecar.fronts import callers
+from sidecar.fronts.extproc import heads
+from sidecar.fronts.extproc.call_exchange import CallExchange
+from sidecar.fronts.kserve.infer import KServe
+from sidecar.fronts.status import Metadata, status_of_error
+from sidecar.proto import envoy_pb2 as envoy
+
+UNARY, STREAM = f"{wire.SERVICE}/ModelInfer", f"{wire.SERVICE}/ModelStreamInfer"
+HALF_CLOSED_S = 0.1
+"""How long after a stream's first message its client may take to say that there is no other."""
+UNITS_S = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
+"""Of gRPC's timeouts."""
+OPEN = (
+    "the gateway cannot carry a stream that stays open, or whose tokens count for a budget; close your side after the "
+    "request, or have the operator set listeners.endpoint_picker.in_path_grpc"
+)
+_OWN = frozenset(("te", "content-type", "grpc-timeout", "grpc-encoding", "grpc-accept-encoding", "user-agent"))
+END: Any = grpc.aio.EOF  # type: ignore[attr-defined]
+
+
+class CallEnded(Exception):
+    """The call has ended with a status of the front's."""
+
+
+class Redirected(Exception):
+    """The call goes to the data listener."""
+
+
+class Call:
+    """A call as a servicer's context. `carrier` takes its request to an engine."""
+
+    def __init__(self, exchange: CallExchange, first: envoy.ProcessingRequest, peer: str, size_bytes_max: int) -> None:
+        self.carrier = exchange
+        self._exchange = exchange
+        self._peer = heads.client_of(first) or peer
+        self._size_bytes_max = size_bytes_max
+        self._frames = Frames()
+        self._messages: list[bytes] = []
+        self._so_far: list[bytes] = []
+        self._is_whole = False
+        self._trailing: Metadata = ()
+        self._has_begun = False
+        found = dict(heads.pairs(first.request_headers.headers))
+        self._ends_s = _timeout_s(found.get("grpc-timeout", b"").decode("latin-1"))
+        self._began_s = monotonic()
+        self._metadata = tuple(
+            (name, base64.b64decode(value + b"==") if name.endswith("-bin") else value.decode("latin-1"))
+            for name, value in found.items()
+            if name[:1] != ":" and name not in _OWN
+        )
+
+    # As a servicer's context.
+
+    def invocation_metadata(self) -> Any:
+        return self._metadata
+
+    def peer(self) -> str:
+        return f"ipv4:{self._peer}" if self._peer else "unix:"
+
+    def auth_context(self) -> dict[str, Any]:
+        return {}
+
+    def time_remaining(self) -> float | None:
+        return None if self._ends_s is None else max(0.0, self._began_s + self._ends_s - monotonic())
+
+    def set_trailing_metadata(self, metadata: Metadata) -> None:
+        self._trailing = metadata
+
+    async def write(self, raw: bytes) -> None:
+        """Write a message of the answer."""
+        if not self._has_begun:
+            self._has_begun = True
+            start = [(b"content-type", b"application/grpc"), *self._exchange.head()]
+            await self._exchange.send({"type": "http.response.start", "status": 200, "headers": start})
+        await self._exchange.send({"type": "http.response.body", "body": framed(raw), "more_body": True})
+
+    async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = ()) -> NoReturn:
+        """End the call with a status."""
+        await self._exchange.end(code.value[0], details, _wire(trailing_metadata))
+        raise CallEnded
+
+    # Its messages.
+
+    async def one(self) -> bytes:
+        """Return the message of a unary call."""
+        while not self._messages:
+            if self._is_whole:
+                await self.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call ended without a message; send one")
+            await self._read()
+        return self._messages.pop(0)
+
+    async def messages(self, must_see: bool) -> AsyncIterator[bytes]:
+        """Yield the message of a stream that is closed after it; raise Redirected for another, or if `must_see`."""
+        first = await self.one()
+        try:
+            async with asyncio.timeout(HALF_CLOSED_S):
+                while not self._is_whole and not self._messages:
+                    await self._read()
+        except TimeoutError:
+            pass
+        if must_see or not self._is_whole or self._messages:
+            if await self._exchange.redirect(b"".join(self._so_far)):
+                raise Redirected
+            await self.abort(grpc.StatusCode.FAILED_PRECONDITION, OPEN)
+        self._so_far.clear()
+        yield first
+
+    async def _read(self) -> None:
+        piece = await self._exchange.receive()
+        if piece["type"] == "http.disconnect":
+            raise CallEnded
+        self._so_far.append(piece["body"])
+        self._is_whole = not piece["more_body"]
+        try:
+            self._messages += self._frames.take(piece["body"])
+        except Compressed:
+            await self.abort(grpc.StatusCode.UNIMPLEMENTED, "messages must not be compressed")
+        if self._frames.size_bytes > self._size_bytes_max:
+            text = f"the message is longer than {self._size_bytes_max} bytes (listeners.data.message_bytes_max)"
+            await self.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+
+    async def ended(self) -> None:
+        """End the call well."""
+        await self._exchange.end(0, "", _wire(self._trailing))
+
+
+async def answer(kserve: KServe, call: Call, method: str, hides_tokens: bool) -> None:
+    """Answer a call as the data listener does."""
+    callers.CALL_ID.set(callers.made_id())
+    callers.HEADERS.set(call.invocation_metadata())
+    gateway, told = kserve.gateway, kserve.hiding.context(call)
+    try:
+        purpose = Purpose(callers.id_of_call(call), Action.INFER)
+        callers.CALLER.set(await gateway.access.identify(callers.presented(call, method), purpose))
+        if not gateway.takes_requests:
+            raise Refused(Reason.NO_BACKEND, "no engine is ready; try again later", retry_after_s=1.0)
+        if method == UNARY:
+            await call.write(await kserve.infer(await call.one(), told))
+        else:
+            budgets = gateway.access.budgets
+            are_counted = budgets is not None and budgets.count_tokens and not call.carrier.estimates
+            is_encrypted = any(backend.is_encrypted for backend in gateway.backends.values())
+            must_see = (hides_tokens and are_counted) or is_encrypted
+            await kserve.stream_infer(call.messages(must_see), told)
+        await call.ended()
+    except SidecarError as error:
+        try:
+            await told.abort(*status_of_error(error, callers.id_of_call(call)))
+        except CallEnded:
+            return
+    except (CallEnded, Redirected):
+        return
+    except BaseExceptionGroup as errors:
+        if errors.split((CallEnded, Redirected))[1] is not None:
+            raise
+
+
+def _timeout_s(text: str) -> float | None:
+    """Return a timeout in seconds; None without one."""
+    return int(text[:-1]) * UNITS_S[text[-1]] if text[-1:] in UNITS_S and text[:-1].isdigit() else None
+
+
+def _wire(metadata: Iterable[tuple[str, str | bytes]]) -> list[tuple[bytes, bytes]]:
+    """Return metadata as HTTP/2 has it: a binary value in base64."""
+    return [
+        (name.encode(), base64.b64encode(value).rstrip(b"=") if isinstance(value, bytes) else value.encode())
+        for name, value in metadata
+    ]
