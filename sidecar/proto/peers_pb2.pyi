@@ -75,10 +75,12 @@ class CarriedHead(_message.Message):
     def __init__(self, status: _Optional[int] = ..., headers: _Optional[_Iterable[_Union[ForwardedMetadata, _Mapping]]] = ..., is_unread: _Optional[bool] = ...) -> None: ...
 
 class CarriedEnd(_message.Message):
-    __slots__ = ("goes_on",)
+    __slots__ = ("goes_on", "trailers")
     GOES_ON_FIELD_NUMBER: _ClassVar[int]
+    TRAILERS_FIELD_NUMBER: _ClassVar[int]
     goes_on: bool
-    def __init__(self, goes_on: _Optional[bool] = ...) -> None: ...
+    trailers: _containers.RepeatedCompositeFieldContainer[ForwardedMetadata]
+    def __init__(self, goes_on: _Optional[bool] = ..., trailers: _Optional[_Iterable[_Union[ForwardedMetadata, _Mapping]]] = ...) -> None: ...
 
 class Sighting(_message.Message):
     __slots__ = ("exchange", "body_bytes", "ending", "cause", "served")
@@ -123,7 +125,7 @@ class ForwardReplies(_message.Message):
     def __init__(self, replies: _Optional[_Iterable[_Union[ForwardReply, _Mapping]]] = ..., dispatched: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
-    __slots__ = ("member", "backend", "adapter", "tenant", "klass", "input_tokens", "output_tokens_max", "deadline_s", "session", "size_bytes", "client_id", "payload", "number", "sequences", "versions", "is_estimated", "peer", "traceparent", "tracestate", "waited_ns", "is_carried")
+    __slots__ = ("member", "backend", "adapter", "tenant", "klass", "input_tokens", "output_tokens_max", "deadline_s", "session", "size_bytes", "client_id", "payload", "number", "sequences", "versions", "is_estimated", "peer", "traceparent", "tracestate", "waited_ns", "is_carried", "answer_id")
     MEMBER_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
@@ -145,6 +147,7 @@ class ForwardRequest(_message.Message):
     TRACESTATE_FIELD_NUMBER: _ClassVar[int]
     WAITED_NS_FIELD_NUMBER: _ClassVar[int]
     IS_CARRIED_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_ID_FIELD_NUMBER: _ClassVar[int]
     member: str
     backend: str
     adapter: str
@@ -166,7 +169,8 @@ class ForwardRequest(_message.Message):
     tracestate: str
     waited_ns: int
     is_carried: bool
-    def __init__(self, member: _Optional[str] = ..., backend: _Optional[str] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., klass: _Optional[str] = ..., input_tokens: _Optional[int] = ..., output_tokens_max: _Optional[int] = ..., deadline_s: _Optional[float] = ..., session: _Optional[str] = ..., size_bytes: _Optional[int] = ..., client_id: _Optional[str] = ..., payload: _Optional[_Union[ForwardedPayload, _Mapping]] = ..., number: _Optional[int] = ..., sequences: _Optional[int] = ..., versions: _Optional[_Union[Ordinals, _Mapping]] = ..., is_estimated: _Optional[bool] = ..., peer: _Optional[str] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., waited_ns: _Optional[int] = ..., is_carried: _Optional[bool] = ...) -> None: ...
+    answer_id: str
+    def __init__(self, member: _Optional[str] = ..., backend: _Optional[str] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., klass: _Optional[str] = ..., input_tokens: _Optional[int] = ..., output_tokens_max: _Optional[int] = ..., deadline_s: _Optional[float] = ..., session: _Optional[str] = ..., size_bytes: _Optional[int] = ..., client_id: _Optional[str] = ..., payload: _Optional[_Union[ForwardedPayload, _Mapping]] = ..., number: _Optional[int] = ..., sequences: _Optional[int] = ..., versions: _Optional[_Union[Ordinals, _Mapping]] = ..., is_estimated: _Optional[bool] = ..., peer: _Optional[str] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., waited_ns: _Optional[int] = ..., is_carried: _Optional[bool] = ..., answer_id: _Optional[str] = ...) -> None: ...
 
 class Ordinals(_message.Message):
     __slots__ = ("ordinals",)

@@ -209,7 +209,7 @@ class Answers:
         ticket = PassedOn(number, payload, request.client_id, self, request.number)
         ticket.peer = request.peer
         if request.is_carried:
-            ticket.carrier = RemoteCarrier(ticket.send_carriage)
+            ticket.carrier = RemoteCarrier(ticket.send_carriage, request.answer_id)
         self._tickets[request.number] = ticket
         return ticket
 

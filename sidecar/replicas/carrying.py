@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from sidecar.backends.api import UNREAD, UNSEEN, Carrier, Ending, Sighting, Unseen
+from sidecar.backends.api import TRAILERS, UNREAD, UNSEEN, Carrier, Ending, Sighting, Unseen
 from sidecar.proto import peers_pb2
 
 Tell = Callable[[Any], None]
@@ -20,12 +20,13 @@ Tell = Callable[[Any], None]
 class RemoteCarrier:
     """The owner's end. `send` sends a carriage to the replica that received the request."""
 
-    answer_id = ""
     estimates = True  # the receiving replica has decided that it may be carried
     head: Callable[[], Iterable[tuple[bytes, bytes]]] = tuple
 
-    def __init__(self, send: Tell) -> None:
+    def __init__(self, send: Tell, answer_id: str) -> None:
         self._send = send
+        self.answer_id = answer_id
+        self._trailers: dict[str, str] = {}
         self._brought: asyncio.Queue[Any] = asyncio.Queue()
         self._unseen = _RemoteUnseen()
 
@@ -51,12 +52,15 @@ class RemoteCarrier:
             raise httpx.ConnectError(first.failed, request=request)
         fields = [(each.key, each.value) for each in first.head.headers]
         extensions: dict[str, Any] = {UNREAD: True} if first.head.is_unread else {UNSEEN: self._unseen}
+        if not first.head.is_unread:
+            extensions[TRAILERS] = self._trailers
         return httpx.Response(first.head.status, headers=fields, stream=_Chunks(self._chunks()), extensions=extensions)
 
     async def _chunks(self) -> AsyncIterator[bytes]:
         while (carried := await self._brought.get()).WhichOneof("brought") == "chunk":
             yield carried.chunk
         self._unseen.goes_on = carried.end.goes_on
+        self._trailers |= {each.key: each.value for each in carried.end.trailers}
 
 
 class _RemoteUnseen:
@@ -114,7 +118,10 @@ async def carry(
         return None
     unseen: Unseen | None = answer.extensions.get(UNSEEN)
     goes_on = unseen is not None and unseen.goes_on
-    tell(peers_pb2.Carried(number=number, end=peers_pb2.CarriedEnd(goes_on=goes_on)))
+    end = peers_pb2.CarriedEnd(goes_on=goes_on)
+    for key, value in (answer.extensions.get(TRAILERS) or {}).items():
+        end.trailers.add(key=key, value=value)
+    tell(peers_pb2.Carried(number=number, end=end))
     if unseen is None or not goes_on:
         return None
     begun(True)

@@ -41,6 +41,7 @@ def forwarded(member: str, backend: str, facts: RequestFacts, ticket: Ticket, le
         is_estimated=facts.is_estimated,
         waited_ns=facts.waited_ns,
         is_carried=ticket.carrier is not None,
+        answer_id="" if ticket.carrier is None else ticket.carrier.answer_id,
         payload=peers_pb2.ForwardedPayload(
             model=payload.model,
             kind=payload.kind,

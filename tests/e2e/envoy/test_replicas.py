@@ -4,22 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
 import httpx
 import pytest
+from tritonclient.grpc import service_pb2_grpc
 
 from sidecar.core.events import RunEnded
 from tests.e2e.envoy.house import ENGINE, LANES, SIZES, Clients
 from tests.e2e.envoy.server import EnvoyServer
+from tests.e2e.envoy.test_calls import tokens_of
+from tests.kit.emulated import core_request, running_engine, set_parameter
 from tests.kit.redis_servers import running
 from tests.kit.replica_pool import CALM_S, replicas
 from tests.kit.serving import Serving, until, write_adapters
 from tests.kit.trtllm_emulated import BASE_CONFIG
 from tests.kit.vllm_emulated import VllmProcess
+
+
+def among(pickers: list[str]) -> Callable[[dict[str, Any]], None]:
+    """Return what changes a bootstrap so that any of several replicas is asked."""
+
+    def change(record: dict[str, Any]) -> None:
+        cluster = next(each for each in record["static_resources"]["clusters"] if each["name"] == "sidecar")
+        cluster["load_assignment"]["endpoints"][0]["lb_endpoints"] = [
+            {"endpoint": {"address": {"socket_address": {"address": host, "port_value": int(port)}}}}
+            for host, _, port in (picker.rpartition(":") for picker in pickers)
+        ]
+
+    return change
 
 
 @asynccontextmanager
@@ -48,14 +65,7 @@ async def pool_behind_envoy(
         )  # fmt: skip
         pickers = [served.sidecar.endpoint_picker_address for served in pool]
 
-        def all_pickers(record: dict[str, Any]) -> None:
-            cluster = next(each for each in record["static_resources"]["clusters"] if each["name"] == "sidecar")
-            cluster["load_assignment"]["endpoints"][0]["lb_endpoints"] = [
-                {"endpoint": {"address": {"socket_address": {"address": host, "port_value": int(port)}}}}
-                for host, _, port in (picker.rpartition(":") for picker in pickers)
-            ]
-
-        envoy = EnvoyServer(folder / "envoy", pickers[0], request_mode, response_mode, all_pickers)
+        envoy = EnvoyServer(folder / "envoy", pickers[0], request_mode, response_mode, among(pickers))
         await stack.enter_async_context(envoy)
         http = httpx.AsyncClient(base_url=f"http://{envoy.address}", timeout=60.0, trust_env=False)
         await stack.enter_async_context(http)
@@ -80,3 +90,38 @@ async def test_the_owner_decides_whichever_replica_envoy_asks(tmp_path: Path, la
         assert sum(served.sidecar.replica.router.forwards for served in pool) > 0
         ended = [event for served in pool for event in served.recorder.events if isinstance(event, RunEnded)]
         assert {event.seen.value for event in ended} <= {"all", "estimated"}
+
+
+@pytest.mark.parametrize("lane", ["duplex-streamed", "duplex-duplex"])
+async def test_calls_are_decided_by_the_owner_too(tmp_path: Path, lane: str) -> None:
+    """A stream of one request has its client's id and its adapter's tokens, whichever replica is asked."""
+    names = write_adapters(tmp_path / "adapters", 2)
+    request_mode, response_mode, listener = LANES[lane]
+    free = {"address": "127.0.0.1:0"}
+    listeners = {"data": free, "admin": free, "http": free, "endpoint_picker": free | listener}
+    async with (
+        running(tmp_path / "redis") as redis,
+        running_engine(compute="none", time_scale=0.1) as one,
+        running_engine(compute="none", time_scale=0.1) as two,
+        replicas(2, redis.url, [one, two], tmp_path / "adapters", lease_s=CALM_S, listeners=listeners) as pool,
+    ):
+        pickers = [served.sidecar.endpoint_picker_address for served in pool]
+        envoy = EnvoyServer(tmp_path / "envoy", pickers[0], request_mode, response_mode, among(pickers))
+        async with envoy, grpc.aio.insecure_channel(envoy.address) as channel:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+
+            async def ask(number: int) -> None:
+                name, tokens = names[number % 2], (2, 30)[number // 2 % 2]
+                request = core_request("hello", tokens, streaming=True, request_id=f"r{number}")
+                set_parameter(request, "lora_name", name)
+                messages = [message async for message in stub.ModelStreamInfer(aiter_of(request), timeout=60)]
+                assert tokens_of(messages) == pool[0].expected(name, tokens)
+                assert {message.infer_response.id for message in messages} == {f"r{number}"}
+
+            await asyncio.gather(*(ask(number) for number in range(12)))
+            await until(lambda: all(not served.state.requests for served in pool))
+        assert sum(served.sidecar.replica.router.forwards for served in pool) > 0
+
+
+async def aiter_of(request: Any) -> AsyncIterator[Any]:
+    yield request
