@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from urllib.parse import unquote
 
 import grpc
@@ -21,7 +22,7 @@ def test_messages_come_out_as_they_went_in_however_they_are_cut(messages: list[b
     body = b"".join(map(framed, messages))
     places = sorted({0, len(body), *(cut for cut in cuts if cut < len(body))})
     frames, found = Frames(), []
-    for begin, end in zip(places, places[1:], strict=False):
+    for begin, end in itertools.pairwise(places):
         found += frames.take(body[begin:end])
     assert found == messages
     assert frames.size_bytes == 0
