@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Self
@@ -62,9 +63,11 @@ class QuickClient(asyncio.Protocol):
             self._transport.abort()
             self._transport = None
 
-    async def stream(self, model: str, prompt: str, tokens: int, **headers: str) -> Answer:
+    async def stream(
+        self, model: str, prompt: str, tokens: int, fields: Mapping[str, Any] | None = None, **headers: str
+    ) -> Answer:
         """Ask for a streamed completion and read it to its end, or to the connection's."""
-        body = {"model": model, "prompt": prompt, "max_tokens": tokens, "stream": True}
+        body = {"model": model, "prompt": prompt, "max_tokens": tokens, "stream": True, **(fields or {})}
         return await self.post("/v1/completions", json.dumps(body).encode(), **headers)
 
     async def post(self, path: str, body: bytes, **headers: str) -> Answer:
