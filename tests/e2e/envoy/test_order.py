@@ -25,9 +25,10 @@ from tests.kit.serving import write_adapters
 from tests.kit.trtllm_emulated import BASE_CONFIG
 from tests.kit.vllm_emulated import Client, VllmProcess
 
-ADAPTERS, SLOTS, SEATS, ENGINES = 16, 4, 32, 2
+ADAPTERS, SLOTS, SEATS, ENGINES = 16, 4, 64, 1
 SCALE = 1.0
-CLIENTS = 512
+"""Of the time of a step: promises begin with the pace of an A100."""
+CLIENTS = 256
 """Four times as many requests as there are seats: the rest is what there is to put in order."""
 LANES = "path", "lane"
 """They run at the same time: a machine that is busy with other things is so for both."""
@@ -49,9 +50,14 @@ class Ran:
         return self.tokens / self.steps
 
     @property
+    def counted(self) -> int:
+        """The tokens that the sidecar knows of, or estimates."""
+        return sum(end["output_tokens"] for end in self.ends)
+
+    @property
     def over_bound(self) -> list[dict[str, Any]]:
         """The requests that waited for longer than they were promised."""
-        return [end for end in self.ends if end.get("bound_ms") and end["queue_ms"] > end["bound_ms"]]
+        return [end for end in self.ends if end["bound_ms"] is not None and end["queue_ms"] > end["bound_ms"]]
 
 
 @pytest.mark.parametrize("count", [2_000, pytest.param(20_000, marks=pytest.mark.nightly)])
@@ -62,8 +68,13 @@ async def test_the_order_is_that_of_the_path(tmp_path: Path, count: int, capsys:
     ran = dict(zip(LANES, both, strict=True))
     with capsys.disabled():
         for lane, one in ran.items():
-            promised = sum(bool(end.get("bound_ms")) for end in one.ends)
-            print(f"\n{lane}: {one.tokens_per_step:.2f} tokens a step, {one.steps} steps, {promised} promises", end="")
+            promised = [end for end in one.ends if end["bound_ms"] is not None]
+            nearest = max(end["queue_ms"] / end["bound_ms"] for end in promised)
+            print(
+                f"\n{lane}: {one.tokens_per_step:.2f} tokens a step, {one.steps} steps, {len(promised)} promises, the "
+                f"longest wait {nearest:.2f} of its bound; {one.counted / one.tokens:.3f} of the tokens counted",
+                end="",
+            )
     for one in ran.values():
         assert one.whole == count
         assert [end["outcome"] for end in one.ends] == ["ok"] * count
@@ -76,7 +87,7 @@ def trace_of(count: int) -> list[tuple[str, int]]:
     chosen = random.Random(1)
     weights = [1 / (1 + number) for number in range(ADAPTERS)]
     names = chosen.choices([f"a{number:02}" for number in range(ADAPTERS)], weights, k=count)
-    return [(name, chosen.randrange(32, 224)) for name in names]
+    return [(name, chosen.randrange(16, 112)) for name in names]
 
 
 async def run(
@@ -90,7 +101,7 @@ async def run(
     write_adapters(folder / "adapters", ADAPTERS)
     base = folder / "base.json"
     base.write_text(json.dumps(BASE_CONFIG))
-    options = ("--compute", "none", "--max-loras", str(SLOTS), "--seats", str(SEATS), "--stream-interval", "16")
+    options = ("--compute", "none", "--max-loras", str(SLOTS), "--seats", str(SEATS))
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
         engines = [await enter(VllmProcess(*options, time_scale=SCALE)) for _ in range(ENGINES)]
