@@ -228,7 +228,6 @@ async def test_without_a_picker_a_gateway_that_fails_open_reaches_an_engine(tmp_
         assert set(served_by(answers)) == set(house.addresses)
 
 
-@pytest.mark.xfail(strict=True, reason="gRPC calls are not in the lane yet: is_call and refused_call are unused")
 async def test_an_engine_of_cleartext_http2_is_reached_by_it(tmp_path: Path) -> None:
     """InferencePoolAppProtocol, `kubernetes.io/h2c`: a KServe call goes to a Triton over HTTP/2. That a pool without a
     protocol is HTTP/1.1 every other test here says.
