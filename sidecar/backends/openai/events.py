@@ -18,8 +18,6 @@ ENDS_ONLY = b'"text":"","finish_reason":"', b'"delta":{},"finish_reason":"'
 and puts "logprobs" in between.
 """
 IDS = b'"token_ids":['
-ASSISTANT, TEXT_BYTES = b'"role":"assistant",', 4
-"""What begins a chat, and about how long a token's text is."""
 PROMPT_IDS = b'"prompt_token_ids":['
 USAGE = b'"usage":{'
 # None of these can occur in the text of an answer: there a backslash precedes every quote.
@@ -86,13 +84,15 @@ def _ids_in(event: bytes, begin: int) -> int:
     return event.count(b",", begin, end) + 1 if end > begin else 0
 
 
-def firsts_bytes(event: bytes) -> int:
-    """Return how many bytes longer an event is than those after it: only the first has the prompt's ids, or a role."""
-    more = len(ASSISTANT) - TEXT_BYTES if ASSISTANT in event and NO_CONTENT in event else 0
+def prompt_bytes(event: bytes) -> int:
+    """Return how many bytes longer an event is for the prompt's token ids, which only the first one has."""
     begin = event.find(PROMPT_IDS)
-    if begin >= 0:
-        more += event.find(b"]", begin) + 1 - (begin + len(PROMPT_IDS) - 1) - len(b"null")
-    return more
+    return 0 if begin < 0 else event.find(b"]", begin) + 1 - (begin + len(PROMPT_IDS) - 1) - len(b"null")
+
+
+def begins_only(chunk: bytes) -> bool:
+    """Return True if a part of a stream is the event that begins a chat, without a token."""
+    return ROLE in chunk and NO_CONTENT in chunk and chunk.count(END_OF_EVENT) == 1
 
 
 def completion_tokens(body: bytes) -> int | None:

@@ -19,7 +19,7 @@ from sidecar.backends.openai.events import (
     ERROR,
     StreamedTokens,
     completion_tokens,
-    firsts_bytes,
+    prompt_bytes,
     prompt_tokens,
     split,
 )
@@ -162,7 +162,7 @@ class OpenAiRun(ABC):
             self._has_begun = True
             self.tokens += tokens
             self._read.tokens = self.tokens
-            self._read.token_bytes = len(event) - firsts_bytes(event) + len(END_OF_EVENT)
+            self._read.token_bytes = len(event) - prompt_bytes(event) + len(END_OF_EVENT)
         else:
             tokens = self._corrected(event)
         self._heard(self.effect.request, tokens)

@@ -16,7 +16,7 @@ import grpc.aio
 import httpx
 
 from sidecar.backends import faults, wire
-from sidecar.backends.api import TRAILERS, UNSEEN, Reply, Ticket, Unseen
+from sidecar.backends.api import TRAILERS, UNREAD, UNSEEN, Reply, Ticket, Unseen
 from sidecar.backends.quoting import wrote_in
 from sidecar.backends.triton.dialects import Dialect
 from sidecar.backends.triton.framing import PREFIX, framed, messages_of, status_in
@@ -244,6 +244,10 @@ class Run:
 
     async def _carried(self, answer: httpx.Response, lacks: Callable[[Any], Awaitable[bool]]) -> None:
         """Read an answer that a proxy brings, as far as it comes here."""
+        if UNREAD in answer.extensions:  # a status alone
+            code, text = status_in(answer.headers)
+            await self._ended_with(code or grpc.StatusCode.UNAVAILABLE, text or f"it answers {answer.status_code}")
+            return
         unseen: Unseen | None = answer.extensions.get(UNSEEN)
         self._is_unheard = unseen is not None and not unseen.tells
         read = Read(0)

@@ -7,8 +7,8 @@ one backend serve both lanes, and only this package knows Envoy's order of messa
 How an answer comes back depends on the mode that the gateway sets for it:
 
 * FULL_DUPLEX_STREAMED: every chunk comes here, and the front's own bytes go back.
-* STREAMED: the first chunk of a stream of events goes on as it is. Then this call is closed, and Envoy's access log
-  tells the rest. An answer in one body comes here whole.
+* STREAMED: the chunks of a stream of events go on as they are, up to the first with a token. Then this call is closed,
+  and Envoy's access log tells the rest. An answer in one body comes here whole.
 * NONE: the log tells all but the head.
 * BUFFERED: the answer comes here whole, at its end.
 
@@ -30,6 +30,7 @@ import httpx
 from starlette.types import Message
 
 from sidecar.backends.api import UNREAD, UNSEEN
+from sidecar.backends.openai.events import begins_only
 from sidecar.config.listeners import EndpointPickerListener
 from sidecar.fronts.extproc import heads, replies
 from sidecar.fronts.extproc.access_log import AccessLog, Watched
@@ -249,7 +250,7 @@ class Exchange:
         await self._write(replies.chunk(None))
         if chunk.end_of_stream:
             self._close()
-        else:
+        elif not begins_only(chunk.body):
             self._let_go()
 
     @property

@@ -14,7 +14,6 @@ from tests.kit.serving import write_adapters
 
 TOKENS, OFF_MAX = 300, 0.05
 first_alone = pytest.mark.xfail(strict=True, reason="only the first chunk is read, and its event has one token")
-role_first = pytest.mark.xfail(strict=False, reason="the first chunk may have the role alone: the others are shorter")
 
 
 @pytest.mark.parametrize(

@@ -242,7 +242,6 @@ async def test_an_engine_of_cleartext_http2_is_reached_by_it(tmp_path: Path) -> 
             assert await call(core_request().SerializeToString(), timeout=30)
 
 
-@pytest.mark.xfail(strict=True, reason="the refusal is read twice: content has already been streamed")
 async def test_a_tritons_refusal_of_a_call_reaches_the_client(tmp_path: Path) -> None:
     """A decoupled model takes no unary call: that is Triton's own error, and no failure of the sidecar."""
     async with EngineProcess("--compute", "none") as triton:
