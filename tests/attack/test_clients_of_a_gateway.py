@@ -21,6 +21,7 @@ from tests.kit.picker_house import (
 )
 from tests.kit.quick_engine import event
 from tests.kit.serving import until
+from tests.kit.tokens import TokenMaker
 
 EVENT = event("x")
 SECRET = "gpu-secret-1 10.0.0.5:8000"
@@ -178,5 +179,39 @@ async def test_odd_paths_and_methods_reach_no_engine(tmp_path: Path) -> None:
         assert await raw.until_routed()
         sets = raw.got[0].request_headers.response.header_mutation.set_headers
         assert b"/v1/completions" in {each.header.raw_value for each in sets if each.header.key == ":path"}
+        raw.call.cancel()
+        await house.quiet()
+
+
+@pytest.mark.parametrize("prompt", ["hello", ["hello", "you"]], ids=["carried", "in path"])
+async def test_a_gateway_s_clients_prove_who_they_are(tmp_path: Path, prompt: str | list[str]) -> None:
+    """With the same credentials as in path; what is refused is routed nowhere, not even to the http listener."""
+    maker = TokenMaker(tmp_path)
+    identity = {"mode": "enforce", "issuers": [maker.entry]}
+    good = ("authorization", maker.bearer("acme"))
+    bad: list[list[tuple[str, str]]] = [
+        [],
+        [("authorization", "Bearer lsk_x_y")],
+        [("x-forwarded-client-cert", "By=spiffe://here;Subject=CN=acme")],
+        [good, good],
+        [good, ("authorization", "Bearer a.b.c")],
+        [good, ("x-lora-tenant", "other")],
+    ]
+    async with picker_house(tmp_path, identity=identity, listener={"in_path": "127.0.0.1:9"}) as house:
+        for headers in bad:
+            raw = house.begin()
+            await raw.send(head_of(headers), body_of("a00", prompt=prompt))
+            assert await raw.until_routed() == ""
+            assert raw.got[-1].immediate_response.status.code in (400, 401, 403)
+        raw = house.begin()
+        await raw.send(head_of([good]), body_of("a00", prompt=prompt))
+        where = await raw.until_routed()
+        removed = raw.got[0].request_headers.response.header_mutation.remove_headers
+        if isinstance(prompt, str):
+            assert where == house.engines[0].address
+            assert "authorization" in removed
+        else:
+            assert where == "127.0.0.1:9"
+            assert "authorization" not in removed
         raw.call.cancel()
         await house.quiet()
