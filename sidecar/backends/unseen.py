@@ -55,6 +55,8 @@ async def follow(
     try:
         while (sighting := await _next_of(run, unseen, lacks)) is not None:
             tokens = max(run.tokens, read.tokens_at(sighting))
+            if tokens > run.tokens and (most := _tokens_max(run)):
+                tokens = max(run.tokens, min(tokens, most))
             heard(run.effect.request, tokens - run.tokens)
             run.tokens = tokens
             if sighting.ending is Ending.BROKE:
@@ -72,6 +74,12 @@ async def follow(
     finally:
         unseen.close()
     post(RunEnded(*key, run.tokens, Seen.NOTHING))
+
+
+def _tokens_max(run: Any) -> int:
+    """Return how many tokens the request may have at most; 0 if that is not known."""
+    facts = run.ticket.facts
+    return 0 if facts is None else int(facts.output_tokens_max)
 
 
 async def _next_of(run: Any, unseen: Unseen, lacks: Callable[[Any], Awaitable[bool]]) -> Sighting | None:

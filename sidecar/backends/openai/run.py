@@ -120,6 +120,11 @@ class OpenAiRun(ABC):
                     await self._events(reply)
                 else:
                     self._whole(await reply.aread())
+        except httpx.ReadTimeout as error:
+            record = {"message": str(error), "type": "timeout_error", "code": httpx.codes.GATEWAY_TIMEOUT}
+            told = json.dumps({"error": record}).encode()
+            self.ticket.rejected_with = HttpRejection(httpx.codes.GATEWAY_TIMEOUT, told)
+            await self._failed(Fault.REJECTED, str(error), in_doubt=False)
         except httpx.HTTPError as error:
             text = str(error) or type(error).__name__
             if self.body_bytes_max is not None and size_bytes > self.body_bytes_max and not self._has_begun:
@@ -131,6 +136,13 @@ class OpenAiRun(ABC):
     async def _events(self, reply: httpx.Response) -> None:
         unseen: Unseen | None = reply.extensions.get(UNSEEN)
         self._is_unheard = unseen is not None and not unseen.tells
+        try:
+            await self._read_events(reply, unseen)
+        finally:
+            if unseen is not None and not self._is_unseen:
+                unseen.close()
+
+    async def _read_events(self, reply: httpx.Response, unseen: Unseen | None) -> None:
         async for event in split(reply.aiter_raw()):
             if event.startswith(ERROR):
                 await self._refused(httpx.codes.INTERNAL_SERVER_ERROR, message_of(event.removeprefix(b"data: ")))

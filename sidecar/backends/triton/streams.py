@@ -236,6 +236,8 @@ class Run:
                 self._known_as(ours)
                 return False
             await self._carried(answer, lacks)
+        except httpx.ReadTimeout as error:
+            self._failed(Fault.REJECTED, str(error), grpc.StatusCode.DEADLINE_EXCEEDED)
         except httpx.HTTPError as error:
             await self._ended_with(grpc.StatusCode.UNAVAILABLE, str(error))
         except EngineGone as gone:

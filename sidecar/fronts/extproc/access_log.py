@@ -94,8 +94,10 @@ class AccessLog:
             metadata = entry.common_properties.metadata.filter_metadata
             if OURS not in metadata:
                 continue
-            fields = metadata[OURS].fields
-            told = fields[EXCHANGE].string_value, _sighting(entry)
+            fields, sighting = metadata[OURS].fields, _sighting(entry)
+            if sighting is None:
+                continue
+            told = fields[EXCHANGE].string_value, sighting
             if (replica := fields[REPLICA].string_value) != self.replica:
                 others.setdefault(replica, []).append(told)
                 continue
@@ -118,12 +120,15 @@ class AccessLog:
         watched.take(sighting)
 
 
-def _sighting(entry: envoy.HttpEntry) -> Sighting:
+def _sighting(entry: envoy.HttpEntry) -> Sighting | None:
+    """Return what an entry tells of an answer; None for one about something else."""
     common, response = entry.common_properties, entry.response
     served = common.upstream_remote_address.socket_address
     address = f"{served.address}:{served.port_value}" if served.address else ""
     if common.access_log_type in (envoy.DOWNSTREAM_START, envoy.DOWNSTREAM_PERIODIC):
         return Sighting(response.response_body_bytes, None, "", address)
+    if common.access_log_type not in (envoy.NOT_SET, envoy.DOWNSTREAM_END):
+        return None
     flags = common.response_flags
     for names, ending in ((_LEFT, Ending.CLIENT_LEFT), (_LATE, Ending.LATE), (_BROKE, Ending.BROKE)):
         found = [name for name in names if getattr(flags, name)]

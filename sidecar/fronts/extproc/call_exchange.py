@@ -92,7 +92,7 @@ class CallExchange(Exchange):
     async def _answer_of(self, message: envoy.ProcessingRequest, request: httpx.Request) -> httpx.Response:
         status, headers = heads.answer_of(message)
         if self._is_local:
-            raise httpx.ConnectError(f"Envoy did not reach it: {status} {heads.details_of(message)}", request=request)
+            raise heads.not_reached(message, status, request)
         if STATUS in headers or message.response_headers.end_of_stream or status != httpx.codes.OK:
             # A status alone: it is held, since the request may be sent again.
             return httpx.Response(status, headers=headers, content=b"", extensions={UNREAD: True})

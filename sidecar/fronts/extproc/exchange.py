@@ -26,11 +26,13 @@ from enum import Enum
 from time import monotonic
 from typing import Any
 
+import grpc
+import grpc.aio
 import httpx
 from starlette.types import Message
 
 from sidecar.backends.api import UNREAD, UNSEEN
-from sidecar.backends.openai.events import begins_only
+from sidecar.backends.openai.events import ERROR, begins_only
 from sidecar.config.listeners import EndpointPickerListener
 from sidecar.fronts.extproc import heads, replies
 from sidecar.fronts.extproc.access_log import AccessLog, Watched
@@ -127,7 +129,9 @@ class Exchange:
         self._start: Message | None = None
         self._own: list[bytes] = []
         self._own_bytes = 0
-        self._is_own_whole = self._passes = False
+        self._is_own_whole = self._passes = self._has_no_body = self._is_stream = False
+        self._engines_own: tuple[str, ...] = ("content-length",)
+        """Headers of the engine's that are not for its client, and the length of a body that is replaced."""
         self._served = ""
         """The engine that has answered, if it is not the one that was picked."""
         self.answer_id = ""
@@ -167,7 +171,7 @@ class Exchange:
             await self._take_body(message.request_body)
         elif kind == "request_trailers":
             await self._take_trailers()
-        elif self._passes:
+        elif self._passes or (kind == "response_headers" and self._phase is Phase.HELD):
             await self._pass(message)
         elif kind == "response_headers":
             self._take_head(message)
@@ -177,7 +181,10 @@ class Exchange:
             await self._take_trailers_of_answer(message.response_trailers)
 
     async def _pass(self, message: envoy.ProcessingRequest) -> None:
-        """Let an answer go on that is not ours to read."""
+        """Let an answer go on that is not ours: one in path, or Envoy's own to a request that it holds no longer."""
+        if not self._passes:
+            self._passes = True
+            self._leave()
         if message.WhichOneof("request") == "response_headers":
             await self._write(Reply(response_headers=envoy.HeadersResponse()))
             if message.response_headers.end_of_stream or self._mode == envoy.NONE:
@@ -193,6 +200,11 @@ class Exchange:
                 self._close()
         else:
             await self._write(Reply(response_trailers=envoy.TrailersResponse()))
+
+    def over(self) -> None:
+        """Note that the front does nothing more: a call without an answer is cut."""
+        if self._phase is not Phase.CLOSED and not self._passes and self._start is None and not self._gone.is_set():
+            self.abort("there is no answer")
 
     def left(self) -> None:
         """Note that Envoy has ended the call, as it does when the client leaves."""
@@ -227,19 +239,23 @@ class Exchange:
 
     def _take_head(self, message: envoy.ProcessingRequest) -> None:
         self._is_local = heads.is_envoys_own(message)
-        if self._phase is Phase.HELD:
-            self._leave()  # Envoy has stopped waiting, and answers the client itself
         self._phase = Phase.ANSWERING
         if message.response_headers.end_of_stream:
-            self._has_all = True
+            self._has_all = self._has_no_body = True
             self._chunks.put_nowait((b"", True))
         if self._head is not None and not self._head.done():
             self._head.set_result(message)
 
     async def _take_chunk(self, chunk: envoy.HttpBody) -> None:
+        if self._phase is not Phase.ANSWERING:
+            self.abort("the gateway has sent a part of an answer before its head")
+            return
         self._chunks.put_nowait((chunk.body, chunk.end_of_stream))
         if self._mode == FULL_DUPLEX:
             return
+        if not self._gathers and (chunk.body.startswith(ERROR) or (chunk.end_of_stream and not chunk.body)):
+            # What the engine says of itself is not for clients, and nothing is no answer.
+            self._gathers = self._is_stream = True
         if self._gathers:
             self._has_all = chunk.end_of_stream
             if self._has_all:
@@ -272,13 +288,13 @@ class Exchange:
 
     async def send(self, message: Message) -> None:
         """Take the next part of the front's answer."""
-        if self._phase is Phase.CLOSED:
+        if self._phase is Phase.CLOSED or self._passes:
             return
         if message["type"] == "http.response.start":
             self._start = message
             return
         body, ended = message["body"], not message.get("more_body", False)
-        if self._phase is Phase.ANSWERING and self._mode == FULL_DUPLEX and not self._is_local:
+        if self._phase is Phase.ANSWERING and self._mode == FULL_DUPLEX and not (self._is_local or self._has_no_body):
             await self._stream(body, ended)
             return
         self._own.append(body)
@@ -297,7 +313,7 @@ class Exchange:
         assert self._start is not None
         if self._gone_status is None:
             self._gone_status = self._start["status"]
-            await self._write(replies.head(self._gone_status, self._told(self._start["headers"]), ("content-length",)))
+            await self._write(replies.head(self._gone_status, self._told(self._start["headers"]), self._engines_own))
         for reply in replies.bodies((*self._own, body), of_request=False, ended=ended):
             await self._write(reply)
         self._own.clear()
@@ -307,7 +323,9 @@ class Exchange:
     async def _answer_instead(self) -> None:
         """Answer in the place of an engine whose head has not come, or is held."""
         assert self._start is not None
-        make = replies.replaced if self._phase is Phase.ANSWERING and not self._is_local else replies.answered
+        # Envoy drops a body that is put behind a head that had none, and keeps its own answers.
+        is_held = self._phase is Phase.ANSWERING and not (self._is_local or self._has_no_body)
+        make = replies.replaced if is_held else replies.answered
         await self._write(make(self._start["status"], self._start["headers"], b"".join(self._own)))
         self._close()
 
@@ -316,10 +334,13 @@ class Exchange:
         if not (self._has_all and self._is_own_whole) or self._phase is Phase.CLOSED:
             return
         assert self._start is not None
+        body = b"".join(self._own)
         if self._start["status"] != self._gone_status:
-            self.abort("the answer broke off after its head")
-            return
-        await self._write(replies.chunk(b"".join(self._own)))
+            if not self._is_stream:
+                self.abort("the answer broke off after its head")
+                return
+            body = b"data: " + body.replace(b"\n", b" ") + b"\n\n"
+        await self._write(replies.chunk(body))
         self._close()
 
     # The run's carrier.
@@ -372,8 +393,9 @@ class Exchange:
     async def _answer_of(self, message: envoy.ProcessingRequest, request: httpx.Request) -> httpx.Response:
         """Return the engine's answer, and let its head go if it is what the client gets."""
         status, headers = heads.answer_of(message)
+        self._engines_own = heads.engines_own(headers)
         if self._is_local:
-            raise httpx.ConnectError(f"Envoy did not reach it: {status} {heads.details_of(message)}", request=request)
+            raise heads.not_reached(message, status, request)
         extensions: dict[str, Any] = {}
         if self._mode != FULL_DUPLEX:
             if status == httpx.codes.NOT_FOUND or status >= httpx.codes.INTERNAL_SERVER_ERROR:
@@ -384,7 +406,8 @@ class Exchange:
             self._gone_status = status
             if not self._gathers:
                 extensions[UNSEEN] = self._watched
-            await self._write(replies.head(None, self._told(self.head()), ("content-length",) if self._gathers else ()))
+            removed = [name for name in self._engines_own if self._gathers or name != "content-length"]
+            await self._write(replies.head(None, self._told(self.head()), removed))
             if self._mode == envoy.NONE:
                 self._let_go()
             elif self._has_all:
@@ -415,6 +438,7 @@ class Exchange:
         """Have Envoy cut the request, or what there is of its answer."""
         self._phase = Phase.CLOSED
         self._unwatch()
+        self._leave()
         if not self.finished.done():
             self.finished.set_exception(Aborted(why))
 
@@ -437,7 +461,10 @@ class Exchange:
 
     async def _write(self, reply: Reply) -> None:
         async with self._writing:  # gRPC takes one message at a time
-            await self._write_one(reply)
+            try:
+                await self._write_one(reply)
+            except (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError):
+                self.left()  # Envoy has ended the call meanwhile
 
 
 class Chunks(httpx.AsyncByteStream):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -101,6 +100,8 @@ class Picker:
             await context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION, "observability_mode must be off: it routes nothing"
             )
+        if any(not name.isascii() for name, _ in heads.pairs(first.request_headers.headers)):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a header's name is not of HTTP")
         if (trouble := heads.mode_trouble(first)) is not None:
             refused = failure(500, trouble, "gateway_mode")
             await context.write(replies.answered(refused.status, refused.headers, refused.body))
@@ -131,11 +132,13 @@ class Picker:
         except Aborted as aborted:
             await context.abort(grpc.StatusCode.ABORTED, str(aborted))
         finally:
-            reading.cancel()
-            with suppress(asyncio.CancelledError):
-                await reading
             exchange.left()
             self._exchanges.discard(exchange)
+            reading.cancel()
+            await asyncio.wait((reading,))
+            for done in (reading, exchange.finished):
+                if done.done() and not done.cancelled():
+                    done.exception()  # it has been told, or is of a call that is gone
 
     async def _pass_on(self, first: envoy.ProcessingRequest, context: Any) -> None:
         """Let the answer to a request go on that has not come here."""
@@ -156,6 +159,7 @@ class Picker:
 async def _to_its_end(work: Awaitable[None], exchange: Exchange) -> None:
     try:
         await work
+        exchange.over()
     except Exception:
         logger.exception("an exchange with Envoy broke")
         exchange.abort("the sidecar failed")

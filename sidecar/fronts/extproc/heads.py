@@ -25,9 +25,14 @@ SERVED = "x-gateway-destination-endpoint-served"
 """The metadata of `ENDPOINTS`, or the header, in which gateways tell which endpoint has answered."""
 TIMEOUT_MS = b"x-envoy-upstream-rq-timeout-ms"
 DEADLINE_MS = "x-lora-deadline-ms"
-_CLIENTS = frozenset(("authorization", "proxy-authorization", "cookie", "accept-encoding", "x-api-key", "expect"))
-"""Headers that a client sends to us, and that are not for an engine."""
-_FOR_US = "x-lora-"
+_TIMEOUTS = frozenset(
+    ("response_timeout", "upstream_per_try_timeout", "upstream_response_timeout", "stream_idle_timeout")
+)
+"""Envoy's words for an engine that was reached and took too long."""
+_GO_ALONG = frozenset(("te", "x-request-id", "x-forwarded-proto", "content-type"))
+"""Headers of a client's that an engine gets: in path it gets none of them."""
+_OF_ANSWERS = frozenset(("content-type", "content-encoding", "cache-control", "date", "grpc-encoding"))
+"""Headers of an engine's that its client gets."""
 _OF_HTTP = frozenset(
     ("host", "content-length", "transfer-encoding", "connection", "accept", "accept-encoding", "user-agent")
 )
@@ -54,6 +59,19 @@ def scope_of(first: envoy.ProcessingRequest, peer: str, carrier: Any) -> Scope:
         "client": (host, int(port)) if port.isdigit() else None,
         "state": {PEER: (), CROWDED: False, CARRIER: carrier, SUBSET: subset_of(first)},
     }
+
+
+def engines_own(headers: httpx.Headers) -> tuple[str, ...]:
+    """Return the headers of an answer that are not for the engine's client, and the length of its body."""
+    return (*(name for name in headers if name not in _OF_ANSWERS), "content-length")
+
+
+def not_reached(message: envoy.ProcessingRequest, status: int, request: httpx.Request) -> httpx.TransportError:
+    """Return the error for an answer that Envoy has made itself."""
+    details = details_of(message)
+    if details in _TIMEOUTS:
+        return httpx.ReadTimeout(f"the proxy's timeout ended it: {status} {details}", request=request)
+    return httpx.ConnectError(f"Envoy did not reach it: {status} {details}", request=request)
 
 
 def client_of(first: envoy.ProcessingRequest) -> str:
@@ -104,14 +122,21 @@ def changes(
     if (deadline := theirs.get(DEADLINE_MS, b"")).isdigit():
         left_ms = int(deadline) - round((monotonic() - began_s) * 1000)
         added.append((TIMEOUT_MS, str(max(1, left_ms)).encode()))
-    removed = [name for name in theirs if name in _CLIENTS or name.startswith(_FOR_US)]
-    return added, [name for name in removed if name not in request.headers or name in _OF_HTTP]
+    set_ = {name for name, _ in added}
+    kept = _GO_ALONG | {"host", "content-length", "transfer-encoding"}
+    removed = [
+        name
+        for name in theirs
+        if name[:1] != ":" and name not in kept and name.encode("latin-1", "replace") not in set_
+    ]
+    return added, removed
 
 
 def answer_of(message: envoy.ProcessingRequest) -> tuple[int, httpx.Headers]:
     """Return the status and the headers of an engine's answer."""
     found = list(pairs(message.response_headers.headers))
-    status = next((int(value) for name, value in found if name == ":status"), 0)
+    told = next((value for name, value in found if name == ":status"), b"")
+    status = int(told) if told.isdigit() and len(told) == 3 else httpx.codes.BAD_GATEWAY
     return status, httpx.Headers(
         [(name.encode(), value) for name, value in found if not name.startswith(":") and name != "content-length"]
     )

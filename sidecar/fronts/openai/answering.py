@@ -35,6 +35,9 @@ EVENTS = (
     (b"x-accel-buffering", b"no"),
 )
 
+DIGITS_MAX = 18
+"""Of a content-length; nobody sends a longer body."""
+
 Headers = Iterable[tuple[bytes, bytes]]
 
 
@@ -70,6 +73,8 @@ def declared_size(headers: Headers, size_bytes_max: int) -> int:
     length = next((value for name, value in headers if name == b"content-length"), b"")
     if not length.isdigit():
         return size_bytes_max
+    if len(length) > DIGITS_MAX:  # Python reads no number of any length
+        _check_size(size_bytes_max + 1, size_bytes_max)
     _check_size(int(length), size_bytes_max)
     return int(length)
 
