@@ -9,7 +9,7 @@ from typing import Any
 
 from sidecar.backends.api import Ending, Sighting, Unseen
 from sidecar.core.enums import Fault, Seen
-from sidecar.core.events import ClientLeft, Event, FirstToken, RunEnded, RunFailed
+from sidecar.core.events import Event, FirstToken, RunEnded, RunFailed
 
 QUIET_S = 10.0
 """How long nothing is told of an answer that goes past us before its engine is asked."""
@@ -67,9 +67,7 @@ async def follow(
                 post(RunFailed(*key, Fault.REJECTED, text, run.tokens))
                 return
             if sighting.ending is not None:
-                if sighting.ending is Ending.CLIENT_LEFT:
-                    post(ClientLeft(run.effect.request))
-                post(RunEnded(*key, run.tokens, Seen.ESTIMATED))
+                post(RunEnded(*key, run.tokens, Seen.ESTIMATED, sighting.ending is Ending.CLIENT_LEFT))
                 return
     finally:
         unseen.close()

@@ -269,11 +269,13 @@ def _run_ended(step: Step, event: ev.RunEnded) -> None:
     if request is None or request.attempt != event.attempt or not request.running:
         return
     request.tokens = event.output_tokens
-    if not request.settled and event.seen is not Seen.NOTHING:
+    if not request.settled and event.seen is not Seen.NOTHING and not event.client_left:
         _learn(step, request, event.seen)
     backend = running.end_run(step, request, event.output_tokens)
     if not request.settled and event.seen is Seen.NOTHING:
         queueing.settle(step, request, Reason.UNOBSERVED, f"{backend.id} has it no longer; {UNOBSERVED}")
+    elif not request.settled and event.client_left:
+        queueing.settle(step, request, Reason.CANCELLED, LEFT)
     elif not request.settled:
         if event.seen is Seen.ALL:  # a log may tell late
             stalls.note_life_sign(step, backend)

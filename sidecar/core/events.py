@@ -303,6 +303,8 @@ class RunEnded:
     attempt: int
     output_tokens: int
     seen: Seen = Seen.ALL
+    client_left: bool = False
+    """Its client has left, as whoever carried the answer says."""
 
 
 @record(frozen=True, slots=True)

@@ -122,7 +122,7 @@ WRITTEN: dict[type, Form] = {
     ev.LoadDone: Form("LoadDone", "load"),
     ev.LoadFailed: Form("LoadFailed", "load fault text"),
     ev.FirstToken: Form("FirstToken", "request attempt unheard"),
-    ev.RunEnded: Form("RunEnded", "request attempt output_tokens seen"),
+    ev.RunEnded: Form("RunEnded", "request attempt output_tokens seen client_left"),
     ev.RunFailed: Form("RunFailed", "request attempt fault text output_tokens"),
     ev.Progress: Form("Progress", "backend tokens"),
     ev.Tick: Form("Tick", ""),

@@ -117,7 +117,8 @@ class FaultyProduct(Product):
         if not self.peaceful and log.random() < UNTOLD:
             self._tell_after(backend, log.uniform(*ASKED_S), ev.RunEnded(request, attempt, 0, Seen.NOTHING))
             return
-        event = ev.RunEnded(request, attempt, max(1, round(tokens * log.uniform(*ESTIMATED))), Seen.ESTIMATED)
+        left = self.scenario.has("clients") and not self.peaceful and log.random() < LEAVES
+        event = ev.RunEnded(request, attempt, max(1, round(tokens * log.uniform(*ESTIMATED))), Seen.ESTIMATED, left)
         is_late = not self.peaceful and log.random() < LATE
         self._tell_after(backend, log.uniform(0, LATE_S) if is_late else 0.0, event)
         if log.random() < TWICE:

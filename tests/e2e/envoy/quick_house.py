@@ -15,9 +15,20 @@ from tests.bench.processes import Measured, SidecarProcess
 from tests.e2e.envoy import variants
 from tests.e2e.envoy.server import EnvoyServer
 from tests.kit.quick_client import QuickClient
+from tests.kit.quick_engine import ENGINE
 from tests.kit.serving import write_adapters
 from tests.kit.trtllm_emulated import BASE_CONFIG
 
+TELLS_ENGINE = {
+    "name": "tells-engine",
+    "typed_config": {
+        "@type": "type.googleapis.com/envoy.extensions.filters.http.header_mutation.v3.HeaderMutation",
+        "mutations": {
+            "response_mutations": [{"append": {"header": {"key": ENGINE, "value": "%UPSTREAM_REMOTE_ADDRESS%"}}}]
+        },
+    },
+}
+"""A filter that says in a header which engine has answered; an engine's own headers are not its clients'."""
 FD = "FULL_DUPLEX_STREAMED"
 
 
@@ -111,6 +122,7 @@ async def quick_house(
         def change(record: dict[str, Any]) -> None:
             chosen.changed(addresses)(record)
             changed(record)
+            variants.manager_of(record)["http_filters"].insert(0, TELLS_ENGINE)
 
         envoy = EnvoyServer(
             folder / "envoy", sidecar.endpoint_picker, chosen.request_mode, chosen.response_mode, change

@@ -136,6 +136,8 @@ async def test_a_client_that_leaves_frees_its_seat(tmp_path: Path, lane: str) ->
         await until(lambda: len(state.requests) == 1)
         first.cancel()
         await quiet(running)
+        settled = [effect for effect in running.served.recorder.effects if isinstance(effect, Settle)]
+        assert {effect.reason for effect in settled} == {Reason.CANCELLED}
         assert (await running.stream(names[0], 3)).is_complete
 
 
