@@ -161,7 +161,9 @@ class Exchange:
         self._phase, self._passes = Phase.SENT, True
 
     async def take(self, message: envoy.ProcessingRequest) -> None:
-        """Take another message."""
+        """Take another message. Some may still come after the last that was wanted."""
+        if self._phase is Phase.CLOSED:
+            return
         kind = message.WhichOneof("request")
         if kind == "request_body" and self._passes:
             body = message.request_body
@@ -436,6 +438,8 @@ class Exchange:
 
     def abort(self, why: str) -> None:
         """Have Envoy cut the request, or what there is of its answer."""
+        if self._phase is Phase.CLOSED:
+            return
         self._phase = Phase.CLOSED
         self._unwatch()
         self._leave()
