@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -31,8 +32,10 @@ class Raw:
     got: list[envoy.ProcessingResponse] = field(default_factory=list)
 
     async def send(self, *messages: envoy.ProcessingRequest) -> None:
-        for message in messages:
-            await self.call.write(message)
+        """Send messages; those that a call which has ended meanwhile takes no more are left out."""
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            for message in messages:
+                await self.call.write(message)
 
     async def next(self) -> envoy.ProcessingResponse | None:
         """Return the next reply; None at the call's clean end. Raises AioRpcError for another end."""
