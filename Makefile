@@ -129,7 +129,7 @@ bench-triton: $(DEVELOPING) .venv-triton
 	@touch $@
 
 e2e-envoy: $(DEVELOPING) $(if $(ENVOY_VENV),,.venv-envoy)
-	$(BIN)/pytest tests/e2e/envoy $(CHOSEN)
+	$(BIN)/pytest tests/e2e/envoy -n 3 --dist loadfile $(CHOSEN)
 
 bench-envoy: $(DEVELOPING) $(if $(ENVOY_VENV),,.venv-envoy)
 	$(BIN)/python -m tests.bench.envoy

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from time import monotonic_ns
@@ -156,6 +156,17 @@ UNREAD, UNSEEN, TRAILERS = "unread", "unseen", "trailers"
 """Extensions of an answer that a carrier hands over: True if its body cannot be read; what is seen of it from outside,
 an `Unseen`, if that may go past this process; the trailers of a gRPC call, once its body has been read.
 """
+
+
+class Chunks(httpx.AsyncByteStream):
+    """The body of an answer as it comes."""
+
+    def __init__(self, chunks: AsyncIterator[bytes]) -> None:
+        self._chunks = chunks
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for chunk in self._chunks:
+            yield chunk
 
 
 class Ending(Enum):

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from sidecar.backends.api import TRAILERS, UNREAD, UNSEEN, Carrier, Ending, Sighting, Unseen
+from sidecar.backends.api import TRAILERS, UNREAD, UNSEEN, Carrier, Chunks, Ending, Sighting, Unseen
 from sidecar.proto import peers_pb2
 
 Tell = Callable[[Any], None]
@@ -54,7 +54,7 @@ class RemoteCarrier:
         extensions: dict[str, Any] = {UNREAD: True} if first.head.is_unread else {UNSEEN: self._unseen}
         if not first.head.is_unread:
             extensions[TRAILERS] = self._trailers
-        return httpx.Response(first.head.status, headers=fields, stream=_Chunks(self._chunks()), extensions=extensions)
+        return httpx.Response(first.head.status, headers=fields, stream=Chunks(self._chunks()), extensions=extensions)
 
     async def _chunks(self) -> AsyncIterator[bytes]:
         while (carried := await self._brought.get()).WhichOneof("brought") == "chunk":
@@ -80,15 +80,6 @@ class _RemoteUnseen:
 
     def close(self) -> None:
         """Do nothing: it ends with its request."""
-
-
-class _Chunks(httpx.AsyncByteStream):
-    def __init__(self, chunks: AsyncIterator[bytes]) -> None:
-        self._chunks = chunks
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        async for chunk in self._chunks:
-            yield chunk
 
 
 async def carry(

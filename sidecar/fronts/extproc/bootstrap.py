@@ -37,9 +37,9 @@ def bootstrap(
     the data listener at HOST:PORT `data`, in path, with `data_calls_max` calls on a connection; without it they are
     refused.
     """
-    clusters = [*_engines(), _server("sidecar", picker, HELD_MAX, picker_ca)]
-    if data is not None:
-        clusters.append(_server("sidecar_data", data, data_calls_max))
+    plain, of_calls = _engines()
+    calls = of_calls if data is None else _server("sidecar_data", data, data_calls_max)
+    clusters = [plain, calls, _server("sidecar", picker, HELD_MAX, picker_ca)]
     configured: dict[str, Any] = {
         "static_resources": {
             "listeners": [_listener(host, port, request_mode, response_mode, data is not None)],

@@ -11,10 +11,10 @@ from typing import Any
 
 import httpx
 
-from sidecar.backends.api import TRAILERS, UNREAD, UNSEEN
+from sidecar.backends.api import TRAILERS, UNREAD, UNSEEN, Chunks
 from sidecar.backends.triton.framing import PREFIX, Frames
 from sidecar.fronts.extproc import heads, replies
-from sidecar.fronts.extproc.exchange import FULL_DUPLEX, Chunks, Exchange, Phase
+from sidecar.fronts.extproc.exchange import FULL_DUPLEX, Exchange, Phase
 from sidecar.proto import envoy_pb2 as envoy
 
 STATUS, TEXT = "grpc-status", "grpc-message"

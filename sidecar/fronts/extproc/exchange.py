@@ -31,7 +31,7 @@ import grpc.aio
 import httpx
 from starlette.types import Message
 
-from sidecar.backends.api import UNREAD, UNSEEN
+from sidecar.backends.api import UNREAD, UNSEEN, Chunks
 from sidecar.backends.openai.events import ERROR, begins_only
 from sidecar.config.listeners import EndpointPickerListener
 from sidecar.fronts.extproc import heads, replies
@@ -268,7 +268,7 @@ class Exchange:
         await self._write(replies.chunk(None))
         if chunk.end_of_stream:
             self._close()
-        elif not begins_only(chunk.body):
+        elif chunk.body and not begins_only(chunk.body):
             self._let_go()
 
     @property
@@ -469,14 +469,3 @@ class Exchange:
                 await self._write_one(reply)
             except (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError):
                 self.left()  # Envoy has ended the call meanwhile
-
-
-class Chunks(httpx.AsyncByteStream):
-    """An answer's body as it comes."""
-
-    def __init__(self, chunks: AsyncIterator[bytes]) -> None:
-        self._chunks = chunks
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        async for chunk in self._chunks:
-            yield chunk
