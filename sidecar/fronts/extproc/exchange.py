@@ -117,6 +117,8 @@ class Exchange:
         self._room = asyncio.Event()
         self._gone = asyncio.Event()
         self._head: asyncio.Future[envoy.ProcessingRequest] | None = None
+        self._is_judged = asyncio.Event()
+        """It is known what becomes of the head, or its run is over."""
         self._chunks: asyncio.Queue[tuple[bytes, bool]] = asyncio.Queue()
         """The engine's answer, each chunk with whether it is the last."""
         self._watched: Watched | None = None
@@ -178,6 +180,8 @@ class Exchange:
         elif kind == "response_headers":
             self._take_head(message)
         elif kind == "response_body":
+            if self._phase is Phase.ANSWERING:
+                await self._is_judged.wait()  # a chunk may come before the run has seen the head
             await self._take_chunk(message.response_body)
         elif kind == "response_trailers":
             await self._take_trailers_of_answer(message.response_trailers)
@@ -372,11 +376,14 @@ class Exchange:
             return None  # the client has left meanwhile
         self._phase, self._head = Phase.SENT, asyncio.get_running_loop().create_future()
         self._watched = self._log.watch(self._id)
-        await self._route(address, request, body)
-        message = await self._head
-        if self._elsewhere.note(address, served := heads.served_by(message)):
-            self._served = served
-        return await self._answer_of(message, request)
+        try:
+            await self._route(address, request, body)
+            message = await self._head
+            if self._elsewhere.note(address, served := heads.served_by(message)):
+                self._served = served
+            return await self._answer_of(message, request)
+        finally:
+            self._is_judged.set()
 
     async def _route(self, address: str, request: httpx.Request, body: bytes) -> None:
         added, removed = heads.changes(self._first, request, self._began_s)
@@ -403,6 +410,8 @@ class Exchange:
             if status == httpx.codes.NOT_FOUND or status >= httpx.codes.INTERNAL_SERVER_ERROR:
                 # Its body comes only once the head has gone, and the head may have to be replaced.
                 return httpx.Response(status, headers=headers, content=b"", extensions={UNREAD: True})
+            if self._has_no_body and status == httpx.codes.OK:  # nothing is no answer: its head is held
+                return httpx.Response(status, headers=headers, stream=Chunks(self._read()))
             is_stream = status == httpx.codes.OK and headers.get("content-type", "").startswith(EVENTS)
             self._gathers = self._mode == envoy.BUFFERED or (self._mode == envoy.STREAMED and not is_stream)
             self._gone_status = status
