@@ -149,7 +149,7 @@ async def test_a_length_of_thousands_of_digits_is_refused(tmp_path: Path) -> Non
     """HTTP/1.1 parsers refuse it; a gateway may not."""
     async with picker_house(tmp_path) as house:
         raw = house.begin()
-        await raw.send(head_of([("content-length", "9" * 5000)]), body_of("a00"))
+        await raw.send(head_of([("content-length", "9" * 5000)]))
         reply = await raw.next()
         assert reply is not None
         assert reply.immediate_response.status.code in (400, 413)
@@ -160,11 +160,11 @@ async def test_odd_paths_and_methods_reach_no_engine(tmp_path: Path) -> None:
     async with picker_house(tmp_path) as house:
         for path in ("", "*", "http://x/v1/completions", "//v1/completions", "/v1/load_lora_adapter", "/v1/models/%00"):
             raw = house.begin()
-            await raw.send(head_of(path=path), body_of("a00"))
+            await raw.send(head_of(path=path))
             assert await raw.until_routed() == ""
         for method in ("GET", "PUT", "CONNECT", "OPTIONS", ""):
             raw = house.begin()
-            await raw.send(head_of(method=method), body_of("a00"))
+            await raw.send(head_of(method=method))
             assert await raw.until_routed() == ""
         raw = house.begin()
         await raw.send(head_of(path="/v1/completions?key=secret"), body_of("a00"))
@@ -192,7 +192,7 @@ async def test_a_gateway_s_clients_prove_who_they_are(tmp_path: Path, prompt: st
     async with picker_house(tmp_path, identity=identity, listener={"in_path": "127.0.0.1:9"}) as house:
         for headers in bad:
             raw = house.begin()
-            await raw.send(head_of(headers), body_of("a00", prompt=prompt))
+            await raw.send(head_of(headers))  # a call that is over breaks under a later message
             assert await raw.until_routed() == ""
             assert raw.got[-1].immediate_response.status.code in (400, 401, 403)
         raw = house.begin()
