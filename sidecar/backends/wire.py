@@ -23,6 +23,8 @@ ModelInferRequest = service_pb2.ModelInferRequest
 ModelInferResponse = service_pb2.ModelInferResponse
 ModelStreamInferResponse = service_pb2.ModelStreamInferResponse
 
+CODES = {code.value[0]: code for code in grpc.StatusCode}
+"""gRPC's statuses by number."""
 _WIRE_CODES = frozenset(
     (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED, grpc.StatusCode.OK)
 )

@@ -15,8 +15,6 @@ from sidecar.errors import Reason
 from sidecar.proto import peers_pb2
 from sidecar.shell.requests import RequestFacts, TraceOrigin
 
-CODES = {code.value[0]: code for code in grpc.StatusCode}
-
 
 def forwarded(member: str, backend: str, facts: RequestFacts, ticket: Ticket, leg: int) -> Any:
     """Return the message that forwards a request to a backend's owner. `leg` is what `Traced.headers` takes."""
@@ -169,4 +167,4 @@ def rejection_of(sent: Any) -> grpc.StatusCode | HttpRejection | None:
     """Return the engine's own refusal, or None if the request ended otherwise."""
     if sent.HasField("http_status"):
         return HttpRejection(sent.http_status, sent.http_body)
-    return CODES[sent.grpc_code] if sent.HasField("grpc_code") else None
+    return wire.CODES[sent.grpc_code] if sent.HasField("grpc_code") else None

@@ -8,9 +8,10 @@ from urllib.parse import unquote
 
 import grpc
 
+from sidecar.backends.wire import CODES
+
 PREFIX = struct.Struct(">BI")
 """Before each message: whether it is compressed, and its length in bytes."""
-CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 class Compressed(Exception):

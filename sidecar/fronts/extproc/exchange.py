@@ -205,7 +205,7 @@ class Exchange:
             if body.end_of_stream or self._mode != FULL_DUPLEX:
                 self._close()
         else:
-            await self._write(Reply(response_trailers=envoy.TrailersResponse()))
+            await self._write(replies.trailers())
 
     def over(self) -> None:
         """Note that the front does nothing more: a call without an answer is cut."""
@@ -238,7 +238,7 @@ class Exchange:
     async def _take_trailers(self) -> None:
         self._has_trailers = True
         if self._passes:
-            await self._write(Reply(request_trailers=envoy.TrailersResponse()))
+            await self._write(replies.request_trailers())
         if not self._body_has_come:
             self._body_has_come = True
             self._pieces.put_nowait((b"", False))
@@ -397,7 +397,7 @@ class Exchange:
         for reply in replies.bodies((body,), of_request=True, ended=self._body_has_come):
             await self._write(reply)
         if self._has_trailers:
-            await self._write(Reply(request_trailers=envoy.TrailersResponse()))
+            await self._write(replies.request_trailers())
 
     async def _answer_of(self, message: envoy.ProcessingRequest, request: httpx.Request) -> httpx.Response:
         """Return the engine's answer, and let its head go if it is what the client gets."""

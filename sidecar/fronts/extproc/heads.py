@@ -25,9 +25,9 @@ SERVED = "x-gateway-destination-endpoint-served"
 """The metadata of `ENDPOINTS`, or the header, in which gateways tell which endpoint has answered."""
 TIMEOUT_MS = b"x-envoy-upstream-rq-timeout-ms"
 DEADLINE_MS = "x-lora-deadline-ms"
-_TIMEOUTS = frozenset(
-    ("response_timeout", "upstream_per_try_timeout", "upstream_response_timeout", "stream_idle_timeout")
-)
+_DEADLINE_DIGITS = 12
+"""More is a time that the fronts refuse."""
+_TIMEOUTS = frozenset(("response_timeout", "upstream_per_try_timeout", "stream_idle_timeout"))
 """Envoy's words for an engine that was reached and took too long."""
 _GO_ALONG = frozenset(("te", "x-request-id", "x-forwarded-proto", "content-type"))
 """Headers of a client's that an engine gets: in path it gets none of them."""
@@ -119,7 +119,7 @@ def changes(
     added = [(name.encode(), value.encode()) for name, value in request.headers.items() if name not in _OF_HTTP]
     if theirs.get(":path", b"") != request.url.raw_path:
         added.append((b":path", request.url.raw_path))
-    if (deadline := theirs.get(DEADLINE_MS, b"")).isdigit():
+    if (deadline := theirs.get(DEADLINE_MS, b"")).isdigit() and len(deadline) <= _DEADLINE_DIGITS:
         left_ms = int(deadline) - round((monotonic() - began_s) * 1000)
         added.append((TIMEOUT_MS, str(max(1, left_ms)).encode()))
     set_ = {name for name, _ in added}

@@ -76,10 +76,6 @@ def request_trailers() -> Reply:
     return Reply(request_trailers=envoy.TrailersResponse())
 
 
-def response_trailers() -> Reply:
-    return Reply(response_trailers=envoy.TrailersResponse())
-
-
 def head(status: int | None, headers: Headers, removed: Iterable[str] = ()) -> Reply:
     """Let the head of an answer go, with headers of ours; with a status it gets that one."""
     reply = Reply()
@@ -134,7 +130,7 @@ def ended_call(code: int, text: str, trailers: Headers = ()) -> Reply:
     return reply
 
 
-def trailers(changes: Headers) -> Reply:
+def trailers(changes: Headers = ()) -> Reply:
     """Let the trailers of an answer go, with ours."""
     reply = Reply(response_trailers=envoy.TrailersResponse())
     _set(reply.response_trailers.header_mutation, changes)
