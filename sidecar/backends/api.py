@@ -182,13 +182,12 @@ class Ending(Enum):
 class Sighting:
     """What is seen of an answer from outside: the bytes of its body so far, and how it ended; None before its end.
 
-    `cause` says why it did not end well, `served` which engine answered, as HOST:PORT; "" if unknown.
+    `cause` says why it did not end well.
     """
 
     body_bytes: int
     ending: Ending | None
     cause: str = ""
-    served: str = ""
 
 
 class Unseen(Protocol):

@@ -317,16 +317,14 @@ class HttpEntry(_message.Message):
     def __init__(self, common_properties: _Optional[_Union[CommonEntry, _Mapping]] = ..., response: _Optional[_Union[ResponseEntry, _Mapping]] = ...) -> None: ...
 
 class CommonEntry(_message.Message):
-    __slots__ = ("upstream_remote_address", "response_flags", "metadata", "access_log_type")
-    UPSTREAM_REMOTE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("response_flags", "metadata", "access_log_type")
     RESPONSE_FLAGS_FIELD_NUMBER: _ClassVar[int]
     METADATA_FIELD_NUMBER: _ClassVar[int]
     ACCESS_LOG_TYPE_FIELD_NUMBER: _ClassVar[int]
-    upstream_remote_address: Address
     response_flags: ResponseFlags
     metadata: Metadata
     access_log_type: EntryType
-    def __init__(self, upstream_remote_address: _Optional[_Union[Address, _Mapping]] = ..., response_flags: _Optional[_Union[ResponseFlags, _Mapping]] = ..., metadata: _Optional[_Union[Metadata, _Mapping]] = ..., access_log_type: _Optional[_Union[EntryType, str]] = ...) -> None: ...
+    def __init__(self, response_flags: _Optional[_Union[ResponseFlags, _Mapping]] = ..., metadata: _Optional[_Union[Metadata, _Mapping]] = ..., access_log_type: _Optional[_Union[EntryType, str]] = ...) -> None: ...
 
 class ResponseFlags(_message.Message):
     __slots__ = ("no_healthy_upstream", "upstream_request_timeout", "local_reset", "upstream_remote_reset", "upstream_connection_failure", "upstream_connection_termination", "upstream_overflow", "downstream_connection_termination", "stream_idle_timeout", "downstream_protocol_error", "upstream_max_stream_duration_reached", "duration_timeout", "upstream_protocol_error", "overload_manager", "downstream_remote_reset")

@@ -83,18 +83,16 @@ class CarriedEnd(_message.Message):
     def __init__(self, goes_on: _Optional[bool] = ..., trailers: _Optional[_Iterable[_Union[ForwardedMetadata, _Mapping]]] = ...) -> None: ...
 
 class Sighting(_message.Message):
-    __slots__ = ("exchange", "body_bytes", "ending", "cause", "served")
+    __slots__ = ("exchange", "body_bytes", "ending", "cause")
     EXCHANGE_FIELD_NUMBER: _ClassVar[int]
     BODY_BYTES_FIELD_NUMBER: _ClassVar[int]
     ENDING_FIELD_NUMBER: _ClassVar[int]
     CAUSE_FIELD_NUMBER: _ClassVar[int]
-    SERVED_FIELD_NUMBER: _ClassVar[int]
     exchange: str
     body_bytes: int
     ending: str
     cause: str
-    served: str
-    def __init__(self, exchange: _Optional[str] = ..., body_bytes: _Optional[int] = ..., ending: _Optional[str] = ..., cause: _Optional[str] = ..., served: _Optional[str] = ...) -> None: ...
+    def __init__(self, exchange: _Optional[str] = ..., body_bytes: _Optional[int] = ..., ending: _Optional[str] = ..., cause: _Optional[str] = ...) -> None: ...
 
 class TellRequest(_message.Message):
     __slots__ = ("sightings",)

@@ -127,10 +127,8 @@ async def carry(
 
 def sighting_sent(sighting: Sighting, exchange: str = "") -> Any:
     ending = "" if sighting.ending is None else sighting.ending.value
-    return peers_pb2.Sighting(
-        exchange=exchange, body_bytes=sighting.body_bytes, ending=ending, cause=sighting.cause, served=sighting.served
-    )
+    return peers_pb2.Sighting(exchange=exchange, body_bytes=sighting.body_bytes, ending=ending, cause=sighting.cause)
 
 
 def sighting_of(sent: Any) -> Sighting:
-    return Sighting(sent.body_bytes, Ending(sent.ending) if sent.ending else None, sent.cause, sent.served)
+    return Sighting(sent.body_bytes, Ending(sent.ending) if sent.ending else None, sent.cause)

@@ -123,10 +123,8 @@ class AccessLog:
 def _sighting(entry: envoy.HttpEntry) -> Sighting | None:
     """Return what an entry tells of an answer; None for one about something else."""
     common, response = entry.common_properties, entry.response
-    served = common.upstream_remote_address.socket_address
-    address = f"{served.address}:{served.port_value}" if served.address else ""
     if common.access_log_type in (envoy.DOWNSTREAM_START, envoy.DOWNSTREAM_PERIODIC):
-        return Sighting(response.response_body_bytes, None, "", address)
+        return Sighting(response.response_body_bytes, None)
     if common.access_log_type not in (envoy.NOT_SET, envoy.DOWNSTREAM_END):
         return None
     flags = common.response_flags
@@ -134,5 +132,5 @@ def _sighting(entry: envoy.HttpEntry) -> Sighting | None:
         found = [name for name in names if getattr(flags, name)]
         if found:
             cause = f"{', '.join(found).replace('_', ' ')} ({response.response_code_details})"
-            return Sighting(response.response_body_bytes, ending, cause, address)
-    return Sighting(response.response_body_bytes, Ending.WHOLE, "", address)
+            return Sighting(response.response_body_bytes, ending, cause)
+    return Sighting(response.response_body_bytes, Ending.WHOLE)
