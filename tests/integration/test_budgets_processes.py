@@ -23,6 +23,7 @@ from sidecar.access.budgets.budgets import Budgets
 from sidecar.access.budgets.leases import Leases
 from sidecar.config.access import Limit
 from sidecar.errors import Refused
+from sidecar.state.redis.link import ended
 from tests.kit.registries import link_to
 
 url, name, began_s, limit, until_s = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5])
@@ -31,7 +32,7 @@ leases = Leases(link_to(url), name, lambda: 3, clock)
 budgets = Budgets([Limit(tenant="*", tokens="input", tokens_per_minute=limit)], clock, leases)
 
 async def main():
-    asyncio.create_task(leases.run())
+    asking = asyncio.create_task(leases.run())
     sent = 0
     while clock() < 1_800_057_600.0 + until_s:
         while sent < (time() - began_s) * limit / 60 / 100 * 4 / 3:  # together four times the limit
@@ -44,6 +45,7 @@ async def main():
         if leases.is_away:
             print(0, flush=True)
         await asyncio.sleep(0.01)
+    await ended(asking)  # asyncio.run cancels a task once only, which the Redis client can swallow
 
 asyncio.run(main())
 """
