@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from sidecar.backends.api import Ending, Sighting, Unseen
+from sidecar.backends.api import Ending, Sighting, Ticket, Unseen
+from sidecar.core.effects import Dispatch
 from sidecar.core.enums import Fault, Seen
 from sidecar.core.events import Event, FirstToken, RunEnded, RunFailed
 
@@ -35,8 +36,23 @@ class Read:
         return self.tokens + (round(left_bytes / self.token_bytes) if self.token_bytes and left_bytes > 0 else 0)
 
 
+class Run(Protocol):
+    """A run whose answer somebody else carries."""
+
+    effect: Dispatch
+    ticket: Ticket
+    tokens: int
+    waits_for_client: bool
+
+
+def first_token(run: Run, unseen: Unseen | None) -> FirstToken:
+    """Return the event of a run's first token; `unseen` is what is seen of the rest, if that may go past us."""
+    is_unheard = unseen is not None and not unseen.tells
+    return FirstToken(run.effect.request, run.effect.attempt, is_unheard, unseen is not None)
+
+
 async def follow(
-    run: Any,
+    run: Run,
     unseen: Unseen,
     read: Read,
     post: Callable[[Event], None],
@@ -51,7 +67,7 @@ async def follow(
     run.waits_for_client = True  # nothing has to come from the engine
     key = run.effect.request, run.effect.attempt
     if not read.token_bytes:
-        post(FirstToken(*key, not unseen.tells))
+        post(first_token(run, unseen))
     try:
         while (sighting := await _next_of(run, unseen, lacks)) is not None:
             tokens = max(run.tokens, read.tokens_at(sighting))
@@ -74,13 +90,13 @@ async def follow(
     post(RunEnded(*key, run.tokens, Seen.NOTHING))
 
 
-def _tokens_max(run: Any) -> int:
+def _tokens_max(run: Run) -> int:
     """Return how many tokens the request may have at most; 0 if that is not known."""
     facts = run.ticket.facts
     return 0 if facts is None else int(facts.output_tokens_max)
 
 
-async def _next_of(run: Any, unseen: Unseen, lacks: Callable[[Any], Awaitable[bool]]) -> Sighting | None:
+async def _next_of(run: Run, unseen: Unseen, lacks: Callable[[Any], Awaitable[bool]]) -> Sighting | None:
     """Return the next thing that is seen of an answer; None once its end must be lost."""
     while True:
         try:

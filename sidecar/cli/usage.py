@@ -30,7 +30,7 @@ SINCE = {"month": "400d", "day": "30d"}
 ALL = "(all)"
 FIGURES = (
     "input_tokens", "input_tokens_estimated", "output_tokens", "seat_seconds", "slot_seconds", "cold_loads",
-    "cold_load_bytes", "stored_byte_seconds", "engine_seconds",
+    "cold_load_bytes", "stored_byte_seconds", "engine_seconds", "output_tokens_estimated",
 )  # fmt: skip
 FILE = typer.Option("--prices", help="YAML: gpu_hour, currency, backends, slots.", show_default=False)
 
@@ -230,12 +230,12 @@ def _shown(rows: Sequence[Row], names: Sequence[str], span: str, currency: str) 
 def _cells(row: Row, currency: str) -> list[str]:
     figures = row.figures
     requests = sum(figures[outcome] for outcome in OUTCOMES)
-    about = "~" if figures["input_tokens_estimated"] else ""
+    about = {side: "~" if figures[f"{side}_tokens_estimated"] else "" for side in ("input", "output")}
     cells = [
         _number(requests),
         _number(requests - figures["ok"]),
-        about + _number(figures["input_tokens"]),
-        _number(figures["output_tokens"]),
+        about["input"] + _number(figures["input_tokens"]),
+        about["output"] + _number(figures["output_tokens"]),
         _hours(figures["seat_seconds"]),
         _hours(figures["slot_seconds"]),
         _number(figures["cold_loads"]),

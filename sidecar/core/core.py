@@ -258,7 +258,7 @@ def _first_token(step: Step, event: ev.FirstToken) -> None:
     request = step.state.requests.get(event.request)
     if request is not None and request.attempt == event.attempt and request.running:
         assert request.backend is not None
-        request.tokens, request.unheard = max(1, request.tokens), event.unheard
+        request.tokens, request.unheard, request.unseen = max(1, request.tokens), event.unheard, event.unseen
         stalls.had_first_token(step, step.state.backends[request.backend], request)
         if request.losses:
             step.dirty[request.backend] = None  # a suspect's Load may have waited for this token
@@ -268,7 +268,7 @@ def _run_ended(step: Step, event: ev.RunEnded) -> None:
     request = step.state.requests.get(event.request)
     if request is None or request.attempt != event.attempt or not request.running:
         return
-    request.tokens = event.output_tokens
+    request.tokens, request.unseen = event.output_tokens, event.seen is not Seen.ALL
     if not request.settled and event.seen is not Seen.NOTHING and not event.client_left:
         _learn(step, request, event.seen)
     backend = running.end_run(step, request, event.output_tokens)

@@ -125,6 +125,8 @@ class Settle:
     """The promised longest wait; None if nothing was promised or the promise is void."""
     voided: str = ""
     """Why the promise became void."""
+    is_estimated: bool = False
+    """`output_tokens` is an estimate, since the answer went past the sidecar."""
 
 
 @record(frozen=True, slots=True)

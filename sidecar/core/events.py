@@ -288,11 +288,12 @@ class LoadFailed:
 
 @record(frozen=True, slots=True)
 class FirstToken:
-    """The first of an answer; with `unheard` the rest goes past the sidecar, and nothing has to be heard of it."""
+    """The first of an answer; with `unseen` the rest goes past the sidecar, with `unheard` nothing is told of it."""
 
     request: int
     attempt: int
     unheard: bool = False
+    unseen: bool = False
 
 
 @record(frozen=True, slots=True)

@@ -307,6 +307,7 @@ def settle(
             retry_after_ns=retry_after_ns,
             bound_ns=None if request.promise is None else request.promise.bound_ns,
             voided=request.voided,
+            is_estimated=request.unseen,
         )
     )
 

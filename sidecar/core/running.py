@@ -40,7 +40,7 @@ def requeue(step: Step, request: Request) -> None:
     queueing.void_promise(step, request, Voided.RUN_AGAIN)
     request.backend = None
     request.cache = None
-    request.first_token = request.unheard = False
+    request.first_token = request.unheard = request.unseen = False
     request.dispatched_ns = 0
     _extend_wait(step, request)
     queueing.route_or_refuse(step, request)

@@ -113,6 +113,8 @@ class Request:
     first_token: bool = False
     unheard: bool = False
     """Nothing has to be heard of its answer until the end."""
+    unseen: bool = False
+    """The answer goes past the sidecar, so `tokens` is an estimate."""
     progressing: bool = False
     """It had tokens already at the last progress report of its engine."""
     heals: int = 0

@@ -121,7 +121,7 @@ WRITTEN: dict[type, Form] = {
     ev.DiskHolds: Form("DiskHolds", "key version size_bytes"),
     ev.LoadDone: Form("LoadDone", "load"),
     ev.LoadFailed: Form("LoadFailed", "load fault text"),
-    ev.FirstToken: Form("FirstToken", "request attempt unheard"),
+    ev.FirstToken: Form("FirstToken", "request attempt unheard unseen"),
     ev.RunEnded: Form("RunEnded", "request attempt output_tokens seen client_left"),
     ev.RunFailed: Form("RunFailed", "request attempt fault text output_tokens"),
     ev.Progress: Form("Progress", "backend tokens"),
@@ -142,7 +142,7 @@ WRITTEN: dict[type, Form] = {
     do.Settle: Form(
         "Settle",
         "request outcome name tenant klass queue_ns input_tokens output_tokens reason message backend version "
-        "retry_after_ns bound_ns voided",
+        "retry_after_ns bound_ns voided is_estimated",
     ),
     do.Heal: Form("Heal", "backend reason version"),
     do.Quarantine: Form("Quarantine", "digest text"),
@@ -231,7 +231,7 @@ WRITTEN: dict[type, Form] = {
         "view ordinal expires_ns deadline_ns size_bytes only client_id expected_tokens promise counted voided backend "
         "running settled attempt tokens first_token progressing heals engine_failures region_heals losses pinned_key "
         "cache fetch dispatched_ns fetch_ns queued_clock fetch_allowed_ns load_ns counted_tokens "
-        "unsure_tokens guessed unheard",
+        "unsure_tokens guessed unheard unseen",
     ),
     state.Slot: Form("Slot", "opened_ns pages load running stale"),
     state.LoadRun: Form("LoadRun", "id backend digest key begun_ns"),

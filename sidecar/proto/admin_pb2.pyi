@@ -631,7 +631,7 @@ class UsageResponse(_message.Message):
     def __init__(self, rows: _Optional[_Iterable[_Union[UsageRow, _Mapping]]] = ..., incomplete: _Optional[_Iterable[float]] = ..., note: _Optional[str] = ...) -> None: ...
 
 class UsageRow(_message.Message):
-    __slots__ = ("tenant", "adapter", "version", "requests", "input_tokens", "output_tokens", "input_tokens_estimated", "seat_seconds", "slot_seconds", "cold_loads", "cold_load_bytes", "stored_byte_seconds", "backend", "engine_seconds")
+    __slots__ = ("tenant", "adapter", "version", "requests", "input_tokens", "output_tokens", "input_tokens_estimated", "seat_seconds", "slot_seconds", "cold_loads", "cold_load_bytes", "stored_byte_seconds", "backend", "engine_seconds", "output_tokens_estimated")
     class RequestsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -654,6 +654,7 @@ class UsageRow(_message.Message):
     STORED_BYTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     ENGINE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_ESTIMATED_FIELD_NUMBER: _ClassVar[int]
     tenant: str
     adapter: str
     version: str
@@ -668,7 +669,8 @@ class UsageRow(_message.Message):
     stored_byte_seconds: float
     backend: str
     engine_seconds: float
-    def __init__(self, tenant: _Optional[str] = ..., adapter: _Optional[str] = ..., version: _Optional[str] = ..., requests: _Optional[_Mapping[str, int]] = ..., input_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., input_tokens_estimated: _Optional[int] = ..., seat_seconds: _Optional[float] = ..., slot_seconds: _Optional[float] = ..., cold_loads: _Optional[int] = ..., cold_load_bytes: _Optional[int] = ..., stored_byte_seconds: _Optional[float] = ..., backend: _Optional[str] = ..., engine_seconds: _Optional[float] = ..., **kwargs) -> None: ...
+    output_tokens_estimated: int
+    def __init__(self, tenant: _Optional[str] = ..., adapter: _Optional[str] = ..., version: _Optional[str] = ..., requests: _Optional[_Mapping[str, int]] = ..., input_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., input_tokens_estimated: _Optional[int] = ..., seat_seconds: _Optional[float] = ..., slot_seconds: _Optional[float] = ..., cold_loads: _Optional[int] = ..., cold_load_bytes: _Optional[int] = ..., stored_byte_seconds: _Optional[float] = ..., backend: _Optional[str] = ..., engine_seconds: _Optional[float] = ..., output_tokens_estimated: _Optional[int] = ..., **kwargs) -> None: ...
 
 class AuditRequest(_message.Message):
     __slots__ = ("since", "adapter", "tenant", "kind")

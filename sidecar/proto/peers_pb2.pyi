@@ -270,7 +270,7 @@ class ForwardedOrigin(_message.Message):
     def __init__(self, backend: _Optional[str] = ..., name: _Optional[str] = ..., ordinal: _Optional[int] = ..., digest: _Optional[str] = ..., cache: _Optional[str] = ..., queue_ns: _Optional[int] = ..., load_ns: _Optional[int] = ..., heals: _Optional[int] = ...) -> None: ...
 
 class ForwardedEnding(_message.Message):
-    __slots__ = ("reason", "message", "retry_after_ns", "name", "version", "output_tokens", "grpc_code", "http_status", "http_body", "is_bystander", "queue_ns")
+    __slots__ = ("reason", "message", "retry_after_ns", "name", "version", "output_tokens", "grpc_code", "http_status", "http_body", "is_bystander", "queue_ns", "is_estimated")
     REASON_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     RETRY_AFTER_NS_FIELD_NUMBER: _ClassVar[int]
@@ -282,6 +282,7 @@ class ForwardedEnding(_message.Message):
     HTTP_BODY_FIELD_NUMBER: _ClassVar[int]
     IS_BYSTANDER_FIELD_NUMBER: _ClassVar[int]
     QUEUE_NS_FIELD_NUMBER: _ClassVar[int]
+    IS_ESTIMATED_FIELD_NUMBER: _ClassVar[int]
     reason: str
     message: str
     retry_after_ns: int
@@ -293,7 +294,8 @@ class ForwardedEnding(_message.Message):
     http_body: bytes
     is_bystander: bool
     queue_ns: int
-    def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ..., retry_after_ns: _Optional[int] = ..., name: _Optional[str] = ..., version: _Optional[str] = ..., output_tokens: _Optional[int] = ..., grpc_code: _Optional[int] = ..., http_status: _Optional[int] = ..., http_body: _Optional[bytes] = ..., is_bystander: _Optional[bool] = ..., queue_ns: _Optional[int] = ...) -> None: ...
+    is_estimated: bool
+    def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ..., retry_after_ns: _Optional[int] = ..., name: _Optional[str] = ..., version: _Optional[str] = ..., output_tokens: _Optional[int] = ..., grpc_code: _Optional[int] = ..., http_status: _Optional[int] = ..., http_body: _Optional[bytes] = ..., is_bystander: _Optional[bool] = ..., queue_ns: _Optional[int] = ..., is_estimated: _Optional[bool] = ...) -> None: ...
 
 class AskRequest(_message.Message):
     __slots__ = ("member", "backend", "purpose", "epoch")

@@ -146,6 +146,7 @@ def ending(settled: Settle, rejection: Any, is_bystander: bool = False) -> Any:
         output_tokens=settled.output_tokens,
         is_bystander=is_bystander,
         queue_ns=settled.queue_ns,
+        is_estimated=settled.is_estimated,
     )
     if isinstance(rejection, HttpRejection):
         sent.http_status, sent.http_body = rejection.status, rejection.body
@@ -159,7 +160,7 @@ def settle_of(request: int, facts: RequestFacts, backend: str, sent: Any) -> Set
     return Settle(
         request, outcome_of(reason), sent.name, facts.tenant, facts.klass, sent.queue_ns, facts.input_tokens,
         sent.output_tokens, reason, sent.message, backend, sent.version,
-        sent.retry_after_ns if sent.HasField("retry_after_ns") else None,
+        sent.retry_after_ns if sent.HasField("retry_after_ns") else None, is_estimated=sent.is_estimated,
     )  # fmt: skip
 
 

@@ -196,6 +196,8 @@ class Chronicle:
         record = self._open.get(effect.request)
         if record is not None:
             record.dispatch, record.place = effect, None
+            ticket = self._ticket_of(effect.request)
+            record.is_carried = ticket is not None and ticket.carrier is not None
             self._add(record, now_ns, effect)
 
     def _settled(self, effect: do.Settle, now_ns: int, *_: Any) -> None:

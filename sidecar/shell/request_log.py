@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sidecar.core.effects import Dispatch, Effect, Heal, Quarantine, Settle
+from sidecar.core.effects import Effect, Heal, Quarantine, Settle
 from sidecar.core.enums import Outcome
 from sidecar.core.events import BackendLost, Event
 from sidecar.errors import Reason, SidecarError
@@ -48,7 +48,7 @@ class RequestLog:
         is_cut_off = settle.reason is Reason.DRAINING and was_taken
         level = logging.WARNING if settle.outcome is Outcome.FAILED or is_cut_off else logging.INFO
         if requests.isEnabledFor(level):
-            requests.log(level, ending_fields(settle, record.dispatch, record.client_id, record.peer, record.ordinal))
+            requests.log(level, ending_fields(record, settle))
 
 
 def log_refused(client_id: str, error: SidecarError) -> None:
@@ -59,23 +59,22 @@ def log_refused(client_id: str, error: SidecarError) -> None:
         )
 
 
-def ending_fields(settle: Settle, dispatch: Dispatch | None, client_id: str, peer: str, ordinal: int) -> Fields:
-    """Return a request's log line. `dispatch` is its last one; None if it was never sent to an engine.
-
-    `ordinal` is that of its version, 0 if none is known.
-    """
+def ending_fields(record: Record, settle: Settle) -> Fields:
+    """Return a request's log line."""
+    dispatch, ordinal = record.dispatch, record.ordinal
     if dispatch is not None and dispatch.name:
         ordinal = dispatch.ordinal
     values: dict[str, Any] = {
         "request": settle.request,
-        "id": client_id,
+        "id": record.client_id,
         "outcome": settle.outcome.value,
         "reason": settle.reason.value if settle.reason is not None else "",
         "adapter": settle.name,
         "version": f"v{ordinal}" if ordinal else settle.version[:12],
         "backend": dispatch.backend if dispatch is not None else "",
         "tenant": settle.tenant,
-        "peer": peer,
+        "peer": record.peer,
+        "lane": "envoy" if record.is_carried else "path",
         "class": settle.klass,
         "cache": dispatch.cache.value if dispatch is not None else "",
         "queue_ms": round(settle.queue_ns / 1e6, 3),
@@ -85,6 +84,7 @@ def ending_fields(settle: Settle, dispatch: Dispatch | None, client_id: str, pee
         "heals": dispatch.heals if dispatch is not None else 0,
         "input_tokens": settle.input_tokens,
         "output_tokens": settle.output_tokens,
+        "estimated": settle.is_estimated,
     }
     if settle.reason is not None:
         values["error"] = settle.message

@@ -140,10 +140,10 @@ class UsageObserver:
             named = self._named(effect.name, effect.version) if effect.request or not effect.name else (UNKNOWN, "")
             key = (tenant_shown(effect.tenant), *named, effect.backend if is_sent else "")
         counted = self._counted(effect.request)
-        is_estimated = counted is None and effect.request in self._estimated
+        are_estimated = counted is None and effect.request in self._estimated, effect.is_estimated
         inputs = effect.input_tokens if counted is None else counted
-        inputs, outputs = (inputs, effect.output_tokens) if is_sent else (0, 0)
-        self._meter.settled(key, effect.outcome.value, inputs, outputs, is_estimated)
+        tokens = (inputs, effect.output_tokens) if is_sent else (0, 0)
+        self._meter.settled(key, effect.outcome.value, tokens, are_estimated)
 
     def _drop(self, effect: do.Drop, now_ns: int) -> None:
         self._meter.gone(effect.key, now_ns)

@@ -161,6 +161,8 @@ class Record:
     is_voided: bool = False
     is_elsewhere: bool = False
     """True if another replica has it, or has ended it: that one logs and counts its ending."""
+    is_carried: bool = False
+    """A proxy has carried it to its engine: it has gone the Envoy lane."""
     happened: list[Entry] = field(default_factory=list)
     dispatch: do.Dispatch | None = None
     settle: do.Settle | None = None

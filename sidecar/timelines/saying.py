@@ -63,7 +63,8 @@ def taken_over(backend: str, dispatch: do.Dispatch) -> Told:
 
 
 def ended(settle: do.Settle) -> str:
-    tokens = f", {settle.output_tokens} tokens" if settle.output_tokens else ""
+    about = "about " if settle.is_estimated else ""
+    tokens = f", {about}{settle.output_tokens} tokens" if settle.output_tokens else ""
     because = f" ({settle.reason.value}): {settle.message}" if settle.reason is not None else ""
     return f"ended: {settle.outcome.value}{tokens}{because}"
 
@@ -84,7 +85,7 @@ def own_event(event: ev.Event, request: int, attempt: int) -> Told | None:
     if isinstance(event, ev.ClientStalled) and event.request == request:
         return "client_stalled", "its client was too far behind for too long"
     if isinstance(event, ev.FirstToken) and (event.request, event.attempt) == (request, attempt):
-        return FIRST_TOKEN, "first token"
+        return FIRST_TOKEN, "first token; the rest goes past the sidecar" if event.unseen else "first token"
     if isinstance(event, ev.RunFailed) and (event.request, event.attempt) == (request, attempt):
         return "run_failed", f"the engine failed ({event.fault.value}): {event.text}"
     return None

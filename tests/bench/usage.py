@@ -77,7 +77,7 @@ async def _writes(folder: Path) -> list[Figure]:
         key = (f"t{number}", f"a{number}", "v1", "b0")
         meter.began(number, key, 1, (f"k{number}",), now_ns)
         meter.ended(number, now_ns + 1000)
-        meter.settled(key, "ok", 10, 10, is_estimated=False)
+        meter.settled(key, "ok", (10, 10))
     gc.collect()
     looks, cuts = [], []
     for _ in range(ROUNDS):

@@ -53,7 +53,7 @@ class Kept:
         self.clocks.now_ns += round(seconds * S)
         if self.clocks.now_ns >= self.keeper.until_ns:
             self.keeper.turn(self.clocks.now_ns)
-        self.keeper.meter.settled(ROW, "ok", 10, 20, is_estimated=False)
+        self.keeper.meter.settled(ROW, "ok", (10, 20))
         self.keeper.last_ns = self.clocks.now_ns
 
     async def lines(self, *by: str, since: float = 0, until: float = 1e11) -> list[UsageTotal]:

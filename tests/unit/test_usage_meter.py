@@ -135,7 +135,7 @@ def test_invented_tenants_take_no_rows_from_those_that_are_served() -> None:
     """Whoever sends nothing but refused requests under made-up names fills a part of the rows only."""
     meter = engine()
     for number in range(2 * ROWS_MAX):
-        meter.settled((f"made-up-{number}", "sql", "v1", ""), "refused", 0, 0, is_estimated=False)
+        meter.settled((f"made-up-{number}", "sql", "v1", ""), "refused", (0, 0))
     meter.began(1, SQL, 1, (), 0)
     meter.ended(1, 5 * S)
     rows = meter.cut(5 * S).rows()
@@ -152,7 +152,7 @@ def test_a_million_tenants_do_not_grow_memory() -> None:
         key = (f"t{number}", "sql", "v1", "b0")
         meter.began(number, key, 1, (), number)
         meter.ended(number, number + 1)
-        meter.settled(key, "ok", 1, 1, is_estimated=False)
+        meter.settled(key, "ok", (1, 1))
     rows = meter.cut(requests).rows()
     assert len(rows) <= ROWS_MAX + 2
     assert sum(used.requests.get("ok", 0) for used in rows.values()) == requests

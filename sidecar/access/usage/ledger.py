@@ -18,7 +18,7 @@ from sidecar.access.usage.meter import NOBODY, OUTCOMES, Rows, Used
 
 HOUR_S, DAY_S = 3600, 86_400
 KEYS = ("tenant", "adapter", "version", "backend")
-COUNTS = ("input_tokens", "input_tokens_estimated", "output_tokens", "loads", "load_bytes")
+COUNTS = ("input_tokens", "input_tokens_estimated", "output_tokens", "loads", "load_bytes", "output_tokens_estimated")
 TIMES = ("seat_s", "slot_s", "stored_byte_s", "engine_s")
 FIGURES = (*OUTCOMES, *COUNTS, *TIMES)
 BY = (*KEYS, "hour", "day", "month")
@@ -37,7 +37,8 @@ CREATE TABLE IF NOT EXISTS used (
     {_COLUMNS}, {_TIMES}, PRIMARY KEY (period, tenant, adapter, version, backend)
 ) STRICT, WITHOUT ROWID;
 """
-_INSERT = f"INSERT INTO used VALUES ({', '.join('?' * (1 + len(KEYS) + len(FIGURES)))})"
+_ALL = ("period", *KEYS, *FIGURES)
+_INSERT = f"INSERT INTO used ({', '.join(_ALL)}) VALUES ({', '.join('?' * len(_ALL))})"
 _SUMS = ", ".join(f"sum({name})" for name in FIGURES)
 _WHEN = {
     "hour": f"begins - begins % {HOUR_S}",
@@ -81,10 +82,18 @@ class Ledger:
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute("PRAGMA synchronous=NORMAL")
             self._database.executescript(SCHEMA)
+            self._add_new_columns()
             self._database.execute("UPDATE periods SET incomplete = 1, open_since = NULL WHERE open_since IS NOT NULL")
         except sqlite3.Error:
             self._database.close()
             raise
+
+    def _add_new_columns(self) -> None:
+        """Add what a file of an earlier release lacks."""
+        known = {name for _, name, *_ in self._database.execute("PRAGMA table_info(used)")}
+        for name in COUNTS:
+            if name not in known:
+                self._database.execute(f"ALTER TABLE used ADD COLUMN {name} INTEGER NOT NULL DEFAULT 0")
 
     def open(self, hour: int, now: float) -> int:
         """Begin a period of the hour that begins at `hour`; return its number."""
@@ -129,7 +138,7 @@ class Ledger:
         )
         keys = ", ".join(KEYS)
         self._database.execute(
-            f"INSERT INTO used SELECT ?, {keys}, {_SUMS} FROM used "
+            f"INSERT INTO used ({', '.join(_ALL)}) SELECT ?, {keys}, {_SUMS} FROM used "
             f"WHERE period IN (SELECT id FROM periods WHERE {hours}) GROUP BY {keys}",
             (cursor.lastrowid, *when),
         )
@@ -196,6 +205,7 @@ def _figures(used: Used) -> tuple[float, ...]:
         used.output_tokens,
         used.loads,
         used.load_bytes,
+        used.output_tokens_estimated,
         used.seat_ns / 1e9,
         used.slot_ns / 1e9,
         used.stored_byte_ns / 1e9,

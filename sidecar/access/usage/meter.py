@@ -49,6 +49,7 @@ class Used:
     input_tokens: int = 0
     input_tokens_estimated: int = 0
     output_tokens: int = 0
+    output_tokens_estimated: int = 0
     seat_ns: int = 0
     slot_ns: int = 0
     loads: int = 0
@@ -59,8 +60,9 @@ class Used:
 
     def copy(self) -> Used:
         return Used(
-            dict(self.requests), self.input_tokens, self.input_tokens_estimated, self.output_tokens, self.seat_ns,
-            self.slot_ns, self.loads, self.load_bytes, self.stored_byte_ns, self.engine_ns,
+            dict(self.requests), self.input_tokens, self.input_tokens_estimated, self.output_tokens,
+            self.output_tokens_estimated, self.seat_ns, self.slot_ns, self.loads, self.load_bytes,
+            self.stored_byte_ns, self.engine_ns,
         )  # fmt: skip
 
 
@@ -231,14 +233,18 @@ class Meter:
 
     # What is counted.
 
-    def settled(self, key: Key, outcome: str, input_tokens: int, output_tokens: int, is_estimated: bool) -> None:
+    def settled(
+        self, key: Key, outcome: str, tokens: tuple[int, int], are_estimated: tuple[bool, bool] = (False, False)
+    ) -> None:
         """Count a request that ended, with the tokens of its prompt and of its answer."""
         used = _row(self._rows, self._known(key))
         used.requests[outcome] = used.requests.get(outcome, 0) + 1
-        used.input_tokens += input_tokens
-        used.output_tokens += output_tokens
-        if is_estimated:
-            used.input_tokens_estimated += input_tokens
+        used.input_tokens += tokens[0]
+        used.output_tokens += tokens[1]
+        if are_estimated[0]:
+            used.input_tokens_estimated += tokens[0]
+        if are_estimated[1]:
+            used.output_tokens_estimated += tokens[1]
 
     def loaded(self, key: Key, size_bytes: int) -> None:
         """Count a version that was brought into an engine."""

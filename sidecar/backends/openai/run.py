@@ -23,10 +23,10 @@ from sidecar.backends.openai.events import (
     prompt_tokens,
     split,
 )
-from sidecar.backends.unseen import Read, follow
+from sidecar.backends.unseen import Read, first_token, follow
 from sidecar.core.effects import Dispatch
 from sidecar.core.enums import Fault
-from sidecar.core.events import Event, FirstToken, RunEnded, RunFailed
+from sidecar.core.events import Event, RunEnded, RunFailed
 
 HEADERS = {"content-type": "application/json"}
 INPUT = "'input':"
@@ -69,7 +69,8 @@ class OpenAiRun(ABC):
         self._has_begun = False
         self._count = StreamedTokens()
         self._lacks = lacks
-        self._is_unseen = self._is_unheard = False
+        self._unseen: Unseen | None = None
+        self._is_unseen = False
         self._read = Read(len(DONE + END_OF_EVENT))
 
     @abstractmethod
@@ -134,8 +135,7 @@ class OpenAiRun(ABC):
                 await self._wire_broke(text)
 
     async def _events(self, reply: httpx.Response) -> None:
-        unseen: Unseen | None = reply.extensions.get(UNSEEN)
-        self._is_unheard = unseen is not None and not unseen.tells
+        unseen = self._unseen = reply.extensions.get(UNSEEN)
         try:
             await self._read_events(reply, unseen)
         finally:
@@ -180,7 +180,7 @@ class OpenAiRun(ABC):
         self._heard(self.effect.request, tokens)
         self.ticket.deliver(Reply(self._shown(event) + END_OF_EVENT, None, final))
         if is_first:
-            self._post(FirstToken(self.effect.request, self.effect.attempt, self._is_unheard))
+            self._post(first_token(self, self._unseen))
 
     def _corrected(self, event: bytes) -> int:
         """Correct the count by the engine's total, if the event has it; return how many tokens were missing."""

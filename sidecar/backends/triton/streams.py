@@ -20,10 +20,10 @@ from sidecar.backends.api import TRAILERS, UNREAD, UNSEEN, Reply, Ticket, Unseen
 from sidecar.backends.quoting import wrote_in
 from sidecar.backends.triton.dialects import Dialect
 from sidecar.backends.triton.framing import PREFIX, framed, messages_of, status_in
-from sidecar.backends.unseen import Read, follow
+from sidecar.backends.unseen import Read, first_token, follow
 from sidecar.core.effects import Dispatch
 from sidecar.core.enums import Fault
-from sidecar.core.events import Event, FirstToken, RunEnded, RunFailed
+from sidecar.core.events import Event, RunEnded, RunFailed
 
 IDLE_STREAMS_MAX = 256
 Metadata = tuple[tuple[str, str], ...]
@@ -96,7 +96,8 @@ class Run:
         self.tokens = 0
         self.cancelled = False
         self.waits_for_client = False
-        self._is_unseen = self._is_unheard = False
+        self._unseen: Unseen | None = None
+        self._is_unseen = False
         self._work: asyncio.Task[Any] | None = None
         self._post = post
         self._heard = heard
@@ -211,7 +212,7 @@ class Run:
         if final:
             self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
         elif is_first:
-            self._post(FirstToken(self.effect.request, self.effect.attempt, self._is_unheard))
+            self._post(first_token(self, self._unseen))
         return final
 
     async def by_proxy(self, address: str, lacks: Callable[[Any], Awaitable[bool]]) -> bool:
@@ -250,8 +251,7 @@ class Run:
             code, text = status_in(answer.headers)
             await self._ended_with(code or grpc.StatusCode.UNAVAILABLE, text or f"it answers {answer.status_code}")
             return
-        unseen: Unseen | None = answer.extensions.get(UNSEEN)
-        self._is_unheard = unseen is not None and not unseen.tells
+        unseen = self._unseen = answer.extensions.get(UNSEEN)
         read = Read(0)
         async for raw in messages_of(answer.aiter_raw()):
             if self._payload.unary:

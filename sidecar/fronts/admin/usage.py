@@ -59,6 +59,7 @@ def _row(line: UsageTotal) -> Any:
         input_tokens=int(figures["input_tokens"]),
         output_tokens=int(figures["output_tokens"]),
         input_tokens_estimated=int(figures["input_tokens_estimated"]),
+        output_tokens_estimated=int(figures["output_tokens_estimated"]),
         seat_seconds=figures["seat_s"],
         slot_seconds=figures["slot_s"],
         cold_loads=int(figures["loads"]),
