@@ -16,6 +16,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from dataclasses import replace
 from time import monotonic
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -64,6 +65,7 @@ class Running(Protocol):
     tokens: int
     cancelled: bool
     waits_for_client: bool
+    ticket: Ticket
 
     def cancel(self) -> None:
         """Cancel it. Its end is posted all the same."""
@@ -99,6 +101,7 @@ class Endpoint(ABC):
         self._sent: set[int] = set()
         self._progress: dict[int, int] = {}
         self._measured: BackendMeasured | None = None
+        self._others = self._ours_before = self._inside_before = 0
         self._unheard: dict[tuple[int, int], float] = {}
         """Runs of which nothing has been heard for long, and when that was last found."""
         self._lacking_since_s: float | None = None
@@ -122,6 +125,10 @@ class Endpoint(ABC):
 
     async def _inside(self) -> int | None:
         """Return how many requests the engine has, whoever sent them; None if it does not tell. Raises WIRE_ERRORS."""
+        return None
+
+    def _seen_inside(self) -> int | None:
+        """Return the same as the last look has seen it."""
         return None
 
     async def _lacks(self, run: Running) -> bool:
@@ -460,10 +467,12 @@ class Endpoint(ABC):
 
     async def _reach_once(self) -> None:
         facts = await self._reach()
+        self._others = self._inside_before = await self._inside() or 0
+        self._ours_before = 0
         self._up, self._measured, self._told, self._awaited_until_s = True, None, logging.NOTSET, 0.0
         address = "" if self.address == self.id else f"{self.address}, "
         logger.info("%s is up: %s%s", self.id, address, self.detail())
-        self._post(BackendUp(self.id, facts))
+        self._post(BackendUp(self.id, facts, self._others))
 
     async def _look_once(self) -> None:
         replaced = await self._look()
@@ -496,10 +505,25 @@ class Endpoint(ABC):
 
     def _report_measures(self) -> None:
         """Tell the core the engine's capacity and load if they have changed."""
+        before, self._others = self._others, self._count_others()
         measured = self._measures()
-        if measured is not None and measured != self._measured:
+        if measured is None and self._others != before:
+            measured = BackendMeasured(self.id, None, None)
+        if measured is not None and (measured := replace(measured, others=self._others)) != self._measured:
             self._measured = measured
             self._post(measured)
+
+    def _count_others(self) -> int:
+        """Return how many requests the engine has that this process did not send, such as those of one before it.
+
+        Its gauge lags behind ours, so that while ours run the number only falls. What others send meanwhile is not
+        counted: no gauge could tell it from ours.
+        """
+        ours = sum(1 if run.ticket.facts is None else run.ticket.facts.sequences for run in self._runs.values())
+        inside = self._seen_inside() or 0
+        least, self._ours_before = min(ours, self._ours_before), ours
+        before, self._inside_before = self._inside_before, inside
+        return min(inside, before) if not (ours or least) else min(self._others, max(0, inside - least))
 
     async def _wire_broke(self, text: str, begun: bool = False) -> bool:
         """Find out whether the engine is gone or only one stream broke; return True if the backend's loss ends the run.

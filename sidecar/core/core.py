@@ -340,7 +340,7 @@ def _backend_up(step: Step, event: ev.BackendUp) -> None:
     state = step.state
     backend = state.backends[event.backend]
     assert backend.phase is Phase.DOWN, f"{backend.id} is up already"
-    backend.facts = event.facts
+    backend.facts, backend.others = event.facts, event.others
     state.forget_derived(backend=backend.id)
     backend.phase = Phase.UP
     state.forget_servers()
@@ -360,6 +360,9 @@ def _backend_measured(step: Step, event: ev.BackendMeasured) -> None:
     backend.facts = replace(facts, seats=event.seats or facts.seats, kv_tokens=event.kv_tokens or facts.kv_tokens)
     if event.kv_used is not None:
         backend.kv_of_others.append(max(0, event.kv_used - backend.kv_reserved))
+    if event.others > backend.others:
+        queueing.void_promises(step, backend, Voided.UNTOLD)
+    backend.others = event.others
     step.dirty[backend.id] = None
 
 

@@ -86,7 +86,10 @@ VOID_BECAUSE = {
     Voided.NO_BACKEND: "No backend that could serve was up.",
     Voided.RUN_AGAIN: "The request was sent and had to be sent again.",
     Voided.SHARES_CHANGED: "Tenants' weights were changed.",
-    Voided.UNTOLD: "A proxy carried an answer, and nobody told its end: it kept its seat until the engine was asked.",
+    Voided.UNTOLD: (
+        "A proxy carried an answer, and nobody told its end: it kept its seat until the engine was asked. Or the "
+        "engine got requests that this process did not send."
+    ),
 }
 
 

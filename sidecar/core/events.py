@@ -207,20 +207,25 @@ class BackendGivenUp:
 
 @record(frozen=True, slots=True)
 class BackendUp:
-    """A backend was reached. Its caches are believed empty."""
+    """A backend was reached. Its caches are believed empty; it has `others` requests that the sidecar did not send."""
 
     backend: str
     facts: EngineFacts
+    others: int = 0
 
 
 @record(frozen=True, slots=True)
 class BackendMeasured:
-    """The engine's own gauges: its seats, the size of its KV cache and the tokens in use."""
+    """The engine's own gauges: its seats, the size of its KV cache and the tokens in use.
+
+    `others` of its requests the sidecar did not send, or a process before this one did.
+    """
 
     backend: str
     seats: int | None
     kv_tokens: int | None
     kv_used: int | None = None
+    others: int = 0
 
 
 @record(frozen=True, slots=True)

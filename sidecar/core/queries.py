@@ -302,6 +302,8 @@ def _notes(state: State, backend: Backend, now_ns: int) -> Iterator[str]:
         yield "its seats are not known and assumed: declare them (engine.seats)"
     if backend.seats_learned is not None:
         yield f"seats held at {backend.seats_learned} since its queue was full"
+    if backend.others:
+        yield f"it has {backend.others} requests that this process did not send: they take seats"
     if backend.facts.pace is not None and backend.slowness > promising.SLOWED:
         yield f"its steps take {backend.slowness:.1f} times what it was calibrated to"
     if backend.lone_load is not None:

@@ -249,6 +249,8 @@ class Backend:
     kv_reserved: int = 0
     kv_of_others: deque[int] = field(default_factory=lambda: deque(maxlen=3))
     """KV tokens in use beyond the sidecar's own, as last measured; a gauge lags behind runs that have just ended."""
+    others: int = 0
+    """Requests in the engine that this process did not send: those that a proxy carries for one before it."""
     queued: dict[int, None] = field(default_factory=dict)
     queued_by_version: dict[str, IdQueue] = field(default_factory=dict)
     outstanding: Outstanding = field(default_factory=Outstanding)
@@ -294,8 +296,11 @@ class Backend:
     heals: deque[HealNote] = field(default_factory=lambda: deque(maxlen=16))
 
     def seats(self, config: CoreConfig) -> int:
-        """Return the sequences that may be in flight: the engine's batch and a few; fewer once its queue was full."""
-        allowed = self.seats_at_best(config)
+        """Return the sequences that may be in flight: the engine's batch and a few, but one at least.
+
+        They are fewer once its queue was full, and while it answers what this process did not send.
+        """
+        allowed = max(1, self.seats_at_best(config) - self.others) if self.others else self.seats_at_best(config)
         return allowed if self.seats_learned is None else min(allowed, self.seats_learned)
 
     def seats_at_best(self, config: CoreConfig) -> int:

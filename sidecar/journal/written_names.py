@@ -110,8 +110,8 @@ WRITTEN: dict[type, Form] = {
     ev.BackendPlanned: Form("BackendPlanned", "backend versions"),
     ev.BackendTaken: Form("BackendTaken", "backend epoch"),
     ev.BackendGivenUp: Form("BackendGivenUp", "backend cause"),
-    ev.BackendUp: Form("BackendUp", "backend facts"),
-    ev.BackendMeasured: Form("BackendMeasured", "backend seats kv_tokens kv_used"),
+    ev.BackendUp: Form("BackendUp", "backend facts others"),
+    ev.BackendMeasured: Form("BackendMeasured", "backend seats kv_tokens kv_used others"),
     ev.BackendProbed: Form("BackendProbed", "backend alive text"),
     ev.BackendLost: Form("BackendLost", "backend cause"),
     ev.Fetched: Form("Fetched", "key"),
@@ -244,7 +244,7 @@ WRITTEN: dict[type, Form] = {
         "kv_of_others queued queued_by_version outstanding slowness slowness_promised steps yielded runs silence "
         "slots busy resting busy_pages stale shadow estimate loads lone_load full_until_ns full_backoff_ns "
         "seats_learned seats_credit pages_learned pages_credit quiet_until_ns quiet_backoff_ns warmups ahead "
-        "steal_from heals overrun",
+        "steal_from heals overrun others",
     ),
     state.Queued: Form("Queued", "requests tokens size_bytes"),
     state.State: Form(

@@ -26,6 +26,8 @@ CARRIED, UNTOLD, TWICE, LATE, LATE_S, ASKED_S = 0.5, 0.05, 0.1, 0.1, 5.0, (5.0, 
 """Shares of answers that a proxy carries, and of those whose end its log never tells, tells twice, or tells late, by so
 many seconds; within how many the engine is asked about one that is not told.
 """
+OTHERS_MAX = 20
+"""Of answers that a proxy carries for a process before this one, when an engine is reached."""
 ESTIMATED = (0.95, 1.05)
 """The count of an answer's tokens by its bytes, as a share of their number."""
 
@@ -97,7 +99,7 @@ class FaultyProduct(Product):
             super().feed(event)
             return
         if isinstance(event, ev.FirstToken) and self._is_carried(event.request * ATTEMPTS):
-            event = replace(event, unheard=True)
+            event = replace(event, unheard=True, unseen=True)
         elif isinstance(event, ev.Progress):
             heard = {each: n for each, n in event.tokens.items() if not self._is_carried(each * ATTEMPTS)}
             event = replace(event, tokens=heard)
@@ -174,7 +176,21 @@ class FaultyProduct(Product):
         self._up[backend] = True
         if self.peaceful:
             self._start_anew(backend)
-        self.feed(ev.BackendUp(backend, self.world.setup.engine.facts()))
+        others = self._log.randrange(OTHERS_MAX) if self.scenario.has("log") and not self.peaceful else 0
+        self.feed(ev.BackendUp(backend, self.world.setup.engine.facts(), others))
+        if others:
+            self._others_end(backend, others)
+
+    def _others_end(self, backend: str, others: int) -> None:
+        """Have answers end that a proxy carries for a process before this one. A gauge may rise again meanwhile."""
+        for _ in range(others):
+            self._measure_after(backend, self._log.uniform(0, LATE_S), self._log.randrange(others))
+        self._measure_after(backend, LATE_S, 0)
+
+    def _measure_after(self, backend: str, seconds: float, others: int) -> None:
+        self.checks.trouble(backend, round(seconds * SECOND_NS))  # no bound allows for the seats that they have
+        event = ev.BackendMeasured(backend, None, None, others=others)
+        self.world.after(round(seconds * SECOND_NS), lambda: self.feed(event) if self._up[backend] else None)
 
     def _probe(self, effect: do.Probe) -> None:
         """Answer a probe; a frozen engine lets it time out."""

@@ -211,6 +211,9 @@ class TritonBackend(Endpoint):
     async def _inside(self) -> int | None:
         return await self._server.inside()
 
+    def _seen_inside(self) -> int | None:
+        return self._server.seen_inside
+
     async def _steps(self) -> int | None:
         return await self._server.steps()
 

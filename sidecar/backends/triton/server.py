@@ -157,6 +157,10 @@ class Server:
         gauges = None if self._scraper is None or self._caches != 1 else await self._scraper.scrape()
         return None if gauges is None else gauges.inside
 
+    @property
+    def seen_inside(self) -> int | None:
+        return self.gauges.inside if self.gauges is not None and self._caches == 1 else None
+
     async def answers(self, within_s: float) -> bool:
         """Return True if the engine answers a request of ours for one token."""
         try:

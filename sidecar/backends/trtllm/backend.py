@@ -185,6 +185,9 @@ class TrtllmBackend(Endpoint):
     async def _inside(self) -> int | None:
         return (await self._api.measures()).active
 
+    def _seen_inside(self) -> int | None:
+        return self._seen.active
+
     async def _answers(self, within_s: float) -> bool:
         try:
             status, _ = await self._api.ask(PROMPTS[0], 1, within_s)

@@ -151,6 +151,9 @@ class VllmBackend(Endpoint):
     async def _inside(self) -> int | None:
         return (await self._api.measures()).inside
 
+    def _seen_inside(self) -> int | None:
+        return self._seen.inside
+
     async def _answers(self, within_s: float) -> bool:
         try:
             await self._api.answer_once(self._base, within_s)
