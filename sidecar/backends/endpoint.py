@@ -101,7 +101,7 @@ class Endpoint(ABC):
         self._sent: set[int] = set()
         self._progress: dict[int, int] = {}
         self._measured: BackendMeasured | None = None
-        self._others = self._ours_before = self._inside_before = 0
+        self._foreign = self._ours_before = self._inside_before = 0
         self._unheard: dict[tuple[int, int], float] = {}
         """Runs of which nothing has been heard for long, and when that was last found."""
         self._lacking_since_s: float | None = None
@@ -467,12 +467,12 @@ class Endpoint(ABC):
 
     async def _reach_once(self) -> None:
         facts = await self._reach()
-        self._others = self._inside_before = await self._inside() or 0
+        self._foreign = self._inside_before = await self._inside() or 0
         self._ours_before = 0
         self._up, self._measured, self._told, self._awaited_until_s = True, None, logging.NOTSET, 0.0
         address = "" if self.address == self.id else f"{self.address}, "
         logger.info("%s is up: %s%s", self.id, address, self.detail())
-        self._post(BackendUp(self.id, facts, self._others))
+        self._post(BackendUp(self.id, facts, self._foreign))
 
     async def _look_once(self) -> None:
         replaced = await self._look()
@@ -505,11 +505,11 @@ class Endpoint(ABC):
 
     def _report_measures(self) -> None:
         """Tell the core the engine's capacity and load if they have changed."""
-        before, self._others = self._others, self._count_others()
+        before, self._foreign = self._foreign, self._count_others()
         measured = self._measures()
-        if measured is None and self._others != before:
+        if measured is None and self._foreign != before:
             measured = BackendMeasured(self.id, None, None)
-        if measured is not None and (measured := replace(measured, others=self._others)) != self._measured:
+        if measured is not None and (measured := replace(measured, others=self._foreign)) != self._measured:
             self._measured = measured
             self._post(measured)
 
@@ -523,7 +523,7 @@ class Endpoint(ABC):
         inside = self._seen_inside() or 0
         least, self._ours_before = min(ours, self._ours_before), ours
         before, self._inside_before = self._inside_before, inside
-        return min(inside, before) if not (ours or least) else min(self._others, max(0, inside - least))
+        return min(inside, before) if not (ours or least) else min(self._foreign, max(0, inside - least))
 
     async def _wire_broke(self, text: str, begun: bool = False) -> bool:
         """Find out whether the engine is gone or only one stream broke; return True if the backend's loss ends the run.

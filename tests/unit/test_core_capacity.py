@@ -8,7 +8,7 @@ from sidecar.core import effects as fx
 from sidecar.core import eligibility
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
-from sidecar.core.enums import Why
+from sidecar.core.enums import Voided, Why
 from sidecar.core.state import SlotEstimate
 from sidecar.errors import Reason
 from tests.kit.corekit import MS, SECOND, World, facts_of, two_pages, with_facts
@@ -85,6 +85,20 @@ def test_measured_seats_replace_the_declared() -> None:
     for _ in range(30):
         world.send()
     assert most_in_flight(world) == 5
+
+
+def test_requests_of_others_take_seats_and_leave_one() -> None:
+    """An engine that answers what nobody here has sent gets fewer; promises to who waits for its seats are void."""
+    world = World(seats=20)
+    world.feed(ev.BackendMeasured("b0", None, None, others=12))
+    for _ in range(30):
+        world.send()
+    assert len(world.core.state.backends["b0"].running) == 10
+    world.feed(ev.BackendMeasured("b0", None, None, others=50))
+    assert world.core.state.voided == {Voided.UNTOLD.value: 30}  # those at the engine have no token yet
+    assert most_in_flight(world) == 10
+    world.assert_all_ok()
+    assert world.core.state.backends["b0"].seats(world.core.state.config) == 1
 
 
 def test_kv_bounds_what_runs() -> None:

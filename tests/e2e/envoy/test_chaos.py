@@ -9,7 +9,7 @@ import asyncio
 import signal
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,7 +19,7 @@ import pytest
 
 from sidecar.core.events import RunEnded
 from tests.bench.processes import SidecarProcess
-from tests.e2e.envoy.house import Clients, House, house, log_to
+from tests.e2e.envoy.house import Clients, House, Streamed, house, log_to
 from tests.e2e.envoy.log_relay import log_relay
 from tests.e2e.envoy.server import EnvoyServer
 from tests.kit.ports import free_port
@@ -32,6 +32,8 @@ TOLD: tuple[tuple[str, Mapping[str, float]], ...] = (
     ("twice", {"doubled": 0.5}),
     ("all", {"delay_s": 2.0, "dropped": 0.1, "doubled": 0.2}),
 )
+
+SEATS = 4
 
 
 async def quiet(running: House) -> None:
@@ -97,46 +99,86 @@ async def test_a_killed_engine_ends_what_it_ran(tmp_path: Path) -> None:
         assert (await running.stream(names[0], 4)).headers["x-lora-backend"] != busiest.id
 
 
-async def test_a_killed_sidecar_cuts_no_answer_that_it_has_let_go(tmp_path: Path) -> None:
-    """Held requests get their 503 at once, answers go on to their end, and a new sidecar serves again."""
-    names = write_adapters(tmp_path / "adapters", 1)
-    (tmp_path / "shared").mkdir()
-    free, picker = {"address": "127.0.0.1:0"}, f"127.0.0.1:{free_port()}"
-    async with AsyncExitStack() as stack:
+class Killable:
+    """An engine with SEATS seats, a sidecar of its own process, and an Envoy in front of both."""
+
+    def __init__(self, folder: Path, stack: AsyncExitStack) -> None:
+        self._folder, self._stack = folder, stack
+        self._settings: dict[str, Any] = {}
+        self._backend: dict[str, Any] = {}
+        self.clients: Clients
+        self.name = ""
+
+    async def start(self) -> None:
+        """Start all of it."""
+        (self.name,) = write_adapters(self._folder / "adapters", 1)
+        (self._folder / "shared").mkdir()
+        free, picker = {"address": "127.0.0.1:0"}, f"127.0.0.1:{free_port()}"
         engine = VllmProcess("--compute", "none", time_scale=1.0)
         await engine.start()
-        stack.push_async_callback(engine.kill)
-        backend = {
-            "url": f"vllm://{engine.http_address}", "id": "vllm-0", "adapters_dir": str(tmp_path / "shared"),
-            "engine": {"device_pages": 2, "host_pages": 4, "seats": 4},
+        self._stack.push_async_callback(engine.kill)
+        self._backend = {
+            "url": f"vllm://{engine.http_address}", "id": "vllm-0", "adapters_dir": str(self._folder / "shared"),
+            "engine": {"device_pages": 2, "host_pages": 4, "seats": SEATS},
         }  # fmt: skip
-        settings: dict[str, Any] = {
+        self._settings = {
             "listeners": {"data": free, "admin": free, "http": free, "endpoint_picker": {"address": picker}},
-            "adapters": {"serve": str(tmp_path / "adapters")},
+            "adapters": {"serve": str(self._folder / "adapters")},
         }
-        killed = SidecarProcess(tmp_path, [backend], **settings)
-        await killed.__aenter__()
-        stack.push_async_callback(killed.__aexit__)
-        envoy = await stack.enter_async_context(EnvoyServer(tmp_path / "envoy", picker))
+        self.sidecar = await self.started()
+        envoy = await self._stack.enter_async_context(EnvoyServer(self._folder / "envoy", picker))
         http = httpx.AsyncClient(base_url=f"http://{envoy.address}", timeout=60.0, trust_env=False)
-        clients = Clients(await stack.enter_async_context(http))
-        running = [asyncio.create_task(clients.stream(names[0], 300)) for _ in range(4)]
-        unseen = {("picker_requests", ("unseen",)): 4.0}
+        self.clients = Clients(await self._stack.enter_async_context(http))
+
+    async def started(self) -> SidecarProcess:
+        """Start a sidecar."""
+        return await self._stack.enter_async_context(SidecarProcess(self._folder, [self._backend], **self._settings))
+
+    async def let_go(self, count: int, tokens: int) -> list[asyncio.Task[Streamed]]:
+        """Ask for answers, and wait until the sidecar has let all of them go."""
+        asked = [asyncio.create_task(self.clients.stream(self.name, tokens)) for _ in range(count)]
+        await self.shows(self.sidecar, "picker_requests", "unseen", count)
+        return asked
+
+    async def shows(self, sidecar: SidecarProcess, name: str, label: str, value: float) -> None:
+        """Wait until a metric has a value."""
         async with asyncio.timeout(60):
-            while not unseen.items() <= (await killed.metrics()).items():
+            while (await sidecar.metrics()).get((name, (label,))) != value:
                 await asyncio.sleep(0.02)
-        held = [asyncio.create_task(clients.stream(names[0], 4)) for _ in range(4)]
-        async with asyncio.timeout(60):
-            while (await killed.metrics())["picker_requests", ("held",)] < 4:
-                await asyncio.sleep(0.02)
-        with suppress(ProcessLookupError):
-            killed.signal(signal.SIGKILL)
+
+
+async def test_a_killed_sidecar_cuts_no_answer_that_it_has_let_go(tmp_path: Path) -> None:
+    """Held requests get their 503 at once, answers go on to their end, and a new sidecar serves again."""
+    async with AsyncExitStack() as stack:
+        house = Killable(tmp_path, stack)
+        await house.start()
+        running = await house.let_go(4, 300)
+        held = [asyncio.create_task(house.clients.stream(house.name, 4)) for _ in range(4)]
+        await house.shows(house.sidecar, "picker_requests", "held", 4)
+        house.sidecar.signal(signal.SIGKILL)
         assert {answer.status for answer in await asyncio.gather(*held)} == {503}
-        assert (await clients.stream(names[0], 4)).status == 503
+        assert (await house.clients.stream(house.name, 4)).status == 503
         answers = await asyncio.gather(*running)
         assert all(answer.is_complete and len(answer.token_ids) == 300 for answer in answers)
-        await stack.enter_async_context(SidecarProcess(tmp_path, [backend], **settings))
+        await house.started()
         async with asyncio.timeout(60):
-            while (answer := await clients.stream(names[0], 4)).status == 503:
+            while (answer := await house.clients.stream(house.name, 4)).status == 503:
                 await asyncio.sleep(0.1)
         assert answer.is_complete
+
+
+async def test_a_new_process_counts_the_answers_that_the_one_before_has_let_go(tmp_path: Path) -> None:
+    """Their seats are taken until they end, by the engine's own count."""
+    async with AsyncExitStack() as stack:
+        house = Killable(tmp_path, stack)
+        await house.start()
+        await house.shows(house.sidecar, "seats", "vllm-0", SEATS)
+        running = await house.let_go(3, 1500)
+        house.sidecar.signal(signal.SIGKILL)
+        anew = await house.started()
+        await house.shows(anew, "seats", "vllm-0", SEATS - 3)
+        assert not any(task.done() for task in running)
+        assert (await house.clients.stream(house.name, 4)).is_complete
+        assert (await anew.metrics())["seats", ("vllm-0",)] == SEATS - 3
+        assert all(answer.is_complete for answer in await asyncio.gather(*running))
+        await house.shows(anew, "seats", "vllm-0", SEATS)
