@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sidecar.fronts.extproc.heads import DETAILS, SOURCE, SUBSET_HINT, UPSTREAM
-from sidecar.fronts.extproc.replies import DESTINATION, ENDPOINTS, OURS
+from sidecar.fronts.extproc.replies import DESTINATION, ENDPOINTS, EXCHANGE, OURS
 from sidecar.proto import envoy_pb2 as envoy
 
 PROCESSOR_FILTER = "envoy.filters.http.ext_proc"
@@ -66,7 +66,7 @@ def _listener(host: str, port: int, request_mode: str, response_mode: str, has_d
         "stat_prefix": "clients",
         "stream_idle_timeout": "0s",  # it counts while a request is held
         "access_log_options": {"access_log_flush_interval": "1s"},
-        "access_log": [_access_log()],
+        "access_log": [_access_log("0.05s", ends=True), _access_log("0.25s", ends=False)],
         "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": routes}]},
         "http_filters": [
             {"name": PROCESSOR_FILTER, "typed_config": external_processor(request_mode, response_mode)},
@@ -129,15 +129,24 @@ def external_processor(request_mode: str, response_mode: str) -> dict[str, Any]:
     }
 
 
-def _access_log() -> dict[str, Any]:
+def _access_log(flush_interval: str, ends: bool) -> dict[str, Any]:
+    """Return the log of the ends of answers, or of how far they are.
+
+    There are two, since an end frees a seat and is sent soon, and of the others many are to come in one message.
+    """
+    about_ours = {"matcher": {"filter": OURS, "path": [{"key": EXCHANGE}], "value": {"present_match": True}}}
+    of_type = {"types": ["DownstreamPeriodic"], "exclude": ends}
+    both = [{"metadata_filter": {**about_ours, "match_if_key_not_found": False}}, {"log_type_filter": of_type}]
     common = {
         "log_name": "lora-sidecar",
         "transport_api_version": "V3",
-        "buffer_flush_interval": "0.05s",
+        "buffer_flush_interval": flush_interval,
+        "buffer_size_bytes": 256 << 10,
         "grpc_service": {"envoy_grpc": {"cluster_name": "sidecar"}},
     }
     return {
         "name": "envoy.access_loggers.http_grpc",
+        "filter": {"and_filter": {"filters": both}},
         "typed_config": {
             "@type": f"{TYPE}access_loggers.grpc.v3.HttpGrpcAccessLogConfig",
             "additional_response_trailers_to_log": ["grpc-status"],

@@ -130,8 +130,8 @@ def log_to(address: str) -> Callable[[dict[str, Any]], None]:
         cluster["load_assignment"]["endpoints"][0]["lb_endpoints"] = [{"endpoint": {"address": place}}]
         clusters.append(cluster)
         manager = record["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
-        log = manager["access_log"][0]["typed_config"]["common_config"]
-        log["grpc_service"]["envoy_grpc"]["cluster_name"] = "log"
+        for log in manager["access_log"]:
+            log["typed_config"]["common_config"]["grpc_service"]["envoy_grpc"]["cluster_name"] = "log"
 
     return change
 
