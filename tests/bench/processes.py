@@ -134,13 +134,18 @@ class SidecarProcess(Measured):
 
     async def metrics(self) -> dict[tuple[str, tuple[str, ...]], float]:
         """Return every sample of `/metrics` by name, without the prefix, and label values."""
-        async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
-            text = (await client.get(f"http://{self.http}/metrics")).text
-        return {
-            (sample.name.removeprefix("lora_sidecar_"), tuple(sample.labels.values())): sample.value
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-        }
+        return await metrics_of(self.http)
+
+
+async def metrics_of(http: str) -> dict[tuple[str, tuple[str, ...]], float]:
+    """Return every sample of a sidecar's `/metrics` by name, without the prefix, and label values."""
+    async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
+        text = (await client.get(f"http://{http}/metrics")).text
+    return {
+        (sample.name.removeprefix("lora_sidecar_"), tuple(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
 
 
 class RelayProcess(Measured):

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from tests.bench.processes import Measured, SidecarProcess
 from tests.e2e.envoy import variants
 from tests.e2e.envoy.server import EnvoyServer
@@ -77,13 +75,6 @@ class QuickHouse:
         """Return how many requests wait in the sidecar."""
         samples = await self.sidecar.metrics()
         return int(sum(value for (name, _), value in samples.items() if name == "queued_requests"))
-
-    async def stats(self, part: str) -> dict[str, int]:
-        """Return Envoy's counters whose names have this part."""
-        async with httpx.AsyncClient(trust_env=False) as client:
-            text = (await client.get(f"http://{self.envoy.admin}/stats", params={"filter": part})).text
-        found = dict(line.rsplit(": ", 1) for line in text.splitlines() if ": " in line)
-        return {name: int(value) for name, value in found.items() if value.isdigit()}
 
 
 @asynccontextmanager

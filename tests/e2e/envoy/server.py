@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from sidecar.fronts.extproc.bootstrap import bootstrap
 from tests.e2e.envoy import guard
 from tests.e2e.installed import Installed, NotInstalled
@@ -59,6 +61,13 @@ class EnvoyServer(Server):
     @property
     def admin(self) -> str:
         return self._address(1)
+
+    async def stats(self, part: str) -> dict[str, int]:
+        """Return Envoy's counters whose names have this part."""
+        async with httpx.AsyncClient(trust_env=False) as client:
+            text = (await client.get(f"http://{self.admin}/stats", params={"filter": part})).text
+        found = dict(line.rsplit(": ", 1) for line in text.splitlines() if ": " in line)
+        return {name: int(value) for name, value in found.items() if value.isdigit()}
 
     @property
     def _mark(self) -> str:

@@ -37,7 +37,7 @@ async def test_every_byte_is_the_engines(tmp_path: Path, gateway: str, count: in
         if gateway != UNTOLD:
             await until_async(lambda: _is_quiet(house))
         if gateway == "lane":
-            sent = await house.stats("stream_msgs_sent")
+            sent = await house.envoy.stats("stream_msgs_sent")
             assert 0 < sum(sent.values()) < MESSAGES_MAX * count
 
 

@@ -312,16 +312,16 @@ async def _has_no_engine(house: QuickHouse) -> bool:
 
 async def _is_answering(house: QuickHouse) -> bool:
     """True once an answer has begun and its call is closed."""
-    stats = await house.stats("ext_proc")
+    stats = await house.envoy.stats("ext_proc")
     return await house.running() == 1 and _sum(stats, "streams_closed") == 1
 
 
 async def _are_open(house: QuickHouse, closed: int) -> bool:
-    return _sum(await house.stats("ext_proc"), "streams_started") == closed + 4
+    return _sum(await house.envoy.stats("ext_proc"), "streams_started") == closed + 4
 
 
 async def _is_checked(house: QuickHouse) -> bool:
-    stats = await house.stats("cluster.sidecar")
+    stats = await house.envoy.stats("cluster.sidecar")
     return _sum(stats, "health_check.success") > 0 and _sum(stats, "membership_healthy") == 1
 
 

@@ -122,13 +122,13 @@ async def test_vllms_own_benchmark(kind: str, request: pytest.FixtureRequest, to
     )
 
 
-async def benchmark(address: str, toy: Toy, names: list[str], result: Path) -> dict[str, Any]:
-    """Run vLLM's benchmark against an address and return its result."""
+async def benchmark(address: str, toy: Toy, names: list[str], result: Path, count: int = BENCHED) -> dict[str, Any]:
+    """Run vLLM's benchmark, of so many requests, against an address and return its result."""
     installed = VllmInstalled.find()
     command = installed.script(
         "bench_serve.py", "--backend=openai", f"--base-url=http://{address}", f"--model={BASE_MODEL}",
         f"--tokenizer={toy.model}", "--dataset-name=random", "--random-input-len=16", "--random-output-len=16",
-        f"--num-prompts={BENCHED}", "--max-concurrency=16", "--temperature=0", "--save-result", "--save-detailed",
+        f"--num-prompts={count}", "--max-concurrency=16", "--temperature=0", "--save-result", "--save-detailed",
         f"--result-dir={result.parent}", f"--result-filename={result.name}", "--lora-modules", *names,
     )  # fmt: skip
     process = await asyncio.create_subprocess_exec(
