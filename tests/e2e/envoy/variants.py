@@ -9,9 +9,11 @@ what it does not send, over a cluster that goes where the header says. None of t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any
 
-from sidecar.fronts.extproc.bootstrap import TYPE
+from sidecar.fronts.extproc.bootstrap import PROCESSOR_FILTER, TYPE
+from sidecar.fronts.extproc.calls import STREAM, UNARY
 
 Change = Callable[[dict[str, Any]], None]
 FD = "FULL_DUPLEX_STREAMED"
@@ -90,6 +92,38 @@ def agentgateway(record: dict[str, Any]) -> None:
     for key in ("response_attributes", "metadata_options"):
         del processor[key]
     processor["processing_mode"] = _modes(FD)
+
+
+def inference_only(data: str) -> Change:
+    """A gateway that asks the picker about KServe's inference, and sends all other calls to the data listener."""
+
+    def change(record: dict[str, Any]) -> None:
+        add_server(record, "sidecar_data", data)
+        [host] = manager_of(record)["route_config"]["virtual_hosts"]
+        calls, others = host["routes"]
+        off = {"@type": f"{TYPE}filters.http.ext_proc.v3.ExtProcPerRoute", "disabled": True}
+        host["routes"] = [
+            *(calls | {"match": {"path": method, "grpc": {}}} for method in (UNARY, STREAM)),
+            calls
+            | {
+                "route": {"cluster": "sidecar_data", "timeout": "0s"},
+                "typed_per_filter_config": {PROCESSOR_FILTER: off},
+            },
+            others,
+        ]
+
+    return change
+
+
+def add_server(record: dict[str, Any], name: str, address: str) -> None:
+    """Add a cluster as the picker's, of the gRPC server at HOST:PORT."""
+    clusters = record["static_resources"]["clusters"]
+    cluster = deepcopy(next(each for each in clusters if each["name"] == "sidecar"))
+    cluster["name"] = cluster["load_assignment"]["cluster_name"] = name
+    host, _, port = address.rpartition(":")
+    place = {"socket_address": {"address": host, "port_value": int(port)}}
+    cluster["load_assignment"]["endpoints"][0]["lb_endpoints"] = [{"endpoint": {"address": place}}]
+    clusters.append(cluster)
 
 
 def override_host() -> dict[str, Any]:
