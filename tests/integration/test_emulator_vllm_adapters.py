@@ -229,6 +229,33 @@ async def test_unloading_forgets_the_name_only(tmp_path: Path) -> None:
         assert await client.tokens("a") == expected("a", tmp_path / "a", 4)
 
 
+async def test_a_name_that_goes_once_a_request_has_found_it(tmp_path: Path) -> None:
+    """Nobody kept the tensors for the request: the engine reads the files again, and does not end."""
+    path = write_adapter(tmp_path / "a")
+    async with running_vllm(**DUMMY) as (server, client):
+        await load_all(client, "a", folder=tmp_path)
+        body = json.dumps({"model": "a", "prompt": "hello", "max_tokens": 4, "stream": True, "return_token_ids": True})
+        asked = iter([{"type": "http.request", "body": body.encode()}])
+        answer = b""
+
+        async def receive() -> Any:
+            return next(asked, None) or await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            nonlocal answer
+            if message["type"] == "http.response.start":
+                assert (await client.unload("a")).status_code == 200
+            answer += message.get("body", b"")
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": headers}
+        await server._http.config.loaded_app(scope, receive, send)
+        events = [json.loads(each.removeprefix(b"data: ")) for each in answer.split(b"\n\n")[:-2]]
+        tokens = [token for event in events for token in event["choices"][0]["token_ids"]]
+        assert tokens == expected("a", path, 4)
+        assert await client.tokens(BASE)
+
+
 async def test_evicted_adapters_are_read_again(tmp_path: Path) -> None:
     """Least recently used first, from the GPU's slots and then from the CPU's; the next request reads what is there."""
     names = ["a", "b", "c"]

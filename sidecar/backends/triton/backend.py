@@ -98,12 +98,18 @@ class TritonBackend(Endpoint):
             run.attached = await self._attached(run, weights)
         if run.cancelled:
             run.abandon()
-        elif not self._takes or run.refused() or await run.by_proxy(self.address, self._lacks):
+        elif not self._takes or run.refused() or await self._by_proxy(run):
             return
         elif run.ticket.payload.unary:
             await run.unary(self._pool)
         else:
             await run.stream(self._pool)
+
+    async def _by_proxy(self, run: Run) -> bool:
+        """Have a proxy carry a run, if one can; Triton itself refuses unary calls of decoupled models."""
+        if run.ticket.payload.unary and self._server.decoupled:
+            return False
+        return await run.by_proxy(self.address, self._lacks)
 
     def _model_of(self, ticket: Ticket) -> str:
         """Return the model for a request of ours; "" for a client's own, which names its model."""

@@ -1,7 +1,8 @@
 """One gRPC call that Envoy asks about: an exchange whose answer has messages and, at its end, a status in trailers.
 
 No trailers can be added to an answer that has none, so a call whose engine ended it by a status alone can only end by a
-status. Else the status and the trailing metadata of the front take the place of the engine's.
+status. Else the status and the trailing metadata of the front take the place of the engine's. Therefore an engine gets
+a unary call as a stream of one request: then it tells an error by a message, which the front's answer can replace.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from typing import Any
 
 import httpx
 
+from sidecar.backends import wire
 from sidecar.backends.api import TRAILERS, UNREAD, UNSEEN, Chunks
-from sidecar.backends.triton.framing import PREFIX, Frames
+from sidecar.backends.triton.framing import PREFIX, Frames, framed, messages_of
 from sidecar.fronts.extproc import heads, replies
 from sidecar.fronts.extproc.exchange import FULL_DUPLEX, Exchange, Phase
 from sidecar.proto import envoy_pb2 as envoy
@@ -20,7 +22,10 @@ from sidecar.proto import envoy_pb2 as envoy
 STATUS, TEXT = "grpc-status", "grpc-message"
 ERROR_FIRST = 0x0A
 """The first byte of a stream's message that reports an error: that field comes first."""
-OK, UNAVAILABLE = 0, 14
+OK, INVALID_ARGUMENT, UNIMPLEMENTED, INTERNAL, UNAVAILABLE = 0, 3, 12, 13, 14
+UNARY, STREAM = f"{wire.SERVICE}/ModelInfer", f"{wire.SERVICE}/ModelStreamInfer"
+SEVERAL = "ModelInfer RPC doesn't support models with decoupled transaction policy"
+"""Triton's own words."""
 
 
 class CallExchange(Exchange):
@@ -32,10 +37,18 @@ class CallExchange(Exchange):
         self._in_path = self._settings.in_path_grpc
         self._frames = Frames()
         self._trailers: dict[str, str] = {}
-        self._trailers_have_come = self._is_held = False
-        """The engine's trailers are here; its first message reports an error, and is held."""
+        self._trailers_have_come = self._is_held = self._has_given = False
+        """The engine's trailers are here; its first message reports an error, and is held; ours has taken its place."""
         self._ending: list[tuple[bytes, bytes]] | None = None
         """The front's status and trailing metadata."""
+
+    async def carry(self, request: httpx.Request) -> httpx.Response | None:
+        if not self._is_unary or self._mode == envoy.NONE:  # without its body no message can be replaced
+            return await super().carry(request)
+        url = request.url.copy_with(path=STREAM)
+        stream = httpx.Request(request.method, url, headers=request.headers, content=request.content)
+        answer = await super().carry(stream)
+        return answer if answer is None or UNREAD in answer.extensions else await _as_unary(answer)
 
     async def end(self, code: int, text: str, metadata: Iterable[tuple[bytes, bytes]]) -> None:
         """End the call with the front's status."""
@@ -53,11 +66,14 @@ class CallExchange(Exchange):
             await self._give_gathered()
         await self._end_by_trailers()
 
+    def over(self) -> None:
+        if self._ending is None:  # else the engine's trailers are waited for
+            super().over()
+
     async def _give_gathered(self) -> None:
-        ready = self._is_own_whole and (self._is_held or self._has_all)
-        if ready and self._own:
-            body, self._own = b"".join(self._own), []
-            await self._write(replies.chunk(body))
+        if self._is_own_whole and (self._is_held or self._has_all) and not self._has_given:
+            self._has_given = True
+            await self._write(replies.chunk(b"".join(self._own)))
 
     async def _take_chunk(self, chunk: envoy.HttpBody) -> None:
         if self._mode == FULL_DUPLEX:
@@ -65,11 +81,11 @@ class CallExchange(Exchange):
             return
         self._chunks.put_nowait((chunk.body, chunk.end_of_stream))
         if self._gathers:
-            self._has_all = self._has_all or bool(self._frames.take(chunk.body))
-            if self._has_all:
-                await self._give_gathered()
-            else:
+            if self._has_all or not self._frames.take(chunk.body):
                 await self._write(replies.chunk(b""))
+            else:
+                self._has_all = True
+                await self._give_gathered()
         elif chunk.body[PREFIX.size : PREFIX.size + 1] == bytes((ERROR_FIRST,)):
             self._is_held = True  # what the front says takes its place
             await self._give_gathered()
@@ -106,3 +122,30 @@ class CallExchange(Exchange):
             if self._mode == envoy.NONE:
                 self._let_go()
         return httpx.Response(status, headers=headers, stream=Chunks(self._read()), extensions=extensions)
+
+
+async def _as_unary(stream: httpx.Response) -> httpx.Response:
+    """Return the answer to a unary call that an engine got as a stream. An error is a status alone, as of unary calls.
+
+    The engine says no status with an error. Requests that no model saw are refused without a model's name.
+    """
+    async for raw in messages_of(stream.aiter_raw()):
+        message = wire.ModelStreamInferResponse.FromString(raw)
+        response = message.infer_response
+        if message.error_message:
+            return _ended(INTERNAL if response.model_name else INVALID_ARGUMENT, message.error_message)
+        if wire.FINAL in response.parameters and not wire.is_final(response.parameters):
+            return _ended(UNIMPLEMENTED, SEVERAL)
+        del response.parameters[wire.FINAL]
+        return _with(framed(response.SerializeToString()), stream)
+    return _with(b"", stream)
+
+
+def _with(content: bytes, stream: httpx.Response) -> httpx.Response:
+    extensions, headers = dict(stream.extensions), stream.headers
+    return httpx.Response(stream.status_code, headers=headers, stream=httpx.ByteStream(content), extensions=extensions)
+
+
+def _ended(code: int, text: str) -> httpx.Response:
+    headers = [(STATUS.encode(), str(code).encode()), (TEXT.encode(), heads.escaped(text))]
+    return httpx.Response(httpx.codes.OK, headers=headers, content=b"", extensions={UNREAD: True})

@@ -12,17 +12,15 @@ import grpc
 import grpc.aio
 
 from sidecar.access.principal import Action, Purpose
-from sidecar.backends import wire
 from sidecar.backends.triton.framing import Compressed, Frames, framed
 from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts import callers
 from sidecar.fronts.extproc import heads
-from sidecar.fronts.extproc.call_exchange import CallExchange
+from sidecar.fronts.extproc.call_exchange import UNARY, CallExchange
 from sidecar.fronts.kserve.infer import KServe
 from sidecar.fronts.status import Metadata, status_of_error
 from sidecar.proto import envoy_pb2 as envoy
 
-UNARY, STREAM = f"{wire.SERVICE}/ModelInfer", f"{wire.SERVICE}/ModelStreamInfer"
 HALF_CLOSED_S = 0.1
 """How long after a stream's first message its client may take to say that there is no other."""
 UNITS_S = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}

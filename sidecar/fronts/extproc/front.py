@@ -14,8 +14,8 @@ from starlette.types import Receive, Scope, Send
 from sidecar.config.listeners import EndpointPickerListener
 from sidecar.fronts.extproc import heads, replies
 from sidecar.fronts.extproc.access_log import AccessLog
-from sidecar.fronts.extproc.call_exchange import CallExchange
-from sidecar.fronts.extproc.calls import STREAM, UNARY, Call, answer
+from sidecar.fronts.extproc.call_exchange import STREAM, UNARY, CallExchange
+from sidecar.fronts.extproc.calls import Call, answer
 from sidecar.fronts.extproc.exchange import Aborted, Elsewhere, Exchange
 from sidecar.fronts.kserve.infer import KServe
 from sidecar.fronts.openai.errors import failure

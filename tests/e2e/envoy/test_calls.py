@@ -17,7 +17,7 @@ from sidecar.core.effects import Heal
 from sidecar.core.events import RunEnded
 from tests.e2e.envoy.house import LANES
 from tests.e2e.envoy.server import EnvoyServer
-from tests.kit.emulated import core_request, running_engine, set_parameter
+from tests.kit.emulated import channel_to, core_request, running_engine, set_parameter
 from tests.kit.kserve_clients import CORE, core_inputs
 from tests.kit.ports import free_port
 from tests.kit.serving import Serving, serving, until, write_adapters
@@ -123,6 +123,27 @@ async def test_errors_are_those_of_the_data_listener(tmp_path: Path, lane: str) 
         assert refused.value.code() is grpc.StatusCode.NOT_FOUND
         assert "none" in (refused.value.details() or "")
         await quiet(running)
+
+
+@lanes
+async def test_an_engines_refusal_of_a_unary_call_is_that_of_the_data_listener(tmp_path: Path, lane: str) -> None:
+    """Triton's own, the model's, and that of models which answer in streams only."""
+    names = write_adapters(tmp_path / "adapters", 1)
+    unknown, lacking = (core_request("hello", 2, request_id="mine") for _ in range(2))
+    unknown.inputs[0].datatype = "FP32"
+    del lacking.inputs[0], lacking.raw_input_contents[0]
+    for decoupled in (False, True):
+        async with calls(tmp_path, lane, decoupled=decoupled) as running:
+            for request in (unknown, lacking):
+                set_parameter(request, "lora_name", names[0])
+                told = []
+                for address in (running.address, running.served.sidecar.data_address):
+                    async with channel_to(address) as stub:
+                        with pytest.raises(grpc.aio.AioRpcError) as refused:
+                            await stub.ModelInfer(request, timeout=60)
+                    told.append((refused.value.code(), refused.value.details()))
+                assert told[0] == told[1]
+            await quiet(running)
 
 
 @lanes

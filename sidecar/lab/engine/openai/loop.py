@@ -91,11 +91,14 @@ class VllmDriver(TextDriver):
         self._metrics.stepped(len(ids), self.engine.counters.context_tokens, self._prefix, self._scheduled())
 
     async def _bring(self, numbers: Sequence[int], request_ids: Sequence[int]) -> None:
-        """Read the adapters that the CPU cache has lost, and those that were loaded in place."""
+        """Read the adapters that the CPU cache has lost, those that were loaded in place, and those that have no name.
+
+        A name may have gone between a request's arrival and its submission: then nobody kept the tensors.
+        """
         copies: dict[int, object] = {number: self.engine.payload(number) for number in numbers}
         for request_id in request_ids:
             used = _copy_of(self._works[request_id])
-            if used is not None and used.in_place:
+            if used is not None and (used.in_place or used.adapter is None):
                 copies[used.number] = used
         for copy in copies.values():
             assert isinstance(copy, Copy)
