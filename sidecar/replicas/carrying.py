@@ -29,6 +29,7 @@ class RemoteCarrier:
         self._trailers: dict[str, str] = {}
         self._brought: asyncio.Queue[Any] = asyncio.Queue()
         self._unseen = _RemoteUnseen()
+        self._has_carried = False
 
     def hear(self, carried: Any) -> None:
         """Take what the other replica says."""
@@ -41,6 +42,8 @@ class RemoteCarrier:
         return False
 
     async def carry(self, request: httpx.Request) -> httpx.Response | None:
+        if self._has_carried:
+            return None  # a proxy sends a request once, and the rest of that answer may still come
         content = await request.aread()
         headers = [peers_pb2.ForwardedMetadata(key=key, value=value) for key, value in request.headers.items()]
         self._send(peers_pb2.Carriage(url=str(request.url), headers=headers, body=content))
@@ -48,6 +51,7 @@ class RemoteCarrier:
         which = first.WhichOneof("brought")
         if which == "declined":
             return None
+        self._has_carried = True
         if which == "failed":
             raise httpx.ConnectError(first.failed, request=request)
         fields = [(each.key, each.value) for each in first.head.headers]
@@ -96,10 +100,13 @@ async def carry(
         if answer is None:
             tell(peers_pb2.Carried(number=number, declined=True))
             return None
-        head = peers_pb2.CarriedHead(status=answer.status_code, is_unread=UNREAD in answer.extensions)
+        is_unread = UNREAD in answer.extensions
+        head = peers_pb2.CarriedHead(status=answer.status_code, is_unread=is_unread)
         for key, value in answer.headers.items():
             head.headers.add(key=key, value=value)
         tell(peers_pb2.Carried(number=number, head=head))
+        if is_unread:
+            return None
         async for chunk in answer.aiter_raw():
             if answer.status_code == httpx.codes.OK:
                 begun(False)

@@ -134,6 +134,13 @@ class VllmProcess(EmulatorProcess):
     metrics_address = http_address
 
 
+async def unload_all(vllm: Client) -> None:
+    """Unload all adapters, as somebody does who does not know the sidecar."""
+    for name, card in (await vllm.models()).items():
+        if card["parent"]:
+            await vllm.unload(name)
+
+
 def texts_of(events: Sequence[Any], index: int = 0) -> str:
     """Return the text of one choice of a streamed completion."""
     choices = [choice for event in events if event != DONE for choice in event["choices"]]

@@ -23,7 +23,7 @@ from tests.e2e.envoy.test_calls import calls, tokens_of
 from tests.e2e.envoy.test_replicas import aiter_of
 from tests.kit.emulated import add_lora, channel_to, core_request, output_of, random_adapter, set_parameter
 from tests.kit.serving import Serving, until, write_adapters
-from tests.kit.vllm_emulated import Client
+from tests.kit.vllm_emulated import Client, unload_all
 
 ADAPTERS, PAGES, CLIENTS, TOKENS_MAX, PAUSE_S = 64, 4, 16, 12, 0.01
 CACHES = {"engine": {"device_pages": PAGES, "host_pages": PAGES, "seats": 64}}
@@ -114,13 +114,6 @@ async def ask_all(names: Sequence[str], requests: int, ask: Callable[[str, int, 
     async with asyncio.TaskGroup() as group:
         for _ in range(CLIENTS):
             group.create_task(client())
-
-
-async def unload_all(vllm: Client) -> None:
-    """Unload what a vLLM has loaded."""
-    for name, card in (await vllm.models()).items():
-        if card["parent"]:
-            await vllm.unload(name)
 
 
 def crowding(stub: Any) -> Callable[[], Awaitable[None]]:

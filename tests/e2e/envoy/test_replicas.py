@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import grpc.aio
 import httpx
 import pytest
-from tritonclient.grpc import service_pb2_grpc
 
+from sidecar.core.effects import Heal
 from sidecar.core.events import RunEnded
-from tests.e2e.envoy.house import ENGINE, LANES, SIZES, Clients
+from sidecar.lab.engine.kserve import Server
+from tests.e2e.envoy.house import ENGINE, LANES, SIZES, Clients, Streamed
 from tests.e2e.envoy.server import EnvoyServer
 from tests.e2e.envoy.test_calls import tokens_of
-from tests.kit.emulated import core_request, running_engine, set_parameter
+from tests.kit.emulated import channel_to, core_request, output_of, running_engine, set_parameter
 from tests.kit.redis_servers import running
 from tests.kit.replica_pool import CALM_S, replicas
 from tests.kit.serving import Serving, until, write_adapters
 from tests.kit.trtllm_emulated import BASE_CONFIG
-from tests.kit.vllm_emulated import VllmProcess
+from tests.kit.vllm_emulated import Client, VllmProcess, unload_all
 
 
 def among(pickers: list[str]) -> Callable[[dict[str, Any]], None]:
@@ -42,7 +43,7 @@ def among(pickers: list[str]) -> Callable[[dict[str, Any]], None]:
 @asynccontextmanager
 async def pool_behind_envoy(
     folder: Path, lane: str = "duplex-streamed", engines: int = 2, time_scale: float = 0.0, count: int = 2
-) -> AsyncIterator[tuple[list[Serving], Clients, EnvoyServer]]:
+) -> AsyncIterator[tuple[list[Serving], Clients, list[VllmProcess]]]:
     request_mode, response_mode, listener = LANES[lane]
     (folder / "shared").mkdir()
     (folder / "base.json").write_text(json.dumps(BASE_CONFIG))
@@ -69,7 +70,7 @@ async def pool_behind_envoy(
         await stack.enter_async_context(envoy)
         http = httpx.AsyncClient(base_url=f"http://{envoy.address}", timeout=60.0, trust_env=False)
         await stack.enter_async_context(http)
-        yield pool, Clients(http), envoy
+        yield pool, Clients(http), started
 
 
 @pytest.mark.parametrize("lane", LANES)
@@ -93,34 +94,94 @@ async def test_the_owner_decides_whichever_replica_envoy_asks(tmp_path: Path, la
 
 
 @pytest.mark.parametrize("lane", ["duplex-streamed", "duplex-duplex"])
-async def test_calls_are_decided_by_the_owner_too(tmp_path: Path, lane: str) -> None:
-    """A stream of one request has its client's id and its adapter's tokens, whichever replica is asked."""
+async def test_a_miss_is_healed_whichever_replica_envoy_asks(
+    tmp_path: Path, lane: str, caplog: pytest.LogCaptureFixture
+) -> None:
     names = write_adapters(tmp_path / "adapters", 2)
+    async with pool_behind_envoy(tmp_path, lane) as (pool, clients, engines):
+        for number in range(16):
+            name = names[number % 2]
+            for engine in engines:
+                async with Client(engine.http_address) as vllm:
+                    await unload_all(vllm)
+            answer = await (clients.stream(name, 5) if number // 2 % 2 else clients.whole(name, 5))
+            if isinstance(answer, Streamed):
+                assert answer.status == 200, answer.raw
+                assert answer.is_complete
+            else:
+                assert answer.status_code == 200, answer.text
+        assert sum(served.recorder.count(Heal) for served in pool) > 4
+        await until(lambda: all(not served.state.requests for served in pool))
+    gc.collect()
+    assert "never retrieved" not in caplog.text
+
+
+@asynccontextmanager
+async def triton_pool_behind_envoy(
+    folder: Path, lane: str, engines: Sequence[Server]
+) -> AsyncIterator[tuple[list[Serving], Any]]:
+    """Run two replicas, and yield them with a stub of the Envoy before them."""
     request_mode, response_mode, listener = LANES[lane]
     free = {"address": "127.0.0.1:0"}
     listeners = {"data": free, "admin": free, "http": free, "endpoint_picker": free | listener}
     async with (
-        running(tmp_path / "redis") as redis,
-        running_engine(compute="none", time_scale=0.1) as one,
-        running_engine(compute="none", time_scale=0.1) as two,
-        replicas(2, redis.url, [one, two], tmp_path / "adapters", lease_s=CALM_S, listeners=listeners) as pool,
+        running(folder / "redis") as redis,
+        replicas(2, redis.url, engines, folder / "adapters", lease_s=CALM_S, listeners=listeners) as pool,
     ):
         pickers = [served.sidecar.endpoint_picker_address for served in pool]
-        envoy = EnvoyServer(tmp_path / "envoy", pickers[0], request_mode, response_mode, among(pickers))
-        async with envoy, grpc.aio.insecure_channel(envoy.address) as channel:
-            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        envoy = EnvoyServer(folder / "envoy", pickers[0], request_mode, response_mode, among(pickers))
+        async with envoy, channel_to(envoy.address) as stub:
+            yield pool, stub
 
-            async def ask(number: int) -> None:
-                name, tokens = names[number % 2], (2, 30)[number // 2 % 2]
-                request = core_request("hello", tokens, streaming=True, request_id=f"r{number}")
-                set_parameter(request, "lora_name", name)
-                messages = [message async for message in stub.ModelStreamInfer(aiter_of(request), timeout=60)]
-                assert tokens_of(messages) == pool[0].expected(name, tokens)
-                assert {message.infer_response.id for message in messages} == {f"r{number}"}
 
-            await asyncio.gather(*(ask(number) for number in range(12)))
-            await until(lambda: all(not served.state.requests for served in pool))
+@pytest.mark.parametrize("lane", ["duplex-streamed", "duplex-duplex"])
+async def test_calls_are_decided_by_the_owner_too(tmp_path: Path, lane: str) -> None:
+    """A stream of one request has its client's id and its adapter's tokens, whichever replica is asked."""
+    names = write_adapters(tmp_path / "adapters", 2)
+    async with (
+        running_engine(compute="none", time_scale=0.1) as one,
+        running_engine(compute="none", time_scale=0.1) as two,
+        triton_pool_behind_envoy(tmp_path, lane, [one, two]) as (pool, stub),
+    ):
+
+        async def ask(number: int) -> None:
+            name, tokens = names[number % 2], (2, 30)[number // 2 % 2]
+            request = core_request("hello", tokens, streaming=True, request_id=f"r{number}")
+            set_parameter(request, "lora_name", name)
+            messages = [message async for message in stub.ModelStreamInfer(aiter_of(request), timeout=60)]
+            assert tokens_of(messages) == pool[0].expected(name, tokens)
+            assert {message.infer_response.id for message in messages} == {f"r{number}"}
+
+        await asyncio.gather(*(ask(number) for number in range(12)))
+        await until(lambda: all(not served.state.requests for served in pool))
         assert sum(served.sidecar.replica.router.forwards for served in pool) > 0
+
+
+@pytest.mark.parametrize("lane", ["duplex-streamed", "duplex-duplex"])
+@pytest.mark.parametrize("is_unary", [False, True], ids=["stream", "unary"])
+async def test_a_call_that_misses_is_healed_whichever_replica_envoy_asks(
+    tmp_path: Path, lane: str, is_unary: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = write_adapters(tmp_path / "adapters", 1)[0]
+    async with (
+        running_engine(compute="none", decoupled=not is_unary) as engine,
+        triton_pool_behind_envoy(tmp_path, lane, [engine]) as (pool, stub),
+    ):
+        for number in range(12):
+            engine.engine.lose_idle_adapters()
+            request = core_request("hello", 5, streaming=not is_unary, request_id=f"r{number}")
+            set_parameter(request, "lora_name", name)
+            if is_unary:
+                answer = await stub.ModelInfer(request, timeout=60)
+                assert output_of(answer, "output_ids").ravel().tolist() == pool[0].expected(name, 5)
+            else:
+                messages = [message async for message in stub.ModelStreamInfer(aiter_of(request), timeout=60)]
+                assert tokens_of(messages) == pool[0].expected(name, 5)
+            await until(lambda: all(not served.state.requests for served in pool))
+        assert sum(served.recorder.count(Heal) for served in pool) >= 11
+        assert sum(served.sidecar.replica.router.forwards for served in pool) > 0
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 async def aiter_of(request: Any) -> AsyncIterator[Any]:
