@@ -142,8 +142,9 @@ class EndpointPickerListener(GrpcListener):
 
     `override_mode` asks gateways that buffer bodies to stream answers, where they allow it. `in_path` is where Envoy
     reaches the http listener, to which it sends requests whose every token must be seen; `in_path_grpc` is where it
-    reaches the data listener, for calls. With `estimates_allowed`
-    tenants with budgets of tokens are not among them: what they are charged is estimated by bytes.
+    reaches the data listener, for calls. With `estimates_allowed` tenants with budgets of tokens are not among them:
+    what they are charged is estimated by bytes. With `one_request_per_stream` a KServe stream has one request, and ends
+    with its answer.
     """
 
     address: GrpcAddress | None = None  # type: ignore[assignment]
@@ -153,6 +154,7 @@ class EndpointPickerListener(GrpcListener):
     in_path: Address | None = None
     in_path_grpc: Address | None = None
     estimates_allowed: bool = False
+    one_request_per_stream: bool = False
 
 
 class Listeners(Section):

@@ -35,6 +35,8 @@ class CallExchange(Exchange):
         super().__init__(*arguments)
         self._is_unary = is_unary
         self._in_path = self._settings.in_path_grpc
+        self.takes_one = self._settings.one_request_per_stream and self._is_duplex
+        """A stream has one request, whether its client closes its side or not. Buffered bodies come once it has."""
         self._frames = Frames()
         self._trailers: dict[str, str] = {}
         self._trailers_have_come = self._is_held = self._has_given = False
@@ -94,7 +96,7 @@ class CallExchange(Exchange):
             self._let_go()
 
     async def _take_trailers_of_answer(self, trailers: envoy.HttpTrailers) -> None:
-        self._trailers |= {name: value.decode("latin-1") for name, value in heads.pairs(trailers.trailers)}
+        self._trailers.update((name, value.decode("latin-1")) for name, value in heads.pairs(trailers.trailers))
         self._trailers_have_come = True
         self._chunks.put_nowait((b"", True))
         await self._end_by_trailers()
@@ -102,11 +104,12 @@ class CallExchange(Exchange):
     async def _end_by_trailers(self) -> None:
         """Let the trailers go once the engine's are here and the front's are known."""
         if self._trailers_have_come and self._ending is not None and self._phase is not Phase.CLOSED:
-            await self._write(replies.trailers(self._ending))
+            await self._write(replies.trailers(self._ending, self._trailers.keys() - {STATUS, TEXT}))
             self._close()
 
     async def _answer_of(self, message: envoy.ProcessingRequest, request: httpx.Request) -> httpx.Response:
         status, headers = heads.answer_of(message)
+        self._engines_own = heads.engines_own(headers)
         if self._is_local:
             raise heads.not_reached(message, status, request)
         if STATUS in headers or message.response_headers.end_of_stream or status != httpx.codes.OK:
@@ -118,7 +121,7 @@ class CallExchange(Exchange):
             self._gone_status = status
             if not self._gathers:
                 extensions[UNSEEN] = self._watched
-            await self._write(replies.head(None, self._told(self.head())))
+            await self._write(replies.head(None, self._told(self.head()), self._engines_own))
             if self._mode == envoy.NONE:
                 self._let_go()
         return httpx.Response(status, headers=headers, stream=Chunks(self._read()), extensions=extensions)

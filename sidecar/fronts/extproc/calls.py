@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import AsyncIterator, Iterable
+from contextlib import suppress
 from time import monotonic
 from typing import Any, NoReturn
 
@@ -27,7 +28,7 @@ UNITS_S = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 """Of gRPC's timeouts."""
 OPEN = (
     "the gateway cannot carry a stream that stays open, or whose tokens count for a budget; close your side after the "
-    "request, or have the operator set listeners.endpoint_picker.in_path_grpc"
+    "request, or have the operator set listeners.endpoint_picker.in_path_grpc, or one_request_per_stream there"
 )
 _OWN = frozenset(("te", "content-type", "grpc-timeout", "grpc-encoding", "grpc-accept-encoding", "user-agent"))
 END: Any = grpc.aio.EOF  # type: ignore[attr-defined]
@@ -107,16 +108,17 @@ class Call:
     async def messages(self, must_see: bool) -> AsyncIterator[bytes]:
         """Yield the message of a stream that is closed after it; raise Redirected for another, or if `must_see`."""
         first = await self.one()
-        try:
-            async with asyncio.timeout(HALF_CLOSED_S):
+        takes_one = self._exchange.takes_one
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0 if takes_one else HALF_CLOSED_S):
                 while not self._is_whole and not self._messages:
                     await self._read()
-        except TimeoutError:
-            pass
-        if must_see or not self._is_whole or self._messages:
+        if must_see or self._messages or not (self._is_whole or takes_one):
             if await self._exchange.redirect(b"".join(self._so_far)):
                 raise Redirected
             await self.abort(grpc.StatusCode.FAILED_PRECONDITION, OPEN)
+        if not self._is_whole:
+            self._exchange.end_request()
         self._so_far.clear()
         yield first
 

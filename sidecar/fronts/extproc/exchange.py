@@ -180,8 +180,10 @@ class Exchange:
         elif kind == "response_headers":
             self._take_head(message)
         elif kind == "response_body":
-            if self._phase is Phase.ANSWERING:
-                await self._is_judged.wait()  # a chunk may come before the run has seen the head
+            if self._phase is not Phase.ANSWERING:
+                self.abort("the gateway has sent a part of an answer before its head")
+                return
+            await self._is_judged.wait()  # a chunk may come before the run has seen the head
             await self._take_chunk(message.response_body)
         elif kind == "response_trailers":
             await self._take_trailers_of_answer(message.response_trailers)
@@ -253,9 +255,6 @@ class Exchange:
             self._head.set_result(message)
 
     async def _take_chunk(self, chunk: envoy.HttpBody) -> None:
-        if self._phase is not Phase.ANSWERING:
-            self.abort("the gateway has sent a part of an answer before its head")
-            return
         self._chunks.put_nowait((chunk.body, chunk.end_of_stream))
         if self._mode == FULL_DUPLEX:
             return
@@ -274,6 +273,10 @@ class Exchange:
             self._close()
         elif chunk.body and not begins_only(chunk.body):
             self._let_go()
+
+    def end_request(self) -> None:
+        """Take the body to be complete: the client keeps its side open, and what it still sends is dropped."""
+        self._body_has_come = True
 
     @property
     def hides_tokens(self) -> bool:
@@ -380,6 +383,11 @@ class Exchange:
             await self._route(address, request, body)
             message = await self._head
             if self._elsewhere.note(address, served := heads.served_by(message)):
+                status, _ = heads.answer_of(message)
+                if status == httpx.codes.NOT_FOUND or status >= httpx.codes.INTERNAL_SERVER_ERROR:
+                    # What that engine lacks says nothing of the one that was picked.
+                    why = f"the gateway sent it to {served}, which answers {status}"
+                    raise httpx.ConnectError(why, request=request)
                 self._served = served
             return await self._answer_of(message, request)
         finally:

@@ -130,9 +130,10 @@ def ended_call(code: int, text: str, trailers: Headers = ()) -> Reply:
     return reply
 
 
-def trailers(changes: Headers = ()) -> Reply:
+def trailers(changes: Headers = (), removed: Iterable[str] = ()) -> Reply:
     """Let the trailers of an answer go, with ours."""
     reply = Reply(response_trailers=envoy.TrailersResponse())
+    reply.response_trailers.header_mutation.remove_headers.extend(removed)
     _set(reply.response_trailers.header_mutation, changes)
     return reply
 

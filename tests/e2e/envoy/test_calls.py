@@ -13,7 +13,7 @@ import pytest
 import tritonclient.grpc.aio as triton_aio
 from tritonclient.grpc import service_pb2_grpc
 
-from sidecar.core.effects import Heal
+from sidecar.core.effects import Dispatch, Heal
 from sidecar.core.events import RunEnded
 from tests.e2e.envoy.house import LANES
 from tests.e2e.envoy.server import EnvoyServer
@@ -157,6 +157,28 @@ async def test_a_miss_in_a_stream_is_healed_before_the_client_sees_it(tmp_path: 
         assert tokens_of(messages) == running.served.expected(names[0], 6)
         assert running.served.recorder.count(Heal) == 1
         await quiet(running)
+
+
+@lanes
+async def test_a_stream_of_one_request_may_stay_open(tmp_path: Path, lane: str) -> None:
+    """By choice it ends with its answer, and what its client still sends gets none."""
+    names = write_adapters(tmp_path / "adapters", 1)
+    listener = {"one_request_per_stream": True}
+    async with calls(tmp_path, lane, listener, time_scale=0.2) as running:
+        for tokens in (1, 60):
+            request = core_request("hello", tokens, streaming=True, request_id="mine")
+            set_parameter(request, "lora_name", names[0])
+            call = running.stub.ModelStreamInfer(timeout=60)
+            await call.write(request)
+            messages = [await call.read()]
+            if tokens > 1:  # else the call has ended, and the write fails
+                await call.write(request)
+            while (message := await call.read()) is not grpc.aio.EOF:
+                messages.append(message)
+            assert await call.code() is grpc.StatusCode.OK
+            assert tokens_of(messages) == running.served.expected(names[0], tokens)
+        await quiet(running)
+        assert running.served.recorder.count(Dispatch) == 2
 
 
 @lanes

@@ -11,13 +11,15 @@ from typing import Any
 import httpx
 import pytest
 
-from sidecar.core.effects import Settle
+from sidecar.core.effects import Heal, Load, Settle
 from sidecar.core.events import RunEnded
 from sidecar.errors import Reason
-from tests.e2e.envoy.house import LANES, Clients, House, house, http_filters, set_metadata
+from tests.e2e.envoy.house import LANES, SIZES, Clients, House, house, http_filters, set_metadata
 from tests.e2e.envoy.server import EnvoyInstalled
+from tests.e2e.envoy.variants import astray
 from tests.kit.ports import free_port
 from tests.kit.serving import until, write_adapters
+from tests.kit.vllm_emulated import VllmProcess
 
 SEEN_WHOLE = {"duplex-duplex", "buffered"}
 """The lanes in which all of a stream's bytes pass the sidecar."""
@@ -51,6 +53,26 @@ async def test_adapters_answer_by_their_names(tmp_path: Path, lane: str) -> None
             assert whole.json()["choices"][0]["token_ids"] == running.tokens_of(own, 7)
             assert whole.json()["usage"]["completion_tokens"] == 7
         await quiet(running)
+
+
+@pytest.mark.parametrize("lane", ["duplex-streamed", "duplex-duplex"])
+async def test_what_a_strange_engine_lacks_is_not_taken_from_the_one_that_was_picked(tmp_path: Path, lane: str) -> None:
+    """A gateway sends the request elsewhere, which is told: it is sent again from here, and nothing is loaded again."""
+    names = write_adapters(tmp_path / "adapters", 1)
+    stranger = VllmProcess(*SIZES)
+    await stranger.start()
+    try:
+        async with house(
+            tmp_path, names, lane, changed=lambda record: astray(record, stranger.http_address)
+        ) as running:
+            answer = await running.stream(names[0], 12)
+            assert answer.token_ids == running.tokens_of(names[0], 12)
+            assert answer.headers["x-lora-backend"] == "vllm-0"
+            assert [heal.reason for heal in running.served.recorder.of(Heal)] == ["backend_lost"]
+            assert running.served.recorder.count(Load) == 1
+            await quiet(running)
+    finally:
+        await stranger.kill()
 
 
 @lanes

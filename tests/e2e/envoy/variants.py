@@ -13,7 +13,7 @@ from copy import deepcopy
 from typing import Any
 
 from sidecar.fronts.extproc.bootstrap import PROCESSOR_FILTER, TYPE
-from sidecar.fronts.extproc.calls import STREAM, UNARY
+from sidecar.fronts.extproc.call_exchange import STREAM, UNARY
 
 Change = Callable[[dict[str, Any]], None]
 FD = "FULL_DUPLEX_STREAMED"
@@ -145,6 +145,12 @@ def override_host() -> dict[str, Any]:
         },
     }
     return {"load_balancing_policy": {"policies": [{"typed_extension_config": chosen}]}}
+
+
+def astray(record: dict[str, Any], address: str) -> None:
+    """Have Envoy send all requests to one engine, whatever the picker says."""
+    clusters = record["static_resources"]["clusters"]
+    clusters[:] = [_static([address]), *(cluster for cluster in clusters if cluster["name"] != "engines")]
 
 
 def manager_of(record: dict[str, Any]) -> dict[str, Any]:
