@@ -176,6 +176,8 @@ class Ending(Enum):
     CLIENT_LEFT = "client left"
     LATE = "late"
     BROKE = "broke"
+    LOST = "lost"
+    """Nobody can tell."""
 
 
 @record(frozen=True, slots=True)

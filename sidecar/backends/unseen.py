@@ -70,6 +70,8 @@ async def follow(
         post(first_token(run, unseen))
     try:
         while (sighting := await _next_of(run, unseen, lacks)) is not None:
+            if sighting.ending is Ending.LOST:
+                break
             tokens = max(run.tokens, read.tokens_at(sighting))
             if tokens > run.tokens and (most := _tokens_max(run)):
                 tokens = max(run.tokens, min(tokens, most))

@@ -112,6 +112,8 @@ class Answers:
             reading.cancel()
             for ticket in (*self._tickets.values(), *self._over):
                 self._gateway.close(ticket)
+                if isinstance(ticket.carrier, RemoteCarrier):
+                    ticket.carrier.lose()
 
     def leave(self) -> None:
         """End the call once all replies are sent."""

@@ -38,6 +38,14 @@ class RemoteCarrier:
         else:
             self._brought.put_nowait(carried)
 
+    def lose(self) -> None:
+        """Give up an answer that goes past us: the replica whose proxy's log tells its end is gone.
+
+        Its seat counts as free, as after the end of our own process. To wait until the engine has fewer requests than
+        it was given may keep an adapter from being asked for half a minute.
+        """
+        self._unseen.take(Sighting(0, Ending.LOST))
+
     async def redirect(self, body: bytes) -> bool:
         return False
 

@@ -480,8 +480,15 @@ class Exchange:
         if not self.finished.done():
             self.finished.set_result(None)
 
+    async def written(self) -> None:
+        """Return once nothing is being written: gRPC does not end a call under a write, and says nothing to Envoy."""
+        async with self._writing:
+            return
+
     async def _write(self, reply: Reply) -> None:
         async with self._writing:  # gRPC takes one message at a time
+            if self._phase is Phase.CLOSED:
+                return  # the last reply has gone while this one waited
             try:
                 await self._write_one(reply)
             except (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError):

@@ -127,6 +127,7 @@ class Picker:
         try:
             await exchange.begin()
             await asyncio.wait((reading, exchange.finished), return_when=asyncio.FIRST_COMPLETED)
+            await exchange.written()
             if exchange.finished.done():
                 exchange.finished.result()
         except Aborted as aborted:

@@ -1,0 +1,47 @@
+"""One request that Envoy asks about: what is written to Envoy, and when the call may end."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+
+from sidecar.config.listeners import EndpointPickerListener
+from sidecar.fronts.extproc.access_log import AccessLog
+from sidecar.fronts.extproc.exchange import Elsewhere, Exchange
+from sidecar.fronts.extproc.replies import PIECE_BYTES, Reply
+from sidecar.proto import envoy_pb2 as envoy
+
+
+async def test_nothing_is_written_behind_the_last_reply_or_when_the_call_ends() -> None:
+    """A request is answered here while its body is on its way to an engine, as when the engine gets another owner."""
+    written: list[str | None] = []
+    at_once, most = 0, 0
+
+    async def write(reply: Reply) -> None:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        await asyncio.sleep(0.001)
+        written.append(reply.WhichOneof("response"))
+        at_once -= 1
+
+    first = envoy.ProcessingRequest(request_headers=envoy.HttpHeaders(end_of_stream=True))
+    first.protocol_config.request_body_mode = envoy.FULL_DUPLEX_STREAMED
+    settings = EndpointPickerListener.model_validate({"address": "127.0.0.1:0"})
+    exchange = Exchange(first, write, AccessLog(), Elsewhere(lambda address: ""), settings)
+    await exchange.begin()
+    request = httpx.Request("POST", "http://127.0.0.1:1/v1/completions", content=bytes(8 * PIECE_BYTES))
+    carrying = asyncio.create_task(exchange.carry(request))
+    while not written:
+        await asyncio.sleep(0)
+    await exchange.send({"type": "http.response.start", "status": 503, "headers": []})
+    await exchange.send({"type": "http.response.body", "body": b"{}"})
+    await exchange.finished
+    await exchange.written()
+    assert at_once == 0
+    await asyncio.sleep(0.02)
+    assert written[-1] == "immediate_response"
+    assert most == 1
+    carrying.cancel()
+    await asyncio.gather(carrying, return_exceptions=True)
