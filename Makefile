@@ -25,7 +25,8 @@
 # make bench-scheduling  what order, placement and admission gain over bare engines, in virtual time; about 20 minutes
 # make goldens the golden adapters made anew with the real PEFT library, in an environment of its own, and compared
 # make sim-faults  1,000 simulated worlds in which things go wrong; SEED=n runs one alone, FLAVOUR=trtllm_pytorch all on such engines
-# make chaos   replicas, Redis and engines as processes that are killed, stopped and cut off under load; ONLY=name for one
+# make chaos   replicas, Redis and engines as processes that are killed, stopped and cut off under load; ONLY=name for one,
+#              LANE=envoy for clients that ask an Envoy in front of the replicas
 # make soak    3 replicas and 4 engines that everything happens to at once, 10 minutes; MINUTES=60 for an hour
 # make record  a trtllm-serve of yours and the emulated one are asked the same, and what differs is printed; URL=… ADAPTER=…
 # make fuzz    100,000 damaged adapters, and 10,000 for an engine that ends by them
@@ -62,7 +63,7 @@ LANES := helm-test e2e-replicas e2e-envoy e2e-triton e2e-vllm
 
 COMPILE := pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet $(UPGRADE)
 
-.PHONY: record docs docs-commands pictures .venv-docs ci nightly lanes weekly release bundle e2e-release demo test test-slow check bench-tests e2e-triton triton .venv-triton e2e-vllm vllm .venv-vllm e2e-tools e2e-tools-short e2e-replicas e2e-envoy bench-envoy .venv-envoy e2e-attack helm-test .venv-helm lint lint-quickly bench bench-triton bench-scheduling goldens fuzz fuzz-wire sim-faults chaos soak proto lock clean .venv
+.PHONY: record docs docs-commands pictures .venv-docs ci nightly lanes weekly release bundle e2e-release demo test test-slow check bench-tests e2e-triton triton .venv-triton e2e-vllm vllm .venv-vllm e2e-tools e2e-tools-short e2e-replicas e2e-envoy bench-envoy .venv-envoy e2e-attack helm-test .venv-helm lint lint-quickly bench bench-triton bench-scheduling goldens fuzz fuzz-wire sim-faults chaos chaos-envoy soak proto lock clean .venv
 
 .venv: $(INSTALLED)
 
@@ -220,7 +221,7 @@ ci:
 	CI=1 $(MAKE) $(LANES) e2e-tools-short CHOSEN='-m "not nightly"'
 
 nightly:
-	$(MAKE) --keep-going goldens test test-slow docs docs-commands e2e-attack sim-faults chaos soak fuzz fuzz-wire lanes
+	$(MAKE) --keep-going goldens test test-slow docs docs-commands e2e-attack sim-faults chaos chaos-envoy soak fuzz fuzz-wire lanes
 
 lanes:
 	CI=1 $(MAKE) --keep-going $(LANES) e2e-release
@@ -235,8 +236,11 @@ bundle: $(RELEASING) $(if $(HELM_VENV),,.venv-helm)
 	$(BIN)/python -m tools.release --bundle $(addprefix --version ,$(VERSION)) $(addprefix --image ,$(IMAGES)) \
 	  $(addprefix --extra ,$(EXTRAS))
 
-chaos: $(DEVELOPING)
-	$(BIN)/python -m tests.chaos $(if $(ONLY),--only $(ONLY))
+chaos: $(DEVELOPING) $(if $(filter envoy,$(LANE)),$(if $(ENVOY_VENV),,.venv-envoy))
+	$(BIN)/python -m tests.chaos $(if $(LANE),--lane $(LANE)) $(if $(ONLY),--only $(ONLY))
+
+chaos-envoy:
+	$(MAKE) chaos LANE=envoy
 
 soak: $(DEVELOPING)
 	$(BIN)/python -m tests.soak --minutes $(MINUTES) --seed $(or $(SEED),0)

@@ -23,11 +23,11 @@ from tests.chaos.trial import BACK_S, CALM_S, SHOWN, Verdict, trial
 COLUMNS = ("full", "refused", "unreached", "broken", "cut", "failed", "silent", "wrong", "doubled")
 
 
-async def run(scenario: Scenario, calm_s: float, seed: int) -> bool:
+async def run(scenario: Scenario, calm_s: float, seed: int, has_envoy: bool) -> bool:
     """Run one scenario, print its line and return whether all is well."""
     folder = Path(tempfile.mkdtemp(prefix="lora-sidecar-chaos-"))
     try:
-        async with chaos_pool(folder, scenario.sentinel) as pool:
+        async with chaos_pool(folder, scenario.sentinel, has_envoy=has_envoy) as pool:
             verdict = await trial(pool, scenario, calm_s, seed)
     except (AssertionError, TimeoutError, RuntimeError, OSError, AioRpcError):
         print(f"{scenario.name:<32}{traceback.format_exc()}  its processes' logs: {folder}", flush=True)
@@ -74,6 +74,7 @@ async def main() -> int:
     parser.add_argument("--only", action="append", help=", ".join(each.name for each in SCENARIOS))
     parser.add_argument("--seconds", type=float, default=CALM_S, help="of load before and after what is done")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lane", choices=("in-path", "envoy"), default="in-path", help="envoy: clients ask an Envoy")
     parser.add_argument("--away", type=float, metavar="SECONDS", help="only take Redis away for so long")
     options = parser.parse_args()
     if options.away is not None:
@@ -84,7 +85,7 @@ async def main() -> int:
     head = "".join(f"{column:>10}" for column in (*COLUMNS, "stale", "back s", "slowest"))
     print(f"{'':32}{head}  back within {BACK_S:g} s")
     wanted = [each for each in SCENARIOS if not options.only or each.name in options.only]
-    well = [await run(each, options.seconds, options.seed) for each in wanted]
+    well = [await run(each, options.seconds, options.seed, options.lane == "envoy") for each in wanted]
     return 0 if all(well) else 1
 
 

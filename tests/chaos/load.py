@@ -166,17 +166,24 @@ class Load:
                 if message.HasField("origin"):
                     origins.append(message.origin)
         except grpc.aio.AioRpcError as error:
-            _judge_error(tried, error, bool(got))
+            judge_error(tried, error, bool(got))
         else:
             tried.ending = FULL if len(origins) == 1 and len(got) == TOKENS else DOUBLED
             tried.backend = origins[0].backend if origins else ""
-        tried.tokens, tried.ended_s = len(got), monotonic()
-        expected = tokens_of(tried.digest, TOKENS)
-        if len(origins) > 1 or len(got) > TOKENS:
+        if len(origins) > 1:
             tried.ending = DOUBLED
-        elif got != expected[: len(got)]:
-            tried.ending = WRONG
-            tried.why = f"{bytes(got).decode()} for {bytes(expected).decode()}"
+        judge(tried, got)
+
+
+def judge(tried: Try, got: list[int]) -> None:
+    """Note the end of a request, and whether its tokens were its adapter's."""
+    tried.tokens, tried.ended_s = len(got), monotonic()
+    expected = tokens_of(tried.digest, TOKENS)
+    if len(got) > TOKENS:
+        tried.ending = DOUBLED
+    elif got != expected[: len(got)]:
+        tried.ending = WRONG
+        tried.why = f"{bytes(got).decode()} for {bytes(expected).decode()}"
 
 
 def tokens_of(digest: str, count: int) -> list[int]:
@@ -185,7 +192,7 @@ def tokens_of(digest: str, count: int) -> list[int]:
     return [dummy_token(task_id, position) for position in range(count)]
 
 
-def _judge_error(tried: Try, error: grpc.aio.AioRpcError, begun: bool) -> None:
+def judge_error(tried: Try, error: grpc.aio.AioRpcError, begun: bool) -> None:
     reason = _reason_of(error)
     tried.why = f"{error.code().name} {reason}: {error.details()}"
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and reason is None:

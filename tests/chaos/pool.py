@@ -17,6 +17,8 @@ import grpc.aio
 
 from sidecar.proto import admin_pb2, admin_pb2_grpc
 from tests.chaos.engine_log import EngineLog
+from tests.e2e.envoy.server import EnvoyServer
+from tests.e2e.envoy.variants import among
 from tests.kit.emulated import EngineProcess
 from tests.kit.peft_files import write_adapter
 from tests.kit.ports import free_port
@@ -38,9 +40,12 @@ class ReplicaProcess:
     config: Path
     data: str
     admin: str
+    picker: str
     peers: Proxy
     redis: Proxy | None
     process: asyncio.subprocess.Process | None = field(default=None, repr=False)
+    is_ready: bool = False
+    """It has begun to take requests."""
     build: Path | None = None
     """The folder of the code that it runs, None for this one."""
 
@@ -48,6 +53,7 @@ class ReplicaProcess:
         """Start and return when it takes requests. Raises RuntimeError if it ends instead."""
         fault = {"LORA_SIDECAR_RAISE_ON": f"Received:{POISON}"}
         environment = os.environ | (fault if self.build is None else {"PYTHONPATH": str(self.build)})
+        self.is_ready = False
         with self.log.open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "sidecar", "serve", "--config", str(self.config), "--json",
@@ -56,6 +62,7 @@ class ReplicaProcess:
         assert self.process.stdout is not None
         if not await self.process.stdout.readline():
             raise RuntimeError(f"{self.name} did not start: {self.log.read_text()[-2000:]}")
+        self.is_ready = True
 
     @property
     def log(self) -> Path:
@@ -98,6 +105,8 @@ class ChaosPool:
     engines: list[EngineProcess]
     logs: list[EngineLog]
     redis: Server | Watched
+    envoy: EnvoyServer | None = None
+    """What clients ask in the Envoy lane: it asks any of the replicas."""
     digests: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -136,7 +145,11 @@ class ChaosPool:
 
 @asynccontextmanager
 async def chaos_pool(
-    folder: Path, sentinel: bool = False, previous: Path | None = None, engine_count: int = ENGINES
+    folder: Path,
+    sentinel: bool = False,
+    previous: Path | None = None,
+    engine_count: int = ENGINES,
+    has_envoy: bool = False,
 ) -> AsyncIterator[ChaosPool]:
     """Run a pool for a block; it begins when every backend has an owner that all know of.
 
@@ -164,6 +177,10 @@ async def chaos_pool(
             stack.push_async_callback(replica.kill)
         await asyncio.gather(*(replica.start() for replica in replicas))
         pool = ChaosPool(replicas, engines, logs, redis)
+        if has_envoy:
+            pickers = [replica.picker for replica in replicas]
+            pool.envoy = EnvoyServer(folder / "envoy", pickers[0], changed=among(pickers))
+            await stack.enter_async_context(pool.envoy)
         await pool.until_settled(replicas)
         await pool.read_digests()
         yield pool
@@ -173,7 +190,7 @@ async def _replica(
     stack: AsyncExitStack, number: int, folder: Path, redis: Server | Watched, engines: list[EngineProcess]
 ) -> ReplicaProcess:
     """Return a replica that is reached by the others, and reaches Redis, by ways that can be cut."""
-    data, admin, listens = (f"127.0.0.1:{free_port()}" for _ in range(3))
+    data, admin, picker, listens = (f"127.0.0.1:{free_port()}" for _ in range(4))
     peers = Proxy(int(listens.rpartition(":")[2]))
     await peers.mend()
     stack.push_async_callback(peers.cut)
@@ -187,7 +204,12 @@ async def _replica(
             }
             for at, engine in enumerate(engines)
         ],
-        "listeners": {"data": {"address": data}, "admin": {"address": admin}, "http": {"address": "127.0.0.1:0"}},
+        "listeners": {
+            "data": {"address": data},
+            "admin": {"address": admin},
+            "http": {"address": "127.0.0.1:0"},
+            "endpoint_picker": {"address": picker},
+        },
         "adapters": {"serve": str(folder / "adapters"), "roots": [str(folder)]},
         "state": {"url": redis.url if way is None else way.url},
         "replicas": {
@@ -196,4 +218,4 @@ async def _replica(
     }  # fmt: skip
     path = folder / f"replica-{number}.yaml"
     path.write_text(json.dumps(config))
-    return ReplicaProcess(f"r{number}", path, data, admin, peers, way)
+    return ReplicaProcess(f"r{number}", path, data, admin, picker, peers, way)

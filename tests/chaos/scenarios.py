@@ -58,6 +58,12 @@ class Scenario:
     """For how long what is lost besides cannot change hands."""
     refuses: bool = False
     """Whether there is a time in which nobody takes requests."""
+    cuts_lane: bool = False
+    """Whether Envoy's connections to an engine break: it cuts what is answered, and can't answer what is not yet."""
+
+    @property
+    def allowed_in_lane(self) -> frozenset[str]:
+        return self.allowed | LOST if self.cuts_lane else self.allowed
 
 
 async def kill_replica(pool: ChaosPool, marks: Marks) -> None:
@@ -236,15 +242,15 @@ SCENARIOS = (
     Scenario("fail-over", fail_over, sentinel=True),
     Scenario("part-from-redis", part_from_redis),
     Scenario("part-replicas", part_replicas, frozenset({BROKEN})),
-    Scenario("kill-engine", kill_engine, frozenset({BROKEN})),
+    Scenario("kill-engine", kill_engine, frozenset({BROKEN}), cuts_lane=True),
     Scenario("restart-all", restart_all),
     Scenario("restart-two", restart_two),
     Scenario("restart-whole-pool", restart_whole_pool, refuses=True),
-    Scenario("kill-redis+kill-engine", both(kill_redis, kill_engine), frozenset({BROKEN})),
+    Scenario("kill-redis+kill-engine", both(kill_redis, kill_engine), frozenset({BROKEN}), cuts_lane=True),
     Scenario("kill-redis+kill-another", both(kill_redis, kill_another), LOST, redis_away_s=LONG_S),
     Scenario("kill-redis+part-replicas", both(kill_redis, part_replicas), frozenset({BROKEN})),
     Scenario("fail-over+kill-replica", both(fail_over, kill_replica), LOST, sentinel=True, redis_away_s=2.0),
     Scenario("part-from-redis+kill-another", both(part_from_redis, kill_another), LOST),
-    Scenario("stop-owner+kill-engine", both(stop_owner, kill_engine), frozenset({BROKEN}), stops=True),
+    Scenario("stop-owner+kill-engine", both(stop_owner, kill_engine), frozenset({BROKEN}), stops=True, cuts_lane=True),
     Scenario("part-replicas+part-from-redis", both(part_replicas, part_from_redis), frozenset({BROKEN})),
 )

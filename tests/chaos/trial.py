@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from time import monotonic
 
+from tests.chaos.lane import LaneLoad
 from tests.chaos.load import DOUBLED, FULL, REFUSED, UNREACHABLE, WRONG, Load, Try
 from tests.chaos.pool import LEASE_S, ChaosPool
 from tests.chaos.scenarios import Marks, Scenario
@@ -39,14 +40,14 @@ async def trial(pool: ChaosPool, scenario: Scenario, calm_s: float = CALM_S, see
     """Do a scenario's deed while clients ask, and judge every request."""
     stale_before = sum(log.stale() for log in pool.logs)
     marks = Marks()
-    async with Load(pool, seed) as load:
+    async with (Load if pool.envoy is None else LaneLoad)(pool, seed) as load:
         await asyncio.sleep(calm_s)
         await scenario.deed(pool, marks)
         backs = [await _back_s(load, backend, at_s) for backend in pool.backends for at_s in marks.since_s(backend)]
         await asyncio.sleep(calm_s)
         await load.stop()
         stale = sum(log.stale() for log in pool.logs) - stale_before
-        wrong = _wrong(scenario, load.tries)
+        wrong = _wrong(scenario.allowed if pool.envoy is None else scenario.allowed_in_lane, load.tries)
         if stale and not scenario.stops and load.stood_still_s < LEASE_S / 4:
             wrong.append(f"{stale} requests came to an engine under an epoch that had ended")
         if load.given_up and not scenario.refuses:
@@ -69,9 +70,8 @@ def _slowest_s(tries: list[Try]) -> float:
     return max(each.ended_s - each.begun_s for each in tries if each.ending == FULL)
 
 
-def _wrong(scenario: Scenario, tries: list[Try]) -> list[str]:
-    allowed = {FULL, REFUSED, UNREACHABLE, *scenario.allowed}
-    found = [each for each in tries if each.ending not in allowed]
+def _wrong(allowed: frozenset[str], tries: list[Try]) -> list[str]:
+    found = [each for each in tries if each.ending not in (FULL, REFUSED, UNREACHABLE, *allowed)]
     found.sort(key=lambda each: each.ending not in (WRONG, DOUBLED))
     now_s = monotonic()
     return [

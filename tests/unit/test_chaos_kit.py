@@ -20,7 +20,7 @@ class Asked(ReplicaProcess):
     """A replica that is killed after some answers and is back after some more."""
 
     def __init__(self, name: str, answers: list[Any]) -> None:
-        super().__init__(name, Path(name), "", "", Proxy(0), None)
+        super().__init__(name, Path(name), "", "", "", Proxy(0), None)
         self.answers = answers
 
     async def owns(self) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -19,25 +19,13 @@ from sidecar.lab.engine.kserve import Server
 from tests.e2e.envoy.house import ENGINE, LANES, SIZES, Clients, Streamed
 from tests.e2e.envoy.server import EnvoyServer
 from tests.e2e.envoy.test_calls import tokens_of
+from tests.e2e.envoy.variants import among
 from tests.kit.emulated import channel_to, core_request, output_of, running_engine, set_parameter
 from tests.kit.redis_servers import running
 from tests.kit.replica_pool import CALM_S, replicas
 from tests.kit.serving import Serving, until, write_adapters
 from tests.kit.trtllm_emulated import BASE_CONFIG
 from tests.kit.vllm_emulated import Client, VllmProcess, unload_all
-
-
-def among(pickers: list[str]) -> Callable[[dict[str, Any]], None]:
-    """Return what changes a bootstrap so that any of several replicas is asked."""
-
-    def change(record: dict[str, Any]) -> None:
-        cluster = next(each for each in record["static_resources"]["clusters"] if each["name"] == "sidecar")
-        cluster["load_assignment"]["endpoints"][0]["lb_endpoints"] = [
-            {"endpoint": {"address": {"socket_address": {"address": host, "port_value": int(port)}}}}
-            for host, _, port in (picker.rpartition(":") for picker in pickers)
-        ]
-
-    return change
 
 
 @asynccontextmanager

@@ -30,6 +30,19 @@ def plain(engines: Sequence[str]) -> Change:
     return change
 
 
+def among(pickers: Sequence[str]) -> Change:
+    """Any of several replicas is asked."""
+
+    def change(record: dict[str, Any]) -> None:
+        cluster = next(each for each in record["static_resources"]["clusters"] if each["name"] == "sidecar")
+        cluster["load_assignment"]["endpoints"][0]["lb_endpoints"] = [
+            {"endpoint": {"address": {"socket_address": {"address": host, "port_value": int(port)}}}}
+            for host, _, port in (picker.rpartition(":") for picker in pickers)
+        ]
+
+    return change
+
+
 def istio(engines: Sequence[str]) -> Change:
     """A filter that a route turns on, full duplex both ways, and a cluster of the pool's endpoints that our metadata
     overrides; a failure mode FailClose.
