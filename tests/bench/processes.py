@@ -137,10 +137,10 @@ class SidecarProcess(Measured):
         return await metrics_of(self.http)
 
 
-async def metrics_of(http: str) -> dict[tuple[str, tuple[str, ...]], float]:
-    """Return every sample of a sidecar's `/metrics` by name, without the prefix, and label values."""
+async def metrics_of(address: str) -> dict[tuple[str, tuple[str, ...]], float]:
+    """Return every sample of the `/metrics` at HOST:PORT by name, without the prefix, and label values."""
     async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
-        text = (await client.get(f"http://{http}/metrics")).text
+        text = (await client.get(f"http://{address}/metrics")).text
     return {
         (sample.name.removeprefix("lora_sidecar_"), tuple(sample.labels.values())): sample.value
         for family in text_string_to_metric_families(text)

@@ -14,7 +14,7 @@ HELD = ("running_requests", "queued_requests", "picker_requests")
 
 async def log_used(served: Serving) -> int:
     """Return how many entries of Envoy's access log have told of an answer that went past the sidecar."""
-    samples = await metrics_of(served.sidecar.http_address)
+    samples = await metrics_of(served.sidecar.listening.probes)
     return int(samples["picker_log_entries_total", ("used",)])
 
 
@@ -28,7 +28,7 @@ async def nothing_is_left(served: Serving) -> None:
     """Wait until the metrics say that no request runs, waits, or is on its way through Envoy."""
 
     async def is_quiet() -> bool:
-        samples = await metrics_of(served.sidecar.http_address)
+        samples = await metrics_of(served.sidecar.listening.probes)
         return not any(value for (name, _), value in samples.items() if name in HELD)
 
     await until_async(is_quiet)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.grpc import service_pb2
 
 from sidecar.core.events import BackendLost
@@ -145,11 +146,23 @@ def answered(made: Sequence[TritonServer]) -> Counter[str]:
     return Counter(one["request_id"].partition(".")[0] for one in endings(made) if one["outcome"] == "done")
 
 
-async def engine_has(server: TritonServer, count: int, model: str = "tensorrt_llm") -> None:
-    """Wait until an engine's gauge says that so many requests are in it."""
-    line = f'nv_trt_llm_request_metrics{{model="{model}",request_type="active",version="1"}} {count}\n'
-    async with httpx.AsyncClient(trust_env=False) as client, asyncio.timeout(PATIENCE_S):
-        while line not in (await client.get(f"http://{server.metrics_address}/metrics")).text:
+async def gauges_of(server: Any, model: str = "tensorrt_llm") -> dict[str, float]:
+    """Return the engine's gauges by family and label, as `request_metrics/active`."""
+    async with httpx.AsyncClient(trust_env=False) as client:
+        text = (await client.get(f"http://{server.metrics_address}/metrics")).text
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if family.name.startswith("nv_trt_llm_") and sample.labels["model"] == model:
+                (kind,) = [value for label, value in sample.labels.items() if label not in ("model", "version")]
+                found[f"{family.name.removeprefix('nv_trt_llm_')}/{kind}"] = sample.value
+    return found
+
+
+async def engine_has(server: Any, count: int, model: str = "tensorrt_llm") -> None:
+    """Wait until an engine's gauge says that so many requests are in it; a real Triton or an emulated one."""
+    async with asyncio.timeout(PATIENCE_S):
+        while (await gauges_of(server, model))["request_metrics/active"] != count:
             await asyncio.sleep(0.02)
 
 

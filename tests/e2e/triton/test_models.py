@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import httpx
 import numpy as np
 import pytest
 from google.protobuf.json_format import MessageToDict
-from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.grpc import service_pb2
 
 from sidecar.lab.engine.kserve.compute import dummy_token
+from tests.e2e.triton.loads import gauges_of
 from tests.e2e.triton.repository import Repository
 from tests.e2e.triton.server import TritonServer
 from tests.kit.emulated import (
@@ -37,19 +36,6 @@ from tests.kit.serving import PATIENCE_S
 LONG = 5000
 SLOW = {"compute": "none", "time_scale": 1.0}
 SMALL = {"compute": "none", "lora_modules": ("attn_q", "attn_v")}
-
-
-async def gauges_of(server: TritonServer, model: str = "tensorrt_llm") -> dict[str, float]:
-    """Return the engine's gauges by family and label, as `request_metrics/active`."""
-    async with httpx.AsyncClient(trust_env=False) as client:
-        text = (await client.get(f"http://{server.metrics_address}/metrics")).text
-    found = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if family.name.startswith("nv_trt_llm_") and sample.labels["model"] == model:
-                (kind,) = [value for label, value in sample.labels.items() if label not in ("model", "version")]
-                found[f"{family.name.removeprefix('nv_trt_llm_')}/{kind}"] = sample.value
-    return found
 
 
 async def until_gauge(server: TritonServer, name: str, value: float) -> dict[str, float]:

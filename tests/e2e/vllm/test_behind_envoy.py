@@ -73,7 +73,7 @@ async def behind_envoy(
     server: VllmServer, toy: Toy, scratch: Path, lane: str = "duplex-streamed"
 ) -> AsyncIterator[Carried]:
     request_mode, response_mode, needs = LANES[lane]
-    listeners = {"data": FREE, "admin": FREE, "http": FREE, "endpoint_picker": FREE | needs}
+    listeners = {"data": FREE, "admin": FREE, "http": FREE, "probes": FREE, "endpoint_picker": FREE | needs}
     async with AsyncExitStack() as stack:
         front = await stack.enter_async_context(in_front(server, toy.adapters, scratch, listeners=listeners))
         address = front.served.sidecar.endpoint_picker_address
