@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import tomllib
 from collections.abc import Callable
@@ -149,6 +150,13 @@ def test_images_by_digest() -> None:
         images.pinned(ROOT, [*given, given[0].replace(digest, f"sha256:{8:064}")])
     with pytest.raises(Refused, match="is not NAME:TAG@sha256:DIGEST"):
         images.pinned(ROOT, ["nginx:1"])
+
+
+def test_no_image_of_the_chart_is_forgotten() -> None:
+    values = (ROOT / "deploy/helm/lora-sidecar/values.yaml").read_text()
+    named = set(re.findall(r'^ +image: ([^\s"]+)$', values, re.MULTILINE))
+    assert len(named) == 2
+    assert named < images.needed(ROOT).keys()
 
 
 def test_package_and_chart_are_of_one_version() -> None:

@@ -26,6 +26,7 @@ def needed(tree: Path) -> dict[str, str]:
     return {
         f"python:{tag[1]}": "the base that the image is built on",
         values["redis"]["bundled"]["image"]: "the chart's redis.bundled",
+        values["envoy"]["image"]: "the chart's envoy.enabled",
     }
 
 
