@@ -16,6 +16,20 @@ QUIET_S = 10.0
 """How long nothing is told of an answer that goes past us before its engine is asked."""
 
 
+class Sightings:
+    """What is told of an answer that goes past us, as it is told."""
+
+    def __init__(self) -> None:
+        self.goes_on = False
+        self._came: asyncio.Queue[Sighting] = asyncio.Queue()
+
+    def take(self, sighting: Sighting) -> None:
+        self._came.put_nowait(sighting)
+
+    async def next(self) -> Sighting:
+        return await self._came.get()
+
+
 @dataclass
 class Read:
     """What has been read of an answer: its bytes and tokens, and the bytes that a token takes, as in the last message.

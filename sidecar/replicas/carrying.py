@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from sidecar.backends.api import TRAILERS, UNREAD, UNSEEN, Carrier, Chunks, Ending, Sighting, Unseen
+from sidecar.backends.unseen import Sightings
 from sidecar.proto import peers_pb2
 
 Tell = Callable[[Any], None]
@@ -75,20 +76,10 @@ class RemoteCarrier:
         self._trailers |= {each.key: each.value for each in carried.end.trailers}
 
 
-class _RemoteUnseen:
+class _RemoteUnseen(Sightings):
     """An answer that goes past both replicas; the other one tells what it sees."""
 
     is_lost = tells = False  # as far as is known
-
-    def __init__(self) -> None:
-        self.goes_on = False
-        self._came: asyncio.Queue[Sighting] = asyncio.Queue()
-
-    def take(self, sighting: Sighting) -> None:
-        self._came.put_nowait(sighting)
-
-    async def next(self) -> Sighting:
-        return await self._came.get()
 
     def close(self) -> None:
         """Do nothing: it ends with its request."""

@@ -6,12 +6,10 @@ processes, divided by the answers, without what each spends while nothing is ask
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from time import perf_counter
 
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else each process that ends is told of between the lines
 
-from tests.bench.figures import Figure, machine, middle, percentile, print_table
+from tests.bench.figures import Figure, middle, percentile, run_alone
 from tests.bench.processes import Measured, SidecarProcess, cpu_s
 from tests.e2e.envoy.server import EnvoyServer
 from tests.e2e.envoy.variants import plain
@@ -209,21 +207,5 @@ def _first_figures(times: dict[str, Sequence[float]] | dict[str, list[float]]) -
     ]  # fmt: skip
 
 
-async def _run() -> list[Figure]:
-    with tempfile.TemporaryDirectory(prefix="lora-sidecar-bench-") as folder:
-        return await bench(Path(folder))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.envoy", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    options = parser.parse_args()
-    figures = asyncio.run(_run())
-    if options.json:
-        json.dump({"machine": machine(), "figures": [figure.record() for figure in figures]}, sys.stdout, indent=2)
-    else:
-        print_table(figures)
-
-
 if __name__ == "__main__":
-    main()
+    run_alone("tests.bench.envoy", __doc__, bench)

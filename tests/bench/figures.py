@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import asyncio
+import json
 import os
-from collections.abc import Sequence
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
@@ -107,3 +113,20 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 def middle(values: Sequence[float]) -> float:
     return float(median(values))
+
+
+def run_alone(program: str, about: str | None, bench: Callable[[Path], Awaitable[list[Figure]]]) -> None:
+    """Run a benchmark as a program of its own, in a folder that is removed, and print its figures."""
+    parser = argparse.ArgumentParser(prog=f"python -m {program}", description=about)
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    options = parser.parse_args()
+
+    async def run() -> list[Figure]:
+        with tempfile.TemporaryDirectory(prefix="lora-sidecar-bench-") as folder:
+            return await bench(Path(folder))
+
+    figures = asyncio.run(run())
+    if options.json:
+        json.dump({"machine": machine(), "figures": [figure.record() for figure in figures]}, sys.stdout, indent=2)
+    else:
+        print_table(figures)

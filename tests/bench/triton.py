@@ -7,12 +7,8 @@ engine's own face, with Triton in its place.
 
 from __future__ import annotations
 
-import argparse
-import asyncio
-import json
 import os
 import sys
-import tempfile
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +17,7 @@ from typing import Any
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else each process that ends is told of between the lines
 
 from tests.bench import clients, latency, relay
-from tests.bench.figures import Figure, machine, middle, print_table
+from tests.bench.figures import Figure, middle, run_alone
 from tests.bench.large import FORTY_MB, THREE_HUNDRED_MB, Size
 from tests.bench.processes import SidecarProcess, backend_of
 from tests.e2e.triton.repository import Repository
@@ -106,21 +102,5 @@ async def _added(folder: Path) -> list[Figure]:
         ]
 
 
-async def _run() -> list[Figure]:
-    with tempfile.TemporaryDirectory(prefix="lora-sidecar-bench-") as folder:
-        return await bench(Path(folder))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.triton", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    options = parser.parse_args()
-    figures = asyncio.run(_run())
-    if options.json:
-        json.dump({"machine": machine(), "figures": [figure.record() for figure in figures]}, sys.stdout, indent=2)
-    else:
-        print_table(figures)
-
-
 if __name__ == "__main__":
-    main()
+    run_alone("tests.bench.triton", __doc__, bench)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from time import monotonic
 
 from sidecar.backends.api import Ending, Sighting
+from sidecar.backends.unseen import Sightings
 from sidecar.fronts.extproc.replies import EXCHANGE, OURS, REPLICA
 from sidecar.proto import envoy_pb2 as envoy
 
@@ -28,18 +28,17 @@ _BROKE = (
 """Flags of an entry, in the order in which they tell: a client that leaves makes Envoy reset the engine's side, too."""
 
 
-class Watched:
+class Watched(Sightings):
     """What the log tells of one exchange."""
 
     def __init__(self, log: AccessLog, exchange: str) -> None:
+        super().__init__()
         self._log, self._exchange = log, exchange
-        self._came: asyncio.Queue[Sighting] = asyncio.Queue()
         self._told_s = monotonic()
-        self.goes_on = False
 
     def take(self, sighting: Sighting) -> None:
         self._told_s = monotonic()
-        self._came.put_nowait(sighting)
+        super().take(sighting)
 
     @property
     def tells(self) -> bool:
@@ -49,9 +48,6 @@ class Watched:
     def is_lost(self) -> bool:
         now_s = monotonic()
         return self._log.is_periodic and now_s - self._told_s > LOST_S and now_s - self._log.told_s < ALIVE_S
-
-    async def next(self) -> Sighting:
-        return await self._came.get()
 
     def close(self) -> None:
         """Forget it."""
