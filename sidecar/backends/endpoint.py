@@ -25,6 +25,7 @@ import grpc.aio
 
 from sidecar.backends.api import LoadResult, Signs, Ticket, Wear, Weights
 from sidecar.backends.pulse import Pulse
+from sidecar.backends.unseen import Follower
 from sidecar.core.effects import Dispatch, Load
 from sidecar.core.enums import Fault
 from sidecar.core.events import (
@@ -101,6 +102,8 @@ class Endpoint(ABC):
         self._sent: set[int] = set()
         self._progress: dict[int, int] = {}
         self._measured: BackendMeasured | None = None
+        self.follower = Follower(lambda event: self._post(event), self._heard, self._lacks)
+        """Follows answers that go past us."""
         self._foreign = self._ours_before = self._inside_before = 0
         self._unheard: dict[tuple[int, int], float] = {}
         """Runs of which nothing has been heard for long, and when that was last found."""
@@ -152,6 +155,10 @@ class Endpoint(ABC):
             return False
         self._unheard.pop(key, None)
         return True
+
+    def _seen_generated(self) -> int | None:
+        """Return how many tokens the engine has made as the last look has seen it; None if it does not tell."""
+        return None
 
     @abstractmethod
     async def _steps(self) -> int | None:
@@ -405,6 +412,7 @@ class Endpoint(ABC):
     def _heard(self, request: int, tokens: int) -> None:
         self.pulse.heard(monotonic())
         if tokens:
+            self.follower.scale.counted(tokens)
             self._progress[request] = self._progress.get(request, 0) + tokens
 
     def _quiet_ends(self) -> None:
@@ -505,7 +513,8 @@ class Endpoint(ABC):
 
     def _report_measures(self) -> None:
         """Tell the core the engine's capacity and load if they have changed."""
-        before, self._foreign = self._foreign, self._count_others()
+        before = self._foreign
+        self._look_at_load()
         measured = self._measures()
         if measured is None and self._foreign != before:
             measured = BackendMeasured(self.id, None, None)
@@ -513,17 +522,18 @@ class Endpoint(ABC):
             self._measured = measured
             self._post(measured)
 
-    def _count_others(self) -> int:
-        """Return how many requests the engine has that this process did not send, such as those of one before it.
+    def _look_at_load(self) -> None:
+        """Find how many requests the engine has that this process did not send, such as those of one before it.
 
         Its gauge lags behind ours, so that while ours run the number only falls. What others send meanwhile is not
         counted: no gauge could tell it from ours.
         """
         ours = sum(1 if run.ticket.facts is None else run.ticket.facts.sequences for run in self._runs.values())
         inside = self._seen_inside() or 0
-        least, self._ours_before = min(ours, self._ours_before), ours
+        least, most, self._ours_before = min(ours, self._ours_before), max(ours, self._ours_before), ours
+        self.follower.scale.look(self._seen_generated(), most, is_alone=not self._foreign and inside <= most)
         before, self._inside_before = self._inside_before, inside
-        return min(inside, before) if not (ours or least) else min(self._foreign, max(0, inside - least))
+        self._foreign = min(inside, before) if not (ours or least) else min(self._foreign, max(0, inside - least))
 
     async def _wire_broke(self, text: str, begun: bool = False) -> bool:
         """Find out whether the engine is gone or only one stream broke; return True if the backend's loss ends the run.

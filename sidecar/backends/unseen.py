@@ -14,6 +14,7 @@ from sidecar.core.events import Event, FirstToken, RunEnded, RunFailed
 
 QUIET_S = 10.0
 """How long nothing is told of an answer that goes past us before its engine is asked."""
+FADING, TOLD_FEWEST, UNSURE_MAX, SEVERAL_MAX = 0.99, 100, 0.04, 64.0
 
 
 class Sightings:
@@ -42,12 +43,51 @@ class Read:
     tokens: int = 0
     token_bytes: int = 0
 
-    def tokens_at(self, sighting: Sighting) -> int:
-        """Return an estimate of the tokens of an answer of which so many bytes have gone past."""
+    def told(self, sighting: Sighting) -> float:
+        """Return how many more tokens there are by the bytes that have gone past, if each takes as many."""
         left_bytes = sighting.body_bytes - self.size_bytes
         if sighting.ending is Ending.WHOLE:
             left_bytes -= self.tail_bytes
-        return self.tokens + (round(left_bytes / self.token_bytes) if self.token_bytes and left_bytes > 0 else 0)
+        return left_bytes / self.token_bytes if self.token_bytes and left_bytes > 0 else 0.0
+
+
+class Scale:
+    """How many tokens an engine makes for each that the bytes of its answers tell of, by its own counter.
+
+    An event may have several: by an engine's option, when it guesses tokens ahead, or when its clients are slow. All
+    counts fade by looks, of which there is one a second. What is told comes up to a second later than it is counted, so
+    nothing is learned while the last look's tokens are a large part of all.
+    """
+
+    def __init__(self) -> None:
+        self.factor = 1.0
+        self._generated: int | None = None
+        self._exact = 0
+        self._told = self._told_in_all = self._made_in_all = 0.0
+
+    def counted(self, tokens: int) -> None:
+        """Note tokens of answers that were read, or are taken back from those."""
+        self._exact += tokens
+
+    def told(self, tokens: float) -> None:
+        """Note tokens by the bytes of an answer that goes past."""
+        self._told += tokens
+
+    def look(self, generated: int | None, sequences: int, is_alone: bool) -> None:
+        """Learn from the engine's counter of tokens. Each of `sequences` may have one that is on its way.
+
+        Nothing is learned unless the engine works for us alone (`is_alone`).
+        """
+        before, self._generated = self._generated, generated
+        exact, told, self._exact, self._told = self._exact, self._told, 0, 0.0
+        if generated is None or before is None or generated < before or not is_alone:
+            return
+        made = generated - before - exact
+        self._made_in_all = self._made_in_all * FADING + made
+        self._told_in_all = self._told_in_all * FADING + told
+        unsure = max(made, 0) + sequences
+        if self._told_in_all >= TOLD_FEWEST and unsure <= UNSURE_MAX * self._made_in_all:
+            self.factor = min(SEVERAL_MAX, max(1.0, self._made_in_all / self._told_in_all))
 
 
 class Run(Protocol):
@@ -65,59 +105,65 @@ def first_token(run: Run, unseen: Unseen | None) -> FirstToken:
     return FirstToken(run.effect.request, run.effect.attempt, is_unheard, unseen is not None)
 
 
-async def follow(
-    run: Run,
-    unseen: Unseen,
-    read: Read,
-    post: Callable[[Event], None],
-    heard: Callable[[int, int], None],
-    lacks: Callable[[Any], Awaitable[bool]],
-    broke: Callable[[str], Awaitable[None]],
-) -> None:
-    """Follow a run's answer until its end is told, or its engine has it no longer (`lacks`), and post that.
+class Follower:
+    """Follows the answers of one engine. `lacks(run)` returns True if it has a run no longer."""
 
-    `broke(cause)` ends a run whose engine broke off.
-    """
-    run.waits_for_client = True  # nothing has to come from the engine
-    key = run.effect.request, run.effect.attempt
-    if not read.token_bytes:
-        post(first_token(run, unseen))
-    try:
-        while (sighting := await _next_of(run, unseen, lacks)) is not None:
-            if sighting.ending is Ending.LOST:
-                break
-            tokens = max(run.tokens, read.tokens_at(sighting))
-            if tokens > run.tokens and (most := _tokens_max(run)):
-                tokens = max(run.tokens, min(tokens, most))
-            heard(run.effect.request, tokens - run.tokens)
-            run.tokens = tokens
-            if sighting.ending is Ending.BROKE:
-                await broke(sighting.cause)
-                return
-            if sighting.ending is Ending.LATE:
-                text = f"the proxy's timeout ended the answer: {sighting.cause}"
-                post(RunFailed(*key, Fault.REJECTED, text, run.tokens))
-                return
-            if sighting.ending is not None:
-                post(RunEnded(*key, run.tokens, Seen.ESTIMATED, sighting.ending is Ending.CLIENT_LEFT))
-                return
-    finally:
-        unseen.close()
-    post(RunEnded(*key, run.tokens, Seen.NOTHING))
+    def __init__(
+        self,
+        post: Callable[[Event], None],
+        heard: Callable[[int, int], None],
+        lacks: Callable[[Any], Awaitable[bool]],
+    ) -> None:
+        self.scale = Scale()
+        self._post, self._heard, self._lacks = post, heard, lacks
 
+    async def follow(self, run: Run, unseen: Unseen, read: Read, broke: Callable[[str], Awaitable[None]]) -> None:
+        """Follow a run's answer until its end is told, or its engine has it no longer, and post that.
 
-def _tokens_max(run: Run) -> int:
-    """Return how many tokens the request may have at most; 0 if that is not known."""
-    facts = run.ticket.facts
-    return 0 if facts is None else int(facts.output_tokens_max)
-
-
-async def _next_of(run: Run, unseen: Unseen, lacks: Callable[[Any], Awaitable[bool]]) -> Sighting | None:
-    """Return the next thing that is seen of an answer; None once its end must be lost."""
-    while True:
+        `broke(cause)` ends a run whose engine broke off.
+        """
+        run.waits_for_client = True  # nothing has to come from the engine
+        key = run.effect.request, run.effect.attempt
+        if not read.token_bytes:
+            self._post(first_token(run, unseen))
+        told = 0.0
         try:
-            async with asyncio.timeout(QUIET_S):
-                return await unseen.next()
-        except TimeoutError:
-            if unseen.is_lost or await lacks(run):
-                return None
+            while (sighting := await self._next_of(run, unseen)) is not None:
+                if sighting.ending is Ending.LOST:
+                    break
+                before, told = told, max(told, read.told(sighting))
+                self._count(run, read.tokens + round(told * self.scale.factor), told - before)
+                if sighting.ending is Ending.BROKE:
+                    await broke(sighting.cause)
+                    return
+                if sighting.ending is Ending.LATE:
+                    text = f"the proxy's timeout ended the answer: {sighting.cause}"
+                    self._post(RunFailed(*key, Fault.REJECTED, text, run.tokens))
+                    return
+                if sighting.ending is not None:
+                    self._post(RunEnded(*key, run.tokens, Seen.ESTIMATED, sighting.ending is Ending.CLIENT_LEFT))
+                    return
+        finally:
+            unseen.close()
+        self._post(RunEnded(*key, run.tokens, Seen.NOTHING))
+
+    def _count(self, run: Run, tokens: int, told: float) -> None:
+        """Note an estimate of a run's tokens. It never falls, and is at most what the request may have."""
+        facts = run.ticket.facts
+        if facts is not None and facts.output_tokens_max:
+            tokens = min(tokens, int(facts.output_tokens_max))
+        more = max(0, tokens - run.tokens)
+        run.tokens += more
+        self._heard(run.effect.request, more)
+        self.scale.counted(-more)  # it was not counted
+        self.scale.told(told)
+
+    async def _next_of(self, run: Run, unseen: Unseen) -> Sighting | None:
+        """Return the next thing that is seen of an answer; None once its end must be lost."""
+        while True:
+            try:
+                async with asyncio.timeout(QUIET_S):
+                    return await unseen.next()
+            except TimeoutError:
+                if unseen.is_lost or await self._lacks(run):
+                    return None

@@ -23,7 +23,7 @@ from sidecar.backends.openai.events import (
     prompt_tokens,
     split,
 )
-from sidecar.backends.unseen import Read, first_token, follow
+from sidecar.backends.unseen import Follower, Read, first_token
 from sidecar.core.effects import Dispatch
 from sidecar.core.enums import Fault
 from sidecar.core.events import Event, RunEnded, RunFailed
@@ -38,7 +38,7 @@ PIECE_BYTES = 1 << 18
 class OpenAiRun(ABC):
     """A run. It calls `heard(request, tokens)` for each reply.
 
-    `broken(text, begun)` returns True if the engine is gone, `lacks(run)` if the engine no longer has a run.
+    `broken(text, begun)` returns True if the engine is gone, and `follower` follows an answer that goes past us.
 
     A subclass says how a body names the adapter, and what an engine's errors mean. A server that takes no body larger
     than `body_bytes_max` may hang up under one: its refusal is lost then, and no other server is asked.
@@ -54,7 +54,7 @@ class OpenAiRun(ABC):
         post: Callable[[Event], None],
         heard: Callable[[int, int], None],
         broken: Callable[[str, bool], Awaitable[bool]],
-        lacks: Callable[[Any], Awaitable[bool]],
+        follower: Follower,
     ) -> None:
         self.effect = effect
         self.ticket = ticket
@@ -68,7 +68,7 @@ class OpenAiRun(ABC):
         self._work: asyncio.Task[Any] | None = None
         self._has_begun = False
         self._count = StreamedTokens()
-        self._lacks = lacks
+        self._follower = follower
         self._unseen: Unseen | None = None
         self._is_unseen = False
         self._read = Read(len(DONE + END_OF_EVENT))
@@ -162,7 +162,7 @@ class OpenAiRun(ABC):
     async def _watch(self, unseen: Unseen) -> None:
         """Follow an answer that goes past us."""
         self._is_unseen = self._has_begun = True
-        await follow(self, unseen, self._read, self._post, self._heard, self._lacks, self._wire_broke)
+        await self._follower.follow(self, unseen, self._read, self._wire_broke)
 
     def _take(self, event: bytes, final: bool) -> None:
         """Deliver an event."""

@@ -109,7 +109,7 @@ class TritonBackend(Endpoint):
         """Have a proxy carry a run, if one can; Triton itself refuses unary calls of decoupled models."""
         if run.ticket.payload.unary and self._server.decoupled:
             return False
-        return await run.by_proxy(self.address, self._lacks)
+        return await run.by_proxy(self.address, self.follower)
 
     def _model_of(self, ticket: Ticket) -> str:
         """Return the model for a request of ours; "" for a client's own, which names its model."""

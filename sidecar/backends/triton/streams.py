@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -20,7 +20,7 @@ from sidecar.backends.api import TRAILERS, UNREAD, UNSEEN, Reply, Ticket, Unseen
 from sidecar.backends.quoting import wrote_in
 from sidecar.backends.triton.dialects import Dialect
 from sidecar.backends.triton.framing import PREFIX, framed, messages_of, status_in
-from sidecar.backends.unseen import Read, first_token, follow
+from sidecar.backends.unseen import Follower, Read, first_token
 from sidecar.core.effects import Dispatch
 from sidecar.core.enums import Fault
 from sidecar.core.events import Event, RunEnded, RunFailed
@@ -215,7 +215,7 @@ class Run:
             self._post(first_token(self, self._unseen))
         return final
 
-    async def by_proxy(self, address: str, lacks: Callable[[Any], Awaitable[bool]]) -> bool:
+    async def by_proxy(self, address: str, follower: Follower) -> bool:
         """Have a proxy carry the request, if one can; return False if it is to be sent from here.
 
         The client's own id goes along, since the engine's messages reach it unchanged, and no empty last message is
@@ -236,7 +236,7 @@ class Run:
             if answer is None:
                 self._known_as(ours)
                 return False
-            await self._carried(answer, lacks)
+            await self._carried(answer, follower)
         except httpx.ReadTimeout as error:
             self._failed(Fault.REJECTED, str(error), grpc.StatusCode.DEADLINE_EXCEEDED)
         except httpx.HTTPError as error:
@@ -245,7 +245,7 @@ class Run:
             await self._ended_with(None, str(gone))
         return True
 
-    async def _carried(self, answer: httpx.Response, lacks: Callable[[Any], Awaitable[bool]]) -> None:
+    async def _carried(self, answer: httpx.Response, follower: Follower) -> None:
         """Read an answer that a proxy brings, as far as it comes here."""
         if UNREAD in answer.extensions:  # a status alone
             code, text = status_in(answer.headers)
@@ -263,7 +263,7 @@ class Run:
             read.tokens, read.token_bytes = self.tokens, len(raw) + PREFIX.size if self.tokens else 0
         if unseen is not None and unseen.goes_on:
             self._is_unseen = True
-            await follow(self, unseen, read, self._post, self._heard, lacks, self._broke_off)
+            await follower.follow(self, unseen, read, self._broke_off)
             return
         code, text = status_in(answer.extensions.get(TRAILERS) or answer.headers)
         if code is grpc.StatusCode.OK and self.tokens:

@@ -236,7 +236,7 @@ class TrtllmBackend(Endpoint):
         if effect.packed_key:
             lora = self._lora(effect.name, effect.digest, effect.task_id, effect.packed_key)
         return TrtllmRun(
-            effect, ticket, form, lora, self._post, self._heard, self._broke, self._lacks, self._run_failed
+            effect, ticket, form, lora, self._post, self._heard, self._broke, self.follower, self._run_failed
         )
 
     async def _broke(self, text: str, begun: bool) -> bool:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 from sidecar.backends.api import HttpForm, HttpRejection, Ticket
 from sidecar.backends.openai.run import OpenAiRun
 from sidecar.backends.quoting import wrote_in
 from sidecar.backends.trtllm.api import Lora, fault_of
 from sidecar.backends.trtllm.asking import LORA
+from sidecar.backends.unseen import Follower
 from sidecar.core.effects import Dispatch
 from sidecar.core.enums import Fault
 from sidecar.core.events import Event
@@ -28,10 +28,10 @@ class TrtllmRun(OpenAiRun):
         post: Callable[[Event], None],
         heard: Callable[[int, int], None],
         broken: Callable[[str, bool], Awaitable[bool]],
-        lacks: Callable[[Any], Awaitable[bool]],
+        follower: Follower,
         failed: Callable[[Fault], None],
     ) -> None:
-        super().__init__(effect, ticket, form, post, heard, broken, lacks)
+        super().__init__(effect, ticket, form, post, heard, broken, follower)
         self._lora = lora
         self._told = failed
 

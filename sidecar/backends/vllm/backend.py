@@ -154,6 +154,9 @@ class VllmBackend(Endpoint):
     def _seen_inside(self) -> int | None:
         return self._seen.inside
 
+    def _seen_generated(self) -> int | None:
+        return self._seen.generated
+
     async def _answers(self, within_s: float) -> bool:
         try:
             await self._api.answer_once(self._base, within_s)
@@ -184,7 +187,7 @@ class VllmBackend(Endpoint):
         form = ticket.payload.head_for(MODEL.name)
         assert isinstance(form, HttpForm), "a request in gRPC's form for an HTTP server"
         name = self._registered.get(effect.packed_key, _name(effect)) if effect.packed_key else self._base
-        run = VllmRun(effect, ticket, form, name, self._post, self._heard, self._wire_broke, self._lacks)
+        run = VllmRun(effect, ticket, form, name, self._post, self._heard, self._wire_broke, self.follower)
         run.body_bytes_max = RUST_BODY_BYTES_MAX if self._version.is_rust else None
         return run
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 from sidecar.backends.api import HttpForm, HttpRejection, Ticket
 from sidecar.backends.openai.run import OpenAiRun
 from sidecar.backends.quoting import wrote_in
+from sidecar.backends.unseen import Follower
 from sidecar.backends.vllm.api import fault_of
 from sidecar.core.effects import Dispatch
 from sidecar.core.enums import Fault
@@ -27,9 +27,9 @@ class VllmRun(OpenAiRun):
         post: Callable[[Event], None],
         heard: Callable[[int, int], None],
         broken: Callable[[str, bool], Awaitable[bool]],
-        lacks: Callable[[Any], Awaitable[bool]],
+        follower: Follower,
     ) -> None:
-        super().__init__(effect, ticket, form, post, heard, broken, lacks)
+        super().__init__(effect, ticket, form, post, heard, broken, follower)
         self._name = name
         self._model_fields = _named(name), _named(form.model)
 
