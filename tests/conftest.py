@@ -7,6 +7,7 @@ import sys
 from collections.abc import Generator
 from typing import Any
 
+import hypothesis
 import pytest
 
 from sidecar.cli.serving import GRPC_POLLING, GRPC_VARIABLE
@@ -16,6 +17,9 @@ from sidecar.cli.serving import GRPC_POLLING, GRPC_VARIABLE
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 assert "grpc" not in sys.modules, "gRPC reads the variable when it is imported"
 os.environ.setdefault(GRPC_VARIABLE, GRPC_POLLING)
+# A busy machine takes any time for an example.
+hypothesis.settings.register_profile("timeless", deadline=None)
+hypothesis.settings.load_profile("timeless")
 
 
 @pytest.hookimpl(wrapper=True)

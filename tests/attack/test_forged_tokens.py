@@ -248,7 +248,7 @@ async def verified(made: House, token: str) -> Principal | None:
         return None
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 async def test_whatever_is_changed_in_a_token_only_one_error_comes(tmp_path: Path, data: st.DataObject) -> None:
     """Letters of an honest token are replaced, cut or doubled."""
@@ -261,7 +261,7 @@ async def test_whatever_is_changed_in_a_token_only_one_error_comes(tmp_path: Pat
         assert (found is not None) == (forged == honest)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.dictionaries(
         st.sampled_from(["iss", "aud", "sub", "exp", "nbf", "iat", "jti", "groups", "plan"]),

@@ -60,7 +60,7 @@ DRAWN = {
 }
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(**DRAWN)
 @example(exponents=[(99, -99)], source="bfloat16", target="float16", alpha=1.0, seed=0)
 @example(exponents=[(-99, 99)], source="bfloat16", target="float16", alpha=1.0, seed=0)
@@ -73,7 +73,7 @@ def test_the_product_is_right_or_the_adapter_is_refused(
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(**DRAWN)
 def test_of_1000_adapters_each_product_is_right_or_the_adapter_is_refused(folder: Path, **drawn: Any) -> None:
     is_right_or_refused(folder, **drawn)

@@ -78,7 +78,7 @@ LATE: list[tuple[str, int] | tuple[str, int, int]] = [
 """An answer that is too long by 30, and two that give back 40 each in the next window, where 30 make up for it."""
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @example(LATE)
 @given(STEPS)
 def test_a_budget_counts_as_the_model_does(steps: list[tuple[str, int] | tuple[str, int, int]]) -> None:
@@ -116,7 +116,7 @@ def test_a_budget_counts_as_the_model_does(steps: list[tuple[str, int] | tuple[s
         assert budgets.taken(limit, "acme").get("tokens_per_minute", 0) == model.taken(now)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(
         st.one_of(

@@ -74,7 +74,7 @@ specs_of_torch = st.builds(
 specs = st.one_of(specs_of_pages, specs_of_slots, specs_of_torch)
 scripts = st.lists(arrivals, max_size=30)
 # Under load a slow example says nothing about the engine.
-thorough = settings(deadline=None, max_examples=200)
+thorough = settings(max_examples=200)
 
 
 def request_of(number: int, arrival: Arrival) -> Request:

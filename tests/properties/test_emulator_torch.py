@@ -219,7 +219,7 @@ changes = st.lists(
 CHANGED = {"script": changes, "era": st.sampled_from(["main", "1.2"]), "has_lora": st.booleans()}
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(**CHANGED)
 def test_answers_are_of_the_first_content(script: list[tuple[str, object, object]], era: str, has_lora: bool) -> None:
     """Whatever changes on the disk or leaves the caches; without LoRA all are the base model's."""
@@ -227,7 +227,7 @@ def test_answers_are_of_the_first_content(script: list[tuple[str, object, object
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(**CHANGED)
 def test_more_answers_are_of_the_first_content(**drawn: Any) -> None:
     asyncio.run(_answers(**drawn))

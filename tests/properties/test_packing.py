@@ -115,7 +115,7 @@ def test_product_of_packed_rows_is_pefts_delta(tmp_path: Path, case: str) -> Non
         assert np.all(np.abs(got_b @ got_a - scale * wide_b @ wide_a) <= bound)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     modules=st.lists(st.sampled_from(ALL_LINEAR), min_size=1, unique=True),
     layers=st.lists(st.integers(0, 40), min_size=1, max_size=3, unique=True),
@@ -155,7 +155,7 @@ def test_any_adapter_packs_as_the_naive_packer_does(
     assert np.array_equal(rows.view(np.uint16), expected.view(np.uint16))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     exponents=st.tuples(st.integers(-20, 30), st.integers(-20, 30)),
     rank=st.integers(1, 4),

@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.errors import Misused
@@ -32,7 +32,6 @@ PARAMETERS = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(st.sampled_from(sorted(WORKLOADS)), PARAMETERS)
 def test_a_load_is_what_it_says(name: str, parameters: LoadParameters) -> None:
     """As many requests as announced, times that never fall, adapters that are listed, lengths within their limits."""
@@ -60,7 +59,6 @@ ROWS = st.lists(
 ).map(lambda rows: sorted(rows, key=lambda row: row.arrival_s))
 
 
-@settings(deadline=None)
 @given(ROWS)
 def test_a_file_gives_back_what_was_written(rows: list[Row]) -> None:
     """Through the standard library's own CSV writer, quotes and all."""
@@ -72,7 +70,6 @@ def test_a_file_gives_back_what_was_written(rows: list[Row]) -> None:
         assert set(trace_workload(path).adapters) == {row.adapter for row in rows} - {""}
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=300), st.booleans())
 def test_no_file_breaks_the_reader(content: bytes, has_header: bool) -> None:
     """Any bytes are a load or are refused with the file's name; nothing else is raised."""

@@ -143,6 +143,4 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 TestStoreIndex = StoreMachine.TestCase
-TestStoreIndex.settings = settings(
-    max_examples=60, stateful_step_count=50, deadline=None, derandomize=True, database=None
-)
+TestStoreIndex.settings = settings(max_examples=60, stateful_step_count=50, derandomize=True, database=None)

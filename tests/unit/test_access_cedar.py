@@ -7,7 +7,7 @@ from pathlib import Path
 
 import cedarpy
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sidecar.access.cedar import APPLIES, SCHEMA, TYPES, CedarPolicy
@@ -201,7 +201,6 @@ HOSTILE = (
 )
 
 
-@settings(deadline=None)
 @given(st.one_of(st.sampled_from(HOSTILE), st.text(st.characters(codec=None), max_size=20)))
 @example("\ud800")
 def test_names_are_data(word: str) -> None:
@@ -344,13 +343,11 @@ def is_taken(text: str) -> bool:
     return False
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from(PIECES), max_size=40).map("".join))
 def test_any_text_is_taken_or_refused_with_a_line(text: str) -> None:
     assert not is_taken(text) or ";" in text
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_any_damage_to_a_ready_set_is_taken_or_refused(data: st.DataObject) -> None:
     text = (EXAMPLES / "tenant_prefix.cedar").read_text()

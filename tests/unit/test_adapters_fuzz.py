@@ -29,7 +29,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return {name: (path / name).read_bytes() for name in FILES}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(damage=damage, is_cut=st.booleans())
 def test_a_damaged_folder_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.backends.api import WRITE_BYTES, Reply, Ticket
@@ -33,7 +33,6 @@ def test_an_answer_has_a_bound_of_its_own() -> None:
     assert fill(ticket) == 10
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=40))
 def test_the_sum_stays_within_its_bound(asked: list[int]) -> None:
     """However many there are, and in whatever order they come; but for a reply each, so that none stands still."""

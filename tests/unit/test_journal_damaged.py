@@ -142,7 +142,7 @@ JUNK = st.one_of(
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_damage_ends_as_a_replay_or_as_no_journal(data: st.DataObject, whole: Records, tmp_path: Path) -> None:
     """One or two values, wherever they are, are others, or are gone."""
     records = copy.deepcopy(whole)
