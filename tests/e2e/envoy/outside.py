@@ -34,6 +34,6 @@ async def nothing_is_left(served: Serving) -> None:
     await until_async(is_quiet)
 
 
-def came_by_envoy(headers: Mapping[str, str]) -> bool:
-    """Whether an answer was carried, and not told by the sidecar, as docs/envoy.md has it."""
+def went_past(headers: Mapping[str, str]) -> bool:
+    """Whether an answer went past the sidecar, as docs/envoy.md has it."""
     return headers["server"] == "envoy" and "x-accel-buffering" not in headers

@@ -18,7 +18,7 @@ import openai
 import pytest
 
 from tests.e2e.envoy.house import LANES
-from tests.e2e.envoy.outside import answered_by, came_by_envoy, log_used, nothing_is_left
+from tests.e2e.envoy.outside import answered_by, log_used, nothing_is_left, went_past
 from tests.e2e.envoy.server import EnvoyInstalled, EnvoyServer
 from tests.e2e.installed import needed
 from tests.e2e.vllm.direct import http_client, inside, load, metrics, registered
@@ -100,7 +100,7 @@ async def streamed(client: openai.AsyncOpenAI, name: str, is_carried: bool = Tru
     raw = await client.completions.with_raw_response.create(
         model=name, prompt=TEXT, max_tokens=TOKENS, stream=True, **EXACT
     )
-    assert came_by_envoy(raw.headers) is is_carried
+    assert went_past(raw.headers) is is_carried
     parts: list[Any] = [chunk.choices[0] async for chunk in raw.parse()]
     assert parts[-1].finish_reason == "length"
     return "".join(part.text for part in parts), [token for part in parts for token in part.token_ids]
@@ -113,7 +113,7 @@ async def test_the_asynchronous_client(either: VllmServer, toy: Toy, tmp_path: P
         told: dict[str, tuple[str, list[int]]] = {}
         for name in NAMES[:3]:
             raw = await client.completions.with_raw_response.create(model=name, prompt=TEXT, max_tokens=TOKENS, **EXACT)
-            assert came_by_envoy(raw.headers)
+            assert went_past(raw.headers)
             whole = raw.parse()
             choice: Any = whole.choices[0]
             told[name] = (choice.text, choice.token_ids)
