@@ -117,6 +117,9 @@ class Exchange:
         self._room = asyncio.Event()
         self._gone = asyncio.Event()
         self._head: asyncio.Future[envoy.ProcessingRequest] | None = None
+        self._is_resent = asyncio.Event()
+        """What has come of a request that is passed on has been written: the rest of its body may follow."""
+        self._is_resent.set()
         self._is_judged = asyncio.Event()
         """It is known what becomes of the head, or its run is over."""
         self._chunks: asyncio.Queue[tuple[bytes, bool]] = asyncio.Queue()
@@ -167,6 +170,8 @@ class Exchange:
         if self._phase is Phase.CLOSED:
             return
         kind = message.WhichOneof("request")
+        if kind in ("request_body", "request_trailers"):
+            await self._is_resent.wait()
         if kind == "request_body" and self._passes:
             body = message.request_body
             for reply in replies.bodies((body.body,), of_request=True, ended=body.end_of_stream):
@@ -355,16 +360,33 @@ class Exchange:
     # The run's carrier.
 
     async def redirect(self, body: bytes) -> bool:
-        """Send a client's request as it came to the http listener; return False if there is no way to it."""
+        """Send a client's request as it came to the http listener; return False if there is no way to it.
+
+        `body` is what the front has received so far; the rest follows it.
+        """
         if self._in_path is None or self._phase is not Phase.HELD:
             return False
         self.pass_on()
-        if self._is_duplex:
-            await self._write(replies.routed(self._in_path, self._mark, (), ()))
-            await self._send_body(body)
-        else:
-            await self._write(replies.routed_whole(self._in_path, self._mark, (), (), body))
+        self._is_resent.clear()
+        body += self._not_received()
+        try:
+            if self._is_duplex:
+                await self._write(replies.routed(self._in_path, self._mark, (), ()))
+                await self._send_body(body)
+            else:
+                await self._write(replies.routed_whole(self._in_path, self._mark, (), (), body))
+        finally:
+            self._is_resent.set()
         return True
+
+    def _not_received(self) -> bytes:
+        """Return what has come of the body and still waits for the front."""
+        pieces = []
+        while not self._pieces.empty():
+            if (piece := self._pieces.get_nowait()) is not None:
+                pieces.append(piece[0])
+        self._room.set()
+        return b"".join(pieces)
 
     async def carry(self, request: httpx.Request) -> httpx.Response | None:
         """Have Envoy send a request, and return the engine's answer as far as it comes here.

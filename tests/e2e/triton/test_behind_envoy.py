@@ -17,7 +17,7 @@ import pytest
 from sidecar.adapters.convert import convert
 from sidecar.core.effects import Settle
 from tests.e2e.envoy.house import LANES
-from tests.e2e.envoy.outside import answered_by, log_used, nothing_is_left
+from tests.e2e.envoy.outside import MOST, answered_by, log_used, nothing_is_left
 from tests.e2e.envoy.server import EnvoyInstalled, EnvoyServer
 from tests.e2e.envoy.variants import inference_only
 from tests.e2e.installed import needed
@@ -112,7 +112,7 @@ async def test_a_program_is_told_the_same(
         await here.nothing_is_left()
         assert await answered_by(here.envoy, CALLS) == 2 * calls
         if lane == "duplex-streamed":
-            assert await log_used(here.served) >= 2 * alone
+            assert await log_used(here.served) >= 2 * alone * MOST
         assert through == [await here.directly(program, has_adapter) for has_adapter in (False, True)]
     assert through[0] != through[1], "the adapter changes nothing, so that equal answers prove nothing"
 

@@ -18,7 +18,7 @@ import openai
 import pytest
 
 from tests.e2e.envoy.house import LANES
-from tests.e2e.envoy.outside import answered_by, log_used, nothing_is_left, went_past
+from tests.e2e.envoy.outside import MOST, answered_by, log_used, nothing_is_left, went_past
 from tests.e2e.envoy.server import EnvoyInstalled, EnvoyServer
 from tests.e2e.installed import needed
 from tests.e2e.vllm.direct import http_client, inside, load, metrics, registered
@@ -30,8 +30,6 @@ from tests.e2e.vllm.toy import NAMES, Toy
 FREE = {"address": "127.0.0.1:0"}
 AT_ONCE = 12
 """Streams of each adapter at a time."""
-MOST = 0.5
-"""An answer that comes to Envoy in one piece, as to one that had no processor for a while, needs no log."""
 DUPLEX = "duplex-duplex"
 """The lane in which every chunk crosses the sidecar, and the head is the sidecar's."""
 LOG_ENDS = {"duplex-streamed", "duplex-none", "buffered-override"}
