@@ -11,8 +11,8 @@ from tests.kit.serving import Serving, until_async
 HELD = ("running_requests", "queued_requests", "picker_requests")
 """What counts requests that are somewhere now."""
 MOST = 0.5
-"""The part of streams that the log must tell of. On a busy machine some need no log: an answer that comes to Envoy in one
-piece, and a call in path whose client was late to close its side."""
+"""The part of streams that the log must tell of. On a busy machine some need no log: an answer that comes to Envoy in
+one piece, and a call in path whose client was late to close its side."""
 
 
 async def log_used(served: Serving) -> int:
