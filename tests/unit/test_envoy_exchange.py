@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 import httpx
 
@@ -11,6 +12,14 @@ from sidecar.fronts.extproc.access_log import AccessLog
 from sidecar.fronts.extproc.exchange import Elsewhere, Exchange
 from sidecar.fronts.extproc.replies import PIECE_BYTES, Reply
 from sidecar.proto import envoy_pb2 as envoy
+
+
+def exchange_of(write: Callable[[Reply], Awaitable[None]]) -> Exchange:
+    first = envoy.ProcessingRequest(request_headers=envoy.HttpHeaders(end_of_stream=True))
+    first.protocol_config.request_body_mode = envoy.FULL_DUPLEX_STREAMED
+    first.protocol_config.response_body_mode = envoy.STREAMED
+    settings = EndpointPickerListener.model_validate({"address": "127.0.0.1:0"})
+    return Exchange(first, write, AccessLog(), Elsewhere(lambda address: ""), settings)
 
 
 async def test_nothing_is_written_behind_the_last_reply_or_when_the_call_ends() -> None:
@@ -26,10 +35,7 @@ async def test_nothing_is_written_behind_the_last_reply_or_when_the_call_ends() 
         written.append(reply.WhichOneof("response"))
         at_once -= 1
 
-    first = envoy.ProcessingRequest(request_headers=envoy.HttpHeaders(end_of_stream=True))
-    first.protocol_config.request_body_mode = envoy.FULL_DUPLEX_STREAMED
-    settings = EndpointPickerListener.model_validate({"address": "127.0.0.1:0"})
-    exchange = Exchange(first, write, AccessLog(), Elsewhere(lambda address: ""), settings)
+    exchange = exchange_of(write)
     await exchange.begin()
     request = httpx.Request("POST", "http://127.0.0.1:1/v1/completions", content=bytes(8 * PIECE_BYTES))
     carrying = asyncio.create_task(exchange.carry(request))
@@ -45,3 +51,45 @@ async def test_nothing_is_written_behind_the_last_reply_or_when_the_call_ends() 
     assert most == 1
     carrying.cancel()
     await asyncio.gather(carrying, return_exceptions=True)
+
+
+async def test_a_request_that_changes_owners_is_sent_once() -> None:
+    """The next owner takes the answer of the same engine; to another engine it must send the request itself."""
+    written: list[Reply] = []
+
+    async def write(reply: Reply) -> None:
+        written.append(reply)
+
+    exchange = exchange_of(write)
+    await exchange.begin()
+    request = httpx.Request("POST", "http://127.0.0.1:1/v1/completions", content=b"{}")
+    first = asyncio.create_task(exchange.carry(request))
+    while len(written) < 2:
+        await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.wait([first])
+    assert first.cancelled()
+    second = asyncio.create_task(exchange.carry(request))
+    head = envoy.ProcessingRequest()
+    head.response_headers.headers.headers.add(key=":status", raw_value=b"200")
+    head.response_headers.headers.headers.add(key="content-type", raw_value=b"text/event-stream")
+    await exchange.take(head)
+    answer = await second
+    assert answer is not None
+    assert answer.status_code == 200
+    assert [reply.WhichOneof("response") for reply in written] == [
+        "request_headers",
+        "request_body",
+        "response_headers",
+    ]
+    assert await exchange.carry(request) is None
+    elsewhere = exchange_of(write)
+    await elsewhere.begin()
+    asked = asyncio.create_task(elsewhere.carry(request))
+    while len(written) < 5:
+        await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    asked.cancel()
+    other = httpx.Request("POST", "http://127.0.0.1:2/v1/completions", content=b"{}")
+    assert await elsewhere.carry(other) is None

@@ -52,6 +52,11 @@ class CallExchange(Exchange):
         answer = await super().carry(stream)
         return answer if answer is None or UNREAD in answer.extensions else await _as_unary(answer)
 
+    @property
+    def is_answered(self) -> bool:
+        """True if its client gets messages; else it can only get a status."""
+        return self._gone_status is not None
+
     async def end(self, code: int, text: str, metadata: Iterable[tuple[bytes, bytes]]) -> None:
         """End the call with the front's status."""
         if self._phase is Phase.CLOSED:

@@ -13,19 +13,22 @@ import grpc
 import grpc.aio
 
 from sidecar.access.principal import Action, Purpose
+from sidecar.backends import wire
 from sidecar.backends.triton.framing import Compressed, Frames, framed
 from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts import callers
 from sidecar.fronts.extproc import heads
 from sidecar.fronts.extproc.call_exchange import UNARY, CallExchange
 from sidecar.fronts.kserve.infer import KServe
-from sidecar.fronts.status import Metadata, status_of_error
+from sidecar.fronts.status import Metadata, status_of, status_of_error
 from sidecar.proto import envoy_pb2 as envoy
 
 HALF_CLOSED_S = 0.1
 """How long after a stream's first message its client may take to say that there is no other."""
 UNITS_S = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 """Of gRPC's timeouts."""
+PUSHBACK_MS = 1000
+"""When a stream that was refused may come again: its message does not say."""
 OPEN = (
     "the gateway cannot carry a stream that stays open, or whose tokens count for a budget; close your side after the "
     "request, or have the operator set listeners.endpoint_picker.in_path_grpc, or one_request_per_stream there"
@@ -53,9 +56,11 @@ class Call:
         self._frames = Frames()
         self._messages: list[bytes] = []
         self._so_far: list[bytes] = []
-        self._is_whole = False
+        self._is_whole = self._is_stream = False
         self._trailing: Metadata = ()
         self._has_begun = False
+        self._last = b""
+        """The last message of the answer."""
         found = dict(heads.pairs(first.request_headers.headers))
         self._ends_s = _timeout_s(found.get("grpc-timeout", b"").decode("latin-1"))
         self._began_s = monotonic()
@@ -88,6 +93,7 @@ class Call:
             self._has_begun = True
             start = [(b"content-type", b"application/grpc"), *self._exchange.head()]
             await self._exchange.send({"type": "http.response.start", "status": 200, "headers": start})
+        self._last = raw
         await self._exchange.send({"type": "http.response.body", "body": framed(raw), "more_body": True})
 
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = ()) -> NoReturn:
@@ -107,6 +113,7 @@ class Call:
 
     async def messages(self, must_see: bool) -> AsyncIterator[bytes]:
         """Yield the message of a stream that is closed after it; raise Redirected for another, or if `must_see`."""
+        self._is_stream = True
         first = await self.one()
         takes_one = self._exchange.takes_one
         with suppress(TimeoutError):
@@ -137,8 +144,13 @@ class Call:
             await self.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
 
     async def ended(self) -> None:
-        """End the call well."""
-        await self._exchange.end(0, "", _wire(self._trailing))
+        """End the call well, or by the error that its last message tells, if no message reaches the client."""
+        told = wire.ModelStreamInferResponse.FromString(self._last) if self._is_stream else None
+        if told is not None and told.error_message and not self._exchange.is_answered:
+            code, text, metadata = _status_of(told)
+            await self._exchange.end(code.value[0], text, _wire(metadata))
+        else:
+            await self._exchange.end(0, "", _wire(self._trailing))
 
 
 async def answer(kserve: KServe, call: Call, method: str, hides_tokens: bool) -> None:
@@ -170,6 +182,13 @@ async def answer(kserve: KServe, call: Call, method: str, hides_tokens: bool) ->
     except BaseExceptionGroup as errors:
         if errors.split((CallEnded, Redirected))[1] is not None:
             raise
+
+
+def _status_of(told: Any) -> tuple[grpc.StatusCode, str, Metadata]:
+    """Return the status for a stream's message that says `[REASON] text`."""
+    word, _, text = told.error_message.removeprefix("[").partition("] ")
+    reason, request_id = Reason(word), told.infer_response.parameters["lora_request_id"].string_param
+    return status_of(reason, text, {}, PUSHBACK_MS if reason.row.retryable else None, request_id=request_id)
 
 
 def _timeout_s(text: str) -> float | None:

@@ -121,7 +121,9 @@ class Exchange:
         """What has come of a request that is passed on has been written: the rest of its body may follow."""
         self._is_resent.set()
         self._is_judged = asyncio.Event()
-        """It is known what becomes of the head, or its run is over."""
+        """It is known what becomes of the head."""
+        self._sent_to = ""
+        """The engine that has got all of the request."""
         self._chunks: asyncio.Queue[tuple[bytes, bool]] = asyncio.Queue()
         """The engine's answer, each chunk with whether it is the last."""
         self._watched: Watched | None = None
@@ -391,19 +393,24 @@ class Exchange:
     async def carry(self, request: httpx.Request) -> httpx.Response | None:
         """Have Envoy send a request, and return the engine's answer as far as it comes here.
 
-        Returns None if Envoy has been told otherwise already, or speaks TLS to no engine: then the request is to be
-        sent from here. Raises httpx.HTTPError as a transport does.
+        A request that has gone to the same engine already, whose owner gave it back since, is not sent again: the
+        answer to the first is taken. Returns None if Envoy has been told otherwise, or speaks TLS to no engine: then
+        the request is to be sent from here. Raises httpx.HTTPError as a transport does.
         """
-        if self._phase is not Phase.HELD or request.url.scheme != "http":
+        if request.url.scheme != "http":
             return None
         address, body = await heads.address_of(request.url), await heads.content_of(request)
-        if self._phase is not Phase.HELD:
-            return None  # the client has left meanwhile
-        self._phase, self._head = Phase.SENT, asyncio.get_running_loop().create_future()
-        self._watched = self._log.watch(self._id)
-        try:
+        if self._phase is Phase.HELD:
+            self._phase, self._head = Phase.SENT, asyncio.get_running_loop().create_future()
+            self._watched = self._log.watch(self._id)
             await self._route(address, request, body)
-            message = await self._head
+            self._sent_to = address
+        elif self._phase is Phase.CLOSED or self._sent_to != address or self._is_judged.is_set():
+            self._is_judged.set()
+            return None
+        assert self._head is not None
+        message = await asyncio.shield(self._head)
+        try:
             if self._elsewhere.note(address, served := heads.served_by(message)):
                 status, _ = heads.answer_of(message)
                 if status == httpx.codes.NOT_FOUND or status >= httpx.codes.INTERNAL_SERVER_ERROR:

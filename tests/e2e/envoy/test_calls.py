@@ -113,13 +113,17 @@ async def test_unary_calls_are_carried(tmp_path: Path, lane: str) -> None:
 
 @lanes
 async def test_errors_are_those_of_the_data_listener(tmp_path: Path, lane: str) -> None:
-    """An unknown adapter and a malformed message: in a stream as its message, in a unary call as its status."""
+    """An unknown adapter: also in a stream as its status, since no message can be put in the place of an engine's."""
     write_adapters(tmp_path / "adapters", 1)
     async with calls(tmp_path, lane, decoupled=False) as running:
         request = core_request("hello", 2, request_id="mine")
         set_parameter(request, "lora_name", "none")
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await running.stub.ModelInfer(request, timeout=60)
+        assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+        assert "none" in (refused.value.details() or "")
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await running.stream("none", 2)
         assert refused.value.code() is grpc.StatusCode.NOT_FOUND
         assert "none" in (refused.value.details() or "")
         await quiet(running)
