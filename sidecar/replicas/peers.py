@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 RETRY_S, RETRY_S_MAX = 0.1, 0.5
 ANSWER_S = 3600.0
 """How long a begun answer may still come from a former member; gRPC detects a dead one sooner."""
+DRAINS_S = 600.0
+"""How long a former member may be told of the ends of answers that it waits for: twice as long as drains by default."""
 ASK_S = 0.5
 """The timeout of a question; an owner that must decide has no use for a later answer."""
 
@@ -48,6 +50,9 @@ class Peers:
         self._peers: dict[str, _Peer] = {}
         self._left: set[grpc.aio.Channel] = set()
         """Channels to former members, which still carry begun answers."""
+        self._drains: dict[str, Any] = {}
+        """The stubs of former members that may still be told of answers' ends."""
+        self._closing: set[asyncio.Task[None]] = set()
         self._calls: set[ForwardCall] = set()
         self.gone: Callable[[str], None] = lambda member: None
         """Called with the id of each member that leaves."""
@@ -75,6 +80,10 @@ class Peers:
         """Return a member's gRPC stub, or None if the member is unknown."""
         peer = self._peers.get(member)
         return None if peer is None else peer.stub
+
+    def stub_of_any(self, member: str) -> Any:
+        """Return the gRPC stub of a member, also of one that has left lately; None if it is unknown."""
+        return self.stub(member) or self._drains.get(member)
 
     def forward_call(self, member: str, size_bytes: int) -> ForwardCall | None:
         """Return the Forward call to a member for a request of `size_bytes`, or None if the member is unknown."""
@@ -107,8 +116,8 @@ class Peers:
             return None
 
     async def close(self) -> None:
-        for peer in self._peers.values():
-            peer.watch.cancel()
+        for task in (*self._closing, *(peer.watch for peer in self._peers.values())):
+            task.cancel()
         channels = {*self._left, *(peer.channel for peer in self._peers.values())}
         await asyncio.gather(*(channel.close(None) for channel in channels))
         self._peers.clear()
@@ -120,9 +129,17 @@ class Peers:
             peer.call.leave()
         self._board.lost(member)
         self._left.add(peer.channel)
-        closing = asyncio.get_running_loop().create_task(peer.channel.close(ANSWER_S))
-        closing.add_done_callback(lambda _: self._left.discard(peer.channel))
+        closing = asyncio.create_task(self._close_later(member, peer))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
         self.gone(member)
+
+    async def _close_later(self, member: str, peer: _Peer) -> None:
+        self._drains[member] = peer.stub
+        await asyncio.sleep(DRAINS_S)
+        self._drains.pop(member, None)
+        await peer.channel.close(ANSWER_S)  # from now on it takes no new calls
+        self._left.discard(peer.channel)
 
     async def _watch(self, member: str, stub: Any) -> None:
         """Follow a member's reports while it is a member."""

@@ -166,8 +166,11 @@ class Replica:
         self._service.told = told
 
     def tell_sightings(self, member: str, sightings: Sequence[tuple[str, Sighting]]) -> None:
-        """Tell another replica what a proxy has told of its exchanges. Nothing is done for a former member."""
-        stub = self.peers.stub(member)
+        """Tell another replica what a proxy has told of its exchanges, also one that drains and has left the pool.
+
+        Nothing is done for one that left long ago.
+        """
+        stub = self.peers.stub_of_any(member)
         if stub is None:
             return
         sent = [sighting_sent(sighting, exchange) for exchange, sighting in sightings]
