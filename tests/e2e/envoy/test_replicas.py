@@ -22,7 +22,7 @@ from tests.e2e.envoy.test_calls import tokens_of
 from tests.e2e.envoy.variants import among
 from tests.kit.emulated import channel_to, core_request, output_of, running_engine, set_parameter
 from tests.kit.redis_servers import running
-from tests.kit.replica_pool import CALM_S, replicas
+from tests.kit.replica_pool import CALM_S, owned, replicas
 from tests.kit.serving import Serving, until, write_adapters
 from tests.kit.trtllm_emulated import BASE_CONFIG
 from tests.kit.vllm_emulated import Client, VllmProcess, unload_all
@@ -102,6 +102,28 @@ async def test_a_miss_is_healed_whichever_replica_envoy_asks(
         await until(lambda: all(not served.state.requests for served in pool))
     gc.collect()
     assert "never retrieved" not in caplog.text
+
+
+async def test_a_replica_that_drains_hears_the_ends_of_its_answers(tmp_path: Path) -> None:
+    """It owns no engine, so it leaves the pool at once; Envoy's log comes to another one."""
+    names = write_adapters(tmp_path / "adapters", 1)
+    async with pool_behind_envoy(tmp_path, engines=1, time_scale=1.0, count=3) as (pool, clients, _):
+        figures = [served.sidecar.metrics.picker for served in pool]
+        assert (await clients.stream(names[0], 2)).is_complete
+        await until(lambda: any(sum(told().entries.values()) for told in figures))
+        (owner,) = [served for served in pool if owned(served)]
+        drains = next(
+            served
+            for served, told in zip(pool, figures, strict=True)
+            if served is not owner and not sum(told().entries.values())
+        )
+        asked = [asyncio.create_task(clients.stream(names[0], 300)) for _ in range(9)]
+        await until(lambda: sum(request.first_token for request in owner.state.requests.values()) == len(asked))
+        await drains.sidecar.drain()
+        assert all([(await answer).is_complete for answer in asked])
+        await until(lambda: not owner.state.requests)
+        ended = [event for event in owner.recorder.events if isinstance(event, RunEnded)]
+        assert {event.seen.value for event in ended} <= {"all", "estimated"}
 
 
 @asynccontextmanager
