@@ -111,9 +111,7 @@ class Answers:
         finally:
             reading.cancel()
             for ticket in (*self._tickets.values(), *self._over):
-                self._gateway.close(ticket)
-                if isinstance(ticket.carrier, RemoteCarrier):
-                    ticket.carrier.lose()
+                self._left(ticket)
 
     def leave(self) -> None:
         """End the call once all replies are sent."""
@@ -222,7 +220,13 @@ class Answers:
     def _close(self, number: int, moved: bool = False) -> None:
         ticket = self._tickets.pop(number, None)
         if ticket is not None:
-            self._gateway.close(ticket, moved)
+            self._left(ticket, moved)
+
+    def _left(self, ticket: PassedOn, moved: bool = False) -> None:
+        """Close a ticket about which the other replica says nothing more."""
+        self._gateway.close(ticket, moved)
+        if isinstance(ticket.carrier, RemoteCarrier):
+            ticket.carrier.lose()
 
     def _pause(self, number: int, paused: bool) -> None:
         ticket = self._tickets.get(number)

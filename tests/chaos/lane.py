@@ -31,7 +31,7 @@ from tests.kit.emulated import core_request, tokens_of
 ORIGIN = "lora-backend"
 TOO_LATE = "could not be taken back; send the request again"
 """Said where a call was answered by another engine than the one that Envoy had sent it to; it counts as unreached."""
-ENDED_S = 1.0
+ENDED_S = 2.0
 """After so long it is known here that a process has ended whose connections are broken."""
 
 

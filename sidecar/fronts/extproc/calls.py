@@ -23,8 +23,10 @@ from sidecar.fronts.kserve.infer import KServe
 from sidecar.fronts.status import Metadata, status_of, status_of_error
 from sidecar.proto import envoy_pb2 as envoy
 
-HALF_CLOSED_S = 0.1
-"""How long after a stream's first message its client may take to say that there is no other."""
+HALF_CLOSED_S, REFUSED_S = 0.1, 2.0
+"""How long after a stream's first message its client may take to say that there is no other: it delays those that go to
+the data listener, and where none can it saves a client that is slow.
+"""
 UNITS_S = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 """Of gRPC's timeouts."""
 PUSHBACK_MS = 1000
@@ -117,7 +119,7 @@ class Call:
         first = await self.one()
         takes_one = self._exchange.takes_one
         with suppress(TimeoutError):
-            async with asyncio.timeout(0 if takes_one else HALF_CLOSED_S):
+            async with asyncio.timeout(0 if takes_one else HALF_CLOSED_S if self._exchange.has_way else REFUSED_S):
                 while not self._is_whole and not self._messages:
                     await self._read()
         if must_see or self._messages or not (self._is_whole or takes_one):

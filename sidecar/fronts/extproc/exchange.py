@@ -286,6 +286,11 @@ class Exchange:
         self._body_has_come = True
 
     @property
+    def has_way(self) -> bool:
+        """True if requests may go in path through the gateway."""
+        return self._in_path is not None
+
+    @property
     def hides_tokens(self) -> bool:
         """True if an answer of several messages goes past us."""
         return self._mode != FULL_DUPLEX
