@@ -127,6 +127,8 @@ class Picker:
         try:
             await exchange.begin()
             await asyncio.wait((reading, exchange.finished), return_when=asyncio.FIRST_COMPLETED)
+            if not exchange.finished.done():
+                exchange.left()  # before the wait, so that nothing more is written
             await exchange.written()
             if exchange.finished.done():
                 exchange.finished.result()
