@@ -477,6 +477,7 @@ class Endpoint(ABC):
         facts = await self._reach()
         self._foreign = self._inside_before = await self._inside() or 0
         self._ours_before = 0
+        self.follower.scale.look(self._seen_generated(), 0, is_alone=False)
         self._up, self._measured, self._told, self._awaited_until_s = True, None, logging.NOTSET, 0.0
         address = "" if self.address == self.id else f"{self.address}, "
         logger.info("%s is up: %s%s", self.id, address, self.detail())

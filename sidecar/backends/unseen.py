@@ -55,14 +55,15 @@ class Scale:
     """How many tokens an engine makes for each that the bytes of its answers tell of, by its own counter.
 
     An event may have several: by an engine's option, when it guesses tokens ahead, or when its clients are slow. All
-    counts fade by looks, of which there is one a second. What is told comes up to a second later than it is counted, so
-    nothing is learned while the last look's tokens are a large part of all.
+    counts fade by looks, of which there is one a second. What is told comes a second or more later than it is counted,
+    so nothing is learned while the tokens of the last two looks are a large part of all.
     """
 
     def __init__(self) -> None:
         self.factor = 1.0
         self._generated: int | None = None
         self._exact = 0
+        self._made = 0
         self._told = self._told_in_all = self._made_in_all = 0.0
 
     def counted(self, tokens: int) -> None:
@@ -82,10 +83,10 @@ class Scale:
         exact, told, self._exact, self._told = self._exact, self._told, 0, 0.0
         if generated is None or before is None or generated < before or not is_alone:
             return
-        made = generated - before - exact
-        self._made_in_all = self._made_in_all * FADING + made
+        made_before, self._made = self._made, generated - before - exact
+        self._made_in_all = self._made_in_all * FADING + self._made
         self._told_in_all = self._told_in_all * FADING + told
-        unsure = max(made, 0) + sequences
+        unsure = max(self._made, made_before) + sequences
         if self._told_in_all >= TOLD_FEWEST and unsure <= UNSURE_MAX * self._made_in_all:
             self.factor = min(SEVERAL_MAX, max(1.0, self._made_in_all / self._told_in_all))
 

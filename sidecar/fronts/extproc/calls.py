@@ -122,7 +122,7 @@ class Call:
             async with asyncio.timeout(0 if takes_one else HALF_CLOSED_S if self._exchange.has_way else REFUSED_S):
                 while not self._is_whole and not self._messages:
                     await self._read()
-        if must_see or self._messages or not (self._is_whole or takes_one):
+        if must_see or (not takes_one and (self._messages or not self._is_whole)):
             if await self._exchange.redirect(b"".join(self._so_far)):
                 raise Redirected
             await self.abort(grpc.StatusCode.FAILED_PRECONDITION, OPEN)
