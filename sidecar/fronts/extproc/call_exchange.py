@@ -142,9 +142,10 @@ async def _as_unary(stream: httpx.Response) -> httpx.Response:
         response = message.infer_response
         if message.error_message:
             return _ended(INTERNAL if response.model_name else INVALID_ARGUMENT, message.error_message)
-        if wire.FINAL in response.parameters and not wire.is_final(response.parameters):
-            return _ended(UNIMPLEMENTED, SEVERAL)
-        del response.parameters[wire.FINAL]
+        if wire.FINAL in response.parameters:  # older servers do not tell
+            if not wire.is_final(response.parameters):
+                return _ended(UNIMPLEMENTED, SEVERAL)
+            del response.parameters[wire.FINAL]
         return _with(framed(response.SerializeToString()), stream)
     return _with(b"", stream)
 
