@@ -134,10 +134,11 @@ class Endpoint(ABC):
         """Return the same as the last look has seen it."""
         return None
 
-    async def _lacks(self, run: Running) -> bool:
+    async def _lacks(self, run: Running, is_silent: bool) -> bool:
         """Return True if the engine no longer has a run of which nothing has been heard for long; ask again if not.
 
         It has not if, for a while, it has told of fewer requests than there are such runs. One of them is taken for it.
+        A run of which nothing is told although others are told of (`is_silent`) it has not if it has fewer than all.
         """
         key, now_s = (run.effect.request, run.effect.attempt), monotonic()
         self._unheard[key] = now_s
@@ -145,6 +146,8 @@ class Endpoint(ABC):
             inside = await self._inside() if self._up else 0
         except self.WIRE_ERRORS:
             return False
+        if is_silent:
+            return inside is None or inside - self._foreign < self._sequences
         known = sum(at_s > now_s - UNHEARD_S for at_s in self._unheard.values())
         if inside is None or inside >= known:
             self._lacking_since_s = None
@@ -421,6 +424,11 @@ class Endpoint(ABC):
             self.pulse.heard(monotonic())
 
     @property
+    def _sequences(self) -> int:
+        """Sequences that the engine runs for us."""
+        return sum(1 if run.ticket.facts is None else run.ticket.facts.sequences for run in self._runs.values())
+
+    @property
     def _waits_for_engine(self) -> bool:
         """True if something is in flight that only the engine can advance."""
         return bool(self._sent) or any(not run.waits_for_client for run in self._runs.values())
@@ -529,10 +537,13 @@ class Endpoint(ABC):
         Its gauge lags behind ours, so that while ours run the number only falls. What others send meanwhile is not
         counted: no gauge could tell it from ours.
         """
-        ours = sum(1 if run.ticket.facts is None else run.ticket.facts.sequences for run in self._runs.values())
-        inside = self._seen_inside() or 0
+        ours = self._sequences
+        inside = self._seen_inside()
         least, most, self._ours_before = min(ours, self._ours_before), max(ours, self._ours_before), ours
-        self.follower.scale.look(self._seen_generated(), most, is_alone=not self._foreign and inside <= most)
+        is_alone = not self._foreign and inside is not None and inside <= most
+        self.follower.scale.look(self._seen_generated(), most, is_alone)
+        if inside is None:
+            return
         before, self._inside_before = self._inside_before, inside
         self._foreign = min(inside, before) if not (ours or least) else min(self._foreign, max(0, inside - least))
 

@@ -107,13 +107,13 @@ def first_token(run: Run, unseen: Unseen | None) -> FirstToken:
 
 
 class Follower:
-    """Follows the answers of one engine. `lacks(run)` returns True if it has a run no longer."""
+    """Follows the answers of one engine. `lacks(run, is_silent)` returns True if it has a run no longer."""
 
     def __init__(
         self,
         post: Callable[[Event], None],
         heard: Callable[[int, int], None],
-        lacks: Callable[[Any], Awaitable[bool]],
+        lacks: Callable[[Any, bool], Awaitable[bool]],
     ) -> None:
         self.scale = Scale()
         self._post, self._heard, self._lacks = post, heard, lacks
@@ -166,5 +166,5 @@ class Follower:
                 async with asyncio.timeout(QUIET_S):
                     return await unseen.next()
             except TimeoutError:
-                if unseen.is_lost or await self._lacks(run):
+                if await self._lacks(run, unseen.is_lost):
                     return None

@@ -197,8 +197,8 @@ class Listening:
             return
         assert self._openai is not None
         self._picker = Picker(
-            self._openai, KServe(self._gateway, self._config), wanted, self._config.listeners.data.message_bytes_max,
-            self._named, "" if replica is None else replica.member.id,
+            self._openai, KServe(self._gateway, self._config), wanted, self.intake, self._named,
+            "" if replica is None else replica.member.id,
         )  # fmt: skip
         if replica is not None:
             self._picker.log.pass_on = replica.tell_sightings

@@ -36,9 +36,6 @@ async def left(house: PickerHouse, raw: Raw) -> None:
     await house.tell(entry_of(raw.exchange()))
 
 
-@pytest.mark.xfail(
-    strict=True, raises=TimeoutError, reason="nobody ends a call's handler when Envoy ends the exchange: the seat stays"
-)
 @paths
 async def test_a_client_that_leaves_before_its_answer_keeps_no_seat(tmp_path: Path, path: str) -> None:
     """It has no deadline. As many of them as there are seats would stop the service for ever."""
@@ -47,9 +44,6 @@ async def test_a_client_that_leaves_before_its_answer_keeps_no_seat(tmp_path: Pa
         await house.quiet(SHORT_S)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=TimeoutError, reason="nobody ends a call's handler when Envoy ends the exchange: the seat stays"
-)
 async def test_a_client_that_leaves_at_the_head_keeps_no_seat(tmp_path: Path) -> None:
     async with triton_house(tmp_path) as house:
         raw = await routed_call(house, STREAM)
@@ -76,7 +70,6 @@ async def test_a_client_that_leaves_after_the_first_chunk_keeps_no_seat(tmp_path
         await house.quiet(SHORT_S)
 
 
-@pytest.mark.xfail(strict=True, reason="after a unary call's message its body is kept, unread and without a bound")
 async def test_a_unary_call_that_sends_on_takes_no_memory(tmp_path: Path) -> None:
     async with triton_house(tmp_path, decoupled=False) as house:
         raw = await routed_call(house, UNARY, ended=False)
@@ -87,7 +80,6 @@ async def test_a_unary_call_that_sends_on_takes_no_memory(tmp_path: Path) -> Non
         assert exchange._pieces.qsize() <= 16
 
 
-@pytest.mark.xfail(strict=True, reason="neither arrival_s nor arriving_bytes_max holds for calls that Envoy asks about")
 async def test_messages_that_never_come_in_full_are_given_up(tmp_path: Path) -> None:
     """Each may keep 64 MiB, and there may be 65,536."""
     async with triton_house(tmp_path, ARRIVAL_S=1.0, ARRIVING_BYTES_MAX=8 * MIB) as house:
@@ -99,7 +91,6 @@ async def test_messages_that_never_come_in_full_are_given_up(tmp_path: Path) -> 
         assert not house.picker._exchanges
 
 
-@pytest.mark.xfail(strict=True, reason="headers of a call are decoded in Call.__init__, where nothing answers an error")
 @pytest.mark.parametrize(
     "header",
     [("x-bin", "a"), ("grpc-timeout", "²S"), ("grpc-timeout", "9" * 5000 + "H"), ("grpc-timeout", "9" * 400 + "H")],
@@ -117,9 +108,6 @@ async def test_odd_headers_of_calls_are_answered(
     assert not [record for record in caplog.records if record.exc_info]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="requests that come in one piece are refused, by the setting that is set already"
-)
 async def test_a_stream_of_two_requests_at_once_is_answered_once(tmp_path: Path) -> None:
     """What is sent after the first request gets no answer by `one_request_per_stream`, whenever it comes."""
     async with triton_house(tmp_path, listener={"one_request_per_stream": True}) as house:

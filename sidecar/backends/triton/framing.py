@@ -22,11 +22,12 @@ class Frames:
     """Takes the bytes of a body as they come, and gives the messages that are complete."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._rest = bytearray()
 
     def take(self, piece: bytes) -> list[bytes]:
         """Return the messages that are complete with these bytes. Raises Compressed."""
-        data, found, begin = self._rest + piece, [], 0
+        data, found, begin = self._rest, [], 0
+        data += piece  # in place: a large message may come in many pieces
         while len(data) - begin >= PREFIX.size:
             compressed, length = PREFIX.unpack_from(data, begin)
             if compressed:
@@ -34,9 +35,9 @@ class Frames:
             end = begin + PREFIX.size + length
             if len(data) < end:
                 break
-            found.append(data[begin + PREFIX.size : end])
+            found.append(bytes(data[begin + PREFIX.size : end]))
             begin = end
-        self._rest = data[begin:]
+        del data[:begin]
         return found
 
     @property

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from sidecar.backends.gauges import count_of, sum_of
 from sidecar.backends.http_transport import EngineTransport
 
 REQUESTS, BLOCKS, GENERAL = (
@@ -67,20 +68,15 @@ def parse(text: str, model: str) -> Gauges:
                 if label not in ("model", "version"):
                     found[sample.name, value] = sample.value
     blocks, per_block, used = (found.get((BLOCKS, which)) for which in ("max", "tokens_per", "used"))
-    inside = [found.get((REQUESTS, which)) for which in ("waiting", "active")]
     return Gauges(
         seats=_positive(found.get((REQUESTS, "max"))),
-        kv_tokens=int(blocks * per_block) if blocks and per_block else None,
-        iterations=_whole(found.get((GENERAL, "iteration_counter"))),
-        kv_used=int(used * per_block) if used is not None and per_block else None,
-        inside=None if None in inside else int(sum(count for count in inside if count is not None)),
+        kv_tokens=_positive(blocks * per_block) if blocks and per_block else None,
+        iterations=count_of(found.get((GENERAL, "iteration_counter"))),
+        kv_used=count_of(used * per_block) if used is not None and per_block else None,
+        inside=sum_of(found.get((REQUESTS, which)) for which in ("waiting", "active")),
     )
-
-
-def _whole(value: float | None) -> int | None:
-    return None if value is None else int(value)
 
 
 def _positive(value: float | None) -> int | None:
     """Return a positive number; None for 0, which an engine publishes before its first report."""
-    return int(value) if value else None
+    return count_of(value) or None

@@ -252,6 +252,13 @@ class Run:
             await self._ended_with(code or grpc.StatusCode.UNAVAILABLE, text or f"it answers {answer.status_code}")
             return
         unseen = self._unseen = answer.extensions.get(UNSEEN)
+        try:
+            await self._read_carried(answer, unseen, follower)
+        finally:
+            if unseen is not None and not self._is_unseen:
+                unseen.close()
+
+    async def _read_carried(self, answer: httpx.Response, unseen: Unseen | None, follower: Follower) -> None:
         read = Read(0)
         async for raw in messages_of(answer.aiter_raw()):
             if self._payload.unary:

@@ -11,6 +11,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from sidecar.backends.faults import Wrote, nobody_wrote
+from sidecar.backends.gauges import count_of, sum_of
 from sidecar.backends.openai.run import epoch_header, message_of
 from sidecar.backends.openai.server import PROBE_TIMEOUT_S, OpenAiServer
 from sidecar.core.enums import Fault
@@ -156,28 +157,30 @@ def parse(text: str) -> Measures:
     lines = "\n".join(line for line in text.splitlines() if line.startswith(READ)) + "\n"
     samples = [sample for family in text_string_to_metric_families(lines) for sample in family.samples]
     found: dict[str, float] = {}
-    kv_tokens = inside = generated = None
+    kv_tokens = None
+    inside: list[float] = []
+    generated: list[float] = []
     newest, slots = 0.0, None
     for sample in samples:
         found[sample.name] = sample.value
         if sample.name in INSIDE:
-            inside = (inside or 0) + int(sample.value)
+            inside.append(sample.value)
         if sample.name == GENERATED:
-            generated = (generated or 0) + int(sample.value)
+            generated.append(sample.value)
         if sample.name.startswith(CACHE):
             kv_tokens = _kv_tokens(sample.labels)
         if sample.name.startswith(ADAPTERS) and sample.value >= newest:
             newest, slots = sample.value, _whole(sample.labels.get("max_lora"))
     usage = found.get(KV_USED)
-    steps = found.get(STEPS)
+    kv_used = None if usage is None or kv_tokens is None else count_of(usage * kv_tokens)
     return Measures(
-        steps=None if steps is None else int(steps),
-        generated=generated,
+        steps=count_of(found.get(STEPS)),
+        generated=sum_of(generated),
         kv_tokens=kv_tokens,
-        kv_used=None if usage is None or kv_tokens is None else int(usage * kv_tokens),
+        kv_used=kv_used,
         slots=slots or None,
         started_at=found.get(STARTED_AT),
-        inside=inside,
+        inside=sum_of(inside),
     )
 
 

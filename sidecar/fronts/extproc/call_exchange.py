@@ -14,18 +14,18 @@ import httpx
 
 from sidecar.backends import wire
 from sidecar.backends.api import TRAILERS, UNREAD, UNSEEN, Chunks
-from sidecar.backends.triton.framing import PREFIX, Frames, framed, messages_of
+from sidecar.backends.triton.framing import framed, messages_of
 from sidecar.fronts.extproc import heads, replies
 from sidecar.fronts.extproc.exchange import FULL_DUPLEX, Exchange, Phase
+from sidecar.fronts.extproc.openings import Messages, Verdict
 from sidecar.proto import envoy_pb2 as envoy
 
 STATUS, TEXT = "grpc-status", "grpc-message"
-ERROR_FIRST = 0x0A
-"""The first byte of a stream's message that reports an error: that field comes first."""
 OK, INVALID_ARGUMENT, UNIMPLEMENTED, INTERNAL, UNAVAILABLE = 0, 3, 12, 13, 14
 UNARY, STREAM = f"{wire.SERVICE}/ModelInfer", f"{wire.SERVICE}/ModelStreamInfer"
 SEVERAL = "ModelInfer RPC doesn't support models with decoupled transaction policy"
 """Triton's own words."""
+NO_WAY_BACK = "the engine's own status could not be taken back; send the request again"
 
 
 class CallExchange(Exchange):
@@ -37,10 +37,12 @@ class CallExchange(Exchange):
         self._in_path = self._settings.in_path_grpc
         self.takes_one = self._settings.one_request_per_stream and self._is_duplex
         """A stream has one request, whether its client closes its side or not. Buffered bodies come once it has."""
-        self._frames = Frames()
+        self._opening = Messages()
         self._trailers: dict[str, str] = {}
         self._trailers_have_come = self._is_held = self._has_given = False
-        """The engine's trailers are here; its first message reports an error, and is held; ours has taken its place."""
+        """The engine's trailers are here; its first message is held, for which ours stands in; the client has one."""
+        self._held_chunks = 0
+        """Chunks that wait for a reply behind the first."""
         self._ending: list[tuple[bytes, bytes]] | None = None
         """The front's status and trailing metadata."""
 
@@ -63,14 +65,13 @@ class CallExchange(Exchange):
             return
         if self._gone_status is None:
             if code == OK:
-                code, text = UNAVAILABLE, "the engine's own status could not be taken back; send the request again"
+                code, text = UNAVAILABLE, NO_WAY_BACK
             await self._write(replies.ended_call(code, text, metadata))
             self._close()
             return
-        self._ending = [(STATUS.encode(), str(code).encode()), (TEXT.encode(), heads.escaped(text)), *metadata]
+        self._ending = [*_status(code, text), *metadata]
         self._is_own_whole = True
-        if self._is_held or self._gathers:
-            await self._give_gathered()
+        await self._give_gathered()
         await self._end_by_trailers()
 
     def over(self) -> None:
@@ -78,27 +79,37 @@ class CallExchange(Exchange):
             super().over()
 
     async def _give_gathered(self) -> None:
-        if self._is_own_whole and (self._is_held or self._has_all) and not self._has_given:
+        if self._is_own_whole and self._is_held and not self._has_given:
             self._has_given = True
             await self._write(replies.chunk(b"".join(self._own)))
+            while self._held_chunks:
+                self._held_chunks -= 1
+                await self._write(replies.chunk(b""))
 
     async def _take_chunk(self, chunk: envoy.HttpBody) -> None:
         if self._mode == FULL_DUPLEX:
             await super()._take_chunk(chunk)
             return
-        self._chunks.put_nowait((chunk.body, chunk.end_of_stream))
-        if self._gathers:
-            if self._has_all or not self._frames.take(chunk.body):
-                await self._write(replies.chunk(b""))
-            else:
-                self._has_all = True
-                await self._give_gathered()
-        elif chunk.body[PREFIX.size : PREFIX.size + 1] == bytes((ERROR_FIRST,)):
+        verdict = None if self._is_held else self._opening.take(chunk.body, chunk.end_of_stream)
+        if verdict is Verdict.REPLACE and self._served:
+            self._chunks.put_nowait((self._elsewhere_failed(self._served), True))
+            self._served = ""
+        else:
+            self._chunks.put_nowait((chunk.body, chunk.end_of_stream))
+        if verdict is None and self._has_given:
+            await self._write(replies.chunk(b""))
+        elif verdict is None:
+            self._held_chunks += 1
+        elif verdict is Verdict.REPLACE or (self._gathers and verdict is Verdict.ENOUGH):
             self._is_held = True  # what the front says takes its place
             await self._give_gathered()
+        elif self._gathers:
+            await self._write(replies.chunk(b""))
         else:
-            await self._write(replies.chunk(None))
-            self._let_go()
+            self._has_given = self._has_given or verdict is Verdict.ENOUGH
+            await self._give(verdict, chunk.body)
+            if verdict is Verdict.ENOUGH:
+                self._let_go()
 
     async def _take_trailers_of_answer(self, trailers: envoy.HttpTrailers) -> None:
         self._trailers.update((name, value.decode("latin-1")) for name, value in heads.pairs(trailers.trailers))
@@ -108,9 +119,17 @@ class CallExchange(Exchange):
 
     async def _end_by_trailers(self) -> None:
         """Let the trailers go once the engine's are here and the front's are known."""
-        if self._trailers_have_come and self._ending is not None and self._phase is not Phase.CLOSED:
-            await self._write(replies.trailers(self._ending, self._trailers.keys() - {STATUS, TEXT}))
-            self._close()
+        if not self._trailers_have_come or self._ending is None or self._phase is Phase.CLOSED:
+            return
+        is_lost = bool(self._own) and not self._has_given and self._mode != FULL_DUPLEX
+        if is_lost:  # the engine has sent no message that ours could replace
+            self._ending[:2] = _status(UNAVAILABLE, NO_WAY_BACK)
+        await self._write(replies.trailers(self._ending, self._trailers.keys() - {STATUS, TEXT}))
+        self._close()
+
+    def _is_failure(self, message: envoy.ProcessingRequest) -> bool:
+        status, headers = heads.answer_of(message)
+        return status != httpx.codes.OK or headers.get(STATUS, str(OK)) != str(OK)
 
     async def _answer_of(self, message: envoy.ProcessingRequest, request: httpx.Request) -> httpx.Response:
         status, headers = heads.answer_of(message)
@@ -156,5 +175,8 @@ def _with(content: bytes, stream: httpx.Response) -> httpx.Response:
 
 
 def _ended(code: int, text: str) -> httpx.Response:
-    headers = [(STATUS.encode(), str(code).encode()), (TEXT.encode(), heads.escaped(text))]
-    return httpx.Response(httpx.codes.OK, headers=headers, content=b"", extensions={UNREAD: True})
+    return httpx.Response(httpx.codes.OK, headers=_status(code, text), content=b"", extensions={UNREAD: True})
+
+
+def _status(code: int, text: str) -> list[tuple[bytes, bytes]]:
+    return [(STATUS.encode(), str(code).encode()), (TEXT.encode(), heads.escaped(text))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import re
 from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
 from time import monotonic
@@ -17,8 +18,10 @@ from sidecar.backends import wire
 from sidecar.backends.triton.framing import Compressed, Frames, framed
 from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts import callers
+from sidecar.fronts.arriving import SMALL_BYTES
 from sidecar.fronts.extproc import heads
 from sidecar.fronts.extproc.call_exchange import UNARY, CallExchange
+from sidecar.fronts.intake import Intake
 from sidecar.fronts.kserve.infer import KServe
 from sidecar.fronts.status import Metadata, status_of, status_of_error
 from sidecar.proto import envoy_pb2 as envoy
@@ -29,6 +32,7 @@ the data listener, and where none can it saves a client that is slow.
 """
 UNITS_S = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 """Of gRPC's timeouts."""
+TIMEOUT = re.compile(r"[0-9]{1,8}[HMSmun]")
 PUSHBACK_MS = 1000
 """When a stream that was refused may come again: its message does not say."""
 OPEN = (
@@ -37,6 +41,10 @@ OPEN = (
 )
 _OWN = frozenset(("te", "content-type", "grpc-timeout", "grpc-encoding", "grpc-accept-encoding", "user-agent"))
 END: Any = grpc.aio.EOF  # type: ignore[attr-defined]
+
+
+class MalformedHeader(Exception):
+    """A header of a call is none of gRPC's."""
 
 
 class CallEnded(Exception):
@@ -50,11 +58,11 @@ class Redirected(Exception):
 class Call:
     """A call as a servicer's context. `carrier` takes its request to an engine."""
 
-    def __init__(self, exchange: CallExchange, first: envoy.ProcessingRequest, peer: str, size_bytes_max: int) -> None:
+    def __init__(self, exchange: CallExchange, first: envoy.ProcessingRequest, peer: str, intake: Intake) -> None:
         self.carrier = exchange
         self._exchange = exchange
         self._peer = heads.client_of(first) or peer
-        self._size_bytes_max = size_bytes_max
+        self._intake = intake
         self._frames = Frames()
         self._messages: list[bytes] = []
         self._so_far: list[bytes] = []
@@ -67,7 +75,7 @@ class Call:
         self._ends_s = _timeout_s(found.get("grpc-timeout", b"").decode("latin-1"))
         self._began_s = monotonic()
         self._metadata = tuple(
-            (name, base64.b64decode(value + b"==") if name.endswith("-bin") else value.decode("latin-1"))
+            (name, _binary(name, value) if name.endswith("-bin") else value.decode("latin-1"))
             for name, value in found.items()
             if name[:1] != ":" and name not in _OWN
         )
@@ -106,11 +114,15 @@ class Call:
     # Its messages.
 
     async def one(self) -> bytes:
-        """Return the message of a unary call."""
-        while not self._messages:
-            if self._is_whole:
-                await self.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call ended without a message; send one")
-            await self._read()
+        """Return the message of a unary call, or the first one. What follows that of a unary call is dropped."""
+        async with self._intake.body(SMALL_BYTES) as arrival:
+            while not self._messages:
+                if self._is_whole:
+                    await self.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call ended without a message; send one")
+                arrival.count(await self._read())
+            arrival.has_come()
+        if not self._is_stream:
+            self._exchange.end_request()
         return self._messages.pop(0)
 
     async def messages(self, must_see: bool) -> AsyncIterator[bytes]:
@@ -131,7 +143,8 @@ class Call:
         self._so_far.clear()
         yield first
 
-    async def _read(self) -> None:
+    async def _read(self) -> int:
+        """Take the next piece of the client's, and return its size in bytes."""
         piece = await self._exchange.receive()
         if piece["type"] == "http.disconnect":
             raise CallEnded
@@ -141,9 +154,10 @@ class Call:
             self._messages += self._frames.take(piece["body"])
         except Compressed:
             await self.abort(grpc.StatusCode.UNIMPLEMENTED, "messages must not be compressed")
-        if self._frames.size_bytes > self._size_bytes_max:
-            text = f"the message is longer than {self._size_bytes_max} bytes (listeners.data.message_bytes_max)"
+        if self._frames.size_bytes > (size_bytes_max := self._intake.limits.message_bytes):
+            text = f"the message is longer than {size_bytes_max} bytes (listeners.data.message_bytes_max)"
             await self.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+        return len(piece["body"])
 
     async def ended(self) -> None:
         """End the call well, or by the error that its last message tells, if no message reaches the client."""
@@ -194,8 +208,20 @@ def _status_of(told: Any) -> tuple[grpc.StatusCode, str, Metadata]:
 
 
 def _timeout_s(text: str) -> float | None:
-    """Return a timeout in seconds; None without one."""
-    return int(text[:-1]) * UNITS_S[text[-1]] if text[-1:] in UNITS_S and text[:-1].isdigit() else None
+    """Return a timeout in seconds; None without one. Raises MalformedHeader."""
+    if not text:
+        return None
+    if not TIMEOUT.fullmatch(text):
+        raise MalformedHeader(f"grpc-timeout: {text[:20]!r} is not 1 to 8 digits and one of {', '.join(UNITS_S)}")
+    return int(text[:-1]) * UNITS_S[text[-1]]
+
+
+def _binary(name: str, value: bytes) -> bytes:
+    """Return the value of a binary header. Raises MalformedHeader."""
+    try:
+        return base64.b64decode(value + b"==")
+    except ValueError as error:
+        raise MalformedHeader(f"{name[:40]}: {error}") from error
 
 
 def _wire(metadata: Iterable[tuple[str, str | bytes]]) -> list[tuple[bytes, bytes]]:

@@ -32,10 +32,10 @@ import httpx
 from starlette.types import Message
 
 from sidecar.backends.api import UNREAD, UNSEEN, Chunks
-from sidecar.backends.openai.events import ERROR, begins_only
 from sidecar.config.listeners import EndpointPickerListener
 from sidecar.fronts.extproc import heads, replies
 from sidecar.fronts.extproc.access_log import AccessLog, Watched
+from sidecar.fronts.extproc.openings import Events, Opening, Verdict
 from sidecar.fronts.extproc.replies import Reply
 from sidecar.proto import envoy_pb2 as envoy
 
@@ -124,13 +124,16 @@ class Exchange:
         """It is known what becomes of the head."""
         self._sent_to = ""
         """The engine that has got all of the request."""
-        self._chunks: asyncio.Queue[tuple[bytes, bool]] = asyncio.Queue()
-        """The engine's answer, each chunk with whether it is the last."""
+        self._chunks: asyncio.Queue[tuple[bytes | httpx.TransportError, bool]] = asyncio.Queue()
+        """The engine's answer, each chunk with whether it is the last; an error breaks it off."""
         self._watched: Watched | None = None
         self._is_local = False
         """The head that has come is Envoy's own."""
         self._gone_status: int | None = None
         """The status of the head that has gone to the client."""
+        self._opening: Opening = Events()
+        self._unsure = b""
+        """The beginning of an answer that may be an error's."""
         self._gathers = self._has_all = False
         """The engine's answer is replaced at its end by the front's; the engine's last chunk has come."""
         self._start: Message | None = None
@@ -221,6 +224,11 @@ class Exchange:
         if self._phase is not Phase.CLOSED and not self._passes and self._start is None and not self._gone.is_set():
             self.abort("there is no answer")
 
+    @property
+    def is_left(self) -> bool:
+        """True if its client has left, or the call was cut."""
+        return self._gone.is_set()
+
     def left(self) -> None:
         """Note that Envoy has ended the call, as it does when the client leaves."""
         if self._phase is not Phase.CLOSED:
@@ -265,8 +273,8 @@ class Exchange:
         self._chunks.put_nowait((chunk.body, chunk.end_of_stream))
         if self._mode == FULL_DUPLEX:
             return
-        if not self._gathers and (chunk.body.startswith(ERROR) or (chunk.end_of_stream and not chunk.body)):
-            # What the engine says of itself is not for clients, and nothing is no answer.
+        verdict = None if self._gathers else self._opening.take(chunk.body, chunk.end_of_stream)
+        if verdict is Verdict.REPLACE:  # what the engine says of itself is not for clients
             self._gathers = self._is_stream = True
         if self._gathers:
             self._has_all = chunk.end_of_stream
@@ -275,11 +283,21 @@ class Exchange:
             else:
                 await self._write(replies.chunk(b""))  # all of it goes with the last
             return
-        await self._write(replies.chunk(None))
+        assert verdict is not None
+        await self._give(verdict, chunk.body)
         if chunk.end_of_stream:
             self._close()
-        elif chunk.body and not begins_only(chunk.body):
+        elif verdict is Verdict.ENOUGH:
             self._let_go()
+
+    async def _give(self, verdict: Verdict, piece: bytes) -> None:
+        """Give a piece of the engine's answer to the client, after what was held of it; or hold it, too."""
+        if verdict is Verdict.HOLD:
+            self._unsure += piece
+            await self._write(replies.chunk(b""))
+            return
+        await self._write(replies.chunk(self._unsure + piece if self._unsure else None))
+        self._unsure = b""
 
     def end_request(self) -> None:
         """Take the body to be complete: the client keeps its side open, and what it still sends is dropped."""
@@ -417,15 +435,23 @@ class Exchange:
         message = await asyncio.shield(self._head)
         try:
             if self._elsewhere.note(address, served := heads.served_by(message)):
-                status, _ = heads.answer_of(message)
-                if status == httpx.codes.NOT_FOUND or status >= httpx.codes.INTERNAL_SERVER_ERROR:
-                    # What that engine lacks says nothing of the one that was picked.
-                    why = f"the gateway sent it to {served}, which answers {status}"
-                    raise httpx.ConnectError(why, request=request)
                 self._served = served
+                if self._is_failure(message):
+                    self._served = ""
+                    raise self._elsewhere_failed(served, request)
             return await self._answer_of(message, request)
         finally:
             self._is_judged.set()
+
+    def _is_failure(self, message: envoy.ProcessingRequest) -> bool:
+        """Return True for the head of an answer that the request may be sent again for."""
+        status, _ = heads.answer_of(message)
+        return status == httpx.codes.NOT_FOUND or status >= httpx.codes.INTERNAL_SERVER_ERROR
+
+    @staticmethod
+    def _elsewhere_failed(served: str, request: httpx.Request | None = None) -> httpx.TransportError:
+        """Return the error for a failure at an engine that was not picked: it says nothing of the one that was."""
+        return httpx.ConnectError(f"the gateway sent it to {served}, which cannot answer it", request=request)
 
     async def _route(self, address: str, request: httpx.Request, body: bytes) -> None:
         added, removed = heads.changes(self._first, request, self._began_s)
@@ -472,6 +498,8 @@ class Exchange:
         ended = False
         while not ended:
             chunk, ended = await self._chunks.get()
+            if isinstance(chunk, httpx.TransportError):
+                raise chunk
             if chunk:
                 yield chunk
 

@@ -15,8 +15,9 @@ from sidecar.config.listeners import EndpointPickerListener
 from sidecar.fronts.extproc import heads, replies
 from sidecar.fronts.extproc.access_log import AccessLog
 from sidecar.fronts.extproc.call_exchange import STREAM, UNARY, CallExchange
-from sidecar.fronts.extproc.calls import Call, answer
+from sidecar.fronts.extproc.calls import Call, MalformedHeader, answer
 from sidecar.fronts.extproc.exchange import Aborted, Elsewhere, Exchange
+from sidecar.fronts.intake import Intake
 from sidecar.fronts.kserve.infer import KServe
 from sidecar.fronts.openai.errors import failure
 from sidecar.proto import envoy_pb2 as envoy
@@ -39,7 +40,7 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 class Picker:
     """Answers Envoy by an ASGI application, and calls by the front of KServe.
 
-    A call's message has `message_bytes_max` at most. `named` returns the backend at an address, or ""; `replica` is
+    `intake` bounds what calls bring. `named` returns the backend at an address, or ""; `replica` is
     this replica's id, "" if there are no others.
     """
 
@@ -48,12 +49,12 @@ class Picker:
         app: Application,
         kserve: KServe,
         settings: EndpointPickerListener,
-        message_bytes_max: int,
+        intake: Intake,
         named: Callable[[str], str],
         replica: str,
     ) -> None:
         self._app, self._kserve = app, kserve
-        self._settings, self._message_bytes_max = settings, message_bytes_max
+        self._settings, self._intake = settings, intake
         self.log = AccessLog(replica)
         self._answering: set[asyncio.Task[None]] = set()
         self._exchanges: set[Exchange] = set()
@@ -114,7 +115,11 @@ class Picker:
             work = self._app(heads.scope_of(first, peer, exchange), exchange.receive, exchange.send)
         elif (method := heads.path_of(first)) in (UNARY, STREAM):
             exchange = CallExchange(method == UNARY, *asked)
-            call = Call(exchange, first, peer, self._message_bytes_max)
+            try:
+                call = Call(exchange, first, peer, self._intake)
+            except MalformedHeader as error:
+                await context.write(replies.ended_call(grpc.StatusCode.INVALID_ARGUMENT.value[0], str(error)))
+                return
             work = answer(self._kserve, call, method, exchange.hides_tokens)
         else:
             await context.write(replies.ended_call(grpc.StatusCode.UNIMPLEMENTED.value[0], NO_CALLS))
@@ -127,6 +132,9 @@ class Picker:
         try:
             await exchange.begin()
             await asyncio.wait((reading, exchange.finished), return_when=asyncio.FIRST_COMPLETED)
+            if reading.done() and not exchange.finished.done() and (broke := reading.exception()) is not None:
+                logger.error("a message of Envoy's broke its exchange", exc_info=broke)
+                exchange.abort("the sidecar failed")
             if not exchange.finished.done():
                 exchange.left()  # before the wait, so that nothing more is written
             await exchange.written()
@@ -136,6 +144,8 @@ class Picker:
             await context.abort(grpc.StatusCode.ABORTED, str(aborted))
         finally:
             exchange.left()
+            if isinstance(exchange, CallExchange) and exchange.is_left:
+                answering.cancel()  # as gRPC does with a call whose client leaves
             self._exchanges.discard(exchange)
             reading.cancel()
             await asyncio.wait((reading,))

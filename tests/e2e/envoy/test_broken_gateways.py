@@ -107,7 +107,6 @@ async def test_without_a_log_an_answer_that_ends_in_its_first_chunk_leaves_nothi
         await house.quiet(SHORT_S)
 
 
-@pytest.mark.xfail(strict=True, reason="an answer that the log is silent about is given up without asking its engine")
 async def test_a_log_that_tells_seldom_ends_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A gateway may log how far its answers are once a minute. Their engine's gauge says that it has both."""
     monkeypatch.setattr(unseen, "QUIET_S", 0.5)
