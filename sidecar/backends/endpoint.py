@@ -66,6 +66,8 @@ class Running(Protocol):
     tokens: int
     cancelled: bool
     waits_for_client: bool
+    goes_past: bool
+    """Its answer goes to its client without us; what is told of it counts as progress."""
     ticket: Ticket
 
     def cancel(self) -> None:
@@ -436,7 +438,8 @@ class Endpoint(ABC):
     async def _report_progress(self) -> None:
         while True:
             await asyncio.sleep(PROGRESS_S)
-            held_up = [run.effect.request for run in self._runs.values() if run.waits_for_client]
+            held = (run for run in self._runs.values() if run.waits_for_client and not run.goes_past)
+            held_up = [run.effect.request for run in held]
             if self._up and (self._progress or held_up):
                 progress, self._progress = self._progress, {}
                 self._post(Progress(self.id, dict.fromkeys(held_up, 0) | progress))

@@ -98,6 +98,7 @@ class Run(Protocol):
     ticket: Ticket
     tokens: int
     waits_for_client: bool
+    goes_past: bool
 
 
 def first_token(run: Run, unseen: Unseen | None) -> FirstToken:
@@ -123,7 +124,7 @@ class Follower:
 
         `broke(cause)` ends a run whose engine broke off.
         """
-        run.waits_for_client = True  # nothing has to come from the engine
+        run.goes_past = run.waits_for_client = True  # nothing has to come from the engine
         key = run.effect.request, run.effect.attempt
         if not read.token_bytes:
             self._post(first_token(run, unseen))

@@ -326,7 +326,7 @@ def _progress(step: Step, event: ev.Progress) -> None:
 def _has_slowed(step: Step, backend: Backend, tokens: dict[int, int]) -> bool:
     """Count the engine's steps by the requests that ran since the last report; return True if it has become slower."""
     requests = [step.state.requests[request_id] for request_id in tokens]
-    steps = max((tokens[request.id] for request in requests if request.progressing), default=0)
+    steps = max((tokens[each.id] for each in requests if each.progressing and not each.unseen), default=0)
     for request in requests:
         request.progressing = tokens[request.id] > 0
     if not steps:

@@ -70,7 +70,7 @@ class OpenAiRun(ABC):
         self._count = StreamedTokens()
         self._follower = follower
         self._unseen: Unseen | None = None
-        self._is_unseen = False
+        self.goes_past = False
         self._read = Read(len(DONE + END_OF_EVENT))
 
     @abstractmethod
@@ -95,7 +95,7 @@ class OpenAiRun(ABC):
         An answer that goes past us cannot be ended from here, and keeps its seat until its end is told.
         """
         self.cancelled = True
-        if self._work is not None and not self._is_unseen:
+        if self._work is not None and not self.goes_past:
             self._work.cancel()
 
     async def go(self, client: httpx.AsyncClient) -> None:
@@ -139,7 +139,7 @@ class OpenAiRun(ABC):
         try:
             await self._read_events(reply, unseen)
         finally:
-            if unseen is not None and not self._is_unseen:
+            if unseen is not None and not self.goes_past:
                 unseen.close()
 
     async def _read_events(self, reply: httpx.Response, unseen: Unseen | None) -> None:
@@ -161,7 +161,7 @@ class OpenAiRun(ABC):
 
     async def _watch(self, unseen: Unseen) -> None:
         """Follow an answer that goes past us."""
-        self._is_unseen = self._has_begun = True
+        self._has_begun = True
         await self._follower.follow(self, unseen, self._read, self._wire_broke)
 
     def _take(self, event: bytes, final: bool) -> None:

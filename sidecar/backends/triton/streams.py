@@ -97,7 +97,7 @@ class Run:
         self.cancelled = False
         self.waits_for_client = False
         self._unseen: Unseen | None = None
-        self._is_unseen = False
+        self.goes_past = False
         self._work: asyncio.Task[Any] | None = None
         self._post = post
         self._heard = heard
@@ -139,7 +139,7 @@ class Run:
         self.cancelled = True
         if self._call is not None:
             self._call.cancel()
-        if self._work is not None and not self._is_unseen:  # what goes past us cannot be ended from here
+        if self._work is not None and not self.goes_past:  # what goes past us cannot be ended from here
             self._work.cancel()
 
     def abandon(self) -> None:
@@ -255,7 +255,7 @@ class Run:
         try:
             await self._read_carried(answer, unseen, follower)
         finally:
-            if unseen is not None and not self._is_unseen:
+            if unseen is not None and not self.goes_past:
                 unseen.close()
 
     async def _read_carried(self, answer: httpx.Response, unseen: Unseen | None, follower: Follower) -> None:
@@ -269,7 +269,6 @@ class Run:
                 return
             read.tokens, read.token_bytes = self.tokens, len(raw) + PREFIX.size if self.tokens else 0
         if unseen is not None and unseen.goes_on:
-            self._is_unseen = True
             await follower.follow(self, unseen, read, self._broke_off)
             return
         code, text = status_in(answer.extensions.get(TRAILERS) or answer.headers)

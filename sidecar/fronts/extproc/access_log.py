@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from time import monotonic
 
 from sidecar.backends.api import Ending, Sighting
@@ -12,6 +13,8 @@ from sidecar.proto import envoy_pb2 as envoy
 
 LOST_S, ALIVE_S = 15.0, 5.0
 """How long the log says nothing of an answer, while it goes on telling of others, before its end counts as lost."""
+OFTEN_S, FADING = 1.5, 0.9
+"""An engine whose answers are told of so often has to be heard of, as if they came here."""
 _LEFT = ("downstream_connection_termination", "downstream_remote_reset", "downstream_protocol_error")
 _LATE = ("upstream_request_timeout", "duration_timeout", "upstream_max_stream_duration_reached")
 _BROKE = (
@@ -35,14 +38,20 @@ class Watched(Sightings):
         super().__init__()
         self._log, self._exchange = log, exchange
         self._told_s = monotonic()
+        self._has_told = False
 
     def take(self, sighting: Sighting) -> None:
-        self._told_s = monotonic()
+        now_s = monotonic()
+        if sighting.ending is None:
+            if self._has_told:
+                self._log.note_gap(now_s - self._told_s)
+            self._has_told = True
+        self._told_s = now_s
         super().take(sighting)
 
     @property
     def tells(self) -> bool:
-        return self._log.is_periodic
+        return self._log.gap_s <= OFTEN_S
 
     @property
     def is_lost(self) -> bool:
@@ -69,6 +78,8 @@ class AccessLog:
         """When the log last told of an exchange that is watched."""
         self.is_periodic = False
         """It tells of answers before they end."""
+        self.gap_s = inf
+        """The longest time of late between two things that it told of an answer that goes on."""
 
     def watch(self, exchange: str) -> Watched:
         """Begin to keep what is told of an exchange."""
@@ -79,6 +90,10 @@ class AccessLog:
     def unseen(self) -> int:
         """The number of answers whose rest goes past this process."""
         return sum(watched.goes_on for watched in self._watched.values())
+
+    def note_gap(self, gap_s: float) -> None:
+        """Note the time between two things that were told of an answer. Longer ones fade."""
+        self.gap_s = gap_s if self.gap_s == inf else max(gap_s, FADING * self.gap_s)
 
     def forget(self, exchange: str) -> None:
         self._watched.pop(exchange, None)

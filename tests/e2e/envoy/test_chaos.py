@@ -17,9 +17,10 @@ from typing import Any
 import httpx
 import pytest
 
+from sidecar.core.effects import Probe
 from sidecar.core.events import RunEnded
 from tests.bench.processes import SidecarProcess
-from tests.e2e.envoy.house import Clients, House, Streamed, house, log_to
+from tests.e2e.envoy.house import ENGINE, Clients, House, Streamed, house, log_to
 from tests.e2e.envoy.log_relay import log_relay
 from tests.e2e.envoy.server import EnvoyServer
 from tests.kit.ports import free_port
@@ -97,6 +98,26 @@ async def test_a_killed_engine_ends_what_it_ran(tmp_path: Path) -> None:
         assert all(each.token_ids == running.tokens_of(names[0], 900) for each in whole)
         await until(lambda: not state.requests)
         assert (await running.stream(names[0], 4)).headers["x-lora-backend"] != busiest.id
+
+
+async def test_an_engine_that_stops_is_suspected_by_what_the_log_no_longer_tells(tmp_path: Path) -> None:
+    """Where the log tells of answers each second. While it does, an engine that goes on is not suspected."""
+    names = write_adapters(tmp_path / "adapters", 1)
+    backend = {"engine": ENGINE | {"cost": "llama-3.1-8b/a100_sxm/vllm"}}
+    async with house(tmp_path, names, time_scale=1.0, backend=backend) as running:
+        (known,) = running.served.state.backends.values()
+        first = asyncio.create_task(running.stream(names[0], 400))
+        await until(lambda: running.served.sidecar.metrics.picker().entries["used"] >= 3)
+        asked = [asyncio.create_task(running.stream(names[0], 900)) for _ in range(4)]
+        assert (await first).is_complete
+        assert not any(isinstance(effect, Probe) for effect in running.served.recorder.effects)
+        running.engines[0].signal(signal.SIGSTOP)
+        await until(lambda: known.silence.suspected)
+        running.engines[0].signal(signal.SIGCONT)
+        answers = await asyncio.gather(*asked)
+        assert all(answer.token_ids == running.tokens_of(names[0], 900) for answer in answers)
+        assert not known.silence.suspected
+        await quiet(running)
 
 
 class Killable:
