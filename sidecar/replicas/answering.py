@@ -111,7 +111,7 @@ class Answers:
         finally:
             reading.cancel()
             for ticket in (*self._tickets.values(), *self._over):
-                self._left(ticket)
+                self._lost(ticket)
 
     def leave(self) -> None:
         """End the call once all replies are sent."""
@@ -174,9 +174,7 @@ class Answers:
             for number in message.moved:
                 self._close(number, moved=True)
             for carried in message.carried:
-                ticket = self._tickets.get(carried.number)
-                if ticket is not None and isinstance(ticket.carrier, RemoteCarrier):
-                    ticket.carrier.hear(carried)
+                self._hear(carried)
             for number in message.paused:
                 self._pause(number, True)
             for number in message.resumed:
@@ -220,12 +218,29 @@ class Answers:
     def _close(self, number: int, moved: bool = False) -> None:
         ticket = self._tickets.pop(number, None)
         if ticket is not None:
-            self._left(ticket, moved)
+            self._gateway.close(ticket, moved)
+            if isinstance(ticket.carrier, RemoteCarrier):
+                ticket.carrier.lose()
 
-    def _left(self, ticket: PassedOn, moved: bool = False) -> None:
-        """Close a ticket about which the other replica says nothing more."""
-        self._gateway.close(ticket, moved)
-        if isinstance(ticket.carrier, RemoteCarrier):
+    def _lost(self, ticket: PassedOn) -> None:
+        """Close a ticket whose replica is gone. An answer that goes past that one goes on, and nobody tells its end."""
+        if isinstance(ticket.carrier, RemoteCarrier) and ticket.carrier.goes_on:
+            ticket.drop()
+            self._gateway.tickets.pop(ticket.request, None)
+            ticket.carrier.lose()
+        else:
+            self._gateway.close(ticket)
+
+    def _hear(self, carried: Any) -> None:
+        """Take what a proxy has brought of one answer. What cannot be read ends no other."""
+        ticket = self._tickets.get(carried.number)
+        if ticket is None or not isinstance(ticket.carrier, RemoteCarrier):
+            return
+        try:
+            ticket.carrier.hear(carried)
+        except Exception as error:
+            logger.exception("what another replica tells of the request with id %s cannot be read", ticket.client_id)
+            ticket.carrier.hear(peers_pb2.Carried(failed=str(error)))
             ticket.carrier.lose()
 
     def _pause(self, number: int, paused: bool) -> None:

@@ -6,6 +6,7 @@ Only the decision crosses, and of the answer what comes to the receiving replica
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
@@ -15,6 +16,9 @@ from sidecar.backends.api import TRAILERS, UNREAD, UNSEEN, Carrier, Chunks, Endi
 from sidecar.backends.unseen import Sightings
 from sidecar.proto import peers_pb2
 
+logger = logging.getLogger(__name__)
+
+ENDINGS = frozenset(ending.value for ending in Ending)
 Tell = Callable[[Any], None]
 
 
@@ -32,11 +36,17 @@ class RemoteCarrier:
         self._unseen = _RemoteUnseen()
         self._has_carried = False
 
+    @property
+    def goes_on(self) -> bool:
+        """True if the rest of an answer goes past us."""
+        return self._unseen.goes_on
+
     def hear(self, carried: Any) -> None:
-        """Take what the other replica says."""
-        if carried.WhichOneof("brought") == "sighting":
+        """Take what the other replica says. What only a newer one says is passed over."""
+        which = carried.WhichOneof("brought")
+        if which == "sighting":
             self._unseen.take(sighting_of(carried.sighting))
-        else:
+        elif which is not None:
             self._brought.put_nowait(carried)
 
     def lose(self) -> None:
@@ -72,6 +82,8 @@ class RemoteCarrier:
     async def _chunks(self) -> AsyncIterator[bytes]:
         while (carried := await self._brought.get()).WhichOneof("brought") == "chunk":
             yield carried.chunk
+        if carried.WhichOneof("brought") == "failed":
+            raise httpx.ReadError(carried.failed)
         self._unseen.goes_on = carried.end.goes_on
         self._trailers |= {each.key: each.value for each in carried.end.trailers}
 
@@ -86,49 +98,52 @@ class _RemoteUnseen(Sightings):
 
 
 async def carry(
-    carrier: Carrier, carriage: Any, number: int, tell: Tell, begun: Callable[[bool], None]
-) -> Sighting | None:
-    """Have a carrier carry what the owner decided, and tell the owner what comes of it.
+    carrier: Carrier | None, carriage: Any, number: int, tell: Tell, came: Callable[[int], None]
+) -> Unseen | None:
+    """Have a carrier carry what the owner decided, and tell the owner what comes of it, also if that fails.
 
-    Calls `begun(goes_on)` when an answer has begun that the client sees, and when the rest goes past us. Returns how
-    such an answer ended, None if it was seen whole.
+    Calls `came(size_bytes)` for each part of an answer that the client sees. Returns the rest of such an answer if it
+    goes past us: then the owner waits for sightings. None if all of it was seen.
     """
+    if carrier is None:
+        tell(peers_pb2.Carried(number=number, declined=True))
+        return None
     try:
-        headers = [(each.key, each.value) for each in carriage.headers]
-        answer = await carrier.carry(httpx.Request("POST", carriage.url, headers=headers, content=carriage.body))
-        if answer is None:
-            tell(peers_pb2.Carried(number=number, declined=True))
-            return None
-        is_unread = UNREAD in answer.extensions
-        head = peers_pb2.CarriedHead(status=answer.status_code, is_unread=is_unread)
-        for key, value in answer.headers.items():
-            head.headers.add(key=key, value=value)
-        tell(peers_pb2.Carried(number=number, head=head))
-        if is_unread:
-            return None
-        async for chunk in answer.aiter_raw():
-            if answer.status_code == httpx.codes.OK:
-                begun(False)
-            tell(peers_pb2.Carried(number=number, chunk=chunk))
+        return await _carry(carrier, carriage, number, tell, came)
     except httpx.HTTPError as error:
         tell(peers_pb2.Carried(number=number, failed=str(error)))
+    except Exception as error:
+        logger.exception("an answer that a proxy brings for another replica cannot be read")
+        tell(peers_pb2.Carried(number=number, failed=f"the replica that was asked failed: {error}"))
+    return None
+
+
+async def _carry(
+    carrier: Carrier, carriage: Any, number: int, tell: Tell, came: Callable[[int], None]
+) -> Unseen | None:
+    headers = [(each.key, each.value) for each in carriage.headers]
+    answer = await carrier.carry(httpx.Request("POST", carriage.url, headers=headers, content=carriage.body))
+    if answer is None:
+        tell(peers_pb2.Carried(number=number, declined=True))
         return None
+    is_unread = UNREAD in answer.extensions
+    head = peers_pb2.CarriedHead(status=answer.status_code, is_unread=is_unread)
+    for key, value in answer.headers.items():
+        head.headers.add(key=key, value=value)
+    tell(peers_pb2.Carried(number=number, head=head))
+    if is_unread:
+        return None
+    async for chunk in answer.aiter_raw():
+        if answer.status_code == httpx.codes.OK:
+            came(len(chunk))
+        tell(peers_pb2.Carried(number=number, chunk=chunk))
     unseen: Unseen | None = answer.extensions.get(UNSEEN)
     goes_on = unseen is not None and unseen.goes_on
     end = peers_pb2.CarriedEnd(goes_on=goes_on)
     for key, value in (answer.extensions.get(TRAILERS) or {}).items():
         end.trailers.add(key=key, value=value)
     tell(peers_pb2.Carried(number=number, end=end))
-    if unseen is None or not goes_on:
-        return None
-    begun(True)
-    try:
-        while (sighting := await unseen.next()).ending is None:
-            tell(peers_pb2.Carried(number=number, sighting=sighting_sent(sighting)))
-    finally:
-        unseen.close()
-    tell(peers_pb2.Carried(number=number, sighting=sighting_sent(sighting)))
-    return sighting
+    return unseen if goes_on else None
 
 
 def sighting_sent(sighting: Sighting, exchange: str = "") -> Any:
@@ -137,4 +152,8 @@ def sighting_sent(sighting: Sighting, exchange: str = "") -> Any:
 
 
 def sighting_of(sent: Any) -> Sighting:
-    return Sighting(sent.body_bytes, Ending(sent.ending) if sent.ending else None, sent.cause)
+    """Return a sighting as another replica tells it. An ending that only a newer one knows is LOST."""
+    ending = None
+    if sent.ending:
+        ending = Ending(sent.ending) if sent.ending in ENDINGS else Ending.LOST
+    return Sighting(sent.body_bytes, ending, sent.cause)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from enum import Enum
 from time import monotonic
 from typing import Any
 
 from google.protobuf.message import DecodeError
 
-from sidecar.backends.api import Ticket
-from sidecar.backends.openai.events import EVENT, prompt_tokens
+from sidecar.backends.api import Ending, Sighting, Ticket, Unseen
+from sidecar.backends.openai.events import DONE, END_OF_EVENT, EVENT, prompt_bytes, prompt_tokens
+from sidecar.backends.unseen import QUIET_S, Read
+from sidecar.core.core import LEFT, UNOBSERVED
 from sidecar.core.effects import Settle
 from sidecar.core.enums import outcome_of
 from sidecar.errors import Reason
+from sidecar.proto import peers_pb2
 from sidecar.replicas import forms
 from sidecar.replicas.call import ForwardCall
-from sidecar.replicas.carrying import carry
+from sidecar.replicas.carrying import carry, sighting_sent
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.requests import RequestFacts
 
@@ -31,6 +35,10 @@ SUSPECT_S = 5.0
 The owner did nothing with older ones that could crash a process. Without this limit, killing two owners one after the
 other would make every request that waits for long count as poisonous.
 """
+
+
+ORPHAN_S = 3600.0
+"""How long the end of an answer is waited for whose owner is gone, if nothing is told of it."""
 
 
 class Owner(Enum):
@@ -76,6 +84,10 @@ class Forward:
         self._has_origin = False
         self._goes_on = self._is_orphaned = False
         """The rest of the answer goes past this process; its owner is gone meanwhile."""
+        self._last: Sighting | None = None
+        """How such an answer has ended."""
+        self._read = Read(0)
+        """What has come here of a carried answer."""
         self._carrying: asyncio.Task[None] | None = None
         self._end: asyncio.Future[GivenBack | None] = asyncio.get_running_loop().create_future()
         self._resuming: asyncio.Task[None] | None = None
@@ -133,6 +145,8 @@ class Forward:
             return
         if self._goes_on:
             self._is_orphaned = True  # the answer goes on without its owner, and the proxy tells us its end
+            if self._last is not None:
+                self._end_orphan(self._last)
             return
         if self._ticket.came is not None and self._ticket.came.final:
             self._gateway.end_here(self._ticket, self._facts, None, "", self.backend)
@@ -162,7 +176,7 @@ class Forward:
         if which == "carriage":
             self._carrying = asyncio.create_task(self._carry(reply.carriage))
             return False
-        self._has_begun = True
+        self._begin()
         raw = reply.last if which == "last" else reply.part
         if raw.startswith((b"{", EVENT)):  # only in JSON no text of an answer can look like the engine's own count
             ticket.prompt_tokens = prompt_tokens(raw) or ticket.prompt_tokens
@@ -180,17 +194,70 @@ class Forward:
         self._call.resume(self._number)
 
     async def _carry(self, carriage: Any) -> None:
-        """Have our proxy carry the request, as its owner decided."""
-        carrier = self._ticket.carrier
-        assert carrier is not None, "a carriage for a request that nothing carries"
+        """Have our proxy carry the request, as its owner decided, and tell the owner what is seen of the answer."""
         assert self._call is not None
-        await carry(carrier, carriage, self._number, self._call.tell, self._carried)
+        tell, number = self._call.tell, self._number
+        unseen = await carry(self._ticket.carrier, carriage, number, tell, self._came)
+        if unseen is None:
+            return
+        self._goes_on = True
+        self._begin()
+        try:
+            while self._last is None:
+                sighting = await self._next_of(unseen)
+                tell(peers_pb2.Carried(number=number, sighting=sighting_sent(sighting)))
+                self._last = None if sighting.ending is None else sighting
+        finally:
+            unseen.close()
         if self._is_orphaned:
-            self._gateway.end_here(self._ticket, self._facts, None, "", self.backend)
-            self._ended(None)
+            self._end_orphan(self._last)
 
-    def _carried(self, goes_on: bool) -> None:
-        self._has_begun, self._goes_on = True, goes_on
+    async def _next_of(self, unseen: Unseen) -> Sighting:
+        """Return the next thing that is seen of an answer. While it has an owner, that one judges a silence."""
+        since_s = monotonic()
+        while True:
+            try:
+                async with asyncio.timeout(QUIET_S):
+                    return await unseen.next()
+            except TimeoutError:
+                if self._is_orphaned and (unseen.is_lost or monotonic() - since_s > ORPHAN_S):
+                    return Sighting(0, Ending.LOST)
+
+    def _came(self, size_bytes: int) -> None:
+        """Note a part of a carried answer that its client gets."""
+        self._begin()
+        self._read.size_bytes += size_bytes
+
+    def _begin(self) -> None:
+        """Note that the answer has begun."""
+        if not self._has_begun:
+            self._has_begun = True
+            self._gateway.chronicle.begun_elsewhere(self._ticket)
+
+    def _end_orphan(self, last: Sighting) -> None:
+        """End a request by what was seen last of its answer, which went past us; its owner is gone."""
+        name = self._facts.adapter or "base model"
+        broke_off = f"{name}: the answer of {self.backend} broke off on its way to the client: {last.cause}"
+        endings: dict[Ending | None, tuple[Reason | None, str]] = {
+            Ending.WHOLE: (None, ""),
+            Ending.CLIENT_LEFT: (Reason.CANCELLED, LEFT),
+            Ending.LOST: (Reason.UNOBSERVED, UNOBSERVED),
+        }
+        how = endings.get(last.ending, (Reason.BACKEND_FAILED, broke_off))
+        ending = self._gateway.ending_of(self._ticket, self._facts, *how, self.backend)
+        self._gateway.end_by(self._ticket, replace(ending, output_tokens=self._estimate(last), is_estimated=True))
+        self._ended(None)
+
+    def _estimate(self, last: Sighting) -> int:
+        """Return how many tokens an answer has that went past us, by its bytes."""
+        came, read = self._ticket.came, self._read
+        read.tokens = self._ticket.delivered
+        if came is not None and came.raw.startswith(EVENT):
+            read.token_bytes = len(came.raw) - prompt_bytes(came.raw)
+            read.tail_bytes = len(DONE + END_OF_EVENT)
+        elif came is not None:
+            read.token_bytes = len(came.raw)
+        return min(read.tokens + round(read.told(last)), self._facts.output_tokens_max or sys.maxsize)
 
     def _take_ending(self, sent: Any) -> GivenBack | None:
         ticket = self._ticket

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ from sidecar.replicas.answering import Answers
 from sidecar.replicas.carrying import sighting_of
 from sidecar.replicas.files import FilesHere
 from sidecar.shell.gateway import Gateway
+
+logger = logging.getLogger(__name__)
 
 Boards = Callable[[], AsyncIterator[Any]]
 Answer = Callable[[Any], Awaitable[Any]]
@@ -54,7 +57,10 @@ class PeersService(peers_pb2_grpc.PeersServicer):
 
     async def Tell(self, request: Any, context: Any) -> Any:
         for sent in request.sightings:
-            self.told(sent.exchange, sighting_of(sent))
+            try:
+                self.told(sent.exchange, sighting_of(sent))
+            except Exception:  # the others are of other requests
+                logger.exception("what another replica's proxy tells of exchange %s cannot be read", sent.exchange)
         return peers_pb2.TellReply()
 
     async def Source(self, request: Any, context: Any) -> None:

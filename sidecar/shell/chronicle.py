@@ -34,6 +34,7 @@ from sidecar.timelines import saying
 from sidecar.timelines.asking import Meant, also_an_id_note, asked_for, same_id_note
 from sidecar.timelines.obstacles import in_the_way
 from sidecar.timelines.record import (
+    AnswerBegun,
     CameBack,
     Entry,
     GivenBack,
@@ -476,23 +477,25 @@ class Chronicle:
         self._add(record, self._clock_ns(), PassedOn(replica, backend, leg))
         return leg
 
+    def begun_elsewhere(self, ticket: Ticket) -> None:
+        """Note that the answer of a request has begun which another replica has."""
+        if (record := self._open.get(ticket.request)) is not None:
+            self._add(record, self._clock_ns(), AnswerBegun())
+
     def given_back(self, ticket: Ticket, why: str) -> None:
-        record = self._open.get(ticket.request)
-        if record is not None:
+        if (record := self._open.get(ticket.request)) is not None:
             record.is_elsewhere = False
             self._add(record, self._clock_ns(), GivenBack(why))
 
     def renumbered(self, old: int, new: int) -> None:
         """Note that this replica's core gets a request under a new number."""
-        record = self._open.pop(old, None)
-        if record is not None:
+        if (record := self._open.pop(old, None)) is not None:
             record.received = replace(record.received, request=new)
             self._open[new] = record
 
     def ended_here(self, ticket: Ticket) -> None:
         """Note the ending that this replica has given a request which was passed on."""
-        record = self._open.get(ticket.request)
-        if record is not None:
+        if (record := self._open.get(ticket.request)) is not None:
             record.is_elsewhere = False
         self.ended_elsewhere(ticket)
 
@@ -501,6 +504,7 @@ class Chronicle:
         record = self._open.get(ticket.request)
         if record is not None and ticket.settled is not None:
             record.dispatch = ticket.dispatch
+            record.is_carried = ticket.dispatch is not None and ticket.carrier is not None
             settled = with_name(self._state(), ticket.settled, record.received.adapter)
             self._end(record, settled, monotonic_ns())
 

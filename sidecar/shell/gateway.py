@@ -390,7 +390,10 @@ class Gateway:
         self, ticket: Ticket, facts: RequestFacts, reason: Reason | None, message: str, backend: str = ""
     ) -> None:
         """End a request that neither this replica's core nor another replica ends: it is logged and counted here."""
-        ending = self.ending_of(ticket, facts, reason, message, backend)
+        self.end_by(ticket, self.ending_of(ticket, facts, reason, message, backend))
+
+    def end_by(self, ticket: Ticket, ending: do.Settle) -> None:
+        """End a request as `end_here` does, by an ending that more is known of."""
         ticket.settle(ending)
         self.chronicle.ended_here(ticket)
         self.driver.show_endings([ending])
@@ -444,17 +447,12 @@ class Gateway:
             self.catalogue.forget_unneeded()
             self._cancel_stalled()
 
-    def _cancel_stalled(
-        self,
-    ) -> None:  # not in the loop above: its frame would keep the last ticket
-        now_ns = monotonic_ns()
-        over = self.access.ended()
+    def _cancel_stalled(self) -> None:
+        # not in the loop above: its frame would keep the last ticket
+        now_ns, over = monotonic_ns(), self.access.ended()
         for ticket in list(self.tickets.values()):
-            if (
-                ticket.caller is not None
-                and ticket.settled is None
-                and over(ticket.caller, ticket.dispatch is not None)
-            ):
+            is_over = ticket.caller is not None and over(ticket.caller, ticket.dispatch is not None)
+            if is_over and ticket.settled is None:
                 self._cancel(ticket, ev.ClientLeft(ticket.request, revoked=True))
                 continue
             since_ns = ticket.behind_since_ns

@@ -17,7 +17,7 @@ from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.enums import Why
 from sidecar.timelines import saying
-from sidecar.timelines.timeline import AT_AN_ENGINE, SENT, Timeline, Waits
+from sidecar.timelines.timeline import AT_AN_ENGINE, FIRST_TOKEN, SENT, Timeline, Waits
 
 NOT_LOOKED_AT = "not looked at"
 """The reason of a wait so long ago, or so many changes ago, that it is not kept any more."""
@@ -84,6 +84,11 @@ class PassedOn:
 
 
 @record(frozen=True, slots=True)
+class AnswerBegun:
+    """The answer has begun of a request that another replica has."""
+
+
+@record(frozen=True, slots=True)
 class GivenBack:
     """The other replica gave the request back before its first token."""
 
@@ -116,6 +121,7 @@ Happened = (
     | Unowned
     | CameBack
     | PassedOn
+    | AnswerBegun
     | GivenBack
     | PromiseVoided
     | Queued
@@ -283,6 +289,10 @@ class _Telling:
         self._hand_over(at_ns, what)
         self._waits.moment(at_ns, "passed_on", f"passed on to replica {what.replica}, which owns {what.backend}")
 
+    def _begun(self, at_ns: int, what: AnswerBegun) -> None:
+        self._hand_over(at_ns, None)
+        self._waits.moment(at_ns, FIRST_TOKEN, "first token")
+
     def _unowned(self, at_ns: int, what: Unowned) -> None:
         self._hand_over(at_ns, what)
 
@@ -358,6 +368,7 @@ _TOLD: dict[type, Callable[[_Telling, int, Any], None]] = {
     Unowned: _Telling._unowned,
     CameBack: _Telling._came_back,
     PassedOn: _Telling._passed_on,
+    AnswerBegun: _Telling._begun,
     GivenBack: _Telling._given_back,
     PromiseVoided: _Telling._voided,
     News: _Telling._news,

@@ -199,9 +199,6 @@ async def two_replicas(folder: Path, **engine: Any) -> AsyncIterator[tuple[Servi
             yield owner, PickerHouse(other, [triton], channel, folder)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=TimeoutError, reason="what fails in the replica that carries is never told to the owner"
-)
 @pytest.mark.parametrize("chunk", [COMPRESSED, GARBAGE], ids=["compressed", "garbage"])
 async def test_an_answer_that_the_asked_replica_cannot_read_keeps_no_seat(tmp_path: Path, chunk: bytes) -> None:
     async with two_replicas(tmp_path, decoupled=False) as (owner, house):
@@ -212,9 +209,6 @@ async def test_an_answer_that_the_asked_replica_cannot_read_keeps_no_seat(tmp_pa
         await until(lambda: not owner.state.requests, SHORT_S)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=TimeoutError, reason="one message that is not understood ends the reading of all others"
-)
 async def test_a_sighting_that_is_not_understood_ends_one_request_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
