@@ -114,7 +114,8 @@ async def carry(
         tell(peers_pb2.Carried(number=number, failed=str(error)))
     except Exception as error:
         logger.exception("an answer that a proxy brings for another replica cannot be read")
-        tell(peers_pb2.Carried(number=number, failed=f"the replica that was asked failed: {error}"))
+        why = f"the replica that was asked failed: {str(error) or type(error).__name__}"
+        tell(peers_pb2.Carried(number=number, failed=why))
     return None
 
 

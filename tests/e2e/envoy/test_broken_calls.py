@@ -12,10 +12,11 @@ import grpc.aio
 import pytest
 from tritonclient.grpc import service_pb2
 
+from sidecar.backends.api import Ending
 from sidecar.core.effects import Heal
 from sidecar.core.events import RunEnded
 from sidecar.fronts.extproc.call_exchange import STREAM, UNARY
-from sidecar.replicas import carrying
+from sidecar.replicas import carrying, forwarding
 from tests.e2e.envoy.test_calls import calls
 from tests.kit.emulated import core_request, running_engine, set_parameter
 from tests.kit.picker_house import PickerHouse, entry_of, picker_house, response_body, response_head
@@ -209,11 +210,12 @@ async def test_an_answer_that_the_asked_replica_cannot_read_keeps_no_seat(tmp_pa
         await until(lambda: not owner.state.requests, SHORT_S)
 
 
+@pytest.mark.parametrize("is_read", [True, False], ids=["ending", "message"])
 async def test_a_sighting_that_is_not_understood_ends_one_request_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_read: bool
 ) -> None:
-    """A newer replica may know endings that the owner has never heard of."""
-    sent = carrying.sighting_sent
+    """A newer replica may know endings, or say things, that the owner has never heard of."""
+    sent = forwarding.sighting_sent
 
     def newer(sighting: Any, exchange: str = "") -> Any:
         told = sent(sighting, exchange)
@@ -222,7 +224,9 @@ async def test_a_sighting_that_is_not_understood_ends_one_request_only(
         return told
 
     async with two_replicas(tmp_path) as (owner, house):
-        monkeypatch.setattr(carrying, "sighting_sent", newer)
+        monkeypatch.setattr(forwarding, "sighting_sent", newer)
+        if not is_read:
+            monkeypatch.setattr(carrying, "sighting_of", Ending)
         raw = await routed_call(house, STREAM)
         await raw.send(call_answer(), response_body(answered()))
         await rest_of(raw)

@@ -18,7 +18,7 @@ from sidecar.backends.api import Ticket
 from sidecar.core.enums import Seen
 from sidecar.core.events import ClientLeft, RunEnded
 from sidecar.fronts.extproc.call_exchange import STREAM
-from sidecar.proto import admin_pb2, admin_pb2_grpc
+from sidecar.proto import admin_pb2, admin_pb2_grpc, peers_pb2
 from sidecar.proto import envoy_pb2 as envoy
 from sidecar.replicas.carrying import RemoteCarrier
 from sidecar.timelines.record import Record, timeline_of
@@ -87,6 +87,7 @@ async def apart(folder: Path, kind: str) -> AsyncIterator[Apart]:
         peers, member = other.sidecar.replica.peers, owner.sidecar.replica.member.id
         between = Proxy(int(peers.addresses()[member].rpartition(":")[2]))
         await between.mend()
+        stack.push_async_callback(between.cut)
         peers.are({})
         peers.are({member: f"127.0.0.1:{between.port}"})
         await until(lambda: other.sidecar.replica.board.owner_of("b0") == member)
@@ -219,3 +220,24 @@ async def test_what_has_not_gone_past_a_replica_ends_with_it(tmp_path: Path, kin
         await until(lambda: not house.owner.state.requests, SHORT_S)
         assert len(clients_left(house.owner)) == 1
         assert not house.owner.sidecar.gateway.tickets
+
+
+async def test_an_ending_that_only_a_newer_replica_knows_ends_one_answer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a gateway's log tells another replica comes in batches."""
+    caplog.set_level(logging.INFO, "sidecar.requests")
+    async with apart(tmp_path, EVENTS) as house:
+        first, second = await house.let_go(), await house.let_go()
+        await until(lambda: house.asked.picker.log.unseen == 2)
+        await until(lambda: sum(request.unseen for request in house.owner.state.requests.values()) == 2)
+        of_first, of_second = (raw.exchange()["exchange"] for raw in (first, second))
+        sightings = [
+            peers_pb2.Sighting(exchange=of_first, body_bytes=500, ending="never heard of"),
+            peers_pb2.Sighting(exchange=of_second, body_bytes=500, ending="whole"),
+        ]
+        asked_replica = house.asked.served.sidecar.replica.member.id
+        await house.owner.sidecar.replica.peers.stub(asked_replica).Tell(peers_pb2.TellRequest(sightings=sightings))
+        await until(lambda: not house.owner.state.requests, SHORT_S)
+        lines = [record.getMessage() for record in caplog.records if record.name == "sidecar.requests"]
+        assert sorted(line.split("outcome=")[1].split()[0] for line in lines) == ["failed", "ok"]
