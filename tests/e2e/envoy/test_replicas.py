@@ -22,7 +22,7 @@ from tests.e2e.envoy.test_calls import tokens_of
 from tests.e2e.envoy.variants import among
 from tests.kit.emulated import channel_to, core_request, output_of, running_engine, set_parameter
 from tests.kit.redis_servers import running
-from tests.kit.replica_pool import CALM_S, owned, replicas
+from tests.kit.replica_pool import CALM_S, owned, replicas, settled
 from tests.kit.serving import Serving, until, write_adapters
 from tests.kit.trtllm_emulated import BASE_CONFIG
 from tests.kit.vllm_emulated import Client, VllmProcess, unload_all
@@ -58,6 +58,7 @@ async def pool_behind_envoy(
         await stack.enter_async_context(envoy)
         http = httpx.AsyncClient(base_url=f"http://{envoy.address}", timeout=60.0, trust_env=False)
         await stack.enter_async_context(http)
+        await until(lambda: settled(pool))  # on a busy machine a lease may have ended meanwhile
         yield pool, Clients(http), started
 
 
@@ -138,6 +139,7 @@ async def triton_pool_behind_envoy(
         pickers = [served.sidecar.endpoint_picker_address for served in pool]
         envoy = EnvoyServer(folder / "envoy", pickers[0], request_mode, response_mode, among(pickers))
         async with envoy, channel_to(envoy.address) as stub:
+            await until(lambda: settled(pool))
             yield pool, stub
 
 
