@@ -141,10 +141,11 @@ class EndpointPickerListener(GrpcListener):
     without an address.
 
     `override_mode` asks gateways that buffer bodies to stream answers, where they allow it. `in_path` is where Envoy
-    reaches the http listener, to which it sends requests whose every token must be seen; `in_path_grpc` is where it
-    reaches the data listener, for calls. With `estimates_allowed` tenants with budgets of tokens are not among them:
-    what they are charged is estimated by bytes. With `one_request_per_stream` a KServe stream has one request, and ends
-    with its answer.
+    reaches the http listener, to which it sends requests whose tokens must all be seen; `in_path_grpc` is where it
+    reaches the data listener, for calls. Host names are resolved by the sidecar, for each request. With
+    `estimates_allowed`, requests of tenants with token budgets are carried by Envoy, too, and charged by bytes. With
+    `one_request_per_stream` a KServe stream has one request, and ends with its answer; streams that stay open then do
+    not use `in_path_grpc`.
     """
 
     address: GrpcAddress | None = None  # type: ignore[assignment]

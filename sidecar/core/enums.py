@@ -87,8 +87,8 @@ VOID_BECAUSE = {
     Voided.RUN_AGAIN: "The request was sent and had to be sent again.",
     Voided.SHARES_CHANGED: "Tenants' weights were changed.",
     Voided.UNTOLD: (
-        "A proxy carried an answer, and nobody told its end: it kept its seat until the engine was asked. Or the "
-        "engine got requests that this process did not send."
+        "A proxy carried an answer whose end was never reported, so it kept its seat until the sidecar asked the "
+        "engine. Or the engine got requests that this process did not send."
     ),
 }
 

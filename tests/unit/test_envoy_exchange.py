@@ -11,6 +11,7 @@ from sidecar.config.listeners import EndpointPickerListener
 from sidecar.fronts.extproc.access_log import AccessLog
 from sidecar.fronts.extproc.exchange import Elsewhere, Exchange
 from sidecar.fronts.extproc.replies import PIECE_BYTES, Reply
+from sidecar.fronts.extproc.ways import Way
 from sidecar.proto import envoy_pb2 as envoy
 
 
@@ -19,7 +20,8 @@ def exchange_of(write: Callable[[Reply], Awaitable[None]]) -> Exchange:
     first.protocol_config.request_body_mode = envoy.FULL_DUPLEX_STREAMED
     first.protocol_config.response_body_mode = envoy.STREAMED
     settings = EndpointPickerListener.model_validate({"address": "127.0.0.1:0"})
-    return Exchange(first, write, AccessLog(), Elsewhere(lambda address: ""), settings)
+    way = Way(None, "in_path", "http")
+    return Exchange(first, write, AccessLog(), Elsewhere(lambda address: ""), settings, way)
 
 
 async def test_nothing_is_written_behind_the_last_reply_or_when_the_call_ends() -> None:

@@ -9,6 +9,7 @@ from sidecar.fronts.extproc.access_log import AccessLog
 from sidecar.fronts.extproc.call_exchange import CallExchange
 from sidecar.fronts.extproc.exchange import Elsewhere
 from sidecar.fronts.extproc.replies import Reply
+from sidecar.fronts.extproc.ways import Way
 from sidecar.proto import envoy_pb2 as envoy
 
 
@@ -19,22 +20,25 @@ def piece(body: bytes, ended: bool = False) -> envoy.ProcessingRequest:
 async def test_no_piece_is_lost_or_overtakes_another() -> None:
     """One that the front has received, one that waited for it, and some that come while those are being sent."""
     sent: list[bytes] = []
+    begun = asyncio.Event()
 
     async def write(reply: Reply) -> None:
+        begun.set()
         await asyncio.sleep(0.01)  # a gateway that takes its time
         if reply.WhichOneof("response") == "request_body":
             sent.append(reply.request_body.response.body_mutation.streamed_response.body)
 
     first = envoy.ProcessingRequest(request_headers=envoy.HttpHeaders())
     first.protocol_config.request_body_mode = envoy.FULL_DUPLEX_STREAMED
-    settings = EndpointPickerListener.model_validate({"address": "127.0.0.1:1", "in_path_grpc": "127.0.0.1:2"})
-    exchange = CallExchange(False, first, write, AccessLog(), Elsewhere(lambda address: ""), settings)
+    settings = EndpointPickerListener.model_validate({"address": "127.0.0.1:1"})
+    way = Way("127.0.0.1:2", "in_path_grpc", "data")
+    exchange = CallExchange(False, first, write, AccessLog(), Elsewhere(lambda address: ""), settings, way)
     await exchange.begin()
     await exchange.take(piece(b"1"))
     received = (await exchange.receive())["body"]
     await exchange.take(piece(b"2"))
     redirecting = asyncio.create_task(exchange.redirect(received))
-    await asyncio.sleep(0)
+    await begun.wait()
     await exchange.take(piece(b"3"))
     await exchange.take(piece(b"4", ended=True))
     assert await redirecting

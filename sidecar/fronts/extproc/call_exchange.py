@@ -34,7 +34,6 @@ class CallExchange(Exchange):
     def __init__(self, is_unary: bool, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._is_unary = is_unary
-        self._in_path = self._settings.in_path_grpc
         self.takes_one = self._settings.one_request_per_stream and self._is_duplex
         """A stream has one request, whether its client closes its side or not. Buffered bodies come once it has."""
         self._opening = Messages()

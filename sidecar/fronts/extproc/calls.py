@@ -36,8 +36,12 @@ TIMEOUT = re.compile(r"[0-9]{1,8}[HMSmun]")
 PUSHBACK_MS = 1000
 """When a stream that was refused may come again: its message does not say."""
 OPEN = (
-    "the gateway cannot carry a stream that stays open, or whose tokens count for a budget; close your side after the "
-    "request, or have the operator set listeners.endpoint_picker.in_path_grpc, or one_request_per_stream there"
+    "the gateway cannot carry a stream that stays open; close your side after the request, or have the operator set "
+    "listeners.endpoint_picker.in_path_grpc, or one_request_per_stream there"
+)
+UNCOUNTED = (
+    "the gateway cannot carry a stream whose tokens count for a budget, or whose engine has TLS; have the operator set "
+    "listeners.endpoint_picker.in_path_grpc, or estimates_allowed there for budgets"
 )
 _OWN = frozenset(("te", "content-type", "grpc-timeout", "grpc-encoding", "grpc-accept-encoding", "user-agent"))
 END: Any = grpc.aio.EOF  # type: ignore[attr-defined]
@@ -137,7 +141,7 @@ class Call:
         if must_see or (not takes_one and (self._messages or not self._is_whole)):
             if await self._exchange.redirect(b"".join(self._so_far)):
                 raise Redirected
-            await self.abort(grpc.StatusCode.FAILED_PRECONDITION, OPEN)
+            await self.abort(grpc.StatusCode.FAILED_PRECONDITION, UNCOUNTED if must_see else OPEN)
         if not self._is_whole:
             self._exchange.end_request()
         self._so_far.clear()

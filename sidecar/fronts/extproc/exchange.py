@@ -37,6 +37,7 @@ from sidecar.fronts.extproc import heads, replies
 from sidecar.fronts.extproc.access_log import AccessLog, Watched
 from sidecar.fronts.extproc.openings import Events, Opening, Verdict
 from sidecar.fronts.extproc.replies import Reply
+from sidecar.fronts.extproc.ways import Way
 from sidecar.proto import envoy_pb2 as envoy
 
 logger = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ class Exchange:
         log: AccessLog,
         elsewhere: Elsewhere,
         settings: EndpointPickerListener,
+        way: Way,
     ) -> None:
         self._first = first
         self._write_one, self._log, self._elsewhere = write, log, elsewhere
@@ -105,7 +107,8 @@ class Exchange:
         self._mode = first.protocol_config.response_body_mode
         self._overrides_mode = settings.override_mode and not self._is_duplex
         self._settings = settings
-        self._in_path, self.estimates = settings.in_path, settings.estimates_allowed
+        self._way, self.estimates = way, settings.estimates_allowed
+        self._is_redirected = False
         self._writing = asyncio.Lock()
         self._id = secrets.token_hex(8)
         self._mark = {replies.EXCHANGE: self._id, replies.REPLICA: log.replica}
@@ -204,6 +207,8 @@ class Exchange:
             self._passes = True
             self._leave()
         if message.WhichOneof("request") == "response_headers":
+            if self._is_redirected:
+                self._way.judge(message)
             await self._write(Reply(response_headers=envoy.HeadersResponse()))
             if message.response_headers.end_of_stream or self._mode == envoy.NONE:
                 self._close()
@@ -306,7 +311,7 @@ class Exchange:
     @property
     def has_way(self) -> bool:
         """True if requests may go in path through the gateway."""
-        return self._in_path is not None
+        return self._way.address is not None
 
     @property
     def hides_tokens(self) -> bool:
@@ -389,17 +394,19 @@ class Exchange:
 
         `body` is what the front has received so far; the rest follows it.
         """
-        if self._in_path is None or self._phase is not Phase.HELD:
+        address = await self._way.resolved()
+        if address is None or self._phase is not Phase.HELD:
             return False
         self.pass_on()
+        self._is_redirected = True
         self._is_resent.clear()
         body += self._not_received()
         try:
             if self._is_duplex:
-                await self._write(replies.routed(self._in_path, self._mark, (), ()))
+                await self._write(replies.routed(address, self._mark, (), ()))
                 await self._send_body(body)
             else:
-                await self._write(replies.routed_whole(self._in_path, self._mark, (), (), body))
+                await self._write(replies.routed_whole(address, self._mark, (), (), body))
         finally:
             self._is_resent.set()
         return True

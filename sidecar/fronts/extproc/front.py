@@ -17,6 +17,7 @@ from sidecar.fronts.extproc.access_log import AccessLog
 from sidecar.fronts.extproc.call_exchange import STREAM, UNARY, CallExchange
 from sidecar.fronts.extproc.calls import Call, MalformedHeader, answer
 from sidecar.fronts.extproc.exchange import Aborted, Elsewhere, Exchange
+from sidecar.fronts.extproc.ways import Way
 from sidecar.fronts.intake import Intake
 from sidecar.fronts.kserve.infer import KServe
 from sidecar.fronts.openai.errors import failure
@@ -32,6 +33,7 @@ HEALTH_NAMES = ("liveness", "readiness", PROCESSOR)
 MESSAGE_BYTES_MAX = 64 << 20
 """A message has a chunk of a body, or in buffered modes all of it, which gateways bound themselves."""
 NO_CALLS = "this gateway carries no gRPC calls; have it route them to the sidecar's data listener"
+SETTINGS = "listeners.endpoint_picker"
 END: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -59,6 +61,8 @@ class Picker:
         self._answering: set[asyncio.Task[None]] = set()
         self._exchanges: set[Exchange] = set()
         self._elsewhere = Elsewhere(named)
+        self._way = Way(settings.in_path, f"{SETTINGS}.in_path", "http")
+        self._way_of_calls = Way(settings.in_path_grpc, f"{SETTINGS}.in_path_grpc", "data")
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Serve on a server."""
@@ -111,10 +115,10 @@ class Picker:
         peer = _peer_of(context.peer())
         exchange: Exchange
         if not heads.is_call(first):
-            exchange = Exchange(*asked)
+            exchange = Exchange(*asked, self._way)
             work = self._app(heads.scope_of(first, peer, exchange), exchange.receive, exchange.send)
         elif (method := heads.path_of(first)) in (UNARY, STREAM):
-            exchange = CallExchange(method == UNARY, *asked)
+            exchange = CallExchange(method == UNARY, *asked, self._way_of_calls)
             try:
                 call = Call(exchange, first, peer, self._intake)
             except MalformedHeader as error:
@@ -155,7 +159,7 @@ class Picker:
 
     async def _pass_on(self, first: envoy.ProcessingRequest, context: Any) -> None:
         """Let the answer to a request go on that has not come here."""
-        exchange = Exchange(first, context.write, self.log, self._elsewhere, self._settings)
+        exchange = Exchange(first, context.write, self.log, self._elsewhere, self._settings, self._way)
         exchange.pass_on()
         message = first
         while message is not END and not exchange.finished.done():

@@ -29,6 +29,8 @@ _DEADLINE_DIGITS = 12
 """More is a time that the fronts refuse."""
 _TIMEOUTS = frozenset(("response_timeout", "upstream_per_try_timeout", "stream_idle_timeout"))
 """Envoy's words for an engine that was reached and took too long."""
+_UNREACHED = ("no_healthy_upstream", "upstream_reset_before_response_started")
+"""The beginnings of Envoy's words for a server that was not reached."""
 _GO_ALONG = frozenset(("te", "x-request-id", "x-forwarded-proto", "content-type"))
 """Headers of a client's that an engine gets: in path it gets none of them."""
 _OF_ANSWERS = frozenset(("content-type", "content-encoding", "cache-control", "date", "grpc-encoding"))
@@ -173,6 +175,11 @@ def is_envoys_own(message: envoy.ProcessingRequest) -> bool:
     """Return True for the head of an answer that Envoy made, because it did not reach an engine or waited too long."""
     details = details_of(message)
     return details != "" and details != VIA_UPSTREAM
+
+
+def is_unreached(message: envoy.ProcessingRequest) -> bool:
+    """Return True for the head of an answer that Envoy made because it got no connection, or lost it before a head."""
+    return details_of(message).startswith(_UNREACHED)
 
 
 async def address_of(url: httpx.URL) -> str:

@@ -48,14 +48,21 @@ class Calls:
 
 @asynccontextmanager
 async def calls(
-    folder: Path, lane: str, listener: dict[str, Any] | None = None, data: str = "127.0.0.1:0", **engine: Any
+    folder: Path,
+    lane: str,
+    listener: dict[str, Any] | None = None,
+    data: str = "127.0.0.1:0",
+    access: dict[str, Any] | None = None,
+    **engine: Any,
 ) -> AsyncIterator[Calls]:
     request_mode, response_mode, needed = LANES[lane]
     async with AsyncExitStack() as stack:
         triton = await stack.enter_async_context(running_engine(compute="none", **engine))
         picker = FREE | needed | (listener or {})
         listeners = {"data": {"address": data}, "admin": FREE, "http": FREE, "endpoint_picker": picker}
-        served = await stack.enter_async_context(serving([triton], folder / "adapters", listeners=listeners))
+        served = await stack.enter_async_context(
+            serving([triton], folder / "adapters", listeners=listeners, access=access or {})
+        )
         address = served.sidecar.endpoint_picker_address
         envoy = await stack.enter_async_context(EnvoyServer(folder / "envoy", address, request_mode, response_mode))
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(envoy.address))
@@ -196,7 +203,8 @@ async def test_streams_that_stay_open_go_to_the_data_listener(tmp_path: Path, la
         for number in range(3):
             yield {"model_name": CORE, "inputs": core_inputs(5), "request_id": f"r{number}", "parameters": named}
 
-    async with calls(tmp_path, lane, {"in_path_grpc": data}, data) as running:
+    by_name = data.replace("127.0.0.1", "localhost")
+    async with calls(tmp_path, lane, {"in_path_grpc": by_name}, data) as running:
         async with triton_aio.InferenceServerClient(running.address) as client:
             answers: dict[str, list[int]] = {}
             async for result, error in client.stream_infer(asked()):
@@ -206,3 +214,25 @@ async def test_streams_that_stay_open_go_to_the_data_listener(tmp_path: Path, la
                     answers.setdefault(result.get_response().id, []).extend(ids.ravel().tolist())
         assert answers == {f"r{number}": running.served.expected(names[0], 5) for number in range(3)}
         await quiet(running)
+
+
+async def test_what_a_stream_without_a_way_is_refused_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It stays open, or its tokens must be counted: each error names its own settings. A way that leads nowhere is
+    logged.
+    """
+    names = write_adapters(tmp_path / "adapters", 1)
+    budget = {"limits": [{"tenant": "*", "tokens_per_minute": 100_000}]}
+    request = core_request("hello", 2, streaming=True)
+    set_parameter(request, "lora_name", names[0])
+    nowhere = {"in_path_grpc": f"127.0.0.1:{free_port()}"}
+    stays, counted = "stays open.*one_request_per_stream", "budget.*estimates_allowed"
+    for access, listener, told in (({}, {}, stays), (budget, {}, counted), (budget, nowhere, "upstream")):
+        async with calls(tmp_path, "duplex-streamed", listener, access=access) as running:
+            call = running.stub.ModelStreamInfer(timeout=60)
+            await call.write(request)
+            if access:
+                await call.done_writing()
+            with pytest.raises(grpc.aio.AioRpcError, match=told) as refused:
+                await call.read()
+            assert refused.value.code() is grpc.StatusCode["UNAVAILABLE" if listener else "FAILED_PRECONDITION"]
+    assert caplog.text.count("Envoy does not reach the data listener at 127.0.0.1:") == 1

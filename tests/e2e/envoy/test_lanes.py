@@ -178,19 +178,41 @@ def test_the_printed_bootstrap_is_valid(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lane", ["duplex-streamed", "duplex-duplex", "buffered-override"])
-async def test_several_prompts_stay_in_path(tmp_path: Path, lane: str) -> None:
-    """A list of prompts is several requests: they go to the http listener, or are answered here."""
+async def test_several_prompts_stay_in_path(tmp_path: Path, lane: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A list of prompts is several requests: they go to the http listener, or, where that is unknown, are answered
+    here.
+    """
     names = write_adapters(tmp_path / "adapters", 1)
-    for in_path in (None, f"127.0.0.1:{free_port()}"):
-        listener = {} if in_path is None else {"in_path": in_path}
-        async with house(tmp_path, names, lane, listener=listener, http=in_path) as running:
+    for host in (None, "127.0.0.1", "localhost", "unknown.invalid"):
+        port = free_port()
+        listener = {} if host is None else {"in_path": f"{host}:{port}"}
+        async with house(tmp_path, names, lane, listener=listener, http=f"127.0.0.1:{port}") as running:
             asked = {"model": names[0], "prompt": ["hello", "you"], "max_tokens": 3, "return_token_ids": True}
             whole = await running.http.post("/v1/completions", json=asked)
             assert [each["token_ids"] for each in whole.json()["choices"]] == [running.tokens_of(names[0], 3)] * 2
             streamed = await running.stream(names[0], 3, prompt=["hello", "you"])
             assert streamed.is_complete
             assert sorted(streamed.token_ids) == sorted(running.tokens_of(names[0], 3) * 2)
+            served_in_path = whole.headers.get("x-envoy-upstream-service-time") is not None
+            assert served_in_path is (host in ("127.0.0.1", "localhost"))
             await quiet(running)
+    assert caplog.text.count("cannot resolve listeners.endpoint_picker.in_path") == 1
+    assert "Envoy does not reach" not in caplog.text
+
+
+@pytest.mark.parametrize("lane", ["duplex-streamed", "buffered-override"])
+async def test_a_way_in_path_that_leads_nowhere_is_logged(
+    tmp_path: Path, lane: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The client gets Envoy's own 503; the sidecar says once which setting is wrong."""
+    names = write_adapters(tmp_path / "adapters", 1)
+    nowhere = f"127.0.0.1:{free_port()}"
+    async with house(tmp_path, names, lane, listener={"in_path": nowhere}) as running:
+        for _ in range(3):
+            assert (await running.whole(names[0], 3, prompt=["hello", "you"])).status_code == 503
+            assert (await running.whole(names[0], 3)).status_code == 200
+    told = f"Envoy does not reach the http listener at {nowhere} (listeners.endpoint_picker.in_path): upstream_reset"
+    assert caplog.text.count(told) == 1
 
 
 async def test_what_counts_for_a_budget_is_seen(tmp_path: Path) -> None:
