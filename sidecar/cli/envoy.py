@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from sidecar.cli.exits import CommandError, Exit
 from sidecar.cli.serving import resolve
 from sidecar.cli.show import AsJson, print_json
 from sidecar.config.listeners import DataListener
+from sidecar.config.section import is_address
 
 EVERYWHERE = ("0.0.0.0", "[::]")
 Port = Annotated[int, typer.Option("--port", metavar="N", min=1, max=65_535, help="Envoy's port for clients.")]
@@ -23,12 +25,13 @@ def print_config(
     host: Annotated[
         str, typer.Option("--host", metavar="HOST", help="Envoy's address for clients and probes.")
     ] = "0.0.0.0",
-    picker: Annotated[
-        str | None,
+    pickers: Annotated[
+        list[str] | None,
         typer.Option(
             "--picker",
             metavar="HOST:PORT",
-            help="Where Envoy reaches the endpoint picker; by default the address of the file, from the same machine.",
+            help="Where Envoy reaches the endpoint picker; by default the address of the file, from the same machine. "
+            "Give it for each replica.",
             show_default=False,
         ),
     ] = None,
@@ -49,12 +52,17 @@ def print_config(
             help="Port of /ready and /live, for probes from outside; needs --admin-port.",
         ),
     ] = None,
+    kserve: Annotated[
+        bool,
+        typer.Option("--kserve", help="Have Envoy carry KServe's inference calls, too."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Print Envoy's configuration for a sidecar that picks engines for it.
 
     It is a bootstrap for `envoy -c`. Every HTTP request of Envoy's clients asks the sidecar where it goes. Answers
-    pass Envoy only, and its access log tells the sidecar how they ended. gRPC calls go to the data listener.
+    pass Envoy only, and its access log tells the sidecar how they ended. gRPC calls go to the data listener, but for
+    KServe's inference calls with --kserve. Of several replicas Envoy leaves out those that fail its health checks.
     """
     from sidecar.fronts.extproc.bootstrap import bootstrap
 
@@ -64,21 +72,23 @@ def print_config(
         raise CommandError(
             f"{file} has no endpoint picker: set listeners.endpoint_picker.address, as 127.0.0.1:9004", Exit.MISUSED
         )
-    if listener.address.startswith("unix:") and picker is None:
+    if listener.address.startswith("unix:") and not pickers:
         raise CommandError(
             "name the endpoint picker's HOST:PORT with --picker: it listens on a socket file", Exit.MISUSED
         )
     listens, _, number = listener.address.rpartition(":")
-    place = picker or f"{'127.0.0.1' if listens in EVERYWHERE else listens}:{number}"
+    places = pickers or [f"{'127.0.0.1' if listens in EVERYWHERE else listens}:{number}"]
+    if (wrong := next((each for each in places if not is_address(each)), None)) is not None:
+        raise CommandError(f"--picker {wrong}: it must be HOST:PORT, as 10.0.0.7:9004", Exit.MISUSED)
     if (listener.tls is None) != (ca is None):
         missing = "give --ca: the endpoint picker has TLS" if ca is None else "leave out --ca: the picker has no TLS"
         raise CommandError(missing, Exit.MISUSED)
     if ready_port is not None and admin_port is None:
         raise CommandError("give --admin-port with --ready-port: /ready asks Envoy's administration", Exit.MISUSED)
-    data, calls_max = _data_listener(listeners.data, place), listeners.data.calls_per_connection_max
     record = bootstrap(
-        port, place, picker_ca=ca, admin_port=admin_port, host=host, ready_port=ready_port, data=data,
-        data_calls_max=calls_max,
+        port, places, picker_ca=ca, admin_port=admin_port, host=host, ready_port=ready_port,
+        data=_data_listeners(listeners.data, places), data_calls_max=listeners.data.calls_per_connection_max,
+        carries_calls=kserve,
     )  # fmt: skip
     if as_json:
         print_json(record)
@@ -86,9 +96,10 @@ def print_config(
         print(yaml.safe_dump(record, sort_keys=False), end="")
 
 
-def _data_listener(listener: DataListener, picker: str) -> str | None:
-    """Return where Envoy reaches the data listener, which is on the picker's machine; None if it cannot."""
+def _data_listeners(listener: DataListener, pickers: Sequence[str]) -> list[str]:
+    """Return where Envoy reaches the data listeners, which are on the pickers' machines; none if it cannot."""
     host, _, port = listener.address.rpartition(":")
     if listener.tls is not None or listener.address.startswith("unix:"):
-        return None
-    return f"{picker.rpartition(':')[0] if host in EVERYWHERE else host}:{port}"
+        return []
+    hosts = [picker.rpartition(":")[0] for picker in pickers] if host in EVERYWHERE else [host]
+    return [f"{each}:{port}" for each in dict.fromkeys(hosts)]

@@ -18,7 +18,6 @@ import grpc.aio
 from sidecar.proto import admin_pb2, admin_pb2_grpc
 from tests.chaos.engine_log import EngineLog
 from tests.e2e.envoy.server import EnvoyServer
-from tests.e2e.envoy.variants import among
 from tests.kit.emulated import EngineProcess
 from tests.kit.peft_files import write_adapter
 from tests.kit.ports import free_port
@@ -179,7 +178,7 @@ async def chaos_pool(
         pool = ChaosPool(replicas, engines, logs, redis)
         if has_envoy:
             pickers = [replica.picker for replica in replicas]
-            pool.envoy = EnvoyServer(folder / "envoy", pickers[0], changed=among(pickers))
+            pool.envoy = EnvoyServer(folder / "envoy", pickers)
             await stack.enter_async_context(pool.envoy)
         await pool.until_settled(replicas)
         await pool.read_digests()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from sidecar.fronts.extproc.call_exchange import STREAM, UNARY
 from sidecar.fronts.extproc.heads import DETAILS, SOURCE, SUBSET_HINT, UPSTREAM
 from sidecar.fronts.extproc.replies import DESTINATION, ENDPOINTS, EXCHANGE, OURS
 from sidecar.proto import envoy_pb2 as envoy
@@ -16,33 +18,47 @@ FRAMES_MAX = 1 << 20
 """Frames that wait for one connection: a request has about three."""
 HOLD_S = 3600
 """Envoy's time for an answer of ours, the longest that it takes. In full duplex a hold does not count."""
+HEALTH_CHECK: dict[str, Any] = {
+    "timeout": "2s",
+    "interval": "1s",
+    "no_traffic_interval": "1s",
+    "no_traffic_healthy_interval": "1s",
+    "unhealthy_threshold": 2,
+    "healthy_threshold": 1,
+    "grpc_health_check": {},
+}
+"""Leaves a replica out two seconds after its end; one that drains says so itself."""
 
 
 def bootstrap(
     port: int,
-    picker: str,
+    pickers: Sequence[str],
     request_mode: str = "FULL_DUPLEX_STREAMED",
     response_mode: str = "STREAMED",
     picker_ca: str | None = None,
     admin_port: int | None = None,
     host: str = "0.0.0.0",
     ready_port: int | None = None,
-    data: str | None = None,
+    data: Sequence[str] = (),
     data_calls_max: int = 1024,
+    carries_calls: bool = False,
 ) -> dict[str, Any]:
-    """Return the bootstrap of an Envoy that listens on `port` and reaches the endpoint picker at HOST:PORT `picker`.
+    """Return the bootstrap of an Envoy that listens on `port` and reaches the endpoint pickers at `pickers`, HOST:PORT
+    of each replica.
 
     `picker_ca` is the path, on Envoy's machine, of the certificate by which it knows a picker with TLS. `ready_port`
     has another listener tell from outside whether Envoy is ready and alive, and needs `admin_port`. gRPC calls go to
-    the data listener at HOST:PORT `data`, in path, with `data_calls_max` calls on a connection; without it they are
-    refused.
+    the replicas' data listeners at `data`, in path, with `data_calls_max` calls on a connection; with `carries_calls`
+    the pickers are asked about KServe's inference, and without `data` about all calls.
     """
-    plain, of_calls = _engines()
-    calls = of_calls if data is None else _server("sidecar_data", data, data_calls_max)
-    clusters = [plain, calls, _server("sidecar", picker, HELD_MAX, picker_ca)]
+    clusters = _engines()
+    if data:
+        clusters = clusters if carries_calls else clusters[:1]
+        clusters.append(_server("sidecar_data", data, data_calls_max))
+    clusters.append(_server("sidecar", pickers, HELD_MAX, picker_ca))
     configured: dict[str, Any] = {
         "static_resources": {
-            "listeners": [_listener(host, port, request_mode, response_mode, data is not None)],
+            "listeners": [_listener(host, port, request_mode, response_mode, _routes(bool(data), carries_calls))],
             "clusters": clusters,
         }
     }
@@ -50,17 +66,29 @@ def bootstrap(
         configured["admin"] = {"address": _socket("127.0.0.1", admin_port)}
         if ready_port is not None:
             configured["static_resources"]["listeners"].append(_ready(host, ready_port))
-            configured["static_resources"]["clusters"].append(_cluster("admin", "STATIC", "127.0.0.1", admin_port))
+            configured["static_resources"]["clusters"].append(_cluster("admin", "STATIC", ("127.0.0.1", admin_port)))
     return configured
 
 
-def _listener(host: str, port: int, request_mode: str, response_mode: str, has_data: bool) -> dict[str, Any]:
-    calls: dict[str, Any] = {"match": {"prefix": "/", "grpc": {}}, "route": {"cluster": "engines_h2", "timeout": "0s"}}
-    if has_data:
-        calls["route"]["cluster"] = "sidecar_data"
-        off = {"@type": f"{TYPE}filters.http.ext_proc.v3.ExtProcPerRoute", "disabled": True}
-        calls["typed_per_filter_config"] = {PROCESSOR_FILTER: off}
-    routes = [calls, {"match": {"prefix": "/"}, "route": {"cluster": "engines", "timeout": "0s"}}]
+def _routes(has_data: bool, carries_calls: bool) -> list[dict[str, Any]]:
+    """Return the routes of calls, and that of all other requests."""
+
+    def route(match: dict[str, Any], cluster: str) -> dict[str, Any]:
+        return {"match": match, "route": {"cluster": cluster, "timeout": "0s"}}
+
+    any_path = {"prefix": "/"}
+    others = route(any_path, "engines")
+    if not has_data:
+        return [route(any_path | {"grpc": {}}, "engines_h2"), others]
+    off = {"@type": f"{TYPE}filters.http.ext_proc.v3.ExtProcPerRoute", "disabled": True}
+    in_path = route(any_path | {"grpc": {}}, "sidecar_data") | {"typed_per_filter_config": {PROCESSOR_FILTER: off}}
+    asked = [route({"path": path, "grpc": {}}, "engines_h2") for path in (UNARY, STREAM)] if carries_calls else []
+    return [*asked, in_path, others]
+
+
+def _listener(
+    host: str, port: int, request_mode: str, response_mode: str, routes: list[dict[str, Any]]
+) -> dict[str, Any]:
     manager = {
         "@type": f"{TYPE}filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": "clients",
@@ -167,19 +195,23 @@ def _engines() -> list[dict[str, Any]]:
     return [plain, {**plain, "name": "engines_h2", "typed_extension_protocol_options": _http2(HELD_MAX)}]
 
 
-def _server(name: str, address: str, calls_max: int, ca: str | None = None) -> dict[str, Any]:
-    """Return the cluster of one gRPC server, with so many calls on a connection."""
-    host, _, port = address.rpartition(":")
-    host = host.strip("[]")
-    is_name = not host.replace(".", "").isdigit() and ":" not in host
-    cluster = _cluster(name, "STRICT_DNS" if is_name else "STATIC", host, int(port))
+def _server(name: str, addresses: Sequence[str], calls_max: int, ca: str | None = None) -> dict[str, Any]:
+    """Return the cluster of a gRPC server's replicas, with so many calls on a connection.
+
+    Of several, those that are not well get no new calls, unless none is well.
+    """
+    places = [(host.strip("[]"), int(port)) for host, _, port in (address.rpartition(":") for address in addresses)]
+    names = [host for host, _ in places if not host.replace(".", "").isdigit() and ":" not in host]
+    cluster = _cluster(name, "STRICT_DNS" if names else "STATIC", *places)
     cluster |= {"circuit_breakers": _breakers(), "typed_extension_protocol_options": _http2(calls_max)}
+    if len(places) > 1:
+        cluster |= {"health_checks": [HEALTH_CHECK], "common_lb_config": {"healthy_panic_threshold": {"value": 1}}}
     if ca is not None:
         cluster["transport_socket"] = {
             "name": "envoy.transport_sockets.tls",
             "typed_config": {
                 "@type": f"{TYPE}transport_sockets.tls.v3.UpstreamTlsContext",
-                **({"sni": host} if is_name else {}),  # addresses are none
+                **({"sni": names[0]} if len(names) == 1 else {}),  # addresses are none
                 "common_tls_context": {
                     "alpn_protocols": ["h2"],
                     "validation_context": {"trusted_ca": {"filename": ca}},
@@ -189,12 +221,12 @@ def _server(name: str, address: str, calls_max: int, ca: str | None = None) -> d
     return cluster
 
 
-def _cluster(name: str, kind: str, host: str, port: int) -> dict[str, Any]:
-    endpoint = {"endpoint": {"address": _socket(host, port)}}
+def _cluster(name: str, kind: str, *places: tuple[str, int]) -> dict[str, Any]:
+    endpoints = [{"endpoint": {"address": _socket(host, port)}} for host, port in places]
     return {
         "name": name,
         "type": kind,
-        "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": [endpoint]}]},
+        "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": endpoints}]},
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,10 @@ class EnvoyInstalled(Installed):
 
 
 class EnvoyServer(Server):
-    """One Envoy, with the bootstrap that `sidecar envoy config` prints. `changed` may change it."""
+    """One Envoy, with the bootstrap that `sidecar envoy config` prints for one picker, or for the replicas' pickers.
+
+    `changed` may change it.
+    """
 
     NAME = "envoy"
     START_S = 30.0
@@ -42,16 +45,18 @@ class EnvoyServer(Server):
     def __init__(
         self,
         folder: Path,
-        picker: str,
+        picker: str | Sequence[str],
         request_mode: str = "FULL_DUPLEX_STREAMED",
         response_mode: str = "STREAMED",
         changed: Callable[[dict[str, Any]], None] = lambda record: None,
         data: str | None = None,
+        carries_calls: bool = False,
     ) -> None:
         super().__init__(folder, None)
         self.installed = EnvoyInstalled.find()
-        self._picker, self._modes, self._changed = picker, (request_mode, response_mode), changed
-        self._data = data
+        self._pickers = [picker] if isinstance(picker, str) else picker
+        self._modes, self._changed = (request_mode, response_mode), changed
+        self._data, self._carries_calls = () if data is None else (data,), carries_calls
 
     @property
     def address(self) -> str:
@@ -80,7 +85,10 @@ class EnvoyServer(Server):
     def _prepare(self) -> Path:
         assert self._ports is not None
         clients, admin = self._ports
-        record = bootstrap(clients, self._picker, *self._modes, admin_port=admin, host="127.0.0.1", data=self._data)
+        record = bootstrap(
+            clients, self._pickers, *self._modes, admin_port=admin, host="127.0.0.1", data=self._data,
+            carries_calls=self._carries_calls,
+        )  # fmt: skip
         self._changed(record)
         (self.folder / "envoy.json").write_text(json.dumps(record))
         return self.folder

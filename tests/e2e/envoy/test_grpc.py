@@ -23,13 +23,17 @@ LISTENERS = {"data": FREE, "admin": FREE, "http": FREE, "endpoint_picker": FREE}
 
 
 @asynccontextmanager
-async def behind_envoy(folder: Path, routed: bool, **engine: Any) -> AsyncIterator[tuple[Serving, EnvoyServer]]:
+async def behind_envoy(
+    folder: Path, routed: bool, carries_calls: bool = False, **engine: Any
+) -> AsyncIterator[tuple[Serving, EnvoyServer]]:
     async with AsyncExitStack() as stack:
         triton = await stack.enter_async_context(running_engine(compute="none", **engine))
         adapters = folder / "adapters"
         served = await stack.enter_async_context(serving([triton], adapters, listeners=LISTENERS))
         data = served.sidecar.data_address if routed else None
-        envoy = EnvoyServer(folder / "envoy", served.sidecar.endpoint_picker_address, data=data)
+        envoy = EnvoyServer(
+            folder / "envoy", served.sidecar.endpoint_picker_address, data=data, carries_calls=carries_calls
+        )
         yield served, await stack.enter_async_context(envoy)
 
 
@@ -59,15 +63,21 @@ async def test_tritonclient_and_generate_work_unmodified(tmp_path: Path) -> None
             assert [token async for part in answer for token in part.token_ids] == served.expected(name, 6)
 
 
-async def test_unary_calls_work(tmp_path: Path) -> None:
+@pytest.mark.parametrize("carries_calls", [False, True])
+async def test_unary_calls_work(tmp_path: Path, carries_calls: bool) -> None:
+    """With `--kserve` Envoy carries inference, and sends questions for metadata to the data listener all the same."""
     name = write_adapters(tmp_path / "adapters", 1)[0]
     async with (
-        behind_envoy(tmp_path, True, decoupled=False) as (served, envoy),
+        behind_envoy(tmp_path, True, carries_calls, decoupled=False) as (served, envoy),
         triton_aio.InferenceServerClient(envoy.address) as client,
     ):
         inputs = core_inputs(tokens=4, streaming=False)
         result = await client.infer(CORE, inputs, parameters={"lora_name": name})
         assert result.as_numpy("output_ids").ravel().tolist() == served.expected(name, 4)
+        assert (await client.get_model_metadata(CORE)).name == CORE
+        assert await client.is_server_live()
+        asked = await envoy.stats("ext_proc.streams_started")
+        assert sum(asked.values()) == int(carries_calls)
 
 
 async def test_verbs_that_no_engine_answers_are_refused_by_the_way_out(tmp_path: Path) -> None:

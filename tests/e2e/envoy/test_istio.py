@@ -156,7 +156,7 @@ async def is_quiet(served: Serving) -> None:
 
 def test_envoy_takes_it(tmp_path: Path) -> None:
     """What Istio would send to its gateway is a configuration that Envoy accepts."""
-    record = bootstrap(8080, "127.0.0.1:9004")
+    record = bootstrap(8080, ["127.0.0.1:9004"])
     as_istio(record, ["127.0.0.1:8000"])
     assert patched(record) == len(patches())
     (tmp_path / "envoy.json").write_text(json.dumps(record))

@@ -163,12 +163,21 @@ async def test_a_client_that_leaves_frees_its_seat(tmp_path: Path, lane: str) ->
         assert (await running.stream(names[0], 3)).is_complete
 
 
-def test_the_printed_bootstrap_is_valid(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--admin-port", "9901"],
+        ["--kserve"],
+        ["--kserve", "--picker", "10.0.0.7:9004", "--picker", "[fd00::7]:9004"],
+        ["--picker", "one.example:9004", "--picker", "10.0.0.7:9004"],
+    ],
+)
+def test_the_printed_bootstrap_is_valid(tmp_path: Path, options: list[str]) -> None:
     """Envoy itself takes what `sidecar envoy config` prints."""
     file = tmp_path / "sidecar.yaml"
     file.write_text("listeners: {endpoint_picker: {address: '127.0.0.1:9004'}}\n")
     printed = subprocess.run(
-        [sys.executable, "-m", "sidecar", "envoy", "config", str(file), "--admin-port", "9901"],
+        [sys.executable, "-m", "sidecar", "envoy", "config", str(file), *options],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     (tmp_path / "envoy.yaml").write_text(printed.stdout)

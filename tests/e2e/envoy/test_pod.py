@@ -43,7 +43,7 @@ def with_probes(port: int) -> Change:
 
     def change(record: dict[str, Any]) -> None:
         admin = record["admin"]["address"]["socket_address"]["port_value"]
-        own = bootstrap(1, "127.0.0.1:1", admin_port=admin, host="127.0.0.1", ready_port=port)["static_resources"]
+        own = bootstrap(1, ["127.0.0.1:1"], admin_port=admin, host="127.0.0.1", ready_port=port)["static_resources"]
         for part, name in (("listeners", "ready"), ("clusters", "admin")):
             record["static_resources"][part] += [each for each in own[part] if each["name"] == name]
 
@@ -54,7 +54,7 @@ def with_ca(ca: Path) -> Change:
     """Return what has an Envoy ask a picker with TLS."""
 
     def change(record: dict[str, Any]) -> None:
-        own = bootstrap(1, "127.0.0.1:1", picker_ca=str(ca))["static_resources"]["clusters"]
+        own = bootstrap(1, ["127.0.0.1:1"], picker_ca=str(ca))["static_resources"]["clusters"]
         [secured] = [each for each in own if each["name"] == "sidecar"]
         for cluster in record["static_resources"]["clusters"]:
             if cluster["name"] == "sidecar":

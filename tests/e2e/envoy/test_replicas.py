@@ -16,14 +16,14 @@ import pytest
 from sidecar.core.effects import Heal
 from sidecar.core.events import RunEnded
 from sidecar.lab.engine.kserve import Server
+from tests.chaos.pool import chaos_pool
 from tests.e2e.envoy.house import ENGINE, LANES, SIZES, Clients, Streamed
 from tests.e2e.envoy.server import EnvoyServer
 from tests.e2e.envoy.test_calls import tokens_of
-from tests.e2e.envoy.variants import among
 from tests.kit.emulated import channel_to, core_request, output_of, running_engine, set_parameter
 from tests.kit.redis_servers import running
 from tests.kit.replica_pool import CALM_S, owned, replicas, settled
-from tests.kit.serving import Serving, until, write_adapters
+from tests.kit.serving import Serving, until, until_async, write_adapters
 from tests.kit.trtllm_emulated import BASE_CONFIG
 from tests.kit.vllm_emulated import Client, VllmProcess, unload_all
 
@@ -54,7 +54,7 @@ async def pool_behind_envoy(
         )  # fmt: skip
         pickers = [served.sidecar.endpoint_picker_address for served in pool]
 
-        envoy = EnvoyServer(folder / "envoy", pickers[0], request_mode, response_mode, among(pickers))
+        envoy = EnvoyServer(folder / "envoy", pickers, request_mode, response_mode)
         await stack.enter_async_context(envoy)
         http = httpx.AsyncClient(base_url=f"http://{envoy.address}", timeout=60.0, trust_env=False)
         await stack.enter_async_context(http)
@@ -137,7 +137,7 @@ async def triton_pool_behind_envoy(
         replicas(2, redis.url, engines, folder / "adapters", lease_s=CALM_S, listeners=listeners) as pool,
     ):
         pickers = [served.sidecar.endpoint_picker_address for served in pool]
-        envoy = EnvoyServer(folder / "envoy", pickers[0], request_mode, response_mode, among(pickers))
+        envoy = EnvoyServer(folder / "envoy", pickers, request_mode, response_mode)
         async with envoy, channel_to(envoy.address) as stub:
             await until(lambda: settled(pool))
             yield pool, stub
@@ -191,6 +191,31 @@ async def test_a_call_that_misses_is_healed_whichever_replica_envoy_asks(
         assert sum(served.sidecar.replica.router.forwards for served in pool) > 0
     gc.collect()
     assert "never retrieved" not in caplog.text
+
+
+async def test_a_replica_that_is_dead_is_asked_no_more(tmp_path: Path) -> None:
+    """Envoy's health checks leave it out, as `sidecar envoy config` prints them; started again, it is back."""
+    async with chaos_pool(tmp_path, engine_count=1, has_envoy=True) as pool:
+        assert pool.envoy is not None
+        envoy = pool.envoy
+
+        async def are_well(count: int) -> bool:
+            stats = await envoy.stats("cluster.sidecar.membership_healthy")
+            return list(stats.values()) == [count]
+
+        await until_async(lambda: are_well(3))
+        owner = await pool.owner()
+        dead = next(replica for replica in pool.replicas if replica is not owner)
+        await dead.kill()
+        await until_async(lambda: are_well(2))
+        async with channel_to(envoy.address) as stub:
+            for number in range(24):
+                request = core_request("hello", 3, streaming=True, request_id=f"r{number}")
+                set_parameter(request, "lora_name", "a00")
+                messages = [message async for message in stub.ModelStreamInfer(aiter_of(request), timeout=60)]
+                assert len(tokens_of(messages)) == 3
+        await dead.start()
+        await until_async(lambda: are_well(3))
 
 
 async def aiter_of(request: Any) -> AsyncIterator[Any]:

@@ -12,8 +12,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
 
-from sidecar.fronts.extproc.bootstrap import PROCESSOR_FILTER, TYPE
-from sidecar.fronts.extproc.call_exchange import STREAM, UNARY
+from sidecar.fronts.extproc.bootstrap import TYPE
 
 Change = Callable[[dict[str, Any]], None]
 FD = "FULL_DUPLEX_STREAMED"
@@ -26,19 +25,6 @@ def plain(engines: Sequence[str]) -> Change:
         manager = manager_of(record)
         del manager["access_log"], manager["http_filters"][0], manager["route_config"]["virtual_hosts"][0]["routes"][0]
         record["static_resources"]["clusters"][:] = [_static(engines)]
-
-    return change
-
-
-def among(pickers: Sequence[str]) -> Change:
-    """Any of several replicas is asked."""
-
-    def change(record: dict[str, Any]) -> None:
-        cluster = next(each for each in record["static_resources"]["clusters"] if each["name"] == "sidecar")
-        cluster["load_assignment"]["endpoints"][0]["lb_endpoints"] = [
-            {"endpoint": {"address": {"socket_address": {"address": host, "port_value": int(port)}}}}
-            for host, _, port in (picker.rpartition(":") for picker in pickers)
-        ]
 
     return change
 
@@ -105,27 +91,6 @@ def agentgateway(record: dict[str, Any]) -> None:
     for key in ("response_attributes", "metadata_options"):
         del processor[key]
     processor["processing_mode"] = _modes(FD)
-
-
-def inference_only(data: str) -> Change:
-    """A gateway that asks the picker about KServe's inference, and sends all other calls to the data listener."""
-
-    def change(record: dict[str, Any]) -> None:
-        add_server(record, "sidecar_data", data)
-        [host] = manager_of(record)["route_config"]["virtual_hosts"]
-        calls, others = host["routes"]
-        off = {"@type": f"{TYPE}filters.http.ext_proc.v3.ExtProcPerRoute", "disabled": True}
-        host["routes"] = [
-            *(calls | {"match": {"path": method, "grpc": {}}} for method in (UNARY, STREAM)),
-            calls
-            | {
-                "route": {"cluster": "sidecar_data", "timeout": "0s"},
-                "typed_per_filter_config": {PROCESSOR_FILTER: off},
-            },
-            others,
-        ]
-
-    return change
 
 
 def add_server(record: dict[str, Any], name: str, address: str) -> None:

@@ -19,7 +19,6 @@ from sidecar.core.effects import Settle
 from tests.e2e.envoy.house import LANES
 from tests.e2e.envoy.outside import MOST, answered_by, log_used, nothing_is_left
 from tests.e2e.envoy.server import EnvoyInstalled, EnvoyServer
-from tests.e2e.envoy.variants import inference_only
 from tests.e2e.installed import needed
 from tests.e2e.triton.lanes import EMULATOR, TRITON, server_of
 from tests.e2e.triton.loads import engine_has
@@ -90,7 +89,7 @@ async def house(folder: Path, kind: str, lane: str, decoupled: bool, in_path: bo
         await server.start()
         served = await stack.enter_async_context(serving([server], folder / "loras", listeners=listeners))
         asked = served.sidecar.endpoint_picker_address
-        envoy = EnvoyServer(folder / "envoy", asked, request_mode, response_mode, inference_only(data))
+        envoy = EnvoyServer(folder / "envoy", asked, request_mode, response_mode, data=data, carries_calls=True)
         yield House(server, served, await stack.enter_async_context(envoy), folder / "converted")
 
 
