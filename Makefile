@@ -252,7 +252,7 @@ docs: $(DEVELOPING) .venv-docs
 	$(BIN)/python -m tools.docs check
 	.venv-docs/bin/sphinx-build --fail-on-warning --keep-going --nitpicky --quiet --jobs auto docs build/docs
 
-docs-commands: $(DEVELOPING)
+docs-commands: $(DEVELOPING) .venv-envoy
 	$(BIN)/python -m tools.docs run $(PAGES)
 
 pictures: $(DEVELOPING)

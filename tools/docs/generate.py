@@ -59,6 +59,9 @@ The family answers the first question, whether the request may have run:
 | invalid | an adapter that cannot be served as it is |
 | misused | a command, a configuration or a machine that is not as it must be |
 
+`UNOBSERVED` is in the log, usage and metrics only: the client got its answer through Envoy, and no
+[access log](envoy.md#the-access-log) told the sidecar how it ended.
+
 A retry can help where the last column says so: the error then carries `google.rpc.RetryInfo`, and over plain gRPC
 `grpc-retry-pushback-ms`.
 
