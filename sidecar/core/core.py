@@ -273,7 +273,7 @@ def _run_ended(step: Step, event: ev.RunEnded) -> None:
         _learn(step, request, event.seen)
     backend = running.end_run(step, request, event.output_tokens)
     if not request.settled and event.seen is Seen.NOTHING:
-        queueing.settle(step, request, Reason.UNOBSERVED, f"{backend.id} has it no longer; {UNOBSERVED}")
+        queueing.settle(step, request, Reason.UNOBSERVED, UNOBSERVED)
     elif not request.settled and event.client_left:
         queueing.settle(step, request, Reason.CANCELLED, LEFT)
     elif not request.settled:
