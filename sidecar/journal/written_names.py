@@ -142,7 +142,7 @@ WRITTEN: dict[type, Form] = {
     do.Settle: Form(
         "Settle",
         "request outcome name tenant klass queue_ns input_tokens output_tokens reason message backend version "
-        "retry_after_ns bound_ns voided is_estimated",
+        "retry_after_ns bound_ns voided",
     ),
     do.Heal: Form("Heal", "backend reason version"),
     do.Quarantine: Form("Quarantine", "digest text"),
