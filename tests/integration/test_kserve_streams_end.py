@@ -23,7 +23,17 @@ from sidecar.fronts.status import PUSHBACK
 from tests.kit.cases import first
 from tests.kit.emulated import channel_to, core_request, is_final, running_engine, tokens_of
 from tests.kit.forked import python
-from tests.kit.kserve_clients import CORE, DUMMY, OpenStream, aio_client, in_thread, inputs_of, stop_inputs, sync_stream
+from tests.kit.kserve_clients import (
+    CORE,
+    DUMMY,
+    GRPCS_OWN,
+    OpenStream,
+    aio_client,
+    in_thread,
+    inputs_of,
+    stop_inputs,
+    sync_stream,
+)
 from tests.kit.kserve_clients import tokens_of as tokens_in
 from tests.kit.serving import PATIENCE_S, Serving, serving, until, write_adapters
 
@@ -31,10 +41,6 @@ END: Any = grpc.aio.EOF
 SLOW = DUMMY | {"time_scale": 0.3}
 """Some milliseconds a token: a long answer is still running when the test goes on."""
 LONG = 300
-
-
-GRPCS_OWN = ("Internal error from Core", "Stream removed")
-"""What grpc.aio tells a client that writes in the very moment in which its stream or its connection closes."""
 
 
 class Stream:

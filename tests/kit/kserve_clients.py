@@ -22,6 +22,8 @@ from sidecar.proto import admin_pb2
 CORE, ENSEMBLE = "tensorrt_llm", "ensemble"
 DUMMY = {"compute": "none", "shape": "tiny"}
 PATIENCE_S = 60
+GRPCS_OWN = ("Internal error from Core", "Stream removed")
+"""What grpc.aio tells a client that writes in the very moment in which its stream or its connection closes."""
 
 
 def tensor(name: str, values: Any, dtype: Any) -> triton.InferInput:
