@@ -170,7 +170,7 @@ async def chaos_pool(
             logs.append(log)
         replicas = []
         for number in range(REPLICAS):
-            replica = await _replica(stack, number, folder, redis, engines)
+            replica = await _replica(stack, number, folder, redis, engines, has_picker=previous is None)
             replica.build = previous if number else None
             replicas.append(replica)
             stack.push_async_callback(replica.kill)
@@ -186,9 +186,17 @@ async def chaos_pool(
 
 
 async def _replica(
-    stack: AsyncExitStack, number: int, folder: Path, redis: Server | Watched, engines: list[EngineProcess]
+    stack: AsyncExitStack,
+    number: int,
+    folder: Path,
+    redis: Server | Watched,
+    engines: list[EngineProcess],
+    has_picker: bool,
 ) -> ReplicaProcess:
-    """Return a replica that is reached by the others, and reaches Redis, by ways that can be cut."""
+    """Return a replica that is reached by the others, and reaches Redis, by ways that can be cut.
+
+    The last release knows no endpoint picker.
+    """
     data, admin, picker, listens = (f"127.0.0.1:{free_port()}" for _ in range(4))
     peers = Proxy(int(listens.rpartition(":")[2]))
     await peers.mend()
@@ -207,7 +215,7 @@ async def _replica(
             "data": {"address": data},
             "admin": {"address": admin},
             "http": {"address": "127.0.0.1:0"},
-            "endpoint_picker": {"address": picker},
+            **({"endpoint_picker": {"address": picker}} if has_picker else {}),
         },
         "adapters": {"serve": str(folder / "adapters"), "roots": [str(folder)]},
         "state": {"url": redis.url if way is None else way.url},
