@@ -196,6 +196,10 @@ class Unseen(Protocol):
     """An answer of which the rest goes past this process, if `goes_on`."""
 
     goes_on: bool
+    told_s: float
+    """When something was seen of it last."""
+    on_progress: Callable[[Sighting], None] | None
+    """Called with what is seen before its end, which `next` does not return then."""
 
     @property
     def tells(self) -> bool:

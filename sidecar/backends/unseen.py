@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any, Protocol
 
 from sidecar.backends.api import Ending, Sighting, Ticket, Unseen
@@ -22,10 +23,16 @@ class Sightings:
 
     def __init__(self) -> None:
         self.goes_on = False
+        self.told_s = monotonic()
+        self.on_progress: Callable[[Sighting], None] | None = None
         self._came: asyncio.Queue[Sighting] = asyncio.Queue()
 
     def take(self, sighting: Sighting) -> None:
-        self._came.put_nowait(sighting)
+        self.told_s = monotonic()
+        if sighting.ending is None and self.on_progress is not None:
+            self.on_progress(sighting)  # one each second of each answer: no task is woken for it
+        else:
+            self._came.put_nowait(sighting)
 
     async def next(self) -> Sighting:
         return await self._came.get()
@@ -129,12 +136,18 @@ class Follower:
         if not read.token_bytes:
             self._post(first_token(run, unseen))
         told = 0.0
+
+        def hear(sighting: Sighting) -> None:
+            nonlocal told
+            before, told = told, max(told, read.told(sighting))
+            self._count(run, read.tokens + round(told * self.scale.factor), told - before)
+
+        unseen.on_progress = hear
         try:
             while (sighting := await self._next_of(run, unseen)) is not None:
                 if sighting.ending is Ending.LOST:
                     break
-                before, told = told, max(told, read.told(sighting))
-                self._count(run, read.tokens + round(told * self.scale.factor), told - before)
+                hear(sighting)
                 if sighting.ending is Ending.BROKE:
                     await broke(sighting.cause)
                     return
@@ -164,8 +177,10 @@ class Follower:
         """Return the next thing that is seen of an answer; None once its end must be lost."""
         while True:
             try:
-                async with asyncio.timeout(QUIET_S):
+                left_s = unseen.told_s + QUIET_S - monotonic()
+                async with asyncio.timeout(left_s if left_s > 0 else QUIET_S):
                     return await unseen.next()
             except TimeoutError:
-                if await self._lacks(run, unseen.is_lost):
+                is_quiet = monotonic() - unseen.told_s >= QUIET_S
+                if is_quiet and await self._lacks(run, unseen.is_lost):
                     return None

@@ -37,16 +37,13 @@ class Watched(Sightings):
     def __init__(self, log: AccessLog, exchange: str) -> None:
         super().__init__()
         self._log, self._exchange = log, exchange
-        self._told_s = monotonic()
         self._has_told = False
 
     def take(self, sighting: Sighting) -> None:
-        now_s = monotonic()
         if sighting.ending is None:
             if self._has_told:
-                self._log.note_gap(now_s - self._told_s)
+                self._log.note_gap(monotonic() - self.told_s)
             self._has_told = True
-        self._told_s = now_s
         super().take(sighting)
 
     @property
@@ -56,7 +53,7 @@ class Watched(Sightings):
     @property
     def is_lost(self) -> bool:
         now_s = monotonic()
-        return self._log.is_periodic and now_s - self._told_s > LOST_S and now_s - self._log.told_s < ALIVE_S
+        return self._log.is_periodic and now_s - self.told_s > LOST_S and now_s - self._log.told_s < ALIVE_S
 
     def close(self) -> None:
         """Forget it."""

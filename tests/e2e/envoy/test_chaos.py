@@ -200,6 +200,5 @@ async def test_a_new_process_counts_the_answers_that_the_one_before_has_let_go(t
         await house.shows(anew, "seats", "vllm-0", SEATS - 3)
         assert not any(task.done() for task in running)
         assert (await house.clients.stream(house.name, 4)).is_complete
-        assert (await anew.metrics())["seats", ("vllm-0",)] == SEATS - 3
         assert all(answer.is_complete for answer in await asyncio.gather(*running))
         await house.shows(anew, "seats", "vllm-0", SEATS)
