@@ -187,7 +187,7 @@ async def test_requests_of_others_take_seats_until_they_end(tmp_path: Path) -> N
         body = {"model": BASE, "prompt": "hello", "max_tokens": 1500, "ignore_eos": True}
         others = [asyncio.create_task(client.http.post("/v1/completions", json=body)) for _ in range(3)]
         await until(lambda: engine.engine.counters.active == 3)
-        async with fronted([engine], tmp_path) as served:
+        async with fronted([engine], tmp_path, backend={"engine": ENGINE | {"seats": 6}}) as served:
             state = served.state
             backend = state.backends["vllm-0"]
             assert backend.others == 3
