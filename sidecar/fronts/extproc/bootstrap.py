@@ -94,7 +94,7 @@ def _listener(
         "stat_prefix": "clients",
         "stream_idle_timeout": "0s",  # it counts while a request is held
         "access_log_options": {"access_log_flush_interval": "1s"},
-        "access_log": [_access_log("0.05s", ends=True), _access_log("0.25s", ends=False)],
+        "access_log": [_access_log("0.01s", ends=True), _access_log("0.25s", ends=False)],
         "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": routes}]},
         "http_filters": [
             {"name": PROCESSOR_FILTER, "typed_config": external_processor(request_mode, response_mode)},
