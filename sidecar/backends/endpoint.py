@@ -140,7 +140,8 @@ class Endpoint(ABC):
         """Return True if the engine no longer has a run of which nothing has been heard for long; ask again if not.
 
         It has not if, for a while, it has told of fewer requests than there are such runs. One of them is taken for it.
-        A run of which nothing is told although others are told of (`is_silent`) it has not if it has fewer than all.
+        Where other answers are told of and this one is not (`is_silent`), it has not once it has fewer requests than
+        there are runs of ours.
         """
         key, now_s = (run.effect.request, run.effect.attempt), monotonic()
         self._unheard[key] = now_s

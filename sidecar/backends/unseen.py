@@ -16,6 +16,9 @@ from sidecar.core.events import Event, FirstToken, RunEnded, RunFailed
 QUIET_S = 10.0
 """How long nothing is told of an answer that goes past us before its engine is asked."""
 FADING, TOLD_FEWEST, UNSURE_MAX, SEVERAL_MAX = 0.99, 100, 0.04, 64.0
+"""What a look leaves of all before it; the fewest tokens, as bytes tell of them, from which a scale is learned; the
+largest share of the tokens that may be untold yet; and the largest scale.
+"""
 
 
 class Sightings:

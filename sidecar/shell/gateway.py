@@ -451,8 +451,8 @@ class Gateway:
         # not in the loop above: its frame would keep the last ticket
         now_ns, over = monotonic_ns(), self.access.ended()
         for ticket in list(self.tickets.values()):
-            is_over = ticket.caller is not None and over(ticket.caller, ticket.dispatch is not None)
-            if is_over and ticket.settled is None:
+            is_open = ticket.caller is not None and ticket.settled is None
+            if is_open and over(ticket.caller, ticket.dispatch is not None):
                 self._cancel(ticket, ev.ClientLeft(ticket.request, revoked=True))
                 continue
             since_ns = ticket.behind_since_ns

@@ -442,10 +442,9 @@ class Exchange:
         message = await asyncio.shield(self._head)
         try:
             if self._elsewhere.note(address, served := heads.served_by(message)):
-                self._served = served
                 if self._is_failure(message):
-                    self._served = ""
                     raise self._elsewhere_failed(served, request)
+                self._served = served
             return await self._answer_of(message, request)
         finally:
             self._is_judged.set()
