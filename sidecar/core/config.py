@@ -60,7 +60,7 @@ class CoreConfig:
     prefetch: str = "planned"
     prefetch_bytes_per_s: int = 128 << 20
     """The rate limit of speculative fetches."""
-    names_limits: bool = False
+    names_limits: bool = True
     """The error of a request that expires says which limit passed; journals of 0.1.0 have the texts that did not."""
     voids_end_urgency: bool = True
     """A request whose promise is void goes before no other whose promise holds; in journals of 0.1.0 it may."""

@@ -29,18 +29,6 @@ def test_expired_in_the_queue_is_never_dispatched() -> None:
     assert world.ended_ns[late] == 1 * SECOND + 51 * MS, "it ended at its deadline, not when a seat came free"
 
 
-def test_a_sidecar_names_the_limit() -> None:
-    """Only what replays a journal of 0.1.0 gives the text of that."""
-    assert Config().core().names_limits
-    world = World(seats=1)
-    world.engines["b0"].run_ns = 200 * MS
-    world.send()
-    world.run(1 * MS)
-    late = world.send(deadline_ns=50 * MS)
-    world.run()
-    assert "its deadline or its class's longest wait passed" in world.settled[late].message
-
-
 def test_a_late_tick_lets_nothing_expired_out() -> None:
     """When a seat comes free after a deadline and before the timer fires, the request expires all the same."""
     world = World(seats=1)
