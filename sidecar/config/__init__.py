@@ -130,7 +130,6 @@ class Config(Section):
                 for name, limit in sorted(self._classes().items())
             },
             joining_ns_max=int(self.queue.joining_s_max * 1e9),
-            names_limits=True,
             raise_on=self.raise_on,
         )
 

@@ -285,11 +285,10 @@ def _in_time(step: Step, request: Request, backend: Backend, limit: ClassLimit) 
     """Refuse a request whose predicted wait exceeds its class's longest wait or its deadline."""
     wait_ns = queueing.promise(step, request, backend)
     over_ns = wait_ns - limit.queue_wait_ns_max
-    might = "would" if step.state.config.estimates_of_0_1 else "might"  # the wait has a margin
     if over_ns > 0:
         raise Refused(
             Reason.QUEUE_FULL,
-            f"{backend.id} {might} not come to it for {wait_ns / 1e9:.0f} s and class "
+            f"{backend.id} might not come to it for {wait_ns / 1e9:.0f} s and class "
             f'"{request.view.klass}" waits at most {limit.queue_wait_ns_max / 1e9:.0f} s; try again later, or raise '
             "the class's queue_wait_s_max",
             retry_after_s=max(over_ns, RETRY_AFTER_NS) / 1e9,
@@ -298,7 +297,7 @@ def _in_time(step: Step, request: Request, backend: Backend, limit: ClassLimit) 
     if request.deadline_ns is not None and step.now_ns + first_token_ns > request.deadline_ns:
         raise Refused(
             Reason.DEADLINE_UNMEETABLE,
-            f"{backend.id} {might} not begin to answer it for {first_token_ns / 1e9:.1f} s and its deadline is in "
+            f"{backend.id} might not begin to answer it for {first_token_ns / 1e9:.1f} s and its deadline is in "
             f"{(request.deadline_ns - step.now_ns) / 1e9:.1f} s; give it more time or try again later",
         )
 

@@ -60,12 +60,6 @@ class CoreConfig:
     prefetch: str = "planned"
     prefetch_bytes_per_s: int = 128 << 20
     """The rate limit of speculative fetches."""
-    names_limits: bool = True
-    """The error of a request that expires says which limit passed; journals of 0.1.0 have the texts that did not."""
-    voids_end_urgency: bool = True
-    """A request whose promise is void goes before no other whose promise holds; in journals of 0.1.0 it may."""
-    estimates_of_0_1: bool = False
-    """The lengths of answers and the time for prompts are estimated as 0.1.0 did: its journals rest on that."""
     raise_on: str = ""
     """The event or effect whose handling raises on purpose (`core.injected`)."""
 

@@ -170,18 +170,13 @@ def _end_overdue(step: Step) -> None:
                 step,
                 request,
                 Reason.DEADLINE_EXCEEDED,
-                f"{name}: {_cut_short(step, request)}",
+                f"{name}: {_cut_short(request)}",
             )
 
 
 def _expired(step: Step, request: Request) -> str:
     """Return which limit of a waiting request has passed, and what to change."""
     waited_ns = step.now_ns - request.view.arrived_ns
-    if not step.state.config.names_limits:
-        return (
-            f"the request waited {waited_ns / 1e9:.1f} s and its deadline or its class's longest wait passed; "
-            '"sidecar queue" says what requests wait for'
-        )
     waited = f"the request waited {readable(waited_ns)} and"
     if request.deadline_ns is not None and request.deadline_ns <= step.now_ns:
         return f"{waited} {_deadline_passed(request)}; send it with a longer one, or with none"
@@ -193,9 +188,7 @@ def _expired(step: Step, request: Request) -> str:
     return f'{waited} class "{klass}" waits at most {longest}; send it again later, or raise {key}'
 
 
-def _cut_short(step: Step, request: Request) -> str:
-    if not step.state.config.names_limits:
-        return "the request's deadline passed while it was being answered"
+def _cut_short(request: Request) -> str:
     return f"{_deadline_passed(request)} while it was being answered; send it with a longer one, or with none"
 
 
@@ -300,7 +293,7 @@ def _learn(step: Step, request: Request, seen: Seen) -> None:
     if promising.learn_length(step.state, request):
         for each in step.state.backends.values():
             queueing.expect_anew(step, each, request.version)
-    if seen is not Seen.ALL or request.unsure_tokens or step.state.config.estimates_of_0_1:
+    if seen is not Seen.ALL or request.unsure_tokens:
         return
     if backend.overrun.ended(request.counted_tokens, request.tokens):
         backend.overrun = Overrun()

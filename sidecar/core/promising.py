@@ -15,7 +15,7 @@ from sidecar.core import eligibility
 from sidecar.core.facts import Packed
 from sidecar.core.lengths import LENGTHS_KEPT, Lengths
 from sidecar.core.pace import Demand, Pace, slowest_token_ns, token_ns, usual_token_ns
-from sidecar.core.state import Backend, Request, State, Version
+from sidecar.core.state import Backend, Request, State
 
 FETCH_ALLOWANCE_NS = 10_000_000_000
 """The time that a promise allows for bringing an adapter into the host store. A class without patience allows none: its
@@ -77,9 +77,6 @@ def expect_tokens(state: State, request: Request) -> None:
     Until LEARNED answers of its version have ended it is guessed to be the client's whole limit.
     """
     limit = request.view.output_tokens_max
-    if state.config.estimates_of_0_1:
-        request.expected_tokens = _by_fraction(limit, state.versions.get(request.version))
-        return
     lengths = _lengths_of(state, request)
     request.guessed = not lengths.known
     if request.guessed:
@@ -94,26 +91,15 @@ def _lengths_of(state: State, request: Request) -> Lengths:
     return state.base_lengths if request.version == BASE else state.versions[request.version].lengths
 
 
-def _by_fraction(limit: int, version: Version | None) -> int:
-    if version is None or not version.asked_tokens:
-        return limit
-    return max(1, round(limit * version.answered_tokens / version.asked_tokens))
-
-
 def learn_length(state: State, request: Request) -> bool:
     """Learn from the length of an answer; return True if it is the one by which lengths of its version are known."""
-    limit, tokens, version = request.view.output_tokens_max, request.tokens, state.versions.get(request.version)
-    if state.config.estimates_of_0_1:
-        if version is not None:
-            version.asked_tokens = LENGTHS_KEPT * version.asked_tokens + limit
-            version.answered_tokens = LENGTHS_KEPT * version.answered_tokens + tokens
-        return False
-    if version is not None:
+    tokens = request.tokens
+    if request.version in state.versions:
         state.answers.count = LENGTHS_KEPT * state.answers.count + 1
         state.answers.tokens = LENGTHS_KEPT * state.answers.tokens + tokens
     lengths = _lengths_of(state, request)
     was_known = lengths.known
-    lengths.learn(tokens, limit)
+    lengths.learn(tokens, request.view.output_tokens_max)
     return lengths.known and not was_known
 
 
@@ -123,7 +109,7 @@ def seat_ns(state: State, backend: Backend, token_ns: float, unknown: float = 0.
     Only the runs that were sent first are looked at: most probably one of them is the first to end. `unknown` is that
     of `sure_share`.
     """
-    if state.config.estimates_of_0_1 or backend.in_flight < backend.seats(state.config) or not backend.running:
+    if backend.in_flight < backend.seats(state.config) or not backend.running:
         return 0
     usual = _usual_tokens(state, unknown)
     runs = (state.requests[request] for request in islice(backend.running, RUNS_LOOKED_AT))
@@ -174,9 +160,8 @@ def backlog_of(state: State, backend: Backend, request: Request) -> Backlog:
     tenant, limit = request.view.tenant, state.config.classes[request.view.klass]
     of_tenant, share = outstanding.tenants[tenant], outstanding.share_of(tenant)
     is_here = _is_here_to_stay(state, backend, request.version)
-    turn_ns, run_ns, seats = round(outstanding.longest_tokens * slowest_ns), backend.runs.long_ns, 1
-    if not state.config.estimates_of_0_1:  # runs of before may have been longer than any that is outstanding now
-        run_ns, seats = min(run_ns, turn_ns), max(1, backend.in_flight)
+    turn_ns = round(outstanding.longest_tokens * slowest_ns)
+    run_ns = min(backend.runs.long_ns, turn_ns)  # earlier runs may have been longer than any that is outstanding now
     return Backlog(
         drain_ns=round(outstanding.expected_tokens * each_ns),
         tenant_drain_ns=round(of_tenant * each_ns / share),
@@ -184,7 +169,7 @@ def backlog_of(state: State, backend: Backend, request: Request) -> Backlog:
         tenant_queue_ns=round(max(0, of_tenant - request.expected_tokens - 1) * each_ns / share),
         token_ns=each_ns,
         run_ns=round(run_ns),
-        seat_ns=round(run_ns / seats),
+        seat_ns=round(run_ns / max(1, backend.in_flight)),
         turn_ns=turn_ns,
         open=is_open or _finds_a_slot(backend, packed, blocked),
         blocked=max(blocked, 0),

@@ -175,7 +175,7 @@ def void_queued(step: Step, backend: Backend, queued: Iterable[int], why: Voided
     """Void the promises of some of a backend's queued requests."""
     requests = step.state.requests
     voided = {request for request in queued if void_promise(step, requests[request], why)}
-    if voided and step.state.config.voids_end_urgency and isinstance(backend.ordering, HearsOfVoids):
+    if voided and isinstance(backend.ordering, HearsOfVoids):
         backend.ordering.voided(voided)
 
 

@@ -162,9 +162,7 @@ def _has_to_speak(state: State, backend: Backend) -> bool:
 def _speaks(state: State, backend: Backend, request_id: int) -> bool:
     """Return True if a run should report something by now, apart from the time to read its prompt."""
     request = state.requests[request_id]
-    reads_in_time = backend.facts.pace is not None or (
-        backend.silence.reading.known and not state.config.estimates_of_0_1
-    )
+    reads_in_time = backend.facts.pace is not None or backend.silence.reading.known
     return not (request.settled or request.unheard) and (request.first_token or reads_in_time)
 
 
@@ -191,7 +189,7 @@ def _unread_tokens(state: State, backend: Backend) -> int:
 def _prompt_token_ns(state: State, backend: Backend) -> float:
     """Return how long in ns an engine may take to read a token of a prompt."""
     guess_ns = promising.pace_of(backend).prompt_token_ns
-    if backend.facts.pace is not None or state.config.estimates_of_0_1:
+    if backend.facts.pace is not None:
         return guess_ns
     return READ_MARGIN * backend.silence.reading.token_ns(guess_ns)
 

@@ -63,9 +63,6 @@ class Version:
     """The names that stand for it now."""
     requests: int = 0
     lengths: Lengths = field(default_factory=Lengths)
-    asked_tokens: float = 0.0
-    answered_tokens: float = 0.0
-    """Sums of the output that clients allowed and of what was generated, from which journals of 0.1.0 have lengths."""
     answered: bool = False
     """It has answered somewhere. Until then it is on probation: one Load at a time in the whole pool."""
     suspect: bool = False

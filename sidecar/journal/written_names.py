@@ -173,7 +173,6 @@ WRITTEN: dict[type, Form] = {
         "host_bytes host_pages device_pages seats kv_tokens input_tokens_max sequence_tokens_max heads kv_heads "
         "head_size pace message_bytes_max by_reference caches queue_max base_apart reads_files canonical_files "
         "base_only host_pages_assumed",
-        derived={"reads_files": lambda record: record["kind"] in ("triton_llmapi", "vllm")},  # from 0.2 on
     ),
     facts.Packed: Form("Packed", "key task_id size_bytes pages"),
     facts.Adapter: Form("Adapter", "digest base_model rows dtype"),
@@ -189,9 +188,7 @@ WRITTEN: dict[type, Form] = {
         "store_bytes disk_bytes fetches_max output_tokens_assumed sequence_tokens_assumed queued_max "
         "queued_tokens_max queued_bytes_max tenant_queued_max tenant_queued_tokens_max tenant_queued_bytes_max "
         "tenant_weights heals_max visits_max seat_slack seats_default retry_ns retry_ns_max joining_ns_max pools "
-        "base_requests classes eviction disk_eviction ordering routing prefetch prefetch_bytes_per_s raise_on "
-        "names_limits voids_end_urgency estimates_of_0_1",
-        derived={"voids_end_urgency": lambda record: False, "estimates_of_0_1": lambda record: True},  # from 0.2 on
+        "base_requests classes eviction disk_eviction ordering routing prefetch prefetch_bytes_per_s raise_on",
     ),
     views.Waiting: Form(
         "Waiting",
@@ -223,8 +220,7 @@ WRITTEN: dict[type, Form] = {
     lengths.Lengths: Form("Lengths", "alike next_weight answers"),
     state.Version: Form(
         "Version",
-        "adapter origin generation names requests asked_tokens answered_tokens answered suspect lost_backends "
-        "quarantined refused_by loads lengths",
+        "adapter origin generation names requests answered suspect lost_backends quarantined refused_by loads lengths",
     ),
     state.Request: Form(
         "Request",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from sidecar.config import Config
 from sidecar.core import effects as fx
 from sidecar.core import events as ev
 from sidecar.core.config import ClassLimit, CoreConfig
@@ -16,7 +15,7 @@ from tests.kit.corekit import MS, SECOND, World, assert_idle, facts_of, with_fac
 
 def test_expired_in_the_queue_is_never_dispatched() -> None:
     """A deadline that passes while all seats are taken ends as Expired and never reaches an engine."""
-    world = World(CoreConfig(names_limits=True), seats=1)
+    world = World(seats=1)
     world.engines["b0"].run_ns = 200 * MS
     world.send()
     world.run(1 * MS)
@@ -44,7 +43,7 @@ def test_a_late_tick_lets_nothing_expired_out() -> None:
 def test_the_class_bounds_the_wait() -> None:
     """Without a deadline of its own a request waits no longer than its class allows."""
     classes = {"default": ClassLimit(), "short": ClassLimit(2 * SECOND)}
-    world = World(CoreConfig(names_limits=True, classes=classes), engines=0)
+    world = World(CoreConfig(classes=classes), engines=0)
     pace = Pace(fixed_ns=4e8, seat_ns=0.0, context_token_ns=0.0, prompt_token_ns=0.0)
     world.add_engine("b0", with_facts(facts_of(seats=1), pace=pace)).run_ns = 4 * SECOND
     world.send()
@@ -60,7 +59,7 @@ def test_the_class_bounds_the_wait() -> None:
 
 def test_what_expires_without_a_backend_says_so() -> None:
     """A longer class would not have helped."""
-    world = World(CoreConfig(names_limits=True, classes={"default": ClassLimit(2 * SECOND)}), engines=0)
+    world = World(CoreConfig(classes={"default": ClassLimit(2 * SECOND)}), engines=0)
     world.add_engine("b0", facts_of(), up=False)
     late = world.send()
     world.run(3 * SECOND)

@@ -356,9 +356,9 @@ def test_nobody_is_refused_because_others_ask_for_more_than_they_will_use(adapte
     assert world.settled[[world.send(adapter, output_tokens=400) for _ in range(60)][-1]].reason is Reason.QUEUE_FULL
 
 
-def answering(by_fraction: bool = False) -> World:
+def answering() -> World:
     """Return a world of one seat whose engine takes 10 ms for a token, and ends answers after 10 of them."""
-    config = CoreConfig(classes={"default": ClassLimit(patience_ns=0)}, estimates_of_0_1=by_fraction)
+    config = CoreConfig(classes={"default": ClassLimit(patience_ns=0)})
     world = World(config, engines=0)
     pace = Pace(fixed_ns=10e6, seat_ns=0.0, context_token_ns=0.0, prompt_token_ns=0.0)
     world.add_engine("b0", with_facts(facts_of(seats=1), pace=pace)).run_ns = 100 * MS
@@ -378,18 +378,6 @@ def test_clients_that_change_their_limits_break_no_promise(limits: tuple[int, ..
         world.run()
         assert {world.settled[request].outcome for request in requests} == {Outcome.OK}
         assert not any(world.settled[request].voided for request in requests)
-
-
-def test_a_fraction_of_the_limits_breaks_promises() -> None:
-    """So journals of 0.1.0 have it: after generous limits, tight ones look like a sixty-fourth of the work."""
-    world = answering(by_fraction=True)
-    for _ in range(200):
-        world.send("sql", output_tokens=640)
-    world.run()
-    for _ in range(200):
-        world.send("sql", output_tokens=16)
-    with pytest.raises(AssertionError, match="bound"):
-        world.run()
 
 
 def test_answers_that_become_longer_void_the_promises_that_counted_on_short_ones() -> None:
