@@ -3,8 +3,6 @@
     python -m tools.surface                       print it as JSON
     python -m tools.surface --write FILE          write it
     python -m tools.surface --compare FILE        print each difference from FILE; exit 1 if there is any
-        --changes LIST                            leave out what LIST gives a reason for
-        --accept REASON                           add what is left to LIST, with this reason
 
 In it: commands with options, arguments, defaults, variables and help; configuration keys with type, bounds and default;
 metrics with type and labels; services, methods and messages of gRPC, and which methods each listener serves; paths and
@@ -12,9 +10,9 @@ methods of each HTTP listener with the status that answers them; environment var
 names of policies. Listeners are asked over the network, of a process that serves without engines. All else that has to
 be imported is named in WHERE and nowhere else in this file.
 
-A difference has a path, such as `commands/serve/options/--config/help`, and is "lost", "added" or "changed". LIST is a
-JSON array of `{"path": …, "change": …, "reason": …}`; `path` may have `*`, which stands for any text. With "before" and
-"after" an entry covers only a change between these two values. An entry that covers nothing is an error: see `judged`.
+A difference has a path, such as `commands/serve/options/--config/help`, and is "lost", "added" or "changed".
+`tests/golden/surface.json` is the surface of this build: write it again with a change that is meant; its diff then says
+what users can do now and could not before.
 """
 
 from __future__ import annotations
@@ -33,9 +31,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -476,21 +473,6 @@ def differences(before: Any, after: Any, path: str = "") -> list[Difference]:
     return [] if before == after else [Difference(path, "changed", before, after)]
 
 
-def judged(
-    found: Sequence[Difference], changes: Sequence[Mapping[str, Any]]
-) -> tuple[list[Difference], list[Mapping[str, Any]]]:
-    """Return the differences that no entry covers, and the entries that cover none."""
-    unlisted = [difference for difference in found if not any(_covers(entry, difference) for entry in changes)]
-    idle = [entry for entry in changes if not any(_covers(entry, difference) for difference in found)]
-    return unlisted, idle
-
-
-def _covers(entry: Mapping[str, Any], difference: Difference) -> bool:
-    pattern = re.sub(r"[\[\]?]", lambda match: f"[{match[0]}]", entry["path"])
-    values = all(entry[name] == getattr(difference, name) for name in ("before", "after") if name in entry)
-    return fnmatchcase(difference.path, pattern) and entry["change"] == difference.change and values
-
-
 def as_json(record: Any) -> str:
     return json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
@@ -499,28 +481,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Write what a user can do with this build, or compare it.")
     parser.add_argument("--write", type=Path, metavar="FILE")
     parser.add_argument("--compare", type=Path, metavar="FILE")
-    parser.add_argument("--changes", type=Path, metavar="LIST")
-    parser.add_argument("--accept", metavar="REASON")
     options = parser.parse_args()
-    text = as_json(surface())
+    now = surface()
     if options.write is not None:
-        options.write.write_text(text)
+        options.write.write_text(as_json(now))
     elif options.compare is None:
-        print(text, end="")
-    if options.compare is None:
-        return 0
-    changes = json.loads(options.changes.read_text()) if options.changes is not None else []
-    unlisted, idle = judged(differences(json.loads(options.compare.read_text()), json.loads(text)), changes)
-    for difference in unlisted:
-        print(difference)
-    for entry in idle:
-        print(f"idle    {entry['path']}: listed as {entry['change']}, and it is not")
-    if options.accept and options.changes is not None:
-        kept = [entry for entry in changes if entry not in idle]
-        new = [{**vars(difference), "reason": options.accept} for difference in unlisted]
-        options.changes.write_text(as_json([*kept, *new]))
-        return 0
-    return 1 if unlisted or idle else 0
+        print(as_json(now), end="")
+    else:
+        found = differences(json.loads(options.compare.read_text()), json.loads(as_json(now)))
+        print(*found, sep="\n")
+        return 1 if found else 0
+    return 0
 
 
 if __name__ == "__main__":

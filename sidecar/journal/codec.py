@@ -62,29 +62,15 @@ def encoder_of(cls: Any, form: Form) -> Convert:
 
 
 def decoder_of(cls: Any, form: Form) -> Convert:
-    """Return the decoder for what `encoder_of` encodes.
-
-    A field that an earlier release did not write is derived or keeps its default, so old journals stay readable.
-    """
+    """Return the decoder for what `encoder_of` encodes. It raises KeyError for a record that lacks a field."""
     if issubclass(cls, Enum):
         members = {written: cls[name] for name, written in form.names.items()}
         return lambda record: members[record["="]]
     policies = _policies_of(cls)
     names = [(name, written, name in policies) for name, written in form.names.items()]
-    derived = [(name, form.names[name], derive) for name, derive in form.derived.items()]
-
-    def decode_fields(record: dict[str, Any]) -> Any:
-        held = {
-            name: record[written] if is_policy else decode(record[written])
-            for name, written, is_policy in names
-            if written in record
-        }
-        for name, written, derive in derived:
-            if written not in record:
-                held[name] = derive(record)
-        return cls(**held)
-
-    return decode_fields
+    return lambda record: cls(
+        **{name: record[written] if is_policy else decode(record[written]) for name, written, is_policy in names}
+    )
 
 
 def _policies_of(cls: Any) -> set[str]:

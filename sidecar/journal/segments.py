@@ -29,7 +29,7 @@ from sidecar.journal import codec
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 PREFIX, SUFFIX, UNFINISHED = "segment-", ".jsonl", ".unfinished"
 FLUSH_S = 0.1
 WAKE_LINES = 256

@@ -1,23 +1,15 @@
 """The names of classes, fields and enum members in journals.
 
-A journal outlives the code that wrote it, so its names are kept here, apart from Python's: a class, field or member can
-be renamed without changing a byte on disk. The digest of a step's effects uses these names too.
+The names are kept here, apart from Python's: a class, field or member can be renamed without changing a byte on disk.
+`"new=old"` means that Python's `new` is written as `old`. The digest of a step's effects uses these names too.
 
-To change the core:
-
-* A new class: add its row.
-* A new field or member: add its name at the end of the row. A field also needs a default, which is its value in
-  journals that lack it, or a function in `derived`.
-* A renamed class, field or member: keep the written name. `"new=old"` means that Python's `new` is written as `old`.
-* A removed field: remove its name. Its values in old journals are ignored.
-
-`python -m tests.golden.make_journals` then adds a sample of the new parts to those that every later version must read.
+A row that changes in any other way changes the format: raise `FORMAT` in `segments`, and write the samples again with
+`python -m tests.golden.make_journals`. A journal of another format is refused by its number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
 
@@ -41,21 +33,13 @@ from sidecar.core import (
 from sidecar.core import effects as do
 from sidecar.core import events as ev
 
-Record = Mapping[str, Any]
-"""A dataclass as written: `{"!": class, field: value, …}`."""
-
 
 @dataclass(frozen=True)
 class Form:
-    """The written form of a class: its name, and the names of its fields or members in the order of writing.
-
-    `derived` has functions for fields that old journals lack and whose value follows from others: each takes the
-    written record and returns the field's value. It is called only if the field is not in the record.
-    """
+    """The written form of a class: its name, and the names of its fields or members in the order of writing."""
 
     name: str
     written: str
-    derived: Mapping[str, Callable[[Record], Any]] = field(default_factory=dict)
 
     @property
     def names(self) -> dict[str, str]:
@@ -80,7 +64,6 @@ def problems(cls: Any, form: Form) -> list[str]:
     found += [f'{cls.__name__} has no {what} "{name}": rename or remove it in {row}' for name in strange]
     twice = {written for written in names.values() if list(names.values()).count(written) > 1}
     found += [f'two {what}s of {cls.__name__} are written as "{written}" by {row}' for written in sorted(twice)]
-    found += [f'{row} derives "{name}", which is no {what}' for name in form.derived if name not in names]
     return found
 
 

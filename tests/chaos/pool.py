@@ -146,14 +146,10 @@ class ChaosPool:
 async def chaos_pool(
     folder: Path,
     sentinel: bool = False,
-    previous: Path | None = None,
     engine_count: int = ENGINES,
     has_envoy: bool = False,
 ) -> AsyncIterator[ChaosPool]:
-    """Run a pool for a block; it begins when every backend has an owner that all know of.
-
-    All replicas but the first run the code of `previous`, if that is given.
-    """
+    """Run a pool for a block; it begins when every backend has an owner that all know of."""
     write_adapters(folder / "adapters", ADAPTERS)
     write_adapter(folder / "adapters" / POISON, seed=ADAPTERS)
     async with AsyncExitStack() as stack:
@@ -170,8 +166,7 @@ async def chaos_pool(
             logs.append(log)
         replicas = []
         for number in range(REPLICAS):
-            replica = await _replica(stack, number, folder, redis, engines, has_picker=previous is None)
-            replica.build = previous if number else None
+            replica = await _replica(stack, number, folder, redis, engines)
             replicas.append(replica)
             stack.push_async_callback(replica.kill)
         await asyncio.gather(*(replica.start() for replica in replicas))
@@ -191,12 +186,8 @@ async def _replica(
     folder: Path,
     redis: Server | Watched,
     engines: list[EngineProcess],
-    has_picker: bool,
 ) -> ReplicaProcess:
-    """Return a replica that is reached by the others, and reaches Redis, by ways that can be cut.
-
-    The last release knows no endpoint picker.
-    """
+    """Return a replica that is reached by the others, and reaches Redis, by ways that can be cut."""
     data, admin, picker, listens = (f"127.0.0.1:{free_port()}" for _ in range(4))
     peers = Proxy(int(listens.rpartition(":")[2]))
     await peers.mend()

@@ -1,11 +1,7 @@
-"""`python -m tests.golden.make_journals` adds a sample of each class of a journal that has none.
-
-A sample that is there stays as it is: an earlier release wrote it, and its journals must be read.
-"""
+"""`python -m tests.golden.make_journals` writes a sample of each class of a journal, beside the format's number."""
 
 from __future__ import annotations
 
-import json
 import types
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -16,6 +12,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from policies.id_queue import IdQueue
 from sidecar.journal import codec
+from sidecar.journal.segments import FORMAT
 from sidecar.journal.snapshot import PolicySnapshot
 from sidecar.journal.written_names import WRITTEN
 
@@ -62,18 +59,10 @@ def sample_of(hint: Any, name: str) -> Any:
     )
 
 
-def key_of(record: Mapping[str, Any]) -> tuple[str, str]:
-    """Return what a written record is a sample of: a class, and the member where it is an enum."""
-    return record["!"], record.get("=", "")
-
-
-def add_samples() -> None:
-    """Write a sample of each class and member that has none."""
-    known = {key_of(json.loads(line)) for line in SAMPLES.read_text().splitlines()} if SAMPLES.exists() else set()
-    lines = [codec.dumps(value) + "\n" for value in samples() if key_of(codec.encode(value)) not in known]
-    with SAMPLES.open("a") as file:
-        file.writelines(lines)
+def written() -> str:
+    """Return the file of samples: the format's number, then a line for each class and each member of an enum."""
+    return "".join(f"{line}\n" for line in (f'{{"journal":{FORMAT}}}', *map(codec.dumps, samples())))
 
 
 if __name__ == "__main__":
-    add_samples()
+    SAMPLES.write_text(written())

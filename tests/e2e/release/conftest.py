@@ -1,4 +1,4 @@
-"""A release of the working tree, its bundle installed without a network, and the last release beside it."""
+"""A release of the working tree, and its bundle installed without a network."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ import pytest
 
 from tests.e2e.helm.installed import HelmInstalled
 from tests.e2e.installed import ROOT, needed
-from tests.kit.last_release import source_of_last_release
 from tools.release import images
 
 NO_DIGEST = f"sha256:{0:064}"
@@ -106,19 +105,4 @@ def new(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("new")
     command = without_network(unpacked / "install.sh", folder / "venv")
     run(*command, cwd=folder, PYTHON=sys.executable, PIP_NO_INDEX="1", PIP_CONFIG_FILE=os.devnull)
-    return folder / "venv" / "bin"
-
-
-@pytest.fixture(scope="session")
-def old(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bin folder of an environment with the last release, built and locked as it was."""
-    folder = tmp_path_factory.mktemp("old")
-    source = source_of_last_release(folder / "source")
-    run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", folder, source, cwd=folder)
-    (wheel,) = folder.glob("lora_sidecar-*.whl")
-    run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
-    install = (folder / "venv" / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-deps")
-    found = ("--find-links", unpacked / "wheels")
-    run(*install, *found, "--require-hashes", "-r", source / "requirements.lock", cwd=folder)
-    run(*install, wheel, cwd=folder)
     return folder / "venv" / "bin"
