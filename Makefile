@@ -12,9 +12,9 @@
 # make e2e-tools  load tools and client libraries that users bring, unmodified, before emulated engines; 6 minutes and 4.5 GB
 # make e2e-tools-short  the OpenAI SDK and schemathesis alone
 # make e2e-attack  attacks that take whole processes: bursts, resets, half messages, requests of death; 1 minute
-# make e2e-replicas  three replicas restarted under load, beside an older build too, and Redis away; about 3 minutes
+# make e2e-replicas  three replicas restarted under load, and Redis away; about 3 minutes
 # make vllm    a toy vLLM on its usual port, until Ctrl-C; HTTP_PORT=18000
-# make e2e-release  a release is built, bundled, installed without a network, upgraded from the last one and taken back; 4 minutes
+# make e2e-release  a release is built, bundled, and installed without a network; 3 minutes
 # make ci      what each change must pass: lint, tests, and the core of every lane; at most 25 minutes on an idle machine
 # make nightly all lanes whole, soak, chaos, fuzz and fault worlds; about 90 minutes
 # make weekly  tests with the newest versions of all dependencies, with other Pythons, and before vLLM 0.32 and the newest

@@ -185,7 +185,7 @@ def run_serving() -> set[str]:
     """Return the modules that a serving process imports. Raises SystemExit if it does not start."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "modules.json")
-        options = ["serve", "--json", "--data", folder, "--probes", "127.0.0.1:0"]
+        options = ["serve", "--json", "--data-directory", folder, "--probes", "127.0.0.1:0"]
         for listener in ("--listen", "--admin", "--http"):
             options += [listener, "127.0.0.1:0"]
         command = [sys.executable, "-c", SERVES, str(file), *options]

@@ -279,17 +279,6 @@ GROUPS = {
 }
 
 
-RENAMED = {
-    "--base-model": "--base",
-    "--cert": "--certificate",
-    "--data": "--data-directory",
-    "--data-dir": "--data-directory",
-    "--order": "--ordering",
-    "--route": "--routing",
-    "--store": "--eviction",
-}
-"""What options were called before they had the names of configuration keys: still taken, and not in any help."""
-
 METAVARS = {
     "adapter": "NAME",
     "adapters": "PATH",
@@ -330,19 +319,6 @@ BY_TYPE = {int: "N", float: "N", str: "TEXT", Path: "PATH"}
 """What a help calls the value of an option or argument: by its name where that has a word, else by its type. A command
 may say it better, as `metavar`.
 """
-
-
-class Command(TyperCommand):
-    """A command that takes its options by their earlier names, too."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        now = self.earlier_names()
-        words = (word.partition("=") for word in args)
-        return super().parse_args(ctx, [f"{now.get(name, name)}{equals}{value}" for name, equals, value in words])
-
-    def earlier_names(self) -> dict[str, str]:
-        names = {name for parameter in self.params for name in parameter.opts}
-        return {old: new for old, new in RENAMED.items() if new in names and old not in names}
 
 
 class Group(TyperGroup):
@@ -388,7 +364,7 @@ def imported(words: str) -> Any:
     """Import and return the click command at these words."""
     module, _, name = COMMANDS[words][0].partition(":")
     alone = typer.Typer(add_completion=False)
-    alone.command(words.rpartition(" ")[2], cls=Command)(getattr(import_module(module), name))
+    alone.command(words.rpartition(" ")[2])(getattr(import_module(module), name))
     command = get_command(alone)
     command.help = _unwrapped(command.help or "")
     for parameter in command.params:

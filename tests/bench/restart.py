@@ -64,7 +64,7 @@ async def _start(data: Path) -> float:
     """Return the seconds until the ready line."""
     began = perf_counter()
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "sidecar", "serve", "--data", str(data), *FREE, stdout=asyncio.subprocess.PIPE,
+        sys.executable, "-m", "sidecar", "serve", "--data-directory", str(data), *FREE, stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
     )  # fmt: skip
     assert process.stdout is not None

@@ -45,18 +45,15 @@ class ReplicaProcess:
     process: asyncio.subprocess.Process | None = field(default=None, repr=False)
     is_ready: bool = False
     """It has begun to take requests."""
-    build: Path | None = None
-    """The folder of the code that it runs, None for this one."""
 
     async def start(self) -> None:
         """Start and return when it takes requests. Raises RuntimeError if it ends instead."""
         fault = {"LORA_SIDECAR_RAISE_ON": f"Received:{POISON}"}
-        environment = os.environ | (fault if self.build is None else {"PYTHONPATH": str(self.build)})
         self.is_ready = False
         with self.log.open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "sidecar", "serve", "--config", str(self.config), "--json",
-                stdout=asyncio.subprocess.PIPE, stderr=log, env=environment, cwd=self.build,
+                stdout=asyncio.subprocess.PIPE, stderr=log, env=os.environ | fault,
             )  # fmt: skip
         assert self.process.stdout is not None
         if not await self.process.stdout.readline():
@@ -206,7 +203,7 @@ async def _replica(
             "data": {"address": data},
             "admin": {"address": admin},
             "http": {"address": "127.0.0.1:0"},
-            **({"endpoint_picker": {"address": picker}} if has_picker else {}),
+            "endpoint_picker": {"address": picker},
         },
         "adapters": {"serve": str(folder / "adapters"), "roots": [str(folder)]},
         "state": {"url": redis.url if way is None else way.url},

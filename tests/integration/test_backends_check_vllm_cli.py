@@ -39,7 +39,7 @@ async def test_the_command_line(tmp_path: Path) -> None:
     config.write_text(json.dumps(TINY))
     async with vllm_and_target(tmp_path) as engine:
         url = f"vllm://{engine.target.address}"
-        options = ("--adapters-dir", str(engine.shared), "--base-model", str(config))
+        options = ("--adapters-dir", str(engine.shared), "--base", str(config))
         code, out, err = await sidecar("backends", "check", url, *options)
         assert (code, err) == (0, "")
         assert "✓ reachable       vLLM 0.32.0" in out
@@ -69,7 +69,7 @@ async def test_a_check_that_is_told_to_end(tmp_path: Path) -> None:
     async with VllmProcess("--compute", "none", "--freeze-after", "2") as engine, Client(engine.http_address) as client:
         process = await python(
             "-m", "sidecar", "backends", "check", f"vllm://{engine.http_address}", "--adapters-dir",
-            str(shared), "--base-model", str(config), stderr=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+            str(shared), "--base", str(config), stderr=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
         )  # fmt: skip
         while len(await client.models()) < 2:
             assert process.returncode is None

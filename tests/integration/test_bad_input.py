@@ -187,7 +187,7 @@ async def test_a_data_directory_in_use_names_the_process(tmp_path: Path) -> None
     sidecar = await Sidecar.start(parse(record, "the test"))
     try:
         process = await python(
-            "-m", "sidecar", "serve", "--data", str(tmp_path), "--listen", "127.0.0.1:0", "--admin",
+            "-m", "sidecar", "serve", "--data-directory", str(tmp_path), "--listen", "127.0.0.1:0", "--admin",
             "127.0.0.1:0", "--http", "127.0.0.1:0", stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
         _, error = await process.communicate()

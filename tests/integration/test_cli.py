@@ -297,14 +297,14 @@ def test_serve_from_start_to_end(tmp_path: Path, sidecar: Callable[..., Ended]) 
     """`serve` says when it is ready, answers, keeps others out of its data and its ports, and leaves with 0."""
     write_adapter(tmp_path / "loras" / "sql")
     data = str(tmp_path / "data")
-    with serve("--data", data, "--adapters", str(tmp_path / "loras"), "--set", "log_format=json") as process:
+    with serve("--data-directory", data, "--adapters", str(tmp_path / "loras"), "--set", "log_format=json") as process:
         assert process.stdout
         ready = json.loads(process.stdout.readline())
         assert ready["adapters"] == 1
         assert [each["name"] for each in sidecar("adapters", "list", "--json", "--admin", ready["admin"]).json()] == [
             "sql"
         ]
-        second = serve("--data", data)
+        second = serve("--data-directory", data)
         _, errors = second.communicate()
         assert second.returncode == 3
         error = json.loads(errors.splitlines()[-1])["error"]

@@ -43,7 +43,7 @@ async def test_an_incident_of_a_running_sidecar(tmp_path: Path) -> None:
         running = asyncio.create_task(served.ask(names[0], 4))
         http = served.sidecar.http_address
         manifest = await command(
-            "debug", "capture", "--data-dir", str(tmp_path / "data"), "--http", http, "-o", str(out)
+            "debug", "capture", "--data-directory", str(tmp_path / "data"), "--http", http, "-o", str(out)
         )  # fmt: skip
         await running
     held = members_of(out)

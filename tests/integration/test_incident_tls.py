@@ -57,12 +57,12 @@ async def test_a_listener_that_speaks_tls(tmp_path: Path, monkeypatch: pytest.Mo
     async with serving_by_tls(tmp_path, asks_back=False) as (authority, http):
         ca = ("--ca", str(authority.ca))
         assert "metrics" not in await capture(tmp_path, *config, http, *ca)
-        assert "metrics" not in await capture(tmp_path, "--data-dir", str(tmp_path / "data"), "--http", http, *ca)
+        assert "metrics" not in await capture(tmp_path, "--data-directory", str(tmp_path / "data"), "--http", http, *ca)
         for options, way_out in (
             ((*config, http), "--ca names the PEM file of the CA"),
             ((*config, http.replace("127.0.0.1", "localhost"), *ca), "--http names the address that its certificate"),
             ((*config, "127.0.0.1:1", *ca), "--http names another address"),
-            (("--data-dir", str(tmp_path / "data"), "--http", http), "--ca turns TLS on"),
+            (("--data-directory", str(tmp_path / "data"), "--http", http), "--ca turns TLS on"),
         ):
             assert way_out in (await capture(tmp_path, *options))["metrics"]
         monkeypatch.setenv("LORA_SIDECAR_CA", str(authority.ca))

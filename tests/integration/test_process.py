@@ -104,7 +104,7 @@ async def test_sigterm_finishes_what_is_in_flight_and_exits_0(tmp_path: Path) ->
 async def test_a_restart_keeps_names_pins_and_allow_lists_and_the_journal_replays(tmp_path: Path) -> None:
     """The data directory holds what operators said; every step of both lives replays to the same effects."""
     path = write_adapter(tmp_path / "loras" / "sql")
-    data = ("--data", str(tmp_path / "data"), "--set", f"adapters.roots=[{tmp_path}]")
+    data = ("--data-directory", str(tmp_path / "data"), "--set", f"adapters.roots=[{tmp_path}]")
     async with running_engine(compute="none") as engine:
         backend = ("--backend", f"triton://{engine.grpc_address}", *data)
         async with sidecar(*backend) as served, grpc.aio.insecure_channel(served.admin) as channel:

@@ -105,12 +105,12 @@ async def test_from_a_directory_into_another_one_and_into_a_redis_and_back(
 ) -> None:
     records, keys, secret = await a_place(tmp_path / "data")
     file = tmp_path / "backup.zip"
-    ended = await state(command, "backup", file, "--data-dir", tmp_path / "data")
+    ended = await state(command, "backup", file, "--data-directory", tmp_path / "data")
     assert ended.code == 0, ended.err
     assert f"from {tmp_path / 'data'} with 1 adapter, 2 keys, 1 limit, with usage" in ended.out
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
-    ended = await state(command, "restore", file, "--data-dir", tmp_path / "other", "--json")
+    ended = await state(command, "restore", file, "--data-directory", tmp_path / "other", "--json")
     assert ended.code == 0, ended.err
     assert {name: ended.json()[name] for name in ("adapters", "keys", "limits")} == {
         "adapters": 1, "keys": 2, "limits": 1,
@@ -119,7 +119,7 @@ async def test_from_a_directory_into_another_one_and_into_a_redis_and_back(
     assert tokens_used(tmp_path / "other") == [(12345,)]
 
     config = with_redis(tmp_path, server)
-    ended = await state(command, "restore", file, "--config", config, "--data-dir", tmp_path / "third")
+    ended = await state(command, "restore", file, "--config", config, "--data-directory", tmp_path / "third")
     assert ended.code == 0, ended.err
     assert tokens_used(tmp_path / "third") == [(12345,)]
     assert not (tmp_path / "third" / REGISTRY_FILE).exists()
@@ -133,7 +133,7 @@ async def test_from_a_directory_into_another_one_and_into_a_redis_and_back(
         # Replicas that work on it are no obstacle.
         ended = await state(command, "backup", tmp_path / "of-redis.zip", "--config", config)
         assert ended.code == 0, ended.err
-    ended = await state(command, "restore", tmp_path / "of-redis.zip", "--data-dir", tmp_path / "back")
+    ended = await state(command, "restore", tmp_path / "of-redis.zip", "--data-directory", tmp_path / "back")
     assert ended.out.startswith(f"restored into {tmp_path / 'back'}: 2 adapters, 3 keys, 1 limit, without usage\n")
     async with access_store(tmp_path / "back") as store:
         assert sorted(store.keys(), key=lambda key: key.id) == sorted([*keys, another], key=lambda key: key.id)
@@ -145,21 +145,21 @@ async def test_what_is_there_is_replaced_only_by_force(
 ) -> None:
     records, keys, secret = await a_place(tmp_path / "data")
     file, config = tmp_path / "backup.zip", with_redis(tmp_path, server)
-    assert (await state(command, "backup", file, "--data-dir", tmp_path / "data")).code == 0
+    assert (await state(command, "backup", file, "--data-directory", tmp_path / "data")).code == 0
     before = file.read_bytes()
-    ended = await state(command, "backup", file, "--data-dir", tmp_path / "data")
+    ended = await state(command, "backup", file, "--data-directory", tmp_path / "data")
     assert (ended.code, file.read_bytes()) == (2, before)
     assert "exists already" in ended.err
-    assert (await state(command, "backup", file, "--data-dir", tmp_path / "data", "--force")).code == 0
+    assert (await state(command, "backup", file, "--data-directory", tmp_path / "data", "--force")).code == 0
     async with access_store(tmp_path / "data") as store:
         await store.put(new_key()[1])
         await store.remove(LIMIT.name)
-    ended = await state(command, "restore", file, "--data-dir", tmp_path / "data")
+    ended = await state(command, "restore", file, "--data-directory", tmp_path / "data")
     assert ended.code == 1
     assert "there is state already; --force puts the backup in its place" in ended.err
     async with access_store(tmp_path / "data") as store:
         assert len(store.keys()) == 3
-    assert (await state(command, "restore", file, "--data-dir", tmp_path / "data", "--force")).code == 0
+    assert (await state(command, "restore", file, "--data-directory", tmp_path / "data", "--force")).code == 0
     await check_file(tmp_path / "data", records, keys, secret)
     async with access_store(None, server.url) as store:
         await store.put(new_key()[1])
@@ -194,7 +194,7 @@ async def test_a_key_that_was_revoked_after_the_backup_stays_revoked(
     def place() -> Any:
         return access_store(None, server.url) if is_shared else access_store(tmp_path / "data")
 
-    where = ("--config", with_redis(tmp_path, server)) if is_shared else ("--data-dir", tmp_path / "data")
+    where = ("--config", with_redis(tmp_path, server)) if is_shared else ("--data-directory", tmp_path / "data")
     kept, leaked = await two_keys(place)
     file, later = tmp_path / "backup.zip", tmp_path / "later.zip"
     assert (await state(command, "backup", file, *where)).code == 0
@@ -230,24 +230,24 @@ async def test_a_new_place_says_which_keys_are_good_again(
 ) -> None:
     kept, leaked = await two_keys(lambda: access_store(tmp_path / "data"))
     file, config = tmp_path / "backup.zip", with_redis(tmp_path, server)
-    assert (await state(command, "backup", file, "--data-dir", tmp_path / "data")).code == 0
+    assert (await state(command, "backup", file, "--data-directory", tmp_path / "data")).code == 0
     rewritten(file, tmp_path / "old.zip", lambda name, data: manifest_with(made_at=time() - 3 * 86_400)(name, data))
     async with access_store(tmp_path / "data") as store:
         await store.revoke(leaked.id)
 
-    ended = await state(command, "restore", tmp_path / "old.zip", "--data-dir", tmp_path / "new")
+    ended = await state(command, "restore", tmp_path / "old.zip", "--data-directory", tmp_path / "new")
     assert "UTC, 3 days ago\n" in ended.out
     assert (
         "2 keys good again, of which nothing here says whether they were revoked since:\n"
         f"{listed(kept, leaked)}revoke those that were" in ended.out
     )
-    ended = await state(command, "restore", file, "--data-dir", tmp_path / "without", "--no-keys")
+    ended = await state(command, "restore", file, "--data-directory", tmp_path / "without", "--no-keys")
     assert ", 0 keys, " in ended.out
     assert "good again" not in ended.out
     assert await states(lambda: access_store(tmp_path / "without")) == {}
 
     # The Redis is new, but the data directory beside it knows.
-    ended = await state(command, "restore", file, "--config", config, "--data-dir", tmp_path / "data")
+    ended = await state(command, "restore", file, "--config", config, "--data-directory", tmp_path / "data")
     assert f"1 key revoked since, and still revoked:\n{listed(leaked)}" in ended.out
     assert f"1 key good again, of which nothing here says whether they were revoked since:\n{listed(kept)}" in ended.out
     assert await states(lambda: access_store(None, server.url)) == {kept.id: "active", leaked.id: "revoked"}
@@ -263,7 +263,7 @@ async def test_a_copy_of_a_redis_that_was_lost_knows_what_was_revoked(
         await store.revoke(leaked.id)
     async with Redis.from_url(server.url) as client:
         await client.flushall()
-    ended = await state(command, "restore", file, "--config", config, "--data-dir", tmp_path / "data")
+    ended = await state(command, "restore", file, "--config", config, "--data-directory", tmp_path / "data")
     assert f"1 key revoked since, and still revoked:\n{listed(leaked)}" in ended.out
     assert await states(lambda: access_store(None, server.url)) == {kept.id: "active", leaked.id: "revoked"}
 
@@ -282,7 +282,7 @@ async def test_an_entry_of_a_later_release_is_not_replaced(
             return database.execute(statement, values).fetchall()
 
     kept, leaked = await two_keys(place)
-    file, where = tmp_path / "backup.zip", ("--data-dir", tmp_path / "data")
+    file, where = tmp_path / "backup.zip", ("--data-directory", tmp_path / "data")
     assert (await state(command, "backup", file, *where)).code == 0
     async with place() as store:
         await store.revoke(leaked.id)
@@ -323,8 +323,8 @@ async def test_nothing_is_restored_under_a_sidecar_that_runs(
     await a_place(tmp_path / "data")
     file, config = tmp_path / "backup.zip", with_redis(tmp_path, server)
     with lock_data_directory(tmp_path / "data"):
-        assert (await state(command, "backup", file, "--data-dir", tmp_path / "data")).code == 0
-        ended = await state(command, "restore", file, "--data-dir", tmp_path / "data", "--force")
+        assert (await state(command, "backup", file, "--data-directory", tmp_path / "data")).code == 0
+        ended = await state(command, "restore", file, "--data-directory", tmp_path / "data", "--force")
         assert ended.code == 3
     link = link_to(server.url)
     await RedisMembers(link).beat(SendBeat(1, Member("one", "one")), "", 0)
@@ -342,11 +342,11 @@ async def test_a_backup_of_a_sidecar_that_runs(tmp_path: Path, command: Callable
         serving([engine], tmp_path / "adapters", data_directory=str(data)) as served,
     ):
         await served.ask("a00")
-        ended = await state(command, "backup", tmp_path / "backup.zip", "--data-dir", data)
+        ended = await state(command, "backup", tmp_path / "backup.zip", "--data-directory", data)
         assert ended.code == 0, ended.err
         assert "with 2 adapters, 0 keys, 0 limits, with usage" in ended.out
         records = served.sidecar.registry.all()
-    assert (await state(command, "restore", tmp_path / "backup.zip", "--data-dir", tmp_path / "other")).code == 0
+    assert (await state(command, "restore", tmp_path / "backup.zip", "--data-directory", tmp_path / "other")).code == 0
     registry = SqliteRegistry(tmp_path / "other" / REGISTRY_FILE)
     assert registry.all() == records
     await registry.close()
@@ -389,7 +389,7 @@ def manifest_with(**fields: Any) -> Callable[[str, bytes], bytes]:
 async def test_a_damaged_backup_changes_nothing(tmp_path: Path, command: Callable[..., Ended]) -> None:
     await a_place(tmp_path / "data")
     file, bad = tmp_path / "backup.zip", tmp_path / "bad.zip"
-    assert (await state(command, "backup", file, "--data-dir", tmp_path / "data")).code == 0
+    assert (await state(command, "backup", file, "--data-directory", tmp_path / "data")).code == 0
     with zipfile.ZipFile(file) as archive:
         listed = json.loads(archive.read("manifest.json"))["parts"]
         for part in listed:
@@ -405,16 +405,16 @@ async def test_a_damaged_backup_changes_nothing(tmp_path: Path, command: Callabl
             rewritten(file, bad, change)
         else:
             bad.write_bytes(file.read_bytes()[:-100])
-        ended = await state(command, "restore", bad, "--data-dir", tmp_path / "other")
+        ended = await state(command, "restore", bad, "--data-directory", tmp_path / "other")
         assert ended.code > 0
         assert says in ended.err
         assert not (tmp_path / "other" / REGISTRY_FILE).exists()
-    ended = await state(command, "restore", tmp_path / "none.zip", "--data-dir", tmp_path / "other")
+    ended = await state(command, "restore", tmp_path / "none.zip", "--data-directory", tmp_path / "other")
     assert "No such file" in ended.err
     for arguments in (("backup", tmp_path / "x.zip"), ("restore", file)):
         ended = await state(command, *arguments)
         assert ended.code == 2
         assert "--config" in ended.err
-    ended = await state(command, "backup", tmp_path / "x.zip", "--data-dir", tmp_path / "nowhere")
+    ended = await state(command, "backup", tmp_path / "x.zip", "--data-directory", tmp_path / "nowhere")
     assert ended.code == 2
     assert f"there is no state in {tmp_path / 'nowhere'}" in ended.err

@@ -113,7 +113,7 @@ async def test_from_an_id_to_the_reason(tmp_path: Path, front: str) -> None:
         after = await command("requests", "show", ASKED, *admin)
         assert served.sidecar._journal is not None
         await asyncio.to_thread(served.sidecar._journal.flush)
-        await command("debug", "capture", "--data-dir", str(tmp_path / "data"), "-o", str(out))
+        await command("debug", "capture", "--data-directory", str(tmp_path / "data"), "-o", str(out))
     replayed = await command("replay", str(out), "--explain", ASKED)
     assert (live["outcome"], after["outcome"], replayed["outcome"]) == ("", "ok", "ok")
     waits = [[at for at in told["timeline"] if at["what"] == "waited"] for told in (live, after, replayed)]

@@ -237,7 +237,7 @@ async def test_kill_9_loses_a_minute_at_most_and_the_hour_is_marked(tmp_path: Pa
     async with running_engine(**DUMMY) as engine:
         options = (
             "--backend", f"triton://{engine.grpc_address}", "--adapters", str(tmp_path / "loras"),
-            "--data", str(tmp_path / "data"),
+            "--data-directory", str(tmp_path / "data"),
         )  # fmt: skip
         async with sidecar(*options) as served:
             for _ in range(3):

@@ -288,7 +288,7 @@ def test_keys_that_name_none(key: str) -> None:
 def test_the_command_says_what_it_wrote(data: Path, tmp_path: Path, sidecar: Callable[..., Ended]) -> None:
     """One line about the file, and one for each thing left out; exit code 0."""
     out = tmp_path / "incident.tgz"
-    ended = sidecar("debug", "capture", "--data-dir", str(data), "-o", str(out), "--http", "127.0.0.1:1")
+    ended = sidecar("debug", "capture", "--data-directory", str(data), "-o", str(out), "--http", "127.0.0.1:1")
     assert ended.code == 0
     assert ended.out.startswith(f"{out}: ")
     assert "never prompts" in ended.out
@@ -325,7 +325,7 @@ def test_a_broken_configuration_does_not_stop_it(
     """A configuration that is wrong may be what the incident is about: its keys are told, and none of its values."""
     config, out = tmp_path / "config.yaml", tmp_path / "incident.tgz"
     config.write_text(text)
-    ended = sidecar("debug", "capture", "--config", str(config), "--data-dir", str(data), "-o", str(out))
+    ended = sidecar("debug", "capture", "--config", str(config), "--data-directory", str(data), "-o", str(out))
     assert ended.code == 0
     assert f"left out: config: {told}" in ended.err
     assert "hunter2" not in ended.out + ended.err
@@ -336,9 +336,9 @@ def test_a_broken_configuration_does_not_stop_it(
     ("arguments", "message"),
     [
         ((), "name the sidecar's configuration with --config"),
-        (("--last", "soon", "--data-dir", "."), 'and "soon" is none'),
-        (("--last", "10m5", "--data-dir", "."), 'and "10m5" is none'),
-        (("--data-dir", "/nowhere"), "there is no data directory /nowhere"),
+        (("--last", "soon", "--data-directory", "."), 'and "soon" is none'),
+        (("--last", "10m5", "--data-directory", "."), 'and "10m5" is none'),
+        (("--data-directory", "/nowhere"), "there is no data directory /nowhere"),
         (("--config", "/nowhere.yaml"), "/nowhere.yaml"),
     ],
 )

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from typer import TyperException, rich_utils
+from typer import rich_utils
 
 from sidecar.cli import run
 from sidecar.cli.commands import COMMANDS, GROUPS, imported
@@ -106,32 +106,6 @@ def test_a_value_is_called_the_same_in_every_help() -> None:
 def test_the_table_has_the_first_paragraph_of_each_help(words: str) -> None:
     """A help line of a group is what the command's own help begins with."""
     assert " ".join(imported(words).help.split("\n\n")[0].split()) == COMMANDS[words][1]
-
-
-@pytest.mark.parametrize(
-    ("words", "old", "new"),
-    [
-        ("serve", "--data", "--data-directory"),
-        ("state backup", "--data-dir", "--data-directory"),
-        ("debug capture", "--data", "--data-directory"),
-        ("adapters list", "--cert", "--certificate"),
-        ("backends check", "--base-model", "--base"),
-        ("simulate", "--order", "--ordering"),
-        ("simulate", "--route", "--routing"),
-        ("simulate", "--store", "--eviction"),
-    ],
-)
-def test_options_have_the_names_of_keys_and_the_earlier_ones_work(words: str, old: str, new: str) -> None:
-    """An earlier name means the same, with its value behind it or behind "=", and no help shows it."""
-    command = imported(words)
-    (option,) = [each for each in command.params if new in each.opts]
-    assert old not in option.opts
-    needed = ["file"] if words == "state backup" else []
-    for given in ([old, "value"], [f"{old}=value"], [new, "value"]):
-        context = command.make_context(words, [*needed, *given])
-        assert str(context.params[option.name]) == "value"
-    with pytest.raises(TyperException):
-        imported("adapters watch").make_context("watch", ["--data", "x"])
 
 
 def test_every_group_has_a_command() -> None:

@@ -80,8 +80,8 @@ def test_every_option_that_scripts_rely_on(sidecar: Callable[..., Ended]) -> Non
     record = sidecar(
         "simulate", "--workload", "zipf", "--input-tokens", "64", "--output-tokens", "16", "--model", "llama-3.1-8b",
         "--gpu", "a100_sxm", "--adapters", "10", "--slots", "3", "--seats", "20", "--in-flight", "30", "--backends",
-        "2", "--output-cv", "0.5", "--engine", "vllm", "--order", "skip", "--route", "affinity", "--store", "lfu",
-        "--requests", "80", "--seed", "9", "--json",
+        "2", "--output-cv", "0.5", "--engine", "vllm", "--ordering", "skip", "--routing", "affinity",
+        "--eviction", "lfu", "--requests", "80", "--seed", "9", "--json",
     ).json()  # fmt: skip
     assert record["requests"]["answered"] == 80
     setup = record["setup"]
@@ -129,9 +129,9 @@ def test_the_same_command_gives_the_same_json_in_any_process() -> None:
     [
         *(("--workload", name) for name in WORKLOADS),
         *(("--engine", name) for name in FLAVOURS),
-        *(("--order", name, "--engine", "vllm") for name in (*POLICIES["ordering"], "none")),
-        *(("--route", name, "--backends", "2") for name in POLICIES["routing"]),
-        *(("--store", name, "--store-bytes", "60000000", "--host-slots", "4") for name in POLICIES["eviction"]),
+        *(("--ordering", name, "--engine", "vllm") for name in (*POLICIES["ordering"], "none")),
+        *(("--routing", name, "--backends", "2") for name in POLICIES["routing"]),
+        *(("--eviction", name, "--store-bytes", "60000000", "--host-slots", "4") for name in POLICIES["eviction"]),
         *(("--prefetch", name, "--store-bytes", "60000000") for name in POLICIES["prefetch"]),
     ],
     ids=" ".join,
@@ -159,7 +159,7 @@ def test_a_pytorch_engine_alone_fails_what_the_sidecar_keeps_apart(sidecar: Call
 
 def test_a_read_takes_as_long_as_is_said(sidecar: Callable[..., Ended]) -> None:
     """One request for each of 12 adapters, one at a time: each reads for so much longer."""
-    one_by_one = ("--engine", "trtllm_pytorch", "--in-flight", "1", "--requests", "12", "--order", "soft_gated")
+    one_by_one = ("--engine", "trtllm_pytorch", "--in-flight", "1", "--requests", "12", "--ordering", "soft_gated")
     seconds = [
         sidecar("simulate", *SMALL, *one_by_one, "--load-ms", load_ms, "--json").json()["simulated_s"]
         for load_ms in ("0", "500")
@@ -197,7 +197,7 @@ def test_a_trace_is_simulated(tmp_path: Path, sidecar: Callable[..., Ended]) -> 
     [
         (("--slots", "0"), "--slots 0: expected"),
         (("--rate", "nan"), "--rate nan: expected"),
-        (("--order", "lifo"), "there are none, credit"),
+        (("--ordering", "lifo"), "there are none, credit"),
         (("--ranks", "8;16"), "--ranks 8;16: expected ranks"),
         (("--in-flight", "4", "--rate", "1"), "exclude each other"),
         (("--seed", "1", "--seeds", "1,2"), "--seed and --seeds exclude each other"),
@@ -227,12 +227,12 @@ def test_people_get_a_table_and_what_it_means(sidecar: Callable[..., Ended]) -> 
     assert lines[2].split() == ["none", "skip"]
     assert lines[3].startswith("bound, all resident")
     assert any(line.startswith("skip has ") and "× the bare engine's tokens/s" in line for line in lines)
-    assert "--compare none,skip" in sidecar("simulate", *SMALL, "--order", "skip").out
+    assert "--compare none,skip" in sidecar("simulate", *SMALL, "--ordering", "skip").out
 
 
 def test_refusals_are_explained(sidecar: Callable[..., Ended]) -> None:
     """Overload is refused with a reason and a delay; the first message of each reason is shown."""
-    small = (*SMALL, "--requests", "400", "--order", "skip", "--load", "5")
+    small = (*SMALL, "--requests", "400", "--ordering", "skip", "--load", "5")
     out = sidecar("simulate", *small, "--wait-limit", "0.5").out
     assert re.search(r"skip had \d+ QUEUE_FULL.*; refused ones were told to come back after", out)
     assert "QUEUE_FULL, for example: b0 might not come to it for" in out
@@ -278,7 +278,7 @@ def test_a_long_run_tells_how_far_it_is() -> None:
 
 def test_json_is_json_to_the_last_digit(sidecar: Callable[..., Ended]) -> None:
     """There is no NaN and no infinity, which JSON lacks, even if nothing was answered."""
-    ended = sidecar("simulate", *SMALL, "--order", "skip", "--store-bytes", "1", "--json")
+    ended = sidecar("simulate", *SMALL, "--ordering", "skip", "--store-bytes", "1", "--json")
 
     def refuse(constant: str) -> None:
         raise AssertionError(constant)

@@ -236,7 +236,7 @@ def test_the_command_answers_what_it_would_have_been(tmp_path: Path, sidecar: Ca
         assert run["over_live"]["throughput"] == pytest.approx(
             run["throughput_tokens_per_s"] / record["live"]["throughput_tokens_per_s"]
         )
-    out = sidecar("simulate", "--journal", str(incident), "--order", "soft_gated").out
+    out = sidecar("simulate", "--journal", str(incident), "--ordering", "soft_gated").out
     assert out.splitlines()[2].split() == ["live", "soft_gated"]
     assert "soft_gated has" in out
     assert "The live run was ordered by skip" in out

@@ -86,7 +86,7 @@ def test_first_come_first_served_before_an_engine_that_passes() -> None:
 def test_throughput_of_the_base_model(order: str, row: BaseRow, sidecar: Callable[..., Ended]) -> None:
     """By the command, bare and behind the product: within 10 % of the whole engine."""
     record = sidecar(
-        "simulate", "--workload", "base", "--engine", row.engine, "--order", order, "--json",
+        "simulate", "--workload", "base", "--engine", row.engine, "--ordering", order, "--json",
         *("--input-tokens", str(row.input_tokens), "--output-tokens", str(row.output_tokens)),
         *("--in-flight", str(row.in_flight), "--requests", str(row.requests)),
     ).json()  # fmt: skip

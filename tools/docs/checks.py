@@ -11,7 +11,7 @@ from tools.docs.pages import COMMANDS, ROOT, anchors, blocks, inline_code, links
 
 _PATH = re.compile(r"(?:sidecar|policies|tests|tools|deploy|examples|docs|proto)/[\w./-]+")
 _PLACEHOLDER = re.compile(r"(?:^|/)[A-Z_]{3,}(?:[./]|$)|…|NAME")
-_OLD = {"CHANGELOG.md", "docs/upgrading.md"}
+_OLD = {"CHANGELOG.md"}
 """Pages about the past: their commands need not exist any more."""
 
 

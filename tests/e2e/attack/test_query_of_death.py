@@ -135,7 +135,14 @@ async def test_a_request_on_which_the_core_raises_ends_the_process(adapters: Pat
     """Its sender is not to send it again, who waits is, who has tokens is told; a restart serves; replay raises it."""
     data = tmp_path / "data"
     async with running_engine(**SLOW) as engine:
-        arguments = ("--backend", f"triton://{engine.grpc_address}", "--adapters", str(adapters), "--data", str(data))
+        arguments = (
+            "--backend",
+            f"triton://{engine.grpc_address}",
+            "--adapters",
+            str(adapters),
+            "--data-directory",
+            str(data),
+        )
         async with process("Received:poison", *arguments, folder=tmp_path) as sidecar:
             begun, waits, poison = Ask(), Ask(), Ask()
             running = asyncio.create_task(begun.go(sidecar.data, "sql", 2000))
@@ -188,7 +195,14 @@ async def test_a_sidecar_that_drains_when_its_core_raises_ends_too(adapters: Pat
 
 async def test_a_core_that_raises_while_the_process_starts_ends_it(adapters: Path, tmp_path: Path) -> None:
     """Nothing listens yet and no signal is heard; the exit code is the same."""
-    arguments = ("--backend", "triton://127.0.0.1:1", "--adapters", str(adapters), "--data", str(tmp_path / "data"))
+    arguments = (
+        "--backend",
+        "triton://127.0.0.1:1",
+        "--adapters",
+        str(adapters),
+        "--data-directory",
+        str(tmp_path / "data"),
+    )
     async with process("BackendAdded", *arguments, folder=tmp_path) as sidecar:
         assert await sidecar.exit_code() == CRASHED
         assert sidecar.data == ""
