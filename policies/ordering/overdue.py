@@ -91,11 +91,10 @@ class Overdue:
         return {"times": times, "urgent": [list(entry) for entry in self._urgent]}
 
     def restore(self, state: Any) -> None:
-        """Restore the times of requests that are in the queues already. Journals of 0.1 have the times only."""
-        for request, overdue_ns, urgent_ns in state if isinstance(state, list) else state["times"]:
+        """Restore the times of requests that are in the queues already."""
+        for request, overdue_ns, urgent_ns in state["times"]:
             self._note(request, overdue_ns, urgent_ns)
-        if not isinstance(state, list):
-            self._urgent = [(at_ns, request) for at_ns, request in state["urgent"]]
+        self._urgent = [(at_ns, request) for at_ns, request in state["urgent"]]
         for name, version in self._queues.versions.items():
             self._has_head(name, version.head())
 

@@ -21,7 +21,18 @@ from pathlib import Path
 from time import time
 from typing import Any
 
-from sidecar.access.audit_log import AuditLog, AuditRecord, Kind, Log, RotatingFile, Sink, Stdout, denials_file, read
+from sidecar.access.audit_log import (
+    FORMAT,
+    AuditLog,
+    AuditRecord,
+    Kind,
+    Log,
+    RotatingFile,
+    Sink,
+    Stdout,
+    denials_file,
+    read,
+)
 from sidecar.access.keys import SECRET
 from sidecar.access.principal import Action, Principal, Proof, Resource
 from sidecar.config import access as config
@@ -255,6 +266,7 @@ def _said(
     who = principal or Principal()
     about = {"sort": resource.sort.value, "name": resource.name, "version": resource.ordinal}
     return {
+        "format": FORMAT,
         "time": written_time(now),
         "kind": kind,
         "who": _clean({"tenant": who.tenant, "subject": who.subject, "groups": who.groups}),

@@ -22,8 +22,12 @@ from glob import escape
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 
+from sidecar.state.registry import other_format
+
 logger = logging.getLogger(__name__)
 
+FORMAT = 1
+"""The number of the format of a line, which each line has."""
 Kind = Literal["change", "denial"]
 KINDS: tuple[Kind, ...] = ("change", "denial")
 DENIALS_QUEUED_MAX = 10_000
@@ -277,7 +281,7 @@ def rotated_files(path: Path) -> list[Path]:
 def read(path: Path, since: float) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the lines of both kinds since a time (Unix seconds), in their order, as text and as the object.
 
-    A line that a kill has cut is left out.
+    A line that a kill has cut is left out. Raises Misused(STATE_INCOMPATIBLE) at a line of another format.
     """
     parts = [_read_one(file, since) for file in (path, denials_file(path))]
     return heapq.merge(*parts, key=lambda line: str(line[1]["time"]))
@@ -310,5 +314,7 @@ def _lines_of(file: BinaryIO, since: float) -> Iterator[tuple[str, dict[str, Any
             at = datetime.fromisoformat(found["time"]).timestamp()
         except (ValueError, LookupError, TypeError):
             continue
+        if found.get("format") != FORMAT:
+            raise other_format(f"the audit in {file.name}", found.get("format", "0, which no number means"), FORMAT)
         if at >= since:
             yield line.decode().rstrip("\n"), found

@@ -31,6 +31,8 @@ CREATE TABLE IF NOT EXISTS changes (
 """
 REGISTRY_FILE = "registry.sqlite"
 """The name of the file in a data directory."""
+DATA_FORMAT, FORMAT_FILE = 1, "format"
+"""The number of a data directory's format, and the file in it that holds the number."""
 CHANGES_MAX = 10_000
 """The number of changes kept. A watcher with an older token must list the adapters anew."""
 
@@ -238,7 +240,7 @@ def token_too_old(number: int, first: int, last: int) -> Refused:
 def lock_data_directory(directory: Path) -> IO[str]:
     """Lock the directory for this process; the lock lasts while the returned file is open.
 
-    Raises Misused(DATA_DIRECTORY_IN_USE) with the holder's pid.
+    Raises Misused: DATA_DIRECTORY_IN_USE with the holder's pid, STATE_INCOMPATIBLE if it has another format.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "lock"
@@ -257,4 +259,33 @@ def lock_data_directory(directory: Path) -> IO[str]:
     with suppress(OSError):  # a full disk: the lock holds without the pid, which only serves the message
         file.truncate(0)
         os.write(file.fileno(), str(os.getpid()).encode())
+    try:
+        _number(directory)
+    except (Misused, OSError):
+        file.close()
+        raise
     return file
+
+
+def _number(directory: Path) -> None:
+    """Write the number of the format into a new data directory, and compare it with that of one that is in use."""
+    path = directory / FORMAT_FILE
+    if path.exists():
+        found = path.read_text().strip()
+    elif (directory / REGISTRY_FILE).exists():
+        found = "0, which no number means"
+    else:
+        written = path.with_suffix(".new")
+        written.write_text(f"{DATA_FORMAT}\n")
+        written.replace(path)
+        return
+    if found != str(DATA_FORMAT):
+        raise other_format(f"the data directory {directory}", found, DATA_FORMAT)
+
+
+def other_format(what: str, found: object, reads: int) -> Misused:
+    """Return the error for something written in another format."""
+    return Misused(
+        Reason.STATE_INCOMPATIBLE,
+        f"{what} has format {found}, and this version reads {reads}; use the version that wrote it, or begin anew",
+    )

@@ -15,7 +15,7 @@ from sidecar.adapters.layout import Layout
 from sidecar.adapters.registration import read_registration
 from sidecar.core.facts import packed_key
 from sidecar.state.records import added
-from sidecar.state.registry import SqliteRegistry
+from sidecar.state.registry import SqliteRegistry, lock_data_directory
 from tests.bench.figures import Figure, middle
 from tests.kit.peft_files import write_adapter
 
@@ -48,6 +48,7 @@ async def _fill(folder: Path, data: Path) -> None:
     tail = real.read_bytes()[built.blob.size_bytes :]
     real.unlink()
     built.blob.release()
+    lock_data_directory(data).close()
     registry = SqliteRegistry(data / "registry.sqlite")
     for number in range(BLOBS):
         digest = f"{number:064x}"

@@ -69,6 +69,7 @@ async def a_place(data: Path) -> tuple[list[Record], list[Key], str]:
         keys = store.keys()
     with closing(sqlite3.connect(data / "access" / "access.sqlite")) as database, database:
         database.execute("INSERT INTO entries VALUES ('grant/x', ?)", (UNREAD,))
+    lock_data_directory(data).close()
     registry = SqliteRegistry(data / REGISTRY_FILE)
     grown, _ = added(record("sql"), "sql", adapter(2), "s3://b/2", now=1e9, labels=(("team", "ä"),))
     await registry.put(record("sql"), None)
@@ -89,6 +90,7 @@ def tokens_used(data: Path) -> list[Any]:
 
 
 async def check_file(data: Path, records: list[Record], keys: list[Key], secret: str) -> None:
+    lock_data_directory(data).close()
     registry = SqliteRegistry(data / REGISTRY_FILE)
     assert registry.all() == records
     assert [(change.number, change.name) for change in await registry.changes_after(2)] == [(3, "gone"), (4, "gone")]
@@ -347,6 +349,7 @@ async def test_a_backup_of_a_sidecar_that_runs(tmp_path: Path, command: Callable
         assert "with 2 adapters, 0 keys, 0 limits, with usage" in ended.out
         records = served.sidecar.registry.all()
     assert (await state(command, "restore", tmp_path / "backup.zip", "--data-directory", tmp_path / "other")).code == 0
+    lock_data_directory(tmp_path / "other").close()
     registry = SqliteRegistry(tmp_path / "other" / REGISTRY_FILE)
     assert registry.all() == records
     await registry.close()

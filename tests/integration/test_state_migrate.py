@@ -37,6 +37,7 @@ async def migrate(command: Callable[..., Ended], *arguments: str) -> Ended:
 async def a_file(folder: Path) -> list[Record]:
     """Write a data directory with two names, one of three versions, and one that was forgotten; return the records."""
     await asyncio.to_thread(folder.mkdir)
+    lock_data_directory(folder).close()
     registry = SqliteRegistry(folder / REGISTRY_FILE)
     await registry.put(record("gone"), None)
     written: Record | None = None

@@ -86,6 +86,7 @@ async def test_a_change_is_written_before_it_returns(tmp_path: Path) -> None:
         assert await audit.changed(*said, verb="Adapters.Promote")
         assert lines_in(changes_file(tmp_path)) == [
             {
+                "format": 1,
                 "time": "2026-11-28T12:00:00.000Z",
                 "kind": "change",
                 "who": {"tenant": "acme", "subject": "key-7", "groups": ["ml"]},

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from sidecar.access.usage.keeper import UNWRITTEN_MAX, USAGE_FILE, UsageKeeper
-from sidecar.access.usage.ledger import TIMES, Ledger, Question, UsageTotal
+from sidecar.access.usage.ledger import Ledger, Question, UsageTotal
 from sidecar.access.usage.meter import NOBODY, OUTCOMES, Used
 from sidecar.config.access import Usage
 from sidecar.core.enums import Outcome
+from sidecar.errors import Misused, Reason
 
 S, MINUTE, HOUR, DAY = 10**9, 60, 3600, 86_400
 NEW_YEAR = int(datetime(2026, 1, 1, tzinfo=UTC).timestamp())
@@ -112,36 +113,17 @@ async def test_a_killed_process_loses_what_came_after_its_last_write(tmp_path: P
     killed.keeper._thread.shutdown()
 
 
-def test_a_file_of_an_earlier_build_is_taken_over(tmp_path: Path) -> None:
-    """It lacks a column, and those that it has stand in another order than in a new file."""
+def test_a_file_of_another_format_is_refused_by_its_number(tmp_path: Path) -> None:
     path = tmp_path / USAGE_FILE
-    path.parent.mkdir(exist_ok=True)
-    counts = (*OUTCOMES, "input_tokens", "input_tokens_estimated", "output_tokens", "loads", "load_bytes")
-    columns = ", ".join([f"{name} INTEGER NOT NULL" for name in counts] + [f"{name} REAL NOT NULL" for name in TIMES])
-    old = sqlite3.connect(path)
-    old.executescript(
-        "CREATE TABLE periods (id INTEGER PRIMARY KEY, begins INTEGER NOT NULL, seconds INTEGER NOT NULL, "
-        "open_since REAL, incomplete INTEGER NOT NULL DEFAULT 0) STRICT;"
-        "CREATE TABLE used (period INTEGER NOT NULL, tenant TEXT NOT NULL, adapter TEXT NOT NULL, "
-        f"version TEXT NOT NULL, backend TEXT NOT NULL, {columns}, "
-        "PRIMARY KEY (period, tenant, adapter, version, backend)) STRICT, WITHOUT ROWID;"
-        f"INSERT INTO periods VALUES (1, {NEW_YEAR}, {HOUR}, NULL, 0)"
-    )
-    values = (1, *ROW, *range(1, len(counts) + 1), *(0.5 for _ in TIMES))
-    old.execute(f"INSERT INTO used VALUES ({', '.join('?' * len(values))})", values)
-    old.commit()
-    old.close()
-    ledger = Ledger(path, 1, 1_000)
-    used = Used({"ok": 1}, output_tokens=9, output_tokens_estimated=9, load_bytes=7)
-    ledger.write(ledger.open(NEW_YEAR + HOUR, NEW_YEAR + HOUR), {ROW: used}, is_over=True)
-    for now in (NEW_YEAR, NEW_YEAR + 3 * DAY):  # as hours, and rolled into a day
-        ledger.roll(now)
-        [line] = ledger.lines(EVER)
-        assert line.figures["output_tokens"] == 1 + counts.index("output_tokens") + 9
-        assert line.figures["load_bytes"] == 1 + counts.index("load_bytes") + 7
-        assert line.figures["output_tokens_estimated"] == 9
-        assert line.figures["seat_s"] == 0.5
-    ledger.close()
+    Ledger(path, 1, 1_000).close()
+    Ledger(path, 1, 1_000).close()
+    for number in (0, 7):
+        other = sqlite3.connect(path)
+        other.execute(f"PRAGMA user_version = {number}")
+        other.close()
+        with pytest.raises(Misused, match=f"usage.sqlite has format {number}, and this version reads 1") as raised:
+            Ledger(path, 1, 1_000)
+        assert raised.value.reason is Reason.STATE_INCOMPATIBLE
 
 
 async def test_what_was_never_started_stops() -> None:

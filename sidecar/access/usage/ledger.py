@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sidecar.access.usage.meter import NOBODY, OUTCOMES, Rows, Used
+from sidecar.errors import Misused
+from sidecar.state.registry import other_format
 
 HOUR_S, DAY_S = 3600, 86_400
 KEYS = ("tenant", "adapter", "version", "backend")
@@ -26,6 +28,8 @@ BY = (*KEYS, "hour", "day", "month")
 
 _COLUMNS = ", ".join(f"{name} INTEGER NOT NULL" for name in (*OUTCOMES, *COUNTS))
 _TIMES = ", ".join(f"{name} REAL NOT NULL" for name in TIMES)
+FORMAT = 1
+"""The number of the file's format, its `user_version`."""
 SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS periods (
     id INTEGER PRIMARY KEY, begins INTEGER NOT NULL, seconds INTEGER NOT NULL, open_since REAL,
@@ -81,19 +85,19 @@ class Ledger:
         try:
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute("PRAGMA synchronous=NORMAL")
+            self._check_format(path)
             self._database.executescript(SCHEMA)
-            self._add_new_columns()
             self._database.execute("UPDATE periods SET incomplete = 1, open_since = NULL WHERE open_since IS NOT NULL")
-        except sqlite3.Error:
+        except (sqlite3.Error, Misused):
             self._database.close()
             raise
 
-    def _add_new_columns(self) -> None:
-        """Add what a file of an earlier release lacks."""
-        known = {name for _, name, *_ in self._database.execute("PRAGMA table_info(used)")}
-        for name in COUNTS:
-            if name not in known:
-                self._database.execute(f"ALTER TABLE used ADD COLUMN {name} INTEGER NOT NULL DEFAULT 0")
+    def _check_format(self, path: Path | None) -> None:
+        """Raise Misused(STATE_INCOMPATIBLE) unless the file is new or of this format."""
+        ((found,),) = self._database.execute("PRAGMA user_version")
+        if found != FORMAT and self._database.execute("SELECT 1 FROM sqlite_master").fetchone():
+            raise other_format(f"the usage file {path}", found, FORMAT)
+        self._database.execute(f"PRAGMA user_version = {FORMAT}")
 
     def open(self, hour: int, now: float) -> int:
         """Begin a period of the hour that begins at `hour`; return its number."""
