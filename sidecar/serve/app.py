@@ -252,7 +252,7 @@ class Sidecar:
         if self.config.state.url is not None:
             self._warn_of_unread_names()
         if self._link is not None and self.config.replicas.address is not None:
-            self._join(self._link)
+            await self._join(self._link)
         adapters = self.config.kubernetes.adapters
         if adapters.config_maps or adapters.custom_resources:
             self._follow_cluster()
@@ -286,8 +286,8 @@ class Sidecar:
         self.metrics.config = lambda: (reloads.figures.successful, reloads.figures.read_at)
         reloads.start()
 
-    def _join(self, link: Link) -> None:
-        replica = join(self.config, self.entries, self.gateway, self.registry, link, self._member, self.listening)
+    async def _join(self, link: Link) -> None:
+        replica = await join(self.config, self.entries, self.gateway, self.registry, link, self._member, self.listening)
         self.replica = replica
         self.access.count_replicas = lambda: len(replica.members())
         self.metrics.replica = lambda: figures_of(replica, self.registry)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from random import random
 from secrets import token_hex
@@ -14,6 +15,7 @@ from sidecar.backends.credentials import open_channel
 from sidecar.config import Config, plugins
 from sidecar.config.backends import Backend as Entry
 from sidecar.config.shared import Replicas
+from sidecar.errors import Refused
 from sidecar.ownership.facts import Bounds, Member
 from sidecar.replicas.replica import Replica
 from sidecar.serve.listening import Listening
@@ -41,7 +43,7 @@ def link_of(config: Config) -> Link | None:
     return Link(config.state.location)
 
 
-def join(
+async def join(
     config: Config,
     entries: Sequence[Entry],
     gateway: Gateway,
@@ -50,7 +52,10 @@ def join(
     member: Member,
     listening: Listening,
 ) -> Replica:
-    """Return this replica with its listener for the others; once started, it is one of them."""
+    """Return this replica with its listener for the others; once started, it is one of them.
+
+    Raises Misused(STATE_INCOMPATIBLE) beside a replica of another wire format.
+    """
     from sidecar.replicas.leases import RedisLeases
     from sidecar.state.redis.members import RedisMembers
 
@@ -58,7 +63,10 @@ def join(
     server, address = listening.server(wanted.listener, "replicas", _guards(config))
     here = wanted.advertise or _reached_at(address)
     bounds = Bounds.of_lease(int(wanted.lease_s * 1e9))
-    leases = RedisLeases(RedisMembers(link, bounds), member, here, lambda: registry.last_change, wanted.lease_s)
+    members = RedisMembers(link, bounds)
+    with suppress(Refused):  # Redis is away, and the names are those that were kept
+        await members.refuse_other_wires()
+    leases = RedisLeases(members, member, here, lambda: registry.last_change, wanted.lease_s)
     tls = None if wanted.tls is None else wanted.tls.model_dump(exclude_none=True)
     replica = Replica(
         gateway,

@@ -116,6 +116,19 @@ return 1
 )
 """Remove a member at once and release all its leases, so that nobody waits for one whose release got lost."""
 
+LIVE = Script(
+    ("members", "beats"),
+    """
+local now, found = redis.call('TIME'), {}
+local since = string.format('(%.0f', tonumber(now[1]) * 1000000 + tonumber(now[2]) - tonumber(ARGV[1]))
+for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], since, '+inf')) do
+  found[#found + 1] = redis.call('HGET', KEYS[1], member) or ''
+end
+return found
+""",
+)
+"""Return what the live members have told of themselves. It changes nothing."""
+
 LAGGING = Script(
     ("applied", "beats"),
     """

@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sidecar.errors import Misused, Reason
 from sidecar.ownership.effects import SendAcquire, SendBeat, SendLeave, SendRelease, SendRenew
 from sidecar.ownership.events import BeatAnswered, LeaseAnswered
 from sidecar.ownership.facts import Bounds, Lease, Member
 from sidecar.state.redis.link import FAULTS, Link
-from sidecar.state.redis.member_scripts import ACQUIRE, BEAT, LEAVE, RELEASE, RENEW
+from sidecar.state.redis.member_scripts import ACQUIRE, BEAT, LEAVE, LIVE, RELEASE, RENEW
 from sidecar.state.redis.scripts import Script
 
+WIRE = 1
+"""The number of the format of what replicas send to each other, and keep in Redis for each other."""
 MEMBER_TTL_S = Bounds().ttl_ns / 1e9
 """How long a member counts as live after its last beat."""
 
@@ -52,14 +55,29 @@ class RedisMembers:
         self._bounds = bounds or Bounds()
         self._ttl_us, self._grace_us = self._bounds.ttl_ns // 1000, self._bounds.grace_ns // 1000
 
+    async def refuse_other_wires(self) -> None:
+        """Raise Misused(STATE_INCOMPATIBLE) if a live replica has another number than `WIRE`.
+
+        Two that start in the same moment may both pass; beats leave out the other one then.
+        """
+        for report in filter(None, await self._ask(LIVE, self._ttl_us)):
+            wire, name = _read(report)[:2]
+            if wire != WIRE:
+                raise Misused(
+                    Reason.STATE_INCOMPATIBLE,
+                    f'replica "{name}" has wire format {wire}, and this version has {WIRE}; end the replicas of the '
+                    "other version first, or give this one a state.key_prefix of its own",
+                )
+
     async def beat(self, call: SendBeat, info: str, applied: int) -> Beat:
         """Send a member's beat, with its info and the last change that it has read."""
         member = call.member
-        report = json.dumps([member.name, member.weight, member.draining, info])
+        report = json.dumps([WIRE, member.name, member.weight, member.draining, info])
         generation, now_us, newborn_us, members, leases, revision, incarnation = await self._ask(
             BEAT, member.id, report, applied, self._ttl_us, self._grace_us, self._kept_us
         )
-        standings = tuple(sorted((_standing(*found) for found in members), key=lambda found: found.member.id))
+        ours = (_standing(*found) for found in members if _read(found[1])[0] == WIRE)
+        standings = tuple(sorted(ours, key=lambda found: found.member.id))
         answered = BeatAnswered(
             call.number,
             generation,
@@ -130,6 +148,11 @@ class RedisMembers:
 
 
 def _standing(identity: str, report: str, applied: str) -> Standing:
-    found: Sequence[Any] = json.loads(report)
-    name, weight, draining, info = found
+    _, name, weight, draining, info = _read(report)
     return Standing(Member(identity, name, weight, draining), info, int(applied))
+
+
+def _read(report: str) -> Sequence[Any]:
+    """Return what a member tells of itself: its wire format's number, and at least its name."""
+    found = json.loads(report or '["?"]')
+    return found if isinstance(found[0], int) else [0, *found]  # before there was a number
