@@ -23,8 +23,8 @@ from sidecar.core.admission import unknown_adapter
 from sidecar.core.state import State, Version
 from sidecar.errors import Invalid, Reason, Refused
 from sidecar.shell.fit import check_fit
+from sidecar.shell.managing import CONFIRM, check_pin, check_unregister, taken_over
 from sidecar.shell.managing import Wanted as Wanted
-from sidecar.shell.managing import check_pin, check_unregister, taken_over
 from sidecar.shell.sources import Arrival, Sources
 from sidecar.state import records
 from sidecar.state.records import Record
@@ -170,8 +170,6 @@ class Catalogue:
         def grown(before: Record | None) -> Record:
             nonlocal withdrawn
             withdrawn = frozenset() if before is None else before.withdrawn
-            if wanted.confirm is not None:
-                wanted.confirm()
             mine = None if before is None else taken_over(before, wanted, time())
             record, _ = records.added(
                 mine, name, adapter, arrival.origin, now=time(), labels=wanted.labels, stage=wanted.stage
@@ -267,6 +265,7 @@ class Catalogue:
 
         async def forget() -> Record:
             record = self.known(name)
+            CONFIRM.get()()
             check_unregister(record, wanted, self.reconciled)
             held = taken_over(record, wanted, time())
             await self.registry.delete(name, record)
@@ -317,6 +316,7 @@ class Catalogue:
 
         async def write() -> tuple[Record, bool]:
             before = self.registry.get(name)
+            CONFIRM.get()()
             record = changed(None if name in self._harmful else before)
             if record == before:
                 await self.registry.acknowledged(self.registry.last_change)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +29,8 @@ from sidecar.fronts.openai.errors import Failure, failure_of_error
 from sidecar.fronts.questions import ask
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.loading import AlreadyLoaded, Loaded, Loading, RefusedByEngines
+from sidecar.shell.managing import CONFIRM
+from sidecar.state.records import Record
 
 logger = logging.getLogger(__name__)
 
@@ -99,43 +101,52 @@ class LoadCalls:
         try:
             if path == UNLOAD:
                 unload = _read(UnloadBody, body)
-                return await self._changing(unload.lora_name, "", caller, request_id, self._unload(unload))
+                return await self._changing(unload.lora_name, "", caller, request_id, lambda: self._unload(unload))
             load = _read(LoadBody, body)
             in_place = load.load_inplace or path == LOAD_IN_PLACE
-            return await self._changing(load.lora_name, load.lora_path, caller, request_id, self._load(load, in_place))
+            return await self._changing(
+                load.lora_name, load.lora_path, caller, request_id, lambda: self._load(load, in_place)
+            )
         except _Unreadable as error:
             return texts.failed(texts.BAD_REQUEST, str(error), error.param)
+        except SidecarError as error:
+            return failure_of_error(error)
         finally:
             self._under_way -= 1
             if not self._under_way:
                 self._is_idle.set()
 
     async def _changing(
-        self, name: str, path: str, caller: Caller, request_id: str, change: Coroutine[Any, Any, Failure]
+        self, name: str, path: str, caller: Caller, request_id: str, change: Callable[[], Awaitable[Failure]]
     ) -> Failure:
-        """Make a change if the caller may, and record it."""
+        """Make a change if the caller may, when it begins and when it is stored, and record it."""
         access, registry = self._gateway.access, self._gateway.catalogue.registry
         before = registry.get(name)
-        resource = Resource(Sort.ADAPTER, name) if before is None else adapter_resource(before)
-        principal = access.judged(caller)
-        decision = None if principal is None else access.decide(principal, Action.REGISTER, resource)
-        if decision is not None and not decision.allowed:
-            access.denied(caller, Action.REGISTER, resource, decision.by, request_id, VERB)
-            caller = replace(caller, is_recorded=True)
-            if access.mode == "enforce":
-                change.close()
-                why = f'you may not load or unload "{name[:80]}"; ask your operator with id "{request_id}"'
-                return failure_of_error(Refused(Reason.NOT_ALLOWED, why))
-        try:
-            access.check_folder(caller, path, request_id, self._gateway.sources.allow.roots)
-        except Refused:
-            change.close()
-            raise
-        failure = await change
+        caller = self._permitted(name, caller, request_id)
+        access.check_folder(caller, path, request_id, self._gateway.sources.allow.roots)
+        CONFIRM.set(lambda: self._confirm(name, caller, request_id))
+        failure = await change()
         why = "" if failure.status < 300 else failure.body.decode(errors="replace")
         was, now = summary(before), summary(registry.get(name))
-        await access.changed(caller, VERB, Action.REGISTER, resource, was, now, request_id, why)
+        await access.changed(caller, VERB, Action.REGISTER, _resource(name, before), was, now, request_id, why)
         return failure
+
+    def _confirm(self, name: str, caller: Caller, request_id: str) -> None:
+        self._gateway.access.check(caller)
+        self._permitted(name, caller, request_id)
+
+    def _permitted(self, name: str, caller: Caller, request_id: str) -> Caller:
+        """Return the caller, in observe mode with a denial recorded. Raises Refused(NOT_ALLOWED) in enforce mode."""
+        access, resource = self._gateway.access, _resource(name, self._gateway.catalogue.registry.get(name))
+        principal = access.judged(caller)
+        decision = None if principal is None else access.decide(principal, Action.REGISTER, resource)
+        if decision is None or decision.allowed:
+            return caller
+        access.denied(caller, Action.REGISTER, resource, decision.by, request_id, VERB)
+        if access.mode == "enforce":
+            why = f'you may not load or unload "{name[:80]}"; ask your operator with id "{request_id}"'
+            raise Refused(Reason.NOT_ALLOWED, why)
+        return replace(caller, is_recorded=True)
 
     async def _load(self, fields: LoadBody, in_place: bool) -> Failure:
         name, path = fields.lora_name, fields.lora_path
@@ -170,6 +181,8 @@ class LoadCalls:
             return texts.not_found(name, path)
         if isinstance(error, RefusedByEngines):
             return texts.not_added(error.message)
+        if error.reason in (Reason.NOT_ALLOWED, Reason.UNAUTHENTICATED):
+            return failure_of_error(error)
         if error.reason is Reason.UNKNOWN_ADAPTER and not path:
             return texts.unknown(name)
         if error.reason is Reason.ORIGIN_NOT_ALLOWED:
@@ -197,6 +210,11 @@ class LoadCalls:
             if backends:
                 value = str(len(backends)) if self._hide_backend else ", ".join(backends)[:_VALUE_CHARACTERS_MAX]
                 yield name, value.encode("latin-1", "replace")
+
+
+def _resource(name: str, record: Record | None) -> Resource:
+    """Return what the policy is asked about. A name that is not published yet is like a new one."""
+    return Resource(Sort.ADAPTER, name) if record is None or record.is_unseen else adapter_resource(record)
 
 
 def _read(kind: type[Fields], body: bytes) -> Fields:
