@@ -66,11 +66,16 @@ class RefusedByEngines(Refused):
 class Loaded:
     """The version that a name stands for now, the engines that have it, and those without it, each with the reason."""
 
-    version: str
+    name: str
+    ordinal: int
     backends: list[str] = field(default_factory=list)
     without: dict[str, str] = field(default_factory=dict)
     refusals: dict[str, str] = field(default_factory=dict)
     """Those of `without` that refused it themselves."""
+
+    @property
+    def version(self) -> str:
+        return f"{self.name}@v{self.ordinal}"
 
 
 class Loading:
@@ -168,7 +173,7 @@ class Loading:
 
         Those that were asked may all have begun to drain, or gone down, while others came up: then these are asked.
         """
-        loaded = Loaded(f"{name}@v{ordinal}")
+        loaded = Loaded(name, ordinal)
         done: set[str] = set()
         while not loaded.backends and not loaded.refusals:
             engines = [each for each in self._engines(name, ordinal) if each not in done]
@@ -211,7 +216,7 @@ class Loading:
 
     async def _bring_to(self, backend: str, loaded: Loaded) -> None:
         """Bring a version to one engine, and note the result. Raises Refused if this process is going down."""
-        reply = await self._answer_of(backend, loaded.version)
+        reply = await self._answer_of(backend, loaded)
         if reply.reason is None:
             loaded.backends.append(backend)
             loaded.without.pop(backend, None)
@@ -223,7 +228,7 @@ class Loading:
         if reply.reason in _OF_THE_ADAPTER:
             loaded.refusals[backend] = why
 
-    async def _answer_of(self, backend: str, version: str) -> Reply:
+    async def _answer_of(self, backend: str, loaded: Loaded) -> Reply:
         """Return the answer of one engine by a version, or why there is none; an engine that is down is left alone."""
         engine = self._state.backends.get(backend)
         if engine is None:
@@ -231,9 +236,7 @@ class Loading:
         kind = model_kind(engine.facts.kind)
         takes_tokens = kind.asking is None or PromptKind.TOKENS in kind.asking.prompts
         prompt = PROMPTS[PromptKind.TOKENS if takes_tokens else PromptKind.TEXT]
-        known = self._catalogue.registry.get(version.partition("@")[0])
-        tenant = known.allow[0] if known is not None and known.allow else LOADS
-        question = Question(backend, version, prompt, 1, tenant, LOAD_WAIT_S_MAX, LOADS)
+        question = Question(backend, prompt, 1, LOAD_WAIT_S_MAX, loaded.name, loaded.ordinal, LOADS)
         asking = asyncio.ensure_future(self._ask(question))
         try:
             while not asking.done():

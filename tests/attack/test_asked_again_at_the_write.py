@@ -1,4 +1,4 @@
-"""What takes long to register is permitted when it is stored, not only when it begins: names and keys change meanwhile."""
+"""What takes long to register is permitted again when it is stored: names and keys change meanwhile."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
     async def Verify(self, request: Any, context: Any) -> None:  # noqa: N802
         """Stream the findings of a verification as they are made."""
         try:
-            await self._verifier.verify(request, context.write)
+            await self._verifier.verify(request, context)
         except SidecarError as error:
             await abort(context, error)
 

@@ -16,12 +16,13 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from sidecar.access.access import Caller
+from sidecar.access.access import OURSELVES, Caller
 from sidecar.access.principal import Action, Resource, Sort
 from sidecar.access.resources import adapter_resource, summary
 from sidecar.adapters.copying import NoAdapter, config_in
 from sidecar.backends.registry import is_base_model
 from sidecar.config import Config
+from sidecar.config.openai import LOADS
 from sidecar.core.admission import BASE_NAMES
 from sidecar.errors import Family, Reason, Refused, SidecarError
 from sidecar.fronts.openai import load_texts as texts
@@ -82,7 +83,7 @@ class LoadCalls:
         self._gateway = gateway
         self._hide_backend = config.hide_backend
         self._loading = Loading(
-            gateway, lambda question: ask(gateway, question, CLIENT_ID), config.openai.versions_kept
+            gateway, lambda question: ask(gateway, question, CLIENT_ID, OURSELVES, LOADS), config.openai.versions_kept
         )
         self._under_way = 0
         self._is_idle = asyncio.Event()
