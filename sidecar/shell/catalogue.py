@@ -18,6 +18,7 @@ from typing import NamedTuple, TypeVar
 
 from sidecar.adapters.base_model import BaseModel
 from sidecar.adapters.names import check_name, is_base_name, shown
+from sidecar.adapters.origins.allowing import AllowList
 from sidecar.core import events as ev
 from sidecar.core.admission import unknown_adapter
 from sidecar.core.state import State, Version
@@ -131,16 +132,16 @@ class Catalogue:
             raise unknown_adapter(self._state(), name)
         return record
 
-    async def register(self, name: str, path: str, wanted: Wanted) -> Entered:
+    async def register(self, name: str, path: str, wanted: Wanted, allow: AllowList | None = None) -> Entered:
         """Check an adapter and register it under a name.
 
-        `path` is a local folder or a URL. Raises Invalid for a bad name, path or file, Refused for a failure that may
-        pass. Nothing is left behind then.
+        `path` is a local folder, by `allow` one of the caller's own, or a URL. Raises Invalid for a bad name, path or
+        file, Refused for a failure that may pass. Nothing is left behind then.
         """
         check_name(name)
         wanted.check(name)
         try:
-            async with self.sources.arrival(name, path) as arrival:
+            async with self.sources.arrival(name, path, allow) as arrival:
                 return await self._enter(name, arrival, wanted)
         finally:
             self.forget_unneeded()

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from time import monotonic, time
 
 from sidecar.adapters.names import check_name
+from sidecar.adapters.origins.allowing import AllowList
 from sidecar.backends.api import Prompt as PromptKind
 from sidecar.backends.registry import model_kind
 from sidecar.config.openai import LOAD_WAIT_S_MAX, LOADS
@@ -96,8 +97,8 @@ class Loading:
     def _state(self) -> State:
         return self._gateway.state
 
-    async def load(self, name: str, path: str, in_place: bool) -> Loaded:
-        """Load what a local folder holds under a name; return once the name answers by it.
+    async def load(self, name: str, path: str, in_place: bool, allow: AllowList | None = None) -> Loaded:
+        """Load what a local folder that `allow` admits holds under a name; return once the name answers by it.
 
         Raises AlreadyLoaded; Invalid for a bad name, path or adapter, or a name of another owner; RefusedByEngines; and
         Refused for a failure that may pass.
@@ -107,7 +108,7 @@ class Loading:
             begun_s = monotonic()
             before = self._catalogue.registry.get(name)
             _check_free(name, before, in_place)
-            record, ordinal = await self._stage(name, path)
+            record, ordinal = await self._stage(name, path, allow)
             is_new = before is None or before.with_content(record.of(ordinal).adapter.digest) is None
             try:
                 loaded = await self._bring(name, ordinal)
@@ -133,9 +134,9 @@ class Loading:
             await self._catalogue.remove(name, Wanted(managed_by=LOADS))
             logger.info("%s was unloaded", name)
 
-    async def _stage(self, name: str, path: str) -> tuple[Record, int]:
+    async def _stage(self, name: str, path: str, allow: AllowList | None) -> tuple[Record, int]:
         """Make the files in a folder a version of a name, without moving the name."""
-        async with self._gateway.sources.copied(name, path) as (folder, config):
+        async with self._gateway.sources.copied(name, path, allow) as (folder, config):
             base = "" if config.get("base_model_name_or_path") else self._only_base
             wanted = Wanted(managed_by=LOADS, stage=True, unseen=True, labels=((PATH, path),), base=base)
             entered = await self._catalogue.push(name, folder, wanted)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
+from sidecar.adapters.folder import Folder
 from sidecar.adapters.probes import Probe, read_probes
 from sidecar.adapters.registration import changes_something
 from sidecar.core import eligibility
@@ -59,7 +59,7 @@ Report = Callable[[Finding], Awaitable[None]]
 class _Source:
     """What the adapter's folder holds."""
 
-    folder: Path | None = None
+    folder: Folder | None = None
     probes: list[Probe] = field(default_factory=list)
     trouble: str = ""
     wrong: bool = False
@@ -105,7 +105,7 @@ class Verification:
 
     async def _source(self, record: Record, version: Version) -> _Source:
         try:
-            folder = await self._gateway.sources.locate(version.origin, version.adapter.digest)
+            folder = await self._gateway.sources.opened(version.origin, version.adapter.digest)
         except SidecarError as error:
             return _Source(trouble=f"its source cannot be reached, so there are no known answers: {error.message}")
         try:
@@ -203,7 +203,7 @@ class Verification:
         return replace(evidence, weightless=await _is_weightless(source.folder, plan.version))
 
 
-async def _is_weightless(folder: Path, version: str) -> bool:
+async def _is_weightless(folder: Folder, version: str) -> bool:
     """Return True if an adapter's files are known to change nothing; False also if they can no longer be read."""
     try:
         return not await asyncio.to_thread(changes_something, folder, version)

@@ -11,7 +11,6 @@ import json
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -19,7 +18,9 @@ from pydantic import BaseModel, ValidationError
 from sidecar.access.access import OURSELVES, Caller
 from sidecar.access.principal import Action, Resource, Sort
 from sidecar.access.resources import adapter_resource, summary
-from sidecar.adapters.copying import NoAdapter, config_in
+from sidecar.adapters.copying import config_in
+from sidecar.adapters.folder import NoAdapter
+from sidecar.adapters.origins.allowing import AllowList
 from sidecar.backends.registry import is_base_model
 from sidecar.config import Config
 from sidecar.config.openai import LOADS
@@ -102,11 +103,11 @@ class LoadCalls:
         try:
             if path == UNLOAD:
                 unload = _read(UnloadBody, body)
-                return await self._changing(unload.lora_name, "", caller, request_id, lambda: self._unload(unload))
+                return await self._changing(unload.lora_name, caller, request_id, lambda caller: self._unload(unload))
             load = _read(LoadBody, body)
             in_place = load.load_inplace or path == LOAD_IN_PLACE
             return await self._changing(
-                load.lora_name, load.lora_path, caller, request_id, lambda: self._load(load, in_place)
+                load.lora_name, caller, request_id, lambda caller: self._load(load, in_place, caller, request_id)
             )
         except _Unreadable as error:
             return texts.failed(texts.BAD_REQUEST, str(error), error.param)
@@ -118,15 +119,14 @@ class LoadCalls:
                 self._is_idle.set()
 
     async def _changing(
-        self, name: str, path: str, caller: Caller, request_id: str, change: Callable[[], Awaitable[Failure]]
+        self, name: str, caller: Caller, request_id: str, change: Callable[[Caller], Awaitable[Failure]]
     ) -> Failure:
         """Make a change if the caller may, when it begins and when it is stored, and record it."""
         access, registry = self._gateway.access, self._gateway.catalogue.registry
         before = registry.get(name)
         caller = self._permitted(name, caller, request_id)
-        access.check_folder(caller, path, request_id, self._gateway.sources.allow.roots)
         CONFIRM.set(lambda: self._confirm(name, caller, request_id))
-        failure = await change()
+        failure = await change(caller)
         why = "" if failure.status < 300 else failure.body.decode(errors="replace")
         was, now = summary(before), summary(registry.get(name))
         await access.changed(caller, VERB, Action.REGISTER, _resource(name, before), was, now, request_id, why)
@@ -149,7 +149,7 @@ class LoadCalls:
             raise Refused(Reason.NOT_ALLOWED, why)
         return replace(caller, is_recorded=True)
 
-    async def _load(self, fields: LoadBody, in_place: bool) -> Failure:
+    async def _load(self, fields: LoadBody, in_place: bool, caller: Caller, request_id: str) -> Failure:
         name, path = fields.lora_name, fields.lora_path
         if not name or not path:
             return texts.nothing_given()
@@ -157,11 +157,12 @@ class LoadCalls:
             return texts.base_conflict(name)
         if len(path) > PATH_CHARACTERS_MAX:
             return texts.failed(texts.INVALID_INPUT, f"the path has {len(path)} characters", "lora_path")
+        allow = self._gateway.access.folders_of(caller, self._gateway.sources.allow, path, request_id)
         try:
-            loaded = await self._loading.load(name, path, in_place)
+            loaded = await self._loading.load(name, path, in_place, allow)
         except SidecarError as error:
             logger.info("%s was not loaded from %s: %s", name[:128], path[:200], error.message)
-            return await self._failure_of(error, name, path)
+            return await self._failure_of(error, name, path, allow)
         return Failure(200, texts.added(name).encode(), tuple(self._origin(loaded)), TEXT)
 
     async def _unload(self, fields: UnloadBody) -> Failure:
@@ -171,10 +172,10 @@ class LoadCalls:
         try:
             await self._loading.unload(name)
         except SidecarError as error:
-            return await self._failure_of(error, name, "")
+            return await self._failure_of(error, name, "", self._gateway.sources.allow)
         return Failure(200, texts.removed(name).encode(), media_type=TEXT)
 
-    async def _failure_of(self, error: SidecarError, name: str, path: str) -> Failure:
+    async def _failure_of(self, error: SidecarError, name: str, path: str, allow: AllowList) -> Failure:
         """Return vLLM's form of an error. What may pass is a 500, which clients of vLLM try again."""
         if isinstance(error, AlreadyLoaded):
             return texts.already_loaded(name)
@@ -191,8 +192,7 @@ class LoadCalls:
         if error.reason in (Reason.INVALID_NAME, Reason.MANAGED_ELSEWHERE):
             return texts.failed(texts.INVALID_INPUT, error.message, "lora_name")
         if error.family is Family.INVALID:
-            config = await asyncio.to_thread(config_in, Path(path))
-            causes = texts.vllm_causes(config, self._rank_max())
+            causes = texts.vllm_causes(await asyncio.to_thread(_config_in, name, path, allow), self._rank_max())
             return texts.not_added(f"{causes} {error.message}".strip())
         return texts.failed(texts.INTERNAL, error.message, retry_s=error.retry_after_s or 1.0)
 
@@ -211,6 +211,14 @@ class LoadCalls:
             if backends:
                 value = str(len(backends)) if self._hide_backend else ", ".join(backends)[:_VALUE_CHARACTERS_MAX]
                 yield name, value.encode("latin-1", "replace")
+
+
+def _config_in(name: str, path: str, allow: AllowList) -> Mapping[str, Any]:
+    try:
+        with allow.open(name, path) as folder:
+            return config_in(folder)
+    except SidecarError:
+        return {}
 
 
 def _resource(name: str, record: Record | None) -> Resource:
