@@ -11,9 +11,9 @@ request, with one text, and nothing else is asked for either.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from time import time
 from typing import Any, NoReturn
 
@@ -38,6 +38,8 @@ from sidecar.access.principal import (
 from sidecar.access.proving import Proving
 from sidecar.access.resources import Resources, adapter_resource, version_resource
 from sidecar.access.tokens import Tokens
+from sidecar.adapters.names import shown
+from sidecar.adapters.origins.allowing import AllowList
 from sidecar.config.identities import OWN_TENANTS, clipped
 from sidecar.config.identity import Identity
 from sidecar.config.openai import LOADS
@@ -441,29 +443,35 @@ class Access:
             return await self._policy.visible(caller.principal, self._listed[1], change)
         return {record.name for record in records if self.may_see(caller, tenant, record)}
 
-    def check_folder(self, caller: Caller, path: str, request_id: str, roots: Sequence[Path]) -> None:
-        """Raise Refused(NOT_ALLOWED) if a tenant may not register a folder of this machine.
+    def folders_of(self, caller: Caller, allow: AllowList, path: str, request_id: str) -> AllowList:
+        """Return the folders of this machine from which a caller may register; `path` is the one that it names.
 
-        Under `tenant_prefix` tenants publish from a folder of their own name in one of `roots`: else each would have
-        the weights of all others under a name of its own, and errors would tell which folders there are.
+        Under `tenant_prefix` tenants publish from a folder of their own name in one of the roots: else each would have
+        the weights of all others under a name of its own. Nobody but an operator is told why a path is refused.
         """
         principal = self.judged(caller)
-        if principal is None or self._policy.source != "tenant_prefix" or "://" in path or not path:
-            return
-        if self.decide(principal, Action.LIST).allowed:
-            return
-        tenant = principal.tenant
-        folder = Path(path).expanduser().resolve()
-        if prefix_owner(f"{tenant}/-", "/") == tenant and any(
-            folder.is_relative_to(root.expanduser().resolve() / tenant) for root in roots
-        ):
-            return
-        why = (
-            f'tenant "{tenant}" registers its own folders only, {tenant}/… in one of adapters.roots; or push the files'
-        )
-        self.denied(caller, Action.REGISTER, SYSTEM, why, request_id)
+        if principal is None or self.decide(principal, Action.LIST).allowed:
+            return allow
+        tenant, roots, whose = principal.tenant, allow.roots, "adapters.roots"
+        if self._policy.source == "tenant_prefix":
+            owns = prefix_owner(f"{tenant}/-", "/") == tenant
+            roots, whose = tuple(root / tenant for root in roots if owns), f"{tenant}/ in one of adapters.roots"
+
+        def refused(named: str, why: str) -> Refused:
+            self.denied(caller, Action.REGISTER, SYSTEM, why, request_id)
+            return Refused(
+                Reason.NOT_ALLOWED,
+                f'{shown(named, 200)} is no folder that tenant "{tenant}" may register; give one that is there, below '
+                f"{whose}, or push the files",
+            )
+
+        confined = replace(allow, roots=roots, refused=refused)
         if self.mode == "enforce":
-            raise Refused(Reason.NOT_ALLOWED, why)
+            return confined
+        if roots != allow.roots and path and "://" not in path:
+            with suppress(Refused):
+                confined.open("", path).close()
+        return allow
 
     def may_change(self, caller: Caller, record: Record) -> bool:
         """Return True if a caller may change a name, and so see where its files are and whom it is for."""

@@ -113,7 +113,7 @@ class KeyBook:
         return [*self._store.keys(), *self._of_file]
 
     async def revoke(self, key_id: str) -> Key:
-        """Revoke a key as `AccessStore.revoke` does, whose errors say then for how long the key is still good.
+        """Revoke a key as `AccessStore.revoke` does, whose errors say then where and for how long it is still good.
 
         Raises Refused(INVALID_REQUEST) for a key of the file.
         """
@@ -127,24 +127,28 @@ class KeyBook:
             key = self._store.get(KEY + key_id)
             if error.reason is not Reason.STATE_UNAVAILABLE or not isinstance(key, Key):
                 raise
+            self._add(key)
             raise Refused(error.reason, self._still_good(key, error.message)) from error
 
     def _still_good(self, key: Key, why: str) -> str:
         """Return what became of a revocation that failed, and until when which replicas take the key."""
-        if key.revoked_at is not None:
-            until = _utc(_earliest(self._store.clock() + self._stale_max_s, key.expires_at))
+        until = _utc(_earliest(self._store.clock() + self._stale_max_s, key.expires_at))
+        if not self._store.is_unstored(key):
             return (
                 f"the key {key.id} is revoked, and a replica that has not heard of it takes it until it does, without "
                 f"Redis until {until} at the latest: {why}"
             )
-        answered_at, good = self._store.answered_at, "it stays good"
-        if answered_at is not None:
-            good = (
-                f"without Redis each replica takes it for {self._stale_max_s:g} s from Redis' last answer, this one "
-                f"until {_utc(_earliest(answered_at + self._stale_max_s, key.expires_at))}, and with Redis again until "
-                "it is revoked"
+        if self._store.answered_at is None:
+            where, others = "on disk", "a start before then takes the key again"
+        else:
+            where, others = (
+                "in Redis",
+                f"other replicas take the key until then, without Redis until {until} at the latest",
             )
-        return f"the key {key.id} is not revoked: {why}; {good}"
+        return (
+            f"the key {key.id} is refused here from now on; that is not {where} yet and is tried again until it is; "
+            f"{others}: {why}"
+        )
 
     @property
     def trouble(self) -> str:

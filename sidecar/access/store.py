@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from time import time
 
@@ -19,6 +21,8 @@ logger = logging.getLogger(__name__)
 FOLDER, FILE, COPY, USES = "access", "access.sqlite", "copy.sqlite", "used.sqlite"
 """The folder in the data directory, and its files."""
 USED_IN_REDIS = "access-used"
+AGAIN_S = 1.0
+"""How long after a failure it is tried again to store a revocation."""
 
 Tell = Callable[[str, AccessEntry | None], None]
 """Takes an entry's name, and the entry; None if it was removed or cannot be read."""
@@ -63,6 +67,9 @@ class AccessStore:
             self._registry = RedisRegistry(link, member, member_ttl_s, kept)
             uses = RedisTimes(link, USED_IN_REDIS)
         self.uses = Uses(uses)
+        self._unstored: dict[str, Key] = {}
+        """Keys that are revoked here and could not be stored so yet. Whatever is read of them is revoked."""
+        self._storing: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Read everything, then follow the changes of other replicas. Raises the errors of `Registry.start`."""
@@ -79,12 +86,17 @@ class AccessStore:
             logger.warning("%s cannot be read, is kept and has no effect: %s", name, self.set_aside[name])
 
     async def close(self) -> None:
+        if self._storing is not None:
+            self._storing.cancel()
+            await asyncio.wait([self._storing])
+        for key in self._unstored.values():
+            logger.error("the key %s is not stored as revoked: the next start takes it; revoke it again then", key.id)
         await self.uses.close()
         await self._registry.close()
 
     def keys(self) -> list[Key]:
         """Return every key, ended and revoked ones included, by id."""
-        return [entry for entry in self._registry.all() if isinstance(entry, Key)]
+        return [self._unstored.get(entry.name, entry) for entry in self._registry.all() if isinstance(entry, Key)]
 
     def limits(self) -> list[Limit]:
         """Return the limits that were set at run time."""
@@ -92,7 +104,11 @@ class AccessStore:
 
     def get(self, name: str) -> AccessEntry | None:
         """Return an entry by its name, as `Key.name` and `LimitEntry.name` have it."""
-        return self._registry.get(name)
+        return self._unstored.get(name) or self._registry.get(name)
+
+    def is_unstored(self, key: Key) -> bool:
+        """Return True if a key is revoked here only, and is stored so as soon as that can be done."""
+        return key.name in self._unstored
 
     @property
     def set_aside(self) -> Mapping[str, str]:
@@ -113,17 +129,17 @@ class AccessStore:
         """Call `tell` with each further change, this process's included; return a function that ends that."""
 
         def changed(change: Change[AccessEntry]) -> None:
-            tell(change.name, change.record)
+            tell(change.name, self._unstored.get(change.name, change.record))
 
         return self._registry.subscribe(changed)
 
     async def put(self, entry: AccessEntry) -> None:
         """Store an entry in place of the one of the same name."""
-        await self._registry.put(entry, self.get(entry.name))
+        await self._registry.put(entry, self._registry.get(entry.name))
 
     async def remove(self, name: str) -> AccessEntry | None:
         """Remove an entry and return it; None if there is none."""
-        entry = self.get(name)
+        entry = self._registry.get(name)
         if entry is not None:
             await self._registry.delete(name, entry)
         return entry
@@ -131,14 +147,36 @@ class AccessStore:
     async def revoke(self, key_id: str) -> Key:
         """End a key for good and return it; a key that is revoked already stays as it is.
 
-        Raises Refused(INVALID_REQUEST) for an unknown id.
+        Raises Refused(INVALID_REQUEST) for an unknown id. If it cannot be stored it raises, too, and the key has ended
+        here nevertheless; it is stored later.
         """
         key = self.get(KEY + key_id)
         if not isinstance(key, Key):
             raise Refused(Reason.INVALID_REQUEST, f'there is no key "{key_id}"; sidecar keys list shows the ids')
-        if key.revoked_at is not None:  # a former call may have ended before every replica had it
+        if key.revoked_at is None:
+            key = key.model_copy(update={"revoked_at": self.clock()})
+        elif key.name not in self._unstored:  # a former call may have ended before every replica had it
             await self._registry.acknowledged(self._registry.last_change)
             return key
-        revoked = key.model_copy(update={"revoked_at": self.clock()})
-        await self.put(revoked)
-        return revoked
+        try:
+            await self.put(key)
+        except Refused:
+            if self._registry.get(key.name) != key:
+                self._store_later(key)
+            raise
+        self._unstored.pop(key.name, None)
+        return key
+
+    def _store_later(self, key: Key) -> None:
+        self._unstored[key.name] = key
+        if self._storing is None or self._storing.done():
+            self._storing = asyncio.create_task(self._store_unstored())
+
+    async def _store_unstored(self) -> None:
+        """Store revocations until all are stored: a disk may have been full, or Redis away."""
+        while self._unstored:
+            await asyncio.sleep(AGAIN_S)
+            for key in list(self._unstored.values()):
+                with suppress(Refused):
+                    await self.revoke(key.id)
+                    logger.info("the key %s is stored as revoked now", key.id)

@@ -9,6 +9,7 @@ from time import monotonic_ns
 from typing import NamedTuple
 
 from sidecar.adapters.buffers import Blob
+from sidecar.adapters.folder import Folder
 from sidecar.adapters.layout import Layout, numpy_dtype
 from sidecar.adapters.packed import PackPlan, PackReport, pack, plan
 from sidecar.adapters.peft import AdapterSource, read_adapter
@@ -31,7 +32,7 @@ class Built(NamedTuple):
 
 
 def build(
-    path: Path,
+    folder: Path | Folder,
     layout: Layout,
     generation: int = 0,
     progress: Progress | None = None,
@@ -47,7 +48,7 @@ def build(
     is short.
     """
     started_ns = monotonic_ns()
-    with read_adapter(path, name=name, progress=_phase(progress, "fetch")) as source:
+    with read_adapter(folder, name=name, progress=_phase(progress, "fetch")) as source:
         check_digest(source, expected_digest)
         fetched_ns = monotonic_ns()
         packing = plan(source, layout)

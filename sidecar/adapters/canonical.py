@@ -24,7 +24,7 @@ import numpy.typing as npt
 from sidecar.adapters import peft_config
 from sidecar.adapters.balance import Exponents, Floats, exponents_for
 from sidecar.adapters.names import shown
-from sidecar.adapters.peft import WEIGHTS_FILE_NAME, AdapterSource
+from sidecar.adapters.peft import INDEX_FILE_NAME, WEIGHTS_FILE_NAME, AdapterSource
 from sidecar.adapters.peft_config import PeftConfig, parse_config
 from sidecar.adapters.refusal import unsupported
 from sidecar.adapters.rows import PackedRow, Range, rows_of
@@ -113,13 +113,13 @@ class _Matrix:
             yield np.zeros((missing, width), dtype)
 
 
-def rewrite(source: AdapterSource, directory: Path, layout: Layout, folder: Path, files: Files) -> bool:
-    """Write the adapter in `directory` into an empty folder as an engine takes it; return False if its own files do.
+def rewrite(source: AdapterSource, layout: Layout, folder: Path, files: Files) -> bool:
+    """Write an adapter into an empty folder as an engine takes it; return False if its own files do.
 
     The layout says which fused projections the engine has whole. Raises Invalid if the parts of one cannot be placed,
     OSError.
     """
-    config = parse_config((directory / peft_config.FILE_NAME).read_bytes(), source.name)
+    config = parse_config(source.documents[peft_config.FILE_NAME], source.name)
     alpha = config.alpha or 1.0
     rows = [row for target in source.targets for row in rows_of(target, layout, source.name)]
     for row in rows:
@@ -133,8 +133,7 @@ def rewrite(source: AdapterSource, directory: Path, layout: Layout, folder: Path
         matrix for row in rows for number, pair in enumerate(row.target.pairs) for matrix in
         _matrices(source, layout, row, number, pair, _factor(pair, row, alpha, config.use_rslora))
     ]  # fmt: skip
-    is_one_file = (directory / WEIGHTS_FILE_NAME).exists()
-    if is_one_file and config.alpha and all(matrix.is_unchanged for matrix in matrices):
+    if INDEX_FILE_NAME not in source.documents and config.alpha and all(matrix.is_unchanged for matrix in matrices):
         return False
     _write_config(folder, source, config, alpha, rows, files)
     _write_weights(folder / WEIGHTS_FILE_NAME, source, matrices, files)

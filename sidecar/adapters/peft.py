@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +17,12 @@ from typing import Any, Self
 
 from sidecar.adapters import peft_config
 from sidecar.adapters.base_model import BaseModel, check_dims
-from sidecar.adapters.names import shown
+from sidecar.adapters.folder import Folder, opened
 from sidecar.adapters.peft_config import parse_config
-from sidecar.adapters.refusal import malformed, unreadable, unsupported
+from sidecar.adapters.refusal import malformed, unsupported
 from sidecar.adapters.shards import INDEX_BYTES_MAX, Tensors, open_sharded, open_single
 from sidecar.adapters.targets import Target as Target
 from sidecar.adapters.targets import targets_of
-from sidecar.adapters.tensors import open_regular
 
 WEIGHTS_FILE_NAME = "adapter_model.safetensors"
 INDEX_FILE_NAME = f"{WEIGHTS_FILE_NAME}.index.json"
@@ -39,7 +36,7 @@ class AdapterSource:
 
     `targets` are in layer-major order, by module id inside a layer. Rows packed in this order fill an
     engine's cache pages best: a layer's rows lie together, and every layer repeats the same sequence of
-    sizes.
+    sizes. `documents` are the bytes of its other files: the config, and the index if there is one.
     """
 
     name: str
@@ -47,6 +44,7 @@ class AdapterSource:
     targets: tuple[Target, ...]
     digest: str
     file: Tensors
+    documents: Mapping[str, bytes]
 
     @property
     def size_bytes(self) -> int:
@@ -65,7 +63,7 @@ class AdapterSource:
 
 
 def read_adapter(
-    path: Path,
+    source: Path | Folder,
     *,
     name: str | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -79,10 +77,11 @@ def read_adapter(
     does not depend on it. Every tensor is checked against `base`, if given. Reads every byte once: call it in a thread.
     Raises Invalid for a faulty adapter.
     """
-    adapter = name if name is not None else path.name
-    directory = _directory(path, adapter)
-    config = parse_config(_read_config(directory, adapter), adapter)
-    file = _open_weights(directory, adapter)
+    adapter = name if name is not None else (source.path if isinstance(source, Folder) else source).name
+    with opened(source, adapter) as folder:
+        documents = {peft_config.FILE_NAME: _read_config(folder, adapter)}
+        config = parse_config(documents[peft_config.FILE_NAME], adapter)
+        file = _open_weights(folder, adapter, documents)
     try:
         targets = targets_of(file.tensors, config, adapter)
         if base is not None:
@@ -92,75 +91,37 @@ def read_adapter(
     except BaseException:
         file.close()
         raise
-    return AdapterSource(adapter, base_model or config.base_model, targets, digest, file)
+    return AdapterSource(adapter, base_model or config.base_model, targets, digest, file, documents)
 
 
-def _directory(path: Path, adapter: str) -> Path:
-    try:
-        directory = path.resolve(strict=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise unreadable(adapter, f"the folder {shown(str(path), 200)} cannot be read; check the path") from error
-    if not directory.is_dir():
-        raise unreadable(adapter, f"{shown(str(path), 200)} is not a folder; give the folder of the adapter")
-    return directory
-
-
-def _read_config(directory: Path, adapter: str) -> bytes:
-    path = _file_inside(directory, peft_config.FILE_NAME, adapter)
-    if path is None:
+def _read_config(folder: Folder, adapter: str) -> bytes:
+    data = folder.read(peft_config.FILE_NAME, peft_config.CONFIG_BYTES_MAX, adapter)
+    if data is None:
         raise malformed(adapter, f"{peft_config.FILE_NAME} is missing; the folder is not a PEFT adapter")
-    return _read_bounded(path, peft_config.CONFIG_BYTES_MAX, adapter)
-
-
-def _read_bounded(path: Path, limit: int, adapter: str) -> bytes:
-    try:
-        with os.fdopen(open_regular(path, adapter), "rb") as file:
-            # read() reserves as many bytes as it is asked for, however small the file is.
-            data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
-    except OSError as error:
-        raise unreadable(adapter, f"{path.name} cannot be read: {error.strerror}") from error
-    if len(data) > limit:
-        raise malformed(adapter, f"{path.name} is larger than {limit} bytes")
     return data
 
 
-def _open_weights(directory: Path, adapter: str) -> Tensors:
-    path, index = (_file_inside(directory, name, adapter) for name in (WEIGHTS_FILE_NAME, INDEX_FILE_NAME))
-    if path is not None and index is not None:
+def _open_weights(folder: Folder, adapter: str, documents: dict[str, bytes]) -> Tensors:
+    """Open the file with the weights, or those that an index names, which becomes one of the documents."""
+    index = folder.read(INDEX_FILE_NAME, INDEX_BYTES_MAX, adapter)
+    descriptor = folder.open(WEIGHTS_FILE_NAME, adapter)
+    if descriptor is not None:
+        single = open_single(WEIGHTS_FILE_NAME, descriptor, adapter)
+        if index is None:
+            return single
+        single.close()
         raise malformed(adapter, f"it has {WEIGHTS_FILE_NAME} and {INDEX_FILE_NAME}; keep the one that is meant")
-    if path is not None:
-        return open_single(path, adapter)
     if index is not None:
-        data = _read_bounded(index, INDEX_BYTES_MAX, adapter)
-        return open_sharded(data, lambda name: _file_inside(directory, name, adapter), adapter, INDEX_FILE_NAME)
-    if pickle := next((name for name in _PICKLES if (directory / name).exists()), None):
+        documents[INDEX_FILE_NAME] = index
+        return open_sharded(index, lambda name: folder.open(name, adapter), adapter, INDEX_FILE_NAME)
+    there = folder.names()
+    if pickle := next((name for name in _PICKLES if name in there), None):
         raise unsupported(
             adapter,
             f"it has {pickle} only, a pickle, which is never opened because it can run code; "
             "save it with safe_serialization=True",
         )
     raise malformed(adapter, f"{WEIGHTS_FILE_NAME} is missing; the folder is not a complete PEFT adapter")
-
-
-def _file_inside(directory: Path, file_name: str, adapter: str) -> Path | None:
-    """Return the file's resolved path, or None if it does not exist.
-
-    Raises Invalid for a link that leads out of the folder and for anything but a regular file.
-    """
-    try:
-        path = (directory / file_name).resolve(strict=True)
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        return None
-    except (OSError, RuntimeError) as error:
-        raise unreadable(adapter, f"{file_name} cannot be read; check its permissions and links") from error
-    if not path.is_relative_to(directory):
-        raise unreadable(
-            adapter, f"{file_name} is a link that leads out of the folder; copy the file itself there (cp -L)"
-        )
-    if not stat.S_ISREG(mode):
-        raise unreadable(adapter, f"{file_name} is not a regular file; put the file itself there")
-    return path
 
 
 def digest_of(

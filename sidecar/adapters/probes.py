@@ -6,12 +6,12 @@ version: the same weights with another probe.jsonl are the same version.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sidecar.adapters.refusal import malformed, unreadable
+from sidecar.adapters.folder import Folder, NoAdapter, opened
+from sidecar.adapters.refusal import malformed
 from sidecar.adapters.strict_json import parse_object
 
 FILE_NAME = "probe.jsonl"
@@ -26,30 +26,17 @@ class Probe:
     expect: str
 
 
-def read_probes(folder: Path, adapter: str) -> list[Probe] | None:
+def read_probes(source: Path | Folder, adapter: str) -> list[Probe] | None:
     """Return the probes of a folder's probe.jsonl, or None if it has none. Raises Invalid naming a faulty line."""
-    data = _read(folder, adapter)
+    try:
+        with opened(source, adapter) as folder:
+            data = folder.read(FILE_NAME, BYTES_MAX, adapter)
+    except NoAdapter:
+        return None
     if data is None:
         return None
     lines = enumerate(data.splitlines(), 1)
     return [_probe(line, number, adapter) for number, line in lines if line.strip()]
-
-
-def _read(folder: Path, adapter: str) -> bytes | None:
-    try:
-        directory = folder.resolve(strict=True)
-        path = (directory / FILE_NAME).resolve(strict=True)
-        if not path.is_relative_to(directory) or not path.is_file():
-            raise unreadable(adapter, f"{FILE_NAME} is not a file of the adapter's folder; put the file itself there")
-        with path.open("rb") as file:
-            data = file.read(min(BYTES_MAX, os.fstat(file.fileno()).st_size) + 1)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, RuntimeError) as error:
-        raise unreadable(adapter, f"{FILE_NAME} cannot be read; check its permissions and links") from error
-    if len(data) > BYTES_MAX:
-        raise malformed(adapter, f"{FILE_NAME} is larger than {BYTES_MAX} bytes; keep the lines that matter")
-    return data
 
 
 def _probe(line: bytes, number: int, adapter: str) -> Probe:

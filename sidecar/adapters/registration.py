@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sidecar.adapters.base_model import BaseModel
+from sidecar.adapters.folder import Folder
 from sidecar.adapters.peft import AdapterSource, read_adapter
 from sidecar.adapters.values import check_values
 from sidecar.core.facts import Adapter, Row
@@ -20,7 +21,7 @@ class Registration:
 
 
 def read_registration(
-    name: str, directory: Path, *, base_model: str | None = None, base: BaseModel | None = None
+    name: str, directory: Path | Folder, *, base_model: str | None = None, base: BaseModel | None = None
 ) -> Registration:
     """Read and check a folder. Reads every byte: call it in a thread. Raises Invalid with the fault.
 
@@ -41,7 +42,7 @@ def adapter_of(source: AdapterSource) -> Adapter:
     return Adapter(source.digest, source.base_model, rows, dtypes[0] if len(dtypes) == 1 else "F32")
 
 
-def changes_something(folder: Path, adapter: str) -> bool:
+def changes_something(folder: Path | Folder, adapter: str) -> bool:
     """Return True if scale · B·A can differ from zero in some module.
 
     Reads every byte: call it in a thread. Raises Invalid for a faulty adapter.

@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -32,7 +31,7 @@ class Tensors:
 
     def __init__(self, files: Sequence[TensorFile], adapter: str) -> None:
         self.adapter = adapter
-        self._files = tuple(files)
+        self.files = tuple(files)
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
             {
                 name: replace(tensor, shard=shard) if shard else tensor
@@ -43,33 +42,33 @@ class Tensors:
 
     @property
     def size_bytes(self) -> int:
-        return sum(file.size_bytes for file in self._files)
+        return sum(file.size_bytes for file in self.files)
 
     def elements(self, tensor: TensorInfo, first: int, count: int) -> npt.NDArray[Any]:
-        return self._files[tensor.shard].elements(tensor, first, count)
+        return self.files[tensor.shard].elements(tensor, first, count)
 
     def read_into(self, tensor: TensorInfo, first: int, out: npt.NDArray[Any]) -> None:
-        self._files[tensor.shard].read_into(tensor, first, out)
+        self.files[tensor.shard].read_into(tensor, first, out)
 
     def raw_chunks(self, tensor: TensorInfo) -> Iterator[bytes]:
-        return self._files[tensor.shard].raw_chunks(tensor)
+        return self.files[tensor.shard].raw_chunks(tensor)
 
     def check_unchanged(self) -> None:
-        for file in self._files:
+        for file in self.files:
             file.check_unchanged()
 
     def close(self) -> None:
-        for file in self._files:
+        for file in self.files:
             file.close()
 
 
-def open_single(path: Path, adapter: str) -> Tensors:
-    """Open an adapter of one file. Raises Invalid for a false header."""
-    return Tensors([TensorFile(path, adapter)], adapter)
+def open_single(name: str, descriptor: int, adapter: str) -> Tensors:
+    """Return an adapter of one file, which is open. Raises Invalid for a false header."""
+    return Tensors([TensorFile(name, descriptor, adapter)], adapter)
 
 
-def open_sharded(index: bytes, find: Callable[[str], Path | None], adapter: str, index_name: str) -> Tensors:
-    """Open the files that an index names; `find` returns a file's path. Raises Invalid if index and files disagree."""
+def open_sharded(index: bytes, find: Callable[[str], int | None], adapter: str, index_name: str) -> Tensors:
+    """Return the files that an index names; `find` opens a file. Raises Invalid if index and files disagree."""
     try:
         owners = _owners(parse_object(index))
     except ValueError as error:
@@ -95,11 +94,11 @@ def _owners(index: Mapping[str, Any]) -> dict[str, str]:
     return owners
 
 
-def _opened(name: str, find: Callable[[str], Path | None], owners: Mapping[str, str], adapter: str) -> TensorFile:
-    path = find(name)
-    if path is None:
+def _opened(name: str, find: Callable[[str], int | None], owners: Mapping[str, str], adapter: str) -> TensorFile:
+    descriptor = find(name)
+    if descriptor is None:
         raise malformed(adapter, f"{shown(name, 200)} is missing, which its index names; fetch the adapter again")
-    file = TensorFile(path, adapter)
+    file = TensorFile(name, descriptor, adapter)
     expected = [tensor for tensor, owner in owners.items() if owner == name]
     missing = next((tensor for tensor in expected if tensor not in file.tensors), None)
     extra = next((tensor for tensor in file.tensors if owners.get(tensor) != name), None)

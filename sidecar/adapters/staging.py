@@ -21,6 +21,7 @@ from sidecar.adapters.builder import check_digest
 from sidecar.adapters.canonical import rewrite
 from sidecar.adapters.claims import Claims
 from sidecar.adapters.durable import DurableFiles
+from sidecar.adapters.folder import Folder, opened
 from sidecar.adapters.peft import INDEX_FILE_NAME, WEIGHTS_FILE_NAME, AdapterSource, read_adapter
 from sidecar.adapters.spool import digest_of_folder
 from sidecar.adapters.strict_json import parse_object
@@ -28,7 +29,6 @@ from sidecar.core.layout import Layout
 from sidecar.errors import Reason, Refused
 
 AS_SAVED = Layout("float16", files=True)
-CHUNK_BYTES = 1 << 20
 FOLDER_MODE, FILE_MODE, OTHERS_READ = 0o755, 0o644, 0o004
 """The engine may run as another user."""
 
@@ -116,7 +116,9 @@ class Staging:
         except OSError:
             return False
 
-    def stage(self, source: Path, key: str, digest: str, layout: Layout = AS_SAVED, *, link: bool = False) -> Path:
+    def stage(
+        self, source: Path | Folder, key: str, digest: str, layout: Layout = AS_SAVED, *, link: bool = False
+    ) -> Path:
         """Stage the version in the folder `source`, unless it is staged already, and return its path.
 
         `link` allows hard links where the file system does: set it for sources whose files are never rewritten. Raises
@@ -153,25 +155,28 @@ class Staging:
             self.remove(key)
             raise
 
-    def _put(self, source: Path, key: str, digest: str, layout: Layout, link: bool, before: int | None) -> None:
+    def _put(
+        self, source: Path | Folder, key: str, digest: str, layout: Layout, link: bool, before: int | None
+    ) -> None:
         work = Path(tempfile.mkdtemp(dir=self._claims.work))
         try:
-            with read_adapter(source, name=digest[:12]) as adapter:
+            with opened(source, digest[:12]) as folder, read_adapter(folder, name=digest[:12]) as adapter:
                 check_digest(adapter, digest)
-                self._fill(work / key, source, layout, link, adapter)
+                self._fill(work / key, layout, adapter, folder.path if link else None)
             # An engine may be about to read what is there, so equal files stay.
             if before is None or digest_of_folder(work / key) != digest_of_folder(self.path(key)):
                 self._move_in(work, key, before)
         finally:
             self._claims.discard(work)
 
-    def _fill(self, made: Path, source: Path, layout: Layout, link: bool, adapter: AdapterSource) -> None:
+    def _fill(self, made: Path, layout: Layout, adapter: AdapterSource, linked: Path | None) -> None:
+        """Write what was hashed, from the files that are open; those in the folder `linked` may be linked to."""
         self._files.make_directory(made)
-        if not (layout.canonical and rewrite(adapter, source, layout, made, self._files)):
-            for name in _file_names(source):
-                file = (source / name).resolve()
-                if not (link and self._linked(file, made / name)):
-                    self._copy(file, made / name)
+        if not (layout.canonical and rewrite(adapter, layout, made, self._files)):
+            contents = {name: iter([data]) for name, data in adapter.documents.items()}
+            for name, pieces in (contents | {file.name: file.pieces() for file in adapter.file.files}).items():
+                if linked is None or not self._linked((linked / name).resolve(), made / name):
+                    self._write(made / name, pieces)
         adapter.file.check_unchanged()
         self._files.sync_directory(made)
 
@@ -185,12 +190,11 @@ class Staging:
             return False
         return True
 
-    def _copy(self, source: Path, target: Path) -> None:
+    def _write(self, target: Path, pieces: Iterable[bytes]) -> None:
         descriptor = self._files.create(target)
         try:
-            with source.open("rb") as file:
-                while chunk := file.read(CHUNK_BYTES):
-                    self._files.write(descriptor, memoryview(chunk))
+            for piece in pieces:
+                self._files.write(descriptor, memoryview(piece))
             self._files.sync(descriptor)
         finally:
             os.close(descriptor)

@@ -11,12 +11,10 @@ SIGBUS, while a short read is an error that names the adapter. Both are served b
 from __future__ import annotations
 
 import os
-import stat
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -25,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sidecar.adapters.names import shown
-from sidecar.adapters.refusal import malformed, unreadable
+from sidecar.adapters.refusal import malformed
 from sidecar.adapters.strict_json import parse_object
 
 HEADER_BYTES_MAX = 4 << 20
@@ -68,16 +66,15 @@ class TensorInfo:
 
 
 class TensorFile:
-    """An open safetensors file whose header was checked; errors name `adapter`.
+    """An open safetensors file whose header was checked; errors name it and `adapter`.
 
-    Raises Invalid(ADAPTER_MALFORMED) for a false header, Invalid(ORIGIN_UNREADABLE) for a file that cannot be
-    opened. The file closes with `close` or with the object.
+    Raises Invalid(ADAPTER_MALFORMED) for a false header. The file closes with `close` or with the object.
     """
 
-    def __init__(self, path: Path, adapter: str) -> None:
-        self.path = path
+    def __init__(self, name: str, descriptor: int, adapter: str) -> None:
+        self.name = name
         self.adapter = adapter
-        self._descriptor = open_regular(path, adapter)
+        self._descriptor = descriptor
         self._close = weakref.finalize(self, os.close, self._descriptor)
         self._identity = self._stamp()
         try:
@@ -114,13 +111,20 @@ class TensorFile:
 
     def raw_chunks(self, tensor: TensorInfo) -> Iterator[bytes]:
         """Yield a tensor's bytes in pieces of at most `CHUNK_BYTES`."""
-        for start in range(0, tensor.size_bytes, CHUNK_BYTES):
-            yield self._read(tensor.offset + start, min(CHUNK_BYTES, tensor.size_bytes - start))
+        return self._pieces(tensor.offset, tensor.size_bytes)
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the bytes of the whole file, as it was when it was opened, in such pieces."""
+        return self._pieces(0, self.size_bytes)
+
+    def _pieces(self, offset: int, size_bytes: int) -> Iterator[bytes]:
+        for start in range(0, size_bytes, CHUNK_BYTES):
+            yield self._read(offset + start, min(CHUNK_BYTES, size_bytes - start))
 
     def check_unchanged(self) -> None:
         """Raise Invalid if the file was written to since it was opened: the bytes read may mix two versions."""
         if self._stamp() != self._identity:
-            raise malformed(self.adapter, f"{self.path.name} was changed while it was read; register it again")
+            raise malformed(self.adapter, f"{self.name} was changed while it was read; register it again")
 
     def _stamp(self) -> tuple[int, int, int]:
         status = os.fstat(self._descriptor)
@@ -155,20 +159,7 @@ class TensorFile:
             raise self._malformed(f"its header is not valid: {error}; save the adapter again") from error
 
     def _malformed(self, why: str) -> Exception:
-        return malformed(self.adapter, f"{self.path.name}: {why}")
-
-
-def open_regular(path: Path, adapter: str) -> int:
-    """Open a regular file for reading and return its descriptor. Raises Invalid for anything else at the path."""
-    try:
-        # Without O_NONBLOCK a FIFO in the file's place would hang the open.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
-    except OSError as error:
-        raise unreadable(adapter, f"{path.name} cannot be opened: {error.strerror}") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise unreadable(adapter, f"{path.name} is not a regular file; put the file itself there")
-    return descriptor
+        return malformed(self.adapter, f"{self.name}: {why}")
 
 
 def _tensors_of(header: dict[str, Any], data_start: int, file_size: int) -> dict[str, TensorInfo]:

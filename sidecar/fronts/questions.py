@@ -1,14 +1,17 @@
-"""Ask an engine a question of our own, like a client's request: it queues, causes a load and is healed."""
+"""Ask an engine a question of our own, like a client's request: it queues, causes a load and is healed.
+
+It takes the budgets of whoever has it asked, and is booked to its tenant.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from sidecar.access.access import OURSELVES
+from sidecar.access.access import Caller
 from sidecar.backends.api import Reply as EngineReply
 from sidecar.backends.api import Ticket
 from sidecar.backends.kind import Reader
-from sidecar.errors import Refused
+from sidecar.errors import SidecarError
 from sidecar.fronts import relay
 from sidecar.fronts.generate.forms import payload_of
 from sidecar.fronts.lengths import text_tokens_max
@@ -19,26 +22,31 @@ from sidecar.shell.gateway import Gateway
 from sidecar.shell.requests import RequestFacts
 
 
-async def ask(gateway: Gateway, question: Question, client_id: str) -> Reply:
-    """Return the answer to one request, or the reason for none."""
+async def ask(gateway: Gateway, question: Question, client_id: str, caller: Caller, tenant: str) -> Reply:
+    """Return the answer to one request, or the reason for none.
+
+    Its version is named: where no policy decides, no allow list keeps operators from it.
+    """
     request = _generate_request(question)
     payload, input_tokens = payload_of(request, lambda kind: False)
     if question.prompt.text:
         input_tokens = text_tokens_max(gateway.state, input_tokens)
     facts = RequestFacts(
-        adapter=question.adapter,
-        tenant=question.tenant,
+        adapter=request.adapter,
+        tenant=tenant,
         klass=question.klass,
         input_tokens=input_tokens,
         output_tokens_max=question.tokens_max,
         deadline_s=question.timeout_s,
         size_bytes=request.ByteSize(),
         only=(question.backend,),
+        versions=(question.ordinal,) if question.adapter else None,
+        is_estimated=bool(request.text),
     )
     try:
-        ticket = gateway.submit(facts, payload, client_id, OURSELVES)
-    except Refused as refused:
-        return Reply(error=refused.message, reason=refused.reason)
+        ticket = gateway.submit(facts, payload, client_id, caller, request.text or None)
+    except SidecarError as error:
+        return Reply(error=error.message, reason=error.reason)
     try:
         return await _answer(gateway, ticket, bool(question.prompt.text))
     finally:
@@ -49,10 +57,9 @@ def _generate_request(question: Question) -> Any:
     """Return the question as a GenerateRequest. It does not stream: only a whole answer is cut in no character."""
     prompt = question.prompt
     asked = {"text": prompt.text} if prompt.text else {"tokens": gateway_pb2.TokenIds(ids=prompt.token_ids)}
+    adapter = f"{question.adapter}@v{question.ordinal}" if question.adapter else ""
     # top_k 1 is the form of "greedy" that every engine takes; some refuse a temperature of 0.
-    return gateway_pb2.GenerateRequest(
-        adapter=question.adapter, max_tokens=question.tokens_max, stream=False, top_k=1, **asked
-    )
+    return gateway_pb2.GenerateRequest(adapter=adapter, max_tokens=question.tokens_max, stream=False, top_k=1, **asked)
 
 
 async def _answer(gateway: Gateway, ticket: Ticket, is_text: bool) -> Reply:

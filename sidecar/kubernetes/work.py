@@ -17,7 +17,7 @@ from sidecar.kubernetes.pauses import Pauses
 from sidecar.kubernetes.reporting import Reporter
 from sidecar.kubernetes.standings import Attempt, Phase, Standing
 from sidecar.shell.catalogue import Catalogue
-from sidecar.shell.managing import CLUSTER, Wanted
+from sidecar.shell.managing import CLUSTER, CONFIRM, Wanted
 from sidecar.state.records import Record
 
 logger = logging.getLogger(__name__)
@@ -111,13 +111,9 @@ class Steps:
     async def towards(self, do: Do, declaration: Declaration) -> None:
         """Carry out one step towards a declaration."""
         name, owner = declaration.name, declaration.source.owner
+        CONFIRM.set(lambda: self._confirm(name, declaration))
         if do is Do.SET:
-
-            def changed(record: Record) -> Record:
-                self._confirm(name, declaration)
-                return set_back(declaration, record)
-
-            await self._catalogue.change_declared(name, owner, changed)
+            await self._catalogue.change_declared(name, owner, lambda record: set_back(declaration, record))
             return
         wanted = Wanted(
             allow=declaration.tenants,
@@ -126,7 +122,6 @@ class Steps:
             digest=declaration.digest,
             take_over=declaration.take_over,
             declared=declaration.declared,
-            confirm=lambda: self._confirm(name, declaration),
         )
         limit = nullcontext() if is_url(declaration.origin) else self._reading  # downloads have their own limit
         async with limit:
@@ -135,17 +130,12 @@ class Steps:
     async def away(self, do: Do, record: Record) -> None:
         """Carry out one step towards forgetting a name."""
         name, owner = record.name, record.managed_by
+        CONFIRM.set(lambda: self._confirm(name, None))
         if do is Do.MARK:
-
-            def marked(found: Record) -> Record:
-                self._confirm(name, None)
-                return marked_gone(found, time())
-
-            gone = await self._catalogue.change_declared(name, owner, marked)
+            gone = await self._catalogue.change_declared(name, owner, lambda found: marked_gone(found, time()))
             grace_s = 0.0 if gone.declared is None else gone.declared.grace_s
             self._say(record, "Removing", f"its declaration has gone; {name} is refused in {grace_s:.0f} s")
             return
-        self._confirm(name, None)
         await self._catalogue.unregister(name, managed_by=owner)
         self._say(record, "Removed", f"{name} is forgotten")
         self._reporter.gone(owner, name)

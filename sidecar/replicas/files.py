@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 import grpc
 import grpc.aio
 
-from sidecar.adapters.origins.files import files_of, is_file_name
+from sidecar.adapters.folder import Folder
+from sidecar.adapters.origins.files import files_among, is_file_name
 from sidecar.adapters.origins.limits import Limits
 from sidecar.adapters.origins.origin import PUSHED, is_url
-from sidecar.errors import Reason, Refused
+from sidecar.errors import Invalid, Reason, Refused
 from sidecar.proto import peers_pb2
 from sidecar.replicas.peers import Peers
 from sidecar.shell.gateway import Gateway
@@ -100,23 +103,29 @@ class FilesHere:
         if folder is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"the files of {digest[:12]} are not here")
             return
-        for path in await asyncio.to_thread(files_of, folder):
-            with await asyncio.to_thread(path.open, "rb") as file:
+        for name in files_among(await asyncio.to_thread(folder.names)):
+            descriptor = await asyncio.to_thread(folder.open, name, digest[:12])
+            if descriptor is None:
+                continue  # the other replica finds that it is missing
+            with os.fdopen(descriptor, "rb") as file:
                 while True:
                     data = await asyncio.to_thread(file.read, CHUNK_BYTES)
                     if not data:
                         break
-                    await context.write(peers_pb2.SourceChunk(name=path.name, data=data))
+                    await context.write(peers_pb2.SourceChunk(name=name, data=data))
 
     async def keep(self, digest: str) -> None:
         """Fetch a version's files to this replica. Raises SidecarError."""
         await self._gateway.sources.locate(f"{PUSHED}://{digest}", digest)
 
-    def _folder(self, digest: str, origins: list[str]) -> Path | None:
-        spool = self._gateway.sources.spool
-        if spool.holds(digest):
-            return spool.folder(digest)
-        return next((Path(origin) for origin in origins if Path(origin).is_dir()), None)
+    def _folder(self, digest: str, origins: list[str]) -> Folder | None:
+        sources = self._gateway.sources
+        if sources.spool.holds(digest):
+            return Folder(sources.spool.folder(digest), digest[:12])
+        for origin in origins:
+            with suppress(Invalid):
+                return sources.allow.open_again(digest[:12], Path(origin))
+        return None
 
 
 def _empty(folder: Path) -> None:

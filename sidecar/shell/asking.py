@@ -8,6 +8,7 @@ from sidecar.errors import Reason, Refused
 from sidecar.shell.evidence import Prompt
 
 TENANT = "verify"
+"""The tenant of a verification whose caller has none."""
 PROMPTS = (
     "Hello, who are you?",
     "Write one sentence about the sea.",
@@ -39,14 +40,14 @@ class Order:
 
 @dataclass(frozen=True)
 class Question:
-    """One request. `adapter` is a name with its version; "" for the base model."""
+    """One request. `ordinal` is the adapter's version; the base model has neither."""
 
     backend: str
-    adapter: str
     prompt: Prompt
     tokens_max: int
-    tenant: str
     timeout_s: float
+    adapter: str = ""
+    ordinal: int = 0
     klass: str = "default"
 
 

@@ -18,13 +18,14 @@ from typing import NamedTuple, TypeVar
 
 from sidecar.adapters.base_model import BaseModel
 from sidecar.adapters.names import check_name, is_base_name, shown
+from sidecar.adapters.origins.allowing import AllowList
 from sidecar.core import events as ev
 from sidecar.core.admission import unknown_adapter
 from sidecar.core.state import State, Version
 from sidecar.errors import Invalid, Reason, Refused
 from sidecar.shell.fit import check_fit
+from sidecar.shell.managing import CONFIRM, check_pin, check_unregister, taken_over
 from sidecar.shell.managing import Wanted as Wanted
-from sidecar.shell.managing import check_pin, check_unregister, taken_over
 from sidecar.shell.sources import Arrival, Sources
 from sidecar.state import records
 from sidecar.state.records import Record
@@ -131,16 +132,16 @@ class Catalogue:
             raise unknown_adapter(self._state(), name)
         return record
 
-    async def register(self, name: str, path: str, wanted: Wanted) -> Entered:
+    async def register(self, name: str, path: str, wanted: Wanted, allow: AllowList | None = None) -> Entered:
         """Check an adapter and register it under a name.
 
-        `path` is a local folder or a URL. Raises Invalid for a bad name, path or file, Refused for a failure that may
-        pass. Nothing is left behind then.
+        `path` is a local folder, by `allow` one of the caller's own, or a URL. Raises Invalid for a bad name, path or
+        file, Refused for a failure that may pass. Nothing is left behind then.
         """
         check_name(name)
         wanted.check(name)
         try:
-            async with self.sources.arrival(name, path) as arrival:
+            async with self.sources.arrival(name, path, allow) as arrival:
                 return await self._enter(name, arrival, wanted)
         finally:
             self.forget_unneeded()
@@ -170,8 +171,6 @@ class Catalogue:
         def grown(before: Record | None) -> Record:
             nonlocal withdrawn
             withdrawn = frozenset() if before is None else before.withdrawn
-            if wanted.confirm is not None:
-                wanted.confirm()
             mine = None if before is None else taken_over(before, wanted, time())
             record, _ = records.added(
                 mine, name, adapter, arrival.origin, now=time(), labels=wanted.labels, stage=wanted.stage
@@ -267,6 +266,7 @@ class Catalogue:
 
         async def forget() -> Record:
             record = self.known(name)
+            CONFIRM.get()()
             check_unregister(record, wanted, self.reconciled)
             held = taken_over(record, wanted, time())
             await self.registry.delete(name, record)
@@ -317,6 +317,7 @@ class Catalogue:
 
         async def write() -> tuple[Record, bool]:
             before = self.registry.get(name)
+            CONFIRM.get()()
             record = changed(None if name in self._harmful else before)
             if record == before:
                 await self.registry.acknowledged(self.registry.last_change)

@@ -16,7 +16,7 @@ from pathlib import Path
 from time import monotonic_ns, time
 from typing import Any
 
-from sidecar.access.access import OURSELVES, Access, Caller
+from sidecar.access.access import Access, Caller
 from sidecar.access.budgets.counting import PromptCounter
 from sidecar.access.usage.meter import UNKNOWN
 from sidecar.adapters.base_model import BaseModel
@@ -307,9 +307,9 @@ class Gateway:
         permit = access.permit(caller, name, client_id, is_base, facts.tenant)
         record = self.catalogue.registry.get(name.partition("@")[0])
         is_visible = record is not None and (permit.versions is not None or record.is_for(facts.tenant))
-        if record is not None and is_visible and caller is not OURSELVES:
+        if record is not None and is_visible and facts.versions is None:  # else it is a question of our own
             check_not_paused(record, time())
-        facts.klass, facts.versions = klass, permit.versions
+        facts.klass, facts.versions = klass, facts.versions if permit.versions is None else permit.versions
 
     def permit(self, caller: Caller, reference: str, request_id: str, is_base: bool, tenant: str) -> None:
         """Raise as `access.permit` does, and show the refusal, for a request that is submitted by another reference."""

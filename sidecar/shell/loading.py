@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from time import monotonic, time
 
 from sidecar.adapters.names import check_name
+from sidecar.adapters.origins.allowing import AllowList
 from sidecar.backends.api import Prompt as PromptKind
 from sidecar.backends.registry import model_kind
 from sidecar.config.openai import LOAD_WAIT_S_MAX, LOADS
@@ -66,11 +67,16 @@ class RefusedByEngines(Refused):
 class Loaded:
     """The version that a name stands for now, the engines that have it, and those without it, each with the reason."""
 
-    version: str
+    name: str
+    ordinal: int
     backends: list[str] = field(default_factory=list)
     without: dict[str, str] = field(default_factory=dict)
     refusals: dict[str, str] = field(default_factory=dict)
     """Those of `without` that refused it themselves."""
+
+    @property
+    def version(self) -> str:
+        return f"{self.name}@v{self.ordinal}"
 
 
 class Loading:
@@ -91,8 +97,8 @@ class Loading:
     def _state(self) -> State:
         return self._gateway.state
 
-    async def load(self, name: str, path: str, in_place: bool) -> Loaded:
-        """Load what a local folder holds under a name; return once the name answers by it.
+    async def load(self, name: str, path: str, in_place: bool, allow: AllowList | None = None) -> Loaded:
+        """Load what a local folder that `allow` admits holds under a name; return once the name answers by it.
 
         Raises AlreadyLoaded; Invalid for a bad name, path or adapter, or a name of another owner; RefusedByEngines; and
         Refused for a failure that may pass.
@@ -102,7 +108,7 @@ class Loading:
             begun_s = monotonic()
             before = self._catalogue.registry.get(name)
             _check_free(name, before, in_place)
-            record, ordinal = await self._stage(name, path)
+            record, ordinal = await self._stage(name, path, allow)
             is_new = before is None or before.with_content(record.of(ordinal).adapter.digest) is None
             try:
                 loaded = await self._bring(name, ordinal)
@@ -128,9 +134,9 @@ class Loading:
             await self._catalogue.remove(name, Wanted(managed_by=LOADS))
             logger.info("%s was unloaded", name)
 
-    async def _stage(self, name: str, path: str) -> tuple[Record, int]:
+    async def _stage(self, name: str, path: str, allow: AllowList | None) -> tuple[Record, int]:
         """Make the files in a folder a version of a name, without moving the name."""
-        async with self._gateway.sources.copied(name, path) as (folder, config):
+        async with self._gateway.sources.copied(name, path, allow) as (folder, config):
             base = "" if config.get("base_model_name_or_path") else self._only_base
             wanted = Wanted(managed_by=LOADS, stage=True, unseen=True, labels=((PATH, path),), base=base)
             entered = await self._catalogue.push(name, folder, wanted)
@@ -168,7 +174,7 @@ class Loading:
 
         Those that were asked may all have begun to drain, or gone down, while others came up: then these are asked.
         """
-        loaded = Loaded(f"{name}@v{ordinal}")
+        loaded = Loaded(name, ordinal)
         done: set[str] = set()
         while not loaded.backends and not loaded.refusals:
             engines = [each for each in self._engines(name, ordinal) if each not in done]
@@ -211,7 +217,7 @@ class Loading:
 
     async def _bring_to(self, backend: str, loaded: Loaded) -> None:
         """Bring a version to one engine, and note the result. Raises Refused if this process is going down."""
-        reply = await self._answer_of(backend, loaded.version)
+        reply = await self._answer_of(backend, loaded)
         if reply.reason is None:
             loaded.backends.append(backend)
             loaded.without.pop(backend, None)
@@ -223,7 +229,7 @@ class Loading:
         if reply.reason in _OF_THE_ADAPTER:
             loaded.refusals[backend] = why
 
-    async def _answer_of(self, backend: str, version: str) -> Reply:
+    async def _answer_of(self, backend: str, loaded: Loaded) -> Reply:
         """Return the answer of one engine by a version, or why there is none; an engine that is down is left alone."""
         engine = self._state.backends.get(backend)
         if engine is None:
@@ -231,9 +237,7 @@ class Loading:
         kind = model_kind(engine.facts.kind)
         takes_tokens = kind.asking is None or PromptKind.TOKENS in kind.asking.prompts
         prompt = PROMPTS[PromptKind.TOKENS if takes_tokens else PromptKind.TEXT]
-        known = self._catalogue.registry.get(version.partition("@")[0])
-        tenant = known.allow[0] if known is not None and known.allow else LOADS
-        question = Question(backend, version, prompt, 1, tenant, LOAD_WAIT_S_MAX, LOADS)
+        question = Question(backend, prompt, 1, LOAD_WAIT_S_MAX, loaded.name, loaded.ordinal, LOADS)
         asking = asyncio.ensure_future(self._ask(question))
         try:
             while not asking.done():

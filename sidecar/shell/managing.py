@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 from sidecar.config.identities import TENANT, problem_of
@@ -18,6 +19,9 @@ LABELS_CHARACTERS_MAX = 64 << 10
 """Size of all labels of a version. They are part of the record that every replica holds."""
 CLUSTER = "k8s:"
 """Prefix of owners in a Kubernetes cluster: `k8s:NAMESPACE/KIND/NAME`."""
+CONFIRM: ContextVar[Callable[[], None]] = ContextVar("confirm", default=lambda: None)
+"""Called by each change of a name that this task makes, with the record that it replaces in the registry, right before
+it is stored: raises if it is no longer permitted or wanted. What is registered may have taken long to come."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,6 @@ class Wanted:
     """Whether a declaration may take over a name that was registered by hand."""
     declared: Declared | None = None
     """The declaration's content. It then decides everything: who may use the name, and whether it is pinned."""
-    confirm: Callable[[], None] | None = None
-    """Called right before the record is stored; raises if the registration is no longer valid."""
 
     def check(self, name: str) -> None:
         """Raise Invalid(INVALID_NAME) for a malformed tenant, or for too many tenants or labels."""

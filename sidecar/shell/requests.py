@@ -55,7 +55,7 @@ class RequestFacts:
     sequences: int = 1
     """The number of sequences that the engine runs for it."""
     versions: tuple[int, ...] | None = None
-    """The ordinals that the policy lets answer it; None for any."""
+    """The ordinals that the policy lets answer it; None for any. A question of our own names its version beforehand."""
     has_length: bool = True
     """False if the client has set no `output_tokens_max`: then that is an assumption."""
     is_estimated: bool = False

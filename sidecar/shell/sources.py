@@ -18,6 +18,7 @@ from time import monotonic
 from typing import Any, Protocol, TypeVar
 
 from sidecar.adapters.copying import copy_adapter
+from sidecar.adapters.folder import Folder
 from sidecar.adapters.origins.allowing import AllowList
 from sidecar.adapters.origins.failures import Stopped
 from sidecar.adapters.origins.fetching import fetch
@@ -98,18 +99,14 @@ class Sources:
     # Registrations.
 
     @asynccontextmanager
-    async def arrival(self, name: str, path: str) -> AsyncIterator[Arrival]:
-        """Yield a checked adapter from a local path or a URL.
+    async def arrival(self, name: str, path: str, allow: AllowList | None = None) -> AsyncIterator[Arrival]:
+        """Yield a checked adapter from a local path, which the caller's allow list may confine further, or a URL.
 
         What it brought into the spool stays there while the context is open; afterwards `forget_unneeded` decides.
         Raises Invalid for a bad origin or file, Refused for a failure that may pass.
         """
         if not is_url(path):
-            directory = self.allow.check_path(name, path)
-            registration = await asyncio.to_thread(read_registration, name, directory)
-            if self.allow.check_path(name, path) != directory:  # a link has replaced it, or a part of its path
-                raise unreadable(name, f"{path} was replaced while it was read; register it again")
-            yield Arrival(registration, str(directory))
+            yield await asyncio.to_thread(self._local, name, path, allow or self.allow)
             return
         with _named(name):
             origin = parse_origin(path)
@@ -122,6 +119,10 @@ class Sources:
         finally:
             self._leave(origin, download)
 
+    def _local(self, name: str, path: str, allow: AllowList) -> Arrival:
+        with allow.open(name, path) as folder:
+            return Arrival(read_registration(name, folder), str(folder.path))
+
     @contextmanager
     def incoming(self) -> Iterator[Path]:
         """Yield a folder of the spool for files that a client sends; what is not adopted is removed."""
@@ -132,18 +133,21 @@ class Sources:
             self._remove(folder)
 
     @asynccontextmanager
-    async def copied(self, name: str, path: str) -> AsyncIterator[tuple[Path, Mapping[str, Any]]]:
+    async def copied(
+        self, name: str, path: str, allow: AllowList | None = None
+    ) -> AsyncIterator[tuple[Path, Mapping[str, Any]]]:
         """Yield an incoming folder with a copy of the files in a local folder, which may change from then on.
 
         The fields of its adapter_config.json come with it, unchecked. Raises Invalid if it is outside the roots or
         holds no adapter, Refused for a failure that may pass.
         """
-        directory = self.allow.check_path(name, path)
+
+        def copy(target: Path) -> Mapping[str, Any]:
+            with (allow or self.allow).open(name, path) as source:
+                return copy_adapter(name, source, target, self.limits)
+
         with self.incoming() as folder:
-            config = await undisturbed(asyncio.to_thread(copy_adapter, name, directory, folder, self.limits))
-            if self.allow.check_path(name, path) != directory:
-                raise unreadable(name, f"{path} was replaced while it was read; load it again")
-            yield folder, config
+            yield folder, await undisturbed(asyncio.to_thread(copy, folder))
 
     @asynccontextmanager
     async def pushed(self, name: str, folder: Path) -> AsyncIterator[Arrival]:
@@ -242,19 +246,25 @@ class Sources:
 
     # Misses.
 
-    async def use(self, origin: str, digest: str, make: Callable[[Path], Awaitable[T]]) -> T:
+    async def use(self, origin: str, digest: str, make: Callable[[Folder], Awaitable[T]]) -> T:
         """Return what `make` returns for the folder with a version's files.
 
         If it raises Invalid, the spool's copy is checked, and `make` is called again with a fresh copy if that may
         help: the files were sound when they were registered. Raises Invalid if the origin now holds other content.
         """
-        folder = await self.locate(origin, digest)
         try:
-            return await make(folder)
+            return await make(await self.opened(origin, digest))
         except Invalid:
             if not await self.mend(origin, digest):
                 raise
-        return await make(await self.locate(origin, digest))
+        return await make(await self.opened(origin, digest))
+
+    async def opened(self, origin: str, digest: str) -> Folder:
+        """Return the folder that `locate` finds, opened, for threads that may outlast whoever asks for it."""
+        path = await self.locate(origin, digest)
+        if str(path) == origin:
+            return await asyncio.to_thread(self.allow.open_again, digest[:12], path)
+        return Folder(path, digest[:12])
 
     async def locate(self, origin: str, digest: str) -> Path:
         """Return the folder with a version's files, downloading them again if the spool has lost them.

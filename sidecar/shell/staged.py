@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from sidecar.adapters.folder import Folder
 from sidecar.adapters.staging import Staging
 from sidecar.core.effects import Fetch
 from sidecar.shell.background import Locks
@@ -109,9 +110,9 @@ class StagedFolders:
     def _is_whole(self, key: str) -> bool:
         return all(staging.is_whole(key) for staging in self._stagings)
 
-    def _put_everywhere(self, source: Path, effect: Fetch) -> None:
+    def _put_everywhere(self, source: Folder, effect: Fetch) -> None:
         # Files in the spool never change, so a link will do; an operator's own folder may change at any time.
-        link = self._sources.spool.holds(effect.digest)
+        link = str(source.path) != effect.origin
         for staging in self._stagings:
             staging.stage(source, effect.key, effect.digest, effect.layout, link=link)
 

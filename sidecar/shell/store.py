@@ -22,6 +22,7 @@ from time import monotonic_ns
 from sidecar.adapters.buffers import Blob, NoRoom
 from sidecar.adapters.builder import Built, build
 from sidecar.adapters.disk import DiskTier
+from sidecar.adapters.folder import Folder
 from sidecar.adapters.packed import PackReport, lora_config
 from sidecar.adapters.shared_memory import Mount
 from sidecar.adapters.staging import Staging
@@ -146,7 +147,7 @@ class BlobStore:
         begun_ns = monotonic_ns()
         found_ns: list[int] = []
 
-        def build_from(folder: Path) -> asyncio.Future[Built]:
+        def build_from(folder: Folder) -> asyncio.Future[Built]:
             found_ns.append(monotonic_ns() - begun_ns)
             return self._in_thread(self._build, folder, effect)
 
@@ -162,7 +163,7 @@ class BlobStore:
         disk = self._disk
         return self._make_blob(lambda mount: disk.read(effect.key, effect.layout, mount))
 
-    def _build(self, folder: Path, effect: Fetch) -> Built:
+    def _build(self, folder: Folder, effect: Fetch) -> Built:
         return self._make_blob(lambda mount: build(folder, effect.layout, expected_digest=effect.digest, mount=mount))
 
     def _make_blob(self, make: Callable[[Mount | None], Built]) -> Built:

@@ -1,7 +1,8 @@
 """Verify an adapter: ask backends the same greedy prompts, as the base model and as the adapter, and compare.
 
-The requests are like any client's: they queue, cause loads and are healed. Each is restricted to its backend. A backend
-gets one at a time, so that our own requests never put base model and adapter into one batch.
+The requests are like any client's, the caller's: they take its budgets, queue in its class, cause loads and are healed.
+Each is restricted to its backend. A backend gets one at a time, so that our own requests never put base model and
+adapter into one batch.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
+from sidecar.adapters.folder import Folder
 from sidecar.adapters.probes import Probe, read_probes
 from sidecar.adapters.registration import changes_something
 from sidecar.core import eligibility
@@ -22,7 +23,6 @@ from sidecar.shell.asking import (
     INSTANCES_MAX,
     PROBES_MAX,
     PROMPTS,
-    TENANT,
     Order,
     Question,
     check_order,
@@ -59,7 +59,7 @@ Report = Callable[[Finding], Awaitable[None]]
 class _Source:
     """What the adapter's folder holds."""
 
-    folder: Path | None = None
+    folder: Folder | None = None
     probes: list[Probe] = field(default_factory=list)
     trouble: str = ""
     wrong: bool = False
@@ -87,7 +87,7 @@ class Verification:
         await report(plan)
         async with asyncio.TaskGroup() as group:
             for backend, prompts in prompts_of.items():
-                group.create_task(self._ask_backend(record, plan, backend, prompts, report))
+                group.create_task(self._ask_backend(record, version.ordinal, backend, prompts, report))
         for check in checks_of(await self._evidence(plan, source)):
             await report(check)
 
@@ -105,7 +105,7 @@ class Verification:
 
     async def _source(self, record: Record, version: Version) -> _Source:
         try:
-            folder = await self._gateway.sources.locate(version.origin, version.adapter.digest)
+            folder = await self._gateway.sources.opened(version.origin, version.adapter.digest)
         except SidecarError as error:
             return _Source(trouble=f"its source cannot be reached, so there are no known answers: {error.message}")
         try:
@@ -155,11 +155,11 @@ class Verification:
         return ""
 
     async def _ask_backend(
-        self, record: Record, plan: Plan, backend: str, prompts: Sequence[Prompt], report: Report
+        self, record: Record, ordinal: int, backend: str, prompts: Sequence[Prompt], report: Report
     ) -> None:
         failures = 0
         for prompt in prompts:
-            asked = await self._ask_prompt(record, plan.version, backend, prompt)
+            asked = await self._ask_prompt(record.name, ordinal, backend, prompt)
             self._asked.append(asked)
             async with self._reporting:
                 await report(asked)
@@ -167,12 +167,10 @@ class Verification:
             if failures and (failures >= FAILURES_MAX or not self._is_up(backend)):
                 return
 
-    async def _ask_prompt(self, record: Record, version: str, backend: str, prompt: Prompt) -> Answers:
-        # An adapter that is limited to some tenants is asked as one of them.
-        tenant = record.allow[0] if record.allow else TENANT
+    async def _ask_prompt(self, name: str, ordinal: int, backend: str, prompt: Prompt) -> Answers:
         tokens = max(self._order.tokens_max, min(len(prompt.expect.encode()), EXPECT_TOKENS_MAX))
-        as_base = Question(backend, "", prompt, tokens, tenant, self._order.timeout_s)
-        as_adapter = replace(as_base, adapter=version)
+        as_base = Question(backend, prompt, tokens, self._order.timeout_s)
+        as_adapter = replace(as_base, adapter=name, ordinal=ordinal)
         base = await self._ask(as_base) if self._asks_base else Reply(error=NO_BASE)
         if base.error and not self._is_up(backend):
             return Answers(backend, prompt, base, Reply(error=base.error), tokens)
@@ -205,7 +203,7 @@ class Verification:
         return replace(evidence, weightless=await _is_weightless(source.folder, plan.version))
 
 
-async def _is_weightless(folder: Path, version: str) -> bool:
+async def _is_weightless(folder: Folder, version: str) -> bool:
     """Return True if an adapter's files are known to change nothing; False also if they can no longer be read."""
     try:
         return not await asyncio.to_thread(changes_something, folder, version)

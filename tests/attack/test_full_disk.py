@@ -6,10 +6,12 @@ The disks are real: a small tmpfs that is mounted for the test. Where mounting i
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sqlite3
 import subprocess
 from collections.abc import AsyncIterator, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ import pytest
 
 from sidecar.errors import Reason, Refused
 from sidecar.proto import admin_pb2 as pb
+from sidecar.proto import admin_pb2_grpc
 from sidecar.state.registry import REGISTRY_FILE, SqliteRegistry
+from tests.attack.test_asked_again_at_the_write import OPERATOR, Publisher, bearer, enforced
 from tests.integration.test_push import chunks_of, messages, start_of
 from tests.kit.emulated import running_engine
 from tests.kit.peft_files import write_adapter
@@ -129,6 +133,47 @@ async def test_a_disk_that_fills_up_during_a_push(chunk_bytes: int, disk: Path, 
         assert str(data) in words
         await until(lambda: not list((data / "incoming").iterdir()))
         assert not served.state.names
+
+
+async def test_a_key_that_is_revoked_while_the_disk_is_full(disk: Path, tmp_path: Path) -> None:
+    """It is refused at once; that it is not on disk is told, and mended as soon as there is room."""
+    data, config = disk / "data", enforced(tmp_path)
+    write_adapter(tmp_path / "a")
+    async with running_engine(**DUMMY) as engine:
+        async with serving([engine], roots=[tmp_path], data_directory=str(data), **config) as served:
+            acme, other = await Publisher.of(served, "acme"), await Publisher.of(served, "blue")
+            await acme.register(str(tmp_path / "a"))
+            filler = fill(disk)
+            words = await refusal(acme.revoke())
+            assert f"the key {acme.key} is refused here from now on" in words
+            assert "not on disk yet" in words
+            assert str(data) in words
+            for call in (acme.register(str(tmp_path / "a")), served.ask("sql", 1)):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await call
+                assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            assert await state_of(served, acme.key) == "revoked"
+            assert "not on disk yet" in await refusal(acme.revoke())
+            assert revoked_on_disk(data) == set()
+            filler.unlink()
+            await until(lambda: revoked_on_disk(data) == {acme.key})
+            await acme.revoke()
+            assert await state_of(served, other.key) == "active"
+        async with serving([engine], roots=[tmp_path], data_directory=str(data), **config) as served:
+            assert await state_of(served, acme.key) == "revoked"
+
+
+async def state_of(served: Serving, key: str) -> str:
+    access: Any = admin_pb2_grpc.AccessStub(served.admin_channel)  # type: ignore[no-untyped-call]
+    listed = await access.ListKeys(pb.ListKeysRequest(), metadata=bearer(OPERATOR))
+    return next(str(each.state) for each in listed.keys if each.id == key)
+
+
+def revoked_on_disk(data: Path) -> set[str]:
+    """Return the keys that are revoked in the file, as another process reads it."""
+    with closing(sqlite3.connect(data / "access" / "access.sqlite", timeout=0)) as database:
+        records = [json.loads(text) for (text,) in database.execute("SELECT record FROM entries")]
+    return {record["id"] for record in records if record.get("revoked_at")}
 
 
 def test_a_disk_that_has_become_read_only(disk: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
+from sidecar.adapters.spool import digest_of_folder
 from sidecar.proto import admin_pb2 as pb
 from tests.integration.test_push import chunks_of, messages, start_of
 from tests.kit.emulated import running_engine
@@ -120,48 +121,57 @@ async def test_a_long_name_costs_no_more_than_a_short_one(roots: Path) -> None:
         assert costs[1] < 20 * costs[0]
 
 
-async def test_a_config_that_becomes_a_pipe_between_look_and_open(
+def before_opening(monkeypatch: pytest.MonkeyPatch, name: str, exchange: Callable[[], object]) -> list[str]:
+    """Exchange something right before a file of this name is opened for the first time; return the list of that."""
+    opening, done = os.open, []
+
+    def exchanged(path: Any, *args: Any, **kwargs: Any) -> int:
+        if os.fspath(path).endswith(name) and not done:
+            done.append(name)
+            exchange()
+        return opening(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", exchanged)
+    return done
+
+
+async def test_a_config_that_becomes_a_pipe_before_it_is_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file is replaced at the worst moment, after it was found regular: the open must not wait for a writer."""
+    """The file is replaced at the worst moment: the open must not wait for a writer."""
     folder = write_adapter(tmp_path / "sql")
     config = folder / "adapter_config.json"
-    stat, swapped = os.stat, []
 
-    def replaced(path: Any, *args: Any, **kwargs: Any) -> Any:
-        found = stat(path, *args, **kwargs)
-        if str(path) == str(config) and not swapped:
-            swapped.append(path)
-            config.unlink()
-            os.mkfifo(config)
-        return found
+    def exchange() -> None:
+        config.unlink()
+        os.mkfifo(config)
 
     async with running_engine(**DUMMY) as engine, serving([engine], roots=[tmp_path]) as served:
-        monkeypatch.setattr(os, "stat", replaced)
+        done = before_opening(monkeypatch, config.name, exchange)
         words = await refused(served.adapters.Register(pb.RegisterRequest(name="sql", path=str(folder)), timeout=20))
         assert "not a regular file" in words
-        assert swapped
+        assert done
 
 
+@pytest.mark.parametrize("opened", ["sql", "adapter_model.safetensors"])
 async def test_a_folder_that_is_replaced_by_a_link_out_of_the_roots(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    opened: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the check of its place and the reading: what lies outside is not registered."""
+    """Before it is opened, or before one of its files is: what lies outside is not registered."""
     roots, outside = tmp_path / "roots", write_adapter(tmp_path / "outside", seed=2)
     folder = write_adapter(roots / "sql", seed=1)
-    stat, swapped = os.stat, []
+    own = digest_of_folder(folder)
 
-    def replaced(path: Any, *args: Any, **kwargs: Any) -> Any:
-        found = stat(path, *args, **kwargs)
-        if str(path) == str(folder / "adapter_model.safetensors") and not swapped:
-            swapped.append(path)
-            folder.rename(roots / "old")
-            folder.symlink_to(outside)
-        return found
+    def exchange() -> None:
+        folder.rename(roots / "old")
+        folder.symlink_to(outside)
 
     async with running_engine(**DUMMY) as engine, serving([engine], roots=[roots]) as served:
-        monkeypatch.setattr(os, "stat", replaced)
-        words = await refused(served.adapters.Register(pb.RegisterRequest(name="sql", path=str(folder)), timeout=20))
-        assert "outside" in words
-        assert swapped
-        assert not served.state.names
+        done = before_opening(monkeypatch, opened, exchange)
+        registering = served.adapters.Register(pb.RegisterRequest(name="sql", path=str(folder)), timeout=20)
+        if opened == "sql":
+            assert "is not a folder" in await refused(registering)
+            assert not served.state.names
+        else:
+            assert (await registering).adapter.digest == own
+        assert done

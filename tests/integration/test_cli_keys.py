@@ -7,7 +7,6 @@ import json
 import logging
 from contextlib import AsyncExitStack
 from pathlib import Path
-from time import gmtime, strftime
 from typing import Any
 
 import grpc
@@ -174,14 +173,16 @@ async def test_a_sidecar_starts_without_its_redis_and_knows_names_and_keys(tmp_p
             assert code == 1
             assert "changing a key or a limit needs Redis at" in error
             code, _, error = await sidecar(served, "keys", "revoke", key["id"])
-            answered_at = served.sidecar.access.store.answered_at
-            assert answered_at is not None
-            until_then = strftime("%Y-%m-%d %H:%M:%S UTC", gmtime(answered_at + 3600))
-            assert (code, f"the key {key['id']} is not revoked: changing" in error) == (1, True), error
-            assert f"for 3600 s from Redis' last answer, this one until {until_then}, and with Redis again" in error
+            assert (code, f"the key {key['id']} is refused here from now on" in error) == (1, True), error
+            assert "that is not in Redis yet and is tried again until it is" in error
+            assert "other replicas take the key until then, without Redis until " in error
+            assert await said_over_grpc(served, key["secret"]) == "UNAUTHENTICATED"
             await server.start()
-            await until(lambda: served.sidecar.access.store.away_since is None)
-            assert (await sidecar(served, "keys", "revoke", key["id"]))[0] == 0
+            stored = served.sidecar.access.store
+            await until(lambda: not any(map(stored.is_unstored, stored.keys())))
+            assert await said_over_grpc(served, key["secret"]) == "UNAUTHENTICATED"
+        await server.kill()
+        async with serving([engine], roots=[tmp_path], **config) as served:
             assert await said_over_grpc(served, key["secret"]) == "UNAUTHENTICATED"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sidecar.adapters.folder import Folder, NoAdapter
 from sidecar.adapters.peft import AdapterSource, read_adapter
 from sidecar.errors import Invalid, Reason
 from tests.kit.peft_files import Dims, open_descriptors, read_tensors, write_adapter, write_safetensors
@@ -79,6 +80,45 @@ def test_a_file_that_is_not_regular_is_refused(tmp_path: Path, name: str) -> Non
     (path / name).unlink()
     os.mkfifo(path / name)
     assert f"{name} is not a regular file" in refused(path, Reason.ORIGIN_UNREADABLE)
+
+
+def test_files_of_a_folder_are_opened_only_if_they_are_regular_and_inside(tmp_path: Path) -> None:
+    """By a link inside the folder, too; one that leads out is refused whether or not there is something."""
+    path = write_adapter(tmp_path / "sql")
+    (path / "inside").symlink_to(path / "adapter_config.json")
+    (path / "dangling").symlink_to("gone")
+    os.mkfifo(path / "fifo")
+    (path / "folder").mkdir()
+    (path / "loop").symlink_to("loop")
+    for number, target in enumerate(("/etc", "/gone", "../gone", "folder/../../gone")):
+        (path / f"out-{number}").symlink_to(target)
+    before = open_descriptors()
+    with Folder(path, "sql") as folder:
+        content = (path / "adapter_config.json").read_bytes()
+        assert folder.read("inside", 1 << 20, "sql") == folder.read("adapter_config.json", 1 << 20, "sql") == content
+        assert [folder.open(name, "sql") for name in ("gone", "dangling")] == [None, None]
+        for name in ("fifo", "folder", "loop", "out-0", "out-1", "out-2", "out-3"):
+            with pytest.raises(Invalid) as caught:
+                folder.open(name, "sql")
+            assert caught.value.reason is Reason.ORIGIN_UNREADABLE
+            assert name in caught.value.message
+            assert ("leads out of the folder" in caught.value.message) == name.startswith("out")
+    assert open_descriptors() == before
+
+
+def test_a_folder_is_opened_beneath_a_root_and_by_no_link(tmp_path: Path) -> None:
+    """What is read of it stays what it was, whatever is put into its place."""
+    first, second = (write_adapter(tmp_path / "root" / name, seed=seed) for seed, name in enumerate(("a/x", "b/x")))
+    digests = [read(path).digest for path in (first, second)]
+    with Folder(first, "sql", tmp_path / "root") as folder:
+        (tmp_path / "root" / "a").rename(tmp_path / "root" / "c")
+        (tmp_path / "root" / "a").symlink_to("b")
+        with read_adapter(folder) as source:
+            assert source.digest == digests[0]
+    assert read(first).digest == digests[1]
+    for path in (first, tmp_path / "root" / "a"):
+        with pytest.raises(NoAdapter):
+            Folder(path, "sql", tmp_path / "root")
 
 
 def test_a_refused_adapter_leaves_no_descriptor_open(tmp_path: Path) -> None:

@@ -139,8 +139,10 @@ def test_nothing_is_allowed_unless_it_is_named(tmp_path: Path) -> None:
     with pytest.raises(Invalid, match=r"no URL.*origins\.allow"):
         AllowList().check(parse_origin("https://example.com/a"))
     with pytest.raises(Invalid, match="none are configured"):
-        AllowList().check_path("sql", str(tmp_path))
-    assert AllowList.of([str(tmp_path)]).check_path("sql", str(tmp_path / "sql")) == tmp_path.resolve() / "sql"
+        AllowList().open("sql", str(tmp_path))
+    (tmp_path / "sql").mkdir()
+    with AllowList.of([str(tmp_path)]).open("sql", str(tmp_path / "sql")) as folder:
+        assert folder.path == tmp_path.resolve() / "sql"
     with pytest.raises(Misused, match=r"origins\.allow.*ftp"):
         AllowList.of(["ftp://example.com"])
 

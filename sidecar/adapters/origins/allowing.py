@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from sidecar.adapters.folder import Folder
 from sidecar.adapters.names import shown
 from sidecar.adapters.origins.origin import Origin, is_url, parse_prefix
-from sidecar.errors import Invalid, Misused, Reason
+from sidecar.errors import Invalid, Misused, Reason, SidecarError
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,8 @@ class AllowList:
 
     roots: tuple[Path, ...] = ()
     prefixes: tuple[Origin, ...] = ()
+    refused: Callable[[str, str], SidecarError] | None = None
+    """Returns the error for a path that a tenant may not register, given it and why, which tenants are not told."""
 
     @classmethod
     def of(cls, allow: Iterable[str] = (), roots: Iterable[Path] = ()) -> AllowList:
@@ -29,25 +32,38 @@ class AllowList:
             raise Misused(Reason.CONFIG_INVALID, f"origins.allow: {error.message}") from error
         return cls(tuple(folder.expanduser().resolve() for folder in folders), prefixes)
 
-    def check_path(self, name: str, path: str) -> Path:
-        """Return a local path with its links resolved. Raises Invalid if it is no path or lies outside the roots."""
+    def open(self, name: str, path: str) -> Folder:
+        """Open a folder that a caller names by its path. It lies in one of the roots, whatever becomes of links.
+
+        Raises Invalid, or what `refused` returns: then the error tells nothing of what is there.
+        """
         try:
-            resolved = Path(path).expanduser().resolve()
-        except (OSError, RuntimeError, ValueError) as error:  # links in a circle, no such user, a zero byte
-            raise Invalid(
-                Reason.ORIGIN_UNREADABLE,
-                f"{name}: {shown(path, 200)} is no path of this machine: {error}",
-                adapter=name,
-            ) from error
-        if not any(resolved.is_relative_to(root) for root in self.roots):
-            roots = ", ".join(str(root) for root in self.roots) or "none are configured"
-            raise Invalid(
-                Reason.ORIGIN_NOT_ALLOWED,
-                f"{name}: {shown(path, 200)} is outside the allowed roots ({roots}); move it there or add its folder "
-                "to adapters.roots",
-                adapter=name,
-            )
-        return resolved
+            try:
+                named = Path(path)
+                found = (named if self.refused else named.expanduser()).resolve()
+            except (OSError, RuntimeError, ValueError) as error:  # links in a circle, no such user, a zero byte
+                why = f"{name}: {shown(path, 200)} is no path of this machine: {error}"
+                raise Invalid(Reason.ORIGIN_UNREADABLE, why, adapter=name) from error
+            if (root := self._root_of(found)) is None:
+                roots = ", ".join(str(root) for root in self.roots) or "none are configured"
+                raise Invalid(
+                    Reason.ORIGIN_NOT_ALLOWED,
+                    f"{name}: {shown(path, 200)} is outside the allowed roots ({roots}); move it there or add its "
+                    "folder to adapters.roots",
+                    adapter=name,
+                )
+            return Folder(found, name, root)
+        except Invalid as error:
+            if self.refused is None:
+                raise
+            raise self.refused(path, error.message) from None
+
+    def open_again(self, name: str, path: Path) -> Folder:
+        """Open a registered folder by the path that `open` has found, which had no link. Raises Invalid."""
+        return Folder(path, name, self._root_of(path) or Path(path.anchor))
+
+    def _root_of(self, path: Path) -> Path | None:
+        return next((root for root in self.roots if path.is_relative_to(root)), None)
 
     def check(self, origin: Origin, how: str = "is") -> None:
         """Raise Invalid(ORIGIN_NOT_ALLOWED) for a URL that no prefix covers; `how` is the verb of the message."""

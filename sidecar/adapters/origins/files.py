@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from sidecar.adapters.names import shown
@@ -18,6 +19,7 @@ __all__ = [
     "INDEX_FILE_NAME",
     "PROBE_FILE_NAME",
     "WEIGHTS_FILE_NAME",
+    "files_among",
     "files_of",
     "is_file_name",
     "is_shard_name",
@@ -26,18 +28,20 @@ __all__ = [
 
 
 def files_of(folder: Path) -> list[Path]:
-    """Return the paths of an adapter's files in a folder, required ones also when they are missing.
+    """Return the paths of an adapter's files in a folder, required ones also when they are missing."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return [folder / name for name in files_among(names)]
+
+
+def files_among(names: Collection[str]) -> list[str]:
+    """Return which files of a folder are an adapter's, required ones also when they are missing.
 
     They are the config, the weights or their index and shards, and a probe.jsonl if there is one.
     """
-    if (folder / WEIGHTS_FILE_NAME).is_file():
-        weights = [folder / WEIGHTS_FILE_NAME]
-    else:
-        shards = (path for path in sorted(folder.glob("*.safetensors")) if is_shard_name(path.name))
-        weights = [folder / INDEX_FILE_NAME, *shards]
-    paths = [folder / CONFIG_FILE_NAME, *weights]
-    probes = folder / PROBE_FILE_NAME
-    return [*paths, probes] if probes.is_file() else paths
+    weights = [WEIGHTS_FILE_NAME]
+    if WEIGHTS_FILE_NAME not in names:
+        weights = [INDEX_FILE_NAME, *filter(is_shard_name, sorted(names))]
+    return [CONFIG_FILE_NAME, *weights, *([PROBE_FILE_NAME] if PROBE_FILE_NAME in names else [])]
 
 
 def is_file_name(name: str) -> bool:

@@ -56,9 +56,9 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
             hold_s=request.hold_s,
             base=request.base,
         )
-        caller, roots = callers.CALLER.get(), self._gateway.sources.allow.roots
-        self._gateway.access.check_folder(caller, request.path, callers.id_of_call(context), roots)
-        return self._registered(await self._catalogue.register(request.name, request.path, wanted))
+        caller, access = callers.CALLER.get(), self._gateway.access
+        allow = access.folders_of(caller, self._gateway.sources.allow, request.path, callers.id_of_call(context))
+        return self._registered(await self._catalogue.register(request.name, request.path, wanted, allow))
 
     @answers_errors
     async def Push(self, requests: Any, context: Any) -> Any:  # noqa: N802
@@ -169,7 +169,7 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
     async def Verify(self, request: Any, context: Any) -> None:  # noqa: N802
         """Stream the findings of a verification as they are made."""
         try:
-            await self._verifier.verify(request, context.write)
+            await self._verifier.verify(request, context)
         except SidecarError as error:
             await abort(context, error)
 

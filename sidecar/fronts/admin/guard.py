@@ -23,6 +23,7 @@ from sidecar.fronts.admin.verbs import VERBS, Sight, Verb, called
 from sidecar.fronts.callers import CALLER, id_of_call
 from sidecar.fronts.status import abort
 from sidecar.shell.gateway import Gateway
+from sidecar.shell.managing import CONFIRM
 
 DOING = {
     Action.REGISTER: "change",
@@ -109,11 +110,18 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         """Enter a call that is allowed; leaving it records what has changed."""
         caller, sight, action = CALLER.get(), self._sight, rule.action
         assert action is not None
-        resource = rule.resource(message, sight)
+        resource, request_id = rule.resource(message, sight), id_of_call(context)
         try:
-            self._check(caller, rule, action, verb, resource, id_of_call(context))
+            self._check(caller, rule, action, verb, resource, request_id)
         except Refused as refused:
             await abort(context, refused)
+
+        def confirm() -> None:
+            """Ask again as the name and the caller's credential are now."""
+            self._gateway.access.check(CALLER.get())
+            self._check(CALLER.get(), rule, action, verb, rule.resource(message, sight), request_id)
+
+        CONFIRM.set(confirm)
         told: list[Any] = []
         if not rule.changes(message):
             yield told
@@ -130,7 +138,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             after = {**rule.asked(message), **rule.facts(message, sight), **(rule.outcome(told[0]) if told else {})}
             # A call that is cut off has changed something, or will have: its line is written nevertheless.
             recording = asyncio.create_task(
-                sight.gateway.access.changed(caller, verb, action, resource, before, after, id_of_call(context), why)
+                sight.gateway.access.changed(caller, verb, action, resource, before, after, request_id, why)
             )
             self._recording.add(recording)
             recording.add_done_callback(self._recording.discard)

@@ -9,6 +9,7 @@ from typing import Any
 from sidecar.adapters.names import check_name
 from sidecar.adapters.pushed import PushedFile, Receiver, check_announced, wrong
 from sidecar.errors import Reason, Refused
+from sidecar.fronts.callers import CALLER
 from sidecar.shell.background import undisturbed
 from sidecar.shell.catalogue import Entered, Wanted
 from sidecar.shell.gateway import Gateway
@@ -65,6 +66,7 @@ class Pushes:
         while (message := await self._next(requests, name)) is not None:
             if message.WhichOneof("part") != "chunk":
                 raise wrong(name, "after the start only chunks may follow")
+            self._gateway.access.check(CALLER.get())  # its credential may end meanwhile
             chunk = message.chunk
             # Runs to its end even if the client leaves: only then is the file closed and the folder removed.
             await undisturbed(asyncio.to_thread(receiver.take, chunk.file, chunk.offset, chunk.data))

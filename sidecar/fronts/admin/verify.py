@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -10,6 +11,8 @@ from tritonclient.grpc import service_pb2
 
 from sidecar.backends.api import Prompt as PromptKind
 from sidecar.backends.registry import model_kind
+from sidecar.errors import Reason, Refused
+from sidecar.fronts import callers
 from sidecar.fronts.questions import ask
 from sidecar.proto import admin_pb2
 from sidecar.shell import asking
@@ -22,21 +25,40 @@ from sidecar.shell.verifying import Finding, Plan, Verification
 TOKENS_ONLY = "its server has no text model (ensemble); give prompts as token ids with --prompt-tokens"
 TEXT_ONLY = "its model takes text only; give prompts with --prompt"
 CLIENT_ID = "verify"
+VERIFICATIONS_MAX = 2
+"""Verifications of one tenant at a time: each asks every backend, over and over."""
 
 
 class Verifier:
-    """Verify adapters over the process's gateway."""
+    """Verify adapters over the process's gateway, as whoever calls."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
+        self._under_way: Counter[str] = Counter()
 
-    async def verify(self, request: Any, write: Callable[[Any], Awaitable[Any]]) -> None:
-        """Write a message for each finding. Raises SidecarError if nothing can be asked."""
+    async def verify(self, request: Any, context: Any) -> None:
+        """Write a message for each finding. Raises SidecarError if nothing can be asked, or too much is under way."""
+        caller, claims = callers.CALLER.get(), callers.claimed_tenants(callers.metadata_of(context), "")
+        tenant = self._gateway.access.tenant_of(caller, claims, callers.id_of_call(context)) or asking.TENANT
 
         async def report(finding: Finding) -> None:
-            await write(message_of(finding))
+            await context.write(message_of(finding))
 
-        await Verification(self._gateway, order_of(request), self._ask, self._fitting).run(report)
+        async def ask_as_caller(question: Question) -> Reply:
+            return await ask(self._gateway, question, CLIENT_ID, caller, tenant)
+
+        if self._under_way[tenant] >= VERIFICATIONS_MAX:
+            raise Refused(
+                Reason.QUEUE_FULL,
+                f'{VERIFICATIONS_MAX} verifications of tenant "{tenant}" are under way; wait until one has ended',
+            )
+        self._under_way[tenant] += 1
+        try:
+            await Verification(self._gateway, order_of(request), ask_as_caller, self._fitting).run(report)
+        finally:
+            self._under_way[tenant] -= 1
+            if not self._under_way[tenant]:
+                del self._under_way[tenant]
 
     async def _fitting(self, backend: str, prompts: Sequence[Prompt]) -> tuple[tuple[Prompt, ...], str]:
         """Return the prompts that a backend's model takes, and if there may be none, why."""
@@ -54,9 +76,6 @@ class Verifier:
             return bool((await self._gateway.backends[backend].call("ModelReady", request)).ready)
         except grpc.RpcError:
             return True
-
-    async def _ask(self, question: Question) -> Reply:
-        return await ask(self._gateway, question, CLIENT_ID)
 
 
 def order_of(request: Any) -> Order:

@@ -9,19 +9,21 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from sidecar.access.access import Caller
+from sidecar.access.access import OURSELVES, Caller
 from sidecar.access.principal import Action, Resource, Sort
 from sidecar.access.resources import adapter_resource, summary
-from sidecar.adapters.copying import NoAdapter, config_in
+from sidecar.adapters.copying import config_in
+from sidecar.adapters.folder import NoAdapter
+from sidecar.adapters.origins.allowing import AllowList
 from sidecar.backends.registry import is_base_model
 from sidecar.config import Config
+from sidecar.config.openai import LOADS
 from sidecar.core.admission import BASE_NAMES
 from sidecar.errors import Family, Reason, Refused, SidecarError
 from sidecar.fronts.openai import load_texts as texts
@@ -29,6 +31,8 @@ from sidecar.fronts.openai.errors import Failure, failure_of_error
 from sidecar.fronts.questions import ask
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.loading import AlreadyLoaded, Loaded, Loading, RefusedByEngines
+from sidecar.shell.managing import CONFIRM
+from sidecar.state.records import Record
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +84,7 @@ class LoadCalls:
         self._gateway = gateway
         self._hide_backend = config.hide_backend
         self._loading = Loading(
-            gateway, lambda question: ask(gateway, question, CLIENT_ID), config.openai.versions_kept
+            gateway, lambda question: ask(gateway, question, CLIENT_ID, OURSELVES, LOADS), config.openai.versions_kept
         )
         self._under_way = 0
         self._is_idle = asyncio.Event()
@@ -99,45 +103,53 @@ class LoadCalls:
         try:
             if path == UNLOAD:
                 unload = _read(UnloadBody, body)
-                return await self._changing(unload.lora_name, "", caller, request_id, self._unload(unload))
+                return await self._changing(unload.lora_name, caller, request_id, lambda caller: self._unload(unload))
             load = _read(LoadBody, body)
             in_place = load.load_inplace or path == LOAD_IN_PLACE
-            return await self._changing(load.lora_name, load.lora_path, caller, request_id, self._load(load, in_place))
+            return await self._changing(
+                load.lora_name, caller, request_id, lambda caller: self._load(load, in_place, caller, request_id)
+            )
         except _Unreadable as error:
             return texts.failed(texts.BAD_REQUEST, str(error), error.param)
+        except SidecarError as error:
+            return failure_of_error(error)
         finally:
             self._under_way -= 1
             if not self._under_way:
                 self._is_idle.set()
 
     async def _changing(
-        self, name: str, path: str, caller: Caller, request_id: str, change: Coroutine[Any, Any, Failure]
+        self, name: str, caller: Caller, request_id: str, change: Callable[[Caller], Awaitable[Failure]]
     ) -> Failure:
-        """Make a change if the caller may, and record it."""
+        """Make a change if the caller may, when it begins and when it is stored, and record it."""
         access, registry = self._gateway.access, self._gateway.catalogue.registry
         before = registry.get(name)
-        resource = Resource(Sort.ADAPTER, name) if before is None else adapter_resource(before)
-        principal = access.judged(caller)
-        decision = None if principal is None else access.decide(principal, Action.REGISTER, resource)
-        if decision is not None and not decision.allowed:
-            access.denied(caller, Action.REGISTER, resource, decision.by, request_id, VERB)
-            caller = replace(caller, is_recorded=True)
-            if access.mode == "enforce":
-                change.close()
-                why = f'you may not load or unload "{name[:80]}"; ask your operator with id "{request_id}"'
-                return failure_of_error(Refused(Reason.NOT_ALLOWED, why))
-        try:
-            access.check_folder(caller, path, request_id, self._gateway.sources.allow.roots)
-        except Refused:
-            change.close()
-            raise
-        failure = await change
+        caller = self._permitted(name, caller, request_id)
+        CONFIRM.set(lambda: self._confirm(name, caller, request_id))
+        failure = await change(caller)
         why = "" if failure.status < 300 else failure.body.decode(errors="replace")
         was, now = summary(before), summary(registry.get(name))
-        await access.changed(caller, VERB, Action.REGISTER, resource, was, now, request_id, why)
+        await access.changed(caller, VERB, Action.REGISTER, _resource(name, before), was, now, request_id, why)
         return failure
 
-    async def _load(self, fields: LoadBody, in_place: bool) -> Failure:
+    def _confirm(self, name: str, caller: Caller, request_id: str) -> None:
+        self._gateway.access.check(caller)
+        self._permitted(name, caller, request_id)
+
+    def _permitted(self, name: str, caller: Caller, request_id: str) -> Caller:
+        """Return the caller, in observe mode with a denial recorded. Raises Refused(NOT_ALLOWED) in enforce mode."""
+        access, resource = self._gateway.access, _resource(name, self._gateway.catalogue.registry.get(name))
+        principal = access.judged(caller)
+        decision = None if principal is None else access.decide(principal, Action.REGISTER, resource)
+        if decision is None or decision.allowed:
+            return caller
+        access.denied(caller, Action.REGISTER, resource, decision.by, request_id, VERB)
+        if access.mode == "enforce":
+            why = f'you may not load or unload "{name[:80]}"; ask your operator with id "{request_id}"'
+            raise Refused(Reason.NOT_ALLOWED, why)
+        return replace(caller, is_recorded=True)
+
+    async def _load(self, fields: LoadBody, in_place: bool, caller: Caller, request_id: str) -> Failure:
         name, path = fields.lora_name, fields.lora_path
         if not name or not path:
             return texts.nothing_given()
@@ -145,11 +157,12 @@ class LoadCalls:
             return texts.base_conflict(name)
         if len(path) > PATH_CHARACTERS_MAX:
             return texts.failed(texts.INVALID_INPUT, f"the path has {len(path)} characters", "lora_path")
+        allow = self._gateway.access.folders_of(caller, self._gateway.sources.allow, path, request_id)
         try:
-            loaded = await self._loading.load(name, path, in_place)
+            loaded = await self._loading.load(name, path, in_place, allow)
         except SidecarError as error:
             logger.info("%s was not loaded from %s: %s", name[:128], path[:200], error.message)
-            return await self._failure_of(error, name, path)
+            return await self._failure_of(error, name, path, allow)
         return Failure(200, texts.added(name).encode(), tuple(self._origin(loaded)), TEXT)
 
     async def _unload(self, fields: UnloadBody) -> Failure:
@@ -159,10 +172,10 @@ class LoadCalls:
         try:
             await self._loading.unload(name)
         except SidecarError as error:
-            return await self._failure_of(error, name, "")
+            return await self._failure_of(error, name, "", self._gateway.sources.allow)
         return Failure(200, texts.removed(name).encode(), media_type=TEXT)
 
-    async def _failure_of(self, error: SidecarError, name: str, path: str) -> Failure:
+    async def _failure_of(self, error: SidecarError, name: str, path: str, allow: AllowList) -> Failure:
         """Return vLLM's form of an error. What may pass is a 500, which clients of vLLM try again."""
         if isinstance(error, AlreadyLoaded):
             return texts.already_loaded(name)
@@ -170,6 +183,8 @@ class LoadCalls:
             return texts.not_found(name, path)
         if isinstance(error, RefusedByEngines):
             return texts.not_added(error.message)
+        if error.reason in (Reason.NOT_ALLOWED, Reason.UNAUTHENTICATED):
+            return failure_of_error(error)
         if error.reason is Reason.UNKNOWN_ADAPTER and not path:
             return texts.unknown(name)
         if error.reason is Reason.ORIGIN_NOT_ALLOWED:
@@ -177,8 +192,7 @@ class LoadCalls:
         if error.reason in (Reason.INVALID_NAME, Reason.MANAGED_ELSEWHERE):
             return texts.failed(texts.INVALID_INPUT, error.message, "lora_name")
         if error.family is Family.INVALID:
-            config = await asyncio.to_thread(config_in, Path(path))
-            causes = texts.vllm_causes(config, self._rank_max())
+            causes = texts.vllm_causes(await asyncio.to_thread(_config_in, name, path, allow), self._rank_max())
             return texts.not_added(f"{causes} {error.message}".strip())
         return texts.failed(texts.INTERNAL, error.message, retry_s=error.retry_after_s or 1.0)
 
@@ -197,6 +211,19 @@ class LoadCalls:
             if backends:
                 value = str(len(backends)) if self._hide_backend else ", ".join(backends)[:_VALUE_CHARACTERS_MAX]
                 yield name, value.encode("latin-1", "replace")
+
+
+def _config_in(name: str, path: str, allow: AllowList) -> Mapping[str, Any]:
+    try:
+        with allow.open(name, path) as folder:
+            return config_in(folder)
+    except SidecarError:
+        return {}
+
+
+def _resource(name: str, record: Record | None) -> Resource:
+    """Return what the policy is asked about. A name that is not published yet is like a new one."""
+    return Resource(Sort.ADAPTER, name) if record is None or record.is_unseen else adapter_resource(record)
 
 
 def _read(kind: type[Fields], body: bytes) -> Fields:
