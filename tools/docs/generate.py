@@ -22,6 +22,11 @@ the order in which it is shown.
 The number of series does not grow with what clients send. Counted under `_other` are adapters past
 `adapter_labels_max`, tenants past 200 and those of `queue.tenant_weights`, names that nobody registered, and tenants of
 which nothing was sent to an engine; under `_base`, requests for the base model. Who comes first keeps its label.
+
+Every request for an answer counts once, whichever front or gateway brought it and whatever ended it. One that a front
+refuses before it is read, such as an invalid one or one without a credential, counts as refused, for the adapter
+`_other`. Two kinds are not counted: requests whose clients leave before all of it has come, and messages of a stream
+that are larger than `message_bytes_max`, which gRPC itself cuts off.
 [Operations](operations.md) says what to look at first, the [runbook](runbook.md) what each alert asks for.
 """
 METRICS_HEAD = """| metric | type | labels | meaning |
