@@ -273,6 +273,7 @@ class OpenAiFront:
             sequences=asked.answers,
             has_length=asked.has_length or destination.length is not None,
             is_estimated=text_tokens > 0,
+            is_chat=asked.is_chat,
             trace=TraceOrigin(*caller.trace_context, caller.came_ns),
         )
         return self._gateway.submit(facts, destination.payload, request_id, sender, _text(asked, destination))
