@@ -273,8 +273,8 @@ MODEL_SERVER: tuple[Metric, ...] = (
     ),
     _vllm(
         "lora_adapter_loaded",
-        "1 for each adapter in an engine's memory. Level gpu: used at once; cpu: in the host's memory only. Its rank is "
-        "the largest of its modules.",
+        "1 for each adapter in an engine's memory. Level gpu: used at once; cpu: in the host's memory only. Its rank "
+        "is the largest of its modules.",
         *(*_OF_ENGINE, "adapter_name", "level", "pinned", "rank"),
     ),
     _vllm("num_gpu_loaded_lora_adapters", "Adapter versions in the GPU's memory.", *_OF_ENGINE),
