@@ -155,6 +155,10 @@ class SidecarError(Exception):
 
     family: Family
     http: tuple[int, tuple[tuple[str, str], ...]] | None = None
+    code: str | None = None
+    """The name of the gRPC status, if it is not the table's."""
+    is_counted = False
+    """The request that ended by it is in the metrics."""
 
     def __init__(self, reason: Reason, message: str, *, retry_after_s: float | None = None, **details: str) -> None:
         super().__init__(message)

@@ -55,7 +55,7 @@ def purpose_on_data(method: str) -> tuple[Action, str]:
     return (Action.INFER, "") if method in INFERENCE_METHODS else (Action.SHOW, method.rpartition("/")[2])
 
 
-class _TurnedAway(Exception):
+class TurnedAway(Exception):
     """End a call with the refusal inside."""
 
     def __init__(self, why: SidecarError) -> None:
@@ -66,7 +66,8 @@ class _TurnedAway(Exception):
 class BoundedCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Apply one listener's bounds, and find out who calls, before anything parses its messages.
 
-    `purpose_of(method)` returns what the audit says of a call that is denied. Set `port` once the listener is bound.
+    `purpose_of(method)` returns what the audit says of a call that is denied; `on_refused` is told of each inference
+    that ends here. Set `port` once the listener is bound.
     """
 
     def __init__(
@@ -76,8 +77,10 @@ class BoundedCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         identify: Callable[[Presented, Purpose], Awaitable[Caller]],
         purpose_of: Callable[[str], tuple[Action, str]] = purpose_on_data,
         hiding: Hiding | None = None,
+        on_refused: Callable[[str, SidecarError], None] = lambda request_id, error: None,
     ) -> None:
         self.port = 0
+        self._on_refused = on_refused
         self._identify = identify
         self._purpose_of = purpose_of
         self._intake = intake
@@ -129,7 +132,9 @@ class BoundedCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 incoming = _Incoming(self._intake, call, context)
                 request = incoming.messages() if handler.request_streaming else await incoming.one()
                 return await _answered(method, request, context)
-            except _TurnedAway as turned_away:
+            except TurnedAway as turned_away:
+                if name in INFERENCE_METHODS:
+                    self._on_refused(callers.id_of_call(context), turned_away.why)
                 await abort(context, turned_away.why)
 
     async def _find_caller(self, context: Any, name: str, action: Action, verb: str) -> None:
@@ -137,13 +142,13 @@ class BoundedCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         try:
             callers.CALLER.set(await self._identify(callers.presented(context, name), purpose))
         except SidecarError as error:
-            raise _TurnedAway(error) from None
+            raise TurnedAway(error) from None
 
     def _check(self, source: Source) -> None:
         if source.calls <= self._calls_max:
             return
         self._intake.refused["calls"] += 1
-        raise _TurnedAway(
+        raise TurnedAway(
             Refused(
                 Reason.QUEUE_FULL,
                 f"{self._calls_max} calls are open on this connection; wait for some of them, or raise "
@@ -166,7 +171,7 @@ class _Incoming:
         """Return the message of a call that has exactly one."""
         message = await self._next(self._intake.one)
         if message is END:
-            raise _TurnedAway(Refused(Reason.INVALID_REQUEST, "the call ended without a message; send one"))
+            raise TurnedAway(Refused(Reason.INVALID_REQUEST, "the call ended without a message; send one"))
         return message
 
     async def messages(self) -> AsyncIterator[Any]:
@@ -181,7 +186,7 @@ class _Incoming:
         try:
             raw = await arrived(self._call, self._context.read)
         except Refused as refused:
-            raise _TurnedAway(refused) from refused
+            raise TurnedAway(refused) from refused
         if raw is not END:
             self._call.source.hand_over(len(raw), self._beside_bytes)
             self._beside_bytes = 0

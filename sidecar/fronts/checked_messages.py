@@ -14,8 +14,8 @@ import grpc.aio
 from google.protobuf import descriptor_pool, message_factory
 
 from sidecar.errors import Refused
+from sidecar.fronts.calls import TurnedAway
 from sidecar.fronts.message_fields import parsed
-from sidecar.fronts.status import abort
 
 Handler = Any
 """gRPC's own type is generic for type checkers only."""
@@ -73,28 +73,27 @@ def _reading(method: Callable[..., Any], read: Callable[..., Any], kind: Any) ->
     if inspect.isasyncgenfunction(method):
 
         async def generate(raw: Any, context: Any) -> AsyncIterator[Any]:
-            request = await read(raw, kind, context)
-            async for response in method(request, context):
+            async for response in method(read(raw, kind), context):
                 yield response
 
         return generate
 
     async def handle(raw: Any, context: Any) -> Any:
-        return await method(await read(raw, kind, context), context)
+        return await method(read(raw, kind), context)
 
     return handle
 
 
-async def _one(raw: bytes, kind: Any, context: Any) -> Any:
+def _one(raw: bytes, kind: Any) -> Any:
     try:
         return parsed(raw, kind)
     except Refused as refused:
-        await abort(context, refused)
+        raise TurnedAway(refused) from None
 
 
-async def _each(requests: AsyncIterator[bytes], kind: Any, context: Any) -> AsyncIterator[Any]:
+def _each(requests: AsyncIterator[bytes], kind: Any) -> AsyncIterator[Any]:
     async def each() -> AsyncIterator[Any]:
         async for raw in requests:
-            yield await _one(raw, kind, context)
+            yield _one(raw, kind)
 
     return each()

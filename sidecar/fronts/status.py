@@ -80,7 +80,8 @@ def status_of_error(error: SidecarError, request_id: str = "") -> tuple[grpc.Sta
     retry_ms = None if error.retry_after_s is None else int(error.retry_after_s * 1000)
     if retry_ms is None and error.reason.row.retryable:
         retry_ms = 1000
-    return status_of(error.reason, error.message, error.details, retry_ms, request_id=request_id)
+    code = None if error.code is None else grpc.StatusCode[error.code]
+    return status_of(error.reason, error.message, error.details, retry_ms, code, request_id)
 
 
 def status_of_ending(

@@ -14,14 +14,12 @@ from opentelemetry.trace import INVALID_SPAN_CONTEXT, SpanContext, TraceFlags, g
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from sidecar.access.keys import without_secrets
-from sidecar.backends.api import HttpForm, Ticket
+from sidecar.backends.api import Ticket
 from sidecar.core.enums import Outcome
 from sidecar.otlp.sending import Sender
 from sidecar.shell.requests import RequestFacts, TraceOrigin
 from sidecar.timelines.record import Record
 
-CHAT, COMPLETION = "chat", "text_completion"
-"""Operations, by the GenAI conventions."""
 _propagator = TraceContextTextMapPropagator()
 
 
@@ -74,7 +72,7 @@ class Tracer:
         else:
             trace_id, flags, state = parent.trace_id, parent.trace_flags, parent.trace_state
         context = SpanContext(trace_id, _span_id(), False, flags, state)
-        return Trace(context, parent, facts.trace.began_ns, _operation_of(ticket))
+        return Trace(context, parent, facts.trace.began_ns, operation_of(facts.is_chat))
 
     def ended(self, record: Record) -> None:
         """Give a request's record to the sender, if its trace is to be sent. Called with every ending."""
@@ -100,13 +98,9 @@ def is_worth_it(record: Record) -> bool:
     return bound_ns is not None and 2 * settle.queue_ns > bound_ns
 
 
-def _operation_of(ticket: Ticket) -> str:
-    forms = (ticket.payload.head, *ticket.payload.forms.values())
-    return (
-        CHAT
-        if any(isinstance(form, HttpForm) and form.path.endswith("chat/completions") for form in forms)
-        else COMPLETION
-    )
+def operation_of(is_chat: bool) -> str:
+    """Return the name of an operation, by the GenAI conventions."""
+    return "chat" if is_chat else "text_completion"
 
 
 def _trace_id() -> int:

@@ -123,7 +123,7 @@ class ForwardReplies(_message.Message):
     def __init__(self, replies: _Optional[_Iterable[_Union[ForwardReply, _Mapping]]] = ..., dispatched: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
-    __slots__ = ("member", "backend", "adapter", "tenant", "klass", "input_tokens", "output_tokens_max", "deadline_s", "session", "size_bytes", "client_id", "payload", "number", "sequences", "versions", "is_estimated", "peer", "traceparent", "tracestate", "waited_ns", "is_carried", "answer_id")
+    __slots__ = ("member", "backend", "adapter", "tenant", "klass", "input_tokens", "output_tokens_max", "deadline_s", "session", "size_bytes", "client_id", "payload", "number", "sequences", "versions", "is_estimated", "peer", "traceparent", "tracestate", "waited_ns", "is_carried", "answer_id", "is_chat")
     MEMBER_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
@@ -146,6 +146,7 @@ class ForwardRequest(_message.Message):
     WAITED_NS_FIELD_NUMBER: _ClassVar[int]
     IS_CARRIED_FIELD_NUMBER: _ClassVar[int]
     ANSWER_ID_FIELD_NUMBER: _ClassVar[int]
+    IS_CHAT_FIELD_NUMBER: _ClassVar[int]
     member: str
     backend: str
     adapter: str
@@ -168,7 +169,8 @@ class ForwardRequest(_message.Message):
     waited_ns: int
     is_carried: bool
     answer_id: str
-    def __init__(self, member: _Optional[str] = ..., backend: _Optional[str] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., klass: _Optional[str] = ..., input_tokens: _Optional[int] = ..., output_tokens_max: _Optional[int] = ..., deadline_s: _Optional[float] = ..., session: _Optional[str] = ..., size_bytes: _Optional[int] = ..., client_id: _Optional[str] = ..., payload: _Optional[_Union[ForwardedPayload, _Mapping]] = ..., number: _Optional[int] = ..., sequences: _Optional[int] = ..., versions: _Optional[_Union[Ordinals, _Mapping]] = ..., is_estimated: _Optional[bool] = ..., peer: _Optional[str] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., waited_ns: _Optional[int] = ..., is_carried: _Optional[bool] = ..., answer_id: _Optional[str] = ...) -> None: ...
+    is_chat: bool
+    def __init__(self, member: _Optional[str] = ..., backend: _Optional[str] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., klass: _Optional[str] = ..., input_tokens: _Optional[int] = ..., output_tokens_max: _Optional[int] = ..., deadline_s: _Optional[float] = ..., session: _Optional[str] = ..., size_bytes: _Optional[int] = ..., client_id: _Optional[str] = ..., payload: _Optional[_Union[ForwardedPayload, _Mapping]] = ..., number: _Optional[int] = ..., sequences: _Optional[int] = ..., versions: _Optional[_Union[Ordinals, _Mapping]] = ..., is_estimated: _Optional[bool] = ..., peer: _Optional[str] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., waited_ns: _Optional[int] = ..., is_carried: _Optional[bool] = ..., answer_id: _Optional[str] = ..., is_chat: _Optional[bool] = ...) -> None: ...
 
 class Ordinals(_message.Message):
     __slots__ = ("ordinals",)

@@ -37,6 +37,7 @@ def forwarded(member: str, backend: str, facts: RequestFacts, ticket: Ticket, le
         tracestate=trace.get("tracestate", ""),
         versions=None if facts.versions is None else peers_pb2.Ordinals(ordinals=facts.versions),
         is_estimated=facts.is_estimated,
+        is_chat=facts.is_chat,
         waited_ns=facts.waited_ns,
         is_carried=ticket.carrier is not None,
         answer_id="" if ticket.carrier is None else ticket.carrier.answer_id,
@@ -68,6 +69,7 @@ def facts_of(request: Any) -> RequestFacts:
         max(1, request.sequences),  # an older replica omits it
         tuple(request.versions.ordinals) if request.HasField("versions") else None,
         is_estimated=request.is_estimated,
+        is_chat=request.is_chat,
         trace=TraceOrigin(request.traceparent, request.tracestate, monotonic_ns()),
         waited_ns=max(0, request.waited_ns),  # an older replica omits it
     )

@@ -229,7 +229,8 @@ class Listening:
         purpose_of: Callable[[str], tuple[Action, str]],
         hiding: Hiding | None = None,
     ) -> BoundedCalls:
-        return BoundedCalls(self.intake, listener.calls_per_connection_max, identify, purpose_of, hiding)
+        calls_max, on_refused = listener.calls_per_connection_max, self._gateway.turned_away
+        return BoundedCalls(self.intake, calls_max, identify, purpose_of, hiding, on_refused)
 
     def _server(self, interceptors: Sequence[Any] = (), options: Sequence[tuple[str, int]] = ()) -> grpc.aio.Server:
         # If an option is given twice, gRPC takes the first.

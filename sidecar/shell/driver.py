@@ -132,6 +132,7 @@ class Driver:
             self.waited_ns.pop(event.request, 0), event.input_tokens, reason=refused.reason, message=refused.message,
         )  # fmt: skip
         self._show(self._of_refused, event, [ending], self.clock_ns())
+        refused.is_counted = True
         return refused
 
     def _run_batch(self) -> None:

@@ -46,6 +46,7 @@ from sidecar.shell.driver import Driver, Observer
 from sidecar.shell.fit import SharedNames
 from sidecar.shell.fleet import Added, Fleet
 from sidecar.shell.flow import Lanes
+from sidecar.shell.request_log import log_refused
 from sidecar.shell.requests import Elsewhere, RequestFacts
 from sidecar.shell.sources import Sources
 from sidecar.shell.store import BlobStore
@@ -270,12 +271,14 @@ class Gateway:
             raise
         ticket = Ticket(next(self._numbers), payload, client_id, self.answers)
         ticket.caller, ticket.peer = caller, caller.peer
-        ticket.reservation = self._reserved(facts, client_id, caller)
         try:
+            ticket.reservation = self._reserved(facts, client_id, caller)
             self._take(facts, ticket, self.admit if self.elsewhere is None else self.elsewhere.submit)
-        except SidecarError:
+        except SidecarError as error:
             if ticket.reservation is not None:
                 ticket.reservation.settle(0, 0, False, None)
+            name = admission.name_in(self.state, facts.adapter)
+            self.show_refused(name, facts.tenant, facts.klass, facts.input_tokens, error)
             raise
         if text is not None and self.counter is not None:
             ticket.counting = self.counter.count(self._base_model(facts.adapter), text, ticket.counted)
@@ -289,15 +292,10 @@ class Gateway:
     def _reserved(self, facts: RequestFacts, client_id: str, caller: Caller) -> Charged | None:
         """Reserve what a request may cost. Raises Refused if its tenant has spent its budget."""
         length = facts.output_tokens_max if facts.has_length else None
-        try:
-            return self.access.reserve(
-                caller, facts.tenant, facts.klass, facts.adapter, facts.input_tokens, length, facts.is_estimated,
-                facts.sequences, client_id,
-            )  # fmt: skip
-        except Refused as refused:
-            name = admission.name_in(self.state, facts.adapter)
-            self.show_refused(name, facts.tenant, facts.klass, facts.input_tokens, refused)
-            raise
+        return self.access.reserve(
+            caller, facts.tenant, facts.klass, facts.adapter, facts.input_tokens, length, facts.is_estimated,
+            facts.sequences, client_id,
+        )  # fmt: skip
 
     def _permit(self, facts: RequestFacts, client_id: str, caller: Caller) -> None:
         """Complete a request as the caller may make it. Raises Refused, Misused(UNAUTHENTICATED)."""
@@ -321,12 +319,19 @@ class Gateway:
             raise
 
     def show_refused(self, name: str, tenant: str, klass: str, input_tokens: int, error: SidecarError) -> None:
-        """Show a request that was not taken to those who count; `name` is UNKNOWN of one that may not be told."""
-        klass = self._class_shown(klass)
+        """Show a request that was not taken to those who count, once; `name` is UNKNOWN of one that may not be told."""
+        if error.is_counted:
+            return
+        error.is_counted, klass = True, self._class_shown(klass)
         ending = do.Settle(
             0, Outcome.REFUSED, name, tenant, klass, 0, input_tokens, reason=error.reason, message=error.message
         )
         self.driver.show_endings([ending])
+
+    def turned_away(self, request_id: str, error: SidecarError, caller: Caller | None = None) -> None:
+        """Log and show a request that a front refuses, with what is known of it: at most who sends it."""
+        log_refused(request_id, error)
+        self.show_refused(UNKNOWN, "" if caller is None else caller.principal.tenant, "default", 0, error)
 
     def _class_shown(self, klass: str) -> str:
         return klass if klass in self.state.config.classes else "default"

@@ -268,13 +268,14 @@ MODEL_SERVER: tuple[Metric, ...] = (
     _vllm(
         "lora_requests_info",
         "When this was told, in seconds since 1970. Labels have the adapters in the GPUs' memory, the others that "
-        "requests wait for, and how many there is room for, empty while that is unknown.",
+        "requests wait for, and how many there is room for, empty while that is unknown. On its way out in vLLM.",
         *(*_OF_POOL, "max_lora", "running_lora_adapters", "waiting_lora_adapters"),
     ),
     _vllm(
         "lora_adapter_loaded",
-        "1 for each adapter in an engine's memory. Level gpu: used at once; cpu: in the host's memory only.",
-        *(*_OF_ENGINE, "adapter_name", "level", "pinned"),
+        "1 for each adapter in an engine's memory. Level gpu: used at once; cpu: in the host's memory only. Its rank "
+        "is the largest of its modules.",
+        *(*_OF_ENGINE, "adapter_name", "level", "pinned", "rank"),
     ),
     _vllm("num_gpu_loaded_lora_adapters", "Adapter versions in the GPU's memory.", *_OF_ENGINE),
     _vllm(

@@ -25,6 +25,7 @@ from sidecar.core import events as ev
 from sidecar.core.core import Core
 from sidecar.core.enums import Cache, Outcome
 from sidecar.core.state import Request
+from sidecar.errors import Reason
 from sidecar.journal.writer import Journal, JournalFigures
 from sidecar.shell.driver import goes_on
 from sidecar.shell.loop_watch import LoopWatch
@@ -385,9 +386,10 @@ class Metrics:
         self._adapter_requests.add(1, adapter, outcome)
         self._class_requests.add(1, effect.klass, outcome)
         self._tenant_requests.add(1, tenant, outcome)
-        if effect.outcome is Outcome.REFUSED and effect.reason is not None:
-            self._tenant_refusals.add(1, tenant, effect.reason.name)
-        if effect.request != self._refused_before_core:
+        reason = effect.reason
+        if effect.outcome is Outcome.REFUSED and reason is not None and reason is not Reason.UNAUTHENTICATED:
+            self._tenant_refusals.add(1, tenant, reason.name)
+        if effect.request not in (0, self._refused_before_core):
             self._queue_wait.take(effect.queue_ns, effect.klass)
             for series, kind, label in (
                 (self._tenant_wait, "tenant", tenant),
@@ -416,7 +418,7 @@ class Metrics:
 
     def _tenant_label(self, effect: do.Settle) -> str:
         """Return the label of a request's tenant. One of which no request was sent gets none: it may be invented."""
-        if self._was_sent(effect) or effect.tenant in self._tenants:
+        if self._was_sent(effect) or (effect.tenant in self._tenants and effect.reason is not Reason.UNAUTHENTICATED):
             return self._tenants.label(effect.tenant)
         return OTHER
 

@@ -105,18 +105,21 @@ class ModelServer:
             yield (base, most, ",".join(running), ",".join(waiting)), self._clock()
 
     def _residents(self, backend: Backend) -> Samples:
-        """Yield one series for each name, however many of its versions are there: its best level, pinned if one is."""
-        levels: dict[str, str] = {}
+        """Yield one series for each name, however many of its versions are there: its best level, pinned if one is.
+
+        The rank is that of the version which is there at this level, the largest of its modules.
+        """
+        levels: dict[str, tuple[str, int]] = {}
         pinned = set()
         for held, level in ((backend.shadow.host.held, "cpu"), (backend.shadow.device.held, "gpu")):
             for digest in held:
                 for name in self._names((digest,)):
-                    levels[name] = level
+                    levels[name] = level, self._state.versions[digest].adapter.rank_max
                     if self._state.names[name].pins(digest):
                         pinned.add(name)
         labels = _labels(backend)
-        for name, level in levels.items():
-            yield (*labels, name, level, str(name in pinned).lower()), 1
+        for name, (level, rank) in levels.items():
+            yield (*labels, name, level, str(name in pinned).lower(), str(rank)), 1
 
     def _names(self, digests: Iterable[str]) -> Iterator[str]:
         """Yield the names that now stand for some versions."""

@@ -19,6 +19,7 @@ from sidecar.core.enums import Phase
 from sidecar.core.facts import version_of_key
 from sidecar.core.naming import names_of
 from sidecar.core.state import Backend
+from sidecar.errors import Reason
 from sidecar.shell.driver import goes_on
 
 
@@ -133,7 +134,7 @@ class UsageObserver:
 
     def _settle(self, effect: do.Settle, goes_on: bool) -> None:
         key = self._keys.pop(effect.request, None)
-        if goes_on:
+        if goes_on or effect.reason is Reason.UNAUTHENTICATED:  # then it is nobody's
             return
         is_sent = key is not None or effect.output_tokens > 0  # the owner to which it was passed on may be lost
         if key is None:

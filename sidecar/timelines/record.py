@@ -153,6 +153,7 @@ class Record:
     """What the chronicle had counted when it arrived."""
     peer: str = ""
     trace: Any = None
+    is_chat: bool = False
     waited_ns: int = 0
     """How long it had waited at other replicas before it came to this one."""
     version: str = ""
@@ -193,7 +194,15 @@ class Record:
     @property
     def first_token_ns(self) -> int | None:
         """When the answer began; None if it did not."""
-        return next((at_ns for _, at_ns, what in reversed(self.happened) if isinstance(what, ev.FirstToken)), None)
+        return self._last(ev.FirstToken)
+
+    @property
+    def sent_ns(self) -> int | None:
+        """When it was last sent to an engine; None if it never was."""
+        return self._last(do.Dispatch)
+
+    def _last(self, kind: type) -> int | None:
+        return next((at_ns for _, at_ns, what in reversed(self.happened) if isinstance(what, kind)), None)
 
     def entries(self) -> list[Entry]:
         """Return what happened to it, and the news of its version and its backends, in order."""

@@ -1,13 +1,17 @@
-"""`gen_ai.server.*` by OTLP, as a receiver that is made of OpenTelemetry's own services gets them.
+"""`gen_ai.*` by OTLP, as a receiver that is made of OpenTelemetry's own services gets them.
 
-Names, units and boundaries are those of its semantic conventions: https://opentelemetry.io/docs/specs/semconv/gen-ai
+Names, units and boundaries are those of https://github.com/open-telemetry/semantic-conventions-genai
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from opentelemetry.semconv._incubating.metrics import gen_ai_metrics as conventions
 
@@ -24,7 +28,11 @@ from tests.kit.corekit import MS, SECOND
 from tests.kit.emulated import running_engine
 from tests.kit.kserve_clients import DUMMY
 from tests.kit.otlp import Collector, collector
-from tests.kit.serving import serving, write_adapters
+from tests.kit.peft_files import BASE_MODEL
+from tests.kit.redis_servers import running
+from tests.kit.replica_pool import CALM_S, owned, replicas
+from tests.kit.serving import Serving, serving, until, write_adapters
+from tests.kit.vllm_emulated import VllmProcess
 from tests.unit.test_metrics import Measured
 
 DURATION = conventions.GEN_AI_SERVER_REQUEST_DURATION
@@ -35,6 +43,11 @@ BOUNDARIES = {
     PER_TOKEN: [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5],
     FIRST_TOKEN: [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0],
 }
+CLIENT = "gen_ai.client.inference"
+ENGINES_TIME, INPUTS, OUTPUTS = f"{CLIENT}.duration", f"{CLIENT}.usage.input_tokens", f"{CLIENT}.usage.output_tokens"
+"""What the conventions ask of clients of a model server, in the repository that they have now:
+https://github.com/open-telemetry/semantic-conventions-genai/blob/v0.1.0/docs/gen-ai/client-inference.md"""
+BOUNDARIES[ENGINES_TIME] = BOUNDARIES[DURATION]
 Points = dict[tuple[str, str, str], tuple[int, float]]
 """Count and sum by metric, model and error."""
 
@@ -42,6 +55,8 @@ Points = dict[tuple[str, str, str], tuple[int, float]]
 def points_of(received: Collector) -> Points:
     found: Points = {}
     for metric in received.metrics:
+        if metric.WhichOneof("data") == "sum":
+            continue
         for point in metric.histogram.data_points:
             about = {each.key: each.value.string_value for each in point.attributes}
             assert {"gen_ai.operation.name", "gen_ai.provider.name"} <= about.keys()
@@ -59,14 +74,92 @@ async def test_a_served_request_arrives(tmp_path: Path) -> None:
             await served.ask("a00", tokens=4)
         points = points_of(received)
     assert {key: count for key, (count, _) in points.items()} == {
-        (name, "a00", ""): 1 for name in (DURATION, PER_TOKEN, FIRST_TOKEN)
+        (name, "a00", ""): 1 for name in (DURATION, PER_TOKEN, FIRST_TOKEN, ENGINES_TIME)
     }
+    assert sums_of(received) == {(INPUTS, "a00"): 5, (OUTPUTS, "a00"): 4}
+    assert points[DURATION, "a00", ""][1] >= points[ENGINES_TIME, "a00", ""][1] > 0
     assert points[DURATION, "a00", ""][1] > points[FIRST_TOKEN, "a00", ""][1] > 0
     assert received.service == "lora-sidecar"
     for metric in received.metrics:
+        if metric.name in (INPUTS, OUTPUTS):
+            continue
         [point] = metric.histogram.data_points
         assert metric.unit == "s"
         assert list(point.explicit_bounds) == pytest.approx(BOUNDARIES[metric.name])
+
+
+def sums_of(received: Collector) -> dict[tuple[str, str], int]:
+    """Return the sums by metric and model."""
+    found = {}
+    for metric in received.metrics:
+        for point in metric.sum.data_points:
+            about = {each.key: each.value.string_value for each in point.attributes}
+            assert {"gen_ai.operation.name", "gen_ai.provider.name"} <= about.keys()
+            assert (metric.unit, metric.sum.is_monotonic) == ("{token}", True)
+            found[metric.name, about["gen_ai.request.model"]] = point.as_int
+    return found
+
+
+def operations_of(received: Collector) -> set[str]:
+    points = [point for metric in received.metrics for point in metric.histogram.data_points or metric.sum.data_points]
+    about = [{each.key: each.value.string_value for each in point.attributes} for point in points]
+    return {each["gen_ai.operation.name"] for each in about}
+
+
+async def ask(served: Serving, path: str) -> None:
+    body = {"model": "a00", "max_tokens": 4}
+    prompt = {"prompt": "hi"} if path == "completions" else {"messages": [{"role": "user", "content": "hi"}]}
+    async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
+        answer = await client.post(f"http://{served.sidecar.http_address}/v1/{path}", json=body | prompt)
+    assert answer.status_code == 200, answer.text
+
+
+@asynccontextmanager
+async def chatting(folder: Path, kind: str) -> AsyncIterator[tuple[Any, dict[str, Any]]]:
+    """Run an engine that answers chats: a vLLM, which writes them itself, or a Triton, for which they are text."""
+    if kind == "vllm":
+        (folder / "shared").mkdir()
+        async with VllmProcess("--compute", "none") as engine:
+            yield engine, {"adapters_dir": str(folder / "shared")}
+    else:
+        (folder / "chat.jinja").write_text("{{ messages[0].content }}")
+        async with running_engine(**DUMMY) as engine:
+            yield engine, {"base_model": {"name": BASE_MODEL, "chat_template": str(folder / "chat.jinja")}}
+
+
+@pytest.mark.parametrize("kind", ["vllm", "triton"])
+@pytest.mark.parametrize(("path", "operation"), [("chat/completions", "chat"), ("completions", "text_completion")])
+async def test_a_chat_is_one_whatever_its_engine_gets(tmp_path: Path, kind: str, path: str, operation: str) -> None:
+    write_adapters(tmp_path / "adapters", 1)
+    async with collector() as received, chatting(tmp_path, kind) as (engine, backend):
+        otlp = {"endpoint": received.grpc_url, "share": 1.0}
+        async with serving([engine], tmp_path / "adapters", backend=backend, otlp=otlp) as served:
+            await ask(served, path)
+        [span] = received.named(f"{operation} a00")
+        assert span.about["gen_ai.operation.name"] == operation
+        assert operations_of(received) == {operation}
+        assert sums_of(received) == {
+            (INPUTS, "a00"): span.about["gen_ai.usage.input_tokens"],
+            (OUTPUTS, "a00"): 4,
+        }
+
+
+async def test_a_chat_is_one_at_the_replica_that_has_its_engine(tmp_path: Path) -> None:
+    write_adapters(tmp_path / "adapters", 1)
+    async with (
+        running(tmp_path / "redis") as redis,
+        collector() as received,
+        chatting(tmp_path, "triton") as (engine, backend),
+        replicas(
+            2, redis.url, [engine], tmp_path / "adapters", lease_s=CALM_S, backend=backend,
+            otlp={"endpoint": received.grpc_url, "share": 1.0},
+        ) as pool,
+    ):  # fmt: skip
+        await until(lambda: all("a00" in served.state.names for served in pool))
+        [other] = [served for served in pool if not owned(served)]
+        await ask(other, "chat/completions")
+        spans = await received.have(2, "chat a00")
+        assert len({span.instance for span in spans}) == 2
 
 
 class Observed(Measured):
@@ -120,7 +213,11 @@ async def test_times_and_errors() -> None:
     assert points[DURATION, "_base", ""] == (2, 5 + 7)
     assert points[DURATION, "_base", "CANCELLED"] == (1, 0.5)
     assert points[DURATION, "_other", "UNKNOWN_ADAPTER"] == (1, 0)
-    assert len(points) == 8
+    # The engine's part of it, from the dispatch on; what no engine had has none.
+    assert points[ENGINES_TIME, "sql", ""] == (1, 5)
+    assert points[ENGINES_TIME, "_base", ""] == (2, 5 + 7)
+    assert points[ENGINES_TIME, "_base", "CANCELLED"] == (1, 0.5)
+    assert len(points) == 11
 
 
 async def test_without_the_extra_it_says_what_to_install(

@@ -29,7 +29,7 @@ REQUIRED = {
     "vllm:kv_cache_usage_perc": ("gauge", set()),
     "vllm:lora_requests_info": ("gauge", {"max_lora", "running_lora_adapters", "waiting_lora_adapters"}),
     # Residency, as llm-d's scorer of load state reads it and vLLM's tests expect it.
-    "vllm:lora_adapter_loaded": ("gauge", {"adapter_name", "level", "pinned"}),
+    "vllm:lora_adapter_loaded": ("gauge", {"adapter_name", "level", "pinned", "rank"}),
     "vllm:num_gpu_loaded_lora_adapters": ("gauge", {"model_name"}),
     "vllm:num_cpu_loaded_lora_adapters": ("gauge", {"model_name"}),
     "vllm:max_gpu_lora_adapters": ("gauge", set()),
@@ -155,6 +155,19 @@ async def test_residency_by_level_and_pin() -> None:
     world.send("d")
     world.run()
     assert "a" not in {name for name, _, _ in loaded(await scrape(world))}
+
+
+async def test_the_rank_is_the_largest_of_the_version_that_is_nearest() -> None:
+    """As llm-d's scorer of load state reads it: what an adapter takes in a slot."""
+    world = Measured(engines=0)
+    world.add_engine("b0", facts_of(host_pages=2, device_pages=1))
+    small, large = adapter_of("one", rank=4), adapter_of("two", rank=16)
+    for ordinal, adapter, others in ((1, small, ()), (2, large, (ev.OtherVersion(1, small, "file:///sql"),))):
+        world.register_as("sql", adapter, ordinal=ordinal, others=others)
+        world.send("sql")
+        world.run()
+        [sample] = (await scrape(world))["vllm:lora_adapter_loaded"].samples
+        assert (sample.labels["level"], sample.labels["rank"]) == ("gpu", str(adapter.rank_max))
 
 
 async def test_a_name_has_one_series_however_many_of_its_versions_are_there() -> None:

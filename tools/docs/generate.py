@@ -22,6 +22,11 @@ the order in which it is shown.
 The number of series does not grow with what clients send. Counted under `_other` are adapters past
 `adapter_labels_max`, tenants past 200 and those of `queue.tenant_weights`, names that nobody registered, and tenants of
 which nothing was sent to an engine; under `_base`, requests for the base model. Who comes first keeps its label.
+
+Every request for an answer counts once, whichever front or gateway brought it and whatever ended it. One that a front
+refuses before it is read, such as an invalid one or one without a credential, counts as refused, for the adapter
+`_other`. Two kinds are not counted: requests whose clients leave before all of it has come, and messages of a stream
+that are larger than `message_bytes_max`, which gRPC itself cuts off.
 [Operations](operations.md) says what to look at first, the [runbook](runbook.md) what each alert asks for.
 """
 METRICS_HEAD = """| metric | type | labels | meaning |
@@ -37,12 +42,19 @@ for dashboards made for vLLM. Let Prometheus scrape one page or the other: they 
 BY_OTLP = """
 ## By OTLP
 
-With `otlp.endpoint` and the extra `otel` three histograms are also sent to a collector, as the
-[conventions for generative AI](https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-metrics/) have them:
-`gen_ai.server.request.duration` of every request, and of answers `gen_ai.server.time_to_first_token` and
-`gen_ai.server.time_per_output_token`. An answer that comes in one piece has only a duration. `gen_ai.request.model` is
-the adapter as above, with `_base` and `_other`; `error.type` is the reason of [Errors](errors.md);
-`gen_ai.operation.name` is `text_completion` for chats, too; `gen_ai.provider.name` is `lora_sidecar`.
+With `otlp.endpoint` and the extra `otel` some are also sent to a collector, as the
+[conventions for generative AI](https://github.com/open-telemetry/semantic-conventions-genai) have them in their own
+repository:
+
+* Histograms of seconds: `gen_ai.server.request.duration` of every request that was taken;
+  `gen_ai.server.time_to_first_token` and `gen_ai.server.time_per_output_token` of answers that do not come in one
+  piece; `gen_ai.client.inference.duration` of requests that an engine had, from the last dispatch on.
+* Counters of tokens of requests that an engine had: `gen_ai.client.inference.usage.input_tokens` and
+  `gen_ai.client.inference.usage.output_tokens`.
+
+`gen_ai.request.model` is the adapter as above, with `_base` and `_other`; `error.type` is the reason of
+[Errors](errors.md); `gen_ai.operation.name` is `chat` for chats and else `text_completion`; `gen_ai.provider.name` is
+`lora_sidecar`.
 """
 ERRORS_PAGE = """# Errors
 

@@ -122,7 +122,7 @@ class Call:
         async with self._intake.body(SMALL_BYTES) as arrival:
             while not self._messages:
                 if self._is_whole:
-                    await self.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call ended without a message; send one")
+                    raise Refused(Reason.INVALID_REQUEST, "the call ended without a message; send one")
                 arrival.count(await self._read())
             arrival.has_come()
         if not self._is_stream:
@@ -141,7 +141,7 @@ class Call:
         if must_see or (not takes_one and (self._messages or not self._is_whole)):
             if await self._exchange.redirect(b"".join(self._so_far)):
                 raise Redirected
-            await self.abort(grpc.StatusCode.FAILED_PRECONDITION, UNCOUNTED if must_see else OPEN)
+            raise _refused(grpc.StatusCode.FAILED_PRECONDITION, UNCOUNTED if must_see else OPEN)
         if not self._is_whole:
             self._exchange.end_request()
         self._so_far.clear()
@@ -157,10 +157,10 @@ class Call:
         try:
             self._messages += self._frames.take(piece["body"])
         except Compressed:
-            await self.abort(grpc.StatusCode.UNIMPLEMENTED, "messages must not be compressed")
+            raise _refused(grpc.StatusCode.UNIMPLEMENTED, "messages must not be compressed") from None
         if self._frames.size_bytes > (size_bytes_max := self._intake.limits.message_bytes):
             text = f"the message is longer than {size_bytes_max} bytes (listeners.data.message_bytes_max)"
-            await self.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+            raise _refused(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
         return len(piece["body"])
 
     async def ended(self) -> None:
@@ -193,6 +193,7 @@ async def answer(kserve: KServe, call: Call, method: str, hides_tokens: bool) ->
             await kserve.stream_infer(call.messages(must_see), told)
         await call.ended()
     except SidecarError as error:
+        gateway.turned_away(callers.id_of_call(call), error, callers.CALLER.get(None))
         try:
             await told.abort(*status_of_error(error, callers.id_of_call(call)))
         except CallEnded:
@@ -202,6 +203,12 @@ async def answer(kserve: KServe, call: Call, method: str, hides_tokens: bool) ->
     except BaseExceptionGroup as errors:
         if errors.split((CallEnded, Redirected))[1] is not None:
             raise
+
+
+def _refused(code: grpc.StatusCode, text: str) -> Refused:
+    refused = Refused(Reason.INVALID_REQUEST, text)
+    refused.code = code.name
+    return refused
 
 
 def _status_of(told: Any) -> tuple[grpc.StatusCode, str, Metadata]:

@@ -12,6 +12,8 @@ import grpc.aio
 from starlette.types import Receive, Scope, Send
 
 from sidecar.config.listeners import EndpointPickerListener
+from sidecar.errors import Misused, Reason, Refused, SidecarError
+from sidecar.fronts import callers
 from sidecar.fronts.extproc import heads, replies
 from sidecar.fronts.extproc.access_log import AccessLog
 from sidecar.fronts.extproc.call_exchange import STREAM, UNARY, CallExchange
@@ -21,6 +23,7 @@ from sidecar.fronts.extproc.ways import Way
 from sidecar.fronts.intake import Intake
 from sidecar.fronts.kserve.infer import KServe
 from sidecar.fronts.openai.errors import failure
+from sidecar.fronts.openai.request import CHAT, COMPLETIONS
 from sidecar.proto import envoy_pb2 as envoy
 from sidecar.shell.metrics import PICKED, PickerFigures
 
@@ -108,6 +111,8 @@ class Picker:
         if any(not name.isascii() for name, _ in heads.pairs(first.request_headers.headers)):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a header's name is not of HTTP")
         if (trouble := heads.mode_trouble(first)) is not None:
+            if heads.path_of(first) in (UNARY, STREAM, COMPLETIONS, CHAT):
+                self._turned_away(Misused(Reason.CONFIG_INVALID, trouble))
             refused = failure(500, trouble, "gateway_mode")
             await context.write(replies.answered(refused.status, refused.headers, refused.body))
             return
@@ -122,6 +127,7 @@ class Picker:
             try:
                 call = Call(exchange, first, peer, self._intake)
             except MalformedHeader as error:
+                self._turned_away(Refused(Reason.INVALID_REQUEST, str(error)))
                 await context.write(replies.ended_call(grpc.StatusCode.INVALID_ARGUMENT.value[0], str(error)))
                 return
             work = answer(self._kserve, call, method, exchange.hides_tokens)
@@ -156,6 +162,9 @@ class Picker:
             for done in (reading, exchange.finished):
                 if done.done() and not done.cancelled():
                     done.exception()  # it has been told, or is of a call that is gone
+
+    def _turned_away(self, error: SidecarError) -> None:
+        self._kserve.gateway.turned_away(callers.made_id(), error)
 
     async def _pass_on(self, first: envoy.ProcessingRequest, context: Any) -> None:
         """Let the answer to a request go on that has not come here."""

@@ -22,7 +22,6 @@ from sidecar.fronts.lengths import text_tokens_max
 from sidecar.fronts.status import abort, status_of_ending
 from sidecar.proto import gateway_pb2, gateway_pb2_grpc
 from sidecar.shell.gateway import Gateway
-from sidecar.shell.request_log import log_refused
 from sidecar.shell.requests import RequestFacts, TraceOrigin
 
 FIELDS = {"lora_name": "adapter", "lora_tenant": "tenant", "lora_class": "class", "lora_session": "session"}
@@ -44,7 +43,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
             ticket = self._submit(request, context, metadata, request_id)
         except SidecarError as error:
             request_id = request_id or callers.id_of_call(context)
-            log_refused(request_id, error)
+            self._gateway.turned_away(request_id, error, callers.CALLER.get())
             await abort(context, error, request_id)
         try:
             ending = await self._answer(request, ticket, context)

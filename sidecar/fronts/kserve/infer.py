@@ -40,7 +40,6 @@ from sidecar.fronts.kserve.structure import Structure, id_in, structure_of
 from sidecar.fronts.lengths import text_tokens_max
 from sidecar.fronts.status import Metadata, abort, status_of_ending
 from sidecar.shell.gateway import Gateway
-from sidecar.shell.request_log import log_refused
 
 
 class KServe:
@@ -116,7 +115,7 @@ class KServe:
                 own = id_in(raw)
                 request_id = callers.id_of_call(context, own)
                 client_id = own if own == request_id else ""
-            log_refused(request_id, error)
+            self.gateway.turned_away(request_id, error, callers.CALLER.get())
             if task and error.reason is Reason.UNKNOWN_ADAPTER:  # its text would tell which name the task id means
                 error = unknown(task, request_id)
             raise NotAccepted(error, request_id, client_id) from None
@@ -207,7 +206,7 @@ class KServe:
             await context.abort(*broken.status)
         except Refused as refused:  # for the stream's own metadata, so it applies to every request
             request_id = callers.id_of_call(context)
-            log_refused(request_id, refused)
+            self.gateway.turned_away(request_id, refused, callers.CALLER.get())
             await abort(context, refused, request_id)
         except ClientLeft:
             return  # the call is over already; returning ends its handler

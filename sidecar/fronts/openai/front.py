@@ -101,7 +101,7 @@ class OpenAiFront:
         try:
             sender = await self._gateway.access.identify(_presented(scope), Purpose(request_id, *_purpose_of(known)))
         except SidecarError as error:
-            log_refused(request_id, error)
+            self._refuse(path, request_id, error)
             await send_failure(send, closing(_failure_of(error)), request_id)
             return
         if known not in self._methods:
@@ -115,13 +115,22 @@ class OpenAiFront:
         elif scope["state"].get(CROWDED):
             message = "the http listener has as many connections as it takes; try again, or raise connections_max"
             full = failure(503, message, "too_many_connections", retry_ms=1000, retry=True)
+            self._refuse(path, request_id, Refused(Reason.QUEUE_FULL, message), sender)
             await send_failure(send, closing(full), request_id)
         elif why := why_not_json(scope["headers"]):
+            self._refuse(path, request_id, Refused(Reason.INVALID_REQUEST, why), sender)
             await send_failure(send, closing(failure(415, why, "unsupported_media_type")), request_id)
         elif self._loads is not None and path in load_calls.PATHS:
             await self._carry_out(self._loads, scope, sender, path, receive, send, request_id)
         else:
             await self._answer(scope, sender, path, receive, send, request_id)
+
+    def _refuse(self, path: str, request_id: str, error: SidecarError, sender: access.Caller | None = None) -> None:
+        """Note what is refused before it is read: as a request if it is one, else in the log."""
+        if path in (COMPLETIONS, CHAT):
+            self._gateway.turned_away(request_id, error, sender)
+        else:
+            log_refused(request_id, error)
 
     async def _carry_out(
         self,
@@ -182,7 +191,7 @@ class OpenAiFront:
             except ClientLeft:
                 return
             except SidecarError as error:
-                log_refused(request_id, error)
+                self._gateway.turned_away(request_id, error, sender)
                 failed = _failure_of(error)
                 if error.reason is Reason.RATE_LIMITED:
                     failed = replace(failed, headers=(*failed.headers, *self._limits(tenant, caller, requests[0][0])))
@@ -264,6 +273,7 @@ class OpenAiFront:
             sequences=asked.answers,
             has_length=asked.has_length or destination.length is not None,
             is_estimated=text_tokens > 0,
+            is_chat=asked.is_chat,
             trace=TraceOrigin(*caller.trace_context, caller.came_ns),
         )
         return self._gateway.submit(facts, destination.payload, request_id, sender, _text(asked, destination))
