@@ -61,14 +61,17 @@ class Folder:
     ) -> None:
         self.close()
 
-    def names(self) -> list[str]:
-        """Return the names of all that is in the folder."""
-        descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._descriptor)
+    def names(self, adapter: str) -> list[str]:
+        """Return the names of all that is in the folder. Raises Invalid if it may not be listed."""
         try:
-            with os.scandir(descriptor) as entries:
-                return sorted(entry.name for entry in entries)
-        finally:
-            os.close(descriptor)
+            descriptor = self._descend((), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                with os.scandir(descriptor) as entries:
+                    return sorted(entry.name for entry in entries)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise unreadable(adapter, f"its folder cannot be listed: {error.strerror}") from error
 
     def open(self, name: str, adapter: str) -> int | None:
         """Open a file and return its descriptor; None if there is none. Links inside the folder are followed.
