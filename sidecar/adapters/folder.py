@@ -31,7 +31,10 @@ class NoAdapter(Invalid):
 
 
 class Folder:
-    """An open folder; `path` is where it was found. It closes with `close` or with the object."""
+    """An open folder; `path` is where it was found.
+
+    It closes with `close` or with the object. What a thread reads is left to the latter: it may outlast who began it.
+    """
 
     def __init__(self, path: Path, adapter: str, beneath: Path | None = None) -> None:
         """Open a folder. Below `beneath`, which it is in, no part of its path may be a link. Raises NoAdapter."""
