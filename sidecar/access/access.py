@@ -22,7 +22,7 @@ from sidecar.access.budgets.budgets import Budgets, Reservation, Standing
 from sidecar.access.deciding import CachedPolicy
 from sidecar.access.external import ExternalCheck, why_denied
 from sidecar.access.keys import KeyBook
-from sidecar.access.policy import Open, Roles, prefix_owner
+from sidecar.access.policy import Open, Roles
 from sidecar.access.principal import (
     INFERENCE,
     SYSTEM,
@@ -454,8 +454,8 @@ class Access:
             return allow
         tenant, roots, whose = principal.tenant, allow.roots, "adapters.roots"
         if self._policy.source == "tenant_prefix":
-            owns = prefix_owner(f"{tenant}/-", "/") == tenant
-            roots, whose = tuple(root / tenant for root in roots if owns), f"{tenant}/ in one of adapters.roots"
+            is_name = "/" not in tenant and tenant not in ("", ".", "..")
+            roots, whose = tuple(root / tenant for root in roots if is_name), f"{tenant}/ in one of adapters.roots"
 
         def refused(named: str, why: str) -> Refused:
             self.denied(caller, Action.REGISTER, SYSTEM, why, request_id)

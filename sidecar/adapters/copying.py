@@ -25,7 +25,7 @@ def copy_adapter(name: str, source: Folder, target: Path, limits: Limits) -> Map
     Only names and sizes are checked. Blocks. Raises Invalid if files are missing, too large, or change meanwhile,
     Refused if there is no room.
     """
-    there = source.names()
+    there = source.names(name)
     if CONFIG_FILE_NAME not in there:
         raise NoAdapter(name, f"there is no adapter in {shown(str(source.path), 200)}")
     left_bytes = limits.size_bytes_max

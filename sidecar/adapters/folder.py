@@ -31,7 +31,10 @@ class NoAdapter(Invalid):
 
 
 class Folder:
-    """An open folder; `path` is where it was found. It closes with `close` or with the object."""
+    """An open folder; `path` is where it was found.
+
+    It closes with `close` or with the object. What a thread reads is left to the latter: it may outlast who began it.
+    """
 
     def __init__(self, path: Path, adapter: str, beneath: Path | None = None) -> None:
         """Open a folder. Below `beneath`, which it is in, no part of its path may be a link. Raises NoAdapter."""
@@ -61,14 +64,17 @@ class Folder:
     ) -> None:
         self.close()
 
-    def names(self) -> list[str]:
-        """Return the names of all that is in the folder."""
-        descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._descriptor)
+    def names(self, adapter: str) -> list[str]:
+        """Return the names of all that is in the folder. Raises Invalid if it may not be listed."""
         try:
-            with os.scandir(descriptor) as entries:
-                return sorted(entry.name for entry in entries)
-        finally:
-            os.close(descriptor)
+            descriptor = self._descend((), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                with os.scandir(descriptor) as entries:
+                    return sorted(entry.name for entry in entries)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise unreadable(adapter, f"its folder cannot be listed: {error.strerror}") from error
 
     def open(self, name: str, adapter: str) -> int | None:
         """Open a file and return its descriptor; None if there is none. Links inside the folder are followed.

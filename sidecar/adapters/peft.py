@@ -114,7 +114,7 @@ def _open_weights(folder: Folder, adapter: str, documents: dict[str, bytes]) -> 
     if index is not None:
         documents[INDEX_FILE_NAME] = index
         return open_sharded(index, lambda name: folder.open(name, adapter), adapter, INDEX_FILE_NAME)
-    there = folder.names()
+    there = folder.names(adapter)
     if pickle := next((name for name in _PICKLES if name in there), None):
         raise unsupported(
             adapter,

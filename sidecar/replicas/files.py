@@ -103,7 +103,7 @@ class FilesHere:
         if folder is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"the files of {digest[:12]} are not here")
             return
-        for name in files_among(await asyncio.to_thread(folder.names)):
+        for name in files_among(await asyncio.to_thread(folder.names, digest[:12])):
             descriptor = await asyncio.to_thread(folder.open, name, digest[:12])
             if descriptor is None:
                 continue  # the other replica finds that it is missing

@@ -106,7 +106,8 @@ class Sources:
         Raises Invalid for a bad origin or file, Refused for a failure that may pass.
         """
         if not is_url(path):
-            yield await asyncio.to_thread(self._local, name, path, allow or self.allow)
+            folder = (allow or self.allow).open(name, path)
+            yield Arrival(await asyncio.to_thread(read_registration, name, folder), str(folder.path))
             return
         with _named(name):
             origin = parse_origin(path)
@@ -118,10 +119,6 @@ class Sources:
             yield Arrival(await self._checked(name, download), str(origin))
         finally:
             self._leave(origin, download)
-
-    def _local(self, name: str, path: str, allow: AllowList) -> Arrival:
-        with allow.open(name, path) as folder:
-            return Arrival(read_registration(name, folder), str(folder.path))
 
     @contextmanager
     def incoming(self) -> Iterator[Path]:
@@ -141,13 +138,9 @@ class Sources:
         The fields of its adapter_config.json come with it, unchecked. Raises Invalid if it is outside the roots or
         holds no adapter, Refused for a failure that may pass.
         """
-
-        def copy(target: Path) -> Mapping[str, Any]:
-            with (allow or self.allow).open(name, path) as source:
-                return copy_adapter(name, source, target, self.limits)
-
+        source = (allow or self.allow).open(name, path)
         with self.incoming() as folder:
-            yield folder, await undisturbed(asyncio.to_thread(copy, folder))
+            yield folder, await undisturbed(asyncio.to_thread(copy_adapter, name, source, folder, self.limits))
 
     @asynccontextmanager
     async def pushed(self, name: str, folder: Path) -> AsyncIterator[Arrival]:

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from sidecar.adapters.folder import Folder
+from sidecar.adapters.folder import Folder, NoAdapter
 from sidecar.adapters.probes import Probe, read_probes
 from sidecar.adapters.registration import changes_something
 from sidecar.core import eligibility
@@ -104,8 +104,11 @@ class Verification:
         )
 
     async def _source(self, record: Record, version: Version) -> _Source:
+        none = f"{record.name} ships no probe.jsonl, so no answer is known to be right"
         try:
             folder = await self._gateway.sources.opened(version.origin, version.adapter.digest)
+        except NoAdapter:  # its folder has gone, which is no reason not to ask
+            return _Source(trouble=none)
         except SidecarError as error:
             return _Source(trouble=f"its source cannot be reached, so there are no known answers: {error.message}")
         try:
@@ -113,7 +116,7 @@ class Verification:
         except SidecarError as error:
             return _Source(folder, trouble=error.message, wrong=True)
         if probes is None:
-            return _Source(folder, trouble=f"{record.name} ships no probe.jsonl, so no answer is known to be right")
+            return _Source(folder, trouble=none)
         return _Source(folder, probes)
 
     async def _plan(

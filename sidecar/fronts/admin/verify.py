@@ -25,7 +25,7 @@ from sidecar.shell.verifying import Finding, Plan, Verification
 TOKENS_ONLY = "its server has no text model (ensemble); give prompts as token ids with --prompt-tokens"
 TEXT_ONLY = "its model takes text only; give prompts with --prompt"
 CLIENT_ID = "verify"
-VERIFICATIONS_MAX = 2
+VERIFICATIONS_MAX = 4
 """Verifications of one tenant at a time: each asks every backend, over and over."""
 
 

@@ -192,8 +192,11 @@ class LoadCalls:
         if error.reason in (Reason.INVALID_NAME, Reason.MANAGED_ELSEWHERE):
             return texts.failed(texts.INVALID_INPUT, error.message, "lora_name")
         if error.family is Family.INVALID:
-            causes = texts.vllm_causes(await asyncio.to_thread(_config_in, name, path, allow), self._rank_max())
-            return texts.not_added(f"{causes} {error.message}".strip())
+            try:
+                config = await asyncio.to_thread(config_in, allow.open(name, path))
+            except SidecarError:  # the folder has gone, or is another one
+                config = {}
+            return texts.not_added(f"{texts.vllm_causes(config, self._rank_max())} {error.message}".strip())
         return texts.failed(texts.INTERNAL, error.message, retry_s=error.retry_after_s or 1.0)
 
     def _rank_max(self) -> int | None:
@@ -211,14 +214,6 @@ class LoadCalls:
             if backends:
                 value = str(len(backends)) if self._hide_backend else ", ".join(backends)[:_VALUE_CHARACTERS_MAX]
                 yield name, value.encode("latin-1", "replace")
-
-
-def _config_in(name: str, path: str, allow: AllowList) -> Mapping[str, Any]:
-    try:
-        with allow.open(name, path) as folder:
-            return config_in(folder)
-    except SidecarError:
-        return {}
 
 
 def _resource(name: str, record: Record | None) -> Resource:
