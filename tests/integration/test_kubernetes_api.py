@@ -232,5 +232,7 @@ async def test_a_slow_server_is_given_up_and_asked_again(kind: str, monkeypatch:
         monkeypatch.undo()
         with pytest.raises(ApiError, match="no answer"):
             await api.list(home.collection(MAPS))
+        await api.close()
+        api = Api(home.access)
         assert len((await api.list(home.collection(MAPS))).items) == 1
         await api.close()
