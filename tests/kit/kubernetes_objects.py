@@ -51,7 +51,7 @@ class Objects:
         return found
 
     def create(self, kind: Kind, made: Object) -> Object:
-        made = admitted(kind, copy.deepcopy(made))
+        made = admitted(kind, {"metadata": {}} | copy.deepcopy(made))
         metadata = made["metadata"]
         name = metadata.get("name") or metadata["generateName"][:GENERATED_MAX] + uuid4().hex[:5]
         if name in self.held.get(kind, {}):
