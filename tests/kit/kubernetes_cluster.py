@@ -27,7 +27,6 @@ from tests.kit.kubernetes_rules import ACCOUNT, CRD, ROLES, Object
 
 REAL = os.environ.get("KUBECONFIG", "")
 """An administrator's kubeconfig; tests set the variable to that of an account."""
-CLUSTERS = ["fake", *(["real"] if REAL else [])]
 
 
 @dataclass
@@ -180,5 +179,8 @@ def client_of(access: Access) -> httpx.AsyncClient:
 
 needs_faults = pytest.mark.parametrize("kind", ["fake"])
 """The mark of a test that injects faults into the server."""
-on_clusters = pytest.mark.parametrize("kind", CLUSTERS)
+_REAL = pytest.param("real", marks=pytest.mark.real_cluster)
+on_clusters = pytest.mark.parametrize("kind", ["fake", *([_REAL] if REAL else [])])
 """The mark of a test that also runs against a real cluster, if there is one."""
+on_a_real_cluster = pytest.mark.parametrize("kind", [_REAL])
+"""The mark of a test that `make e2e-kubernetes` runs."""
