@@ -251,6 +251,7 @@ class FakeServer:
         """Tell what changes, until the time that the client wants; from no position, or 0, first what there is."""
         position, selector = asked.query.get("resourceVersion", "0") or "0", asked.query.get("labelSelector", "")
         since = self.objects.number if position == "0" else int(position)
+        # A real server says nothing of a position that it has not reached; it waits for it.
         is_gone = since < self.objects.forgotten or since > self.objects.number
         if is_gone and self.gone_as == "status":
             raise GONE
