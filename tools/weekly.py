@@ -1,8 +1,9 @@
 """`make weekly`: try other versions of everything that is pinned, in copies of the checked-out files.
 
-The trials are the newest versions of all dependencies, each other installed Python, the newest Triton wheel, vLLM 0.32,
-the tools that users bring, and the newest vLLM for CPUs. A failed trial shows, before a user meets it, that another
-project's release breaks this one: support that release, or exclude it in pyproject.toml, in a separate change.
+The trials are the newest versions of all dependencies, each other installed Python, the newest Triton wheel, a real
+Kubernetes API server, vLLM 0.32, the tools that users bring, and the newest vLLM for CPUs. A failed trial shows, before
+a user meets it, that another project's release breaks this one: support that release, or exclude it in pyproject.toml,
+in a separate change.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ def trials() -> list[Trial]:
         Trial("newest dependencies", ("test",), newest_dependencies),
         *pythons,
         Trial("newest Triton wheel", ("e2e-triton",), newest_triton),
+        Trial("Kubernetes API server", ("e2e-kubernetes",), missing="" if shutil.which("apt-get") else "no apt here"),
         Trial("vLLM 0.32", ("e2e-vllm", OWN_VLLM)),
         Trial("tools that users bring", ("e2e-tools",)),
         Trial("newest vLLM", ("e2e-vllm", OWN_VLLM), newest_vllm),

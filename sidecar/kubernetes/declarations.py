@@ -25,6 +25,8 @@ ADAPTERS_KEY = "adapters.yaml"
 ADAPTERS_LABEL = "lora-sidecar.io/adapters=true"
 TAKE_OVER = "lora-sidecar.io/take-over"
 """An annotation: `"true"` lets an object's declarations take over names that were registered by hand."""
+RETRY = "lora-sidecar.io/retry"
+"""An annotation: with each other value, what failed of an object's declarations is tried again at once."""
 GRACE_S = 30.0
 """The default time in seconds for which a name answers after its declaration was deleted: enough to restore it."""
 PROBLEM_LENGTH_MAX = 500
@@ -79,6 +81,7 @@ class Declaration:
     grace_s: float = GRACE_S
     rev: str = ""
     take_over: bool = False
+    retry: str = ""
     problem: str = ""
 
     @property
@@ -230,6 +233,7 @@ def _declaration(
         grace_s,
         read.rev,
         annotations.get(TAKE_OVER) == "true",
+        annotations.get(RETRY, ""),
     )
 
 

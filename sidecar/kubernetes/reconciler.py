@@ -177,7 +177,7 @@ class Reconciler:
             if do is Do.NOTHING:
                 work.rest()
             else:
-                work.begin(lambda: self._steps.towards(do, declaration))
+                work.begin(lambda: self._steps.towards(do, declaration), lambda: self._steps.seen_of(declaration))
             here = NOWHERE if record is None else placement_of(self._state(), self._view(), record)
             standing = standing_of(declaration, record, work.attempt, here, now, self._loaded_of(declaration))
             if standing.phase is Phase.READY:

@@ -32,7 +32,8 @@ COUNTED = ("desired", "ready", "residentOn", "message")
 """The fields of a status whose change is not a transition."""
 
 Status = dict[str, Any]
-NOTE_LENGTH_MAX = 1000
+NOTE_BYTES_MAX, INSTANCE_BYTES_MAX = 1024, 128
+"""What the API server takes of an event; longer texts are cut."""
 
 
 class Change(Enum):
@@ -255,14 +256,14 @@ def event_of(source: Source, note: str, standing: Standing, instance: str) -> di
     return {
         "apiVersion": "events.k8s.io/v1",
         "kind": "Event",
-        "metadata": {"generateName": f"{source.name[:200]}.", "namespace": source.namespace},
+        "metadata": {"generateName": f"{source.name[:200]}-", "namespace": source.namespace},
         "eventTime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
         "reportingController": f"{GROUP}/{FIELD_MANAGER}",
-        "reportingInstance": instance[:128],
+        "reportingInstance": _cut(instance, INSTANCE_BYTES_MAX),
         "action": standing.phase.value,
         "reason": standing.reason,
         "type": "Warning" if standing.phase is Phase.FAILED else "Normal",
-        "note": note[:NOTE_LENGTH_MAX],
+        "note": _cut(note, NOTE_BYTES_MAX),
         "regarding": {
             "apiVersion": f"{GROUP}/{VERSION}" if is_lora else "v1",
             "kind": source.kind,
@@ -271,3 +272,7 @@ def event_of(source: Source, note: str, standing: Standing, instance: str) -> di
             "uid": source.uid,
         },
     }
+
+
+def _cut(text: str, bytes_max: int) -> str:
+    return text.encode()[:bytes_max].decode(errors="ignore")

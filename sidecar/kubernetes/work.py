@@ -1,4 +1,4 @@
-"""The work on one declared name: one step at a time, retried after a pause if it fails."""
+"""The work on one declared name: one step at a time, retried if it fails: after a pause, or once its files change."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Hashable
 from contextlib import nullcontext
+from pathlib import Path
 from time import monotonic, time
 from typing import Any
 
+from sidecar.adapters.origins.files import files_of
 from sidecar.adapters.origins.origin import is_url
 from sidecar.errors import Dropped, Reason, Refused, SidecarError
 from sidecar.kubernetes.deciding import Do, marked_gone, set_back
@@ -26,6 +28,8 @@ FIRST_RETRY_S, LAST_RETRY_S = 1.0, 300.0
 READ_AT_ONCE_MAX = 4
 """Adapters on disk that are read at a time: reading them takes threads that others need too."""
 
+Step = Callable[[], Coroutine[Any, Any, object]]
+Look = Callable[[], Coroutine[Any, Any, Hashable]]
 MayChange = Callable[[str, "Declaration | None"], bool]
 """Returns True if a name's declaration (None: it has none) is unchanged since a step began."""
 
@@ -38,6 +42,9 @@ class Work:
         self._changed = changed
         self._pauses = Pauses(FIRST_RETRY_S, LAST_RETRY_S)
         self._task: asyncio.Task[None] | None = None
+        self._look: asyncio.Task[None] | None = None
+        self._seen: Hashable = None
+        """What was seen before the last step."""
         self._about: Hashable = None
         self._error: SidecarError | None = None
         self.due_s = 0.0
@@ -63,25 +70,40 @@ class Work:
         self._about = wish
         self._error, self.due_s = None, 0.0
         self._pauses.end()
-        if self._task is not None:
-            self._task.cancel()
+        for task in self._tasks:
+            task.cancel()
 
-    def begin(self, step: Callable[[], Coroutine[Any, Any, object]]) -> None:
-        """Start a step, unless one is running or the pause after a failed one lasts."""
-        if not self.is_running and monotonic() >= self.due_s:
-            self._task = asyncio.create_task(self._take(step))
+    def begin(self, step: Step, look: Look | None = None) -> None:
+        """Start a step, unless one is running. In the pause after a failed one, look whether it can end now."""
+        if self.is_running:
+            return
+        if monotonic() >= self.due_s:
+            self._task = asyncio.create_task(self._take(step, look))
+        elif look is not None and (self._look is None or self._look.done()):
+            self._look = asyncio.create_task(self._look_again(look))
 
     def rest(self) -> None:
         """Note that nothing is to be done."""
         self._error = None
 
     async def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _take(self, step: Callable[[], Coroutine[Any, Any, object]]) -> None:
+    @property
+    def _tasks(self) -> list[asyncio.Task[None]]:
+        return [task for task in (self._task, self._look) if task is not None]
+
+    async def _look_again(self, look: Look) -> None:
+        """End the pause if something else is seen than before the step that failed."""
+        if await look() != self._seen:
+            self.due_s = 0.0
+            self._changed()
+
+    async def _take(self, step: Step, look: Look | None) -> None:
         try:
+            self._seen = None if look is None else await look()
             await step()
         except SidecarError as error:
             self._failed(error)
@@ -127,6 +149,13 @@ class Steps:
         async with limit:
             await self._catalogue.register(name, declaration.origin, wanted)
 
+    async def seen_of(self, declaration: Declaration) -> Hashable:
+        """Return what, if it changes, is a reason to try a failed declaration again."""
+        if is_url(declaration.origin):
+            return declaration.retry
+        async with self._reading:
+            return declaration.retry, await asyncio.to_thread(_marks_of, Path(declaration.origin))
+
     async def away(self, do: Do, record: Record) -> None:
         """Carry out one step towards forgetting a name."""
         name, owner = record.name, record.managed_by
@@ -148,3 +177,12 @@ class Steps:
     def _say(self, record: Record, reason: str, message: str) -> None:
         namespace, kind, name = record.managed_by.removeprefix(CLUSTER).split("/", 2)
         self._reporter.say(Source(kind, namespace, name), record.name, Standing(Phase.REMOVING, reason, message))
+
+
+def _marks_of(folder: Path) -> Hashable:
+    """Return what changes with an adapter's files, or None as long as one that it needs is missing. Blocks."""
+    try:
+        found = [path.stat() for path in files_of(folder)]
+    except (OSError, ValueError):
+        return None
+    return tuple((file.st_ino, file.st_size, file.st_mtime_ns) for file in found)

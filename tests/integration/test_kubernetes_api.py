@@ -76,6 +76,25 @@ async def test_a_mirror_follows(kind: str) -> None:
 
 
 @on_clusters
+async def test_a_watch_that_ends_by_itself_goes_on(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From where it was, as a server ends every watch: nothing is missed, and nothing is listed anew."""
+    asked: list[str] = []
+
+    def counted(name: str, original: Any) -> Any:
+        return lambda *given: asked.append(name) or original(*given)
+
+    for name in ("list", "watch"):
+        monkeypatch.setattr(Api, name, counted(name, getattr(Api, name)))
+    monkeypatch.setattr("sidecar.kubernetes.api.WATCH_S", (1.0, 1.0))
+    async with cluster(kind) as home, mirrored(home) as seen:
+        for number in range(1, 4):
+            await until(lambda count=number: asked.count("watch") > count)  # type: ignore[misc]
+            await home.create(MAPS, a_map(f"m{number}", "1"))
+            await until(lambda count=number: len(own(seen)) == count)  # type: ignore[misc]
+        assert asked.count("list") == 1
+
+
+@on_clusters
 async def test_a_long_list_comes_in_pages(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is yielded before the last page is there."""
     monkeypatch.setattr("sidecar.kubernetes.api.PAGE_MAX", 3)
@@ -232,5 +251,7 @@ async def test_a_slow_server_is_given_up_and_asked_again(kind: str, monkeypatch:
         monkeypatch.undo()
         with pytest.raises(ApiError, match="no answer"):
             await api.list(home.collection(MAPS))
+        await api.close()
+        api = Api(home.access)
         assert len((await api.list(home.collection(MAPS))).items) == 1
         await api.close()

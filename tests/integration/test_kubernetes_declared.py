@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from sidecar.kubernetes.declarations import TAKE_OVER
+from sidecar.kubernetes.declarations import RETRY, TAKE_OVER
 from sidecar.proto import admin_pb2 as pb
+from tests.kit.faulty_http import faulty_server
 from tests.kit.kubernetes_cluster import on_clusters
 from tests.kit.kubernetes_house import LORAS, condition, house, message_of
+from tests.kit.peft_files import write_adapter
 from tests.kit.serving import until
 
 
@@ -112,6 +114,23 @@ async def test_what_is_taken_out_is_refused_after_its_grace(
 
 
 @on_clusters
+async def test_what_is_being_deleted_is_declared_no_more(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though its object stays for as long as somebody's finalizer holds it."""
+    async with house(kind, tmp_path, monkeypatch) as here:
+        await here.home.declare("sql", here.write("sql", 1), removal={"graceSeconds": 0})
+        await here.home.patch(LORAS, "sql", {"metadata": {"finalizers": ["example.org/hold"]}})
+        await here.reaches("sql", "Ready")
+        await here.home.delete(LORAS, "sql")
+        await until(lambda: here.served.sidecar.registry.get("sql") is None)
+        assert (await here.home.get(LORAS, "sql"))["metadata"]["deletionTimestamp"]
+        await here.home.tells("Registered", "Removed")
+        await here.home.patch(LORAS, "sql", {"metadata": {"finalizers": None}})
+        assert await here.home.list(LORAS) == []
+
+
+@on_clusters
 async def test_a_failure_is_told_and_others_go_on(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A source that is not there, one that may not be read, another content than is named: Failed, with the reason.
 
@@ -137,6 +156,69 @@ async def test_a_failure_is_told_and_others_go_on(kind: str, tmp_path: Path, mon
         await here.reaches("other", "Ready", digest=digest)
         unreadable = ["OriginUnreadable"] * 2
         await here.home.tells(*["Registered"] * 3, *unreadable, "OriginNotAllowed", "AdapterMismatch")
+
+
+@on_clusters
+async def test_a_folder_that_comes_is_read_at_once(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the pause is: one that was not there, one that is written file by file, and one that is mended."""
+    with monkeypatch.context() as patched:
+        for pause in ("FIRST_RETRY_S", "LAST_RETRY_S"):
+            patched.setattr(f"sidecar.kubernetes.work.{pause}", 3600.0)
+        async with house(kind, tmp_path, monkeypatch) as here:
+            await here.home.declare("late", here.folder / "late")
+            await here.home.declare_in_map("more", [{"name": "later", "source": str(here.folder / "later")}])
+            await here.home.declare("parts", here.folder / "parts")
+            await here.home.declare("broken", here.write("broken", 3))
+            digest = (await here.reaches("broken", "Ready"))["digest"]
+            weights = here.folder / "broken" / "adapter_model.safetensors"
+            whole = weights.read_bytes()
+            weights.write_bytes(whole[:-8])
+            await here.home.patch(LORAS, "broken", {"spec": {"rev": "2"}})
+            for name in ("late", "parts", "broken"):
+                await here.reaches(name, "Failed")
+            for name, seed in (("late", 1), ("later", 2)):
+                here.write(name, seed)
+                await until(lambda name=name: name in here.served.state.names)  # type: ignore[misc]
+                await here.answers(name)
+            source = here.write("elsewhere", 4)
+            (here.folder / "parts").mkdir()
+            for file in sorted(source.iterdir()):
+                (here.folder / "parts" / file.name).write_bytes(file.read_bytes())
+            await here.reaches("parts", "Ready")
+            weights.write_bytes(whole)
+            await here.reaches("broken", "Ready", digest=digest, observedGeneration=2)
+
+
+@on_clusters
+async def test_an_annotation_hurries_what_failed(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a LoraAdapter and of a ConfigMap; each other value once, and what is served is left alone."""
+    adapter = write_adapter(tmp_path / "origin", seed=1)
+    with faulty_server() as server, monkeypatch.context() as patched:
+        for pause in ("FIRST_RETRY_S", "LAST_RETRY_S"):
+            patched.setattr(f"sidecar.kubernetes.work.{pause}", 3600.0)
+        origins = {"allow": [server.url("")], "attempts_max": 1}
+        record = {"data_directory": str(tmp_path / "data"), "origins": origins}
+        async with house(kind, tmp_path, monkeypatch, **record) as here:
+            await here.home.declare("sql", server.url("sql"))
+            await here.home.declare_in_map("more", [{"name": "more", "source": server.url("more")}])
+            await here.reaches("sql", "Failed")
+            await here.home.tells("OriginUnreadable", "OriginUnreadable")
+            asked = len(server.asked)
+            await here.home.patch(LORAS, "sql", {"metadata": {"annotations": {RETRY: "1"}}})
+            await until(lambda: len(server.asked) > asked)
+            for name in ("sql", "more"):
+                server.serve(name, adapter)
+            await here.home.patch(LORAS, "sql", {"metadata": {"annotations": {RETRY: "2"}}})
+            await here.reaches("sql", "Ready")
+            assert "more" not in here.served.state.names
+            await here.home.patch("configmaps", "more", {"metadata": {"annotations": {RETRY: "1"}}})
+            await until(lambda: "more" in here.served.state.names)
+            asked = len(server.asked)
+            await here.home.patch(LORAS, "sql", {"metadata": {"annotations": {RETRY: "3"}}})
+            await here.home.declare("next", server.url("sql"))
+            await here.reaches("next", "Ready")
+            assert [each.path for each in server.asked[asked:] if each.path.startswith("/more")] == []
+            assert here.served.sidecar.registry.get("sql").current == 1
 
 
 @on_clusters

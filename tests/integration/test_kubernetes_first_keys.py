@@ -14,9 +14,10 @@ import yaml
 from sidecar.access.keys_file import KeysFile
 from tests.kit.forked import python
 from tests.kit.kubernetes_api import FakeServer, Fault, fake_server, write_kubeconfig
+from tests.kit.kubernetes_rules import ACCOUNT, JOB
 from tests.kit.serving import PATIENCE_S
 
-SECRET, CONFIG_MAP = "pool-keys", "pool"
+SECRET, CONFIG_MAP = JOB, ACCOUNT  # as the chart calls them, and its Role names the ConfigMap
 SECRETS, CONFIG_MAPS = ("", "ml", "secrets"), ("", "ml", "configmaps")
 MAKE = ("--secret", SECRET, "--labels", '{"app.kubernetes.io/instance": "pool"}')
 GUARD = ("--guard", CONFIG_MAP)
@@ -24,7 +25,7 @@ GUARD = ("--guard", CONFIG_MAP)
 
 async def job(server: FakeServer, folder: Path, *arguments: str) -> tuple[int | None, str]:
     """Run the Job's command; return its exit status and all that it printed."""
-    kubeconfig = write_kubeconfig(folder / "kubeconfig", server.address)
+    kubeconfig = write_kubeconfig(folder / "kubeconfig", server.address, token=JOB)
     process = await python(
         "-m",
         "sidecar.kubernetes.first_keys",

@@ -10,7 +10,6 @@ from sidecar.config import parse
 from sidecar.errors import Misused
 from sidecar.serve.app import Sidecar
 from tests.kit.found_engines import FREE, Names, Pool, in_front
-from tests.kit.kubernetes_api import write_kubeconfig
 from tests.kit.kubernetes_cluster import cluster
 from tests.kit.serving import until, write_adapters
 
@@ -22,8 +21,7 @@ async def test_pods_come_are_terminated_and_go(tmp_path: Path, monkeypatch: pyte
     write_adapters(tmp_path / "adapters", 2)
     pool = Pool(Names())
     async with cluster() as home:
-        kubeconfig = write_kubeconfig(tmp_path / "kubeconfig", home.fake.address, home.namespace)
-        monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
+        monkeypatch.setenv("KUBECONFIG", str(await home.kubeconfig(tmp_path)))
         first, second = await pool.start(), await pool.start()
         slice_of = {"ports": [{"name": "grpc", "port": pool.port, "protocol": "TCP"}]}
         endpoints = [

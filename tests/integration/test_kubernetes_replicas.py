@@ -18,7 +18,6 @@ from sidecar.kubernetes.pauses import Pauses
 from sidecar.proto import admin_pb2 as pb
 from tests.kit.emulated import running_engine
 from tests.kit.forked import python
-from tests.kit.kubernetes_api import write_kubeconfig
 from tests.kit.kubernetes_cluster import Cluster, cluster, on_clusters
 from tests.kit.peft_files import write_adapter
 from tests.kit.redis_servers import running
@@ -50,8 +49,7 @@ async def pool_of(
         running_engine(**DUMMY) as two,
         AsyncExitStack() as stack,
     ):
-        if home.server is not None:
-            monkeypatch.setenv("KUBECONFIG", str(write_kubeconfig(tmp_path / "kubeconfig", home.server.address)))
+        monkeypatch.setenv("KUBECONFIG", str(await home.kubeconfig(tmp_path)))
         wanted = {"namespace": home.namespace, "adapters": BOTH}
         pool, stacks = [], []
         for number in range(count):
@@ -165,7 +163,7 @@ async def process_of(engine: Any, folder: Path, home: Cluster, kubeconfig: Path)
         "data_directory": str(folder / "data"),
         "kubernetes": {"namespace": home.namespace, "adapters": BOTH},
     }
-    environment = os.environ | ({"KUBECONFIG": str(kubeconfig)} if home.server is not None else {})
+    environment = os.environ | {"KUBECONFIG": str(kubeconfig)}
     process = await python("-c", SERVE, json.dumps(config), "0", stdout=asyncio.subprocess.PIPE, env=environment)
     assert process.stdout is not None
     try:
@@ -193,9 +191,7 @@ async def test_a_process_that_is_killed_comes_back_to_what_is_declared_by_then(k
     (tmp_path / "data").mkdir()
     paths = [str(write_adapter(tmp_path / f"v{seed}", seed=seed)) for seed in range(3)]
     async with cluster(kind) as home, running_engine(**DUMMY) as engine:
-        kubeconfig = tmp_path / "kubeconfig"
-        if home.server is not None:
-            write_kubeconfig(kubeconfig, home.server.address)
+        kubeconfig = await home.kubeconfig(tmp_path)
         async with process_of(engine, tmp_path, home, kubeconfig) as before:
             for name, path in zip(("sql", "stays", "goes"), paths, strict=True):
                 await home.declare(name, path, removal={"graceSeconds": 0})

@@ -10,7 +10,7 @@ import pytest
 
 from sidecar.errors import Misused, Reason, Refused
 from tests.kit.emulated import running_engine
-from tests.kit.kubernetes_api import Fault, write_kubeconfig
+from tests.kit.kubernetes_api import Fault
 from tests.kit.kubernetes_cluster import cluster, needs_faults
 from tests.kit.kubernetes_house import BOTH, DUMMY, LORAS, house, message_of
 from tests.kit.peft_files import write_adapter
@@ -95,7 +95,7 @@ async def test_names_are_there_when_serving_begins(kind: str, tmp_path: Path, mo
     """
     write_adapter(tmp_path / "loras" / "sql", seed=1)
     async with cluster(kind) as home, running_engine(**DUMMY) as engine:
-        monkeypatch.setenv("KUBECONFIG", str(write_kubeconfig(tmp_path / "kubeconfig", home.fake.address)))
+        monkeypatch.setenv("KUBECONFIG", str(await home.kubeconfig(tmp_path)))
         await home.declare("sql", tmp_path / "loras" / "sql")
         await home.declare("absent", tmp_path / "loras" / "absent")
         options = {"roots": [tmp_path / "loras"], "kubernetes": {"adapters": BOTH}}

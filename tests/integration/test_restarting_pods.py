@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.kit.kubernetes_api import Fault, write_kubeconfig
+from tests.kit.kubernetes_api import Fault
 from tests.kit.kubernetes_cluster import Cluster, cluster
 from tests.kit.peft_files import write_adapter
 from tests.kit.serving import Serving, serving, until
@@ -35,7 +35,8 @@ class Deployment:
         self.made += 1
         engine = TrtllmProcess("--compute", "none", "--max-loras", "4", "--max-cpu-loras", "8", "--iteration-stats")
         self.engines[name] = await self.stack.enter_async_context(engine)
-        await self.home.create("pods", {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}})
+        spec = {"containers": [{"name": "engine", "image": "engine"}]}
+        await self.home.create("pods", {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": spec})
         port = int(engine.http_address.rpartition(":")[2])
         await self.home.add_slice(
             f"slice-{name}",
@@ -74,8 +75,7 @@ async def deployed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
     (folder / "steps").mkdir()
     async with AsyncExitStack() as stack:
         home = await stack.enter_async_context(cluster())
-        kubeconfig = write_kubeconfig(folder / "kubeconfig", home.fake.address, home.namespace)
-        monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
+        monkeypatch.setenv("KUBECONFIG", str(await home.kubeconfig(folder)))
         deployment = Deployment(home, stack)
         pods = [await deployment.add() for _ in range(2)]
         entry = entry_of(folder, 4, 8) | {

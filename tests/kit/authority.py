@@ -32,10 +32,15 @@ class Authority:
             "-subj", "/CN=test authority", "-days", "2",
         )  # fmt: skip
 
-    async def sign(self, name: str, alternative: str = "") -> tuple[Path, Path]:
-        """Return key and certificate of a name; `alternative` becomes its subject alternative name."""
+    async def sign(self, name: str, alternative: str = "", subject: str = "") -> tuple[Path, Path]:
+        """Return key and certificate of a name; `alternative` becomes its subject alternative name.
+
+        `subject` is the subject, if it is more than the name.
+        """
         key, request, certificate = (f"{name}.{end}" for end in ("key", "csr", "pem"))
-        await openssl(self.folder, "req", *KEY, "-nodes", "-keyout", key, "-out", request, "-subj", f"/CN={name}")
+        await openssl(
+            self.folder, "req", *KEY, "-nodes", "-keyout", key, "-out", request, "-subj", subject or f"/CN={name}"
+        )
         extensions: tuple[str, ...] = ()
         if alternative:
             (self.folder / f"{name}.ext").write_text(f"subjectAltName={alternative}\n")

@@ -1,4 +1,7 @@
-"""A cluster for tests: a fake API server's, or a namespace of a real one if KUBECONFIG names it."""
+"""A cluster for tests: a fake API server's, or a namespace of a real one if KUBECONFIG names it.
+
+The chart's accounts and Roles are there; `Cluster.kubeconfig` is what a process with such an account has.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,11 @@ from sidecar.kubernetes.access import Access, from_kubeconfig
 from sidecar.kubernetes.api import Collection
 from sidecar.kubernetes.declarations import ADAPTERS_LABEL, loras_in
 from sidecar.kubernetes.endpoint_slices import SERVICE_LABEL
-from tests.kit.kubernetes_api import FakeServer, fake_server
+from tests.kit.kubernetes_api import FakeServer, fake_server, write_kubeconfig
+from tests.kit.kubernetes_rules import ACCOUNT, CRD, ROLES, Object
 
-Object = dict[str, Any]
-CLUSTERS = ["fake", *(["real"] if os.environ.get("KUBECONFIG") else [])]
-CRDS = Path(__file__).parents[2] / "deploy" / "helm" / "lora-sidecar" / "crds"
+REAL = os.environ.get("KUBECONFIG", "")
+"""An administrator's kubeconfig; tests set the variable to that of an account."""
 
 
 @dataclass
@@ -74,6 +77,15 @@ class Cluster:
         found: Object = answer.json()
         return found
 
+    async def kubeconfig(self, folder: Path, account: str = ACCOUNT) -> Path:
+        """Write the kubeconfig of one of the chart's accounts and return where."""
+        path, token, place = folder / "kubeconfig", account, {"server": self.access.url}
+        if self.server is None:
+            asked = f"/api/v1/namespaces/{self.namespace}/serviceaccounts/{account}/token"
+            token = (await self._ask("POST", asked, {"spec": {"expirationSeconds": 3600}}))["status"]["token"]
+            place = _place()
+        return write_kubeconfig(path, place, self.namespace, token)
+
     # What is made most.
 
     async def add_slice(self, name: str, service: str, addresses: list[str], **fields: Any) -> Object:
@@ -122,24 +134,34 @@ class Cluster:
 async def cluster(kind: str = "fake", **fields: Any) -> AsyncIterator[Cluster]:
     """Yield a cluster for the length of a block; `fields` are the fake server's."""
     if kind == "fake":
-        async with fake_server(**fields) as server, _client(server.access) as client:
+        async with fake_server(**fields) as server, client_of(server.access) as client:
             yield Cluster(server.access, client, server)
         return
-    access = from_kubeconfig(Path(os.environ["KUBECONFIG"]))
-    access = replace(access, namespace=f"lora-sidecar-test-{token_hex(4)}")
-    async with _client(access) as client:
+    access = replace(from_kubeconfig(Path(REAL)), namespace=f"lora-sidecar-test-{token_hex(4)}")
+    async with client_of(access) as client:
         made = Cluster(access, client)
         await _define(client)
         await made._ask("POST", "/api/v1/namespaces", {"metadata": {"name": made.namespace}})
+        for found in yaml.safe_load_all(ROLES.read_text().replace("namespace: ml", f"namespace: {made.namespace}")):
+            root = "/api/v1" if found["apiVersion"] == "v1" else f"/apis/{found['apiVersion']}"
+            await made._ask("POST", f"{root}/namespaces/{made.namespace}/{found['kind'].lower()}s", found)
         try:
             yield made
         finally:
             await made._ask("DELETE", f"/api/v1/namespaces/{made.namespace}")
 
 
+def _place() -> Object:
+    """Return what the administrator's kubeconfig says of its cluster."""
+    place: Object = yaml.safe_load(Path(REAL).read_text())["clusters"][0]["cluster"]
+    if "certificate-authority" in place:
+        place["certificate-authority"] = str(Path(REAL).parent / place["certificate-authority"])
+    return place
+
+
 async def _define(client: httpx.AsyncClient) -> None:
     """Install LoraAdapter's definition, unless it is there, and wait until its objects are served."""
-    definition = yaml.safe_load((CRDS / "loraadapters.yaml").read_text())
+    definition = yaml.safe_load(CRD.read_text())
     answer = await client.post("/apis/apiextensions.k8s.io/v1/customresourcedefinitions", json=definition)
     assert answer.status_code in (201, 409), answer.text
     async with asyncio.timeout(60):
@@ -147,7 +169,8 @@ async def _define(client: httpx.AsyncClient) -> None:
             await asyncio.sleep(0.2)
 
 
-def _client(access: Access) -> httpx.AsyncClient:
+def client_of(access: Access) -> httpx.AsyncClient:
+    """Return a client that may do what its access permits."""
     token = access.token()
     headers = {"authorization": f"Bearer {token}"} if token else {}
     tls = access.tls or True
@@ -156,5 +179,8 @@ def _client(access: Access) -> httpx.AsyncClient:
 
 needs_faults = pytest.mark.parametrize("kind", ["fake"])
 """The mark of a test that injects faults into the server."""
-on_clusters = pytest.mark.parametrize("kind", CLUSTERS)
+_REAL = pytest.param("real", marks=pytest.mark.real_cluster)
+on_clusters = pytest.mark.parametrize("kind", ["fake", *([_REAL] if REAL else [])])
 """The mark of a test that also runs against a real cluster, if there is one."""
+on_a_real_cluster = pytest.mark.parametrize("kind", [_REAL])
+"""The mark of a test that `make e2e-kubernetes` runs."""

@@ -15,7 +15,6 @@ import pytest
 
 from sidecar.kubernetes.pauses import Pauses
 from tests.kit.emulated import running_engine
-from tests.kit.kubernetes_api import write_kubeconfig
 from tests.kit.kubernetes_cluster import Cluster, cluster
 from tests.kit.peft_files import write_adapter
 from tests.kit.serving import Serving, serving
@@ -73,8 +72,7 @@ async def house(
         monkeypatch.setattr(f"sidecar.kubernetes.{part}", 0.2)
     monkeypatch.setattr("sidecar.kubernetes.mirror.Pauses", partial(Pauses, 0.02, 0.2))
     async with cluster(kind) as home, running_engine(**DUMMY) as engine:
-        if home.server is not None:
-            monkeypatch.setenv("KUBECONFIG", str(write_kubeconfig(tmp_path / "kubeconfig", home.server.address)))
+        monkeypatch.setenv("KUBECONFIG", str(await home.kubeconfig(tmp_path)))
         wanted = {"namespace": home.namespace, "adapters": adapters}
         async with serving([engine], roots=[folder], kubernetes=wanted, **record) as served:
             yield House(home, served, folder)

@@ -1,8 +1,8 @@
 """The store of a fake Kubernetes API server: objects with resource versions, and a limited history of changes.
 
 `tests.kit.kubernetes_api` serves it. It keeps the real server's guarantees: every change has its own number, a write
-that names another resource version than the object's is a conflict, and a watch continues from any number that is not
-forgotten.
+that names another resource version than the object's is a conflict, a watch continues from any number that is not
+forgotten, and an object with finalizers is only marked as deleted until the last one has gone.
 """
 
 from __future__ import annotations
@@ -15,19 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
-Object = dict[str, Any]
-Kind = tuple[str, str, str]
-"""The API ("" or the group), the namespace and the plural."""
+from tests.kit.kubernetes_rules import WITH_STATUS, Failure, Kind, Object, admitted, check, check_change, shaped
 
-
-class Failure(Exception):
-    """An answer with an error; `reason` is a Status's."""
-
-    def __init__(self, code: int, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.status = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "reason": reason}
-        self.status["message"] = message
+GENERATED_MAX = 58
+"""How much of `generateName` goes into a name: with the five random letters it has room in a label."""
 
 
 @dataclass
@@ -60,47 +51,50 @@ class Objects:
         return found
 
     def create(self, kind: Kind, made: Object) -> Object:
-        made = copy.deepcopy(made)
-        metadata = made.setdefault("metadata", {})
-        name = metadata.get("name") or metadata.pop("generateName", "") + uuid4().hex[:5]
+        made = admitted(kind, {"metadata": {}} | copy.deepcopy(made))
+        metadata = made["metadata"]
+        name = metadata.get("name") or metadata["generateName"][:GENERATED_MAX] + uuid4().hex[:5]
         if name in self.held.get(kind, {}):
             raise Failure(409, "AlreadyExists", f'{kind[2]} "{name}" already exists')
-        age = next(self.made)
-        created = f"2026-01-01T{age // 3600:02}:{age // 60 % 60:02}:{age % 60:02}Z"
         metadata |= {"name": name, "namespace": kind[1], "uid": str(uuid4()), "generation": 1}
-        metadata.setdefault("creationTimestamp", created)
+        metadata["creationTimestamp"] = self._now()
         made.pop("status", None)
         return self._write(kind, "ADDED", made)
-
-    def replace(self, kind: Kind, name: str, new: Object) -> Object:
-        old = self.get(kind, name)
-        self._check(old, new.get("metadata", {}).get("resourceVersion"))
-        new = copy.deepcopy(new)
-        if "status" in old:
-            new["status"] = old["status"]
-        else:
-            new.pop("status", None)
-        kept = {key: old["metadata"][key] for key in ("uid", "creationTimestamp", "name", "namespace", "generation")}
-        new["metadata"] = new.get("metadata", {}) | kept
-        new["metadata"]["generation"] += new.get("spec") != old.get("spec")
-        return self._write(kind, "MODIFIED", new)
 
     def patch(self, kind: Kind, name: str, patch: Object, status: bool) -> Object:
         """Merge a patch into an object, or only into its status."""
         old = self.get(kind, name)
-        self._check(old, patch.get("metadata", {}).get("resourceVersion"))
-        new = copy.deepcopy(old)
-        if status:
-            new["status"] = _merged(new.get("status", {}), patch.get("status", {}))
-        else:
-            new = _merged(new, {key: value for key, value in patch.items() if key != "status"})
-            new["metadata"]["generation"] += new.get("spec") != old.get("spec")
-        return old if new == old else self._write(kind, "MODIFIED", new)
+        expected = patch.get("metadata", {}).get("resourceVersion")
+        if expected and expected != old["metadata"]["resourceVersion"]:
+            raise Failure(409, "Conflict", "the object has been modified; please apply your changes to the latest")
+        new = _merged(copy.deepcopy(old), {"status": patch.get("status", {})} if status else patch)
+        if not status and kind[2] in WITH_STATUS:
+            new = {key: value for key, value in new.items() if key != "status"}
+            new |= {"status": old["status"]} if "status" in old else {}
+        new = shaped(kind, new)
+        check_change(old, new)
+        check(kind, new)
+        if new == old:
+            return old
+        if new["metadata"].get("deletionTimestamp") and not new["metadata"].get("finalizers"):
+            return self._remove(kind, new)
+        new["metadata"]["generation"] += new.get("spec") != old.get("spec")
+        return self._write(kind, "MODIFIED", new)
 
     def delete(self, kind: Kind, name: str) -> Object:
         old = copy.deepcopy(self.get(kind, name))
-        del self.held[kind][name]
-        return self._write(kind, "DELETED", old)
+        metadata = old["metadata"]
+        if not metadata.get("finalizers"):
+            return self._remove(kind, old)
+        if metadata.get("deletionTimestamp"):
+            return old
+        metadata |= {"deletionTimestamp": self._now(), "generation": metadata["generation"] + 1}
+        return self._write(kind, "MODIFIED", old)
+
+    def _remove(self, kind: Kind, old: Object) -> Object:
+        self._write(kind, "DELETED", old)
+        del self.held[kind][old["metadata"]["name"]]
+        return old
 
     def forget(self) -> None:
         """Forget the history, as the real one does after some minutes."""
@@ -112,9 +106,9 @@ class Objects:
         self.number -= numbers
         self.forget()
 
-    def _check(self, old: Object, expected: str | None) -> None:
-        if expected and expected != old["metadata"]["resourceVersion"]:
-            raise Failure(409, "Conflict", "the object has been modified; please apply your changes to the latest")
+    def _now(self) -> str:
+        age = next(self.made)
+        return f"2026-01-01T{age // 3600:02}:{age // 60 % 60:02}:{age % 60:02}Z"
 
     def _write(self, kind: Kind, event: str, new: Object) -> Object:
         self.number += 1
@@ -135,11 +129,13 @@ def seen_by(change: Changed, selector: str) -> tuple[str, Object] | None:
     """Return a change as a watch with a selector sees it: an object may enter or leave the selection."""
     now = change.event != "DELETED" and matches(change.object, selector)
     was = change.before is not None and matches(change.before, selector)
-    if change.event == "DELETED":
-        return ("DELETED", change.object) if matches(change.object, selector) else None
     if now:
         return ("MODIFIED" if was else "ADDED"), change.object
-    return ("DELETED", change.object) if was else None
+    if not was:
+        return None
+    assert change.before is not None
+    version = {"resourceVersion": str(change.number)}
+    return "DELETED", change.before | {"metadata": change.before["metadata"] | version}
 
 
 def matches(found: Object, selector: str) -> bool:

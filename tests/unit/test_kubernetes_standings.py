@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -24,9 +23,11 @@ from sidecar.shell.managing import Wanted, owner_phrase, taken_over
 from sidecar.shell.metrics import DECLARED_PHASES
 from sidecar.state.records import Record
 from sidecar.state.written import from_json, to_json
-from tests.kit.kubernetes_cluster import CRDS
 from tests.kit.kubernetes_declared import DECLARED, IDLE, NOW, SOURCE, registered
+from tests.kit.kubernetes_rules import CRD, check, shaped
 from tests.kit.registries import record
+
+LORAS = ("lora-sidecar.io", "ml", "loraadapters")
 
 
 def test_who_has_the_say() -> None:
@@ -116,25 +117,9 @@ def test_a_status_keeps_the_time_of_what_has_not_turned() -> None:
     assert status_of(stands(registered()), 2, later, NOW + 120) == later
 
 
-def allowed(schema: dict[str, Any], found: Any, at: str = "status") -> None:
-    """Check an object against a structural schema, as far as the product's CRD uses it."""
-    kinds = {"object": dict, "array": list, "string": str, "integer": int}
-    assert isinstance(found, kinds[schema["type"]]), at
-    assert found in schema.get("enum", [found]), at
-    assert re.search(schema.get("pattern", ""), found if isinstance(found, str) else ""), at
-    if schema["type"] == "array":
-        for each in found:
-            allowed(schema["items"], each, f"{at}[]")
-    if schema["type"] == "object":
-        assert not set(schema.get("required", ())) - set(found), at
-        for key, value in found.items():
-            assert key in schema["properties"], f"{at}.{key}"
-            allowed(schema["properties"][key], value, f"{at}.{key}")
-
-
 def crd() -> dict[str, Any]:
     """Return the schema of LoraAdapter's version."""
-    (version,) = yaml.safe_load((CRDS / "loraadapters.yaml").read_text())["spec"]["versions"]
+    (version,) = yaml.safe_load(CRD.read_text())["spec"]["versions"]
     assert version["name"] == VERSION
     schema: dict[str, Any] = version["schema"]["openAPIV3Schema"]["properties"]
     return schema
@@ -158,7 +143,9 @@ def test_the_definition_takes_every_status() -> None:
     assert {standing.phase for standing in standings} == set(Phase) - {Phase.REMOVING}
     for standing in standings:
         status = status_of(standing, 1, {}, NOW)
-        allowed(schema, status)
+        found = {"metadata": {"name": "sql"}, "spec": {"source": "/l"}, "status": status}
+        check(LORAS, found)
+        assert shaped(LORAS, found) == found
         assert set(status) == set(schema["properties"])
 
 

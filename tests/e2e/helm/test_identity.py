@@ -172,7 +172,9 @@ async def ended(*command: str, **variables: str) -> tuple[int | None, str]:
 
 async def run_job(objects: list[Object], server: FakeServer, folder: Path) -> tuple[int | None, str]:
     """Run the Job's command as its pod would."""
-    return await ended(*job(objects), KUBECONFIG=str(write_kubeconfig(folder / "kubeconfig", server.address)))
+    return await ended(
+        *job(objects), KUBECONFIG=str(write_kubeconfig(folder / "kubeconfig", server.address, NAMESPACE))
+    )
 
 
 async def test_from_the_job_to_the_answer(newest: Renderer, tmp_path: Path) -> None:
@@ -187,7 +189,7 @@ async def test_from_the_job_to_the_answer(newest: Renderer, tmp_path: Path) -> N
             assert code == 0, printed
             volume = mounted_keys(objects)
             assert volume is not None
-            secret = server.objects.get(("", "ml", "secrets"), volume["secretName"])
+            secret = server.objects.get(("", NAMESPACE, "secrets"), volume["secretName"])
         assert secret["metadata"]["labels"]["app.kubernetes.io/instance"] == RELEASE
         [item] = volume["items"]
         (tmp_path / item["path"]).write_text(secret["stringData"][item["key"]])
@@ -233,9 +235,9 @@ async def test_what_only_renders_does_not_enforce_by_surprise(newest: Renderer, 
     """Argo CD renders an upgrade as an installation: the Job sees the ConfigMap of the release before, and fails."""
     before = newest.objects({"identity": {"mode": "observe"}})
     async with fake_server() as server:
-        server.objects.create(("", "ml", "configmaps"), one(before, "ConfigMap"))
+        server.objects.create(("", NAMESPACE, "configmaps"), one(before, "ConfigMap"))
         default = await run_job(newest.objects({}), server, tmp_path)
-        assert ("", "ml", "secrets") not in server.objects.held
+        assert ("", NAMESPACE, "secrets") not in server.objects.held
         chosen = await run_job(newest.objects(ENFORCE), server, tmp_path)
     assert (default[0], chosen[0]) == (1, 0)
     assert "set identity.mode to observe" in default[1]

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from tests.e2e.helm.rendering import Object, Renderer, configuration, containers, hooks, one, pods
+from tests.kit.kubernetes_rules import ACCOUNT, ROLES
 
 GIB = 1 << 30
 
@@ -128,6 +129,22 @@ def test_rights(newest: Renderer) -> None:
     }
     usual = [found for found in newest.objects({}) if not hooks(found)]
     assert not [found for found in usual if found["kind"] in ("Role", "RoleBinding")]
+
+
+def test_the_tests_accounts_are_the_charts(newest: Renderer) -> None:
+    """What the tests' API server permits, and what `make e2e-kubernetes` applies, is what the chart comes to."""
+    slices = {"endpoint_slices": {"service": "trtllm", "port": "http"}}
+    engines = {"id": "gpu", "kind": "trtllm", "discover": slices, "host_versions_max": 100}
+    restarted = engines | {"host_versions_on_limit": "drain", "restart": {"delete_pod": True}}
+    declared = {"customResources": True, "configMaps": True}
+    values = {"fullnameOverride": ACCOUNT, "declared": declared, "backends": [restarted]}
+    found = [each for each in newest.objects(values) if each["kind"] in ("ServiceAccount", "Role", "RoleBinding")]
+    for each in found:
+        each["metadata"] = {"name": each["metadata"]["name"], "namespace": "ml"}
+        each.pop("automountServiceAccountToken", None)
+        for subject in each.get("subjects", ()):
+            subject["namespace"] = "ml"
+    assert found == list(yaml.safe_load_all(ROLES.read_text()))
 
 
 def test_rights_to_restart_engines(newest: Renderer) -> None:
