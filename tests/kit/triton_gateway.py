@@ -21,6 +21,10 @@ from tests.kit.serving import serving, write_adapters
 FREE = {"address": "127.0.0.1:0"}
 ADAPTER = "a00"
 MISS = "LoRA task 1 not found in cache. Please send LoRA weights with request"
+FULL = (
+    "Executor failed process requestId 7 due to the following error: Encountered an error when fetching new request: "
+    "Error storing task=1 in PEFT cache -- Cache is full. There are no done tasks to evict"
+)
 
 
 @asynccontextmanager
@@ -60,10 +64,14 @@ def asked(path: str, tokens: int = 3) -> bytes:
     return framed(request.SerializeToString())
 
 
-async def routed_call(house: PickerHouse, path: str, body: bytes | None = None, ended: bool = True) -> Raw:
+async def routed_call(
+    house: PickerHouse, path: str, body: bytes | None = None, ended: bool = True, response_mode: Any = STREAMED
+) -> Raw:
     """Begin a call, and return once the first part of its body is let go to an engine."""
     raw = house.begin()
-    await raw.send(call_head(path), request_body(asked(path) if body is None else body, ended))
+    await raw.send(
+        call_head(path, response_mode=response_mode), request_body(asked(path) if body is None else body, ended)
+    )
     while (reply := await raw.next()) is not None:
         assert reply.WhichOneof("response") != "immediate_response", reply
         if reply.WhichOneof("response") == "request_body":
@@ -133,4 +141,5 @@ def status_of(replies: Iterable[envoy.ProcessingResponse]) -> int | None:
 
 def bytes_of(replies: Iterable[envoy.ProcessingResponse]) -> bytes:
     """Return what took the place of the engine's chunks."""
-    return b"".join(reply.response_body.response.body_mutation.body for reply in replies)
+    changes = [reply.response_body.response.body_mutation for reply in replies]
+    return b"".join(change.body or change.streamed_response.body for change in changes)

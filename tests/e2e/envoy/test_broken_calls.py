@@ -12,14 +12,17 @@ import grpc.aio
 import pytest
 from tritonclient.grpc import service_pb2
 
+from sidecar.backends import wire
 from sidecar.backends.api import Ending
-from sidecar.core.effects import Heal
+from sidecar.backends.triton.framing import messages_of
+from sidecar.core.effects import Heal, Settle
 from sidecar.core.events import RunEnded
 from sidecar.fronts.extproc.call_exchange import STREAM, UNARY
 from sidecar.replicas import carrying, forwarding
-from tests.e2e.envoy.test_calls import calls
+from tests.e2e.envoy.test_calls import calls, tokens_of
+from tests.e2e.envoy.test_replicas import aiter_of
 from tests.kit.emulated import core_request, running_engine, set_parameter
-from tests.kit.picker_house import PickerHouse, entry_of, picker_house, response_body, response_head
+from tests.kit.picker_house import FD, STREAMED, PickerHouse, entry_of, picker_house, response_body, response_head
 from tests.kit.quick_engine import event
 from tests.kit.redis_servers import running
 from tests.kit.replica_pool import CALM_S, owned, replicas
@@ -27,6 +30,7 @@ from tests.kit.serving import Serving, until, write_adapters
 from tests.kit.triton_gateway import (
     ADAPTER,
     FREE,
+    FULL,
     MISS,
     answered,
     bytes_of,
@@ -123,6 +127,39 @@ async def test_an_error_that_comes_in_parts_is_healed_too(tmp_path: Path, cut: i
         await raw.send(response_body(error[cut:]), call_trailers(OK))
         await rest_of(raw)
         assert house.served.recorder.count(Heal) == 1
+
+
+@paths
+@pytest.mark.parametrize("mode", [STREAMED, FD], ids=["streamed", "duplex"])
+@pytest.mark.parametrize("as_status", [False, True], ids=["message", "status"])
+async def test_a_full_cache_is_healed_before_the_first_message(
+    tmp_path: Path, path: str, mode: Any, as_status: bool
+) -> None:
+    """As a miss is: the adapter is loaded again once a completion may have left room, and the client gets its tokens.
+
+    A status alone has no body that could be replaced, so the client gets that the request is to be sent again.
+    """
+    async with triton_house(tmp_path, decoupled=path == STREAM) as house:
+        raw = await routed_call(house, path, response_mode=mode)
+        if as_status:
+            await raw.send(call_answer(status=3 if path == UNARY else 13, text=FULL))
+        else:
+            await raw.send(call_answer(), response_body(answered(error=FULL)), call_trailers(OK))
+        replies = await rest_of(raw)
+        await house.quiet(SHORT_S)
+        assert "cache_full" in [heal.reason for heal in house.served.recorder.of(Heal)]
+        [settled] = house.served.recorder.of(Settle)
+        assert settled.reason is None
+        if as_status:
+            assert status_of(replies) == grpc.StatusCode.UNAVAILABLE.value[0]
+        else:
+            got = [raw async for raw in messages_of(aiter_of(bytes_of(replies)))]
+            if path == STREAM:
+                messages = [wire.ModelStreamInferResponse.FromString(raw) for raw in got]
+            else:
+                [whole] = map(wire.ModelInferResponse.FromString, got)
+                messages = [wire.ModelStreamInferResponse(infer_response=whole)]
+            assert tokens_of(messages) == house.served.expected(ADAPTER, 3)
 
 
 async def test_an_error_is_held_whatever_follows_it(tmp_path: Path) -> None:
