@@ -97,6 +97,16 @@ async def test_a_caller_without_a_tenant_is_booked_to_nobody(tmp_path: Path) -> 
         assert {event.tenant for event in served.recorder.events if isinstance(event, Received)} == {"verify"}
 
 
+async def test_observing_counts_a_verification_once(tmp_path: Path) -> None:
+    """However many questions it has asked."""
+    identity = {"mode": "observe", "local_admin": False}
+    async with house(tmp_path, identity=identity) as served:
+        denials = served.sidecar.gateway.access.denials
+        before = sum(denials.values())
+        assert len(await verified(served, (), asked(8))) > 8
+        assert sum(denials.values()) == before + 1
+
+
 async def test_a_verification_ends_with_its_key(tmp_path: Path) -> None:
     """What it asks next is refused, and it says so."""
     async with house(tmp_path) as served:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -38,8 +39,9 @@ class Verifier:
 
     async def verify(self, request: Any, context: Any) -> None:
         """Write a message for each finding. Raises SidecarError if nothing can be asked, or too much is under way."""
-        caller, claims = callers.CALLER.get(), callers.claimed_tenants(callers.metadata_of(context), "")
-        tenant = self._gateway.access.tenant_of(caller, claims, callers.id_of_call(context)) or asking.TENANT
+        access, claims = self._gateway.access, callers.claimed_tenants(callers.metadata_of(context), "")
+        caller = replace(callers.CALLER.get(), is_recorded=access.mode == "observe")  # it is one call
+        tenant = access.tenant_of(caller, claims, callers.id_of_call(context)) or asking.TENANT
 
         async def report(finding: Finding) -> None:
             await context.write(message_of(finding))
