@@ -111,10 +111,13 @@ def told(error: BaseException) -> str:
 
 def policies_of(config: CoreConfig, allowed: Container[str] | None = None) -> Policies:
     """Return the classes of the policies that a configuration names; `allowed` as for `resolve`."""
+    ordering = resolve("ordering", config.ordering, allowed)
+    if config.shares_of_0_1 and config.ordering == "soft_gated":
+        ordering = imported('the ordering "soft_gated" of 0.1', f"{POLICIES['ordering']['soft_gated']}Of01")
     return Policies(
         eviction=resolve("eviction", config.eviction, allowed),
         disk_eviction=resolve("eviction", config.disk_eviction, allowed),
-        ordering=resolve("ordering", config.ordering, allowed),
+        ordering=ordering,
         routing=resolve("routing", config.routing, allowed),
         prefetch=resolve("prefetch", config.prefetch, allowed),
     )

@@ -66,6 +66,8 @@ class CoreConfig:
     """A request whose promise is void goes before no other whose promise holds; in journals of 0.1.0 it may."""
     estimates_of_0_1: bool = False
     """The lengths of answers and the time for prompts are estimated as 0.1.0 did: its journals rest on that."""
+    shares_of_0_1: bool = False
+    """Tenants share engines as in 0.1.0, by `SoftGatedOf01`."""
     raise_on: str = ""
     """The event or effect whose handling raises on purpose (`core.injected`)."""
 

@@ -190,8 +190,12 @@ WRITTEN: dict[type, Form] = {
         "queued_tokens_max queued_bytes_max tenant_queued_max tenant_queued_tokens_max tenant_queued_bytes_max "
         "tenant_weights heals_max visits_max seat_slack seats_default retry_ns retry_ns_max joining_ns_max pools "
         "base_requests classes eviction disk_eviction ordering routing prefetch prefetch_bytes_per_s raise_on "
-        "names_limits voids_end_urgency estimates_of_0_1",
-        derived={"voids_end_urgency": lambda record: False, "estimates_of_0_1": lambda record: True},  # from 0.2 on
+        "names_limits voids_end_urgency estimates_of_0_1 shares_of_0_1",
+        derived={  # from 0.2 on
+            "voids_end_urgency": lambda record: False,
+            "estimates_of_0_1": lambda record: True,
+            "shares_of_0_1": lambda record: True,
+        },
     ),
     views.Waiting: Form(
         "Waiting",
