@@ -31,6 +31,7 @@ CREATE TABLE IF NOT EXISTS changes (
 """
 REGISTRY_FILE = "registry.sqlite"
 """The name of the file in a data directory."""
+LOCK_FILE = "lock"
 CHANGES_MAX = 10_000
 """The number of changes kept. A watcher with an older token must list the adapters anew."""
 
@@ -241,7 +242,7 @@ def lock_data_directory(directory: Path) -> IO[str]:
     Raises Misused(DATA_DIRECTORY_IN_USE) with the holder's pid.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "lock"
+    path = directory / LOCK_FILE
     file = path.open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
