@@ -1,6 +1,6 @@
 """`gen_ai.server.*` of OpenTelemetry's conventions for generative AI, sent by OTLP.
 
-It needs the extra `lora-sidecar[otel]`; only what is configured imports this file. Requests are recorded at their end.
+It needs the extra `otel`; only what is configured imports this file. Requests are recorded at their end.
 The library adds up and sends from a thread of its own, once a minute unless the environment says otherwise.
 """
 
