@@ -92,6 +92,10 @@ class Registry(Protocol[R]):
     def answered_at(self) -> float | None:
         """The time (Unix seconds) of the last answer of a store that can be away, to an earlier process too."""
 
+    @property
+    def fails(self) -> bool:
+        """True if a change cannot be written: the last one failed, or the store is away."""
+
     def subscribe(self, tell: Callable[[Change[R]], None]) -> Callable[[], None]:
         """Call `tell` with each further change, once and in order; return a function that ends the subscription."""
 
@@ -123,6 +127,7 @@ class SqliteRegistry(Generic[R]):
         """
         self._path = path
         self._codec = codec
+        self.fails = False
         with translated_errors(path):
             # Do not wait for locks: that would block the event loop, and no other process should use the file.
             self._database = sqlite3.connect(path or ":memory:", isolation_level=None, timeout=0)
@@ -182,12 +187,14 @@ class SqliteRegistry(Generic[R]):
 
     def _write(self, statement: str, values: tuple[str, ...], name: str, text: str | None) -> int:
         """Write a record and its change in one transaction; return the change's number."""
+        self.fails = True
         with translated_errors(self._path), self._database:
             self._database.execute("BEGIN IMMEDIATE")
             self._database.execute(statement, values)
             cursor = self._database.execute("INSERT INTO changes (name, record) VALUES (?, ?)", (name, text))
             number = cursor.lastrowid or 0
             self._database.execute("DELETE FROM changes WHERE number <= ?", (number - CHANGES_MAX,))
+        self.fails = False
         return number
 
     async def acknowledged(self, number: int) -> None:
