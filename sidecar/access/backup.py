@@ -120,15 +120,22 @@ class StateLocation:
         locations = (None if self.redis is None else f"Redis at {self.redis.address}", self.data)
         return " and ".join(str(location) for location in locations if location is not None)
 
-    def store(self, part: str) -> RegistryStore[Raw] | None:
-        """Return the store of a registry; None if it is in memory only."""
+    @asynccontextmanager
+    async def opened(self, part: str) -> AsyncIterator[RegistryStore[Raw]]:
+        """Open the store of a registry without asking who else works on it."""
         path, codec = REGISTRIES[part]
-        if self.redis is not None:
-            from sidecar.state.redis.contents import RedisRegistryStore
-            from sidecar.state.redis.link import Link
+        if self.redis is None:
+            assert self.data is not None
+            yield SqliteFile(self.data / path, codec)
+            return
+        from sidecar.state.redis.contents import RedisRegistryStore
+        from sidecar.state.redis.link import Link
 
-            return RedisRegistryStore(Link(self.redis, codec))
-        return None if self.data is None else SqliteFile(self.data / path, codec)
+        link = Link(self.redis, codec)
+        try:
+            yield RedisRegistryStore(link)
+        finally:
+            await link.close()
 
 
 @dataclass(frozen=True)
@@ -210,7 +217,7 @@ async def migrate(
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
         async with _nobody_works_on(source), _nobody_works_on(target):
-            async with _opened(source, NAMES) as store:
+            async with source.opened(NAMES) as store:
                 names = await store.read()
             await _gather(source, folder, MOVED)
             places = [each for each in await _places(source) if target.data is None or Path(each) not in MOVED.values()]
@@ -279,7 +286,7 @@ async def _put_all(location: StateLocation, folder: Path, contents: Mapping[str,
     for part in contents:
         if location.data is not None and location.redis is None:
             (location.data / REGISTRIES[part][0]).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        async with _opened(location, part) as store:
+        async with location.opened(part) as store:
             await store.write(contents[part])
     for part in MOVED:
         if location.data is not None and (folder / part).exists():
@@ -295,16 +302,20 @@ async def _put_all(location: StateLocation, folder: Path, contents: Mapping[str,
                 await write_taken(link, kept.read_taken(folder / TAKEN, time()))
 
 
-async def _gather(location: StateLocation, folder: Path, files: Mapping[str, Path]) -> None:
+async def _gather(location: StateLocation, folder: Path, files: dict[str, Path]) -> None:
     """Copy the registries and what `files` names into a folder, each as a SQLite file, wherever it is kept."""
-    for part in REGISTRIES:
-        await _take(location, part, folder / part)
+    if location.redis is None:
+        files = {part: path for part, (path, _) in REGISTRIES.items()} | files
     for part, path in files.items():
         if location.data is not None and (location.data / path).exists():
             _copy(location.data / path, folder / part)
     if location.redis is not None:
         from sidecar.access.budgets.leases import read_taken
 
+        for part in REGISTRIES:
+            async with location.opened(part) as store:
+                if not await store.is_empty():
+                    await _file(folder / part, part).write(await store.read())
         async with _linked(location) as link:
             if uses := await link.times(USED_IN_REDIS):
                 await UsesInFile(folder / USED).write(uses)
@@ -314,7 +325,7 @@ async def _gather(location: StateLocation, folder: Path, files: Mapping[str, Pat
 
 async def _known_entries(location: StateLocation) -> tuple[list[Raw], list[Raw]]:
     """Return the entries of the place, and those that its data directory has of another place or of its Redis."""
-    async with _opened(location, ACCESS) as store:
+    async with location.opened(ACCESS) as store:
         there = await store.records()
     elsewhere: list[Raw] = []
     if location.data is not None:
@@ -328,22 +339,11 @@ async def _known_entries(location: StateLocation) -> tuple[list[Raw], list[Raw]]
     return there, elsewhere
 
 
-async def _take(location: StateLocation, part: str, into: Path) -> None:
-    """Copy a registry, if there is one, into a file."""
-    if location.redis is None:
-        if location.data is not None and (location.data / REGISTRIES[part][0]).exists():
-            _copy(location.data / REGISTRIES[part][0], into)
-        return
-    async with _opened(location, part) as store:
-        if not await store.is_empty():
-            await _file(into, part).write(await store.read())
-
-
 async def _check_empty(location: StateLocation, parts: Sequence[str], what: str) -> None:
     paths = [location.data / path for part, path in MOVED.items() if location.data is not None and part in parts]
     taken = [str(path) for path in paths if path.exists()]
     for part in REGISTRIES.keys() & parts:
-        async with _opened(location, part) as store:
+        async with location.opened(part) as store:
             if not await store.is_empty():
                 taken.append(str(store))
     if taken:
@@ -375,17 +375,6 @@ def _packed(location: StateLocation, folder: Path, out: Path) -> Summary:
             archive.write(folder / name, name)
     unfinished.replace(out)
     return summary
-
-
-@asynccontextmanager
-async def _opened(location: StateLocation, part: str) -> AsyncIterator[RegistryStore[Raw]]:
-    """Open a store without asking who else works on it."""
-    store = location.store(part)
-    assert store is not None
-    try:
-        yield store
-    finally:
-        await store.close()
 
 
 @asynccontextmanager

@@ -101,11 +101,6 @@ class AccessStore:
         return self._registry.set_aside
 
     @property
-    def fails(self) -> bool:
-        """True if a key or a limit cannot be written now."""
-        return self._registry.fails
-
-    @property
     def away_since(self) -> float | None:
         """The time (Unix seconds) since which Redis has not answered, or None while it answers."""
         return self._registry.away_since

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -46,14 +48,11 @@ def migrate(
     """
     from sidecar.access.backup import migrate as move
 
-    options = {
-        "key_prefix": key_prefix,
-        "password_file": password_file,
-        "ca": ca,
-        "certificate": certificate,
-        "key": key,
-    }
-    from_, to = _place(source, options, True), _place(target, options, False)
+    reached = partial(
+        redis_address.RedisLocation,
+        key_prefix=key_prefix, password_file=password_file, ca=ca, certificate=certificate, key=key,
+    )  # fmt: skip
+    from_, to = _place(source, reached, True), _place(target, reached, False)
     with working("copying"):
         copied = asyncio.run(move(from_, to, force, dry_run))
     if as_json:
@@ -75,7 +74,9 @@ def migrate(
         say(f"not copied: {left['what']} ({', '.join(left['places'])}): {left['why']}")
 
 
-def _place(text: str, options: dict[str, Any], is_there: bool) -> StateLocation:
+def _place(
+    text: str, reached: Callable[[redis_address.Address], redis_address.RedisLocation], is_there: bool
+) -> StateLocation:
     """Return the place that an argument names. Raises Misused; the message never contains a password."""
     from sidecar.access.backup import StateLocation
 
@@ -84,7 +85,7 @@ def _place(text: str, options: dict[str, Any], is_there: bool) -> StateLocation:
             found = redis_address.parse_address(text)
         except ValueError as error:
             raise Misused(Reason.CONFIG_INVALID, f"{redis_address.without_users(text)}: {error}") from error
-        return StateLocation(None, redis_address.RedisLocation(found, **options))
+        return StateLocation(None, reached(found))
     path = Path(text).expanduser()
     folder = path.parent if path.name == REGISTRY_FILE else path
     if is_there and not (folder / REGISTRY_FILE).is_file():

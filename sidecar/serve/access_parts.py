@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from time import time
 from typing import TYPE_CHECKING
@@ -131,12 +130,6 @@ class AccessParts:
         )
         self._recording.add(task)
         task.add_done_callback(self._recording.discard)
-
-    def writers(self) -> dict[str, Callable[[], bool]]:
-        """Return what is written, and whether that fails now."""
-        kept = {} if self.kept is None else {"budgets": partial(getattr, self.kept, "fails")}
-        audit = self.audit.log
-        return {"keys and limits": lambda: self.store.fails, "the audit": lambda: bool(audit.failed), **kept}
 
     def away_s(self) -> float:
         """Return for how many seconds Redis has not answered; 0 while it answers, or without it."""

@@ -140,7 +140,8 @@ class Sidecar:
         self.gateway.observe(log)
         self.gateway.chronicle.on_end.append(log.ended)
         self.usage = UsageKeeper(data, config.access.usage) if config.access.usage.enabled else None
-        self.gateway.writers = {"names": lambda: self.registry.fails, **self.access.writers()}
+        audit = self.access.audit.log
+        self.gateway.writers = {"names": lambda: self.registry.fails, "the audit": lambda: bool(audit.failed)}
         if self.usage is not None:
             usage = self.usage
             self.gateway.writers["usage"] = lambda: usage.is_failing

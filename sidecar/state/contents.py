@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Generic, Protocol
 
 from sidecar.errors import Misused, Reason
-from sidecar.state.codec import Codec, R, UnreadableRecord
+from sidecar.state.codec import Codec, R
 from sidecar.state.registry import SCHEMA, Change
 from sidecar.state.sqlite_faults import translated_errors
 from sidecar.state.written import ADAPTERS
@@ -30,8 +30,6 @@ class Contents(Generic[R]):
 
 class RegistryStore(Protocol[R]):
     """A place that can hold a registry."""
-
-    async def close(self) -> None: ...
 
     async def read(self) -> Contents[R]:
         """Return the store's contents. Raises Misused if it holds no registry."""
@@ -58,9 +56,6 @@ class SqliteFile(Generic[R]):
     def __str__(self) -> str:
         return str(self.path)
 
-    async def close(self) -> None:
-        """Do nothing: nothing stays open."""
-
     async def is_empty(self) -> bool:
         return not self.path.exists() or not (await self.read()).size
 
@@ -81,14 +76,8 @@ class SqliteFile(Generic[R]):
         changes = [Change(number, name, self._codec.read_or_forget(name, text)) for number, name, text in log]
         written = {change.name: change.number for change in changes}
         before_log = max(1, changes[0].number - 1) if changes else 1
-        records = [(written.get(name, before_log), self._record(name, text)) for name, text in rows]
+        records = [(written.get(name, before_log), self._codec.from_json(name, text)) for name, text in rows]
         return Contents(tuple(records), tuple(changes), changes[-1].number if changes else 0)
-
-    def _record(self, name: str, text: str) -> R:
-        try:
-            return self._codec.from_json(name, text)
-        except UnreadableRecord as error:
-            raise unreadable(name, str(self), str(error)) from error
 
     async def write(self, contents: Contents[R]) -> None:
         with translated_errors(self.path), closing(sqlite3.connect(self.path, isolation_level=None)) as database:
@@ -111,12 +100,3 @@ class SqliteFile(Generic[R]):
                 )
                 database.execute("DELETE FROM sqlite_sequence WHERE name = 'changes'")
                 database.execute("INSERT INTO sqlite_sequence VALUES ('changes', ?)", (contents.last_change,))
-
-
-def unreadable(name: str, where: str, why: str) -> Misused:
-    """Return the error for a record that cannot be read and would be lost by a move."""
-    return Misused(
-        Reason.STATE_INCOMPATIBLE,
-        f"the record of {name} in {where} cannot be read ({why}); register the name again there first, or move the "
-        "registry with the release that wrote it",
-    )

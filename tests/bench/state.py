@@ -32,9 +32,9 @@ async def bench(folder: Path) -> list[Figure]:
     """Fill a Redis and a file alike, have a process of its own load each, and then write with two replicas."""
     async with running(folder / "server") as server:
         contents = _contents()
-        store = RedisRegistryStore(link_to(server.url))
-        await store.write(contents)
-        await store.close()
+        link = link_to(server.url)
+        await RedisRegistryStore(link).write(contents)
+        await link.close()
         await SqliteFile(folder / REGISTRY_FILE).write(contents)
         del contents
         shared, alone = await _load(server.url), await _load(str(folder / REGISTRY_FILE))

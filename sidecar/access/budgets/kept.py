@@ -61,7 +61,7 @@ class Kept:
         self._woken = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._purge_at_s = 0.0
-        self.fails = False
+        self._fails = False
 
     # For meters.
 
@@ -145,11 +145,11 @@ class Kept:
             raise
         except Exception as error:  # noqa: BLE001 — whatever it is, the task goes on, and close() ends
             self._used |= meters
-            if not self.fails:
+            if not self._fails:
                 logger.warning("%s: %s; a restart would forget what budgets have taken since", self._path, error)
-            self.fails = True
+            self._fails = True
             return
-        self.fails = False
+        self._fails = False
         if is_time:
             self._purge_at_s = now_s + PURGE_S
 

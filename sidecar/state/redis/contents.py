@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 from sidecar.errors import Misused, Reason, Refused
 from sidecar.state.codec import Codec, R
-from sidecar.state.contents import Contents, unreadable
+from sidecar.state.contents import Contents
 from sidecar.state.redis.entries import Entry, Head, entry_of, value_of
 from sidecar.state.redis.history import SCHEMA, Position, look
 from sidecar.state.redis.link import FAULTS, Announced, Link, is_final
@@ -44,9 +44,6 @@ class RedisRegistryStore(Generic[R]):
         if live:
             raise Misused(Reason.STATE_NOT_EMPTY, f"{', '.join(live)} use {self}; stop them first")
 
-    async def close(self) -> None:
-        await self._link.close()
-
     async def records(self) -> list[R]:
         found = await self._asked(self._entries())
         return [entry.record for entry in found.values() if entry.record is not None]
@@ -78,7 +75,10 @@ class RedisRegistryStore(Generic[R]):
         records: dict[str, tuple[int, R]] = {}
         for name, entry in (await self._entries()).items():
             if entry.unread:
-                raise unreadable(name, str(self), entry.why)
+                raise Misused(
+                    Reason.STATE_INCOMPATIBLE,
+                    f"the record of {name} in {self} is damaged ({entry.why}); register the name again there first",
+                )
             if entry.record is not None:
                 records[name] = (entry.head.revision, entry.record)
         changes: list[Change[R]] = []
