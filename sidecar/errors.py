@@ -195,3 +195,11 @@ _CLASSES = {cls.family: cls for cls in (Refused, Dropped, Failed, Invalid, Misus
 def error_for(reason: Reason, message: str, *, retry_after_s: float | None = None, **details: str) -> SidecarError:
     """Return an error of the reason's family."""
     return _CLASSES[reason.row.family](reason, message, retry_after_s=retry_after_s, **details)
+
+
+def needs_extra(what: str, extra: str) -> str:
+    """Return the text for what needs an extra that is not installed. No index has our package."""
+    return (
+        f"{what} needs the extra {extra}, which is not installed: in a clone .venv/bin/pip install -e '.[{extra}]', "
+        f"else pip install 'PATH/lora_sidecar-VERSION-py3-none-any.whl[{extra}]' with the release's wheel"
+    )

@@ -24,7 +24,8 @@ The promise: the first token comes within
 
 where `turn` is the longest run of anything outstanding with the engine full. One turn frees a slot, and each round of
 the versions without one takes one more. From two turns before the bound on, only older requests may go before a
-request, whatever that costs.
+request, and none of tenants that were served more than its own, whatever that costs: a flood is older than what it
+keeps waiting.
 
 The sum of ages is longest total wait first of broadcast scheduling (Aksoy and Franklin, "R x W", 1999, has its
 relatives): with gates it visits versions in proportion to the square root of their rates, which serves most requests
@@ -53,7 +54,9 @@ FEW = 0.5
 LONE = 1
 """No version is gated for a single blocked request: more may arrive for both."""
 SLACK_REQUESTS = 32
-"""A tenant may be ahead of the least served one by this many average requests, or by the number of seats if smaller."""
+SLACK_SHARE = 1 / 4
+"""A tenant may be ahead of the least served one by this share of the seats in average requests: by one at least, by
+`SLACK_REQUESTS` at most. More groups better, and keeps the others waiting for longer."""
 NO_GATE = NOBODY
 
 
@@ -76,11 +79,13 @@ class SoftGated:
         self._open_times = OpenTimes()
         self._gates: dict[str, int] = {}
         """The newest request of each gated version that may still be sent."""
+        self._in_vain = False
+        """Nothing was open while nothing ran, and nothing was sent since: closing helps nobody who cannot go."""
         self._slack = SLACK_REQUESTS
         """The slack of the last decision, in requests."""
 
     def promise(self, request: Waiting, backlog: Backlog, now_ns: int) -> Promise | None:
-        ahead_ns = round(_slack(backlog.seats) * self._tenants.usual_tokens * backlog.token_ns)
+        ahead_ns = round(self._slack_of(backlog.seats) * self._tenants.usual_tokens * backlog.token_ns)
         drain_ns = min(backlog.drain_ns, backlog.tenant_drain_ns + ahead_ns)
         latest_ns = max(drain_ns, round(LIMIT_SHARE * backlog.limit_ns))
         twice_ns = DRAIN_FACTOR * max(drain_ns, backlog.tenant_drain_ns)
@@ -131,16 +136,8 @@ class SoftGated:
         if room.seats_free <= 0 or not self._queues.requests:
             return None
         self._overdue.pass_time(now_ns)
-        self._slack = _slack(room.seats)
-        # While nothing runs, nobody is held back for a request that cannot go: no run would free what it waits for (its
-        # weights are being fetched, or the host store is full of what others need), so the hold could last for ever.
-        if room.seats_free < room.seats:
-            served_most = self._tenants.served_most(self._slack)
-            urgent = self._overdue.most_urgent(now_ns, room.is_ready)
-        else:
-            served_most = None
-            urgent = self._overdue.most_urgent(now_ns, lambda version: _could_go(version, room))
-        rule = Rule(urgent, served_most)
+        self._slack = self._slack_of(room.seats)
+        rule = self._rule(room, now_ns)
         first = self._waiting_for_a_slot(room, rule)
         self._gate_for(len(first), room)
         decision = self._closing(room, rule) or self._opening(room, rule, first, now_ns)
@@ -152,6 +149,7 @@ class SoftGated:
         if not room.can_send(head):
             return None  # it lacks a seat or KV space, which later requests must not take from it
         request = self._queues.requests[head]
+        self._in_vain = False
         self._tenants.sent(request)
         self._open_times.sent(request, now_ns)
         return Send(head)
@@ -164,6 +162,7 @@ class SoftGated:
             "turns": self._open_times.snapshot(),
             "gates": list(self._gates.items()),
             "slack": self._slack,
+            "in_vain": self._in_vain,
         }
 
     def restore(self, state: Any) -> None:
@@ -174,7 +173,35 @@ class SoftGated:
         self._least_served = LeastServed(self._queues, self._tenants)
         self._open_times = OpenTimes.restored(state["turns"])
         self._gates = dict(state["gates"])
-        self._slack = state.get("slack", SLACK_REQUESTS)  # journals of 0.1 do not have it
+        self._slack = state["slack"]
+        self._in_vain = state.get("in_vain", False)
+
+    # Limits.
+
+    def _slack_of(self, seats: int) -> int:
+        return max(1, min(SLACK_REQUESTS, int(SLACK_SHARE * seats)))
+
+    def _rule(self, room: OrderingView, now_ns: int) -> Rule:
+        if room.seats_free < room.seats:
+            return self._until(self._overdue.most_urgent(now_ns, room.is_ready))
+        # While nothing runs, nobody is held back for a request that cannot go: no run would free what it waits for (its
+        # weights are being fetched, or the host store is full of what others need), so the hold could last for ever.
+        self._in_vain = self._in_vain or not room.open
+        rule = self._until(self._overdue.most_urgent(now_ns, lambda version: self._could_go(version, room)))
+        if any(self._has_next(version, rule) and self._could_go(version, room) for version in self._queues.versions):
+            return rule
+        return Rule(rule.urgent, None)
+
+    def _until(self, urgent: int) -> Rule:
+        if urgent == NOBODY:
+            return Rule(urgent, self._tenants.served_most(self._slack))
+        return Rule(urgent, self._tenants.served(self._queues.requests[urgent].tenant))
+
+    def _could_go(self, version: str, room: OrderingView) -> bool:
+        """Return True if a version could go while nothing runs, perhaps once open ones are closed for it."""
+        if version == BASE or version in room.open or room.can_open(version):
+            return True
+        return not self._in_vain and room.is_ready(version)
 
     # Gates.
 
@@ -307,18 +334,8 @@ class SoftGated:
         head = self._queues.versions[version].head()
         if head > gate:
             return None
-        if rule.urgent != NOBODY:
-            return head
         found = self._least_served.first(version, gate)
         if found is None:
             return None
         served, request = found
         return request if rule.served_most is None or served <= rule.served_most else None
-
-
-def _could_go(version: str, room: OrderingView) -> bool:
-    return version == BASE or version in room.open or room.can_open(version)
-
-
-def _slack(seats: int) -> int:
-    return min(SLACK_REQUESTS, seats)

@@ -160,7 +160,8 @@ class AuditLog:
         self._changed = threading.Condition()
         self._is_writing = False
         self._stopping = False
-        self._failed: set[Kind] = set()
+        self.failed: set[Kind] = set()
+        """The kinds whose last lines could not be written."""
         self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
 
     def start(self) -> None:
@@ -220,15 +221,15 @@ class AuditLog:
         try:
             self._sinks[kind].append("".join(f"{line.text}\n" for line in lines).encode())
         except (OSError, ValueError) as error:  # ValueError: stdout is closed
-            if kind not in self._failed:  # said once until it works again: a full disk must not fill the log too
-                self._failed.add(kind)
+            if kind not in self.failed:  # said once until it works again: a full disk must not fill the log too
+                self.failed.add(kind)
                 logger.error("the audit of %ss cannot be written: %s; serving goes on without it", kind, error)
             self._lose(lines, str(error))
             self._sinks[kind].close()
             return
         self.written[kind] += len(lines)
-        if kind in self._failed:
-            self._failed.remove(kind)
+        if kind in self.failed:
+            self.failed.remove(kind)
             logger.warning("the audit of %ss is written again; %d are lost", kind, self.lost[kind])
         _tell(lines, True)
 

@@ -1,8 +1,10 @@
-"""A backup of the shared state in one file: names, keys and limits, and the usage of a data directory.
+"""Copy a sidecar's state: into one file and back, or from a data directory to a Redis and back.
 
 The file is a zip with a manifest. Each part is a SQLite file, whatever store it came from. Entries are copied as text:
 those that this release cannot read are kept too. Weights are not part of it. A key that was revoked after the backup
 stays revoked where the place that is restored, or its data directory, has that (see `restoring`).
+
+`HOLDINGS` has everything that is kept in a data directory or a Redis, and why what a move leaves behind stays.
 """
 
 from __future__ import annotations
@@ -11,27 +13,34 @@ import json
 import os
 import sqlite3
 import zipfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, closing
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from hashlib import file_digest
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from sidecar.access.budgets import kept
 from sidecar.access.entries import CODEC, KEY, LIMIT
 from sidecar.access.restoring import Keys, Raw, merged
-from sidecar.access.store import COPY, FILE, FOLDER, USES
+from sidecar.access.store import BUDGETS, COPY, FILE, FOLDER, USED_IN_REDIS, USES
 from sidecar.access.usage.keeper import USAGE_FILE
+from sidecar.access.uses import UsesInFile
+from sidecar.adapters.origins.origin import PUSHED
 from sidecar.config.redis_address import RedisLocation
 from sidecar.errors import Misused, Reason
 from sidecar.state.codec import Codec
 from sidecar.state.contents import Contents, RegistryStore, SqliteFile
-from sidecar.state.registry import REGISTRY_FILE, lock_data_directory
+from sidecar.state.registry import LOCK_FILE, REGISTRY_FILE, lock_data_directory
 from sidecar.state.sqlite_faults import translated_errors
 from sidecar.state.written import ADAPTERS
+
+if TYPE_CHECKING:
+    from sidecar.state.redis.link import Link
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -54,8 +63,50 @@ REGISTRIES = {
     ACCESS: (Path(FOLDER) / FILE, _raw(CODEC)),
 }
 """The registries by the names of their parts: the file in a data directory, and how entries are copied."""
-FILES = {"usage.sqlite": USAGE_FILE, "used.sqlite": Path(FOLDER) / USES}
+USED, TAKEN = "used.sqlite", "budgets.sqlite"
+FILES = {"usage.sqlite": USAGE_FILE, USED: Path(FOLDER) / USES}
 """The SQLite files of a data directory that are copied as they are, by the names of their parts."""
+MOVED = FILES | {TAKEN: Path(FOLDER) / BUDGETS}
+"""Those that a move copies. A backup would give back what was taken since."""
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What is kept under some paths of a data directory and keys of a Redis (patterns), and why a move leaves it.
+
+    `why` is "" for what is moved, or counts between a data directory and a Redis only.
+    """
+
+    what: str
+    places: tuple[str, ...]
+    why: str = ""
+
+    def has(self, place: str) -> bool:
+        return any(fnmatchcase(place, pattern) for pattern in self.places)
+
+
+HOLDINGS = (
+    Holding("names", (REGISTRY_FILE, "meta", "adapters", "changes", "tombstones")),
+    Holding(
+        "keys and limits",
+        ("access/access.sqlite", "access-meta", "access-entries", "access-changes", "access-tombstones"),
+    ),
+    Holding("last uses of keys", ("access/used.sqlite", USED_IN_REDIS)),
+    Holding("what is taken of budgets", ("access/budgets.sqlite", "budgets", "budgets:in_use", "budget:*")),
+    Holding("usage", ("access/usage.sqlite",), "each process counts in its own data directory, also with a Redis"),
+    Holding("the audit", ("audit",), "it stays where it was written; keep the files, or let a process go on there"),
+    Holding("the journal", ("journal",), "it is of the process that ran there; sidecar replay reads it there"),
+    Holding("files of adapters", ("sources",), "they are fetched again from their origins"),
+    Holding("packed weights", ("blobs",), "they are packed again from the files of adapters"),
+    Holding(
+        "what a running process needs for itself",
+        (
+            "incoming", "registry-copy.sqlite", "access/copy.sqlite", "access/replicas", "access/jwks-*.json",
+            "members", "applied", "access-applied", "beats", "leases", "ownership",
+        ),
+        "each process makes its own",
+    ),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,15 +120,22 @@ class StateLocation:
         locations = (None if self.redis is None else f"Redis at {self.redis.address}", self.data)
         return " and ".join(str(location) for location in locations if location is not None)
 
-    def store(self, part: str) -> RegistryStore[Raw] | None:
-        """Return the store of a registry; None if it is in memory only."""
+    @asynccontextmanager
+    async def opened(self, part: str) -> AsyncIterator[RegistryStore[Raw]]:
+        """Open the store of a registry without asking who else works on it."""
         path, codec = REGISTRIES[part]
-        if self.redis is not None:
-            from sidecar.state.redis.contents import RedisRegistryStore
-            from sidecar.state.redis.link import Link
+        if self.redis is None:
+            assert self.data is not None
+            yield SqliteFile(self.data / path, codec)
+            return
+        from sidecar.state.redis.contents import RedisRegistryStore
+        from sidecar.state.redis.link import Link
 
-            return RedisRegistryStore(Link(self.redis, codec))
-        return None if self.data is None else SqliteFile(self.data / path, codec)
+        link = Link(self.redis, codec)
+        try:
+            yield RedisRegistryStore(link)
+        finally:
+            await link.close()
 
 
 @dataclass(frozen=True)
@@ -114,8 +172,7 @@ async def backup(location: StateLocation, out: Path, force: bool = False) -> Sum
     _check_free(out, force)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         folder = Path(scratch)
-        for part in REGISTRIES:
-            await _take(location, part, folder / part)
+        await _gather(location, folder, FILES)
         return _packed(location, folder, out)
 
 
@@ -144,25 +201,131 @@ async def restore(location: StateLocation, path: Path, force: bool = False, with
         folder = Path(scratch)
         summary, keys = _unpacked(path, folder), Keys()
         async with _nobody_works_on(location):
-            registries = [part for part in REGISTRIES if (folder / part).exists()]
-            files = [part for part in FILES if (folder / part).exists() and location.data is not None]
-            if not force:
-                await _check_empty(location, registries, files)
-            contents = {part: await _file(folder / part, part).read() for part in registries}
-            if ACCESS in contents:
-                there, elsewhere = await _known_entries(location)
-                contents[ACCESS], keys = merged(contents[ACCESS], there, elsewhere, time(), with_keys)
-            for part in registries:
-                await _put(location, part, contents[part])
-            for part in files:
-                assert location.data is not None
-                _copy(folder / part, location.data / FILES[part])
+            contents, keys = await _contents(location, folder, "the backup", force, with_keys)
+            await _put_all(location, folder, contents)
     return Restored(summary, keys)
+
+
+async def migrate(
+    source: StateLocation, target: StateLocation, force: bool = False, dry_run: bool = False
+) -> dict[str, Any]:
+    """Copy all that the target can hold; numbers of changes go on from the source's, which stays as it is.
+
+    Return the record that `--json` prints; `left` has what stays. Raises Misused if there are no names in the source,
+    and else as `restore`.
+    """
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        async with _nobody_works_on(source), _nobody_works_on(target):
+            async with source.opened(NAMES) as store:
+                names = await store.read()
+            await _gather(source, folder, MOVED)
+            places = [each for each in await _places(source) if target.data is None or Path(each) not in MOVED.values()]
+            contents, keys = await _contents(target, folder, "the copy", force)
+            if not dry_run:
+                await _put_all(target, folder, contents)
+        entries = [entry for _, entry in contents[ACCESS].records] if ACCESS in contents else []
+        records = {entry[0]: ADAPTERS.read_or_forget(*entry) for _, entry in names.records}
+        read = records | {entry[0]: CODEC.read_or_forget(*entry) for entry in entries}
+        return {
+            "adapters": len(records),
+            "versions": sum(len(record.versions) for record in records.values() if record is not None),
+            "changes": len(names.changes),
+            "last_change": names.last_change,
+            "keys": sum(name.startswith(KEY) for name, _ in entries),
+            "limits": sum(name.startswith(LIMIT) for name, _ in entries),
+            "uses": len(_column(folder / USED, "SELECT id FROM used")),
+            "budgets": len(_column(folder / TAKEN, "SELECT key FROM budgets")),
+            "stay_revoked": [*(key.id for key in keys.stay_revoked), *keys.stay_unread],
+            "unread": [name for name, record in read.items() if record is None],
+            "left": [asdict(holding) for holding in _left(places, names)],
+        }
+
+
+async def _places(location: StateLocation) -> list[str]:
+    """Return the paths in a data directory but our lock there, or the keys of a Redis, without our prefix."""
+    if location.data is None:
+        async with _linked(location) as link:
+            return await link.keys()
+    folder = location.data / FOLDER
+    there = {*location.data.iterdir(), *folder.glob("*")} - {folder, location.data / LOCK_FILE}
+    paths = {str(path.relative_to(location.data)) for path in there if path.is_file() or any(path.iterdir())}
+    return sorted({path.removesuffix("-wal").removesuffix("-shm") for path in paths})
+
+
+def _left(places: Sequence[str], names: Contents[Raw]) -> Iterator[Holding]:
+    for holding in HOLDINGS:
+        if holding.why and (found := tuple(filter(holding.has, places))):
+            yield replace(holding, places=found)
+    if pushed := tuple(sorted(name for _, (name, text) in names.records if f'"{PUSHED}://' in text)):
+        why = "their files are in data directories only: push them again, or let a process go on with its directory"
+        yield Holding("weights that were pushed", pushed, why)
+    if unknown := tuple(place for place in places if not any(holding.has(place) for holding in HOLDINGS)):
+        yield Holding("unknown", unknown, "this release does not know what it is; ask the one that wrote it")
+
+
+async def _contents(
+    location: StateLocation, folder: Path, what: str, force: bool, with_keys: bool = True
+) -> tuple[dict[str, Contents[Raw]], Keys]:
+    """Return the registries of a folder as they are to be written, and what becomes of the keys.
+
+    Raises Misused(STATE_NOT_EMPTY) if there is state already, unless `force` is set.
+    """
+    parts = [part for part in (*REGISTRIES, *MOVED) if (folder / part).exists()]
+    if not force:
+        await _check_empty(location, parts, what)
+    contents = {part: await _file(folder / part, part).read() for part in parts if part in REGISTRIES}
+    if ACCESS not in contents:
+        return contents, Keys()
+    there, elsewhere = await _known_entries(location)
+    contents[ACCESS], keys = merged(contents[ACCESS], there, elsewhere, time(), with_keys)
+    return contents, keys
+
+
+async def _put_all(location: StateLocation, folder: Path, contents: Mapping[str, Contents[Raw]]) -> None:
+    for part in contents:
+        if location.data is not None and location.redis is None:
+            (location.data / REGISTRIES[part][0]).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        async with location.opened(part) as store:
+            await store.write(contents[part])
+    for part in MOVED:
+        if location.data is not None and (folder / part).exists():
+            _copy(folder / part, location.data / MOVED[part])
+    if location.redis is not None:
+        from sidecar.access.budgets.leases import write_taken
+
+        uses = await UsesInFile(folder / USED).read()
+        async with _linked(location) as link:
+            if uses:
+                await link.raise_times(USED_IN_REDIS, uses)
+            if (folder / TAKEN).exists():
+                await write_taken(link, kept.read_taken(folder / TAKEN, time()))
+
+
+async def _gather(location: StateLocation, folder: Path, files: dict[str, Path]) -> None:
+    """Copy the registries and what `files` names into a folder, each as a SQLite file, wherever it is kept."""
+    if location.redis is None:
+        files = {part: path for part, (path, _) in REGISTRIES.items()} | files
+    for part, path in files.items():
+        if location.data is not None and (location.data / path).exists():
+            _copy(location.data / path, folder / part)
+    if location.redis is not None:
+        from sidecar.access.budgets.leases import read_taken
+
+        for part in REGISTRIES:
+            async with location.opened(part) as store:
+                if not await store.is_empty():
+                    await _file(folder / part, part).write(await store.read())
+        async with _linked(location) as link:
+            if uses := await link.times(USED_IN_REDIS):
+                await UsesInFile(folder / USED).write(uses)
+            if TAKEN in files:
+                kept.write_taken(folder / TAKEN, [taken async for taken, _ in read_taken(link) if taken[2]])
 
 
 async def _known_entries(location: StateLocation) -> tuple[list[Raw], list[Raw]]:
     """Return the entries of the place, and those that its data directory has of another place or of its Redis."""
-    async with _opened(location, ACCESS) as store:
+    async with location.opened(ACCESS) as store:
         there = await store.records()
     elsewhere: list[Raw] = []
     if location.data is not None:
@@ -176,35 +339,16 @@ async def _known_entries(location: StateLocation) -> tuple[list[Raw], list[Raw]]
     return there, elsewhere
 
 
-async def _take(location: StateLocation, part: str, into: Path) -> None:
-    """Copy a registry, if there is one, into a file."""
-    if location.redis is None:
-        if location.data is not None and (location.data / REGISTRIES[part][0]).exists():
-            _copy(location.data / REGISTRIES[part][0], into)
-        return
-    async with _opened(location, part) as store:
-        if not await store.is_empty():
-            await _file(into, part).write(await store.read(), _silent)
-
-
-async def _put(location: StateLocation, part: str, contents: Contents[Raw]) -> None:
-    if location.data is not None and location.redis is None:
-        (location.data / REGISTRIES[part][0]).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    async with _opened(location, part) as store:
-        await store.write(contents, _silent)
-
-
-async def _check_empty(location: StateLocation, registries: list[str], files: list[str]) -> None:
-    taken = [
-        str(location.data / FILES[part]) for part in files if location.data and (location.data / FILES[part]).exists()
-    ]
-    for part in registries:
-        async with _opened(location, part) as store:
+async def _check_empty(location: StateLocation, parts: Sequence[str], what: str) -> None:
+    paths = [location.data / path for part, path in MOVED.items() if location.data is not None and part in parts]
+    taken = [str(path) for path in paths if path.exists()]
+    for part in REGISTRIES.keys() & parts:
+        async with location.opened(part) as store:
             if not await store.is_empty():
                 taken.append(str(store))
     if taken:
         where = ", ".join(dict.fromkeys(taken))
-        raise Misused(Reason.STATE_NOT_EMPTY, f"{where}: there is state already; --force puts the backup in its place")
+        raise Misused(Reason.STATE_NOT_EMPTY, f"{where}: there is state already; --force puts {what} in its place")
 
 
 def _check_free(out: Path, force: bool) -> None:
@@ -213,14 +357,12 @@ def _check_free(out: Path, force: bool) -> None:
 
 
 def _packed(location: StateLocation, folder: Path, out: Path) -> Summary:
-    """Add the data directory's files to the parts in the folder, and write all to a file."""
-    for part, path in FILES.items():
-        if location.data is not None and (location.data / path).exists():
-            _copy(location.data / path, folder / part)
+    """Write the parts in the folder to a file."""
     parts = [name for name in (*REGISTRIES, *FILES) if (folder / name).exists()]
     if not parts:
         raise Misused(Reason.CONFIG_INVALID, f"there is no state in {location}; name the sidecar's configuration")
-    names, entries = _names(folder, NAMES), _names(folder, ACCESS)
+    names = _column(folder / NAMES, "SELECT name FROM adapters")
+    entries = _column(folder / ACCESS, "SELECT name FROM entries")
     keys = sum(name.startswith(KEY) for name in entries)
     listed = tuple(_listed(folder / name) for name in parts)
     limits = sum(name.startswith(LIMIT) for name in entries)
@@ -236,26 +378,15 @@ def _packed(location: StateLocation, folder: Path, out: Path) -> Summary:
 
 
 @asynccontextmanager
-async def _opened(location: StateLocation, part: str) -> AsyncIterator[RegistryStore[Raw]]:
-    """Open a store without asking who else works on it."""
-    store = location.store(part)
-    assert store is not None
-    try:
-        yield store
-    finally:
-        await store.close()
-
-
-@asynccontextmanager
 async def _nobody_works_on(location: StateLocation) -> AsyncIterator[None]:
     """Hold the data directory. Raises Misused if a sidecar does, or if live replicas use the Redis."""
     lock = None if location.data is None else lock_data_directory(location.data)
     try:
         if location.redis is not None:
-            store = location.store(NAMES)
-            assert store is not None
-            async with store:
-                pass
+            from sidecar.state.redis.contents import RedisRegistryStore
+
+            async with _linked(location) as link:
+                await RedisRegistryStore(link).check_unused()
         yield
     finally:
         if lock is not None:
@@ -266,11 +397,26 @@ def _file(path: Path, part: str) -> SqliteFile[Raw]:
     return SqliteFile(path, REGISTRIES[part][1])
 
 
-def _names(folder: Path, part: str) -> list[str]:
-    if not (folder / part).exists():
+def _column(path: Path, query: str) -> list[str]:
+    if not path.exists():
         return []
-    with closing(sqlite3.connect(folder / part)) as database:
-        return [name for (name,) in database.execute(f"SELECT name FROM {REGISTRIES[part][1].table}")]
+    with closing(sqlite3.connect(path)) as database:
+        return [value for (value,) in database.execute(query)]
+
+
+@asynccontextmanager
+async def _linked(location: StateLocation) -> AsyncIterator[Link]:
+    """Connect to the Redis. Raises Refused(STATE_UNAVAILABLE) if it does not answer."""
+    from sidecar.state.redis.link import FAULTS, Link
+
+    assert location.redis is not None
+    link = Link(location.redis)
+    try:
+        yield link
+    except FAULTS as error:
+        raise link.refused(error) from error
+    finally:
+        await link.close()
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -316,7 +462,3 @@ def _unpack(archive: zipfile.ZipFile, part: Part, into: Path) -> None:
             left -= len(some)
     if _listed(into) != part:
         raise ValueError(f"{part.file} is not as it was written")
-
-
-def _silent(done: int, total: int) -> None:
-    """Show no progress."""

@@ -1,7 +1,7 @@
 """Policies written in Cedar: the schema that they are checked against, and how they are asked.
 
 Cedar (https://www.cedarpolicy.com) has groups, a hierarchy of resources and a validator, and permits nothing that no
-policy permits. It needs the extra `lora-sidecar[cedar]`; only what is configured imports this file.
+policy permits. It needs the extra `cedar`; only what is configured imports this file.
 
 Names, tenants and labels travel as JSON beside the policies and never become Cedar text.
 """

@@ -14,7 +14,7 @@ from sidecar.access.policy import READY, Roles
 from sidecar.access.principal import Action, Decision, Policy, Principal, Proof, Resource
 from sidecar.adapters.names import BASE_NAME_LENGTH_MAX
 from sidecar.config.access import Policies
-from sidecar.errors import Misused, Reason
+from sidecar.errors import Misused, Reason, needs_extra
 
 DECISIONS_MAX = 1 << 15
 """The most decisions that are kept; beyond it, those that were not asked for longest go."""
@@ -185,8 +185,5 @@ def policy_of(config: Policies) -> CachedPolicy:
     try:
         from sidecar.access.policy_file import FilePolicy
     except ImportError as error:
-        raise Misused(
-            Reason.CONFIG_INVALID,
-            'access.policies.cedar needs Cedar; install it with pip install "lora-sidecar[cedar]"',
-        ) from error
+        raise Misused(Reason.CONFIG_INVALID, needs_extra("access.policies.cedar", "cedar")) from error
     return FilePolicy(Path(config.cedar).expanduser(), roles, config.separator)

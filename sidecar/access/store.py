@@ -19,7 +19,8 @@ from sidecar.state.registry import Change, Registry, SqliteRegistry
 logger = logging.getLogger(__name__)
 
 FOLDER, FILE, COPY, USES = "access", "access.sqlite", "copy.sqlite", "used.sqlite"
-"""The folder in the data directory, and its files."""
+BUDGETS, REPLICAS = "budgets.sqlite", "replicas"
+"""The folder in the data directory, and its files; the last has the number of replicas that share the budgets."""
 USED_IN_REDIS = "access-used"
 AGAIN_S = 1.0
 """How long after a failure it is tried again to store a revocation."""
@@ -79,7 +80,7 @@ class AccessStore:
             self._warn_of_unread(name)
         self.uses.start()
         if self._unread is not None and self._unread.exists() and not self._registry.all():
-            logger.warning("keys in %s are not read: state.url is set. sidecar state backup moves them", self._unread)
+            logger.warning("keys in %s are not read: state.url is set. sidecar state migrate moves them", self._unread)
 
     def _warn_of_unread(self, name: str) -> None:
         if name in self.set_aside:

@@ -244,7 +244,7 @@ COMMANDS = {
     ),
     "state migrate": (
         "sidecar.cli.state:migrate",
-        "Copy all names, with their versions, pins and changes, from a file to Redis or back.",
+        "Copy names, API keys, limits and what budgets have taken, from a data directory to a Redis or back.",
     ),
     "state backup": (
         "sidecar.cli.backing_up:backup",

@@ -20,7 +20,7 @@ def summary(result: Record) -> str:
     rate = result["predicted"]["throughput_tokens_per_s"]["median"]
     one = plan["backends"] == 1
     verdict = ("meets" if one else "meet") if result["meets"] else ("does not meet" if one else "do not meet")
-    engine = f"{result['model']} on {result['gpu']}, {result['engine']}"
+    engine = f"{result['model']} on {result['gpu']}, by step times of {result['engine']}"
     return (
         f"{engine}; {count(load['adapters'], 'adapter')}, {load['workload']}\n"
         f"{pool} {verdict} {_wanted(result)}: {rate:,.0f} output tokens/s, waits {_waits(result)}"

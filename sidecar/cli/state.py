@@ -1,22 +1,23 @@
-"""`sidecar state`: move the registry of names from one store to another."""
+"""`sidecar state migrate`: move the state from one store to another."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from sidecar.cli.show import AsJson, count, print_json
+from sidecar.cli.exits import say
+from sidecar.cli.show import AsJson, count, print_json, working
 from sidecar.config import redis_address
 from sidecar.errors import Misused, Reason
-from sidecar.state.contents import RegistryStore, SqliteFile, move
 from sidecar.state.registry import REGISTRY_FILE
+
+if TYPE_CHECKING:
+    from sidecar.access.backup import StateLocation
 
 OF_REDIS = "The Redis"
 
@@ -41,72 +42,54 @@ def migrate(
     key: Annotated[Path | None, typer.Option(help="Its key.", rich_help_panel=OF_REDIS, show_default=False)] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Copy all names, with their versions, pins and changes, from a file to Redis or back.
+    """Copy names, API keys, limits and what budgets have taken, from a data directory to a Redis or back.
 
-    No sidecar may run on either. FROM is not changed; watchers can continue with their tokens.
+    No sidecar may run on either. FROM is not changed; watchers can continue with their tokens. What stays is listed.
     """
-    options = {
-        "key_prefix": key_prefix,
-        "password_file": password_file,
-        "ca": ca,
-        "certificate": certificate,
-        "key": key,
-    }
-    with _bar("copying") as progress:
-        contents = asyncio.run(
-            move(
-                _place(source, options, True),
-                _place(target, options, False),
-                force=force,
-                dry_run=dry_run,
-                progress=progress,
-            )
-        )
-    names = len(contents.records)
-    versions = sum(len(record.versions) for _, record in contents.records)
+    from sidecar.access.backup import migrate as move
+
+    reached = partial(
+        redis_address.RedisLocation,
+        key_prefix=key_prefix, password_file=password_file, ca=ca, certificate=certificate, key=key,
+    )  # fmt: skip
+    from_, to = _place(source, reached, True), _place(target, reached, False)
+    with working("copying"):
+        copied = asyncio.run(move(from_, to, force, dry_run))
     if as_json:
-        print_json(
-            {
-                "from": redis_address.without_users(source),
-                "to": redis_address.without_users(target),
-                "adapters": names,
-                "versions": versions,
-                "changes": len(contents.changes),
-                "last_change": contents.last_change,
-                "dry_run": dry_run,
-            }
-        )
+        places = {"from": redis_address.without_users(source), "to": redis_address.without_users(target)}
+        print_json({**places, **copied, "dry_run": dry_run})
         return
     done = "would copy" if dry_run else "copied"
-    print(
-        f"{done} {count(names, 'adapter')} with {count(versions, 'version')} and "
-        f"{count(len(contents.changes), 'change')}; the last change is {contents.last_change}"
+    say(
+        f"{done} {count(copied['adapters'], 'adapter')} with {count(copied['versions'], 'version')} and "
+        f"{count(copied['changes'], 'change')}; the last change is {copied['last_change']}\n"
+        f"{done} {count(copied['keys'], 'key')} and the last use of {copied['uses']}, "
+        f"{count(copied['limits'], 'limit')}, and what is taken of {count(copied['budgets'], 'budget')}"
     )
+    if copied["stay_revoked"]:
+        say(f"revoked there, and still revoked: {', '.join(copied['stay_revoked'])}")
+    if copied["unread"]:
+        say(f"copied as they are, though this release cannot read them: {', '.join(copied['unread'])}")
+    for left in copied["left"]:
+        say(f"not copied: {left['what']} ({', '.join(left['places'])}): {left['why']}")
 
 
-def _place(text: str, options: dict[str, Any], is_there: bool) -> RegistryStore:
-    """Return the store that an argument names. Raises Misused; the message never contains a password."""
-    if "://" not in text:
-        path = Path(text).expanduser()
-        file = path / REGISTRY_FILE if path.is_dir() or not path.suffix else path
-        if is_there and not file.is_file():
-            raise Misused(Reason.CONFIG_INVALID, f"there is no registry {file}")
-        return SqliteFile(file)
-    from sidecar.state.redis.contents import RedisRegistryStore
-    from sidecar.state.redis.link import Link
+def _place(
+    text: str, reached: Callable[[redis_address.Address], redis_address.RedisLocation], is_there: bool
+) -> StateLocation:
+    """Return the place that an argument names. Raises Misused; the message never contains a password."""
+    from sidecar.access.backup import StateLocation
 
-    try:
-        found = redis_address.parse_address(text)
-    except ValueError as error:
-        raise Misused(Reason.CONFIG_INVALID, f"{redis_address.without_users(text)}: {error}") from error
-    return RedisRegistryStore(Link(redis_address.RedisLocation(found, **options)))
-
-
-@contextmanager
-def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a progress callback (done, total) that draws a bar on stderr, if that is a terminal."""
-    errors = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    if "://" in text:
+        try:
+            found = redis_address.parse_address(text)
+        except ValueError as error:
+            raise Misused(Reason.CONFIG_INVALID, f"{redis_address.without_users(text)}: {error}") from error
+        return StateLocation(None, reached(found))
+    path = Path(text).expanduser()
+    folder = path.parent if path.name == REGISTRY_FILE else path
+    if is_there and not (folder / REGISTRY_FILE).is_file():
+        raise Misused(Reason.CONFIG_INVALID, f"there is no registry {folder / REGISTRY_FILE}")
+    if folder.exists() and not folder.is_dir():
+        raise Misused(Reason.CONFIG_INVALID, f"{folder} is no data directory, nor the {REGISTRY_FILE} in one")
+    return StateLocation(folder)

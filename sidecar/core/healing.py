@@ -282,6 +282,7 @@ def _deadly(step: Step, request: Request, backend: Backend, text: str) -> None:
     why = _has_ended(backend, text)
     version = step.state.versions[request.version]
     queueing.settle(step, request, Reason.QUARANTINED, quarantine_message(request.view.name, why))
+    version.lost_backends.append(backend.id)
     quarantine(step, request.version, version, why)
     queueing.release(step, request)
 
@@ -371,6 +372,7 @@ def _load_not_owned(step: Step, load: LoadRun, version: Version, backend: Backen
 
 
 def _load_deadly(step: Step, load: LoadRun, version: Version, backend: Backend, text: str) -> None:
+    version.lost_backends.append(backend.id)
     quarantine(step, load.digest, version, _has_ended(backend, text))
 
 

@@ -9,6 +9,7 @@ from policies.views import BASE
 from sidecar.core import eligibility
 from sidecar.core.durations import readable
 from sidecar.core.enums import Fault, Phase
+from sidecar.core.naming import called
 from sidecar.core.state import Backend, Request, State
 
 NAMED_MAX = 2
@@ -23,12 +24,13 @@ class Beyond:
     `silent_ns` has how long nothing has come from a backend's engine, None if nothing has to; of a backend that it
     lacks the core's own count is taken. `passed_on` counts the requests of this replica's clients at others, by owner
     and its backend; both are "" for those that look for an owner. `succeeded` has the backends that are about to go and
-    have a successor, which takes their id.
+    have a successor, which takes their id. `unwritten` has what cannot be written now: files, or what a Redis keeps.
     """
 
     silent_ns: Mapping[str, int | None] = field(default_factory=dict)
     passed_on: Mapping[tuple[str, str], int] = field(default_factory=dict)
     succeeded: Collection[str] = ()
+    unwritten: Collection[str] = ()
 
     def silence_of(self, backend: Backend, now_ns: int) -> int | None:
         """Return how long nothing has come from a backend; None if nothing has to."""
@@ -56,12 +58,23 @@ def troubles(state: State, now_ns: int, beyond: Beyond) -> Iterator[str]:
     if down:
         share = "no backend is up" if len(down) == len(backends) and len(down) > 1 else ""
         yield f"{share or joined(down) + _is(down) + ' down'}{_since(down, now_ns)}"
+        yield from _deadly(state, frozenset(backend.id for backend in down))
     stalled = [each for each in backends if each.silence.suspected][:NAMED_MAX]
     quiet = [each for each in backends if not each.silence.suspected and silence(each, now_ns, beyond)][:NAMED_MAX]
     for backend in (*stalled, *quiet):
         found = f" ({backend.silence.found})" if backend.silence.found else ""
         yield f"{silence(backend, now_ns, beyond)}{_with_what(backend)}{found}"
+    if beyond.unwritten:
+        yield f"{' and '.join(beyond.unwritten)} cannot be written: the log says why"
     yield from drained
+
+
+def _deadly(state: State, down: frozenset[str]) -> Iterator[str]:
+    """Yield a clause for each quarantined version with which engines were lost that are down now."""
+    for digest, version in state.versions.items():
+        if version.quarantined and not down.isdisjoint(version.lost_backends):
+            lost = [state.backends[each] for each in dict.fromkeys(version.lost_backends) if each in state.backends]
+            yield f"{called(state, digest)} is quarantined, because {joined(lost)} ended with it"
 
 
 def silence(backend: Backend, now_ns: int, beyond: Beyond = NOTHING) -> str:

@@ -134,7 +134,8 @@ class SegmentWriter:
         self._stopping = False
         self._file: BufferedWriter | None = None
         self._path: Path | None = None
-        self._complained = False
+        self.fails = False
+        """Nothing could be written when that was last tried."""
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self.failed = False
         """The current segment is lost."""
@@ -241,9 +242,9 @@ class SegmentWriter:
         except Exception as error:  # noqa: BLE001 — a plug-in's snapshot may be at fault; serving continues
             self._fail(error)
             return
-        if self._complained:
+        if self.fails:
             logger.info("the journal is written again")
-            self._complained = False
+            self.fails = False
 
     def _begun(self, opening: Opening) -> BufferedWriter:
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -276,9 +277,9 @@ class SegmentWriter:
         self.errors += 1
         self.failed = True
         self._close()
-        if not self._complained:
+        if not self.fails:
             logger.error("the journal cannot be written in %s: %s; serving goes on without it", self._directory, error)
-            self._complained = True
+            self.fails = True
 
     def _close(self) -> None:
         file, self._file = self._file, None

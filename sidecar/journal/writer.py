@@ -72,6 +72,11 @@ class Journal:
         writer = self._writer
         return JournalFigures(writer.written_bytes, self._segments, self._gaps, writer.errors)
 
+    @property
+    def fails(self) -> bool:
+        """True while nothing can be written."""
+        return self._writer.fails
+
     def start(self) -> None:
         """Begin the first segment with the core as it is now. Call it between steps."""
         self._writer.start()

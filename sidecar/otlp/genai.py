@@ -2,7 +2,7 @@
 
 To its clients this process is the model's server, and it is a client of the engines.
 
-It needs the extra `lora-sidecar[otel]`; only what is configured imports this file. Requests are recorded at their end.
+It needs the extra `otel`; only what is configured imports this file. Requests are recorded at their end.
 The library adds up and sends from a thread of its own, once a minute unless the environment says otherwise.
 """
 

@@ -21,7 +21,7 @@ from sidecar.access.external import ExternalCheck
 from sidecar.access.keys import KeyBook
 from sidecar.access.policy import Roles
 from sidecar.access.principal import SYSTEM, Action
-from sidecar.access.store import AccessStore
+from sidecar.access.store import BUDGETS, FOLDER, REPLICAS, AccessStore
 from sidecar.access.tokens import Tokens
 from sidecar.config import Config
 from sidecar.config.listeners import is_local
@@ -34,14 +34,6 @@ if TYPE_CHECKING:
     from sidecar.access.budgets.leases import Leases
 
 logger = logging.getLogger(__name__)
-
-ACCESS_FOLDER = "access"
-"""The folder of a data directory that has keys, copies of issuers' keys, and usage."""
-REPLICAS_FILE = "replicas"
-"""The file in it with the number of replicas that share the budgets."""
-
-BUDGETS_FILE = "budgets.sqlite"
-"""The file in it with what budgets have taken."""
 
 
 class AccessParts:
@@ -60,7 +52,7 @@ class AccessParts:
         me: str = "",
     ) -> None:
         identity, access = config.identity, config.access
-        folder = None if data is None else data / ACCESS_FOLDER
+        folder = None if data is None else data / FOLDER
         self.config = config
         self._watching: asyncio.Task[None] | None = None
         self._recording: set[asyncio.Task[None]] = set()
@@ -79,10 +71,10 @@ class AccessParts:
             from sidecar.access.budgets.leases import Leases  # the client is imported only if there is a Redis
             from sidecar.state.redis.link import Link
 
-            kept = None if folder is None else folder / REPLICAS_FILE
+            kept = None if folder is None else folder / REPLICAS
             leases = Leases(Link(place), me, lambda: self.count_replicas(), time, kept)
         sharing: Sharing = leases or Alone()
-        self.kept = None if folder is None else Kept(sharing, folder / BUDGETS_FILE, time)
+        self.kept = None if folder is None else Kept(sharing, folder / BUDGETS, time)
         self.budgets = Budgets(access.limits, time, self.kept or sharing)
         self.limits = LimitBook(self.store, access.limits, self.budgets, leases)
         self.access = Access(

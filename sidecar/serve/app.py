@@ -140,8 +140,11 @@ class Sidecar:
         self.gateway.observe(log)
         self.gateway.chronicle.on_end.append(log.ended)
         self.usage = UsageKeeper(data, config.access.usage) if config.access.usage.enabled else None
+        audit = self.access.audit.log
+        self.gateway.writers = {"names": lambda: self.registry.fails, "the audit": lambda: bool(audit.failed)}
         if self.usage is not None:
             usage = self.usage
+            self.gateway.writers["usage"] = lambda: usage.is_failing
             usage.meter.on_use = self.metrics.used
             self.metrics.usage_errors = lambda: usage.errors
             gateway = self.gateway
@@ -152,7 +155,8 @@ class Sidecar:
             self._journal = Journal(self.gateway.core, data / "journal", journal.segment_bytes, journal.segments_max)
             self.gateway.observe(self._journal, of_core=True)
             self.gateway.chronicle.older = "A journal tells of older ones: sidecar replay --explain ID DATA_DIRECTORY"
-            self.metrics.journal = self._journal
+            self.metrics.journal = recorded = self._journal
+            self.gateway.writers["the journal"] = lambda: recorded.fails
             self.crash.then(self._journal.ended)
         self.telemetry = send_telemetry(config.otlp, self.gateway, self.metrics, self._member.id)
         self.crash.then(self._on_crash)

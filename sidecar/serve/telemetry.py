@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from sidecar.config.otlp import Otlp
-from sidecar.errors import Misused, Reason
+from sidecar.errors import Misused, Reason, needs_extra
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.metrics import Metrics
 
@@ -51,7 +51,7 @@ def check_extra(config: Otlp) -> None:
         import sidecar.otlp.genai
         import sidecar.otlp.tracer  # noqa: F401
     except ImportError:
-        raise Misused(Reason.CONFIG_INVALID, "otlp.endpoint needs an extra: pip install 'lora-sidecar[otel]'") from None
+        raise Misused(Reason.CONFIG_INVALID, needs_extra("otlp.endpoint", "otel")) from None
 
 
 class Telemetry:

@@ -92,6 +92,8 @@ class Gateway:
         self.backends = self.fleet.backends
         self.elsewhere: Elsewhere | None = None
         """The router to the other replicas, if there are any."""
+        self.writers: dict[str, Callable[[], bool]] = {}
+        """What is written to disk or to a Redis, and whether that fails now."""
         self._disk = disk
         self.store = BlobStore(
             self.driver.post,

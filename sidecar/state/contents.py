@@ -1,21 +1,18 @@
-"""Move a whole registry from one store to another."""
+"""Read or write a whole registry, wherever it is kept."""
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Generic, Protocol
+from typing import Generic, Protocol
 
 from sidecar.errors import Misused, Reason
-from sidecar.state.codec import Codec, R, UnreadableRecord
-from sidecar.state.registry import SCHEMA, Change, lock_data_directory
+from sidecar.state.codec import Codec, R
+from sidecar.state.registry import SCHEMA, Change
 from sidecar.state.sqlite_faults import translated_errors
 from sidecar.state.written import ADAPTERS
-
-Progress = Callable[[int, int], None]
-"""Takes the number of entries done and their total."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +29,7 @@ class Contents(Generic[R]):
 
 
 class RegistryStore(Protocol[R]):
-    """A place that can hold a registry. Use it as a context manager: nobody else may work on it meanwhile."""
-
-    async def __aenter__(self) -> RegistryStore[R]: ...
-
-    async def __aexit__(self, *error: object) -> None: ...
-
-    async def close(self) -> None:
-        """Let go of the store; leaving its context does so too."""
+    """A place that can hold a registry."""
 
     async def read(self) -> Contents[R]:
         """Return the store's contents. Raises Misused if it holds no registry."""
@@ -52,7 +42,7 @@ class RegistryStore(Protocol[R]):
 
     async def is_empty(self) -> bool: ...
 
-    async def write(self, contents: Contents[R], progress: Progress) -> None:
+    async def write(self, contents: Contents[R]) -> None:
         """Replace the store's contents."""
 
 
@@ -62,21 +52,9 @@ class SqliteFile(Generic[R]):
     def __init__(self, path: Path, codec: Codec[R] = ADAPTERS) -> None:  # type: ignore[assignment]
         self.path = path
         self._codec = codec
-        self._lock: IO[str] | None = None
 
     def __str__(self) -> str:
         return str(self.path)
-
-    async def __aenter__(self) -> SqliteFile[R]:
-        self._lock = lock_data_directory(self.path.parent)
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
 
     async def is_empty(self) -> bool:
         return not self.path.exists() or not (await self.read()).size
@@ -98,23 +76,11 @@ class SqliteFile(Generic[R]):
         changes = [Change(number, name, self._codec.read_or_forget(name, text)) for number, name, text in log]
         written = {change.name: change.number for change in changes}
         before_log = max(1, changes[0].number - 1) if changes else 1
-        records = [(written.get(name, before_log), self._record(name, text)) for name, text in rows]
+        records = [(written.get(name, before_log), self._codec.from_json(name, text)) for name, text in rows]
         return Contents(tuple(records), tuple(changes), changes[-1].number if changes else 0)
 
-    def _record(self, name: str, text: str) -> R:
-        try:
-            return self._codec.from_json(name, text)
-        except UnreadableRecord as error:
-            raise unreadable(name, str(self), str(error)) from error
-
-    async def write(self, contents: Contents[R], progress: Progress) -> None:
-        with translated_errors(self.path):
-            self._replace(contents)
-        progress(contents.size, contents.size)
-
-    def _replace(self, contents: Contents[R]) -> None:
-        database = sqlite3.connect(self.path, isolation_level=None)
-        try:
+    async def write(self, contents: Contents[R]) -> None:
+        with translated_errors(self.path), closing(sqlite3.connect(self.path, isolation_level=None)) as database:
             database.execute("PRAGMA journal_mode=WAL")
             database.executescript(SCHEMA.format(table=self._codec.table))
             with database:
@@ -128,42 +94,9 @@ class SqliteFile(Generic[R]):
                 database.executemany(
                     "INSERT INTO changes VALUES (?, ?, ?)",
                     (
-                        (
-                            change.number,
-                            change.name,
-                            None if change.record is None else self._codec.to_json(change.record),
-                        )
-                        for change in contents.changes
+                        (each.number, each.name, None if each.record is None else self._codec.to_json(each.record))
+                        for each in contents.changes
                     ),
                 )
                 database.execute("DELETE FROM sqlite_sequence WHERE name = 'changes'")
                 database.execute("INSERT INTO sqlite_sequence VALUES ('changes', ?)", (contents.last_change,))
-        finally:
-            database.close()
-
-
-def unreadable(name: str, where: str, why: str) -> Misused:
-    """Return the error for a record that cannot be read and would be lost by a move."""
-    return Misused(
-        Reason.STATE_INCOMPATIBLE,
-        f"the record of {name} in {where} cannot be read ({why}); register the name again there first, or move the "
-        "registry with the release that wrote it",
-    )
-
-
-async def move(
-    source: RegistryStore[R], target: RegistryStore[R], *, force: bool, dry_run: bool, progress: Progress
-) -> Contents[R]:
-    """Copy a registry; change numbers continue from the source's. The source stays unchanged.
-
-    Raises Misused(STATE_NOT_EMPTY) if the target is not empty, unless `force` is set.
-    """
-    async with source, target:
-        contents = await source.read()
-        if not force and not await target.is_empty():
-            raise Misused(
-                Reason.STATE_NOT_EMPTY, f"{target} holds a registry already; --force puts another in its place"
-            )
-        if not dry_run:
-            await target.write(contents, progress)
-        return contents

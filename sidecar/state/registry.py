@@ -33,6 +33,7 @@ REGISTRY_FILE = "registry.sqlite"
 """The name of the file in a data directory."""
 DATA_FORMAT, FORMAT_FILE = 1, "format"
 """The number of a data directory's format, and the file in it that holds the number."""
+LOCK_FILE = "lock"
 CHANGES_MAX = 10_000
 """The number of changes kept. A watcher with an older token must list the adapters anew."""
 
@@ -93,6 +94,10 @@ class Registry(Protocol[R]):
     def answered_at(self) -> float | None:
         """The time (Unix seconds) of the last answer of a store that can be away, to an earlier process too."""
 
+    @property
+    def fails(self) -> bool:
+        """True if a change cannot be written: the last one failed, or the store is away."""
+
     def subscribe(self, tell: Callable[[Change[R]], None]) -> Callable[[], None]:
         """Call `tell` with each further change, once and in order; return a function that ends the subscription."""
 
@@ -124,6 +129,7 @@ class SqliteRegistry(Generic[R]):
         """
         self._path = path
         self._codec = codec
+        self.fails = False
         with translated_errors(path):
             # Do not wait for locks: that would block the event loop, and no other process should use the file.
             self._database = sqlite3.connect(path or ":memory:", isolation_level=None, timeout=0)
@@ -183,12 +189,14 @@ class SqliteRegistry(Generic[R]):
 
     def _write(self, statement: str, values: tuple[str, ...], name: str, text: str | None) -> int:
         """Write a record and its change in one transaction; return the change's number."""
+        self.fails = True
         with translated_errors(self._path), self._database:
             self._database.execute("BEGIN IMMEDIATE")
             self._database.execute(statement, values)
             cursor = self._database.execute("INSERT INTO changes (name, record) VALUES (?, ?)", (name, text))
             number = cursor.lastrowid or 0
             self._database.execute("DELETE FROM changes WHERE number <= ?", (number - CHANGES_MAX,))
+        self.fails = False
         return number
 
     async def acknowledged(self, number: int) -> None:
@@ -243,7 +251,7 @@ def lock_data_directory(directory: Path) -> IO[str]:
     Raises Misused: DATA_DIRECTORY_IN_USE with the holder's pid, STATE_INCOMPATIBLE if it has another format.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "lock"
+    path = directory / LOCK_FILE
     file = path.open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -5,7 +5,9 @@ Call these functions between steps; they change nothing.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
+from operator import itemgetter
 
 from policies.views import BASE
 from sidecar.core import eligibility
@@ -13,16 +15,35 @@ from sidecar.core.durations import readable
 from sidecar.core.enums import Phase, Why
 from sidecar.core.naming import called
 from sidecar.core.state import Backend, Request, State
+from sidecar.core.waiting import FLOOD_MIN, FLOOD_SHARE, HOLDER_MIN
 
 NAMED_MAX = 6
 """The most adapters or backends that a sentence names; it counts the rest."""
+
+CONTENDED = (Why.SLOTS_BUSY, Why.SEATS_FULL, Why.KV_FULL, Why.GATED, Why.TENANT_CAP, Why.NEXT)
+"""The reasons that other requests are."""
 
 
 def in_the_way(state: State, request: Request, why: Why, now_ns: int) -> str:
     """Return what keeps a waiting request from running; `why` is the result of `eligibility.why_waiting`."""
     if request.backend is None:
         return _no_backend(state, request)
-    return _SENTENCES[why](state, state.backends[request.backend], request, now_ns)
+    backend = state.backends[request.backend]
+    return _SENTENCES[why](state, backend, request, now_ns) + (
+        _flood(state, backend, request) if why in CONTENDED else ""
+    )
+
+
+def _flood(state: State, backend: Backend, request: Request) -> str:
+    """Return which other tenant has most of what runs there, or of what waits; "" if none."""
+    running = Counter(state.requests[each].view.tenant for each in backend.running)
+    waiting = {tenant: queued.requests for tenant, queued in state.tenant_queued.items()}
+    told = []
+    for counts, least, what in ((running, HOLDER_MIN, f"run on {backend.id}"), (waiting, FLOOD_MIN, "wait")):
+        tenant, count = max(counts.items(), key=itemgetter(1), default=("", 0))
+        if tenant not in ("", request.view.tenant) and count >= max(least, FLOOD_SHARE * sum(counts.values())):
+            told.append(f'; {count} of {sum(counts.values())} that {what} are of tenant "{tenant}"')
+    return "".join(told)
 
 
 def listed(names: Iterable[str], most: int = NAMED_MAX) -> str:

@@ -14,11 +14,10 @@ import httpx
 import pytest
 from redis.asyncio import Redis
 
+from sidecar.access.backup import StateLocation, migrate
 from sidecar.core import core as core_module
 from sidecar.core import events as ev
-from sidecar.errors import Misused
 from sidecar.proto import admin_pb2 as pb
-from sidecar.state.contents import SqliteFile
 from sidecar.state.registry import REGISTRY_FILE, SqliteRegistry
 from sidecar.state.written import to_json
 from tests.kit.emulated import running_engine
@@ -111,8 +110,13 @@ async def test_bad_rows_of_a_file_are_set_aside(tmp_path: Path, caplog: pytest.L
             await served.adapters.Register(pb.RegisterRequest(name="bad-0", path=str(roots / "bad-0")))
             assert (await served.ask("bad-0", 3)).tokens == served.expected("bad-0", 3)
             assert await figure(served, "adapters_set_aside") == len(BAD) - 1
-        with pytest.raises(Misused, match="cannot be read"):
-            await SqliteFile(data / REGISTRY_FILE).read()
+        moved = await migrate(StateLocation(data), StateLocation(tmp_path / "moved"))
+        assert moved["unread"] == sorted(f"bad-{number}" for number in range(1, len(BAD)))
+        copied, kept = (sqlite3.connect(each / REGISTRY_FILE) for each in (tmp_path / "moved", data))
+        rows = "SELECT name, record FROM adapters ORDER BY name"
+        assert copied.execute(rows).fetchall() == kept.execute(rows).fetchall()
+        copied.close()
+        kept.close()
 
 
 async def test_a_record_that_makes_the_core_fail_is_set_aside(

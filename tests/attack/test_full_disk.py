@@ -10,8 +10,9 @@ import json
 import os
 import sqlite3
 import subprocess
-from collections.abc import AsyncIterator, Iterator
-from contextlib import closing
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from tests.attack.test_asked_again_at_the_write import OPERATOR, Publisher, bear
 from tests.integration.test_push import chunks_of, messages, start_of
 from tests.kit.emulated import running_engine
 from tests.kit.peft_files import write_adapter
-from tests.kit.serving import Serving, serving, until
+from tests.kit.serving import Serving, serving, until, until_async
 
 DUMMY = {"compute": "none", "shape": "tiny"}
 DISK_BYTES = 4 << 20
@@ -112,6 +113,38 @@ async def test_a_registration_on_a_full_disk(disk: Path, tmp_path: Path) -> None
         async with house(engine, data, tmp_path) as served:
             assert sorted(served.state.names) == ["a", "b", "c"]
             assert {record.name: record.current for record in served.sidecar.registry.all()} == {"a": 1, "b": 1, "c": 1}
+
+
+async def test_the_verdict_says_that_nothing_can_be_written(disk: Path, tmp_path: Path) -> None:
+    """What failed last is named in the first line of the queue, for as long as it fails; requests go on."""
+    folder = write_adapter(tmp_path / "a")
+
+    async def verdict() -> str:
+        return str((await served.queues.Get(pb.QueueRequest())).verdict)
+
+    async def tells(what: str) -> bool:
+        await served.ask("a", 3)
+        with suppress(grpc.aio.AioRpcError):
+            await served.adapters.Pin(pb.AdapterRequest(name="a"))
+            await served.adapters.Unpin(pb.AdapterRequest(name="a"))
+        await served.sidecar.usage.write()
+        return what in await verdict()
+
+    async with running_engine(**DUMMY) as engine, house(engine, disk / "data", tmp_path) as served:
+        await registered(served, folder, "a")
+        assert "written" not in await verdict()
+        filler = fill(disk)
+        await until_async(partial(tells, "names"))
+        await until_async(partial(tells, "the audit"))
+        await until_async(partial(tells, "the journal"))
+        assert "cannot be written: the log says why; nobody waits" in await verdict()
+        filler.unlink()
+        for what in ("names", "the audit", "usage"):
+            await until_async(partial(_tells_no_more, tells, what))
+
+
+async def _tells_no_more(tells: Callable[[str], Awaitable[bool]], what: str) -> bool:
+    return not await tells(what)
 
 
 @pytest.mark.parametrize("chunk_bytes", [3000, 10_000])

@@ -1,4 +1,4 @@
-"""One tenant floods the base model; another asks for an adapter that the engine has, and is not behind the flood."""
+"""One tenant floods; another asks for another adapter, and is not behind the flood, whatever its slots are used for."""
 
 from __future__ import annotations
 
@@ -31,3 +31,21 @@ def test_a_few_requests_beside_a_flood(asked: str, apart_ns: int) -> None:
     world.run()
     order = [effect.request for effect in world.of(fx.Dispatch)[sent_before:]]
     assert max(map(order.index, few)) <= FEW * 2 * SEATS
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_few_requests_beside_a_flood_that_has_every_slot(slots: int) -> None:
+    """How far the flood may get ahead follows the seats: on an engine of four it is one request."""
+    world = World(CoreConfig(seat_slack=0.0), engines=0)
+    world.add_engine("b0", facts_of(seats=4, device_pages=slots)).run_ns = 100 * MS
+    hot = [f"hot-{number}" for number in range(slots)]
+    for name in ("sql", *hot):
+        world.register(name)
+    for number in range(FLOOD):
+        world.send(hot[number % slots], tenant="flood", output_tokens=20)
+    world.run(SECOND)
+    sent_before = len(world.of(fx.Dispatch))
+    few = [world.send("sql", tenant="honest", output_tokens=20) for _ in range(FEW)]
+    world.run()
+    order = [effect.request for effect in world.of(fx.Dispatch)[sent_before:]]
+    assert max(map(order.index, few)) <= FEW * 2 * 4

@@ -32,9 +32,10 @@ async def bench(folder: Path) -> list[Figure]:
     """Fill a Redis and a file alike, have a process of its own load each, and then write with two replicas."""
     async with running(folder / "server") as server:
         contents = _contents()
-        async with RedisRegistryStore(link_to(server.url)) as place, SqliteFile(folder / REGISTRY_FILE) as file:
-            await place.write(contents, lambda done, total: None)
-            await file.write(contents, lambda done, total: None)
+        link = link_to(server.url)
+        await RedisRegistryStore(link).write(contents)
+        await link.close()
+        await SqliteFile(folder / REGISTRY_FILE).write(contents)
         del contents
         shared, alone = await _load(server.url), await _load(str(folder / REGISTRY_FILE))
         stored = await _stored_bytes(server)

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from sidecar.backends.registry import entries_of
+from sidecar.backends.vllm.api import OLDEST, is_too_old
 from sidecar.config import parse
 from sidecar.core.facts import EngineFacts
 from sidecar.pace.cost import A100_TABLE
@@ -84,6 +85,24 @@ def test_a_plan_for_people(sidecar: Callable[..., Ended]) -> None:
         "if steps take 10 %",
     ):
         assert words in ended.out
+
+
+@pytest.mark.parametrize(
+    ("engine", "measured", "warns"), [("vllm", "vLLM 0.14.0", 1), ("trtllm", "TensorRT-LLM 1.0.0", 0)]
+)
+def test_it_says_whose_times_it_rests_on(engine: str, measured: str, warns: int, sidecar: Callable[..., Ended]) -> None:
+    """Those of a version that the sidecar does not serve are marked as such, in every form."""
+    for form in ((), ("--emit", PASTED[engine])):
+        assert f"by step times of {measured}" in sidecar(*GOAL, "--engine", engine, *form).out
+    warnings = sidecar(*GOAL, "--engine", engine, "--json").json()["warnings"]
+    told = [
+        text for text in warnings if f"the step times were measured with {measured}; the sidecar needs vLLM" in text
+    ]
+    assert len(told) == warns
+    assert not is_too_old(f"{OLDEST[0]}.{OLDEST[1]}.0")
+
+
+PASTED = {"vllm": "vllm", "trtllm": "pbtxt"}
 
 
 def test_lines_for_triton(sidecar: Callable[..., Ended]) -> None:

@@ -19,7 +19,7 @@ from sidecar.cli import run
 from sidecar.config import parse
 from sidecar.config.otlp import Otlp
 from sidecar.core import events as ev
-from sidecar.errors import Misused
+from sidecar.errors import Misused, needs_extra
 from sidecar.otlp.exporting import metric_exporter, resource_of
 from sidecar.otlp.genai import GenAiMetrics
 from sidecar.serve.app import Sidecar
@@ -228,8 +228,8 @@ async def test_without_the_extra_it_says_what_to_install(
     file = tmp_path / "config.yaml"
     file.write_text("otlp: {endpoint: 'http://127.0.0.1:4317'}")
     assert run(("config", "check", str(file))) == 2  # it says what serve would
-    assert "lora-sidecar[otel]" in capfd.readouterr().err
-    with pytest.raises(Misused, match=r"lora-sidecar\[otel\]"):
+    assert needs_extra("otlp.endpoint", "otel") in capfd.readouterr().err
+    with pytest.raises(Misused, match=r"otlp\.endpoint needs the extra otel"):
         Sidecar(parse({"otlp": {"endpoint": "http://127.0.0.1:4317"}}, "the test"))
     assert Sidecar(parse({}, "the test")).telemetry is None
 

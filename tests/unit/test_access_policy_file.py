@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from sidecar.access.deciding import CachedPolicy, policy_of
 from sidecar.access.policy_file import FILE_BYTES_MAX, FilePolicy
 from sidecar.access.principal import Action, Principal, Proof, Resource, Sort
 from sidecar.config.access import Policies
-from sidecar.errors import Misused
+from sidecar.errors import Misused, needs_extra
 
 ANN, BOB = Principal("ann", Proof.KEY), Principal("bob", Proof.KEY)
 SQL = Resource(Sort.ADAPTER, "sql")
@@ -240,5 +241,5 @@ def test_without_the_extra_it_says_what_to_install(path: Path, monkeypatch: pyte
     for module in ("sidecar.access.policy_file", "sidecar.access.cedar", "sidecar.access.cedar_text"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "cedarpy", None)
-    with pytest.raises(Misused, match=r'pip install "lora-sidecar\[cedar\]"'):
+    with pytest.raises(Misused, match=re.escape(needs_extra("access.policies.cedar", "cedar"))):
         policy_of(Policies(cedar=str(path)))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sidecar.errors import Misused
+from sidecar.errors import Misused, needs_extra
 from sidecar.lab.calibrate.measured import Measured, short_name
 from sidecar.lab.calibrate.refining import refined_grid
 from sidecar.lab.calibrate.table import measured_table
@@ -160,7 +160,7 @@ def test_the_command_says_what_is_missing(
     monkeypatch.setitem(sys.modules, "aiconfigurator_core", None)
     ended = command("calibrate", "--model", "llama-3.1-8b", "--gpu", "a100_sxm", "--engine", "vllm", "--json")
     assert ended.code == 2
-    assert "pip install 'lora-sidecar[calibrate]'" in ended.error()["message"]
+    assert ended.error()["message"] == needs_extra("what is measured", "calibrate")
     for arguments, way_out in ((("--model", "x"), "--from-journal"), (("--backend", "b0"), "--from-journal")):
         ended = command("calibrate", *arguments, "--json")
         assert ended.code == 2

@@ -141,6 +141,20 @@ def test_what_is_in_the_way_now_is_told_if_it_has_changed() -> None:
     assert not [note for note in story(lived(world), str(last), world.now_ns, tenant="").notes if "now" in note]
 
 
+def test_a_tenant_is_not_told_whose_flood_it_is() -> None:
+    """An operator is."""
+    world = World(CoreConfig(seat_slack=0.0), engines=0)
+    world.add_engine("b0", facts_of(seats=4)).run_ns = SECOND
+    for _ in range(30):
+        world.send(tenant="flood")
+    world.run(SECOND // 2)
+    request = world.send(tenant="honest")
+    world.run()
+    for tenant, is_told in ((None, True), ("honest", False)):
+        told = "\n".join(lines_of(story(lived(world), str(request), world.now_ns, tenant)))
+        assert ("flood" in told) is is_told
+
+
 def test_rare_looks_tell_what_lasts(tmp_path: Path) -> None:
     """Four looks a second find a reason that holds for seconds, within a quarter of a second."""
     world, request = SCENES[Why.STALLED]()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from sidecar.core import admission
+from sidecar.core import admission, waiting
 from sidecar.core import effects as fx
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
-from sidecar.core.enums import Outcome
+from sidecar.core.enums import Fault, Outcome
 from sidecar.errors import Reason
 from tests.kit.cases import first
 from tests.kit.corekit import MS, SECOND, World, assert_idle
@@ -56,8 +58,8 @@ def test_an_adapter_that_crashes_engines_costs_at_most_two(seed: int, wires_firs
     assert_idle(pool.core)
 
 
-def quarantined() -> World:
-    """Return a world of three engines in which "bad" has been quarantined."""
+def quarantined(are_back: bool = True) -> World:
+    """Return a world of three engines in which "bad" has been quarantined; those that it ended are back or not."""
     world = World(engines=3)
     world.register("bad", "good")
     for engine in world.engines.values():
@@ -66,9 +68,32 @@ def quarantined() -> World:
     world.run()
     assert world.settled[request].reason is Reason.QUARANTINED
     for backend, engine in world.engines.items():
-        if not engine.up:
+        if not engine.up and are_back:
             world.bring_up(backend)
     return world
+
+
+def test_the_verdict_names_it_while_engines_are_down_for_it() -> None:
+    """What is down is told with the adapter that ended it, until the engines are back."""
+    world = quarantined(are_back=False)
+    verdict = waiting.queue_view(world.core.state, world.now_ns).verdict
+    down = " and ".join(backend for backend, engine in world.engines.items() if not engine.up)
+    assert re.match(f"{down} are down, lost .* ago; bad is quarantined, because {down} ended with it; ", verdict)
+    assert "quarantined" not in waiting.queue_view(quarantined().core.state, world.now_ns).verdict
+
+
+def test_the_verdict_names_what_an_engine_says_it_died_of() -> None:
+    """One load is enough where the engine names the adapter itself."""
+    world = World(engines=1)
+    world.register("bad")
+    world.send("bad")
+    world.engines["b0"].silent = True
+    world.run(100 * MS)
+    (load,) = [effect.load for effect in world.of(fx.Load)]
+    world.feed(ev.LoadFailed(load, Fault.DEADLY, "weights of rank 128"))
+    world.feed(ev.BackendLost("b0", "the engine has ended"))
+    verdict = waiting.queue_view(world.core.state, world.now_ns).verdict
+    assert "; bad is quarantined, because b0 ended with it; " in verdict
 
 
 def test_quarantine_says_why_and_what_to_do() -> None:

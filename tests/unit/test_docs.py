@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from sidecar.errors import needs_extra
 from tools.docs import checks, configuration, generate
 from tools.docs.commands import problems_of_block, problems_of_span, simple_commands
 from tools.docs.pages import ROOT, Block, anchors, blocks, inline_code, pages
@@ -31,6 +34,32 @@ def test_every_key_has_a_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configuration, "_meanings", lambda: meanings)
     with pytest.raises(ValueError, match=r"store: memory, store: memory_bytes"):
         configuration.page()
+
+
+def test_nobody_is_sent_to_a_package_that_is_not_ours() -> None:
+    """No index has our package: whoever registers its name there would be installed."""
+    suffixes = (".py", ".md", ".yaml", ".tpl", ".sh", ".txt", ".toml")
+    folders = ("sidecar", "policies", "docs", "examples", "deploy", "tools")
+    files = [ROOT / "README.md", *(path for folder in folders for path in (ROOT / folder).rglob("*"))]
+    names = re.compile(r"lora[-_]sidecar\[|pip install (-U |--upgrade )?['\"]?lora[-_]sidecar\b(?!-)")
+    found = [str(path) for path in files if path.suffix in suffixes and names.search(path.read_text())]
+    assert found == []
+
+
+def test_what_is_told_of_an_extra_is_one() -> None:
+    told = needs_extra("this", "lab")
+    assert "'.[lab]'" in told
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    rows = re.findall(r"^\| (`.+?`) \|", (ROOT / "docs" / "start.md").read_text().split("## Extras")[1], re.MULTILINE)
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == extras.keys() - {"build", "release", "dev"}
+    sources = [path.read_text() for path in (ROOT / "sidecar").rglob("*.py")]
+    assert {name for text in sources for name in re.findall(r'needs_extra\(.*, "(\w+)"\)', text)} <= extras.keys()
+
+
+def test_blocks_that_run_need_no_extra_of_the_lab() -> None:
+    """A reader runs them in a clone after `make .venv`."""
+    running = [block for page in pages() for block in blocks(page) if block.runs]
+    assert [block.at for block in running if re.search(r"--(report|plot)\b", block.commands)] == []
 
 
 def test_the_readme_is_short() -> None:

@@ -257,6 +257,31 @@ def test_seats_that_others_have_are_the_reason_while_a_slot_is_idle() -> None:
     assert in_the_way(world.core.state, waits, Why.SEATS_FULL, world.now_ns) == "2 of 2 seats are taken: base model 2"
 
 
+@pytest.mark.parametrize("adapter", ["", "sql"])
+def test_a_story_names_the_tenant_whose_flood_is_in_the_way(adapter: str, tmp_path: Path) -> None:
+    """For seats and for slots, to operators; not the tenant's own flood, and nobody's where nobody floods."""
+    world = World(CoreConfig(seat_slack=0.0), engines=0)
+    world.add_engine("b0", facts_of(seats=4, device_pages=1)).run_ns = SECOND
+    world.register("hot", "sql")
+    flood = [world.send("hot", tenant="flood") for _ in range(30)]
+    world.run(for_ns=100 * MS)
+    honest = world.send(adapter, tenant="honest")
+    state = world.core.state
+
+    def told(request: int) -> str:
+        why = eligibility.why_waiting(state, state.requests[request], world.now_ns)
+        return in_the_way(state, state.requests[request], why, world.now_ns)
+
+    (_, runs, waits) = told(honest).rsplit("; ", 2)
+    assert runs == '4 of 4 that run on b0 are of tenant "flood"'
+    assert waits == '26 of 27 that wait are of tenant "flood"'
+    assert "of tenant" not in told(flood[-1])
+    world.run()
+    write_journal(world, tmp_path)
+    (text,) = {period.because for period in explain(tmp_path, honest).periods() if "flood" in period.because}
+    assert 'of tenant "flood"' in text
+
+
 @pytest.mark.parametrize("why", list(SCENES))
 def test_each_reason_is_told_with_what_was_in_the_way(why: Why, tmp_path: Path) -> None:
     """A request that waits for a reason is explained by it, with a sentence, and its wait adds up."""

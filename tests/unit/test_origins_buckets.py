@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from sidecar.adapters.origins import buckets
 from sidecar.adapters.origins.checksums import Checksum, running
 from sidecar.adapters.origins.origin import BUCKETS
-from sidecar.errors import Invalid, Reason, Refused
+from sidecar.errors import Invalid, Reason, Refused, needs_extra
 from tests.kit.faulty_http import Fault, FaultyServer, faulty_server
 from tests.kit.object_store import client, object_store, put_folder
 from tests.kit.origins import World, bring, folder_files
@@ -225,7 +226,7 @@ def test_denied_and_not_installed(folder: Path, tmp_path: Path, monkeypatch: pyt
     assert world.waits_s == []
     monkeypatch.undo()
     monkeypatch.setattr(fsspec, "filesystem", _not_installed)
-    with pytest.raises(Invalid, match=r'az:// needs the extra az.*pip install "lora-sidecar\[az\]"'):
+    with pytest.raises(Invalid, match=re.escape(needs_extra("az://", "az"))):
         bring("az://acme/sql", tmp_path / "b", ["az://acme/"])
 
 

@@ -291,6 +291,13 @@ def test_requests_at_other_replicas_are_told_with_whom_to_ask() -> None:
     assert "; 2 of this replica's requests are at 2 more: sidecar replicas list; " in view(world, beyond=many).verdict
 
 
+def test_what_cannot_be_written_is_told() -> None:
+    """To operators; a tenant hears nothing of the disk."""
+    full = Beyond(unwritten=("the journal", "usage"))
+    assert view(World(), beyond=full).verdict.startswith("the journal and usage cannot be written: the log says why; ")
+    assert "written" not in view(World(), tenant="acme", beyond=full).verdict
+
+
 def test_without_a_backend_that_is_up() -> None:
     """Who can be routed nowhere waits for a backend, and the verdict does not name one."""
     world = World(engines=0)

@@ -13,6 +13,8 @@ import pytest
 
 from policies.ordering.soft_gated import SoftGated
 from policies.views import Backlog, Promise, Waiting
+from sidecar.lab.sim.options import Options
+from sidecar.lab.sim.runs import runs_of
 from tests.bench.scheduling import (
     deep,
     harmless,
@@ -86,6 +88,18 @@ def _a_hundred_times(promise: Callable[..., Promise | None]) -> Callable[..., Pr
         return None if made is None else replace(made, bound_ns=100 * made.bound_ns)
 
     return vague
+
+
+@pytest.mark.parametrize(("hot", "slots"), [(1, 1), (6, 1), (6, 2)])
+def test_a_flood_that_is_older_breaks_nobodys_bound(hot: int, slots: int, tmp_path: Path) -> None:
+    """Its requests wait already when somebody asks for another adapter now and then, on an engine of four seats."""
+    flood = [(number / 1000, f"hot-{number % hot}", "flood") for number in range(300)]
+    others = [(2.0 + 5 * number, "cold", "other") for number in range(12)]
+    lines = [f"{at_s},{adapter},100,150,{tenant}" for at_s, adapter, tenant in sorted(flood + others)]
+    (tmp_path / "load.csv").write_text("\n".join(["arrival_s,adapter,input_tokens,output_tokens,tenant", *lines]))
+    (run,) = runs_of(Options(trace=tmp_path / "load.csv", slots=slots, seats=4))
+    recorder = tenants.watched(run.setup, run.workload)
+    assert (recorder.bounded, recorder.over_bound) == (len(lines), [])
 
 
 @pytest.mark.slow

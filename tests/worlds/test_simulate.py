@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from policies.registry import POLICIES
+from sidecar.errors import needs_extra
 from sidecar.lab.sim.flavours import FLAVOURS
 from sidecar.lab.sim.options import Options
 from sidecar.lab.sim.product import Product
@@ -265,7 +266,7 @@ def test_without_the_extra_nothing_is_simulated_for_plots(
     ended = sidecar(*arguments)
 
     assert (ended.code, ended.out) == (2, "")
-    assert "pip install 'lora-sidecar[lab]'" in ended.err
+    assert needs_extra("a report or plot", "lab") in ended.err
 
 
 def test_a_long_run_tells_how_far_it_is() -> None:

@@ -1,7 +1,7 @@
 """Count the tokens of prompts in text, by the tokenizers of their models.
 
 An engine's tokenizer is the library `tokenizers`, with the model's `tokenizer.json`; the same ones are used here (extra
-`lora-sidecar[tokenizer]`). A kilobyte takes some milliseconds, so texts are counted in a thread while their requests
+`tokenizer`). A kilobyte takes some milliseconds, so texts are counted in a thread while their requests
 wait and run: what is reserved when they come is an expectation, what is charged at their end is the count.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from sidecar.errors import Misused, Reason
+from sidecar.errors import Misused, Reason, needs_extra
 from sidecar.files import read_regular_or_piped
 
 FILE = "tokenizer.json"
@@ -34,9 +34,7 @@ class PromptCounter:
         try:
             from tokenizers import Tokenizer
         except ImportError as error:
-            raise Misused(
-                Reason.CONFIG_INVALID, "base_model.tokenizer needs an extra: pip install 'lora-sidecar[tokenizer]'"
-            ) from error
+            raise Misused(Reason.CONFIG_INVALID, needs_extra("base_model.tokenizer", "tokenizer")) from error
         read: dict[Path, Tokenizer] = {}
         for path in set(files.values()):
             file = path / FILE if path.is_dir() else path

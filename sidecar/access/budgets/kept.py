@@ -10,9 +10,11 @@ import asyncio
 import logging
 import sqlite3
 from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
-from sidecar.access.budgets.meters import Former, Meter, Sharing, rounds
+from sidecar.access.budgets.meters import Former, Meter, Sharing, Taken, rounds, seconds_of
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +85,9 @@ class Kept:
     def former(self, key: str) -> Sequence[Former]:
         own = self._former.pop(key, None)
         learned = self._inner.former(key)
+        if own is not None and own.total is None:  # what was moved to Redis counts there
+            moved = max((each.held for each in learned if each.window == own.window), default=0)
+            own = replace(own, held=max(own.held, moved))
         return sorted([*([] if own is None else [own]), *learned], key=lambda each: each.window)
 
     def touched(self, meter: Meter, missed: int = 0) -> None:
@@ -194,3 +199,18 @@ class Kept:
     def _purge(database: sqlite3.Connection, now_s: int) -> None:
         database.execute(_PURGE[0], (now_s,))
         database.execute(_PURGE[1])
+
+
+def read_taken(path: Path, now_s: float) -> list[Taken]:
+    """Return what a file has of windows that last; debts of windows that are over are left out."""
+    with closing(sqlite3.connect(path)) as database:
+        lasting = 'SELECT key, "window", taken FROM budgets WHERE "window" >= ? / seconds'
+        return database.execute(lasting, (int(now_s),)).fetchall()
+
+
+def write_taken(path: Path, taken: Sequence[Taken]) -> None:
+    """Write a new file, in which nothing is a debt."""
+    rows = [(key, window, seconds_of(key), number, 0, number, 0, None) for key, window, number in taken]
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute(SCHEMA)
+        database.executemany("INSERT INTO budgets VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)

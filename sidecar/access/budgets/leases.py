@@ -14,13 +14,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from secrets import token_hex
 from weakref import WeakSet
 
-from sidecar.access.budgets.meters import Former, Meter, rounds
+from sidecar.access.budgets.meters import Former, Meter, Taken, rounds, seconds_of
 from sidecar.state.redis.link import FAULTS, Link
 from sidecar.state.redis.scripts import Script
 
@@ -82,11 +82,17 @@ local answer = {page[1]}
 for index = 1, #page[2], 2 do
   answer[#answer + 1] = page[2][index]
   answer[#answer + 1] = tonumber(redis.call('HGET', page[2][index], 'total') or '0')
+  answer[#answer + 1] = tonumber(redis.call('HGET', page[2][index], 'of:moved') or '0')
 end
 return answer
 """,
 )
-"""Return the next cursor after the one that is the argument, and a page of the budgets with what all replicas hold."""
+"""Return the next cursor after the one that is the argument, and a page of the budgets with what all replicas hold.
+
+After that how much of it was moved there from a file.
+"""
+MOVED = "of:moved"
+"""The replica that holds what was moved there."""
 
 
 class Leases:
@@ -113,7 +119,7 @@ class Leases:
         self._clock = clock
         self._mark = token_hex(8)
         self._known: WeakSet[Meter] = WeakSet()
-        self._learned: dict[str, tuple[int, int]] = {}
+        self._learned: dict[str, tuple[int, int, int]] = {}
         self._used: dict[str, Meter] = {}
         self._urgent: dict[str, Meter] = {}
         self._woken = asyncio.Event()
@@ -145,7 +151,7 @@ class Leases:
 
     def former(self, key: str) -> list[Former]:
         found = self._learned.pop(key, None)
-        return [] if found is None else [Former(found[0], 0, 0, 0, found[1])]
+        return [] if found is None else [Former(found[0], 0, found[2], 0, found[1])]
 
     def touched(self, meter: Meter, missed: int = 0) -> None:
         lease = meter.lease
@@ -167,14 +173,10 @@ class Leases:
 
     async def learn(self) -> None:
         """Ask what is taken of all budgets, before the first request: to this process all of each looks left."""
-        cursor = None
         try:
-            while cursor != "0" and len(self._learned) < LEARNED_MAX:
-                async with asyncio.timeout(ANSWER_S):
-                    cursor, *found = await self._link.run(LEARN, cursor or 0)
-                for place, total in zip(found[::2], found[1::2], strict=True):
-                    key, window = place.removeprefix(self._link.key("budget:")).rsplit(":", 1)
-                    self._learned[key] = max(self._learned.get(key, (0, 0)), (int(window), total))
+            async for (key, window, total), moved in read_taken(self._link):
+                if len(self._learned) < LEARNED_MAX:
+                    self._learned[key] = max(self._learned.get(key, (0, 0, 0)), (window, total, moved))
         except FAULTS as error:
             self._is_away(error)
 
@@ -273,6 +275,26 @@ class Leases:
         self._woken.set()
         self._mark = mark
         self.is_away = False
+
+
+async def read_taken(link: Link) -> AsyncIterator[tuple[Taken, int]]:
+    """Yield what all replicas hold of each budget, and how much of it was moved there. Raises FAULTS."""
+    cursor = None
+    while cursor != "0":
+        async with asyncio.timeout(ANSWER_S):
+            cursor, *found = await link.run(LEARN, cursor or 0)
+        for place, total, moved in zip(found[::3], found[1::3], found[2::3], strict=True):
+            key, window = place.removeprefix(link.key("budget:")).rsplit(":", 1)
+            yield (key, int(window), total), moved
+
+
+async def write_taken(link: Link, taken: Sequence[Taken]) -> None:
+    """Have what was taken elsewhere count until its window turns. Raises FAULTS."""
+    for start in range(0, len(taken), BUDGETS_AT_ONCE):
+        some = taken[start : start + BUDGETS_AT_ONCE]
+        keys = tuple(f"budget:{key}:{window}" for key, window, _ in some)
+        numbers = [number for key, _, total in some for number in (total, total, total, 2 * seconds_of(key))]
+        await link.run(replace(LEASE, keys=("budgets", *keys)), MOVED, token_hex(8), *numbers)
 
 
 def _number_in(file: Path) -> int:

@@ -26,6 +26,17 @@ NUMBERS = tuple(
 )
 
 
+SECONDS = {number.name: number.seconds for number in NUMBERS}
+
+Taken = tuple[str, int, int]
+"""A meter's key, a window, and what is taken in it."""
+
+
+def seconds_of(key: str) -> int:
+    """Return how long the windows of a meter are: its key ends with the name of its number."""
+    return SECONDS[key.rpartition(":")[2]]
+
+
 @dataclass(frozen=True, slots=True)
 class Former:
     """What is known of a budget in a `window` from before this process began.

@@ -76,7 +76,7 @@ class UsageKeeper:
         self._began, self._began_ns = wall(), self.last_ns
         self._period = Period(_hour_of(self._began), self._began)
         self._over: list[tuple[Period, Snapshot]] = []
-        self._is_failing = False
+        self.is_failing = False
         self._ledger: Ledger | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="usage")
         self._writing = asyncio.Lock()
@@ -181,7 +181,7 @@ class UsageKeeper:
                 self._ledger.roll(min(self._wall(), self._latest()))
             if current is not None:
                 self._write_one(*current, is_over=False)
-            self._is_failing = False
+            self.is_failing = False
         except sqlite3.Error as error:
             self._failed(error)
         return left
@@ -198,18 +198,18 @@ class UsageKeeper:
 
     def _failed(self, error: Exception) -> None:
         self.errors += 1
-        if not self._is_failing:
+        if not self.is_failing:
             logger.error(
                 "usage cannot be written to %s (%s); requests go on, and it is tried again each minute until the "
                 "process ends; free space on the disk, or move a damaged file away and restart",
                 self._path, error,
             )  # fmt: skip
-        self._is_failing = True
+        self.is_failing = True
 
     def _report(self, question: Question, unwritten: list[int]) -> Report:
         assert self._ledger is not None
         incomplete = {*self._ledger.incomplete(question), *unwritten}
-        if self._is_failing:
+        if self.is_failing:
             incomplete.add(self._period.hour)
         return Report(self._ledger.lines(question), sorted(incomplete), self._note())
 

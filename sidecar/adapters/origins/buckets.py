@@ -17,7 +17,7 @@ from sidecar.adapters.origins.checksums import Checksum, best, from_base64, from
 from sidecar.adapters.origins.failures import Missing, Stopped, Transient, unreadable
 from sidecar.adapters.origins.origin import Origin
 from sidecar.adapters.origins.remote import Body, Resume
-from sidecar.errors import SidecarError
+from sidecar.errors import SidecarError, needs_extra
 
 RANGE_BYTES = 4 << 20
 _INFO_OPTIONS: Mapping[str, Mapping[str, bool]] = {
@@ -85,11 +85,7 @@ def client_of(origin: Origin) -> Any:
     try:
         return fsspec.filesystem(origin.scheme, use_listings_cache=False, skip_instance_cache=True)
     except ImportError as error:
-        raise unreadable(
-            origin,
-            f"{origin.scheme}:// needs the extra {origin.scheme}, which is not installed: "
-            f'pip install "lora-sidecar[{origin.scheme}]"',
-        ) from error
+        raise unreadable(origin, needs_extra(f"{origin.scheme}://", origin.scheme)) from error
     except Exception as error:
         raise unreadable(origin, f"its client does not start: {error or type(error).__name__}") from error
 

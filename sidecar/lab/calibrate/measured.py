@@ -13,13 +13,12 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any, TypeVar
 
-from sidecar.errors import Misused, Reason
+from sidecar.errors import Misused, Reason, needs_extra
 from sidecar.lab.calibrate.published import LORA
 
 T = TypeVar("T")
 
 PACKAGE = "aiconfigurator_core"
-EXTRA = "pip install 'lora-sidecar[calibrate]'"
 DTYPE = "bfloat16"
 MEMORY_FRACTION = 0.9
 STEP_TOKENS = 8192
@@ -101,9 +100,7 @@ class _Package:
                 import_module(f"{PACKAGE}.sdk.{name}") for name in ("engine", "perf_database", "common", "memory")
             )
         except ModuleNotFoundError as error:
-            raise Misused(
-                Reason.CONFIG_INVALID, f"the measurements are not installed ({error.name}); {EXTRA} installs them"
-            ) from error
+            raise Misused(Reason.CONFIG_INVALID, needs_extra("what is measured", "calibrate")) from error
 
     def models(self) -> list[str]:
         return sorted(self._common.get_default_models())

@@ -11,6 +11,7 @@ from enum import Enum
 from statistics import median
 from typing import Any
 
+from sidecar.backends.vllm.api import OLDEST, is_too_old
 from sidecar.lab.calibrate.published import LORA, PUBLISHED_FOR
 from sidecar.lab.calibrate.table import DECODE_TOLERANCE, PREFILL_TOLERANCE, TITLES
 from sidecar.lab.engine.pages import pages_needed
@@ -305,6 +306,7 @@ def warnings(found: Found) -> list[str]:
         sentences.append("waits were still rising when the samples ended: simulate more --requests")
     sentences += _too_short(found)
     sentences += _more_in_pages(found.chosen.candidate)
+    sentences += _of_an_old_engine(found.chosen.candidate.site.cost.table.engine)
     if found.meets and found.slower is not None and found.goal.headroom(found.slower) < 1:
         sentences.append(
             f"if steps take {SLOWER - 1:.0%} longer than in the cost file the goal is missed: the plan is tight"
@@ -321,6 +323,18 @@ def _more_in_pages(candidate: Candidate) -> list[str]:
     return [
         f"an engine's pages hold {fit:,} adapters of rank {rank} and its batches take {spec.lora_slots:,}; where more "
         "meet, all running requests fail: let no client reach it except through the sidecar"
+    ]
+
+
+def _of_an_old_engine(measured: str) -> list[str]:
+    """Return a warning if the step times are of an engine that the sidecar does not serve."""
+    name, _, number = measured.partition(" ")
+    if name != "vLLM" or not is_too_old(number):
+        return []
+    oldest = ".".join(map(str, OLDEST))
+    return [
+        f"the step times were measured with {measured}; the sidecar needs vLLM {oldest} or newer, of which none are "
+        "published: your engine may be faster or slower, and sidecar calibrate makes a cost file of it"
     ]
 
 

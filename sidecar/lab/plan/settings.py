@@ -244,7 +244,8 @@ def _parameter(setting: tuple[str, Any]) -> str:
 
 def _comments(found: Found, *more: str) -> str:
     candidate = found.chosen.candidate
-    lines = [f"For {candidate.backends} × {candidate.site.cost.table.engine}, {candidate.slots} adapter slots each."]
+    times = f"by step times of {candidate.site.cost.table.engine}"
+    lines = [f"For {candidate.backends} × {_engine(candidate)}, {candidate.slots} adapter slots each, {times}."]
     if not found.meets:
         lines.append("This is the nearest plan that was found. It does not meet the goal.")
     return "".join(f"# {line}\n" for line in (*lines, *more))

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 from sidecar.errors import Misused, Reason, Refused
 from sidecar.state.codec import Codec, R
-from sidecar.state.contents import Contents, Progress, unreadable
+from sidecar.state.contents import Contents
 from sidecar.state.redis.entries import Entry, Head, entry_of, value_of
 from sidecar.state.redis.history import SCHEMA, Position, look
 from sidecar.state.redis.link import FAULTS, Announced, Link, is_final
@@ -30,7 +30,7 @@ PAUSE_S = 0.05
 
 
 class RedisRegistryStore(Generic[R]):
-    """A registry in Redis. Entering the context raises Misused while live replicas use it."""
+    """A registry in Redis. It is read and written only while `check_unused` finds no live replica."""
 
     def __init__(self, link: Link[R]) -> None:
         self._link = link
@@ -38,18 +38,11 @@ class RedisRegistryStore(Generic[R]):
     def __str__(self) -> str:
         return f"Redis at {self._link}"
 
-    async def __aenter__(self) -> RedisRegistryStore[R]:
+    async def check_unused(self) -> None:
+        """Raise Misused while live replicas use it."""
         live = await self._asked(self._link.run(LAGGING, NUMBER_MAX, int(MEMBER_TTL_S * 1e6), ""))
         if live:
-            await self._link.close()
             raise Misused(Reason.STATE_NOT_EMPTY, f"{', '.join(live)} use {self}; stop them first")
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        await self._link.close()
 
     async def records(self) -> list[R]:
         found = await self._asked(self._entries())
@@ -82,7 +75,10 @@ class RedisRegistryStore(Generic[R]):
         records: dict[str, tuple[int, R]] = {}
         for name, entry in (await self._entries()).items():
             if entry.unread:
-                raise unreadable(name, str(self), entry.why)
+                raise Misused(
+                    Reason.STATE_INCOMPATIBLE,
+                    f"the record of {name} in {self} is damaged ({entry.why}); register the name again there first",
+                )
             if entry.record is not None:
                 records[name] = (entry.head.revision, entry.record)
         changes: list[Change[R]] = []
@@ -99,26 +95,19 @@ class RedisRegistryStore(Generic[R]):
     def _record(self, announced: Announced) -> R | None:
         return entry_of(announced.name, announced.value, self._link.codec).record
 
-    async def write(self, contents: Contents[R], progress: Progress) -> None:
-        await self._asked(self._write(contents, progress))
+    async def write(self, contents: Contents[R]) -> None:
+        await self._asked(self._write(contents))
 
-    async def _write(self, contents: Contents[R], progress: Progress) -> None:
+    async def _write(self, contents: Contents[R]) -> None:
         link = self._link
         await link.erase()
         await link.set_meta(schema=UNFINISHED)
-        done = 0
         entries = list(_entries(contents, link.codec))
         for start in range(0, len(entries), WRITTEN_AT_ONCE):
-            page = entries[start : start + WRITTEN_AT_ONCE]
-            await link.put_entries(page)
-            done += len(page)
-            progress(done, len(entries) + len(contents.changes))
+            await link.put_entries(entries[start : start + WRITTEN_AT_ONCE])
         changes = list(_announced(contents, link.codec))
         for start in range(0, len(changes), WRITTEN_AT_ONCE):
-            announced = changes[start : start + WRITTEN_AT_ONCE]
-            await link.put_changes(announced)
-            done += len(announced)
-            progress(done, len(entries) + len(contents.changes))
+            await link.put_changes(changes[start : start + WRITTEN_AT_ONCE])
         await link.set_meta(
             revision=str(contents.last_change),
             entries=str(len(entries)),

@@ -6,6 +6,7 @@ Every script is idempotent (a write carries a token), so the client may resend a
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -178,6 +179,13 @@ class Link(Generic[R]):
     async def times(self, name: str) -> dict[str, float]:
         """Return the stored times by name. Raises FAULTS."""
         return dict(await self._client.zrange(self.key(name), 0, -1, withscores=True))
+
+    async def keys(self) -> list[str]:
+        """Return all names that begin with our prefix, without it, sorted. Raises FAULTS."""
+        begin = self.key("")
+        pattern = re.sub(r"([][*?\\])", r"\\\1", begin) + "*"
+        found = [key async for key in self._client.scan_iter(match=pattern, count=SCANNED_AT_ONCE)]
+        return sorted({key.removeprefix(begin) for key in found})
 
     async def close(self) -> None:
         for client in (self._client, *self._others):

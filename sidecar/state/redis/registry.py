@@ -89,6 +89,10 @@ class RedisRegistry(Generic[R]):
         return self._feed.away_since
 
     @property
+    def fails(self) -> bool:
+        return self.away_since is not None
+
+    @property
     def answered_at(self) -> float | None:
         """The time (Unix seconds) of Redis' last answer; that of an earlier process counts."""
         return self._feed.answered_at
