@@ -19,6 +19,7 @@ from sidecar.kubernetes.standings import Attempt, Phase, Standing
 from sidecar.shell.catalogue import Catalogue
 from sidecar.shell.managing import CLUSTER, Wanted
 from sidecar.state.records import Record
+from sidecar.tasks import ended
 
 logger = logging.getLogger(__name__)
 
@@ -76,9 +77,7 @@ class Work:
         self._error = None
 
     async def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await ended(self._task)
 
     async def _take(self, step: Callable[[], Coroutine[Any, Any, object]]) -> None:
         try:

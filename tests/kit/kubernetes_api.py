@@ -241,7 +241,8 @@ class FakeServer:
                 latest = self.objects.history[-1].number if self.objects.history else 0
                 if latest <= since:
                     with suppress(TimeoutError):
-                        await asyncio.wait_for(self.objects.news.wait(), 0.2)
+                        async with asyncio.timeout(0.2):
+                            await self.objects.news.wait()
         return False
 
 
