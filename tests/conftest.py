@@ -11,6 +11,7 @@ import hypothesis
 import pytest
 
 from sidecar.cli.serving import GRPC_POLLING, GRPC_VARIABLE
+from tests.kit.hangs import pytest_timeout_set_timer  # noqa: F401 — a hook
 
 # Matrices of tests are tiny: further threads of OpenBLAS only wait for them, busily, at eight times the CPU time. The
 # processes that tests start inherit this.

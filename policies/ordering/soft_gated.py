@@ -174,7 +174,7 @@ class SoftGated:
         self._open_times = OpenTimes.restored(state["turns"])
         self._gates = dict(state["gates"])
         self._slack = state["slack"]
-        self._in_vain = state.get("in_vain", False)
+        self._in_vain = state["in_vain"]
 
     # Limits.
 

@@ -144,7 +144,8 @@ class Audit:
 
         self.log.put(AuditRecord("change", json.dumps(line), told))
         try:
-            return await asyncio.wait_for(written, WRITE_S)
+            async with asyncio.timeout(WRITE_S):
+                return await written
         except TimeoutError:
             return False
 

@@ -7,7 +7,6 @@ ago, and nothing in the protocol says for how long it holds.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from sidecar.config.identities import TENANT, clipped, problem_of
 from sidecar.config.identity import External
 from sidecar.errors import Misused, Reason, Refused, SidecarError, error_for
 from sidecar.proto import envoy_pb2 as envoy
+from sidecar.tasks import Tasks
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class ExternalCheck:
         self._channel: grpc.aio.Channel | None = None
         self._check: Any = None
         self._in_flight = 0
-        self._beside: set[asyncio.Task[None]] = set()
+        self._beside = Tasks()
         self._warned_at = float("-inf")
         self._has_warned = False
         self.on_checked: Callable[[Result, int], None] = lambda result, took_ns: None
@@ -95,9 +95,7 @@ class ExternalCheck:
         self._check = self._channel.unary_unary(CHECK, None, None)
 
     async def stop(self) -> None:
-        for task in list(self._beside):
-            task.cancel()
-        await asyncio.gather(*self._beside, return_exceptions=True)
+        await self._beside.stop()
         if self._channel is not None:
             await self._channel.close(None)
 
@@ -125,9 +123,7 @@ class ExternalCheck:
             except SidecarError as error:
                 tell(error)
 
-        task = asyncio.create_task(ask())
-        self._beside.add(task)
-        task.add_done_callback(self._beside.discard)
+        self._beside.spawn(ask())
 
     async def _ask(self, presented: Presented, purpose: Purpose, proven: Principal | None) -> str:
         """Return the tenant in the answer of a server that lets the call pass; "" unless it proves."""

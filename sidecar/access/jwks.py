@@ -27,6 +27,7 @@ from sidecar.adapters.strict_json import parse_object
 from sidecar.config.identities import clipped
 from sidecar.config.identity import Issuer
 from sidecar.files import file_for_ssl, read_regular
+from sidecar.tasks import ended
 
 logger = logging.getLogger(__name__)
 
@@ -92,10 +93,7 @@ class Jwks:
         self._refreshing = asyncio.create_task(self._refresh())
 
     async def stop(self) -> None:
-        tasks = [task for task in (self._refreshing, self._fetching) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await ended(self._refreshing, self._fetching)
 
     def holds(self, key: PublicKey) -> bool:
         """Return True if a key is still one of the issuer's."""
@@ -128,7 +126,7 @@ class Jwks:
         fetching = self._fetching
         assert fetching is not None
         before = self._fetched_at
-        await asyncio.wait({fetching}, timeout=WAIT_S)  # unlike wait_for it does not cancel what others wait for
+        await asyncio.wait({fetching}, timeout=WAIT_S)  # unlike a timeout it does not cancel what others wait for
         return self._fetched_at > before
 
     async def _refresh(self) -> None:

@@ -16,6 +16,7 @@ from sidecar.access.keys_file import ID_PREFIX, SECRET_LENGTH_MAX, KeysFile
 from sidecar.access.principal import Principal, Proof
 from sidecar.access.store import AccessStore
 from sidecar.errors import Misused, Reason, Refused
+from sidecar.tasks import ended
 
 PREFIX = "lsk_"
 """What every secret begins with, so that scanners of repositories and logs find it: lsk_<12 digits>_<64 digits>."""
@@ -82,9 +83,7 @@ class KeyBook:
             self._task = asyncio.create_task(self._watch(self._file))
 
     async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        await ended(self._task)
 
     def find(self, secret: str, now: float) -> Principal:
         """Return whose a presented key is."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sidecar.errors import SidecarError
-from sidecar.state.redis.link import ended
+from sidecar.tasks import ended
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,8 @@ class Uses:
         if self._task is not None:
             await ended(self._task)
             with suppress(TimeoutError):  # a stop does not wait for a Redis that is away
-                await asyncio.wait_for(self.flush(), CLOSE_S)
+                async with asyncio.timeout(CLOSE_S):
+                    await self.flush()
 
     async def all(self) -> dict[str, float]:
         """Return the last use of each key as far as it is known now; other replicas' come with a delay."""

@@ -42,6 +42,7 @@ from sidecar.core.events import (
 )
 from sidecar.core.facts import EngineFacts
 from sidecar.errors import Misused, SidecarError
+from sidecar.tasks import Tasks
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -99,7 +100,7 @@ class Endpoint(ABC):
         self._runs: dict[tuple[int, int], Running] = {}
         self._whole: set[tuple[int, int]] = set()
         """The runs whose answers come all at once."""
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks = Tasks()
         self._loads: dict[int, asyncio.Task[None]] = {}
         self._sent: set[int] = set()
         self._progress: dict[int, int] = {}
@@ -254,10 +255,7 @@ class Endpoint(ABC):
         self._up = False
         for run in list(self._runs.values()):
             run.cancel()
-        tasks = [*self._tasks, *self._loads.values()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._tasks.stop()
         await self._leave()
 
     def detail(self) -> str:
@@ -316,7 +314,7 @@ class Endpoint(ABC):
         if not self._takes:
             weights.release()
             return
-        task = asyncio.create_task(self._load(effect, weights))
+        task = self._spawn(self._load(effect, weights))
         self._loads[effect.load] = task
         task.add_done_callback(lambda _: self._load_ended(effect.load, weights))
 
@@ -410,10 +408,7 @@ class Endpoint(ABC):
         return self._up and not self._closing
 
     def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+        return self._tasks.spawn(work)
 
     def _heard(self, request: int, tokens: int) -> None:
         self.pulse.heard(monotonic())

@@ -8,8 +8,6 @@ import json
 import logging
 import os
 import resource
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,7 +34,7 @@ GRPC_VARIABLE, GRPC_POLLING = (
 """Has gRPC read its sockets in the thread that takes its events, and not in four more that wake each other: a seventh
 of a short answer's CPU. gRPC reads the variable when it is imported."""
 CRASH_S = 6.0
-"""How long a crashed process may take to end before it is killed."""
+"""How long a crashed process may take to end."""
 
 
 def serve(
@@ -196,16 +194,18 @@ def _settings(settings: list[str]) -> Iterator[tuple[str, str, Any]]:
 
 async def _serve(file: Path | None, read: Callable[[], Config], as_json: bool) -> None:
     from sidecar.serve.app import Sidecar
+    from sidecar.serve.last_bound import LastBound
     from sidecar.serve.reloading import Source
     from sidecar.shell.crash import Crash
     from sidecar.shell.logs import configure_logging
+    from sidecar.tasks import ended
 
     source = None if file is None else Source(file, read)
     config = read()
-    crash, crashed = Crash(), threading.Event()
-    crash.then(lambda _: crashed.set())
-    threading.Thread(target=_end_for_certain, args=(crashed,), name="end for certain", daemon=True).start()
     logs = configure_logging(config.log_format)
+    crash, bound = Crash(), LastBound(logs.stop)
+    crash.within = lambda seconds: bound.within(seconds, Exit.FAILED)
+    crash.then(lambda _: bound.within(CRASH_S, Exit.CRASHED))
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every scrape of an engine's metrics
     open_files_for(config)
     try:
@@ -213,6 +213,7 @@ async def _serve(file: Path | None, read: Callable[[], Config], as_json: bool) -
         _spare_collections()
         await sidecar.run_until_signalled(lambda: print(_ready(sidecar, config, as_json), flush=True))
     finally:
+        await ended(*asyncio.all_tasks() - {asyncio.current_task()})
         logs.stop()
 
 
@@ -235,13 +236,6 @@ def open_files_for(config: Config) -> None:
         wanted = hard
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def _end_for_certain(crashed: threading.Event) -> None:
-    """Kill the process some time after a crash, even if a task or another thread hangs."""
-    crashed.wait()
-    time.sleep(CRASH_S)
-    os._exit(Exit.CRASHED)
 
 
 def _spare_collections() -> None:

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
 from time import monotonic
-from typing import Any, Protocol
+from typing import Protocol
 
 from sidecar.discovery.found import Finder, Found
 from sidecar.errors import SidecarError
+from sidecar.tasks import Tasks
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +54,11 @@ class Follower:
         self._removing: set[str] = set()
         self._last: frozenset[Found] | None = None
         self._turn = asyncio.Lock()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self._following: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        self._following = self._spawn(self._follow())
+        self._following = self._tasks.spawn(self._follow())
 
     async def retire(self) -> None:
         """Look no further, and see all engines off; `start` would take those back that are still there."""
@@ -68,16 +68,7 @@ class Follower:
 
     async def stop(self) -> None:
         """Stop following; known engines stay as they are."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+        await self._tasks.stop()
 
     async def _follow(self) -> None:
         while True:
@@ -106,7 +97,7 @@ class Follower:
             if name not in self._going:
                 self._engines.leave(name, True)
                 grace_s = self._grace_s if now is None else 0.0
-                self._going[name] = self._spawn(self._see_off(known, grace_s))
+                self._going[name] = self._tasks.spawn(self._see_off(known, grace_s))
             return
         going = self._going.pop(name, None)
         if going is not None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from time import monotonic_ns
 from typing import Any, TypeVar
@@ -78,47 +79,41 @@ async def relay(ticket: Ticket, write: Callable[[Reply], Awaitable[Written]]) ->
     `ticket.blocked_since_ns` is set while a write waits for the client. A client that does not read is cancelled in the
     end, and the write is interrupted. gRPC goes on waiting for it, so only the call's status can follow.
     """
-    watch = Watch([ticket])
     try:
-        while True:
-            item = await ticket.next()
-            if isinstance(item, Settle):
-                return item
-            ticket.blocked_since_ns = monotonic_ns()
-            await write(item)
-            ticket.blocked_since_ns = None
-            if item.final:
-                return None
-    except asyncio.CancelledError:
-        if not watch.fired or ticket.settled is None:
+        async with unless_stalled([ticket]) as patience:
+            while True:
+                item = await ticket.next()
+                if isinstance(item, Settle):
+                    return item
+                ticket.blocked_since_ns = monotonic_ns()
+                await write(item)
+                ticket.blocked_since_ns = None
+                if item.final:
+                    return None
+    except TimeoutError:
+        if not patience.expired() or ticket.settled is None:
             raise
         return replace(ticket.settled, reason=Reason.CLIENT_STALLED, message=ticket.settled.message or STALLED)
-    finally:
-        watch.stop()
 
 
-class Watch:
-    """Interrupt a write that still waits for its client after all its tickets have ended."""
+@asynccontextmanager
+async def unless_stalled(tickets: Sequence[Ticket]) -> AsyncIterator[asyncio.Timeout]:
+    """Interrupt a write that still waits for its client after all its tickets have ended: the timeout expires."""
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(None) as patience:
+        timer = loop.call_later(LOOK_S, lambda: look())
 
-    def __init__(self, tickets: Sequence[Ticket]) -> None:
-        self.fired = False
-        self._tickets = tickets
-        self._task = asyncio.current_task()
-        self._loop = asyncio.get_running_loop()
-        self._timer = self._loop.call_later(LOOK_S, self._look)
+        def look() -> None:
+            nonlocal timer
+            if all(map(_is_over, tickets)) or any(map(_has_stalled, tickets)):
+                patience.reschedule(loop.time())
+            else:
+                timer = loop.call_later(LOOK_S, look)
 
-    def stop(self) -> None:
-        self._timer.cancel()
-        if self.fired and self._task is not None:
-            self._task.uncancel()
-
-    def _look(self) -> None:
-        if all(map(_is_over, self._tickets)) or any(map(_has_stalled, self._tickets)):
-            self.fired = True
-            assert self._task is not None
-            self._task.cancel()
-        else:
-            self._timer = self._loop.call_later(LOOK_S, self._look)
+        try:
+            yield patience
+        finally:
+            timer.cancel()
 
 
 def _has_stalled(ticket: Ticket) -> bool:

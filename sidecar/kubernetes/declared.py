@@ -20,6 +20,7 @@ from sidecar.kubernetes.reconciler import Reconciler
 from sidecar.kubernetes.reporting import Reporter
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.managing import CLUSTER
+from sidecar.tasks import ended
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +90,7 @@ class DeclaredAdapters:
             logger.warning("not all declared adapters are registered after %.0f s; serving begins", FIRST_LOOK_S)
 
     async def stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await ended(*self._tasks)
         await self._api.close()
 
     async def _follow(self, collection: Collection, read: Read) -> None:

@@ -21,6 +21,7 @@ from sidecar.kubernetes.standings import Attempt, Phase, Standing
 from sidecar.shell.catalogue import Catalogue
 from sidecar.shell.managing import CLUSTER, CONFIRM, Wanted
 from sidecar.state.records import Record
+from sidecar.tasks import ended
 
 logger = logging.getLogger(__name__)
 
@@ -87,9 +88,7 @@ class Work:
         self._error = None
 
     async def stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await ended(*self._tasks)
 
     @property
     def _tasks(self) -> list[asyncio.Task[None]]:

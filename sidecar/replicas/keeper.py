@@ -25,7 +25,7 @@ from sidecar.ownership.ownership import Ownership
 from sidecar.proto import peers_pb2
 from sidecar.replicas.peers import Peers
 from sidecar.shell.crash import Crash
-from sidecar.state.redis.link import ended
+from sidecar.tasks import Tasks
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Keeper:
         self._tell = tell
         self._in_flight = in_flight
         self._changed = changed
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self._timer: asyncio.TimerHandle | None = None
         self._asked: dict[int, asyncio.Future[do.Answer]] = {}
         self._numbers = itertools.count(1)
@@ -134,7 +134,7 @@ class Keeper:
         self._stopped = True
         if self._timer is not None:
             self._timer.cancel()
-        await asyncio.gather(*(ended(task) for task in self._tasks))
+        await self._tasks.stop()
 
     async def give_up(self) -> None:
         """Release all leases at once, within `GIVE_UP_S`, without a step of ownership, which may have crashed.
@@ -163,9 +163,7 @@ class Keeper:
                 raise
 
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks.spawn(work)
 
     def _wake_at(self, effect: do.WakeAt) -> None:
         if self._timer is not None:

@@ -15,6 +15,7 @@ import grpc.aio
 from sidecar.proto import peers_pb2, peers_pb2_grpc
 from sidecar.replicas.board import Board
 from sidecar.replicas.call import ForwardCall
+from sidecar.tasks import Tasks
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class Peers:
         """Channels to former members, which still carry begun answers."""
         self._drains: dict[str, Any] = {}
         """The stubs of former members that may still be told of answers' ends."""
-        self._closing: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self._calls: set[ForwardCall] = set()
         self.gone: Callable[[str], None] = lambda member: None
         """Called with the id of each member that leaves."""
@@ -65,7 +66,7 @@ class Peers:
             if member not in self._peers:
                 channel = self._open_channel(address)
                 stub = peers_pb2_grpc.PeersStub(channel)
-                watch = asyncio.create_task(self._watch(member, stub))
+                watch = self._tasks.spawn(self._watch(member, stub))
                 self._peers[member] = _Peer(address, channel, stub, watch)
 
     def addresses(self) -> dict[str, str]:
@@ -116,8 +117,7 @@ class Peers:
             return None
 
     async def close(self) -> None:
-        for task in (*self._closing, *(peer.watch for peer in self._peers.values())):
-            task.cancel()
+        await self._tasks.stop()
         channels = {*self._left, *(peer.channel for peer in self._peers.values())}
         await asyncio.gather(*(channel.close(None) for channel in channels))
         self._peers.clear()
@@ -129,9 +129,7 @@ class Peers:
             peer.call.leave()
         self._board.lost(member)
         self._left.add(peer.channel)
-        closing = asyncio.create_task(self._close_later(member, peer))
-        self._closing.add(closing)
-        closing.add_done_callback(self._closing.discard)
+        self._tasks.spawn(self._close_later(member, peer))
         self.gone(member)
 
     async def _close_later(self, member: str, peer: _Peer) -> None:

@@ -30,6 +30,7 @@ from sidecar.replicas.planner import Arrivals, Newcomers, Planner
 from sidecar.replicas.router import Router
 from sidecar.replicas.service import PeersService
 from sidecar.shell.gateway import Gateway
+from sidecar.tasks import Tasks
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +101,7 @@ class Replica:
         """The engine that this replica is restarting, "" if none."""
         self._watchers: set[asyncio.Event] = set()
         self._leaves = False
-        self._telling: set[asyncio.Future[None]] = set()
-        self._reporting: asyncio.Task[None] | None = None
+        self._tasks = Tasks()
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Add the service for other replicas to a gRPC server."""
@@ -111,7 +111,7 @@ class Replica:
 
     def start(self) -> None:
         """Join the members, and own the backends that fall to this replica."""
-        self._reporting = asyncio.create_task(self._report_periodically())
+        self._tasks.spawn(self._report_periodically())
         self.keeper.start()
 
     def found(self, backend: str) -> None:
@@ -130,8 +130,7 @@ class Replica:
 
     async def give_up(self) -> None:
         """Give up all backends at once, after a crash. Their requests must have been cancelled."""
-        if self._reporting is not None:
-            self._reporting.cancel()
+        await self._tasks.stop()
         await self.keeper.give_up()
 
     async def leave(self) -> None:
@@ -143,8 +142,7 @@ class Replica:
         await self._server.stop(LEAVE_S)
 
     async def stop(self) -> None:
-        if self._reporting is not None:
-            self._reporting.cancel()
+        await self._tasks.stop()
         await self.keeper.stop()
         await self.peers.close()
 
@@ -174,9 +172,7 @@ class Replica:
         if stub is None:
             return
         sent = [sighting_sent(sighting, exchange) for exchange, sighting in sightings]
-        task = asyncio.ensure_future(self._tell(stub, peers_pb2.TellRequest(sightings=sent)))
-        self._telling.add(task)
-        task.add_done_callback(self._telling.discard)
+        self._tasks.spawn(self._tell(stub, peers_pb2.TellRequest(sightings=sent)))
 
     async def _tell(self, stub: Any, request: Any) -> None:
         try:

@@ -29,6 +29,7 @@ from sidecar.fronts.admin.audit import AuditCalls
 from sidecar.fronts.admin.keys import KeyCalls
 from sidecar.fronts.admin.limits import LimitCalls
 from sidecar.state.registry import Registry
+from sidecar.tasks import Tasks, ended
 
 if TYPE_CHECKING:
     from sidecar.access.budgets.leases import Leases
@@ -55,7 +56,7 @@ class AccessParts:
         folder = None if data is None else data / FOLDER
         self.config = config
         self._watching: asyncio.Task[None] | None = None
-        self._recording: set[asyncio.Task[None]] = set()
+        self._recording = Tasks()
         self.audit = Audit.configured(access.audit, data)
         self.policy = policy_of(access.policies)
         place = None if config.state.url is None else config.state.location
@@ -125,11 +126,9 @@ class AccessParts:
 
     def _record_policy(self) -> None:
         before, after = {"epoch": self.policy.epoch - 1}, {"epoch": self.policy.epoch}
-        task = asyncio.create_task(
+        self._recording.spawn(
             self.access.changed(OURSELVES, "policy file", Action.MANAGE, SYSTEM, before, after, self.policy.source)
         )
-        self._recording.add(task)
-        task.add_done_callback(self._recording.discard)
 
     def away_s(self) -> float:
         """Return for how many seconds Redis has not answered; 0 while it answers, or without it."""
@@ -137,8 +136,7 @@ class AccessParts:
         return 0.0 if since is None else max(0.0, time() - since)
 
     async def stop(self) -> None:
-        if self._watching is not None:
-            self._watching.cancel()
+        await ended(self._watching)
         if self.tokens is not None:
             await self.tokens.stop()
         if self.external is not None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from sidecar.access.usage.keeper import UsageKeeper
 from sidecar.adapters.disk import DiskTier
@@ -56,6 +56,7 @@ from sidecar.shell.request_log import RequestLog
 from sidecar.shell.sources import Sources
 from sidecar.shell.usage import UsageObserver
 from sidecar.state.registry import REGISTRY_FILE, Registry, SqliteRegistry, lock_data_directory
+from sidecar.tasks import ended
 
 if TYPE_CHECKING:
     from sidecar.kubernetes.declared import DeclaredAdapters
@@ -67,6 +68,8 @@ REGISTRY_COPY = "registry-copy.sqlite"
 """The file in a data directory that has a copy of the names in Redis."""
 TELL_S = 0.5
 """How long a listener's calls may take to end: after a drain or a crash their last answers are on the way."""
+STOP_S = 15.0
+"""How long a stop may take after its drain; the chart has Kubernetes wait for 20 s."""
 
 
 class Sidecar:
@@ -336,10 +339,7 @@ class Sidecar:
         if self.reloads is not None and self._source is not None:  # without a file, a closed terminal ends it as ever
             loop.add_signal_handler(signal.SIGHUP, self.reloads.hung_up)
         ready()
-        stopped, crashed = asyncio.create_task(self._until_stopped(signals)), asyncio.create_task(self._crashed.wait())
-        await asyncio.wait((stopped, crashed), return_when=asyncio.FIRST_COMPLETED)
-        for task in (stopped, crashed):
-            task.cancel()
+        await _first(self._until_stopped(signals), self._crashed.wait())
         await self._stop_after_all()
         if self.crash.raised is not None:
             raise self.crash.error()
@@ -353,18 +353,12 @@ class Sidecar:
             len(self.gateway.state.requests),
             self.config.drain_timeout_s,
         )
-        draining, again = asyncio.create_task(self.drain()), asyncio.create_task(signals.get())
-        _, pending = await asyncio.wait((draining, again), return_when=asyncio.FIRST_COMPLETED)
-        for task in pending:
-            task.cancel()
+        self.crash.within(self.config.drain_timeout_s + STOP_S)
+        await _tried(_first(self.drain(), signals.get()))
 
     async def _first_signal(self, signals: asyncio.Queue[None]) -> bool:
         """Wait for the first signal or the end of a drain; return True if it was a signal."""
-        signal_, drained = asyncio.create_task(signals.get()), asyncio.create_task(self.listening.drained.wait())
-        await asyncio.wait((signal_, drained), return_when=asyncio.FIRST_COMPLETED)
-        for task in (signal_, drained):
-            task.cancel()
-        return signal_.done()
+        return await _first(signals.get(), self.listening.drained.wait())
 
     async def drain(self) -> None:
         """Admit nothing new, and wait at most `drain_timeout_s` until all requests and streams have ended.
@@ -413,7 +407,8 @@ class Sidecar:
         await self.gateway.told()
 
     async def _stop_after_all(self) -> None:
-        """Stop; after a crash as far as that is possible."""
+        """Stop, in time; after a crash as far as that is possible."""
+        self.crash.within(STOP_S)
         if self.crash.raised is None:
             await self.stop()
         else:
@@ -423,10 +418,9 @@ class Sidecar:
         """Stop at once; open requests are cut off, and their clients are told so."""
         if self._ending is not None:
             await _tried(self._ending)
-        self.served.stop()
+        await self.served.stop()
         is_drained = self._draining is not None and self._draining.done() and not self._draining.cancelled()
-        if self._draining is not None:
-            self._draining.cancel()
+        await ended(self._draining)
         was_cut_off = self.crash.raised is None and await self.gateway.cut_off()
         await self.restarts.stop()
         if self.reloads is not None:
@@ -462,7 +456,19 @@ class Sidecar:
             self._lock.close()
 
 
-async def _tried(work: Awaitable[None]) -> None:
+async def _first(one: Coroutine[Any, Any, object], other: Coroutine[Any, Any, object]) -> bool:
+    """Wait until one of two ends, cancel the other, and return True if the first one has ended. Raises its error."""
+    tasks = asyncio.create_task(one), asyncio.create_task(other)
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        await ended(*tasks)
+    for task in done:
+        task.result()
+    return tasks[0] in done
+
+
+async def _tried(work: Awaitable[object]) -> None:
     """Carry out one part of an ending, and log its failure: the parts after it must follow in any case."""
     try:
         await work

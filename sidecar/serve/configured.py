@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any
 
 from sidecar.backends.api import Backend
 from sidecar.config.backends import Backend as Entry
 from sidecar.core.facts import EngineFacts
 from sidecar.serve.discovered import BackendMaker, has_ended
 from sidecar.serve.pool import make_backend
+from sidecar.tasks import Tasks
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class ConfiguredBackends:
         self._gateway.fleet.successors = self._next
         self._removing: set[str] = set()
         self._going: dict[str, asyncio.Task[None]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
 
     def make(self, wanted: Mapping[str, Settings]) -> dict[str, Made]:
         """Make what is wanted and not there. Raises Misused; then nothing is left behind."""
@@ -83,7 +83,7 @@ class ConfiguredBackends:
         """Close what was made and is not going to be served."""
         for identity, one in made.items():
             if self._next.get(identity) is not one:
-                self._spawn(one.backend.stop())
+                self._tasks.spawn(one.backend.stop())
 
     def change(self, wanted: Mapping[str, Settings], made: Mapping[str, Made]) -> None:
         """Serve what is wanted, of which `make` has just made what is not there, and take out all others.
@@ -105,7 +105,7 @@ class ConfiguredBackends:
         self._present[identity] = new.settings
         self._gateway.fleet.add(new.backend, new.facts, self._gateway.elsewhere is None, fresh=True)
         self._declare(new)
-        self._spawn(self._gateway.fleet.start(new.backend))
+        self._tasks.spawn(self._gateway.fleet.start(new.backend))
 
     def _take_out(self, identity: str, successor: Made | None) -> None:
         is_going, former = identity in self._next, self._next.get(identity)
@@ -116,7 +116,7 @@ class ConfiguredBackends:
             then = "is taken out" if successor is None else "is replaced by an engine with other settings"
             logger.info("%s %s once nothing runs there", identity, then)
             self._gateway.fleet.set_leaving(identity, True, serves_queue=True)
-            self._going[identity] = self._spawn(self._see_off(identity))
+            self._going[identity] = self._tasks.spawn(self._see_off(identity))
 
     def _keep(self, identity: str) -> None:
         """Take one back that was about to go."""
@@ -151,7 +151,7 @@ class ConfiguredBackends:
         logger.info("%s is replaced", identity)
         self._present[identity] = made.settings
         self._declare(made)
-        loop.call_soon(lambda: self._spawn(self._gateway.fleet.start(made.backend)))
+        loop.call_soon(lambda: self._tasks.spawn(self._gateway.fleet.start(made.backend)))
         return made.backend, made.facts
 
     def _declare(self, made: Made) -> None:
@@ -161,17 +161,8 @@ class ConfiguredBackends:
 
     async def stop(self) -> None:
         """Take nothing out any more; what is there stays as it is."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._tasks.stop()
         await asyncio.gather(*(made.backend.stop() for made in self._next.values() if made is not None))
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
 
 
 def settings_of(entries: Sequence[Entry], facts: Mapping[str, EngineFacts]) -> dict[str, Settings]:

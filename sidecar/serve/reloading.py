@@ -32,6 +32,7 @@ from sidecar.serve.listening import Listening, chat_templates
 from sidecar.serve.pool import base_models, facts_of, prompt_counter_of, stagings_of
 from sidecar.serve.served_folders import ServedFolders, adapters_in, roots_of
 from sidecar.shell.gateway import Gateway
+from sidecar.tasks import Tasks
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -82,7 +83,7 @@ class Reloads:
         self._parts = parts
         self._source = source
         self._lock = asyncio.Lock()
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks = Tasks()
         self._watching: asyncio.Task[None] | None = None
 
     # What operators ask for (`fronts.admin.configuration.Changes`).
@@ -139,7 +140,7 @@ class Reloads:
 
     async def _to_its_end(self, work: Coroutine[Any, Any, T]) -> T:
         """Carry out a change to its end, also if the call that asked for it is cut off: half of one must not stay."""
-        return await asyncio.shield(self._spawn(work))
+        return await asyncio.shield(self._tasks.spawn(work))
 
     def _record_of(self, name: str) -> dict[str, Any]:
         """Return the settings of a backend with an address, without its id and its addresses."""
@@ -162,7 +163,7 @@ class Reloads:
     def start(self) -> None:
         """Read the file again whenever it changes, if the configuration asks for it."""
         if self.config.watch_config and self._source is not None:
-            self._watching = self._spawn(self._watch(self._source))
+            self._watching = self._tasks.spawn(self._watch(self._source))
 
     def watch_no_longer(self) -> None:
         """Read the file no more. A change that has begun goes on to its end."""
@@ -170,14 +171,11 @@ class Reloads:
             self._watching.cancel()
 
     async def stop(self) -> None:
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._tasks.stop()
 
     def hung_up(self) -> None:
         """Read the file again, as a SIGHUP asks for."""
-        self._spawn(self._reload_and_tell("SIGHUP"))
+        self._tasks.spawn(self._reload_and_tell("SIGHUP"))
 
     async def _watch(self, source: Source) -> None:
         last = b""
@@ -201,12 +199,6 @@ class Reloads:
         await self._parts.access.access.changed(
             OURSELVES, "Configuration.Reload", Action.MANAGE, SYSTEM, before, after, "", error
         )
-
-    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
 
     # The change itself.
 

@@ -195,13 +195,15 @@ class Rounds:
             self.round = None
             why = "another replica has it now" if not engine.is_owned else "it has been restarted by somebody else"
             yield Act(Do.UNDRAIN, at.backend, why)
+        elif any(other < at.backend for other in elsewhere):
+            self.round = None
+            yield Act(Do.UNDRAIN, at.backend, f"another replica restarts {min(elsewhere)} first")
+        elif not engine.others_serve and elsewhere and now_s - at.since_s < self._settle_s:
+            return  # the other one is drained, too, and gives way to this one
         elif not engine.others_serve:
             yield from self._give_up(
                 at, now_s, "no other engine serves all that it serves any more", undrain=True, warns=True
             )
-        elif any(other < at.backend for other in elsewhere):
-            self.round = None
-            yield Act(Do.UNDRAIN, at.backend, f"another replica restarts {min(elsewhere)} first")
         elif not engine.in_flight and now_s - at.since_s >= self._settle_s:
             at.stage, at.error = Stage.RESTARTING, None
             yield Act(Do.RESTART, at.backend, "nothing is in flight: it is restarted")

@@ -54,7 +54,8 @@ async def run_command(restart: Restart, about: Mapping[str, str]) -> str:
         except OSError as error:
             return f"{restart.command[0]} cannot be run ({error.strerror}); see restart.command"
         try:
-            code = await asyncio.wait_for(process.wait(), restart.timeout_s)
+            async with asyncio.timeout(restart.timeout_s):
+                code = await process.wait()
         except TimeoutError:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any
 
 from sidecar.backends.api import Backend as Endpoint
 from sidecar.config.backends import Backend as Entry
@@ -21,6 +20,7 @@ from sidecar.replicas.replica import Replica
 from sidecar.serve.restart_rounds import Act, Do, Engine, Rounds
 from sidecar.serve.restarters import Restarter, restarter_of
 from sidecar.shell.gateway import Gateway
+from sidecar.tasks import Tasks
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Restarts:
         self._replica: Replica | None = None
         self._rounds = Rounds(drain_timeout_s)
         self._declared: dict[str, _Declared] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self._sets = False
         """True while this sets a drain: every other one is an operator's."""
         gateway.observe(self)
@@ -66,14 +66,11 @@ class Restarts:
         if replica is not None:
             self._replica = replica
             self._rounds = Rounds(self._drain_timeout_s, SETTLE_S)
-        self._spawn(self._watch())
+        self._tasks.spawn(self._watch())
 
     async def stop(self) -> None:
         """Begin nothing more. A command that runs is left to its end: half of it could leave an engine stopped."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._tasks.stop()
 
     @property
     def at(self) -> str | None:
@@ -133,7 +130,7 @@ class Restarts:
         logger.log(logging.WARNING if act.warns else logging.INFO, "%s: %s", act.backend, act.text)
         if act.do is Do.RESTART:
             declared = self._declared[act.backend]
-            self._spawn(self._restart(self._gateway.backends[act.backend], declared))
+            self._tasks.spawn(self._restart(self._gateway.backends[act.backend], declared))
         elif act.do in (Do.DRAIN, Do.UNDRAIN):
             self._sets = True
             try:
@@ -150,11 +147,6 @@ class Restarts:
         if not error and not declared.restart.delete_pod:
             backend.restarted()
         self._rounds.restarted(error)
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 def others_serve(state: State, backend: Backend, takes: Callable[[Backend], bool]) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from sidecar.config.adapters import Adapters
 from sidecar.errors import Invalid, Misused, Reason, Refused
 from sidecar.shell.catalogue import Catalogue, Wanted
+from sidecar.tasks import ended
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +49,8 @@ class ServedFolders:
             if isinstance(failure, Exception):
                 logger.error("not served: %s", failure)
 
-    def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
+    async def stop(self) -> None:
+        await ended(self._task)
 
     async def _register(self, path: Path) -> None:
         """Register one adapter under its folder's name; a bad one is logged and left out.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -17,18 +17,6 @@ from typing import Any, TypeVar
 from sidecar.errors import Reason, Refused
 
 T = TypeVar("T")
-
-
-async def undisturbed(work: Awaitable[T]) -> T:
-    """Wait for a thread's work to end even if the waiting task is cancelled meanwhile."""
-    task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        if not task.cancelled():
-            task.exception()  # retrieved, so that asyncio does not report it: no caller is left
-        raise
 
 
 class Locks:

@@ -20,10 +20,12 @@ logger = logging.getLogger(__name__)
 
 
 class Crash:
-    """Whether the process has crashed, and the actions to take then."""
+    """Whether the process has crashed, the actions to take then, and the last bound of every end."""
 
     def __init__(self) -> None:
         self.raised: Raised | None = None
+        self.within: Callable[[float], None] = lambda seconds: None
+        """Has the process end within some seconds, whatever hangs in it."""
         self._then: list[Callable[[Raised], None]] = []
 
     def then(self, do: Callable[[Raised], None]) -> None:

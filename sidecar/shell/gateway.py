@@ -53,6 +53,7 @@ from sidecar.shell.store import BlobStore
 from sidecar.shell.trial import Trial
 from sidecar.state.records import check_not_paused
 from sidecar.state.registry import Registry
+from sidecar.tasks import ended
 
 logger = logging.getLogger(__name__)
 
@@ -214,9 +215,7 @@ class Gateway:
         self.store.close()
 
     async def _stop_backends(self) -> None:
-        for task in (self._sweeper, self._watcher):
-            if task is not None:
-                task.cancel()
+        await ended(self._sweeper, self._watcher)
         await self.fleet.stop()
 
     # After a crash.

@@ -29,13 +29,14 @@ from sidecar.core import eligibility
 from sidecar.core.state import State
 from sidecar.errors import Reason, Refused
 from sidecar.shell.asking import Question
-from sidecar.shell.background import Locks, undisturbed
+from sidecar.shell.background import Locks
 from sidecar.shell.catalogue import ATTEMPTS_MAX, Catalogue, tried
 from sidecar.shell.evidence import Prompt, Reply
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.managing import Wanted, taken_over
 from sidecar.state import records
 from sidecar.state.records import Record
+from sidecar.tasks import ended, undisturbed
 
 logger = logging.getLogger(__name__)
 
@@ -198,10 +199,7 @@ class Loading:
                 for task in done:
                     task.result()
         finally:
-            for task in left:
-                task.cancel()
-            if left:
-                await asyncio.wait(left)
+            await ended(*left)
 
     def _engines(self, name: str, ordinal: int) -> Sequence[str]:
         known = self._state.names.get(name)
@@ -246,9 +244,7 @@ class Loading:
                     return Reply(error="it went down meanwhile", reason=Reason.NO_BACKEND)
             return asking.result()
         finally:
-            if not asking.done():
-                asking.cancel()
-                await asyncio.wait([asking])
+            await ended(asking)
 
 
 def _check_free(name: str, record: Record | None, in_place: bool) -> None:

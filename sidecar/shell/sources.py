@@ -28,7 +28,8 @@ from sidecar.adapters.refusal import malformed, unreadable
 from sidecar.adapters.registration import Registration, read_registration
 from sidecar.adapters.spool import Spool, digest_of_folder
 from sidecar.errors import Invalid, SidecarError, error_for
-from sidecar.shell.background import BackgroundThreads, undisturbed
+from sidecar.shell.background import BackgroundThreads
+from sidecar.tasks import undisturbed
 
 T = TypeVar("T")
 

@@ -233,7 +233,8 @@ async def test_a_refused_client_is_answered_before_its_message_has_come(door: Do
     )
     writer.write(head.encode())
     await writer.drain()
-    assert b" 401 " in await asyncio.wait_for(reader.readline(), 60)
+    async with asyncio.timeout(60):
+        assert b" 401 " in await reader.readline()
     writer.close()
 
 

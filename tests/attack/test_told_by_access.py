@@ -203,7 +203,8 @@ async def test_a_request_that_waits_ends_with_its_key(tmp_path: Path) -> None:
         waiting = asyncio.create_task(generated(served, key, tokens=1 << 19))
         await until(lambda: len(served.state.requests) == 12)
         await access.RevokeKey(pb.RevokeKeyRequest(id=made.key.id), metadata=OPS)
-        assert "the credential of the request was revoked" in await asyncio.wait_for(waiting, 60)
+        async with asyncio.timeout(60):
+            assert "the credential of the request was revoked" in await waiting
         assert not running.done()
         for call in (running, *blue):
             call.cancel()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import grpc.aio
 
 from sidecar.proto import gateway_pb2, gateway_pb2_grpc
+from sidecar.tasks import ended
 from tests.bench.figures import Figure, middle, percentile
 from tests.bench.processes import SidecarProcess, backend_of
 from tests.kit.emulated import EngineProcess
@@ -81,8 +81,4 @@ async def reading(gateway: Any, name: str) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        for task in tasks:
-            task.cancel()
-        for task in tasks:
-            with contextlib.suppress(asyncio.CancelledError, grpc.aio.AioRpcError):
-                await task
+        await ended(*tasks)

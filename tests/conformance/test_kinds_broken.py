@@ -245,7 +245,7 @@ def model_read_by(reader: Callable[[bool], Any]) -> ModelKind:
         (BaseOnly, runs.answers_with_the_adapter_that_is_loaded, "do not give three answers"),
         (Vague, runs.never_answers_for_an_adapter_that_is_gone, "must fail as a miss"),
         (Substituting, runs.never_answers_for_an_adapter_that_is_gone, "with an adapter that is gone it answers"),
-        (Deaf, runs.cancels_a_run_and_frees_its_seat, "ended twice"),
+        (Deaf, runs.cancels_a_run_and_frees_its_seat, "still answers a run that was cancelled|ended twice"),
         (Chatty, life.answers_a_probe, "answered twice"),
         (Unmoved, life.is_lost_and_comes_up_again, "BackendLost  was not posted"),
         (Greedy, life.takes_nothing_while_it_is_down, "were not released"),

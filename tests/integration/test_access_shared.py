@@ -27,9 +27,10 @@ from sidecar.errors import Misused, Reason, Refused
 from sidecar.ownership.effects import SendBeat
 from sidecar.ownership.facts import Member
 from sidecar.state.redis.kept import Kept, KeptFile
-from sidecar.state.redis.link import Link, ended
+from sidecar.state.redis.link import Link
 from sidecar.state.redis.members import RedisMembers
 from sidecar.state.redis.registry import RedisRegistry
+from sidecar.tasks import ended
 from tests.kit.access_stores import STALE_MAX_S, access_store, key_book, new_key
 from tests.kit.redis_servers import Server, cluster, cuttable, running, watched
 from tests.kit.registries import link_to, record, shared_registry
@@ -288,12 +289,14 @@ async def test_a_process_killed_between_the_write_and_the_copy(server: Server, t
     )  # fmt: skip
     assert writer.stdout is not None
     assert writer.stdin is not None
-    first, key_id = (await asyncio.wait_for(writer.stdout.readline(), 60)).decode().split()
+    async with asyncio.timeout(60):
+        first, key_id = (await writer.stdout.readline()).decode().split()
     await is_copied(data, key_id)
     with closing(sqlite3.connect(copy_in(data), isolation_level=None)) as held:
         held.execute("BEGIN EXCLUSIVE")  # whoever writes the copy waits
         writer.stdin.write(b"\n")
-        second, _ = (await asyncio.wait_for(writer.stdout.readline(), 60)).decode().split()
+        async with asyncio.timeout(60):
+            second, _ = (await writer.stdout.readline()).decode().split()
         writer.send_signal(signal.SIGKILL)
         await writer.wait()
     kept = copy_in(data).read_bytes()

@@ -23,7 +23,7 @@ from sidecar.access.budgets.budgets import Budgets
 from sidecar.access.budgets.leases import Leases
 from sidecar.config.access import Limit
 from sidecar.errors import Refused
-from sidecar.state.redis.link import ended
+from sidecar.tasks import ended
 from tests.kit.registries import link_to
 
 url, name, began_s, limit, until_s = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5])

@@ -19,8 +19,9 @@ from sidecar.access.budgets.kept import Kept
 from sidecar.access.budgets.leases import LEASE, Leases
 from sidecar.config.access import Limit
 from sidecar.errors import Reason, Refused
-from sidecar.state.redis.link import Link, ended
+from sidecar.state.redis.link import Link
 from sidecar.state.redis.scripts import Script
+from sidecar.tasks import ended
 from tests.kit.redis_servers import PATIENCE_S, Server, cluster, running
 from tests.kit.registries import link_to
 from tests.kit.tenant_load import WHO, Pool, Time, killed

@@ -238,6 +238,7 @@ async def test_what_needs_a_restart_is_named_key_by_key(tmp_path: Path) -> None:
         assert "backends.trt-0.weights_transport" in await refused(served, file, shared)
         write(file, good | {"backends": [backend, away]})
         assert await reload(served) == ["backends.away (added)"]
+        await until(lambda: len(served.state.backends) == 2)  # its engine comes by itself, as soon as it is found
         narrow = away | {"discover": {"dns": "localhost:2"}}
         assert "backends.away.discover.dns" in await refused(served, file, good | {"backends": [backend, narrow]})
         write(file, good)
@@ -579,7 +580,8 @@ async def test_a_change_whose_call_is_cut_off_is_whole(tmp_path: Path, monkeypat
         monkeypatch.setattr(served.sidecar.reloads._parts.pools, "change", slow)
         [name] = write_adapters(tmp_path / "adapters", 1)
         call = served.configuration.Reload(admin_pb2.ReloadRequest())
-        await asyncio.wait_for(begun.wait(), 60)
+        async with asyncio.timeout(60):
+            await begun.wait()
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
@@ -605,7 +607,8 @@ async def test_a_drain_waits_for_what_waits_for_a_successor(tmp_path: Path) -> N
         draining = asyncio.create_task(served.sidecar.drain())
         assert len((await first_answer).tokens) == 60
         assert len((await second_answer).tokens) == 4
-        await asyncio.wait_for(draining, 60)
+        async with asyncio.timeout(60):
+            await draining
 
 
 @pytest.mark.parametrize(

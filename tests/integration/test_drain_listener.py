@@ -122,7 +122,8 @@ async def test_what_is_still_open_is_cut_off_in_words(
             if by == "a second signal":
                 os.kill(os.getpid(), signal.SIGINT)
             with pytest.raises(grpc.aio.AioRpcError) as lost:
-                await asyncio.wait_for(rest_of(call), PATIENCE_S)
+                async with asyncio.timeout(PATIENCE_S):
+                    await rest_of(call)
         answers = {name: await answer for name, answer in asks.items()}
         await ending
     assert lost.value.code() is grpc.StatusCode.UNAVAILABLE

@@ -23,6 +23,13 @@ pytestmark = NEEDS_OPENSSL
 KEY, NEW = Signer(), Signer(kid="two")
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give a busy machine the time for a fetch, where a test is not about that time."""
+    monkeypatch.setattr(jwks, "WAIT_S", 60.0)
+    monkeypatch.setattr(jwks, "FETCH_S", 60.0)
+
+
 @asynccontextmanager
 async def issuing(folder: Path, *, started: bool = True, **options: str) -> AsyncIterator[tuple[JwksServer, House]]:
     """Run a server of one key, and a verifier that has fetched it if it is `started`."""

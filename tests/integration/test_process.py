@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -16,6 +17,7 @@ from typing import Any
 import grpc.aio
 import pytest
 
+from sidecar.cli.exits import Exit
 from sidecar.lab.engine.tokens import BOS
 from sidecar.proto import admin_pb2, admin_pb2_grpc, gateway_pb2, gateway_pb2_grpc
 from tests.kit.emulated import running_engine
@@ -174,3 +176,43 @@ async def test_without_a_file_sighup_ends_the_process() -> None:
         served.process.send_signal(signal.SIGHUP)
         async with asyncio.timeout(60):
             assert await served.process.wait() == -signal.SIGHUP
+
+
+ENDS_SOON = """
+from sidecar.serve import app
+app.STOP_S = 1.0
+from sidecar.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("hangs", "said"),
+    [
+        ("task", r"not ended: task \S+ in endless_kind\.py:\d+ EndlessBackend\.stop > \S+ sleep"),
+        ("loop", r"not ended: thread MainThread in .* stop"),
+        ("thread", r"not ended: thread endless in .* sleep_a_day"),
+    ],
+)
+async def test_a_stop_that_does_not_end_is_ended(tmp_path: Path, hangs: str, said: str) -> None:
+    """A task that takes no cancellation, a call that holds the event loop, a thread for which the interpreter waits."""
+    file = tmp_path / "sidecar.yaml"
+    backend = f"{{kind: 'tests.kit.endless_kind:ENDLESS', url: 'endless://127.0.0.1:9', hangs: {hangs}}}"
+    file.write_text(f"backends: [{backend}]")
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", ENDS_SOON, "serve", "--json", *FREE, "--config", str(file),
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        await process.stdout.readline()
+        process.terminate()
+        async with asyncio.timeout(60):
+            _, log = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode == Exit.FAILED
+    assert "the sidecar was to end and goes on, so it exits with code 1" in log.decode()
+    assert re.search(said, log.decode()), log.decode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import pytest
 from sidecar.core.events import DrainSet
 from sidecar.proto import admin_pb2
 from sidecar.serve import restart_rounds
+from sidecar.tasks import ended
 from tests.kit.peft_files import write_adapter
 from tests.kit.serving import Serving, until
 from tests.kit.trtllm_emulated import Client, TrtllmProcess, expected
@@ -176,9 +177,8 @@ async def trained(pool: Pool, steps: int) -> int:
     done.set()
     await asyncio.gather(*asking)
     await until(lambda: all(pool.state(each).takes_requests and pool.versions(each) < LIMIT for each in pool.engines))
-    restarting.cancel()
-    with suppress(asyncio.CancelledError):
-        await restarting
+    await ended(restarting)
+    assert restarting.cancelled()
     assert failed == []
     return asked
 

@@ -67,7 +67,8 @@ async def test_engines_of_two_replicas_go_one_at_a_time(tmp_path: Path) -> None:
             assert here is not there
             assert other in owned(there)
             for served in pool:
-                assert served.sidecar.replica.restarted_elsewhere() == (set() if served is here else {backend})
+                told = set() if served is here else {backend}
+                await until(lambda of=served, told=told: of.sidecar.replica.restarted_elsewhere() == told)  # type: ignore[misc]
             await made.restart(backend)
             await until(lambda served=here: served.sidecar.restarts.at is None)  # type: ignore[misc]
             restarted.append(backend)

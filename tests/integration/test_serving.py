@@ -189,7 +189,8 @@ async def test_sigterm_lets_everything_in_flight_finish(tmp_path: Path) -> None:
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         answer = await running
         assert answer.tokens == served.expected("a00", 60)
-        await asyncio.wait_for(draining, 30)
+        async with asyncio.timeout(30):
+            await draining
 
 
 @pytest.mark.parametrize("text", [True, False])

@@ -14,10 +14,10 @@ from sidecar.errors import Reason, Refused
 from sidecar.ownership.effects import SendBeat
 from sidecar.ownership.facts import Bounds, Member
 from sidecar.state.records import Record
-from sidecar.state.redis.link import ended
 from sidecar.state.redis.members import RedisMembers
 from sidecar.state.redis.registry import RedisRegistry
 from sidecar.state.registry import Change
+from sidecar.tasks import ended
 from tests.kit.redis_servers import Proxy, Server, cuttable, running
 from tests.kit.registries import link_to, record
 from tests.kit.serving import until

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -14,10 +14,10 @@ from sidecar.errors import Reason, Refused
 from sidecar.ownership.effects import SendAcquire, SendBeat
 from sidecar.ownership.facts import Bounds, Member
 from sidecar.state.records import refreshed
-from sidecar.state.redis.link import ended
 from sidecar.state.redis.members import RedisMembers
 from sidecar.state.redis.registry import RedisRegistry
 from sidecar.state.registry import Change
+from sidecar.tasks import ended
 from tests.kit.redis_servers import Server, cluster, cuttable, running, watched
 from tests.kit.registries import link_to, record, shared_registry
 from tests.kit.serving import until
@@ -256,23 +256,6 @@ async def test_a_server_that_stands_still(server: Server) -> None:
         server.signal(signal.SIGCONT)
         await is_written(one, "b")
         assert [found.name for found in one.all()] == ["a", "b"]
-
-
-async def test_a_task_ends_though_its_client_swallows_a_cancellation() -> None:
-    """As `asyncio.wait_for` does before Python 3.12 if what it waits for is ready at the same moment."""
-    ready = asyncio.Event()
-
-    async def ask_for_ever() -> None:
-        with suppress(asyncio.CancelledError):
-            ready.set()
-            await asyncio.sleep(60)
-        await asyncio.sleep(60)
-
-    asking = asyncio.create_task(ask_for_ever())
-    await ready.wait()
-    async with asyncio.timeout(30):
-        await ended(asking)
-    assert asking.cancelled()
 
 
 async def test_a_write_waits_for_live_members_only(server: Server) -> None:

@@ -108,7 +108,8 @@ async def test_from_an_id_to_the_reason(tmp_path: Path, front: str) -> None:
         await until(lambda: any(r.client_id == ASKED and not r.running for r in served.state.requests.values()))
         live = await command("requests", "show", ASKED, *admin)
         at.taken.cancel()
-        await asyncio.wait_for(asked, 60)
+        async with asyncio.timeout(60):
+            await asked
         await until(lambda: not served.state.requests)
         after = await command("requests", "show", ASKED, *admin)
         assert served.sidecar._journal is not None

@@ -13,13 +13,13 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 from random import Random
 from time import monotonic
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # else every noise and each process that ends is told of
 
+from sidecar.tasks import ended
 from tests.chaos.load import BROKEN, CUT, FULL, REFUSED, UNREACHABLE, Load, Try
 from tests.chaos.pool import ChaosPool, chaos_pool
 from tests.soak.crowd import Crowd
@@ -54,12 +54,11 @@ async def soak(minutes: float, seed: int, folder: Path) -> bool:
             crowd = Crowd(load, folder / "visitors", seed)
             coming = asyncio.create_task(crowd.run())
             await _disturb(pool, load, crowd, done, minutes, Random(seed))
-            coming.cancel()
-            with suppress(asyncio.CancelledError):
-                await coming
+            await ended(coming)
+            assert coming.cancelled()
             await load.stop()
             await pool.until_settled(pool.replicas)
-        watching.cancel()
+        await ended(watching)
         stale = sum(log.stale() for log in pool.logs)
         print(f"done to it: {', '.join(f'{count} times {name}' for name, count in sorted(done.items()))}")
         print(f"came and went: {crowd.visits} adapters, {crowd.noises} times noise; stale dispatches {stale}")

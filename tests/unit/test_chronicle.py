@@ -363,7 +363,8 @@ async def test_a_look_that_fails_is_not_the_last(
         return core.state
 
     watching = asyncio.create_task(Chronicle(state, lambda _: None).watch())
-    await asyncio.wait_for(again.wait(), 60)
+    async with asyncio.timeout(60):
+        await again.wait()
     watching.cancel()
     assert "it is tried again" in caplog.text
 

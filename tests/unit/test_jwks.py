@@ -31,7 +31,8 @@ class Pauses:
 
     async def begun(self) -> float:
         """Wait for the fetch before a pause, and return the pause's length in seconds."""
-        return await asyncio.wait_for(self._begun.get(), 60)
+        async with asyncio.timeout(60):
+            return await self._begun.get()
 
     async def pass_by(self, seconds: float) -> float:
         """End the pause and return the length of the next one, which comes after a fetch."""

@@ -314,6 +314,35 @@ def test_replicas_restart_one_engine_at_a_time() -> None:
     assert second.step() == [(Do.DRAIN, "b")]
 
 
+def test_the_first_of_two_that_began_together_is_restarted() -> None:
+    """Each is the only other engine that serves what the other one serves: the second gives way, without a pause."""
+    first, second = (Scene(3.0, **{name: engine(name)}) for name in "ab")
+    assert (first.step(), second.step()) == ([(Do.DRAIN, "a")], [(Do.DRAIN, "b")])
+    first.elsewhere, second.elsewhere = {"b"}, {"a"}
+    first.set("a", others_serve=False)
+    second.set("b", others_serve=False)
+    assert first.step() == []
+    assert second.step() == [(Do.UNDRAIN, "b")]
+    assert not second.warned
+    first.elsewhere = set()
+    first.set("a", others_serve=True)
+    assert first.step(2.0) == [(Do.RESTART, "a")]
+    second.elsewhere = set()
+    second.set("b", others_serve=True)
+    assert second.step() == [(Do.DRAIN, "b")]
+
+
+def test_one_that_another_replica_does_not_give_way_to_serves_again() -> None:
+    """The other engine is being restarted, or its replica is not heard: two must not be away."""
+    scene = Scene(3.0, a=engine("a"))
+    assert scene.step() == [(Do.DRAIN, "a")]
+    scene.elsewhere = {"b"}
+    scene.set("a", others_serve=False)
+    assert scene.step(2.0) == []
+    assert scene.step() == [(Do.UNDRAIN, "a")]
+    assert scene.warned
+
+
 def test_acts_have_words() -> None:
     """Whatever is done is explained in the log."""
     acts = Rounds(DRAIN_TIMEOUT_S).step(0.0, two().engines)

@@ -76,7 +76,8 @@ class _Running:
     async def begin(self) -> None:
         """Return when its first event has come."""
         self._task = asyncio.create_task(self._listen())
-        await asyncio.wait_for(self._begun.wait(), 60)
+        async with asyncio.timeout(60):
+            await self._begun.wait()
 
     async def state(self) -> str:
         """Return what has become of it: what it does within the server's patience."""

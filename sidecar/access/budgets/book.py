@@ -12,7 +12,7 @@ from sidecar.access.entries import LIMIT, AccessEntry, LimitEntry
 from sidecar.access.store import AccessStore
 from sidecar.config.access import Limit
 from sidecar.errors import Reason, Refused
-from sidecar.state.redis.link import ended
+from sidecar.tasks import ended
 
 if TYPE_CHECKING:
     from sidecar.access.budgets.leases import Leases
@@ -44,8 +44,7 @@ class LimitBook:
             self._sharing = asyncio.create_task(self._leases.run())
 
     async def close(self) -> None:
-        if self._sharing is not None:
-            await ended(self._sharing)
+        await ended(self._sharing)
         if self._leases is not None:
             await self._leases.close()
 

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sidecar.access.budgets.meters import Former, Meter, Sharing, Taken, rounds, seconds_of
+from sidecar.tasks import ended, undisturbed
 
 logger = logging.getLogger(__name__)
 
@@ -115,8 +116,7 @@ class Kept:
         """Write what is taken, without what was written ahead."""
         if self._task is None or self._database is None:
             return
-        self._task.cancel()
-        await asyncio.wait([self._task])
+        await ended(self._task)
         await self.save(ahead=False)
         database, self._database = self._database, None
         await asyncio.to_thread(database.close)
@@ -136,13 +136,8 @@ class Kept:
         is_time = now_s >= self._purge_at_s
         if not rows and not is_time:
             return
-        # Shielded: a thread that goes on after a cancellation must not meet the next one at the connection.
-        writing = asyncio.ensure_future(asyncio.to_thread(self._write, rows, int(now_s) if is_time else None))
-        try:
-            await asyncio.shield(writing)
-        except asyncio.CancelledError:
-            await asyncio.wait([writing])
-            raise
+        try:  # a thread that goes on after a cancellation must not meet the next one at the connection
+            await undisturbed(asyncio.to_thread(self._write, rows, int(now_s) if is_time else None))
         except Exception as error:  # noqa: BLE001 — whatever it is, the task goes on, and close() ends
             self._used |= meters
             if not self._fails:

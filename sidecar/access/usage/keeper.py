@@ -21,6 +21,7 @@ from typing import TypeVar
 from sidecar.access.usage.ledger import DAY_S, HOUR_S, Ledger, Question, UsageTotal
 from sidecar.access.usage.meter import Meter, Snapshot
 from sidecar.config.access import Usage
+from sidecar.tasks import ended
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -136,8 +137,7 @@ class UsageKeeper:
     async def stop(self) -> None:
         """Close the current period and the file."""
         async with self._writing:  # first: a write that is cancelled would lose what it could not write
-            if self._task is not None:
-                self._task.cancel()
+            await ended(self._task)
             if self._ledger is not None:
                 self._end(max(self.last_ns, self._clock_ns()))
                 over, self._over = self._over, []

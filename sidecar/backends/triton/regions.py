@@ -12,6 +12,8 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from sidecar.tasks import ended
+
 logger = logging.getLogger(__name__)
 
 REGISTER_TIMEOUT_S = 2.0
@@ -45,9 +47,7 @@ class Regions:
             await asyncio.shield(self._restoring)
 
     async def close(self) -> None:
-        if self._restoring is not None:
-            self._restoring.cancel()
-            await asyncio.gather(self._restoring, return_exceptions=True)
+        await ended(self._restoring)
 
     async def _restore(self, earlier: asyncio.Task[None] | None) -> None:
         if earlier is not None:

@@ -185,7 +185,8 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
             while not changes.full():
                 self._gateway.access.check(callers.CALLER.get())  # its credential may end meanwhile
                 try:
-                    change = await asyncio.wait_for(changes.get(), CHECKED_S)
+                    async with asyncio.timeout(CHECKED_S):
+                        change = await changes.get()
                 except TimeoutError:
                     continue
                 self._gateway.access.check(callers.CALLER.get())

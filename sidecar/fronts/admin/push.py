@@ -10,9 +10,9 @@ from sidecar.adapters.names import check_name
 from sidecar.adapters.pushed import PushedFile, Receiver, check_announced, wrong
 from sidecar.errors import Reason, Refused
 from sidecar.fronts.callers import CALLER
-from sidecar.shell.background import undisturbed
 from sidecar.shell.catalogue import Entered, Wanted
 from sidecar.shell.gateway import Gateway
+from sidecar.tasks import undisturbed
 
 PUSHES_MAX = 8
 """Concurrent pushes: each holds a file open and up to one chunk in memory."""
@@ -75,7 +75,8 @@ class Pushes:
     async def _next(self, requests: AsyncIterator[Any], name: str) -> Any:
         """Return the next message; None at the end."""
         try:
-            return await asyncio.wait_for(anext(requests, None), self._silence_s_max)
+            async with asyncio.timeout(self._silence_s_max):
+                return await anext(requests, None)
         except TimeoutError as error:
             raise wrong(name, f"nothing came for {self._silence_s_max:g} s") from error
 

@@ -26,6 +26,7 @@ from sidecar.fronts.openai.errors import failure
 from sidecar.fronts.openai.request import CHAT, COMPLETIONS
 from sidecar.proto import envoy_pb2 as envoy
 from sidecar.shell.metrics import PICKED, PickerFigures
+from sidecar.tasks import Tasks, ended
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class Picker:
         self._app, self._kserve = app, kserve
         self._settings, self._intake = settings, intake
         self.log = AccessLog(replica)
-        self._answering: set[asyncio.Task[None]] = set()
+        self._answering = Tasks()
         self._exchanges: set[Exchange] = set()
         self._elsewhere = Elsewhere(named)
         self._way = Way(settings.in_path, f"{SETTINGS}.in_path", "http")
@@ -92,9 +93,7 @@ class Picker:
 
     async def stop(self) -> None:
         """Cancel what is being answered."""
-        for task in list(self._answering):
-            task.cancel()
-        await asyncio.gather(*self._answering, return_exceptions=True)
+        await self._answering.stop()
 
     async def _process(self, requests: Any, context: Any) -> None:
         first = await context.read()
@@ -135,9 +134,7 @@ class Picker:
             await context.write(replies.ended_call(grpc.StatusCode.UNIMPLEMENTED.value[0], NO_CALLS))
             return
         self._exchanges.add(exchange)
-        answering = asyncio.create_task(_to_its_end(work, exchange))
-        self._answering.add(answering)
-        answering.add_done_callback(self._answering.discard)
+        answering = self._answering.spawn(_to_its_end(work, exchange))
         reading = asyncio.create_task(_read(context, exchange))
         try:
             await exchange.begin()
@@ -157,11 +154,9 @@ class Picker:
             if isinstance(exchange, CallExchange) and exchange.is_left:
                 answering.cancel()  # as gRPC does with a call whose client leaves
             self._exchanges.discard(exchange)
-            reading.cancel()
-            await asyncio.wait((reading,))
-            for done in (reading, exchange.finished):
-                if done.done() and not done.cancelled():
-                    done.exception()  # it has been told, or is of a call that is gone
+            await ended(reading)
+            if exchange.finished.done() and not exchange.finished.cancelled():
+                exchange.finished.exception()  # it has been told, or is of a call that is gone
 
     def _turned_away(self, error: SidecarError) -> None:
         self._kserve.gateway.turned_away(callers.made_id(), error)

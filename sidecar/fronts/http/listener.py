@@ -16,6 +16,7 @@ import uvicorn
 
 from sidecar.errors import Misused, Reason
 from sidecar.fronts.http.connection import Connection, HttpLimits
+from sidecar.tasks import ended
 
 KEEP_ALIVE_S = 75
 """Idle time between requests. Longer than the minute for which load balancers reuse connections."""
@@ -76,9 +77,7 @@ class HttpListener:
             return
         self._server.should_exit = self._server.force_exit = True
         state = self._server.server_state
-        for work in list(state.tasks):
-            work.cancel()
-        await asyncio.gather(*state.tasks, return_exceptions=True)
+        await ended(*state.tasks)
         for connection in list(state.connections):
             connection.transport.close()
         with contextlib.suppress(TimeoutError):

@@ -7,7 +7,6 @@ known of the answer's origin. A later error is the last event of the stream.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Iterable, Sequence
 from time import monotonic_ns
 from typing import Protocol
@@ -27,6 +26,7 @@ from sidecar.fronts.openai.merged import Merged
 from sidecar.fronts.openai.request import OpenAiRequest
 from sidecar.fronts.openai.text_answers import PassedOn, TextAnswer
 from sidecar.shell.gateway import Gateway
+from sidecar.tasks import ended
 
 JSON = (b"content-type", b"application/json")
 EVENTS = (
@@ -140,20 +140,18 @@ class Answering:
     async def serve(self, receive: Receive, send: Send) -> None:
         """Answer to the end, or until the client leaves: then all that is queued or running is cancelled."""
         leaving = asyncio.create_task(self._cancel_when_left(receive))
-        watch = relay.Watch(self._tickets)
         try:
-            await self._relay(send)
-        except _Ended as ended:
-            await self._end_early(send, ended.ending, ended.ticket)
-        except asyncio.CancelledError:
-            if not watch.fired:
+            async with relay.unless_stalled(self._tickets) as patience:
+                try:
+                    await self._relay(send)
+                except _Ended as early:
+                    await self._end_early(send, early.ending, early.ticket)
+        except TimeoutError:
+            if not patience.expired():
                 raise
             # The client reads nothing: returning in the middle of a response closes its connection.
         finally:
-            watch.stop()
-            leaving.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await leaving
+            await ended(leaving)
 
     def head(self) -> Headers:
         """Return the headers of the answer that are ours, once an engine has the request."""
@@ -169,9 +167,9 @@ class Answering:
         if len(self._tickets) > 1:
             await self._relay_all(send)
             return
-        async for body, ended in self._pieces(0):
+        async for body, is_last in self._pieces(0):
             if body or self._asked.streams:
-                await self._write(send, body, ended)
+                await self._write(send, body, is_last)
 
     async def _relay_all(self, send: Send) -> None:
         """Relay the answers to several prompts. They are one request: the first that ends early ends all."""
@@ -191,9 +189,7 @@ class Answering:
         try:
             answers = await asyncio.gather(*relays)
         finally:
-            for one in relays:
-                one.cancel()
-            await asyncio.gather(*relays, return_exceptions=True)
+            await ended(*relays)
         await self._write(send, merged.end() if self._asked.streams else merged.whole(answers), True)
 
     async def _pieces(self, part: int) -> AsyncIterator[tuple[bytes, bool]]:

@@ -51,7 +51,8 @@ async def start_engine(folder: Path, number: int) -> Engine:
         stdout=asyncio.subprocess.PIPE, start_new_session=True,  # Ctrl-C is the demo's, which ends its engines
     )  # fmt: skip
     assert process.stdout is not None
-    line = await asyncio.wait_for(process.stdout.readline(), START_TIMEOUT_S)
+    async with asyncio.timeout(START_TIMEOUT_S):
+        line = await process.stdout.readline()
     if not line:
         raise Misused(Reason.BACKEND_UNREACHABLE, f"emulated engine {number} ended with {await process.wait()}")
     ready = json.loads(line)

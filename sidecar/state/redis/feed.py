@@ -18,8 +18,9 @@ from sidecar.state.redis.copy import Copy
 from sidecar.state.redis.entries import entry_of
 from sidecar.state.redis.history import Position, look, reread
 from sidecar.state.redis.kept import Kept
-from sidecar.state.redis.link import FAULTS, Announced, Link, ended, is_final
+from sidecar.state.redis.link import FAULTS, Announced, Link, is_final
 from sidecar.state.registry import Change, Subscribers
+from sidecar.tasks import ended
 
 logger = logging.getLogger(__name__)
 
@@ -96,8 +97,7 @@ class Feed(Generic[R]):
         self._task = asyncio.create_task(self._follow())
 
     async def close(self) -> None:
-        if self._task is not None:
-            await ended(self._task)
+        await ended(self._task)
 
     async def has_read(self, number: int, limit_s: float) -> None:
         """Wait until a change has been read. Raises TimeoutError."""

@@ -55,7 +55,8 @@ class Keeper(Generic[R]):
         is_last = False
         while not is_last:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), WRITE_EVERY_S)
+                async with asyncio.timeout(WRITE_EVERY_S):
+                    await self._changed.wait()
             is_last = self._closed  # before the write: what changed during a write is written by the next one
             self._changed.clear()
             await self._write()

@@ -34,8 +34,6 @@ The last one is uvloop's, for a write to a connection that was just closed; the 
 """
 CONNECT_S, ANSWER_S = 2.0, 3.0
 """The timeouts of a connection and of an answer; a blocking read blocks for less."""
-CANCEL_S = 0.1
-"""How long a cancelled task may take until it is cancelled again."""
 SCANNED_AT_ONCE = 500
 REGISTRY_KEYS = frozenset(("meta", "adapters", "changes", "tombstones", "applied"))
 """The names in scripts of the keys that each registry has for itself."""
@@ -200,16 +198,6 @@ class Link(Generic[R]):
     def refused(self, error: BaseException) -> Refused:
         """Return the error for an operation that failed because Redis is unavailable."""
         return Refused(Reason.STATE_UNAVAILABLE, f"this needs Redis at {self}: {self.describe(error)}; try again")
-
-
-async def ended(task: asyncio.Task[None]) -> None:
-    """Cancel a task that asks Redis, and wait until it has ended.
-
-    More than once: before Python 3.12 the client's timeout of a write can swallow a cancellation.
-    """
-    while not task.done():
-        task.cancel()
-        await asyncio.wait([task], timeout=CANCEL_S)
 
 
 def is_final(error: BaseException) -> bool:

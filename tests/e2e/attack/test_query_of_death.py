@@ -245,14 +245,16 @@ async def test_it_is_unready_before_the_next_client_event_is_taken(adapters: Pat
 
 
 HANGS = """
-import threading, time
-from sidecar.cli import serving
-serving.CRASH_S = 0.2
-crashed = threading.Event()
-threading.Thread(target=serving._end_for_certain, args=(crashed,), daemon=True).start()
-crashed.set()
-threading.Thread(target=time.sleep, args=(3600,)).start()  # not a daemon: the interpreter would wait for it
-time.sleep(3600)
+import asyncio, threading, time
+from sidecar.cli.exits import Exit
+from sidecar.serve.last_bound import LastBound
+
+async def main():
+    LastBound(lambda: None).within(0.2, Exit.CRASHED)
+    threading.Thread(target=time.sleep, args=(3600,)).start()  # not a daemon: the interpreter would wait for it
+    time.sleep(3600)
+
+asyncio.run(main())
 """
 
 

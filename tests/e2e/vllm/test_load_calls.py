@@ -82,7 +82,8 @@ async def forgotten_but(server: VllmServer, names: set[str]) -> None:
                 if found[0] <= names:
                     return
 
-        await asyncio.wait_for(look(), 60)
+        async with asyncio.timeout(60):
+            await look()
 
 
 @pytest.mark.parametrize(

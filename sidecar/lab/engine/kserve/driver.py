@@ -265,7 +265,8 @@ class Driver:
             return
         wait_ns = max(_IDLE_NS, change_ns - _now_ns())
         try:
-            await asyncio.wait_for(self._wake.wait(), wait_ns / 1e9)
+            async with asyncio.timeout(wait_ns / 1e9):
+                await self._wake.wait()
         except TimeoutError:
             return
 

@@ -35,7 +35,8 @@ class IterationStats:
         if self.is_on and not self._kept:
             self._new.clear()
             try:
-                await asyncio.wait_for(self._new.wait(), wait_s)
+                async with asyncio.timeout(wait_s):
+                    await self._new.wait()
             except TimeoutError:
                 return []
         kept = list(self._kept)
