@@ -42,6 +42,15 @@ OURS = re.compile(r"[0-9a-f]{64}\.[A-Za-z0-9.+]+\.p\d+\.g\d+\Z")
 Rename = Callable[[Path, Path], object]
 
 
+def make_folder(path: Path) -> bool:
+    """Make a folder for all to read, if it is not there; return True if it was not. Raises OSError."""
+    if path.is_dir():
+        return False
+    path.mkdir(exist_ok=True)
+    path.chmod(DIRECTORY_MODE)
+    return True
+
+
 class Claims:
     """One process's claims in a shared folder. Every method blocks; those that change something raise OSError."""
 
@@ -60,10 +69,8 @@ class Claims:
     def open(self) -> None:
         """Join the folder and remove entries that nobody needs. Raises Misused if the folder cannot be used."""
         try:
-            for made in (self.directory, self._hidden):
-                if not made.is_dir():
-                    made.mkdir(exist_ok=True)
-                    made.chmod(DIRECTORY_MODE)
+            make_folder(self.directory)
+            make_folder(self._hidden)
             with self.alone():
                 self._owner = self._enter()
                 swept = list(self._sweep())

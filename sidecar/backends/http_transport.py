@@ -7,6 +7,8 @@ that hangs up as a timeout, and here that is the difference between an engine th
 
 from __future__ import annotations
 
+import os
+import socket
 import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -18,17 +20,18 @@ from sidecar.backends.api import Carrier
 
 CARRIER = "carrier"
 """The extension of a request that says what takes it to the server; None for this process itself."""
-ERRORS: tuple[tuple[type[Exception], type[httpx.HTTPError]], ...] = (
-    (aiohttp.ConnectionTimeoutError, httpx.ConnectTimeout),
-    (aiohttp.ServerTimeoutError, httpx.ReadTimeout),
-    (aiohttp.ClientConnectorError, httpx.ConnectError),
-    (aiohttp.ServerDisconnectedError, httpx.RemoteProtocolError),
-    (aiohttp.ClientPayloadError, httpx.RemoteProtocolError),
-    (aiohttp.ClientOSError, httpx.ReadError),
-    (aiohttp.ClientError, httpx.RemoteProtocolError),
-    (OSError, httpx.WriteError),
+ERRORS: tuple[tuple[type[Exception], type[httpx.HTTPError], str], ...] = (
+    (aiohttp.ConnectionTimeoutError, httpx.ConnectTimeout, "it took no connection in time"),
+    (aiohttp.ServerTimeoutError, httpx.ReadTimeout, "it said nothing in time"),
+    (aiohttp.ClientConnectorError, httpx.ConnectError, "no connection: {cause}"),
+    (aiohttp.ServerDisconnectedError, httpx.RemoteProtocolError, "it hung up before it had answered"),
+    (aiohttp.ClientPayloadError, httpx.RemoteProtocolError, "it hung up in the middle of its answer"),
+    (aiohttp.ClientOSError, httpx.ReadError, "the connection broke: {cause}"),
+    (aiohttp.ClientError, httpx.RemoteProtocolError, "what it says is not HTTP"),
+    (OSError, httpx.WriteError, "the connection broke: {cause}"),
 )
-"""What aiohttp raises as httpx calls it; the first that fits. A subclass comes before its base."""
+"""What aiohttp raises, as httpx calls it and in words; the first that fits. A subclass comes before its base.
+"""
 
 
 class EngineTransport(httpx.AsyncBaseTransport):
@@ -106,5 +109,16 @@ def _errors_of_httpx() -> Iterator[None]:
     try:
         yield
     except (aiohttp.ClientError, OSError) as error:
-        found = next(ours for theirs, ours in ERRORS if isinstance(error, theirs))
-        raise found(str(error) or type(error).__name__) from error
+        found, words = next((ours, words) for theirs, ours, words in ERRORS if isinstance(error, theirs))
+        raise found(words.format(cause=_cause(error))) from error
+
+
+def _cause(error: Exception) -> str:
+    """Return what the system or TLS says, without the address."""
+    cause = getattr(error, "certificate_error", None) or getattr(error, "os_error", error)
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return f"its certificate is not accepted, {cause.verify_message}"
+    if isinstance(cause, ssl.SSLError):
+        return "it does not speak TLS" if cause.reason == "WRONG_VERSION_NUMBER" else f"TLS failed, {cause.reason}"
+    known = isinstance(cause, OSError) and not isinstance(cause, socket.gaierror) and cause.errno
+    return os.strerror(known) if known else str(getattr(cause, "strerror", None) or cause)

@@ -171,6 +171,8 @@ def unregister(client: Client, name: Name, hold: versions.Hold = "", as_json: As
         print_json(answer)
     else:
         say(f"{name} is forgotten")
+        if answer.places:
+            _print_places(answer, as_json)
 
 
 @admin_command

@@ -71,6 +71,10 @@ class EngineFacts:
     """It serves its base model and takes no adapter: it reads them from files, and no folder is shared with it."""
     host_pages_assumed: bool = False
     """`host_pages` is what such an engine has unless it was started with more."""
+    unloads: str = ""
+    """What it forgets when an adapter is unloaded: its "name", or its "weights" with that; "" if it has no unload."""
+    without_lora: bool = False
+    """It was started so that it takes no adapter; then `base_only` holds, too."""
 
     @property
     def layout(self) -> Layout:
@@ -263,6 +267,12 @@ def _unpackable(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
 def _takes_none(facts: EngineFacts) -> Misfit | None:
     if not facts.base_only:
         return None
+    if facts.without_lora:
+        return Misfit(
+            "no LoRA",
+            "the engine was started so that it takes no adapters; start vLLM with --enable-lora and "
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
+        )
     return Misfit(
         "base model only",
         "the engine reads adapters from files and shares no folder with the sidecar, so it serves its base model only; "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Mapping
+
 from sidecar.core import eligibility, queueing, storing, suspects
 from sidecar.core.config import FIXED
 from sidecar.core.effects import Answer
@@ -21,6 +23,9 @@ from sidecar.core.step import Step
 
 FETCHING, HELD = "fetching", "in the host store already"
 """What a prefetch answers of the host store; journals have these words."""
+STORE, DISK = "host store", "disk"
+TIERS = {STORE: "dropped", DISK: "deleted"}
+"""What becomes of an adapter's weights there."""
 
 
 def registered(step: Step, event: AdapterRegistered) -> None:
@@ -127,38 +132,57 @@ def evict_asked(step: Step, event: EvictAsked) -> None:
     """Handle EvictAsked: drop an adapter's blobs now, and answer per tier and backend what happened."""
     state = step.state
     digest = state.names[event.name].digest
-    lines = [("host store", _evict_from_store(step, digest))]
-    if state.disk.budget_bytes:
-        lines.append(("disk", _evict_from_disk(step, digest)))
-    for backend in state.backends.values():
-        if eligibility.resident(backend, digest):
-            lines.append((backend.id, "resident; TensorRT-LLM has no unload: it stays until the engine evicts it"))
-        else:
-            lines.append((backend.id, "not resident"))
-    step.emit(Answer(event.ask, tuple(lines)))
-
-
-def _evict_from_store(step: Step, digest: str) -> str:
-    keys = [key for key, entry in step.state.store.entries.items() if entry.digest == digest]
-    if not keys:
-        return "not held"
-    kept = 0
-    for key in keys:
-        step.state.store.entries[key].held_by_operator = False
+    before = places_of(state, (digest,))
+    for key in [key for key, entry in state.store.entries.items() if entry.digest == digest]:
+        state.store.entries[key].held_by_operator = False
         storing.doom_blob(step, key)
-        kept += key in step.state.store.entries
-    pinned = "; it is pinned, so its next use brings it back to stay" if step.state.memory_holds(digest) else ""
-    return ("in use: dropped as soon as its users are done" if kept else "dropped") + pinned
-
-
-def _evict_from_disk(step: Step, digest: str) -> str:
-    keys = [key for key, entry in step.state.disk.entries.items() if entry.digest == digest]
-    if not keys:
-        return "not held"
-    for key in keys:
+    for key in [key for key, entry in state.disk.entries.items() if entry.digest == digest]:
         storing.doom_disk_blob(step, key)
-    kept = any(key in step.state.disk.entries for key in keys)
-    return "in use: deleted as soon as its users are done" if kept else "deleted"
+    lines = {
+        place: left_at(state, place, digest) if held else "not held" if place in TIERS else "not resident"
+        for place, held in before.items()
+    }
+    if before[STORE] and state.memory_holds(digest):
+        lines[STORE] += "; it is pinned, so its next use brings it back to stay"
+    step.emit(Answer(event.ask, tuple(lines.items())))
+
+
+def places_of(state: State, versions: Collection[str]) -> dict[str, list[str]]:
+    """Return which of some versions are at each place: in the host store, on disk if that is used, in each engine."""
+    tiers = {STORE: state.store.entries} | ({DISK: state.disk.entries} if state.disk.budget_bytes else {})
+    held = {place: {entry.digest for entry in entries.values()} for place, entries in tiers.items()}
+    found = {place: [version for version in versions if version in there] for place, there in held.items()}
+    return found | {
+        backend.id: [version for version in versions if eligibility.resident(backend, version)]
+        for backend in state.backends.values()
+    }
+
+
+def left_at(state: State, place: str, version: str) -> str:
+    """Return what becomes of a version that was at a place and is to go from there."""
+    tier = state.disk if place == DISK else state.store
+    in_use = any(entry.digest == version for entry in tier.entries.values())
+    unloads = "" if place in TIERS else state.backends[place].facts.unloads
+    if place not in TIERS and not unloads:
+        return "resident; TensorRT-LLM has no unload: it stays until the engine evicts it"
+    goes = TIERS.get(place, "unloaded")
+    told = f"in use: {goes} as soon as its users are done" if in_use else goes
+    keeps = "; vLLM keeps its weights in memory until it evicts them (vllm#54839)"
+    return told + (keeps if unloads == "name" else "")
+
+
+def gone_from(state: State, before: Mapping[str, Collection[str]]) -> Iterator[tuple[str, str]]:
+    """Yield what became of the versions of a name that has been forgotten, by the places where they were."""
+    for place, versions in before.items():
+        if place in TIERS or place in state.backends:
+            told = dict.fromkeys(_kept(state, version) or left_at(state, place, version) for version in versions)
+            if told:
+                yield place, "; ".join(told)
+
+
+def _kept(state: State, version: str) -> str:
+    names = state.versions[version].names if version in state.versions else ()
+    return f"kept for {', '.join(names)}" if names else ""
 
 
 def prefetch_asked(step: Step, event: PrefetchAsked) -> None:

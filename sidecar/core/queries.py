@@ -279,7 +279,7 @@ def _open_view(state: State, backend: Backend, digest: str, now_ns: int) -> Open
 
 
 def _notes(state: State, backend: Backend, now_ns: int) -> Iterator[str]:
-    if backend.facts.base_only:
+    if backend.facts.base_only and not backend.facts.without_lora:  # of that it tells itself
         yield "serves its base model only: no folder for adapters is shared with it; set backends[].adapters_dir"
     if backend.draining and backend.running:
         yield f"draining: {len(backend.running)} still running"

@@ -155,7 +155,7 @@ WRITTEN: dict[type, Form] = {
         "kind base_models models dtype rank_multiple tp rank_max modules layers optimal_rank cached_rank_max "
         "host_bytes host_pages device_pages seats kv_tokens input_tokens_max sequence_tokens_max heads kv_heads "
         "head_size pace message_bytes_max by_reference caches queue_max base_apart reads_files canonical_files "
-        "base_only host_pages_assumed",
+        "base_only host_pages_assumed unloads without_lora",
     ),
     facts.Packed: Form("Packed", "key task_id size_bytes pages"),
     facts.Adapter: Form("Adapter", "digest base_model rows dtype"),

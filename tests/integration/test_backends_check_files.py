@@ -35,16 +35,24 @@ async def test_an_engine_that_reads_files(tmp_path: Path, decoupled: bool) -> No
 
 
 async def test_a_folder_that_the_engine_does_not_see(tmp_path: Path) -> None:
-    """No folder, one that is not here, and one that is another on the engine's side: each with the way out."""
+    """No folder, one that cannot be here, and one that is another on the engine's side: each with the way out.
+
+    One whose parent is here is made, as by a sidecar that serves.
+    """
     shared = tmp_path / "shared"
     async with engine_and_target(tmp_path, protocol="llmapi") as (_, target):
         none = await look_at_files(replace(target, base=TINY_BASE))
         assert none["shared folder"].state is State.FAILED
         assert "adapters_dir: {ours:" in none["shared folder"].fix
         assert none["adapter"].text == 'not looked at, because of "shared folder"'
-        missing = await look_at_files(replace(target, base=TINY_BASE, adapters_dir=AdaptersDir(shared, str(shared))))
-        assert f"there is no folder {shared}" in missing["shared folder"].text
-        shared.mkdir()
+        below = shared / "nothing"
+        missing = await look_at_files(replace(target, base=TINY_BASE, adapters_dir=AdaptersDir(below, str(below))))
+        assert f"there is no folder {below} here" in missing["shared folder"].text
+        assert not shared.exists()
+        made = await look_at_files(replace(target, base=TINY_BASE, adapters_dir=AdaptersDir(shared, str(shared))))
+        assert made["shared folder"].state is State.OK
+        assert made["shared folder"].text == f"{shared}, made just now, as serve would"
+        assert "staged, loaded by the engine" in made["adapter"].text
         elsewhere = replace(target, base=TINY_BASE, adapters_dir=AdaptersDir(shared, "/not/mounted"))
         found = await look_at_files(elsewhere)
         assert found["adapter"].state is State.FAILED

@@ -135,9 +135,9 @@ async def test_declared_slots(tmp_path: Path, declared: int, state: State) -> No
 
 
 async def test_folders(tmp_path: Path) -> None:
-    """One that is not here, and one that the engine calls otherwise or does not see."""
+    """One that cannot be made here, and one that the engine calls otherwise or does not see."""
     async with vllm_and_target(tmp_path) as engine:
-        missing = AdaptersDir(tmp_path / "missing", "/missing")
+        missing = AdaptersDir(tmp_path / "missing" / "folder", "/missing")
         found = await look_at_vllm(replace(engine.target, adapters_dir=missing))
         assert found["shared folder"].state is State.FAILED
         assert found["adapter"].text == 'not looked at, because of "shared folder"'

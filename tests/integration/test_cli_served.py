@@ -59,7 +59,9 @@ async def test_an_adapters_life(served: Served, tmp_path: Path) -> None:
     assert re.search(r"^memory +float16 +held +8.2 kB +0 +\d+", shown.out, re.M)
     assert re.search(r"^trt-0 +gpu +\d+ m?s +load", shown.out, re.M)
     assert "no unload" in (await served.cli("adapters", "evict", "sql")).out
-    assert (await served.cli("adapters", "unregister", "sql")).out == "sql is forgotten\n"
+    forgotten, _, places = (await served.cli("adapters", "unregister", "sql")).out.partition("\n")
+    assert forgotten == "sql is forgotten"
+    assert re.search(r"^trt-0 +resident; TensorRT-LLM has no unload", places, re.M)
     assert "no adapter is registered" in (await served.cli("adapters", "list")).out
 
 
@@ -110,7 +112,7 @@ async def test_json_everywhere(served: Served, tmp_path: Path) -> None:
     for verb, state in (("drain", "drained"), ("undrain", "up"), ("show", "up")):
         assert (await served.cli("backends", verb, "trt-0", "--json")).json()["state"] == state
     assert (await served.cli("queue", "--json")).json()["verdict"] == ("trt-1 is down; nobody waits, nothing runs")
-    assert (await served.cli("adapters", "unregister", "sql", "--json")).json() == {}
+    assert (await served.cli("adapters", "unregister", "sql", "--json")).json() == {"places": []}
 
 
 async def test_a_release_of_what_is_not_quarantined(served: Served, tmp_path: Path) -> None:

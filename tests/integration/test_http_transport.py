@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import ssl
+import struct
 from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 
 import httpx
 import pytest
@@ -80,6 +84,71 @@ async def test_errors_are_those_of_httpx(name: str, chunked: bool) -> None:
     await asyncio.gather(*served)
     server.close()
     assert ours == theirs
+
+
+WORDS = {
+    "hangs up": "it hung up before it had answered",
+    "hangs up in the head": "it hung up before it had answered",
+    "hangs up in a body of known length": "it hung up in the middle of its answer",
+    "hangs up in a chunked body": "it hung up in the middle of its answer",
+    "speaks no HTTP": "what it says is not HTTP",
+    "says nothing": "it said nothing in time",
+    "falls silent in the body": "it said nothing in time",
+    "resets": "the connection broke: Connection reset by peer",
+}
+"""What reaches clients: no library's sentences, which name addresses and its own settings."""
+
+
+@asynccontextmanager
+async def listening(serve: Serve) -> AsyncIterator[int]:
+    """Run a server for the length of a block; yield its port."""
+    served: list[asyncio.Task[None]] = []
+
+    def begin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        served.append(asyncio.create_task(serve(reader, writer)))
+
+    server = await asyncio.start_server(begin, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        await asyncio.gather(*served)
+
+
+async def words(url: str, transport: EngineTransport, timeout: httpx.Timeout | None = None) -> str:
+    """Return the error's text."""
+    async with httpx.AsyncClient(base_url=url, transport=transport, timeout=timeout) as client:
+        with pytest.raises(httpx.HTTPError) as told:
+            await client.post("/v1/completions", content=b"{}")
+    return str(told.value)
+
+
+async def resets(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.readuntil(b"{}")
+    raw = writer.get_extra_info("socket")
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
+@pytest.mark.parametrize("name", list(WORDS))
+async def test_it_is_told_in_our_words(name: str) -> None:
+    timeout = httpx.Timeout(None, connect=30.0, read=0.3 if name in SILENT else 30.0)
+    async with listening(SERVERS.get(name, resets)) as port:
+        assert await words(f"http://127.0.0.1:{port}", EngineTransport(None, 5.0), timeout) == WORDS[name]
+
+
+async def greets(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"* OK IMAP4rev1 ready\r\n\r\n")
+    await reader.read()
+    writer.close()
+
+
+@pytest.mark.parametrize(("scheme", "why"), [("http", "Connection refused"), ("https", "it does not speak TLS")])
+async def test_why_there_is_no_connection(scheme: str, why: str) -> None:
+    transport = EngineTransport(None if scheme == "http" else ssl.create_default_context(), 5.0)
+    async with listening(greets) as port:
+        port = port if scheme == "https" else free_port()
+        assert await words(f"{scheme}://127.0.0.1:{port}", transport) == f"no connection: {why}"
 
 
 async def test_nothing_listens() -> None:

@@ -34,7 +34,14 @@ http_requests_total{handler="/v1/completions"} 12.0
 
 def test_a_scrape_says_how_much_the_engine_takes() -> None:
     """Of the adapters' series, kept for ever by vLLM, the newest counts."""
-    assert parse(SCRAPE) == Measures(steps=7, kv_tokens=65536, kv_used=16384, slots=2, started_at=1.76e9)
+    told = Measures(steps=7, kv_tokens=65536, kv_used=16384, slots=2, started_at=1.76e9, has_lora=True)
+    assert parse(SCRAPE) == told
+
+
+def test_before_the_first_answer_there_is_a_family_without_a_sample() -> None:
+    """As vLLM 0.32 says it with `--enable-lora`; without it the family is not there."""
+    text = "# HELP vllm:lora_requests_info Running stats on lora requests.\n# TYPE vllm:lora_requests_info gauge\n"
+    assert parse(text) == Measures(has_lora=True)
 
 
 def test_generated_tokens_are_those_of_all_engines_behind_the_address() -> None:

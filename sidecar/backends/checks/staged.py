@@ -22,6 +22,7 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 
 from sidecar.adapters.base_model import BaseModel
+from sidecar.adapters.claims import make_folder
 from sidecar.adapters.peft import WEIGHTS_FILE_NAME, read_adapter
 from sidecar.adapters.peft_config import FILE_NAME
 from sidecar.adapters.staging import FOLDER_MODE, AdaptersDir, Staging
@@ -41,16 +42,18 @@ FOLDER_FIX = (
 
 
 def folder_at(shared: AdaptersDir) -> Finding:
-    """Judge a shared folder as this process sees it."""
-    if not shared.ours.is_dir():
-        return failed(f"there is no folder {shared.ours} here", *FOLDER_FIX)
+    """Judge a shared folder as this process sees it. It is made where a sidecar that serves would make it."""
+    try:
+        is_new = make_folder(shared.ours)
+    except OSError as error:
+        return failed(f"there is no folder {shared.ours} here, and none can be made: {error.strerror}", *FOLDER_FIX)
     try:
         with tempfile.TemporaryFile(dir=shared.ours):
             pass
     except OSError as error:
         return failed(f"{shared.ours} cannot be written to: {error.strerror}", f"chown or chmod u+rwx {shared.ours}")
     same = "" if str(shared.ours) == shared.engine.rstrip("/") else f", which the engine calls {shared.engine}"
-    return ok(f"{shared.ours}{same}")
+    return ok(f"{shared.ours}{same}{', made just now, as serve would' if is_new else ''}")
 
 
 @dataclass

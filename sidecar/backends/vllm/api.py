@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from sidecar.errors import Misused, Reason
 OLDEST = (0, 32)
 """In older versions a load under traffic could serve another adapter's weights (vllm#47724)."""
 NO_SUCH_MODEL = re.compile(r"The model `.*` does not exist")
+NOT_ENABLED = re.compile(r"LoRA is not enabled|not started with LoRA")
 ALREADY = re.compile(r"is already loaded|has already been loaded")
 DEATHS = (
     "EngineCore encountered an issue",
@@ -34,6 +36,7 @@ STEPS, GENERATED, KV_USED = (
     "vllm:kv_cache_usage_perc",
 )
 CACHE, ADAPTERS, STARTED_AT = "vllm:cache_config_info", "vllm:lora_requests_info", "process_start_time_seconds"
+TRIAL = "lora-sidecar-trial"
 READ = (*INSIDE, STEPS, GENERATED, KV_USED, CACHE, ADAPTERS, STARTED_AT)
 """What is parsed of a scrape: most of its lines are histograms, and each takes as long."""
 REMOVAL_REFUSED = "engine rejected removal of LoRA adapter"
@@ -55,6 +58,8 @@ class Measures:
     slots: int | None = None
     started_at: float | None = None
     inside: int | None = None
+    has_lora: bool = False
+    """They have a family for adapters, whose samples come with the first answer: it was started with LoRA."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,31 @@ class VllmApi(OpenAiServer):
             return parse(reply.text)
         except (httpx.HTTPError, ValueError):
             return Measures()
+
+    async def lora_config(self) -> Mapping[str, Any] | None:
+        """Return what LoRA it was started with, {} if without; None if it does not say, as it does for developers only.
+
+        See VLLM_SERVER_DEV_MODE.
+        """
+        try:
+            reply = await self._client.get("/server_info?config_format=json", timeout=PROBE_TIMEOUT_S)
+            return reply.json()["vllm_config"]["lora_config"] or {}
+        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+            return None
+
+    async def why_no_adapters(self, folder: str, has_lora: bool) -> str:
+        """Return why it takes no adapter at all, "" if nothing is known.
+
+        It is asked for loads that must fail: of one without a name and, unless it is known that it `has_lora`, of a
+        folder without an adapter, about which the engine itself complains in its log. Raises httpx.HTTPError.
+        """
+        reply = await self.load("", "", PROBE_TIMEOUT_S)
+        if reply.status_code in (httpx.codes.NOT_FOUND, httpx.codes.METHOD_NOT_ALLOWED):
+            return "it has no /v1/load_lora_adapter; start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+        if not has_lora:
+            reply = await self.load(TRIAL, folder, PROBE_TIMEOUT_S)
+        is_without = NOT_ENABLED.search(message_of(reply.content)) is not None
+        return "it was started without LoRA; start it with --enable-lora" if is_without else ""
 
     async def load(
         self, name: str, path: str, timeout_s: float, epoch: int = 0, *, in_place: bool = False
@@ -181,6 +211,7 @@ def parse(text: str) -> Measures:
         slots=slots or None,
         started_at=found.get(STARTED_AT),
         inside=sum_of(inside),
+        has_lora=f"# TYPE {ADAPTERS} " in text,
     )
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from time import monotonic
+from typing import Any
 
 import httpx
 
@@ -65,6 +67,10 @@ class VllmBackend(Endpoint):
         self._version = Version("")
         self._unknown = ""
         self._distrusted = False
+        self._takes_none = ""
+        """Why it takes no adapters; "" if it does."""
+        self._said: set[tuple[object, ...]] = set()
+        """What the log has been told of how it was started."""
         self._registered: dict[str, str] = {}
         """The engine's name of each packed key that is registered there."""
         self._others = 0
@@ -85,7 +91,13 @@ class VllmBackend(Endpoint):
         self._base = served.base
         await self._clear_away(served.adapters)
         self._seen = await self._api.measures()
-        if self._distrusted or not (self._declared.device_pages or self._seen.slots):
+        config, shared_dir = await self._api.lora_config(), self._entry.shared_dir
+        has_lora = self._seen.has_lora or bool(config)
+        self._takes_none = ""
+        if shared_dir is not None:
+            self._takes_none = await self._api.why_no_adapters(shared_dir.engine, has_lora)
+        is_told = self._seen.slots or (self._declared.device_pages and not has_lora)
+        if self._distrusted or not (is_told or self._takes_none):
             await self._api.answer_once(self._base, self._patience_s)
             self._seen = await self._api.measures()  # the slots are published from the first answer on
         if self._fitting is not None:
@@ -94,25 +106,45 @@ class VllmBackend(Endpoint):
         self.pulse.counted(self._seen.steps, monotonic())
         self.pulse.generated(self._seen.generated, monotonic())
         self._distrusted = False
-        facts = self._facts(served)
+        facts = self._facts(served, config or {})
         self._unknown = unknown_phrase(facts)
         return facts
 
-    def _facts(self, served: Served) -> EngineFacts:
+    def _facts(self, served: Served, config: Mapping[str, Any]) -> EngineFacts:
         """Return the declared facts, filled with what the server says. A page is one adapter here."""
         declared, seen = self._declared, self._seen
-        slots = declared.device_pages or seen.slots
+        slots = self._least("device_pages", "max_loras", seen.slots or config.get("max_loras"))
+        host_pages = self._least("host_pages", "max_cpu_loras", config.get("max_cpu_loras"))
+        if self._takes_none:
+            self._say_once("%s takes no adapters, so it serves its base model only: %s", self.id, self._takes_none)
         return replace(
             declared,
             kind=MODEL.name,
             reads_files=MODEL.reads_files,
             models=(served.base,),
+            base_only=declared.base_only or bool(self._takes_none),
+            unloads="weights" if self._version.is_rust else "name",
+            without_lora=bool(self._takes_none),
+            rank_max=self._least("rank_max", "max_lora_rank", config.get("max_lora_rank")),
             device_pages=slots,
-            host_pages=declared.host_pages or slots,
-            host_pages_assumed=declared.host_pages is None,
+            host_pages=host_pages or slots,
+            host_pages_assumed=host_pages is None,
             kv_tokens=declared.kv_tokens or seen.kv_tokens,
             sequence_tokens_max=declared.sequence_tokens_max or served.sequence_tokens_max,
         )
+
+    def _least(self, key: str, option: str, found: int | None) -> int | None:
+        """Return the smaller one of what is declared and what was found, and say once if less was found."""
+        declared: int | None = getattr(self._declared, key)
+        if declared is not None and found is not None and found < declared:
+            text = "%s: engine.%s is declared as %s and it was started with %s %s: the smaller number is used"
+            self._say_once(text, self.id, key, declared, option, found)
+        return min((each for each in (declared, found) if each is not None), default=None)
+
+    def _say_once(self, *said: object) -> None:
+        if said not in self._said:
+            self._said.add(said)
+            logger.warning(*said)
 
     async def _clear_away(self, adapters: dict[str, str]) -> None:
         """Forget names that a restart has lost, and unload those whose files are gone."""
@@ -179,7 +211,12 @@ class VllmBackend(Endpoint):
 
     def _describe(self) -> str:
         others = f"; {self._others} adapters that others loaded are left alone" if self._others else ""
-        return f"reached, {self._version}, {len(self._registered)} adapters registered{others}{self._unknown}"
+        registered = (
+            f"takes no adapters: {self._takes_none}"
+            if self._takes_none
+            else f"{len(self._registered)} adapters registered"
+        )
+        return f"reached, {self._version}, {registered}{others}{self._unknown}"
 
     # Runs.
 

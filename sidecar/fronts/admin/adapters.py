@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Sequence
 from math import inf
 from time import monotonic_ns, time
 from typing import Any
 
 from sidecar.config.identities import clipped
 from sidecar.core import queries
-from sidecar.core.effects import Answer
 from sidecar.core.operators import FETCHING, HELD
 from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts import callers
@@ -111,12 +109,12 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
 
     @answers_errors
     async def Unregister(self, request: Any, context: Any) -> Any:  # noqa: N802
-        await self._catalogue.unregister(request.name, request.hold_s)
-        return admin_pb2.UnregisterResponse()
+        gone = await self._catalogue.unregister(request.name, request.hold_s)
+        return admin_pb2.UnregisterResponse(places=_places(gone))
 
     @answers_errors
     async def Evict(self, request: Any, context: Any) -> Any:  # noqa: N802
-        return _places_message(await self._gateway.evict(request.name))
+        return _places_message((await self._gateway.evict(request.name)).lines)
 
     @answers_errors
     async def Pin(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -131,8 +129,7 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
     @answers_errors
     async def Prefetch(self, request: Any, context: Any) -> Any:  # noqa: N802
         answer = await self._gateway.prefetch(request.name, tuple(request.backends))
-        lines = _of_backends(answer.lines) if request.backends else _of_store(answer.lines)
-        return _places_message(replace(answer, lines=lines))
+        return _places_message(_of_backends(answer.lines) if request.backends else _of_store(answer.lines))
 
     @answers_errors
     async def Release(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -336,7 +333,9 @@ def _of_store(lines: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
     return ("host store", of_store), *others
 
 
-def _places_message(answer: Answer) -> Any:
-    return admin_pb2.PlacesResponse(
-        places=[admin_pb2.Place(place=backend, result=result) for backend, result in answer.lines]
-    )
+def _places_message(lines: Iterable[tuple[str, str]]) -> Any:
+    return admin_pb2.PlacesResponse(places=_places(lines))
+
+
+def _places(lines: Iterable[tuple[str, str]]) -> list[Any]:
+    return [admin_pb2.Place(place=place, result=result) for place, result in lines]

@@ -27,7 +27,7 @@ class VllmServer(Server):
     """One server of a model: an API server, whose group has the engine and its worker.
 
     The options are vLLM's own; `runtime_loras` lets adapters be loaded over HTTP. With `rust` its Rust front end
-    answers, which loads adapters from the folders `prefixes` only.
+    answers, which loads adapters from the folders `prefixes` only. In `dev_mode` it tells what it was started with.
     """
 
     NAME = "vLLM"
@@ -50,6 +50,7 @@ class VllmServer(Server):
         runtime_loras: bool = True,
         rust: bool = False,
         prefixes: Sequence[Path] = (),
+        dev_mode: bool = False,
         more: Sequence[str] = (),
     ) -> None:
         super().__init__(folder, None if port is None else (port,))
@@ -65,7 +66,7 @@ class VllmServer(Server):
             f"--max-model-len={max_model_len}", f"--max-num-seqs={max_num_seqs}", f"--max-loras={max_loras}",
             f"--max-cpu-loras={max_cpu_loras}", f"--max-lora-rank={max_lora_rank}", *more,
         ]  # fmt: skip
-        self._runtime_loras = runtime_loras
+        self._runtime_loras, self._dev_mode = runtime_loras, dev_mode
         self._scratch = ""
 
     @property
@@ -134,6 +135,8 @@ class VllmServer(Server):
         }
         if self._runtime_loras:
             more["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+        if self._dev_mode:
+            more["VLLM_SERVER_DEV_MODE"] = "1"
         if self.is_rust:
             more |= {"VLLM_USE_RUST_FRONTEND": "1", "VLLM_RUNTIME_LORA_ALLOWED_PATH_PREFIXES": self._prefixes}
         return self.installed.environment(**more)

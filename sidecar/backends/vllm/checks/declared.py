@@ -128,8 +128,7 @@ def judged_slots(declared: int | None, found: int | None) -> Finding:
         return ok(f"{declared} declared (max_loras); the engine has not said it yet")
     if declared > found:
         return failed(
-            f"max_loras is {found} and {declared} are declared: requests of more adapters than it runs wait inside the "
-            "engine, where nothing bounds their wait",
+            f"max_loras is {found} and {declared} are declared: a sidecar that serves uses the smaller number",
             f"config.yaml: engine: {{device_pages: {found}}}, or vllm serve --max-loras {declared}",
         )
     if declared < found:

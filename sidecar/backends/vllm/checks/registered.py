@@ -10,6 +10,7 @@ import httpx
 from sidecar.adapters.staging import AdaptersDir
 from sidecar.backends.checks.finding import Finding, Target, failed, ok
 from sidecar.backends.checks.staged import can_be_made, is_forgotten
+from sidecar.backends.vllm.api import NOT_ENABLED
 from sidecar.backends.vllm.checks.look import CHECK_NAME, Reply, VllmLook
 
 LOAD_NOTHING_S = 10.0
@@ -17,7 +18,6 @@ LISTED = 4
 LOG_FIX = "read the end of vLLM's log"
 ROUTES_FIX = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve …   (forbids --api-server-count above 1)"
 LORA_FIX = "vllm serve … --enable-lora --max-loras N --max-cpu-loras M --max-lora-rank R"
-NOT_ENABLED = re.compile(r"LoRA is not enabled|not started with LoRA")
 NOT_FOUND = re.compile(r"No adapter found|path must exist and be accessible")
 PREFIXES = "VLLM_RUNTIME_LORA_ALLOWED_PATH_PREFIXES"
 OUTSIDE = re.compile(rf"{PREFIXES}|outside the configured allowed prefixes")

@@ -13,14 +13,13 @@ import httpx
 
 from sidecar.backends.checks.finding import BUSY_FIX, LOAD_S, RUN_S, Finding, failed, milliseconds, ok, skipped, warning
 from sidecar.backends.checks.staged import FOLDER_FIX, RANK, Staged, can_be_made, folder_at, not_made, staged
-from sidecar.backends.vllm.api import tells_of_death
+from sidecar.backends.vllm.api import NOT_ENABLED, tells_of_death
 from sidecar.backends.vllm.checks.declared import SIZES_FIX, SIZES_UNKNOWN
 from sidecar.backends.vllm.checks.look import Reply, VllmLook
 from sidecar.backends.vllm.checks.registered import (
     LOAD_NOTHING_S,
     LOG_FIX,
     LORA_FIX,
-    NOT_ENABLED,
     NOT_FOUND,
     OUTSIDE,
     nowhere,

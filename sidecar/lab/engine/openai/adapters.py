@@ -72,6 +72,7 @@ class Adapters:
     again for every step.
     """
 
+    is_enabled = True
     keeps_in_place = False
     prefixes: tuple[str, ...] = ("model.",)
     """How the names of the model's modules begin in adapters."""
@@ -153,6 +154,8 @@ class Adapters:
         return fields.lora_path
 
     def _read(self, name: str, path: str) -> Adapter:
+        if not self.is_enabled:
+            raise self._not_read(name, "LoRA is not enabled. Use --enable-lora to enable LoRA.")
         if name in self._fail_load:
             raise self._not_read(name, "CUDA out of memory.")
         try:

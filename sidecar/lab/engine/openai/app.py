@@ -63,7 +63,7 @@ class Routes:
         if self._options.runtime_lora:
             posts |= {"/v1/load_lora_adapter": self._load, "/v1/unload_lora_adapter": self._unload}
         gets = {"/v1/models": self._models, "/health": self._health, "/version": self._version}
-        gets |= {"/metrics": self._scrape}
+        gets |= {"/metrics": self._scrape} | ({"/server_info": self._info} if self._options.dev_mode else {})
         routes = [Route(path, self._guarded(endpoint), methods=["POST"]) for path, endpoint in posts.items()]
         routes += [Route(path, self._guarded(endpoint), methods=["GET"]) for path, endpoint in gets.items()]
         if not self._options.rust_frontend:
@@ -102,6 +102,12 @@ class Routes:
     async def _version(self, request: Request) -> Response:
         version = self._options.vllm_version
         return _json({"version": version} | ({"rust_frontend_version": version} if self._options.rust_frontend else {}))
+
+    async def _info(self, request: Request) -> Response:
+        options = self._options
+        sizes = {"max_loras": options.max_loras, "max_cpu_loras": options.cpu_loras}
+        config = sizes | {"max_lora_rank": options.max_lora_rank} if options.enable_lora else None
+        return _json({"vllm_config": {"lora_config": config}})
 
     async def _scrape(self, request: Request) -> Response:
         return Response(self._metrics.scrape(), headers={"content-type": CONTENT_TYPE})

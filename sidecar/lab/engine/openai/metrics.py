@@ -38,7 +38,7 @@ class Scheduled:
 class Metrics:
     """All metric families of one server."""
 
-    def __init__(self, model: str, spec: EngineSpec, is_rust: bool = False) -> None:
+    def __init__(self, model: str, spec: EngineSpec, is_rust: bool = False, has_lora: bool = True) -> None:
         self._is_rust = is_rust
         self._registry = CollectorRegistry()
         self._labels = {"engine": "0", "model_name": model}
@@ -61,7 +61,7 @@ class Metrics:
             ("running_lora_adapters", "waiting_lora_adapters")
             if is_rust
             else ("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
-            registry=self._registry,
+            registry=self._registry if has_lora else CollectorRegistry(),
         )
         self._looked_up = self._found = 0
         if not is_rust:

@@ -50,6 +50,10 @@ class VllmOptions(HttpOptions):
             "A folder from which adapters may be loaded; the Rust front end loads from none other.",
         ),
     )
+    enable_lora: bool = field(default=True, metadata=cli(VLLM_ONLY, "Have LoRA at all."))
+    dev_mode: bool = field(
+        default=False, metadata=cli(VLLM_ONLY, "Tell what it was started with, at /server_info.", "--dev-mode")
+    )
     runtime_lora: bool = field(default=True, metadata=cli(VLLM_ONLY, "Take the calls that load and unload adapters."))
     stream_interval: int = field(
         default=1, metadata=cli(VLLM_ONLY, "Tokens in a chunk of a stream, the first chunk aside.")

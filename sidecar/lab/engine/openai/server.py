@@ -35,7 +35,7 @@ class VllmServer:
         self.options = options
         spec = vllm_spec_of(options)
         self._log = ServedLog(options.served_log)
-        self._metrics = Metrics(options.names[0], spec, options.rust_frontend)
+        self._metrics = Metrics(options.names[0], spec, options.rust_frontend, options.enable_lora)
         self._driver = _driver_of(options, spec, self._log, self._metrics)
         serving = Serving(self._driver, options, _fingerprint(options.vllm_version, spec))
         self.adapters = serving.adapters = _adapters_of(options, spec, serving)
@@ -136,6 +136,7 @@ def _adapters_of(options: VllmOptions, spec: EngineSpec, serving: Serving) -> Ad
     else:
         adapters = Adapters(*common)
         adapters.keeps_in_place = options.is_older
+    adapters.is_enabled = options.enable_lora
     if options.multimodal:
         text_only = () if options.is_older else adapters.prefixes
         adapters.prefixes = ("language_model.model.", "model.language_model.", *text_only)
