@@ -101,10 +101,9 @@ class Charge:
     def dispatched(self) -> None:
         self._reservation.dispatched()
 
-    def settle(self, output_tokens: int, delivered: int, ran: bool, prompt_tokens: int | None) -> None:
-        """Settle. If its client left, or another replica ended, only the replies tell how much was generated."""
+    def settle(self, output_tokens: int, ran: bool, prompt_tokens: int | None) -> None:
         input_tokens = self._input_tokens if prompt_tokens is None else prompt_tokens
-        self._reservation.settle(input_tokens, (output_tokens or delivered) if ran else 0, ran)
+        self._reservation.settle(input_tokens, output_tokens if ran else 0, ran)
 
 
 class Access:

@@ -56,13 +56,14 @@ class Ask:
 
 class Piece(NamedTuple):
     """What one reply adds to an answer: text or token ids, their number of tokens, and where it was asked for the
-    logarithm of each token's probability.
+    logarithm of each token's probability. The number is the engine's own if it `is_told`.
     """
 
     text: str = ""
     token_ids: Sequence[int] = ()
     tokens: int = 0
     logprobs: Sequence[float] = ()
+    is_told: bool = False
 
 
 class Reader(Protocol):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from time import monotonic_ns
 from typing import Any
 
 import grpc
 
 from sidecar.backends import wire
-from sidecar.backends.api import Form, HttpForm, HttpRejection, Payload, Prompt, Reply, Ticket
+from sidecar.backends.api import Form, HttpForm, HttpRejection, Payload, Prompt, Reply, Ticket, Whole
 from sidecar.core.effects import Dispatch, Settle
 from sidecar.core.enums import Cache, outcome_of
 from sidecar.errors import Reason
@@ -49,6 +50,7 @@ def forwarded(member: str, backend: str, facts: RequestFacts, ticket: Ticket, le
             unary=payload.unary,
             metadata=[peers_pb2.ForwardedMetadata(key=key, value=value) for key, value in payload.metadata],
             prompt="" if payload.prompt is None else payload.prompt.value,
+            whole=None if payload.whole is None else peers_pb2.ForwardedWhole(**asdict(payload.whole)),
         ),
     )
 
@@ -84,7 +86,13 @@ def payload_of(request: Any) -> Payload:
         Prompt(sent.prompt) if sent.prompt else None,
         sent.kind,
         {kind: _form_of(form) for kind, form in sent.forms.items()},
+        _whole_of(sent.whole) if sent.HasField("whole") else None,
     )
+
+
+def _whole_of(sent: Any) -> Whole:
+    excludes = sent.excludes if sent.HasField("excludes") else None
+    return Whole(excludes, sent.prompt_tokens, sent.rows, sent.may_ask, sent.lists)
 
 
 def _form(form: Form) -> Any:

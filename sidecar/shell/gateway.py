@@ -84,7 +84,7 @@ class Gateway:
         self.access = access or Access.off(registry.get)
         self.crash = crash or Crash()
         self.core = Core(config, policies)
-        self.driver = Driver(self.core, monotonic_ns, self._run, inbox_max=inbox_max, crash=self.crash)
+        self.driver = Driver(self.core, monotonic_ns, self._run, inbox_max=inbox_max, crash=self.crash, came=self._came)
         self.sources = sources or Sources(AllowList.of(roots=roots))
         self.catalogue = Catalogue(registry, lambda: self.core.state, self.driver.step, self.sources, bases or {})
         self.fleet = Fleet(self.driver)
@@ -275,7 +275,7 @@ class Gateway:
             self._take(facts, ticket, self.admit if self.elsewhere is None else self.elsewhere.submit)
         except SidecarError:
             if ticket.reservation is not None:
-                ticket.reservation.settle(0, 0, False, None)
+                ticket.reservation.settle(0, False, None)
             raise
         if text is not None and self.counter is not None:
             ticket.counting = self.counter.count(self._base_model(facts.adapter), text, ticket.counted)
@@ -365,6 +365,10 @@ class Gateway:
         ticket = self._ticket_of(request)
         return None if ticket is None else ticket.prompt_tokens
 
+    def _came(self, request: int) -> int:
+        ticket = self._ticket_of(request)
+        return 0 if ticket is None else ticket.tokens
+
     def _ticket_of(self, request: int) -> Ticket | None:
         return self.tickets.get(request) or self._left.get(request)
 
@@ -411,7 +415,7 @@ class Gateway:
             self._class_shown(facts.klass),
             facts.waited_ns if dispatch is None else dispatch.queue_ns,
             facts.input_tokens,
-            ticket.delivered,
+            ticket.tokens,
             reason,
             message,
             backend if dispatch is None else dispatch.backend,
@@ -422,8 +426,7 @@ class Gateway:
         """Release a ticket. If its request has not ended, its client has left, or (`moved`) another replica has it."""
         ticket.drop()
         if self.tickets.pop(ticket.request, None) is not None and ticket.settled is None:
-            if ticket.reservation is not None:
-                self._left[ticket.request] = ticket
+            self._left[ticket.request] = ticket
             self._cancel(ticket, ev.ClientLeft(ticket.request, moved))
 
     def cancel(self, ticket: Ticket, by_operator: bool = False) -> None:
@@ -506,8 +509,17 @@ class Gateway:
         kind, streams = self.fleet.kind_of(effect.backend), self.fleet.streams(effect.backend)
         ticket.is_whole = not streams or ticket.payload.is_whole(kind)
         ticket.dispatched(effect)
+        self.bound(ticket)
         weights = self.store.lease(effect.packed_key) if effect.attach else None
         self.backends[effect.backend].run(effect, ticket, weights)
+
+    def bound(self, ticket: Ticket) -> None:
+        """Note the longest answer that a dispatched request can get, if it asks for more: its engine cuts it short."""
+        facts, backend = ticket.facts, self.state.backends.get(ticket.dispatch.backend if ticket.dispatch else "")
+        longest = None if backend is None else backend.facts.sequence_tokens_max
+        if longest is not None and facts.has_length:
+            room = max(1, longest - (0 if facts.is_estimated else facts.input_tokens))
+            ticket.length_max = room if facts.output_tokens_max > room * facts.sequences else None
 
     def _cancel_run(self, effect: do.CancelRun) -> None:
         self.backends[effect.backend].cancel(effect.request, effect.attempt)
@@ -523,7 +535,8 @@ class Gateway:
         ticket = self.tickets.get(effect.request)
         if ticket is None:
             self.chronicle.given_up(effect)
-            if (left := self._left.pop(effect.request, None)) is not None:
+            left = self._left.pop(effect.request, None)
+            if left is not None and left.reservation is not None:
                 left.settle(effect)
             return
         if effect.reason is not Reason.NOT_OWNER or self.elsewhere is None or not self.elsewhere.given_back(ticket):

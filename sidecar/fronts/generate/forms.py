@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sidecar.backends import registry
-from sidecar.backends.api import Payload, Prompt
+from sidecar.backends.api import Payload, Prompt, Whole
 from sidecar.backends.kind import Ask, write_for
 from sidecar.errors import Reason, Refused
 
@@ -38,7 +38,9 @@ def payload_of(request: Any, may_stream: Callable[[str], bool], served: Sequence
         raise Refused(Reason.INVALID_REQUEST, why_not(request, served))
     kind = next(iter(forms))
     prompt = Prompt(request.WhichOneof("prompt"))
-    return Payload("", forms.pop(kind), raw=True, unary=False, kind=kind, forms=forms, prompt=prompt), count
+    whole = Whole() if request.HasField("stream") and not request.stream else None
+    head = forms.pop(kind)
+    return Payload("", head, raw=True, unary=False, kind=kind, forms=forms, prompt=prompt, whole=whole), count
 
 
 def why_not(request: Any, served: Sequence[str]) -> str:
