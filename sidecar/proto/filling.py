@@ -7,10 +7,11 @@ from typing import Any, TypeVar
 M = TypeVar("M")
 
 
-def filled(message: type[M], record: object, **more: Any) -> M:
+def filled(message: type[M], record: object, *later: str, **more: Any) -> M:
     """Return the message of a record; `more` are the fields that the record has in another way, or not at all.
 
-    What is None is left out. Raises AttributeError for a field that has no source.
+    What is None is left out, and so are the fields of `later`, which the caller sets. Raises AttributeError for one
+    that has no source.
     """
-    names = message.DESCRIPTOR.fields_by_name.keys() - more.keys()  # type: ignore[attr-defined]
+    names = message.DESCRIPTOR.fields_by_name.keys() - more.keys() - set(later)  # type: ignore[attr-defined]
     return message(**{name: getattr(record, name) for name in names}, **more)

@@ -23,7 +23,7 @@ def forwarded(member: str, backend: str, facts: RequestFacts, ticket: Ticket, le
     return filled(
         peers_pb2.ForwardRequest,
         facts,
-        number=None,
+        "number",
         member=member,
         backend=backend,
         client_id=ticket.client_id,

@@ -284,11 +284,11 @@ def _live_message(view: queries.AdapterView) -> Any:
     return filled(
         admin_pb2.Adapter,
         view,
+        *of_record,
         version=f"{view.name}@v{view.ordinal}",
         path=view.origin,
         store=[filled(admin_pb2.StoreCopy, copy, task_id=str(copy.task_id)) for copy in view.store],
         backends=[filled(admin_pb2.Residency, each, age_s=each.age_ns / 1e9) for each in view.backends],
-        **dict.fromkeys(of_record),
     )
 
 

@@ -16,6 +16,7 @@ def backend_message(view: queries.BackendView) -> Any:
     return filled(
         admin_pb2.Backend,
         view,
+        *("address", "owner", "epoch", "refused"),
         open=[filled(admin_pb2.OpenVersion, version, age_s=version.age_ns / 1e9) for version in view.open],
         heals=[filled(admin_pb2.HealNote, heal, age_s=heal.age_ns / 1e9) for heal in view.heals],
         detail="; ".join(view.notes),
@@ -33,6 +34,7 @@ def queue_message(view: waiting.QueueView) -> Any:
     return filled(
         admin_pb2.QueueResponse,
         view,
+        "runs",
         requests=map(waiting_message, view.requests),
         why=[admin_pb2.WhyCount(why=why.value, count=count) for why, count in view.why],
         groups=map(group_message, view.groups),
