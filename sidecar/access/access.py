@@ -37,6 +37,7 @@ from sidecar.access.principal import (
 )
 from sidecar.access.proving import Proving
 from sidecar.access.resources import Resources, adapter_resource, version_resource
+from sidecar.access.salts import Salts
 from sidecar.access.tokens import Tokens
 from sidecar.adapters.names import shown
 from sidecar.adapters.origins.allowing import AllowList
@@ -103,10 +104,9 @@ class Charge:
     def dispatched(self) -> None:
         self._reservation.dispatched()
 
-    def settle(self, output_tokens: int, delivered: int, ran: bool, prompt_tokens: int | None) -> None:
-        """Settle. If its client left, or another replica ended, only the replies tell how much was generated."""
+    def settle(self, output_tokens: int, ran: bool, prompt_tokens: int | None) -> None:
         input_tokens = self._input_tokens if prompt_tokens is None else prompt_tokens
-        self._reservation.settle(input_tokens, (output_tokens or delivered) if ran else 0, ran)
+        self._reservation.settle(input_tokens, output_tokens if ran else 0, ran)
 
 
 class Access:
@@ -125,6 +125,7 @@ class Access:
         tokens: Tokens | None = None,
         budgets: Budgets | None = None,
         external: ExternalCheck | None = None,
+        salts: Salts | None = None,
         change_of: Callable[[], int] = lambda: 0,
         clock: Callable[[], float] = time,
     ) -> None:
@@ -144,6 +145,7 @@ class Access:
         self._audit = audit
         self._by_version = by_version
         self.budgets = budgets
+        self.salts = salts
 
     @classmethod
     def off(cls, record_of: Callable[[str], Record | None], tenant_from: str = "metadata") -> Access:

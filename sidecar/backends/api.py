@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from time import monotonic_ns
 from typing import Any, Protocol
@@ -64,6 +64,21 @@ class HttpRejection:
 
 
 @record(frozen=True, slots=True)
+class Whole:
+    """What a KServe request for a whole answer says of the tokens in it.
+
+    The prompt's `prompt_tokens` are in it, too, unless it `excludes` them; None leaves that to the model. It is without
+    inputs of its own for that if the engine `may_ask` be asked to count. With `lists` it names the outputs it wants.
+    """
+
+    excludes: bool | None = True
+    prompt_tokens: int = 0
+    rows: int = 1
+    may_ask: bool = True
+    lists: bool = False
+
+
+@record(frozen=True, slots=True)
 class Payload:
     """A request in the engine's form, without id and adapter: these are added as bytes at dispatch.
 
@@ -80,6 +95,8 @@ class Payload:
     """The prompt of a request of ours, by which each backend picks its model; None for a client's own request."""
     kind: str = "triton"
     forms: Mapping[str, Form] = field(default_factory=dict)
+    whole: Whole | None = None
+    """None for a request that streams, and for one of ours that streams wherever its model can."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -91,7 +108,7 @@ class Payload:
         if not self.head and not self.forms:
             return self
         forms: dict[str, Form] = dict.fromkeys(self.forms, b"")
-        return Payload(self.model, b"", self.raw, self.unary, self.metadata, self.prompt, self.kind, forms)
+        return replace(self, head=b"", forms=forms)
 
     def is_whole(self, kind: str) -> bool:
         """Return True if a model of that kind is asked for the whole answer at once."""
@@ -132,11 +149,8 @@ class Charged(Protocol):
 
     def dispatched(self) -> None: ...
 
-    def settle(self, output_tokens: int, delivered: int, ran: bool, prompt_tokens: int | None) -> None:
-        """Charge what was taken; `delivered` replies have come, whose tokens count if nothing else is known.
-
-        `prompt_tokens` are the prompt's by the engine's count, None if it does not tell.
-        """
+    def settle(self, output_tokens: int, ran: bool, prompt_tokens: int | None) -> None:
+        """Charge what was taken. `prompt_tokens` are the prompt's by the engine's count, None if it does not tell."""
 
 
 class Traced(Protocol):
@@ -258,10 +272,10 @@ class Ticket:
         "carrier",
         "client_id",
         "counting",
-        "delivered",
         "dispatch",
         "facts",
         "is_whole",
+        "length_max",
         "payload",
         "peer",
         "prompt_tokens",
@@ -271,6 +285,7 @@ class Ticket:
         "reservation",
         "settled",
         "settled_ns",
+        "tokens",
         "trace",
         "trip",
     )
@@ -307,8 +322,10 @@ class Ticket:
         """Done when the tokenizer has counted the prompt, if it does."""
         self.reservation: Charged | None = None
         """What it has taken of its tenant's budgets until it is settled."""
-        self.delivered = 0
-        """The number of replies that have come."""
+        self.tokens = 0
+        """The tokens in the replies that have come."""
+        self.length_max: int | None = None
+        """The longest answer that its engine can give, if it asks for a longer one."""
         self.carrier: Carrier | None = None
         """What takes it to its engine, if that is not this process."""
         self.trip: Any = None
@@ -325,9 +342,9 @@ class Ticket:
         if self.reservation is not None:
             self.reservation.dispatched()
 
-    def deliver(self, reply: Reply) -> None:
-        """Hand a reply to the front; it is dropped if the client has left."""
-        self.delivered += 1
+    def deliver(self, reply: Reply, tokens: int = 1) -> None:
+        """Hand a reply with so many tokens to the front; it is dropped if the client has left."""
+        self.tokens += tokens
         if self._is_dropped:
             return
         self.came = reply
@@ -346,7 +363,7 @@ class Ticket:
         self.settled_ns = monotonic_ns()
         if self.reservation is not None:
             ran = self.dispatch is not None
-            self.reservation.settle(effect.output_tokens, self.delivered, ran, self.prompt_tokens)
+            self.reservation.settle(effect.output_tokens, ran, self.prompt_tokens)
         self.payload = self.payload.spent()  # the answer, or a refusal, may wait for its client for long
         self._wake()
         self._open_room()

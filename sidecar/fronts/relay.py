@@ -37,6 +37,8 @@ def origin_parameters(ticket: Ticket, hide_backend: bool) -> dict[str, str | int
         "lora_load_ms": round(dispatch.load_ns / 1e6, 3),
         "lora_heals": dispatch.heals,
     }
+    if ticket.length_max is not None:
+        parameters["lora_max_tokens"] = ticket.length_max
     if not hide_backend:
         parameters["lora_backend"] = dispatch.backend
     return parameters

@@ -179,7 +179,7 @@ class Ordinals(_message.Message):
     def __init__(self, ordinals: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ForwardedPayload(_message.Message):
-    __slots__ = ("model", "kind", "head", "forms", "raw", "unary", "metadata", "prompt")
+    __slots__ = ("model", "kind", "head", "forms", "raw", "unary", "metadata", "prompt", "whole")
     class FormsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -195,6 +195,7 @@ class ForwardedPayload(_message.Message):
     UNARY_FIELD_NUMBER: _ClassVar[int]
     METADATA_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_FIELD_NUMBER: _ClassVar[int]
     model: str
     kind: str
     head: ForwardedForm
@@ -203,7 +204,22 @@ class ForwardedPayload(_message.Message):
     unary: bool
     metadata: _containers.RepeatedCompositeFieldContainer[ForwardedMetadata]
     prompt: str
-    def __init__(self, model: _Optional[str] = ..., kind: _Optional[str] = ..., head: _Optional[_Union[ForwardedForm, _Mapping]] = ..., forms: _Optional[_Mapping[str, ForwardedForm]] = ..., raw: _Optional[bool] = ..., unary: _Optional[bool] = ..., metadata: _Optional[_Iterable[_Union[ForwardedMetadata, _Mapping]]] = ..., prompt: _Optional[str] = ...) -> None: ...
+    whole: ForwardedWhole
+    def __init__(self, model: _Optional[str] = ..., kind: _Optional[str] = ..., head: _Optional[_Union[ForwardedForm, _Mapping]] = ..., forms: _Optional[_Mapping[str, ForwardedForm]] = ..., raw: _Optional[bool] = ..., unary: _Optional[bool] = ..., metadata: _Optional[_Iterable[_Union[ForwardedMetadata, _Mapping]]] = ..., prompt: _Optional[str] = ..., whole: _Optional[_Union[ForwardedWhole, _Mapping]] = ...) -> None: ...
+
+class ForwardedWhole(_message.Message):
+    __slots__ = ("excludes", "prompt_tokens", "rows", "may_ask", "lists")
+    EXCLUDES_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    MAY_ASK_FIELD_NUMBER: _ClassVar[int]
+    LISTS_FIELD_NUMBER: _ClassVar[int]
+    excludes: bool
+    prompt_tokens: int
+    rows: int
+    may_ask: bool
+    lists: bool
+    def __init__(self, excludes: _Optional[bool] = ..., prompt_tokens: _Optional[int] = ..., rows: _Optional[int] = ..., may_ask: _Optional[bool] = ..., lists: _Optional[bool] = ...) -> None: ...
 
 class ForwardedForm(_message.Message):
     __slots__ = ("grpc", "http")
@@ -236,20 +252,22 @@ class ForwardedMetadata(_message.Message):
     def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
 
 class ForwardReply(_message.Message):
-    __slots__ = ("origin", "part", "last", "ending", "carriage", "number")
+    __slots__ = ("origin", "part", "last", "ending", "carriage", "number", "tokens")
     ORIGIN_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
     ENDING_FIELD_NUMBER: _ClassVar[int]
     CARRIAGE_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
     origin: ForwardedOrigin
     part: bytes
     last: bytes
     ending: ForwardedEnding
     carriage: Carriage
     number: int
-    def __init__(self, origin: _Optional[_Union[ForwardedOrigin, _Mapping]] = ..., part: _Optional[bytes] = ..., last: _Optional[bytes] = ..., ending: _Optional[_Union[ForwardedEnding, _Mapping]] = ..., carriage: _Optional[_Union[Carriage, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
+    tokens: int
+    def __init__(self, origin: _Optional[_Union[ForwardedOrigin, _Mapping]] = ..., part: _Optional[bytes] = ..., last: _Optional[bytes] = ..., ending: _Optional[_Union[ForwardedEnding, _Mapping]] = ..., carriage: _Optional[_Union[Carriage, _Mapping]] = ..., number: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class ForwardedOrigin(_message.Message):
     __slots__ = ("backend", "name", "ordinal", "digest", "cache", "queue_ns", "load_ns", "heals")

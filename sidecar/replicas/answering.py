@@ -46,11 +46,13 @@ class PassedOn(Ticket):
         super().dispatched(effect)
         self.answers.send_dispatched(self.number)
 
-    def deliver(self, reply: Reply) -> None:
+    def deliver(self, reply: Reply, tokens: int = 1) -> None:
         if self.settled is not None:
             return
+        self.tokens += tokens
         self.came = reply
         sent = self.answers.send(self.number, "last" if reply.final else "part", reply.raw)
+        sent.tokens = max(0, tokens)
         if not self._has_sent_origin:
             self._add_origin(sent)
 

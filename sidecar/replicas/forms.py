@@ -8,48 +8,39 @@ from typing import Any
 import grpc
 
 from sidecar.backends import wire
-from sidecar.backends.api import Form, HttpForm, HttpRejection, Payload, Prompt, Reply, Ticket
+from sidecar.backends.api import Form, HttpForm, HttpRejection, Payload, Prompt, Reply, Ticket, Whole
 from sidecar.core.effects import Dispatch, Settle
 from sidecar.core.enums import Cache, outcome_of
 from sidecar.errors import Reason
 from sidecar.proto import peers_pb2
+from sidecar.proto.filling import filled
 from sidecar.shell.requests import RequestFacts, TraceOrigin
 
 
 def forwarded(member: str, backend: str, facts: RequestFacts, ticket: Ticket, leg: int) -> Any:
     """Return the message that forwards a request to a backend's owner. `leg` is what `Traced.headers` takes."""
     payload, trace = ticket.payload, dict(ticket.trace.headers(leg)) if ticket.trace is not None else {}
-    return peers_pb2.ForwardRequest(
+    return filled(
+        peers_pb2.ForwardRequest,
+        facts,
+        "number",
         member=member,
         backend=backend,
-        adapter=facts.adapter,
-        tenant=facts.tenant,
-        klass=facts.klass,
-        input_tokens=facts.input_tokens,
-        output_tokens_max=facts.output_tokens_max,
-        deadline_s=facts.deadline_s,
-        session=facts.session,
-        size_bytes=facts.size_bytes,
-        sequences=facts.sequences,
         client_id=ticket.client_id,
         peer=ticket.peer,
         traceparent=trace.get("traceparent", ""),
         tracestate=trace.get("tracestate", ""),
         versions=None if facts.versions is None else peers_pb2.Ordinals(ordinals=facts.versions),
-        is_estimated=facts.is_estimated,
-        is_chat=facts.is_chat,
-        waited_ns=facts.waited_ns,
         is_carried=ticket.carrier is not None,
         answer_id="" if ticket.carrier is None else ticket.carrier.answer_id,
-        payload=peers_pb2.ForwardedPayload(
-            model=payload.model,
-            kind=payload.kind,
+        payload=filled(
+            peers_pb2.ForwardedPayload,
+            payload,
             head=_form(payload.head),
             forms={kind: _form(form) for kind, form in payload.forms.items()},
-            raw=payload.raw,
-            unary=payload.unary,
             metadata=[peers_pb2.ForwardedMetadata(key=key, value=value) for key, value in payload.metadata],
             prompt="" if payload.prompt is None else payload.prompt.value,
+            whole=None if payload.whole is None else filled(peers_pb2.ForwardedWhole, payload.whole),
         ),
     )
 
@@ -86,17 +77,19 @@ def payload_of(request: Any) -> Payload:
         Prompt(sent.prompt) if sent.prompt else None,
         sent.kind,
         {kind: _form_of(form) for kind, form in sent.forms.items()},
+        _whole_of(sent.whole) if sent.HasField("whole") else None,
     )
+
+
+def _whole_of(sent: Any) -> Whole:
+    excludes = sent.excludes if sent.HasField("excludes") else None
+    return Whole(excludes, sent.prompt_tokens, sent.rows, sent.may_ask, sent.lists)
 
 
 def _form(form: Form) -> Any:
     if isinstance(form, bytes):
         return peers_pb2.ForwardedForm(grpc=form)
-    return peers_pb2.ForwardedForm(
-        http=peers_pb2.ForwardedHttp(
-            path=form.path, before=form.before, after=form.after, model=form.model, streams=form.streams
-        )
-    )
+    return peers_pb2.ForwardedForm(http=filled(peers_pb2.ForwardedHttp, form))
 
 
 def _form_of(sent: Any) -> Form:
@@ -108,16 +101,7 @@ def _form_of(sent: Any) -> Form:
 
 def origin(dispatch: Dispatch) -> Any:
     """Return the origin of an answer: the backend and the version."""
-    return peers_pb2.ForwardedOrigin(
-        backend=dispatch.backend,
-        name=dispatch.name,
-        ordinal=dispatch.ordinal,
-        digest=dispatch.digest,
-        cache=dispatch.cache.value,
-        queue_ns=dispatch.queue_ns,
-        load_ns=dispatch.load_ns,
-        heals=dispatch.heals,
-    )
+    return filled(peers_pb2.ForwardedOrigin, dispatch, cache=dispatch.cache.value)
 
 
 def dispatch_of(request: int, sent: Any) -> Dispatch:
@@ -139,22 +123,16 @@ def ending(settled: Settle, rejection: Any, is_bystander: bool = False) -> Any:
 
     `is_bystander` is True if this replica crashed on another request.
     """
-    sent = peers_pb2.ForwardedEnding(
+    refused = rejection if isinstance(rejection, HttpRejection) else None
+    return filled(
+        peers_pb2.ForwardedEnding,
+        settled,
         reason="" if settled.reason is None else settled.reason.value,
-        message=settled.message,
-        retry_after_ns=settled.retry_after_ns,
-        name=settled.name,
-        version=settled.version,
-        output_tokens=settled.output_tokens,
         is_bystander=is_bystander,
-        queue_ns=settled.queue_ns,
-        is_estimated=settled.is_estimated,
+        http_status=None if refused is None else refused.status,
+        http_body=None if refused is None else refused.body,
+        grpc_code=rejection.value[0] if isinstance(rejection, grpc.StatusCode) else None,
     )
-    if isinstance(rejection, HttpRejection):
-        sent.http_status, sent.http_body = rejection.status, rejection.body
-    elif isinstance(rejection, grpc.StatusCode):
-        sent.grpc_code = rejection.value[0]
-    return sent
 
 
 def settle_of(request: int, facts: RequestFacts, backend: str, sent: Any) -> Settle:

@@ -169,6 +169,7 @@ class Forward:
         if not self._has_origin and reply.HasField("origin"):
             self._has_origin = True
             ticket.dispatch = forms.dispatch_of(ticket.request, reply.origin)
+            self._gateway.bound(ticket)
         which = reply.WhichOneof("reply")
         if which == "ending":
             self._ended(self._take_ending(reply.ending))
@@ -180,7 +181,8 @@ class Forward:
         raw = reply.last if which == "last" else reply.part
         if raw.startswith((b"{", EVENT)):  # only in JSON no text of an answer can look like the engine's own count
             ticket.prompt_tokens = prompt_tokens(raw) or ticket.prompt_tokens
-        ticket.deliver(forms.reply_of(raw, which == "last", ticket.payload.unary))
+        tokens = reply.tokens if reply.HasField("tokens") else 1  # an older replica omits it
+        ticket.deliver(forms.reply_of(raw, which == "last", ticket.payload.unary), tokens)
         if self._resuming is None and not ticket.has_room:
             self._resuming = asyncio.create_task(self._pause())
         return False
@@ -251,7 +253,7 @@ class Forward:
     def _estimate(self, last: Sighting) -> int:
         """Return how many tokens an answer has that went past us, by its bytes."""
         came, read = self._ticket.came, self._read
-        read.tokens = self._ticket.delivered
+        read.tokens = self._ticket.tokens
         if came is not None and came.raw.startswith(EVENT):
             read.token_bytes = len(came.raw) - prompt_bytes(came.raw)
             read.tail_bytes = len(DONE + END_OF_EVENT)

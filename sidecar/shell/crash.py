@@ -70,6 +70,7 @@ def last_ending(ticket: Ticket, raised: Raised, state: State, owners: Sequence[s
         facts.klass if facts.klass in state.config.classes else "default",
         0,
         facts.input_tokens,
+        ticket.tokens,
         reason=reason,
         message=message,
         backend="" if dispatch is None else dispatch.backend,

@@ -58,7 +58,10 @@ class Driver:
         observers: Sequence[Observer] = (),
         inbox_max: int = 10_000,
         crash: Crash | None = None,
+        came: Callable[[int], int] = lambda request: 0,
     ) -> None:
+        """`came(request)` returns how many tokens have come of an answer: the core hears of them later."""
+        self._came = came
         self.crash = crash or Crash()
         self.crash.then(lambda _: self.stop())
         self.core = core
@@ -174,7 +177,7 @@ class Driver:
         effects: Sequence[Effect] = ()
         try:
             effects = self.core.step(event, now_ns)
-            told = self._since_arrival(effects) if self.waited_ns else effects
+            told = [self._whole(each) if isinstance(each, Dispatch | Settle) else each for each in effects]
             shown = self._named(event, told) if isinstance(event, Received) else told
             self._show(self._observers, event, shown, now_ns)
             self._show(self._of_core, event, effects, now_ns)
@@ -203,12 +206,17 @@ class Driver:
             for effect in effects
         ]
 
-    def _since_arrival(self, effects: Sequence[Effect]) -> Sequence[Effect]:
-        """Return effects whose waits, and the bounds of these, count from the arrival at the first replica."""
-        return [self._whole(effect) if isinstance(effect, Dispatch | Settle) else effect for effect in effects]
-
     def _whole(self, effect: Dispatch | Settle) -> Effect:
+        """Return an effect whose waits, and the bound of these, count from the arrival at the first replica.
+
+        An answer that ends early has all the tokens that have come.
+        """
+        if isinstance(effect, Settle) and effect.reason is not None:
+            came = self._came(effect.request)
+            effect = effect if came <= effect.output_tokens else replace(effect, output_tokens=came)
         earlier_ns = self.waited_ns.get(effect.request, 0)
+        if not earlier_ns:
+            return effect
         waited_ns = effect.queue_ns + earlier_ns
         if isinstance(effect, Dispatch):
             return replace(effect, queue_ns=waited_ns)

@@ -36,7 +36,7 @@ from sidecar.core.config import CoreConfig
 from sidecar.core.core import STALLED, Core, Policies, cut_off, why_left
 from sidecar.core.enums import Fault, Outcome, outcome_of
 from sidecar.core.facts import EngineFacts, version_of_key
-from sidecar.core.state import State
+from sidecar.core.state import Name, State
 from sidecar.errors import Misused, Reason, Refused, SidecarError
 from sidecar.journal.raised import Raised
 from sidecar.shell.catalogue import Catalogue
@@ -86,7 +86,7 @@ class Gateway:
         self.access = access or Access.off(registry.get)
         self.crash = crash or Crash()
         self.core = Core(config, policies)
-        self.driver = Driver(self.core, monotonic_ns, self._run, inbox_max=inbox_max, crash=self.crash)
+        self.driver = Driver(self.core, monotonic_ns, self._run, inbox_max=inbox_max, crash=self.crash, came=self._came)
         self.sources = sources or Sources(AllowList.of(roots=roots))
         self.catalogue = Catalogue(registry, lambda: self.core.state, self.driver.step, self.sources, bases or {})
         self.fleet = Fleet(self.driver)
@@ -277,7 +277,7 @@ class Gateway:
             self._take(facts, ticket, self.admit if self.elsewhere is None else self.elsewhere.submit)
         except SidecarError as error:
             if ticket.reservation is not None:
-                ticket.reservation.settle(0, 0, False, None)
+                ticket.reservation.settle(0, False, None)
             name = admission.name_in(self.state, facts.adapter)
             self.show_refused(name, facts.tenant, facts.klass, facts.input_tokens, error)
             raise
@@ -285,9 +285,12 @@ class Gateway:
             ticket.counting = self.counter.count(self._base_model(facts.adapter), text, ticket.counted)
         return ticket
 
+    def _name(self, reference: str) -> Name | None:
+        return self.state.names.get(reference.partition("@")[0])
+
     def _base_model(self, adapter: str) -> str:
         """Return the base model of an adapter; "" for the base model itself, whichever it is."""
-        name = self.state.names.get(adapter.partition("@")[0])
+        name = self._name(adapter)
         return "" if name is None else self.state.versions[name.digest].adapter.base_model
 
     def _reserved(self, facts: RequestFacts, client_id: str, caller: Caller) -> Charged | None:
@@ -309,6 +312,15 @@ class Gateway:
         if record is not None and is_visible and facts.versions is None:  # else it is a question of our own
             check_not_paused(record, time())
         facts.klass, facts.versions = klass, facts.versions if permit.versions is None else permit.versions
+
+    def salt(self, tenant: str, adapter: str, own: str = "") -> str | None:
+        """Return the salt of a request's prefix blocks, `own` being the client's; None to leave them as they are."""
+        if self.access.salts is None:
+            return None
+        state, name = self.state, self._name(adapter)
+        digests = () if name is None else name.versions.values()
+        names = dict.fromkeys(holder for digest in digests for holder in state.versions[digest].names)
+        return self.access.salts.of(tenant, [(each, state.names[each].allow) for each in names], own)
 
     def permit(self, caller: Caller, reference: str, request_id: str, is_base: bool, tenant: str) -> None:
         """Raise as `access.permit` does, and show the refusal, for a request that is submitted by another reference."""
@@ -371,6 +383,10 @@ class Gateway:
         ticket = self._ticket_of(request)
         return None if ticket is None else ticket.prompt_tokens
 
+    def _came(self, request: int) -> int:
+        ticket = self._ticket_of(request)
+        return 0 if ticket is None else ticket.tokens
+
     def _ticket_of(self, request: int) -> Ticket | None:
         return self.tickets.get(request) or self._left.get(request)
 
@@ -417,7 +433,7 @@ class Gateway:
             self._class_shown(facts.klass),
             facts.waited_ns if dispatch is None else dispatch.queue_ns,
             facts.input_tokens,
-            ticket.delivered,
+            ticket.tokens,
             reason,
             message,
             backend if dispatch is None else dispatch.backend,
@@ -428,8 +444,7 @@ class Gateway:
         """Release a ticket. If its request has not ended, its client has left, or (`moved`) another replica has it."""
         ticket.drop()
         if self.tickets.pop(ticket.request, None) is not None and ticket.settled is None:
-            if ticket.reservation is not None:
-                self._left[ticket.request] = ticket
+            self._left[ticket.request] = ticket
             self._cancel(ticket, ev.ClientLeft(ticket.request, moved))
 
     def cancel(self, ticket: Ticket, by_operator: bool = False) -> None:
@@ -512,8 +527,17 @@ class Gateway:
         kind, streams = self.fleet.kind_of(effect.backend), self.fleet.streams(effect.backend)
         ticket.is_whole = not streams or ticket.payload.is_whole(kind)
         ticket.dispatched(effect)
+        self.bound(ticket)
         weights = self.store.lease(effect.packed_key) if effect.attach else None
         self.backends[effect.backend].run(effect, ticket, weights)
+
+    def bound(self, ticket: Ticket) -> None:
+        """Note the longest answer that a dispatched request can get, if it asks for more: its engine cuts it short."""
+        facts, backend = ticket.facts, self.state.backends.get(ticket.dispatch.backend if ticket.dispatch else "")
+        longest = None if backend is None else backend.facts.sequence_tokens_max
+        if longest is not None and facts.has_length:
+            room = max(1, longest - (0 if facts.is_estimated else facts.input_tokens))
+            ticket.length_max = room if facts.output_tokens_max > room * facts.sequences else None
 
     def _cancel_run(self, effect: do.CancelRun) -> None:
         self.backends[effect.backend].cancel(effect.request, effect.attempt)
@@ -529,7 +553,8 @@ class Gateway:
         ticket = self.tickets.get(effect.request)
         if ticket is None:
             self.chronicle.given_up(effect)
-            if (left := self._left.pop(effect.request, None)) is not None:
+            left = self._left.pop(effect.request, None)
+            if left is not None and left.reservation is not None:
                 left.settle(effect)
             return
         if effect.reason is not Reason.NOT_OWNER or self.elsewhere is None or not self.elsewhere.given_back(ticket):

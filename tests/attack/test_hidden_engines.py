@@ -119,7 +119,7 @@ async def told_of_everything(clients: Clients) -> list[str]:
     told += await asyncio.gather(*clients.verbs())
     running = [asyncio.ensure_future(one) for one in clients.requests("a00", LONG)]
     told.append(await running.pop(UNARY))  # which the engine refuses, as it streams
-    await until(lambda: all(ticket.delivered for ticket in served.sidecar.gateway.tickets.values()))
+    await until(lambda: all(ticket.tokens for ticket in served.sidecar.gateway.tickets.values()))
     told += await asyncio.gather(*clients.requests("a00", LONG, **{"lora-deadline-ms": "1"}))
     told += await asyncio.gather(*clients.requests(DEADLY, 2))  # both engines die of it, and what they run is lost
     told += await asyncio.gather(*running, *clients.verbs())

@@ -6,6 +6,8 @@ Time is virtual, but for Redis' own. A replica that is killed is one that is not
 from __future__ import annotations
 
 import asyncio
+import math
+import random
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -243,6 +245,76 @@ async def test_a_restart_without_redis_goes_on_with_what_was_left(
         await kept.save()
         await killed(kept)
     assert granted == 300
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("word", "seconds"), [("minute", 60), ("day", 86_400)])
+async def test_a_clock_that_jumps_locks_nobody_out(
+    word: str, seconds: int, seed: int, links: list[Link], tmp_path: Path
+) -> None:
+    """Two replicas whose clock jumps ahead and back, and which restart: who was refused is let in after the time that
+    was told, and the window after the last return is whole.
+    """
+    rng, clock = random.Random(seed), Time()
+    limit = Limit.model_validate({"tenant": "*", "tokens": "input", f"tokens_per_{word}": 1000})
+
+    async def begin(number: int) -> tuple[Kept, Leases, Budgets]:
+        leases = Leases(links[number], f"{number}-{rng.random()}", lambda: 2, clock)
+        kept = Kept(leases, tmp_path / f"budgets-{number}.sqlite", clock)
+        await kept.start()
+        await leases.learn()
+        return kept, leases, Budgets([limit], clock, kept)
+
+    replicas = [await begin(0), await begin(1)]
+
+    async def move(by_s: float) -> None:
+        """Move the clock; each replica hears what the others hold, so that it grants nothing by old news."""
+        clock.now_s += by_s
+        for _, leases, budgets in (*replicas, *replicas):
+            budgets.look(limit, WHO[0])
+            await leases.ask()
+
+    async def ask(number: int, tokens: int) -> bool:
+        wait_s = 0.0
+        try:
+            replicas[number][2].reserve(*WHO, tokens, 0).settle(None, 0, ran=True)
+        except Refused as refused:
+            wait_s = refused.retry_after_s or math.inf
+        await move(0)
+        assert wait_s <= seconds
+        return not wait_s
+
+    async def use_up() -> int:
+        """Take all that is left, each replica in turn. Return how much it was."""
+        taken = 0
+        for number in (0, 1, 0, 1):
+            while await ask(number, 100):
+                taken += 100
+        return taken
+
+    for _ in range(25):
+        match rng.choice(("ask", "ask", "use", "jump", "wait", "restart")):
+            case "ask":
+                await ask(rng.randrange(2), rng.randint(1, 300))
+            case "use":
+                await use_up()
+            case "wait":
+                await move(rng.choice((1.0, seconds / 3)))
+            case "jump":
+                ahead_s = rng.choice((1, seconds, 3 * seconds))
+                await move(ahead_s)
+                await use_up()
+                await move(-ahead_s)
+            case "restart":
+                number = rng.randrange(2)
+                await replicas[number][0].save(ahead=False)
+                await killed(replicas[number][0])
+                replicas[number] = await begin(number)
+    await use_up()
+    await move(replicas[0][2].standing(*WHO).tokens.resets_s)  # type: ignore[union-attr]
+    assert 900 <= await use_up() <= 1000
+    for kept, _, _ in replicas:
+        await kept.close()
 
 
 def _script(*budgets: str) -> Script:

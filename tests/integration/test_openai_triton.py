@@ -18,6 +18,7 @@ import pytest
 from tritonclient.grpc import InferResult, service_pb2_grpc
 
 from sidecar.core.events import FirstToken
+from sidecar.lab.engine.kserve import models
 from tests.integration.test_prompt_counts import write_tokenizer
 from tests.kit.emulated import (
     EngineProcess,
@@ -335,14 +336,20 @@ async def test_stop_words(tmp_path: Path, stream: bool) -> None:
         assert engine.served
 
 
-async def test_an_engine_that_is_not_decoupled(tmp_path: Path) -> None:
-    """It answers at once: that is told as a stream, too, and a count is an estimate and says so."""
+@pytest.mark.parametrize("counts", [True, False])
+async def test_an_engine_that_is_not_decoupled(counts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers at once: that is told as a stream, too. Before 0.20 a count is an estimate and says so."""
+    if not counts:
+        monkeypatch.setattr(models, "_RETURN_FLAGS", models._RETURN_FLAGS[:4])
     async with in_front(tmp_path, decoupled=False) as (served, _, client):
         body = {"model": "a00", "prompt": "hi", "max_tokens": 4}
         record = (await client.post(COMPLETIONS, json=body)).json()
         assert record["choices"][0]["text"] == text_of(served, "a00", 4)
         usage = record["usage"]
-        assert (usage["prompt_tokens_estimated"], usage["completion_tokens_estimated"]) == (True, True)
+        if counts:
+            assert usage == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+        else:
+            assert (usage["prompt_tokens_estimated"], usage["completion_tokens_estimated"]) == (True, True)
         assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
         chunks = events_of((await client.post(COMPLETIONS, json=body | {"stream": True})).text)
         assert chunks[0]["choices"][0]["text"] == text_of(served, "a00", 4)

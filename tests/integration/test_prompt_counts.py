@@ -100,7 +100,7 @@ def write_tokenizer(file: Path) -> Path:
 
 
 async def test_a_models_tokenizer_counts_where_the_engine_does_not(tmp_path: Path) -> None:
-    """Triton tells no counts: texts of each protocol are charged, and count as used, as the tokenizer counts.
+    """Triton tells no counts of streams: texts of each protocol are charged, and used, as the tokenizer counts.
 
     The answers last: a count that comes after its request has ended leaves an estimate.
     """
@@ -115,7 +115,7 @@ async def test_a_models_tokenizer_counts_where_the_engine_does_not(tmp_path: Pat
         request = gateway_pb2.GenerateRequest(adapter="a00", text=words, max_tokens=LONG, tenant="generate")
         async for _ in served.gateway.Generate(request):
             pass
-        message = text_request(words, LONG, lora_name="a00", lora_tenant="kserve")
+        message = text_request(words, LONG, streaming=True, lora_name="a00", lora_tenant="kserve")
         await stream_answers(service_pb2_grpc.GRPCInferenceServiceStub(served.channel), message)
         body = {"model": "a00", "prompt": words, "max_tokens": LONG, "stream": True}
         async with httpx.AsyncClient(base_url=f"http://{served.sidecar.http_address}") as client:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
+import math
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sidecar.access.budgets.budgets import Budgets, Reservation
+from sidecar.access.budgets.kept import Kept
+from sidecar.access.budgets.meters import Alone
 from sidecar.config.access import Limit
 from sidecar.errors import Refused
-from tests.kit.tenant_load import Time
+from tests.kit.tenant_load import Time, killed
 
 WINDOW_S = 60
 
@@ -158,3 +165,88 @@ def test_a_client_that_teaches_short_answers_overdraws_a_window_once(
         for reservation, prompt, length in running:
             reservation.settle(prompt, length, ran=True)
         assert ending.taken(limit, "acme").get("tokens_per_minute", 0) <= max(2 * most, most + longest)
+
+
+DAY_S = 86_400
+JUMPS = st.lists(
+    st.one_of(
+        st.tuples(st.sampled_from(["ask", "insist"]), st.sampled_from([1, 20, 50, 100])),
+        st.tuples(st.just("end"), st.sampled_from([0.0, 0.5, 1.0])),
+        st.tuples(st.just("wait"), st.sampled_from([1, 20, 60, 3600])),
+        st.tuples(st.just("jump"), st.sampled_from([3, 60, 90, 3600, 3 * DAY_S])),
+        st.tuples(st.just("return"), st.sampled_from([0, 1, 30])),
+        st.tuples(st.just("restart"), st.sampled_from(["clean", "killed"])),
+    ),
+    min_size=5,
+    max_size=40,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@pytest.mark.parametrize(("word", "seconds"), [("minute", 60), ("hour", 3600), ("day", DAY_S)])
+@given(JUMPS)
+@example([("jump", 3 * DAY_S), ("ask", 100), ("return", 0), ("restart", "killed"), ("insist", 1)])
+def test_windows_follow_a_clock_that_jumps(word: str, seconds: int, steps: list[tuple[str, float | str]]) -> None:
+    """A clock that jumps ahead and back locks nobody out beyond its window's end, over restarts neither; and it gives
+    nothing: each window that it begins has the limit once.
+    """
+    asyncio.run(_with_jumps(word, seconds, steps))
+
+
+async def _with_jumps(word: str, seconds: int, steps: list[tuple[str, float | str]]) -> None:
+    clock, limit = Time(), Limit.model_validate({"tenant": "*", "tokens": "input", f"tokens_per_{word}": 100})
+    window, begun = int(clock.now_s // seconds), 1
+    granted, ahead_s = 0, 0.0
+    going: list[tuple[Reservation, int]] = []
+    with TemporaryDirectory() as folder:
+
+        async def begin() -> tuple[Kept, Budgets]:
+            kept = Kept(Alone(), Path(folder) / "budgets.sqlite", clock)
+            await kept.start()
+            return kept, Budgets([limit], clock, kept)
+
+        def ask(tokens: int) -> float:
+            """Return when to ask again, 0 if the request was let in."""
+            nonlocal granted
+            wait_s = 0.0
+            try:
+                going.append((budgets.reserve("acme", "default", "sql", tokens, None), tokens))
+                granted += tokens
+            except Refused as refused:
+                wait_s = refused.retry_after_s or math.inf
+            assert wait_s <= seconds
+            return wait_s
+
+        kept, budgets = await begin()
+        for what, how in steps:
+            if what in ("ask", "insist"):
+                assert isinstance(how, int)
+                wait_s = ask(how)
+                if what == "insist" and wait_s:
+                    clock.now_s += wait_s
+                    assert not ask(how), "it was told when to come again"
+            elif what == "end" and going:
+                assert isinstance(how, float)
+                reservation, asked = going.pop(0)
+                reservation.settle(round(asked * how), 7, ran=True)
+                granted -= asked - round(asked * how)
+            elif what in ("wait", "jump"):
+                assert isinstance(how, int)
+                clock.now_s += how
+                ahead_s += how if what == "jump" else 0
+            elif what == "return":
+                assert isinstance(how, int)
+                clock.now_s -= max(0, ahead_s - how)
+                ahead_s = min(ahead_s, how)
+            elif what == "restart":
+                for reservation, asked in going:
+                    reservation.settle(asked, 7, ran=True)
+                going.clear()
+                await (kept.close() if how == "clean" else kept.save(ahead=False))
+                if how == "killed":
+                    await killed(kept)
+                kept, budgets = await begin()
+            begun += int(clock.now_s // seconds) > window
+            window = int(clock.now_s // seconds)
+            assert granted <= 100 * begun
+        await kept.close()

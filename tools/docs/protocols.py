@@ -76,6 +76,11 @@ def page() -> str:
 LENGTH = """[0] Or as many as the tenant's or the class's default allows (`queue.tenant_max_tokens`,
 `queue.classes.NAME.max_tokens`). The answer says it in the header `x-lora-max-tokens`. A chat without a length goes on
 to the end of the context on vLLM, too; an engine that takes text is asked for `queue.output_tokens_assumed`.
+
+No engine refuses a length that its context does not hold: each cuts the answer short. Then `x-lora-max-tokens` says how
+long an answer to token ids can be, or for a text, whose tokens nobody has counted yet, how long the whole context is.
+KServe's responses have it as the parameter `lora_max_tokens`, gRPC's trailing metadata as `lora-max-tokens`. The context is
+known where the engine tells it (vLLM) or its entry does (`engine.sequence_tokens_max`, or TensorRT-LLM's `config.json`).
 """
 
 

@@ -133,7 +133,7 @@ class Kept:
         if not urgent_only:
             meters, self._used = urgent | self._used, {}
         rows = [self._row(meter, now_s, urgent_only, ahead) for meter in meters.values()]
-        is_time = now_s >= self._purge_at_s
+        is_time = not now_s < self._purge_at_s <= now_s + PURGE_S  # of a clock that was ahead neither
         if not rows and not is_time:
             return
         try:  # a thread that goes on after a cancellation must not meet the next one at the connection
@@ -163,7 +163,7 @@ class Kept:
         meter.written, meter.written_window = taken, meter.window
         lease, share = meter.lease, meter.limit // self.replicas
         total = None if lease.total is None else min(lease.total, NUMBER_MAX)
-        taken, held, cleared, share = (min(n, NUMBER_MAX) for n in (taken, lease.held, self.cleared(meter), share))
+        taken, held, cleared, share = (min(n, NUMBER_MAX) for n in (taken, lease.held, meter.cleared, share))
         return meter.key, meter.window, meter.number.seconds, taken, held, cleared, share, total
 
     def _open(self) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from secrets import token_hex
 from weakref import WeakSet
 
-from sidecar.access.budgets.meters import Former, Meter, Taken, rounds, seconds_of
+from sidecar.access.budgets.meters import Former, Left, Meter, Taken, rounds, seconds_of
 from sidecar.state.redis.link import FAULTS, Link
 from sidecar.state.redis.scripts import Script
 
@@ -119,7 +119,7 @@ class Leases:
         self._clock = clock
         self._mark = token_hex(8)
         self._known: WeakSet[Meter] = WeakSet()
-        self._learned: dict[str, tuple[int, int, int]] = {}
+        self._learned: dict[str, list[Former]] = {}
         self._used: dict[str, Meter] = {}
         self._urgent: dict[str, Meter] = {}
         self._woken = asyncio.Event()
@@ -150,8 +150,7 @@ class Leases:
         return max(0, (meter.lease.total or 0) - meter.lease.held)
 
     def former(self, key: str) -> list[Former]:
-        found = self._learned.pop(key, None)
-        return [] if found is None else [Former(found[0], 0, found[2], 0, found[1])]
+        return self._learned.pop(key, [])
 
     def touched(self, meter: Meter, missed: int = 0) -> None:
         lease = meter.lease
@@ -176,7 +175,7 @@ class Leases:
         try:
             async for (key, window, total), moved in read_taken(self._link):
                 if len(self._learned) < LEARNED_MAX:
-                    self._learned[key] = max(self._learned.get(key, (0, 0, 0)), (window, total, moved))
+                    self._learned.setdefault(key, []).append(Former(window, 0, moved, 0, total))
         except FAULTS as error:
             self._is_away(error)
 
@@ -221,9 +220,12 @@ class Leases:
                 # Given back before Redis is asked: what is taken meanwhile must not be what it then gives to another.
                 meter.lease.held = min(meter.lease.held, max(spent, want))
             self._known.add(meter)
-            keys.append(f"budget:{meter.key}:{meter.window}")
-            arguments += (meter.limit, spent, want, 2 * meter.number.seconds)
             asked.append((meter, meter.window, want))
+            arguments += (meter.limit, spent, want, 2 * meter.number.seconds)
+            if meter.left.window > meter.window:  # the clock was ahead: what was leased there counts here now
+                asked.append((meter, meter.left.window, 0))
+                arguments += (meter.limit, 0, 0, 2 * meter.number.seconds)
+        keys += [f"budget:{meter.key}:{window}" for meter, window, _ in asked]
         try:
             async with asyncio.timeout(ANSWER_S):
                 mark, *answers = await self._link.run(replace(LEASE, keys=tuple(keys)), *arguments)
@@ -233,6 +235,8 @@ class Leases:
         for (meter, window, want), held, total in zip(asked, answers[::2], answers[1::2], strict=True):
             if meter.window == window:
                 meter.lease.held, meter.lease.total = held, total
+            elif window > meter.window:
+                meter.left = Left(meter.window, 0, 0, 0)
             if want > meter.taken or meter.taken > held:  # there is a lease to give back, or one to get
                 self._used.setdefault(meter.key, meter)
         self._answered(mark)
@@ -248,7 +252,7 @@ class Leases:
         weight = (1 - math.exp(-spread_s)) / spread_s if spread_s else 1.0
         lease.recent = lease.recent * math.exp(-since_s) + used * weight
         lease.counted, lease.asked_s, lease.missed = meter.taken, now_s, 0
-        if now_s >= lease.largest_until_s:
+        if not now_s < lease.largest_until_s <= now_s + LARGEST_S:
             lease.largest = 0
         return min(meter.limit, meter.taken + meter.pending + max(round(lease.recent), lease.largest))
 

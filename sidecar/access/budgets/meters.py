@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +139,23 @@ class Lease:
     largest_until_s: float = 0.0
 
 
+class Left(NamedTuple):
+    """A window as a meter left it; of what was taken, so much was `carried` into it and `cleared` is no debt."""
+
+    window: int
+    taken: int
+    carried: int
+    cleared: int
+
+
 class Meter:
     """What is taken of one budget in the current window.
 
     Windows begin at multiples of their length, so that all replicas have the same ones and a day is a day of UTC. What
     is taken above the limit is a debt: the next window begins with it.
+
+    A clock that is set back takes the meter back with it, to a window that ends when the clock says. What was taken
+    while the clock was ahead counts there, so that nothing is given; what was allowed then is no debt.
     """
 
     __slots__ = (
@@ -151,8 +163,10 @@ class Meter:
         "carried",
         "ceiling",
         "counted",
+        "excused",
         "key",
         "lease",
+        "left",
         "limit",
         "number",
         "pending",
@@ -171,6 +185,10 @@ class Meter:
         self.sharing = sharing
         self.window = int(now_s // number.seconds)
         self.taken = self.carried = 0
+        """What is taken, and what of it in other windows: a debt, or what was taken while the clock was ahead."""
+        self.excused = 0
+        """What of it is no debt: an earlier process, or the clock when it was ahead, has allowed it."""
+        self.left = Left(self.window, 0, 0, 0)
         self.pending = 0
         """What the answers under way will take beyond what they have reserved."""
         self.lease = Lease()
@@ -186,11 +204,14 @@ class Meter:
         """
         if former.window < self.window:
             self._owe(former.taken - former.cleared, self.window - former.window)
-        else:  # a clock that was set back stays in the latest window
-            self.window = former.window
+        elif former.window == self.window:
             self.taken += max(0, former.taken - former.held)
-            self.ceiling = max(self.ceiling, former.cleared)
+            self.excused += max(0, former.cleared - former.held)
             self.lease.total = former.total
+        else:  # the clock was ahead then
+            self.taken += former.taken
+            self.carried += former.taken
+            self.excused += former.cleared
 
     def set(self, limit: int) -> None:
         """Change the limit at once. What was allowed before the change is no debt after it."""
@@ -198,18 +219,36 @@ class Meter:
         self.ceiling = max(self.ceiling, limit)
 
     def turn(self, now_s: float) -> None:
-        """Begin the window of this time. A clock that is set back stays in the latest window."""
+        """Begin the window of this time, or go back to it."""
         window = int(now_s // self.number.seconds)
-        if window <= self.window:
+        if window == self.window:
             return
-        self._owe(self.taken - self.sharing.cleared(self), window - self.window)
+        left = Left(self.window, self.taken, self.carried, self.cleared)
+        if window > self.window:
+            self.taken = self.carried = self.excused = 0
+            self._owe(left.taken - left.cleared, window - self.window)
+            self.ceiling = self.limit
+        else:
+            known = self.left if self.left.window == window else Left(window, 0, 0, 0)
+            ahead = left.taken - (left.carried if known is self.left else 0)
+            debts = max(0, known.taken - known.cleared) + max(0, ahead - left.cleared)
+            self.taken, self.carried = known.taken + ahead, known.carried + ahead
+            self.excused = self.taken - debts
+        self.left = left
         self.window = window
-        self.ceiling = self.limit
         self.lease = Lease(recent=self.lease.recent, counted=self.taken, asked_s=self.lease.asked_s)
+        if left.window > window:
+            self.sharing.touched(self)
+
+    @property
+    def cleared(self) -> int:
+        """How much of what was taken in the window is no debt, once it is over."""
+        return max(self.excused, self.sharing.cleared(self))
 
     def _owe(self, debt: int, windows: int) -> None:
         """Begin with what is left of a debt of so many windows ago: the unused ones between have paid for it."""
-        self.taken = self.carried = max(0, debt - (windows - 1) * (self.limit // self.sharing.replicas))
+        owed = debt - (windows - 1) * (self.limit // self.sharing.replicas)
+        self.taken = self.carried = max(self.taken, owed)
 
     def resets_s(self, now_s: float) -> float:
         """Return the seconds until the window turns."""
@@ -237,10 +276,10 @@ class Meter:
     def correct(self, window: int, by: int) -> None:
         """Correct what was taken in a window by `by`, now that the answer's length is known.
 
-        More is charged to the current window, even if the request began in an earlier one. Less comes back, and in a
-        window that is over it only makes a debt smaller.
+        More is charged to the current window, even if the request began in an earlier one. Less comes back, and in
+        another window it only makes smaller what was carried from there.
         """
         if by < 0 and window != self.window:
-            by = -min(-by, self.carried) if window == self.window - 1 else 0
+            by = max(by, -self.carried) if window >= self.window - 1 else 0
             self.carried += by
-        self.take(by)
+        self.take(max(by, -self.taken))

@@ -178,7 +178,7 @@ class OpenAiRun(ABC):
         else:
             tokens = self._corrected(event)
         self._heard(self.effect.request, tokens)
-        self.ticket.deliver(Reply(self._shown(event) + END_OF_EVENT, None, final))
+        self.ticket.deliver(Reply(self._shown(event) + END_OF_EVENT, None, final), tokens)
         if is_first:
             self._post(first_token(self, self._unseen))
 
@@ -197,7 +197,7 @@ class OpenAiRun(ABC):
         self.ticket.prompt_tokens = prompt_tokens(body) or self.ticket.prompt_tokens
         self.tokens = 1 if found is None else found
         self._heard(self.effect.request, self.tokens)
-        self.ticket.deliver(Reply(self._shown(body), None, True))
+        self.ticket.deliver(Reply(self._shown(body), None, True), self.tokens)
         self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
 
     async def _room(self) -> None:

@@ -149,13 +149,13 @@ class _Reader:
                 tokens = tokens or 1
             elif output.name == "output_ids":
                 ids = np.frombuffer(data, "<i4").tolist()
-            elif output.name == "sequence_length":
+            elif output.name in ("sequence_length", "num_output_tokens"):
                 lengths = np.frombuffer(data, "<i4").tolist()
             elif output.name == "output_log_probs":
                 logprobs = np.frombuffer(data, "<f4").tolist()
         if lengths:
             ids, tokens = ids[: lengths[0]], lengths[0]
-        return Piece(text, ids, tokens, logprobs[-tokens:] if tokens else ())
+        return Piece(text, ids, tokens, logprobs[-tokens:] if tokens else (), bool(lengths))
 
 
 class _WholeTextReader(_Reader):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ import grpc.aio
 from tritonclient.grpc import service_pb2_grpc
 
 from sidecar.backends import faults, wire
-from sidecar.backends.api import LoadResult, Prompt, Ticket, Weights
+from sidecar.backends.api import LoadResult, Prompt, Ticket, Weights, Whole
 from sidecar.backends.credentials import open_channel
 from sidecar.backends.endpoint import Endpoint
 from sidecar.backends.kind import Wiring
+from sidecar.backends.triton.counting import Counter
 from sidecar.backends.triton.dialects import LlmApi
 from sidecar.backends.triton.kind import TritonEntry
 from sidecar.backends.triton.loads import Target
@@ -94,6 +96,7 @@ class TritonBackend(Endpoint):
 
     async def _go(self, run: Run, weights: Weights | None) -> None:
         await self._regions.restored()
+        await self._count(run)
         if weights is not None:
             run.attached = await self._attached(run, weights)
         if run.cancelled:
@@ -104,6 +107,15 @@ class TritonBackend(Endpoint):
             await run.unary(self._pool)
         else:
             await run.stream(self._pool)
+
+    async def _count(self, run: Run) -> None:
+        """Have the tokens of an answer counted that comes all at once, unless a proxy may carry it unread."""
+        payload = run.ticket.payload
+        whole = Whole() if payload.prompt is not None and not self._server.decoupled else payload.whole
+        if whole is not None:
+            tells = await self._server.tells(self._model_of(run.ticket) or payload.model)
+            is_read = run.ticket.carrier is None or (payload.unary and self._server.decoupled)
+            run.counter = Counter(whole if is_read else replace(whole, may_ask=False), tells, run.ticket)
 
     async def _by_proxy(self, run: Run) -> bool:
         """Have a proxy carry a run, if one can; Triton itself refuses unary calls of decoupled models."""

@@ -32,9 +32,9 @@ class Probe:
         if not reply.ready:
             raise self._not_ready()
 
-    async def config(self) -> Any:
-        """Return the model's ModelConfig. Raises Misused if the server says that it has no such model."""
-        request = service_pb2.ModelConfigRequest(name=self._model)
+    async def config(self, model: str = "") -> Any:
+        """Return the ModelConfig of its model, or of another. Raises Misused if the server says that it has none."""
+        request = service_pb2.ModelConfigRequest(name=model or self._model)
         try:
             return (await self._stub.ModelConfig(request, timeout=PROBE_TIMEOUT_S)).config
         except grpc.aio.AioRpcError as error:

@@ -11,6 +11,7 @@ import grpc
 from sidecar.backends.engine_facts import from_llmapi_config, from_model_config, merge, unknown_phrase
 from sidecar.backends.faults import classify
 from sidecar.backends.pulse import Pulse
+from sidecar.backends.triton.counting import Tells
 from sidecar.backends.triton.dialects import Dialect, TensorRtLlm, dialect_of
 from sidecar.backends.triton.gauges import Gauges, Scraper
 from sidecar.backends.triton.kind import GRPC_PORT, TritonEntry
@@ -34,6 +35,8 @@ class Server:
         self._probe = Probe(entry.identity, entry.address, entry.model, stub)
         self._scraper = Scraper(entry.metrics_url, entry.model) if entry.metrics_url else None
         self._config = b""
+        self._core: Any = None
+        self._tells: dict[str, Tells] = {}
         self._unknown = ""
         self._caches = 1
         self._distrusted = False
@@ -83,6 +86,7 @@ class Server:
         )
         facts = merge(self._entry.identity, declared, found)
         self.pulse.begin(monotonic())
+        self._core, self._tells = config, {}
         self.gauges = None
         await self.measure()
         facts = self._with_gauges(facts)
@@ -125,6 +129,15 @@ class Server:
         self.gauges = gauges
         return restarted
 
+    async def tells(self, model: str) -> Tells:
+        """Return what a model tells of its tokens: nothing, if the server has it not, or does not say."""
+        if model not in self._tells:
+            try:
+                self._tells[model] = Tells.of(await self._probe.config(model), self._core)
+            except (Misused, grpc.RpcError):
+                return Tells()
+        return self._tells[model]
+
     async def changed(self) -> bool:
         """Return True if the model's configuration has changed since it was reached. Raises Misused, grpc.RpcError."""
         config = await self._probe.config()
@@ -139,6 +152,7 @@ class Server:
         except Misused as unready:
             return unready.message
         self.pulse.seen(monotonic())
+        self._tells.clear()
         if restarted:
             return "it has restarted: its iteration counter went back"
         return CHANGED if changed else None

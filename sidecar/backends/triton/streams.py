@@ -18,11 +18,12 @@ import httpx
 from sidecar.backends import faults, wire
 from sidecar.backends.api import TRAILERS, UNREAD, UNSEEN, Reply, Ticket, Unseen
 from sidecar.backends.quoting import wrote_in
+from sidecar.backends.triton.counting import Counter
 from sidecar.backends.triton.dialects import Dialect
 from sidecar.backends.triton.framing import PREFIX, framed, messages_of, status_in
 from sidecar.backends.unseen import Follower, Read, first_token
 from sidecar.core.effects import Dispatch
-from sidecar.core.enums import Fault
+from sidecar.core.enums import Fault, Seen
 from sidecar.core.events import Event, RunEnded, RunFailed
 
 IDLE_STREAMS_MAX = 256
@@ -104,6 +105,7 @@ class Run:
         self._broken = broken
         self._call: Any = None
         self._dialect = dialect
+        self.counter = Counter()
         self._model = wire.model_field(model) if model else b""
         self.owner = b""
         """Fragment naming the replica that sends the request."""
@@ -119,7 +121,8 @@ class Run:
         fragment = self._dialect.fragment(self.engine_id, self.effect, self._payload.raw, stream)
         head = self._payload.head_for(self._dialect.kind)
         assert isinstance(head, bytes), "a request in HTTP's form for a gRPC server"
-        return head + self._model + fragment + self.owner + self.attached
+        asks = self.counter.fragment(self._payload.raw)
+        return head + self._model + fragment + asks + self.owner + self.attached
 
     def refused(self) -> bool:
         """Post a failure and return True if the request was written for another kind of model than this one."""
@@ -144,7 +147,12 @@ class Run:
 
     def abandon(self) -> None:
         """Post the end of a run that was cancelled."""
-        self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
+        self._over()
+
+    def _over(self) -> None:
+        """Post the end of the run."""
+        seen = Seen.ESTIMATED if self.counter.is_estimated else Seen.ALL
+        self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens, seen))
 
     async def stream(self, pool: StreamPool) -> None:
         """Run on a stream of the pool. Raises CancelledError if it is cancelled."""
@@ -187,7 +195,7 @@ class Run:
         """Deliver one response; return True if it was the last. Nothing is delivered after a cancel."""
         if self.cancelled:
             raise asyncio.CancelledError
-        if self.tokens and wire.is_one_of_many(raw, self._wire_id):
+        if self.tokens and self.counter.whole is None and wire.is_one_of_many(raw, self._wire_id):
             self.tokens += 1
             self._heard(self.effect.request, 1)
             self.ticket.deliver(Reply(raw, None, False))
@@ -204,13 +212,15 @@ class Run:
                 raise EngineGone(message.error_message)
             self._failed(fault, message.error_message)
             return True
-        tokens, final = wire.output_tokens(response), wire.is_final(response.parameters)
+        final = wire.is_final(response.parameters)
+        tokens = self.counter.take(response)
+        raw = message.SerializeToString() if self.counter.hides else raw
         is_first = tokens > 0 and self.tokens == 0
         self.tokens += tokens
         self._heard(self.effect.request, tokens)
-        self.ticket.deliver(Reply(raw, response, final))  # before the core's event: the client is served first
+        self.ticket.deliver(Reply(raw, response, final), tokens)  # before the core's event: the client is first
         if final:
-            self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
+            self._over()
         elif is_first:
             self._post(first_token(self, self._unseen))
         return final
@@ -273,7 +283,7 @@ class Run:
             return
         code, text = status_in(answer.extensions.get(TRAILERS) or answer.headers)
         if code is grpc.StatusCode.OK and self.tokens:
-            self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
+            self._over()
         else:
             await self._ended_with(code, text or "the answer ended before it was complete")
 
@@ -297,10 +307,11 @@ class Run:
     def _take_whole(self, raw: bytes) -> None:
         """Deliver the answer to a unary call."""
         response = wire.ModelInferResponse.FromString(raw)
-        self.tokens = wire.output_tokens(response)
+        self.tokens = self.counter.take(response)
+        raw = response.SerializeToString() if self.counter.hides else raw
         self._heard(self.effect.request, self.tokens)
-        self.ticket.deliver(Reply(raw, response, True))
-        self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
+        self.ticket.deliver(Reply(raw, response, True), self.tokens)
+        self._over()
 
     async def _stream_closed(self, call: Any) -> None:
         code = await call.code()

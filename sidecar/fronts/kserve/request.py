@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from sidecar.backends.api import Payload
+from sidecar.backends.api import Payload, Whole
 from sidecar.backends.registry import written_for
+from sidecar.backends.triton.counting import FLAGS
 from sidecar.backends.wire import EMPTY_FINAL
 from sidecar.config.identities import session_of
 from sidecar.errors import Reason, Refused
@@ -23,6 +24,8 @@ IDS = ("lora_task_id", "lora_id")
 CLIENT_TASK_IDS_END = 1 << 32
 """Ids from here on are ours, hashes of 63 bits. Otherwise a client could store its weights under one of our ids."""
 BEAMS, RETURNED = ("beam_width",), ("num_return_sequences", "sampling_param_n", "sampling_param_best_of")
+STREAMS = ("streaming", "stream")
+EXCLUDES = ("exclude_input_in_output", "sampling_param_exclude_input_from_output")
 OUTPUT_LENGTHS = ("request_output_len", "max_tokens", "sampling_param_max_tokens")
 
 
@@ -109,9 +112,19 @@ def read(
             raw=not tensors.typed,
             unary=unary,
             kind=written_for(tensors.rank).name,
+            whole=_whole(tensors, bool(structure.outputs)),
         ),
         task=task,
     )
+
+
+def _whole(tensors: Tensors, lists: bool) -> Whole | None:
+    """Return what a request for a whole answer says of its tokens; None if it streams."""
+    if any(tensors.flag(name) for name in STREAMS):
+        return None
+    excludes = next((tensors.flag(name) or tensors.in_region(name) for name in EXCLUDES if name in tensors), None)
+    prompt_tokens = max(0, min(*tensors.integers("input_lengths"), tensors.input_tokens(), tensors.input_tokens()))
+    return Whole(excludes, prompt_tokens, tensors.rows(), not any(flag in tensors for flag in FLAGS), lists)
 
 
 def _most(tensors: Tensors, names: tuple[str, ...]) -> int:

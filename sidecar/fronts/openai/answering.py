@@ -223,7 +223,8 @@ class Answering:
             return PassedOn()
         assert destination.text is not None, "a request without a text for an engine that takes nothing else"
         reader = relay.reader_of(self._gateway, ticket, is_text=True)
-        return TextAnswer(asked, destination.text, self._gateway.fleet.streams(dispatch.backend), reader)
+        streams = self._gateway.fleet.streams(dispatch.backend)
+        return TextAnswer(asked, destination.text, streams, reader, ticket.length_max)
 
     async def _write(self, send: Send, body: bytes, ended: bool) -> None:
         self._blocked(monotonic_ns())
@@ -261,6 +262,8 @@ class Answering:
         ran = [ticket.dispatch.backend for ticket in self._tickets if ticket.dispatch is not None]
         models = (model_kind(self._gateway.fleet.kind_of(backend)) for backend in ran)
         length = self._destination.length
+        if any(ticket.length_max is not None for ticket in self._tickets):
+            return  # told already
         if length is not None or (not self._asked.has_length and any(model.long_by_default for model in models)):
             length_max = self._destination.length_max if length is None else length
             yield b"x-lora-max-tokens", b"context" if length_max is None else str(length_max).encode()

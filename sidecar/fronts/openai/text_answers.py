@@ -26,9 +26,12 @@ TOKEN_BYTES = 4
 
 
 class TextAnswer:
-    """One answer. With `counts` each reply is one token."""
+    """One answer. With `counts` each reply is one token. The engine's context has `context` tokens if that is less."""
 
-    def __init__(self, asked: OpenAiRequest, text: TextRequest, counts: bool, reader: Reader) -> None:
+    def __init__(
+        self, asked: OpenAiRequest, text: TextRequest, counts: bool, reader: Reader, context: int | None = None
+    ) -> None:
+        self._context = context
         self._asked = asked
         self._text = text
         self._counts = counts
@@ -47,6 +50,7 @@ class TextAnswer:
         """Return what a reply adds to the response: events of a stream, else nothing until the end."""
         piece = self._reader.read(reply)
         self._tokens += piece.tokens
+        self._counts = self._counts or piece.is_told
         text = self._stop.pass_on(piece.text, reply.final)
         self._bytes += len(text.encode())
         self.ended = reply.final or self._stop.found
@@ -61,9 +65,9 @@ class TextAnswer:
         """Return the end of a stream, or the whole object. `prompt_tokens` is None if nothing has counted them."""
         return self._last_events(prompt_tokens) if self._asked.streams else self._whole(prompt_tokens)
 
-    @property
-    def _reason(self) -> str:
-        by_length = self._counts and not self._stop.found and self._tokens >= self._text.max_tokens
+    def _reason(self, prompt_tokens: int | None) -> str:
+        is_full = self._context is not None and self._tokens + (prompt_tokens or 0) >= self._context
+        by_length = self._counts and not self._stop.found and (is_full or self._tokens >= self._text.max_tokens)
         return "length" if by_length else "stop"
 
     def _usage(self, prompt_tokens: int | None) -> dict[str, int]:
@@ -112,7 +116,9 @@ class TextAnswer:
     def _last_events(self, prompt_tokens: int | None) -> bytes:
         nothing: dict[str, Any] = {"delta": {}} if self._asked.is_chat else {"text": ""}
         chosen = None if self._chosen is None else self._chosen.take()
-        events = [self._chunk([{"index": 0, **nothing, "logprobs": chosen, "finish_reason": self._reason}])]
+        events = [
+            self._chunk([{"index": 0, **nothing, "logprobs": chosen, "finish_reason": self._reason(prompt_tokens)}])
+        ]
         if self._asked.wants_usage:
             events.append(self._chunk([], self._usage(prompt_tokens)))
         return b"".join((*events, DONE))
@@ -121,7 +127,7 @@ class TextAnswer:
         text = "".join(self._pieces)
         content = {"message": {"role": "assistant", "content": text}} if self._asked.is_chat else {"text": text}
         chosen = None if self._chosen is None else self._chosen.take()
-        choice = {"index": 0, **content, "logprobs": chosen, "finish_reason": self._reason}
+        choice = {"index": 0, **content, "logprobs": chosen, "finish_reason": self._reason(prompt_tokens)}
         record = self._record("chat.completion" if self._asked.is_chat else "text_completion")
         return json.dumps(record | {"choices": [choice], "usage": self._usage(prompt_tokens)}).encode()
 

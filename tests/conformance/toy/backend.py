@@ -113,7 +113,7 @@ class ToyRun:
             count, reply = record["tokens"], self._kserve_reply(base64.b64decode(record["message"]), final)
         self.tokens += count
         self._backend.heard(self.effect.request, count)
-        self.ticket.deliver(reply)
+        self.ticket.deliver(reply, count)
         key = (self.effect.request, self.effect.attempt)
         if final:
             self._backend.post(RunEnded(*key, self.tokens))
