@@ -44,7 +44,7 @@ class GrpcListener(Listener):
     connections_max: int = Field(4096, ge=1)
     calls_per_connection_max: int = Field(128, ge=1)
     handshake_s: float = Field(10.0, gt=0, le=2_000_000)
-    idle_s: float = Field(60.0, gt=0, le=2_000_000)
+    idle_s: float = Field(15.0, gt=0, le=2_000_000)
 
 
 class AdminListener(GrpcListener):
