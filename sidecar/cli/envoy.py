@@ -88,7 +88,7 @@ def print_config(
     record = bootstrap(
         port, places, picker_ca=ca, admin_port=admin_port, host=host, ready_port=ready_port,
         data=_data_listeners(listeners.data, places), data_calls_max=listeners.data.calls_per_connection_max,
-        carries_calls=kserve,
+        calls_max=listener.calls_per_connection_max, carries_calls=kserve,
     )  # fmt: skip
     if as_json:
         print_json(record)

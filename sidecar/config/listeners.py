@@ -42,9 +42,9 @@ class GrpcListener(Listener):
     """
 
     connections_max: int = Field(4096, ge=1)
-    calls_per_connection_max: int = Field(1024, ge=1)
+    calls_per_connection_max: int = Field(128, ge=1)
     handshake_s: float = Field(10.0, gt=0, le=2_000_000)
-    idle_s: float = Field(60.0, gt=0, le=2_000_000)
+    idle_s: float = Field(15.0, gt=0, le=2_000_000)
 
 
 class AdminListener(GrpcListener):
@@ -149,7 +149,7 @@ class EndpointPickerListener(GrpcListener):
     """
 
     address: GrpcAddress | None = None  # type: ignore[assignment]
-    calls_per_connection_max: int = Field(65_536, ge=1)
+    calls_per_connection_max: int = Field(4096, ge=1)
     idle_s: float = Field(3600.0, gt=0, le=2_000_000)
     override_mode: bool = False
     in_path: Address | None = None

@@ -28,7 +28,7 @@ from sidecar.fronts.admin.configuration import Changes
 from sidecar.fronts.admin.front import add_admin
 from sidecar.fronts.admin.guard import Guard
 from sidecar.fronts.admin.verbs import purpose_on_admin
-from sidecar.fronts.calls import PENDING_OPTIONS, BoundedCalls, purpose_on_data
+from sidecar.fronts.calls import SERVER_CALLS_OPTIONS, BoundedCalls, connection_calls_options, purpose_on_data
 from sidecar.fronts.checked_messages import CheckedMessages
 from sidecar.fronts.extproc.front import HEALTH_NAMES, MESSAGE_BYTES_MAX, Picker
 from sidecar.fronts.generate.front import GatewayService
@@ -60,8 +60,10 @@ SERVER_OPTIONS = (
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     # No compression: 64 KB could become 64 MB before any of our limits applies.
     ("grpc.compression_enabled_algorithms_bitset", 1),
-    *PENDING_OPTIONS,
+    *SERVER_CALLS_OPTIONS,
 )
+CALLS_OF_REPLICA_MAX = 128
+"""Calls of one connection between replicas: one carries all requests that are forwarded."""
 
 
 class Listening:
@@ -103,7 +105,7 @@ class Listening:
 
     def server(self, listener: Listener, name: str, interceptors: Sequence[Any] = ()) -> tuple[grpc.aio.Server, str]:
         """Return another server, which is started with the others, and its address. Raises Misused(PORT_IN_USE)."""
-        server = self._server(interceptors)
+        server = self._server(interceptors, connection_calls_options(CALLS_OF_REPLICA_MAX))
         return server, _bind(server, listener, name)
 
     async def open(self, replica: Replica | None) -> None:
@@ -203,8 +205,7 @@ class Listening:
         if replica is not None:
             self._picker.log.pass_on = replica.tell_sightings
             replica.hear_sightings(self._picker.log.hear)
-        bounds = (*_bounds(wanted, MESSAGE_BYTES_MAX), ("grpc.max_concurrent_streams", wanted.calls_per_connection_max))
-        server = self._server(options=bounds)
+        server = self._server(options=_bounds(wanted, MESSAGE_BYTES_MAX))
         self._picker.add_to(server)
         self._metrics.picker = self._picker.figures
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -234,9 +235,11 @@ class Listening:
 
     def _server(self, interceptors: Sequence[Any] = (), options: Sequence[tuple[str, int]] = ()) -> grpc.aio.Server:
         # If an option is given twice, gRPC takes the first.
-        server = grpc.aio.server(interceptors=list(interceptors), options=(*options, *SERVER_OPTIONS))
+        server: Any = grpc.aio.server(interceptors=list(interceptors), options=(*options, *SERVER_OPTIONS))
+        # The limit of pending calls is for each registered method. One queue has one limit, and its calls cost less.
+        server.add_registered_method_handlers = lambda service, handlers: None
         self._servers.append(server)
-        return server
+        return server  # type: ignore[no-any-return]
 
 
 def chat_templates(configured: Sequence[Entry]) -> dict[str, ChatTemplate]:
@@ -265,6 +268,7 @@ def _bounds(listener: GrpcListener, message_bytes_max: int) -> tuple[tuple[str, 
         ("grpc.max_allowed_incoming_connections", listener.connections_max),
         ("grpc.server_handshake_timeout_ms", max(1, round(listener.handshake_s * 1000))),
         ("grpc.max_connection_idle_ms", max(1, round(listener.idle_s * 1000))),
+        *connection_calls_options(listener.calls_per_connection_max),
     )
 
 

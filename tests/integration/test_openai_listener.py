@@ -16,7 +16,7 @@ import pytest
 
 from sidecar.errors import Misused, Reason
 from sidecar.fronts.http.app import server_tls
-from sidecar.fronts.http.connection import SPARE_CONNECTIONS, Connection, HttpLimits
+from sidecar.fronts.http.connection import CONNECTION, SPARE_CONNECTIONS, Connection, HttpLimits
 from sidecar.fronts.http.listener import HttpListener
 from tests.kit.authority import NEEDS_OPENSSL, Authority
 from tests.kit.emulated import running_engine
@@ -128,24 +128,61 @@ async def test_a_wish_for_another_protocol_is_not_heard() -> None:
 
 
 async def test_a_crowd_does_not_hide_the_process(tmp_path: Path) -> None:
-    """Past the limit completions are refused for now, and whoever looks after the process still sees it."""
-    async with house(tmp_path, [ScriptedVllm()]) as served:
+    """Past the limit completions are refused for now, and whoever looks after the process still sees it.
+
+    Only requests that are being answered count: a connection that asks nothing leaves its place to a newcomer.
+    """
+    engine = ScriptedVllm()
+    async with house(tmp_path, [engine]) as served:
         limits = HttpLimits(connections=2)
         listener = HttpListener(served.front._serve, limits)
         port = await listener.start("127.0.0.1", 0)
         held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+        body = json.dumps(BODY | {"stream": True}).encode()
+        head = HEAD.replace(b" / ", b" /v1/completions ") + b"content-type: application/json\r\n"
+        for _, writer in held[:2]:
+            writer.write(head + b"content-length: %d\r\n\r\n" % len(body) + body)
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
-            await until(lambda: len(listener._server.server_state.connections) == 3)
+            await engine.running_are(2)
             response = await client.post(COMPLETIONS, json=BODY)
             assert (response.status_code, response.json()["error"]["reason"]) == (503, "too_many_connections")
             assert (response.headers["retry-after"], response.headers["connection"]) == ("1", "close")
             assert (await client.get("/livez")).status_code == 200
         more = [await asyncio.open_connection("127.0.0.1", port) for _ in range(SPARE_CONNECTIONS)]
-        ends = [await reader.read() for reader, _ in more[-1:]]
-        assert ends == [b""]
+        assert await held[2][0].read() == b""
+        assert len(engine.running) == 2
         for _, writer in held + more:
             writer.close()
         await listener.stop()
+
+
+async def test_a_newcomer_takes_the_place_of_who_has_proven_nothing() -> None:
+    """However old who has been answered well is; and of nobody who is being answered."""
+    asked, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/slow":
+            asked.set()
+            await go_on.wait()
+        scope["state"][CONNECTION].proven = True
+        await echo(scope, receive, send)
+
+    async with listening(HttpLimits(connections=3 - SPARE_CONNECTIONS), slow) as port:
+        proven, busy, silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+        proven[1].write(HEAD + b"content-length: 2\r\n\r\nhi")
+        await proven[0].readuntil(b"hi")
+        busy[1].write(HEAD.replace(b" / ", b" /slow ") + b"content-length: 2\r\n\r\nho")
+        await asked.wait()
+        newcomers = []
+        for oldest in (silent, proven):
+            newcomers.append(await asyncio.open_connection("127.0.0.1", port))
+            assert await oldest[0].read() == b""
+            newcomers[-1][1].write(HEAD + b"content-length: 2\r\n\r\nhi")
+            await newcomers[-1][0].readuntil(b"hi")
+        go_on.set()
+        await busy[0].readuntil(b"ho")
+        for _, writer in (proven, busy, silent, *newcomers):
+            writer.close()
 
 
 async def test_a_client_that_takes_nothing(tmp_path: Path) -> None:

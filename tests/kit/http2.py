@@ -15,11 +15,16 @@ from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.errors import ErrorCodes
 from h2.events import ConnectionTerminated, DataReceived, ResponseReceived, StreamEnded, StreamReset, TrailersReceived
+from hpack import Encoder
 
 GENERATE = "/lorasidecar.v1.Gateway/Generate"
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
 FRAME_BYTES = 16384
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+HEADERS, RST_STREAM, SETTINGS, PING, ACK, END_HEADERS = 1, 3, 4, 6, 1, 4
+LAST = b"the last"
+"""What the ping after all resets carries."""
 
 
 class RawConnection:
@@ -123,3 +128,36 @@ async def raw_connection(address: str) -> AsyncIterator[RawConnection]:
         yield connection
     finally:
         await connection.close()
+
+
+def rapid_resets(path: str, calls: int) -> bytes:
+    """Return all that a client sends which begins calls and resets each at once, and a ping at the end."""
+    headers = [(":method", "POST"), (":scheme", "http"), (":path", path), (":authority", "here"), ("te", "trailers")]
+    encoder = Encoder()
+    first, other = encoder.encode(headers), encoder.encode(headers)
+    cancel = struct.pack(">I", ErrorCodes.CANCEL)
+    sent = [PREFACE, _frame(SETTINGS, 0, 0), _frame(SETTINGS, ACK, 0)]
+    for number in range(calls):
+        stream = 2 * number + 1
+        sent += [
+            _frame(HEADERS, END_HEADERS, stream, other if number else first),
+            _frame(RST_STREAM, 0, stream, cancel),
+        ]
+    return b"".join([*sent, _frame(PING, 0, 0, LAST)])
+
+
+async def send_frames(address: str, frames: bytes) -> None:
+    """Send frames that end with a ping on a connection; return when the server has read all, or cuts it off."""
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        writer.write(frames)
+        with suppress(OSError, asyncio.IncompleteReadError):
+            while (head := await reader.readexactly(9))[3:5] != bytes((PING, ACK)):
+                await reader.readexactly(int.from_bytes(head[:3]))
+    finally:
+        writer.transport.abort()
+
+
+def _frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    return len(payload).to_bytes(3) + bytes((kind, flags)) + stream.to_bytes(4) + payload

@@ -99,11 +99,13 @@ async def sidecar_process(
 
 
 @asynccontextmanager
-async def attacked(folder: Path, listeners: Mapping[str, Any]) -> AsyncIterator[SidecarProcess]:
+async def attacked(
+    folder: Path, listeners: Mapping[str, Any], more: Mapping[str, Any] | None = None
+) -> AsyncIterator[SidecarProcess]:
     """Run a sidecar with the adapter `sql` in front of an engine in a process of its own, too."""
     write_adapter(folder / "sql")
     async with (
         EngineProcess("--compute", "none", "--shape", "tiny") as engine,
-        sidecar_process(engine, folder, listeners) as process,
+        sidecar_process(engine, folder, listeners, more=more) as process,
     ):
         yield process

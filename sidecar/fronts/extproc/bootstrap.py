@@ -40,11 +40,12 @@ def bootstrap(
     host: str = "0.0.0.0",
     ready_port: int | None = None,
     data: Sequence[str] = (),
-    data_calls_max: int = 1024,
+    data_calls_max: int = 128,
+    calls_max: int = 4096,
     carries_calls: bool = False,
 ) -> dict[str, Any]:
     """Return the bootstrap of an Envoy that listens on `port` and reaches the endpoint pickers at `pickers`, HOST:PORT
-    of each replica.
+    of each replica, with `calls_max` calls on a connection.
 
     `picker_ca` is the path, on Envoy's machine, of the certificate by which it knows a picker with TLS. `ready_port`
     has another listener tell from outside whether Envoy is ready and alive, and needs `admin_port`. gRPC calls go to
@@ -55,7 +56,7 @@ def bootstrap(
     if data:
         clusters = clusters if carries_calls else clusters[:1]
         clusters.append(_server("sidecar_data", data, data_calls_max))
-    clusters.append(_server("sidecar", pickers, HELD_MAX, picker_ca))
+    clusters.append(_server("sidecar", pickers, calls_max, picker_ca))
     configured: dict[str, Any] = {
         "static_resources": {
             "listeners": [_listener(host, port, request_mode, response_mode, _routes(bool(data), carries_calls))],

@@ -20,7 +20,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from sidecar.errors import Misused, Reason
 from sidecar.files import file_for_ssl
-from sidecar.fronts.http.connection import HttpLimits
+from sidecar.fronts.http.connection import CONNECTION, HttpLimits
 from sidecar.fronts.http.listener import HttpListener
 from sidecar.fronts.http.probes import METRICS, MODEL_SERVER, NO_STORE, PATHS, UNREADY, Probes, why_not_ready
 from sidecar.fronts.openai.answering import send_failure
@@ -121,6 +121,8 @@ class HttpFront:
 
         async def sending(message: Message) -> None:
             nonlocal begun
+            if not begun and message["status"] < 400:
+                scope["state"][CONNECTION].proven = True
             begun = True
             await send(message)
 

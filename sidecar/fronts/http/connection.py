@@ -1,7 +1,10 @@
 """One HTTP connection: uvicorn's, with bounds that uvicorn lacks.
 
-They bound the size of a request's head, the time that a client may be silent within a request, and the bytes of a body
-that nobody reads. An answer also reaches a client whose request has not come in full.
+They bound the size of a request's head, the time for it, the time that a client may be silent within a request, and the
+bytes of a body that nobody reads. An answer also reaches a client whose request has not come in full.
+
+When a listener is full, a new connection takes the place of the one that has longest had nothing answered, first of
+those that never had a good answer. So connections keep others out only while as many requests are being answered.
 """
 
 from __future__ import annotations
@@ -20,14 +23,18 @@ from sidecar.fronts.openai.errors import failure
 
 CONNECTIONS_MAX = 4096
 SPARE_CONNECTIONS = 64
-"""Connections above the limit, so that probes still get in; the OpenAI API answers them with a short refusal."""
+"""Connections above the limit, so that probes still get in. The OpenAI API answers with a short refusal if more than
+the limit have requests that are being answered."""
 HEAD_BYTES_MAX = 16 << 10
+HEAD_S_MAX = 10.0
+"""From a connection's begin, or a further request's first byte, to the end of the request's head."""
 SILENCE_S_MAX = 30.0
 DISCARDED_BYTES_MAX = 64 << 20
 """Bytes of a body that is answered without being read; beyond that the connection is cut."""
-PEER, CROWDED, CARRIER, SUBSET = "peer", "crowded", "carrier", "subset"
-"""Keys of a request's state: the names in the client's certificate; True if there are more connections than planned;
-what carries it to its engine, if that is not this process; the addresses of engines that it may go to, if not to all.
+PEER, CROWDED, CARRIER, SUBSET, CONNECTION = "peer", "crowded", "carrier", "subset", "connection"
+"""Keys of a request's state: the names in the client's certificate; True if more requests are being answered than
+planned; what carries it to its engine, if that is not this process; the addresses of engines that it may go to, if not
+to all; the `Connection` that brought it.
 """
 
 _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
@@ -35,15 +42,12 @@ _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class HttpLimits:
-    """Limits of a listener and of each of its connections.
-
-    A connection too many is closed; with `newest_first` it stays, and the one that has been silent longest is closed.
-    """
+    """Limits of a listener and of each of its connections."""
 
     connections: int = CONNECTIONS_MAX
     head_bytes: int = HEAD_BYTES_MAX
     silence_s: float = SILENCE_S_MAX
-    newest_first: bool = False
+    head_s: float = HEAD_S_MAX
 
 
 class _Refused(Exception):
@@ -54,39 +58,50 @@ class Connection(HttpToolsProtocol):
     """One connection, with the bounds that uvicorn lacks."""
 
     limits: HttpLimits
+    without_answer: tuple[dict[Connection, None], dict[Connection, None]]
+    """The listener's connections of which no request is being answered, oldest first: those that are not proven, and
+    those that are."""
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
+        self.proven = False
+        """Its client has shown a certificate, or has been answered well."""
         self._in_head = True
         self._head_bytes = 0
         self._discarded_bytes = 0
         self._whole = False
         """The request that is being answered has come in full, so its client may be silent."""
         self._body_has_begun = self._closes = False
-        self._heard_s = 0.0
+        self._heard_s = self._head_since_s = 0.0
         self._refusal: HTTPStatus | None = None
         self._watch: asyncio.TimerHandle | None = None
         self._answered: RequestResponseCycle | None = None
         """The request whose answer is being made. `cycle` is the one read last, which may have to wait for it."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        self.app_state = {**self.app_state, PEER: _peer_names(transport)}
+        names = _peer_names(transport)
+        self.app_state = {**self.app_state, PEER: names, CONNECTION: self}
+        self.proven = bool(names)
         super().connection_made(transport)
-        count = len(self.connections)
-        self.app_state[CROWDED] = count > self.limits.connections
-        self._heard_s = monotonic()
-        if count > self.limits.connections + SPARE_CONNECTIONS:
-            if not self.limits.newest_first:
-                transport.abort()
+        self._heard_s = self._head_since_s = monotonic()
+        if len(self.connections) > self.limits.connections + SPARE_CONNECTIONS:
+            oldest = next((each for group in self.without_answer for each in group), self)
+            oldest._is_answered(True)
+            oldest.transport.abort()
+            if oldest is self:
                 return
-            self._longest_silent().transport.abort()
-        self._watch = self.loop.call_later(self.limits.silence_s, self._look)
+        self._is_answered(False)
+        self._look()
 
-    def _longest_silent(self) -> Connection:
-        open_: list[Any] = [each for each in self.connections if not each.transport.is_closing()]
-        return min(open_, key=lambda each: (each._whole, each._heard_s))  # type: ignore[no-any-return]
+    def _is_answered(self, answered: bool) -> None:
+        """Note whether a request of this connection is being answered."""
+        for group in self.without_answer:
+            group.pop(self, None)
+        if not answered:
+            self.without_answer[self.proven][self] = None
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._is_answered(True)
         if self._watch is not None:
             self._watch.cancel()
         if self._answered is not None and not self._answered.response_complete:
@@ -99,13 +114,16 @@ class Connection(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def _look(self) -> None:
-        """Close the connection if its client is silent within a request, or has not begun one."""
-        left_s = self._heard_s + self.limits.silence_s - monotonic()
-        waits = self.transport.is_closing() or not (self._whole or self.flow.read_paused)
-        if left_s <= 0 and waits:
+        """Close the connection if its client is silent within a request or before it, or takes long for a head."""
+        now_s, head_s, silence_s = monotonic(), self.limits.head_s, self.limits.silence_s
+        if self.transport.is_closing() or not (self._whole or self.flow.read_paused):
+            silence_s += self._heard_s - now_s
+        if self._in_head:
+            head_s += self._head_since_s - now_s
+        if min(silence_s, head_s) <= 0:
             self.transport.abort()
-            return
-        self._watch = self.loop.call_later(left_s if left_s > 0 else self.limits.silence_s, self._look)
+        else:
+            self._watch = self.loop.call_later(min(silence_s, head_s), self._look)
 
     def data_received(self, data: bytes) -> None:
         self._heard_s = monotonic()
@@ -122,6 +140,7 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_head, self._whole, self._body_has_begun = True, False, False
+        self._head_since_s = monotonic()
         self._head_bytes = self._discarded_bytes = 0
 
     def on_url(self, url: bytes) -> None:
@@ -145,6 +164,8 @@ class Connection(HttpToolsProtocol):
         self._head_bytes = 0
         if self.parser.get_http_version() == "1.1" and not any(name == b"host" for name, _ in self.headers):
             raise _Refused
+        answered = len(self.connections) - sum(map(len, self.without_answer))
+        self.scope["state"][CROWDED] = answered >= self.limits.connections
         super().on_headers_complete()
         self.cycle.transport = _Lingering(self)  # type: ignore[assignment]
 
@@ -167,11 +188,15 @@ class Connection(HttpToolsProtocol):
         self._whole = True
         self.cycle.transport = self.transport
         super().on_message_complete()
+        if not self.cycle.response_complete:
+            self._is_answered(True)
         if self._closes:
             self.transport.close()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self.cycle.response_complete:
+            self._is_answered(False)
         if self.transport.is_closing():
             self._heard_s = monotonic()  # it closes once the client has read everything; limit the time for that
 

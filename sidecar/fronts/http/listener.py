@@ -115,4 +115,4 @@ def _bound(host: str, port: int) -> socket.socket:
 
 def _protocol(limits: HttpLimits) -> type[asyncio.Protocol]:
     """Return a connection class with these limits: uvicorn makes connections by class."""
-    return type("Connection", (Connection,), {"limits": limits})
+    return type("Connection", (Connection,), {"limits": limits, "without_answer": ({}, {})})

@@ -131,9 +131,7 @@ class HttpProbes:
     def __init__(self, probes: Probes, address: str, connections: int, tls: ssl.SSLContext | None = None) -> None:
         self.address = address
         self._probes = probes
-        self._listener = HttpListener(
-            self._serve, HttpLimits(connections, silence_s=SILENCE_S_MAX, newest_first=True), tls
-        )
+        self._listener = HttpListener(self._serve, HttpLimits(connections, silence_s=SILENCE_S_MAX), tls)
 
     async def start(self) -> None:
         """Listen. Raises Misused(PORT_IN_USE) naming the address."""
