@@ -20,7 +20,6 @@ from sidecar.core.facts import (
     version_of_key,
 )
 from sidecar.errors import Reason
-from sidecar.journal import codec
 from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, adapter_of, facts_of, with_facts
 
 
@@ -364,13 +363,3 @@ def test_an_engine_that_queues_nothing_is_sent_no_more_than_its_seats() -> None:
     for name, queue_max, expected in (("b0", 0, 20), ("b1", 1, 21), ("b2", 50, 22), ("b3", None, 22)):
         world.add_engine(name, replace(facts_of(seats=20), queue_max=queue_max))
         assert world.core.state.backends[name].seats(world.config) == expected
-
-
-# Journals of earlier releases.
-
-
-def test_what_an_earlier_release_wrote_is_read() -> None:
-    """Fields that it did not know keep their defaults."""
-    record = codec.encode(ev.Received(1, "a", "t", "default", 1, 2, None, "", 3, ("b0",), 2))
-    del record["only"], record["sequences"]
-    assert codec.decode(record) == ev.Received(1, "a", "t", "default", 1, 2, None, "", 3)

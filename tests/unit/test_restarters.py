@@ -75,7 +75,15 @@ async def deleted(home: Cluster, pod: str) -> str:
 
 
 async def with_pod(home: Cluster, name: str) -> None:
-    await home.create("pods", {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}})
+    await home.create(
+        "pods",
+        {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": name},
+            "spec": {"containers": [{"name": "engine", "image": "engine"}]},
+        },
+    )
 
 
 async def test_a_pod_is_deleted() -> None:

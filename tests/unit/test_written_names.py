@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
+from dataclasses import dataclass, fields, is_dataclass, make_dataclass
 from enum import Enum
 from typing import Any, get_args, get_type_hints
 
@@ -125,35 +125,9 @@ def test_two_fields_of_one_written_name_are_refused() -> None:
     ]
 
 
-# What old journals lack.
-
-
-@dataclass(frozen=True)
-class Engine:
-    """It said by its kind alone how long its queue may be, until `queue_max` came; then came `seats`."""
-
-    kind: str
-    queue_max: int = field(default=-1)
-    seats: int = 8
-
-
-ENGINE = Form("Engine", "kind queue_max=queue seats", derived={"queue_max": lambda record: len(record["kind"])})
-
-
-@pytest.mark.parametrize(
-    ("written", "expected"),
-    [
-        ({"!": "Engine", "kind": "vllm"}, Engine("vllm", 4, 8)),
-        ({"!": "Engine", "kind": "vllm", "queue": 0}, Engine("vllm", 0, 8)),
-        ({"!": "Engine", "kind": "triton", "queue": 2, "seats": 3, "gone": True}, Engine("triton", 2, 3)),
-    ],
-)
-def test_what_is_not_written_is_derived_or_keeps_its_default(written: dict[str, Any], expected: Engine) -> None:
-    """What is written counts before what could be derived; what nobody knows any more is passed over."""
-    assert codec.decoder_of(Engine, ENGINE)(written) == expected
-
-
-def test_only_fields_can_be_derived() -> None:
-    assert problems(RunEnded, Form("RunEnded", RUN_ENDED.written, derived={"seats": lambda _: 1})) == [
-        'WRITTEN[RunEnded] in sidecar.journal.written_names derives "seats", which is no field'
-    ]
+def test_a_record_that_lacks_a_field_is_not_read() -> None:
+    """Its journal has another number; what nobody knows is passed over."""
+    decode = codec.decoder_of(RunEnded, RUN_ENDED)
+    assert decode(json.loads(WRITTEN_TODAY) | {"gone": True}) == RunEnded(1, 2, 3)
+    with pytest.raises(KeyError, match="output_tokens"):
+        decode({"!": "RunEnded", "request": 1, "attempt": 2})

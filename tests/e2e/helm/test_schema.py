@@ -61,7 +61,6 @@ BY_CHART: list[tuple[dict[str, Any], str]] = [
     ({"redis": {"url": "redis://r:6379/0", "bundled": {"enabled": True}}}, "take one out"),
     ({"redis": {"url": "redis://r:6379/0", "tlsSecret": "ca"}}, "let it begin with rediss"),
     ({"tls": {"replicas": {"secretName": "a"}}}, "set redis.url"),
-    ({"redis": {"bundled": {"transition": True}}}, "without redis.bundled.enabled"),
     ({"admin": {"tokenSecret": {"name": "a"}}}, "or set admin.allowCleartext: true where the network encrypts"),
     ({"tls": {"data": {"clientCa": True}}}, "the Secret with tls.crt, tls.key and ca.crt"),
     ({"engineScaling": {"enabled": True}}, "engineScaling.target.name, the Deployment of the engines"),

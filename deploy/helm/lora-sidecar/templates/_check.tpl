@@ -13,9 +13,6 @@
 {{- if and .Values.tls.replicas.secretName (not $redis) -}}
 {{- fail "tls.replicas.secretName is set and there are no replicas that know of each other: set redis.url" -}}
 {{- end -}}
-{{- if and .Values.redis.bundled.transition (not .Values.redis.bundled.enabled) -}}
-{{- fail "redis.bundled.transition is set without redis.bundled.enabled: it is about the bundled Redis, take it out" -}}
-{{- end -}}
 {{- if and .Values.admin.tokenSecret.name (not .Values.tls.admin.secretName) (not .Values.admin.allowCleartext) -}}
 {{- fail "admin.tokenSecret.name is set without tls.admin.secretName, so tokens would travel in clear text: name a Secret with tls.crt and tls.key, or set admin.allowCleartext: true where the network encrypts, as a mesh does" -}}
 {{- end -}}
