@@ -59,19 +59,22 @@ async def test_the_first_engine_of_the_readme_answers_chats(monkeypatch: pytest.
     (backend,) = yaml.safe_load((EXAMPLES.parent / file).read_text())["backends"]
     del backend["url"]
     monkeypatch.chdir(EXAMPLES.parent)
-    async with running_engine(seed=SEED) as engine, serving([engine], ADAPTERS, backend=backend) as served:
-        async with httpx.AsyncClient(base_url=f"http://{served.sidecar.http_address}", trust_env=False) as http:
+    async with (
+        running_engine(seed=SEED) as engine,
+        serving([engine], ADAPTERS, backend=backend) as served,
+        httpx.AsyncClient(base_url=f"http://{served.sidecar.http_address}", trust_env=False) as http,
+    ):
 
-            async def said(body: dict[str, Any]) -> str:
-                answer = await http.post(path, json=body)
-                assert answer.status_code == 200, answer.text
-                return str(answer.json()["choices"][0]["message"]["content"])
+        async def said(body: dict[str, Any]) -> str:
+            answer = await http.post(path, json=body)
+            assert answer.status_code == 200, answer.text
+            return str(answer.json()["choices"][0]["message"]["content"])
 
-            body = json.loads(asked)
-            question, answer = PROMPTS.index(body["messages"][-1]["content"]), await said(body)
-            assert answer == LEARNED[body["model"]][question]
-            body["messages"] += [{"role": "assistant", "content": answer}, {"role": "user", "content": PROMPTS[3]}]
-            assert await said(body) == LEARNED[body["model"]][3]
+        body = json.loads(asked)
+        question, answer = PROMPTS.index(body["messages"][-1]["content"]), await said(body)
+        assert answer == LEARNED[body["model"]][question]
+        body["messages"] += [{"role": "assistant", "content": answer}, {"role": "user", "content": PROMPTS[3]}]
+        assert await said(body) == LEARNED[body["model"]][3]
 
 
 async def test_one_gateway_in_front_of_three_kinds_of_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
