@@ -8,11 +8,14 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 import yaml
 
 from sidecar.lab.demo.model import ADAPTERS, SEED
+from sidecar.lab.demo.texts import LEARNED, PROMPTS
 from tests.kit.emulated import running_engine
 from tests.kit.peft_files import BASE_MODEL
 from tests.kit.serving import serving
@@ -46,6 +49,32 @@ async def test_clients_get_the_named_adapters_words(script: str) -> None:
         code, _, error = await run(str(EXAMPLES / script), *server, "pirates", "Who buys the most here?")
         assert code == 1
         assert 'unknown adapter "pirates"; did you mean pirate?' in error
+
+
+async def test_the_first_engine_of_the_readme_answers_chats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the configuration that its first walk names, as its curl asks, and as a chat program goes on."""
+    first = (EXAMPLES.parent / "README.md").read_text().split("## First answer by name")[1].split("```")[1]
+    (file,) = re.findall(r"--config (\S+)", first)
+    (path, asked) = re.findall(r"(/v1/chat/completions).*-d '(.*?)'", first, re.DOTALL)[0]
+    (backend,) = yaml.safe_load((EXAMPLES.parent / file).read_text())["backends"]
+    del backend["url"]
+    monkeypatch.chdir(EXAMPLES.parent)
+    async with (
+        running_engine(seed=SEED) as engine,
+        serving([engine], ADAPTERS, backend=backend) as served,
+        httpx.AsyncClient(base_url=f"http://{served.sidecar.http_address}", trust_env=False) as http,
+    ):
+
+        async def said(body: dict[str, Any]) -> str:
+            answer = await http.post(path, json=body)
+            assert answer.status_code == 200, answer.text
+            return str(answer.json()["choices"][0]["message"]["content"])
+
+        body = json.loads(asked)
+        question, answer = PROMPTS.index(body["messages"][-1]["content"]), await said(body)
+        assert answer == LEARNED[body["model"]][question]
+        body["messages"] += [{"role": "assistant", "content": answer}, {"role": "user", "content": PROMPTS[3]}]
+        assert await said(body) == LEARNED[body["model"]][3]
 
 
 async def test_one_gateway_in_front_of_three_kinds_of_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
