@@ -7,8 +7,9 @@ directory beside that lock:
     claims/<key>  the instance needs the entry of this name
     work          entries that the instance is making or removing
 
-An entry is removed when the last living instance releases it. An instance whose `owner` lock is free is dead: the next
-instance to start removes its directory, and every entry of ours that no instance claims.
+An entry is removed when the last living instance releases it. An instance whose `owner` lock is free is dead. What it
+leaves stays until another instance's `sweep` removes its directory, and every entry of ours that no instance claims:
+an engine may be reading those for answers that outlive the dead one.
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ class Claims:
         self._rename = rename
         self._own = self._hidden / secrets.token_hex(8)
         self._owner: int | None = None
+        self._left: frozenset[str] = frozenset()
+        """Entries that no living instance claimed at the start; they stay until `sweep`."""
 
     @property
     def work(self) -> Path:
@@ -67,25 +70,35 @@ class Claims:
         return self._own / "work"
 
     def open(self) -> None:
-        """Join the folder and remove entries that nobody needs. Raises Misused if the folder cannot be used."""
+        """Join the folder. Raises Misused if the folder cannot be used."""
         try:
             make_folder(self.directory)
             make_folder(self._hidden)
             with self.alone():
                 self._owner = self._enter()
-                swept = list(self._sweep())
+                self._left = frozenset(path.name for path in self._unclaimed())
         except OSError as error:
             raise Misused(
                 Reason.CONFIG_INVALID,
                 f"adapters_dir {self.directory} cannot be used: {error.strerror or error}; it must be a folder, on a "
                 "file system with locks, that this process can write to",
             ) from error
+
+    def sweep(self) -> None:
+        """Remove what dead instances have left, and entries that nobody needs."""
+        with self.alone():
+            self._left = frozenset()
+            swept = list(self._sweep())
         for folder in swept:
             self.discard(folder)
 
-    def close(self) -> None:
-        """Release every claim and leave the folder."""
+    def close(self, as_dead: bool = False) -> None:
+        """Release every claim and leave the folder; `as_dead` leaves all of it to a later `sweep`, as a kill does."""
         if self._owner is None:
+            return
+        if as_dead:
+            os.close(self._owner)
+            self._owner = None
             return
         try:
             for claim in list((self._own / "claims").iterdir()):
@@ -118,7 +131,7 @@ class Claims:
         """Give up a claim, and remove the entry unless another living instance claims it."""
         with self.alone():
             (self._own / "claims" / key).unlink(missing_ok=True)
-            gone = None if self._is_claimed(key) else self._take_out(key)
+            gone = None if key in self._left or self._is_claimed(key) else self._take_out(key)
         if gone is not None:
             self.discard(gone)
 
@@ -145,11 +158,15 @@ class Claims:
                 with suppress(PermissionError):  # another user's: it is that user's to clean up
                     self._rename(instance, gone / instance.name)
                 yield gone
-        for path in sorted(self.directory.iterdir()):
-            if OURS.match(path.name) and not self._is_claimed(path.name):
-                unneeded = self._take_out(path.name)
-                if unneeded is not None:
-                    yield unneeded
+        for path in self._unclaimed():
+            unneeded = self._take_out(path.name)
+            if unneeded is not None:
+                yield unneeded
+
+    def _unclaimed(self) -> list[Path]:
+        ours = [path for path in sorted(self.directory.iterdir()) if OURS.match(path.name)]
+        own = self._own / "claims"
+        return [path for path in ours if not ((own / path.name).exists() or self._is_claimed(path.name))]
 
     def _instances(self) -> list[Path]:
         return [path for path in sorted(self._hidden.iterdir()) if path.is_dir() and path != self._own]

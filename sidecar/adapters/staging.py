@@ -93,15 +93,19 @@ class Staging:
         self._lock = threading.Lock()
 
     def open(self) -> None:
-        """Join the folder and remove versions that nobody needs. Makes the folder if its parent exists.
+        """Join the folder; versions that nobody needs stay until `sweep`. Makes the folder if its parent exists.
 
         Raises Misused if the folder cannot be used.
         """
         self._claims.open()
 
-    def close(self) -> None:
-        """Release every version and leave the folder."""
-        self._claims.close()
+    def sweep(self) -> None:
+        """Remove versions that nobody needs, such as those of a process that was killed. Raises OSError."""
+        self._claims.sweep()
+
+    def close(self, as_dead: bool = False) -> None:
+        """Release every version and leave the folder; or leave all in it for the `sweep` of a later process."""
+        self._claims.close(as_dead)
 
     def path(self, key: str) -> Path:
         """Return the path of a staged version, which may not exist."""

@@ -530,6 +530,9 @@ class Backend(Protocol):
     def wear(self) -> Wear | None:
         """What the engine keeps until it is restarted; None if it frees all that it loads, or is not reached."""
 
+    async def files_removed(self) -> None:
+        """Have the engine forget what it knows of files that an earlier process left and that are removed now."""
+
     def keeps_at_least(self, versions: int) -> None:
         """Count on from the number of versions that another replica has counted, for an engine that was its own."""
 

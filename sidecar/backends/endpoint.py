@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from time import monotonic
@@ -239,6 +239,9 @@ class Endpoint(ABC):
     def wear(self) -> Wear | None:
         return self._kept() if self._up else None
 
+    async def files_removed(self) -> None:  # noqa: B027 — most engines know no files
+        """Do nothing: most engines keep no name of what they have read."""
+
     def keeps_at_least(self, versions: int) -> None:  # noqa: B027 — most engines keep nothing
         """Do nothing: most engines free what they load."""
 
@@ -248,8 +251,8 @@ class Endpoint(ABC):
 
     async def start(self, post: Callable[[Event], None]) -> None:
         self._post, self._awaited_until_s = post, monotonic() + NOT_YET_S
-        self._spawn(self._watch())
-        self._spawn(self._report_progress())
+        self._tasks.spawn(self._watch())
+        self._tasks.spawn(self._report_progress())
 
     async def stop(self) -> None:
         self._up = False
@@ -283,7 +286,7 @@ class Endpoint(ABC):
         run = self._runs[effect.request, effect.attempt] = self._begin(effect, ticket)
         if ticket.is_whole:
             self._whole.add((effect.request, effect.attempt))
-        task = self._spawn(self._run(run, ticket.client_id, weights))
+        task = self._tasks.spawn(self._run(run, ticket.client_id, weights))
         if weights is not None:
             task.add_done_callback(lambda _: _release(weights))
 
@@ -314,7 +317,7 @@ class Endpoint(ABC):
         if not self._takes:
             weights.release()
             return
-        task = self._spawn(self._load(effect, weights))
+        task = self._tasks.spawn(self._load(effect, weights))
         self._loads[effect.load] = task
         task.add_done_callback(lambda _: self._load_ended(effect.load, weights))
 
@@ -344,7 +347,7 @@ class Endpoint(ABC):
 
     def probe(self, within_s: float) -> None:
         if self._up and (self._probing is None or self._probing.done()):
-            self._probing = self._spawn(self._probe(within_s))
+            self._probing = self._tasks.spawn(self._probe(within_s))
 
     async def _probe(self, within_s: float) -> None:
         """Look for a sign of life: a counted step if something is in flight, else a token for a request of ours."""
@@ -406,9 +409,6 @@ class Endpoint(ABC):
     def _takes(self) -> bool:
         """True if requests may be sent. Those sent meanwhile end with the loss that the core is about to hear of."""
         return self._up and not self._closing
-
-    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        return self._tasks.spawn(work)
 
     def _heard(self, request: int, tokens: int) -> None:
         self.pulse.heard(monotonic())
@@ -553,7 +553,7 @@ class Endpoint(ABC):
         """
         if self._takes:
             if self._checking is None or self._checking.done():
-                self._checking = self._spawn(self._look_after(text))
+                self._checking = self._tasks.spawn(self._look_after(text))
             await asyncio.shield(self._checking)
         return not self._up or (bool(self._closing) and not begun)
 

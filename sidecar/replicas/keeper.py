@@ -162,9 +162,6 @@ class Keeper:
             if not isinstance(error, Exception):
                 raise
 
-    def _later(self, work: Coroutine[Any, Any, None]) -> None:
-        self._tasks.spawn(work)
-
     def _wake_at(self, effect: do.WakeAt) -> None:
         if self._timer is not None:
             self._timer.cancel()
@@ -174,7 +171,7 @@ class Keeper:
     # Redis.
 
     def _send_beat(self, effect: do.SendBeat) -> None:
-        self._later(self._beat(effect))
+        self._tasks.spawn(self._beat(effect))
 
     async def _beat(self, effect: do.SendBeat) -> None:
         try:
@@ -188,10 +185,10 @@ class Keeper:
         self._step(answered)
 
     def _send_acquire(self, effect: do.SendAcquire) -> None:
-        self._later(self._lease(effect.number, lambda: self._leases.acquire(effect)))
+        self._tasks.spawn(self._lease(effect.number, lambda: self._leases.acquire(effect)))
 
     def _send_renew(self, effect: do.SendRenew) -> None:
-        self._later(self._lease(effect.number, lambda: self._leases.renew(effect)))
+        self._tasks.spawn(self._lease(effect.number, lambda: self._leases.renew(effect)))
 
     async def _lease(self, number: int, call: Callable[[], Coroutine[Any, Any, ev.LeaseAnswered]]) -> None:
         try:
@@ -203,10 +200,10 @@ class Keeper:
             self._step(answered)
 
     def _send_release(self, effect: do.SendRelease) -> None:
-        self._later(self._unanswered(lambda: self._leases.release(effect)))
+        self._tasks.spawn(self._unanswered(lambda: self._leases.release(effect)))
 
     def _send_leave(self, effect: do.SendLeave) -> None:
-        self._later(self._leave(effect))
+        self._tasks.spawn(self._leave(effect))
 
     async def _leave(self, effect: do.SendLeave) -> None:
         await self._unanswered(lambda: self._leases.leave(effect))
@@ -221,7 +218,7 @@ class Keeper:
     # Other members.
 
     def _send_ask(self, effect: do.SendAsk) -> None:
-        self._later(self._ask(effect))
+        self._tasks.spawn(self._ask(effect))
 
     async def _ask(self, effect: do.SendAsk) -> None:
         request = peers_pb2.AskRequest(
@@ -256,14 +253,14 @@ class Keeper:
         if effect.backend == LEADER:
             self.leads_since = None
             if effect.why in WITH_WORK:
-                self._later(self._until_idle(LEADER))
+                self._tasks.spawn(self._until_idle(LEADER))
             return
         logger.info("%s is given up: %s", effect.backend, effect.why.value)
         self.changes["given_up"] += 1
         self._tell(core_events.BackendGivenUp(effect.backend, effect.why.value))
         self._changed()
         if effect.why in WITH_WORK:
-            self._later(self._until_idle(effect.backend))
+            self._tasks.spawn(self._until_idle(effect.backend))
 
     async def _until_idle(self, backend: str) -> None:
         while backend != LEADER and self._in_flight(backend):

@@ -21,8 +21,6 @@ TELL_S = 2.0
 """How long the telling may take: what hangs may be stderr."""
 FRAMES = 6
 """The innermost frames of a thread that are told."""
-IDLE = "_worker"
-"""The function in which a thread of a pool waits for work; Python ends it."""
 
 
 class LastBound:
@@ -53,15 +51,12 @@ class LastBound:
         os._exit(self._code)
 
     def _tell(self) -> None:
-        left = [f"task {task.get_name()} in {where(task)}" for task in asyncio.all_tasks(self._loop)]
-        frames = sys._current_frames()
-        for thread in threading.enumerate():
-            frame = frames.get(thread.ident or 0)
-            if frame is not None and not thread.daemon and frame.f_code.co_name != IDLE:
-                stack = traceback.extract_stack(frame)[-FRAMES:]
-                calls = " > ".join(f"{Path(each.filename).name}:{each.lineno} {each.name}" for each in stack)
-                left.append(f"thread {thread.name} in {calls}")
         logger.critical("the sidecar was to end and goes on, so it exits with code %d; see below", self._code)
-        for each in sorted(left):
-            logger.critical("not ended: %s", each)
+        for task in asyncio.all_tasks(self._loop):
+            logger.critical("not ended: task %s in %s", task.get_name(), where(task))
+        for thread in threading.enumerate():
+            stack = traceback.extract_stack(sys._current_frames().get(thread.ident or 0))[-FRAMES:]
+            if not thread.daemon and stack[-1].name != "_worker":  # else a pool's that waits for work: Python ends it
+                calls = " > ".join(f"{Path(each.filename).name}:{each.lineno} {each.name}" for each in stack)
+                logger.critical("not ended: thread %s in %s", thread.name, calls)
         self._tell_all()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from time import monotonic_ns, time
+from time import monotonic, monotonic_ns, time
 from typing import Any
 
 from sidecar.access.access import Access, Caller
@@ -34,7 +34,7 @@ from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
 from sidecar.core.core import STALLED, Core, Policies, cut_off, why_left
-from sidecar.core.enums import Fault, Outcome, outcome_of
+from sidecar.core.enums import Fault, Outcome, Phase, outcome_of
 from sidecar.core.facts import EngineFacts, version_of_key
 from sidecar.core.state import Name, State
 from sidecar.errors import Misused, Reason, Refused, SidecarError
@@ -53,11 +53,13 @@ from sidecar.shell.store import BlobStore
 from sidecar.shell.trial import Trial
 from sidecar.state.records import check_not_paused
 from sidecar.state.registry import Registry
-from sidecar.tasks import ended
+from sidecar.tasks import Tasks
 
 logger = logging.getLogger(__name__)
 
 STALL_CHECK_S = 1.0
+EARLIER_S_MAX = 3600.0
+"""How long files of an earlier process may stay: no answer takes so long."""
 ABANDON_S = TOLD_S = 1.0
 """Time that a crashed process gives its engines, and its clients; for everything it has `cli.serving.CRASH_S`."""
 LEASE_ENDED = "this replica's lease had ended before the request was sent; send it again"
@@ -117,14 +119,15 @@ class Gateway:
         self._numbers = itertools.count(1)
         self._asks: dict[int, asyncio.Future[do.Answer]] = {}
         self._client_stall_ns = int(client_stall_s * 1e9)
-        self._sweeper: asyncio.Task[None] | None = None
+        self._tasks = Tasks()
         self.lanes = Lanes(lambda: self.core.state)
         self.chronicle = Chronicle(lambda: self.core.state, self._ticket_of, waited_ns=self.driver.waited_ns)
         self.driver.observe(self.chronicle, of_refused=True)
         self.driver.observe(SharedNames(self.core.state))
         self.begin_trace: Callable[[Ticket, RequestFacts], Traced] | None = None
         """Begins the trace of a request; None if nothing is traced."""
-        self._watcher: asyncio.Task[None] | None = None
+        self._is_outlived = False
+        """Engines go on with answers after this process: those that a proxy carries."""
 
     @property
     def state(self) -> State:
@@ -163,8 +166,10 @@ class Gateway:
             self.fleet.add(backend, facts, self.elsewhere is None)
         for backend, _ in backends:
             await self.fleet.start(backend)
-        self._sweeper = asyncio.create_task(self._sweep())
-        self._watcher = asyncio.create_task(self.chronicle.watch())
+        self._tasks.spawn(self._sweep())
+        self._tasks.spawn(self.chronicle.watch())
+        if self.store.folders:
+            self._tasks.spawn(self._clear_folders())
 
     async def add_backend(self, backend: Backend, facts: EngineFacts, pool: str = "", fresh: bool = True) -> None:
         """Add a backend and begin to reach it; `fresh` says that its engine is new."""
@@ -188,6 +193,8 @@ class Gateway:
         """Take another configuration while requests run. `stagings` are open folders besides those in use."""
         self.catalogue.bases = bases
         self.store.add_folders(stagings)
+        if stagings:
+            self._tasks.spawn(self._clear_folders())
         self.driver.inbox_max = inbox_max
         if config != self.state.config:
             self.driver.step(ev.ConfigChanged(config))
@@ -200,6 +207,7 @@ class Gateway:
 
     async def cut_off(self) -> bool:
         """End every open request because the process stops, and return True if there was one."""
+        self._is_outlived = self._goes_on()
         tickets = [ticket for ticket in self.tickets.values() if ticket.settled is None]
         for ticket in tickets:
             begun = ticket.came is not None
@@ -209,13 +217,19 @@ class Gateway:
         return bool(tickets)
 
     async def stop(self) -> None:
+        self._is_outlived = self._is_outlived or self._goes_on()
         await self._stop_backends()
         self.driver.stop()
         self.sources.close()
-        self.store.close()
+        self.store.close(as_dead=self._is_outlived)
+
+    def _goes_on(self) -> bool:
+        """Return True if engines have requests that a stop of this process does not end."""
+        carried = any(request.unseen for request in self.state.requests.values())
+        return carried or any(each.owned and each.others for each in self.state.backends.values())
 
     async def _stop_backends(self) -> None:
-        await ended(self._sweeper, self._watcher)
+        await self._tasks.stop()
         await self.fleet.stop()
 
     # After a crash.
@@ -459,6 +473,19 @@ class Gateway:
             self.driver.post(event)
         else:
             self._left.pop(ticket.request, None)
+
+    async def _clear_folders(self) -> None:
+        """Remove what earlier processes left for engines, once none can be reading it for their answers."""
+        until_s = monotonic() + EARLIER_S_MAX
+        while self._is_read_for_others() and monotonic() < until_s:
+            await asyncio.sleep(STALL_CHECK_S)
+        await self.store.sweep_folders()
+        await asyncio.gather(*(backend.files_removed() for backend in self.backends.values()))
+
+    def _is_read_for_others(self) -> bool:
+        """Return True while an engine that reads files has requests that others sent, or may have some."""
+        engines = [backend for backend in self.state.backends.values() if backend.facts.reads_files]
+        return not engines or any(each.others or each.phase is not Phase.UP for each in engines)
 
     async def _sweep(self) -> None:
         """Once a second: cancel requests whose clients have been too far behind for too long, and drop old sources."""

@@ -62,10 +62,18 @@ class StagedFolders:
     def folders(self) -> list[Path]:
         return [staging.directory for staging in self._stagings]
 
-    def close(self) -> None:
-        """Give everything up. No thread may be running any more."""
+    def close(self, as_dead: bool = False) -> None:
+        """Give everything up, or with `as_dead` leave it for a later process. No thread may be running any more."""
         for staging in self._stagings:
-            staging.close()
+            staging.close(as_dead)
+
+    async def sweep(self) -> None:
+        """Remove what earlier processes left."""
+        for staging in self._stagings:
+            try:
+                await self._in_thread(staging.sweep)
+            except OSError as error:
+                logger.warning("what is not needed in %s was not removed: %s", staging.directory, error)
 
     async def bring(self, effect: Fetch) -> None:
         """Stage a version in every folder. Raises SidecarError; then it is in none."""

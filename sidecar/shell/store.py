@@ -241,14 +241,19 @@ class BlobStore:
         config = lora_config(built.plan).tobytes()
         return PackedWeights(built.blob, built.plan.shape, built.plan.layout.dtype, config, self._threads.submit)
 
-    def close(self) -> None:
+    async def sweep_folders(self) -> None:
+        """Remove files that earlier processes left for engines."""
+        await self._staged.sweep()
+
+    def close(self, as_dead: bool = False) -> None:
+        """Close; with `as_dead` the files for engines stay, which a later process removes."""
         for task in (*self._fetching.values(), *self._leaving.values()):
             task.cancel()
         self._threads.shutdown(wait=True, cancel_futures=True)
         for built in self._built.values():
             built.blob.release()
         self._built.clear()
-        self._staged.close()
+        self._staged.close(as_dead)
 
 
 class Budget:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc.aio
@@ -18,8 +19,11 @@ from sidecar.core.effects import Heal, Load
 from sidecar.proto import admin_pb2
 from tests.kit.emulated import running_engine
 from tests.kit.peft_files import write_adapter
-from tests.kit.serving import Serving, serving, until, write_adapters
-from tests.kit.vllm_emulated import BASE, VllmProcess, expected, running_vllm
+from tests.kit.picker_house import picker_house, response_body, response_head
+from tests.kit.quick_engine import event
+from tests.kit.serving import Serving, serving, until, until_async, write_adapters
+from tests.kit.sidecar_process import sidecar_process
+from tests.kit.vllm_emulated import BASE, Client, VllmProcess, expected, running_vllm
 
 DUMMY: dict[str, Any] = {"compute": "none"}
 ENGINE = {"device_pages": 2, "host_pages": 4, "seats": 32}
@@ -184,7 +188,7 @@ async def test_requests_of_others_take_seats_until_they_end(tmp_path: Path) -> N
     """They are counted when the engine is reached, and fewer as they end; our own are never counted among them."""
     (tmp_path / "adapters").mkdir()
     async with running_vllm(seats=6, time_scale=1.0) as (engine, client):
-        body = {"model": BASE, "prompt": "hello", "max_tokens": 1500, "ignore_eos": True}
+        body = {"model": BASE, "prompt": "hello", "max_tokens": 8000, "ignore_eos": True}
         others = [asyncio.create_task(client.http.post("/v1/completions", json=body)) for _ in range(3)]
         await until(lambda: engine.engine.counters.active == 3)
         async with fronted([engine], tmp_path, backend={"engine": ENGINE | {"seats": 6}}) as served:
@@ -297,3 +301,46 @@ async def test_an_engine_that_a_reload_adds_reads_from_its_own_folder(tmp_path: 
         assert (await served.ask(name)).tokens == answer_of(served, tmp_path, name)
         [place] = [card["root"] for card in (await client.models()).values() if card["parent"]]
         assert Path(place).parent == tmp_path / "other"
+
+
+async def test_files_stay_for_answers_that_outlive_a_killed_process(tmp_path: Path) -> None:
+    """A proxy carries such an answer on, and the engine may read its adapter again. Then files and name go."""
+    write_adapter(tmp_path / "former" / "sql", seed=7)
+    write_adapters(tmp_path / "adapters", 1)
+    shared = str(tmp_path / "shared")
+    async with running_vllm(**DUMMY, time_scale=1.0, max_loras=2, max_cpu_loras=4) as (engine, client):
+        place = {"url": f"vllm://{engine.http_address}", "id": "vllm-0", "adapters_dir": shared}
+        async with sidecar_process(SimpleNamespace(grpc_address=""), tmp_path / "former", **place) as former:
+            await former.ask("sql")
+            [name] = set(await client.models()) - {BASE}
+            carried = client.stream("/v1/completions", model=name, prompt="hello", max_tokens=8000)
+            await anext(carried)
+            await former.kill()
+        [key] = staged(tmp_path)
+        async with fronted([engine], tmp_path) as served:
+            assert served.state.backends["vllm-0"].others == 1
+            assert (await served.ask("a00")).tokens == answer_of(served, tmp_path, "a00")
+            assert key in staged(tmp_path)
+            assert name in await client.models()
+            await carried.aclose()  # type: ignore[attr-defined]
+            await until(lambda: key not in staged(tmp_path))
+            assert len(staged(tmp_path)) == 1
+            await until_async(lambda: lacks(client, name))
+            assert (await served.ask("a00")).tokens == answer_of(served, tmp_path, "a00")
+        assert staged(tmp_path) == set()
+
+
+async def lacks(client: Client, name: str) -> bool:
+    return name not in await client.models()
+
+
+async def test_files_stay_for_an_answer_that_outlives_a_stop(tmp_path: Path) -> None:
+    """A stop at once, as at a second signal: what a proxy carries goes on. The next process removes the files."""
+    async with picker_house(tmp_path) as house:
+        raw = await house.routed("a00")
+        await raw.send(response_head(), response_body(event("x")))
+        await until(lambda: any(request.unseen for request in house.served.state.requests.values()))
+        [key] = staged(tmp_path)
+    assert staged(tmp_path) == {key}
+    async with picker_house(tmp_path, adapters=0):
+        await until(lambda: not staged(tmp_path))

@@ -188,7 +188,7 @@ class PickerHouse:
         await until(lambda: not state.requests, patience_s)
         assert all(not backend.running for backend in state.backends.values())
         assert all(not slot.running for backend in state.backends.values() for slot in backend.slots.values())
-        await until(lambda: not self.picker._exchanges and not self.picker._answering, patience_s)
+        await until(lambda: not self.picker._exchanges and not self.picker._answering._going, patience_s)
         assert not self.picker.log._watched
 
 

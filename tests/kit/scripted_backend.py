@@ -65,6 +65,9 @@ class ScriptedBackend:
     def probe(self, within_s: float) -> None:
         self._post(BackendProbed(self.id, True))
 
+    async def files_removed(self) -> None:
+        """Nothing."""
+
     def keeps_at_least(self, versions: int) -> None:
         """Return at once: it keeps nothing."""
 

@@ -316,7 +316,7 @@ print("done")
     ],
 )
 def test_a_kill_at_each_step(tmp_path: Path, doing: str, step: str, number: int) -> None:
-    """What has the name is whole; the next start removes what was under way, and what nobody claims any more."""
+    """What has the name is whole; the next one removes what was under way, and what nobody claims any more."""
     source, digest, key = adapter(tmp_path / "sql")
     shared = tmp_path / "shared"
     ended = run(KILLED, source, shared, key, digest, step, number, doing)
@@ -325,6 +325,8 @@ def test_a_kill_at_each_step(tmp_path: Path, doing: str, step: str, number: int)
     assert visible(shared) == ([key] if placed else [])
     assert not placed or digest_of_folder(shared / key) == digest
     with opened(shared) as staging:
+        assert visible(shared) == ([key] if placed else [])
+        staging.sweep()
         assert visible(shared) == []
         assert len(list((shared / HIDDEN).glob("*/owner"))) == 1
         assert work_left(shared) == []
@@ -402,6 +404,28 @@ def test_a_sidecar_that_was_killed_claims_nothing(tmp_path: Path) -> None:
             assert visible(shared) == []
 
 
+def test_what_a_killed_process_left_stays_until_the_sweep(tmp_path: Path) -> None:
+    """An engine may be reading it. Who needs it meanwhile keeps it over the sweep, and then it goes as ever."""
+    source, digest, key = adapter(tmp_path / "sql")
+    other, other_digest, other_key = adapter(tmp_path / "chat", seed=1)
+    shared = tmp_path / "shared"
+    with opened(shared) as left:
+        left.stage(source, key, digest)
+        left.stage(other, other_key, other_digest)
+        left.close(as_dead=True)
+    with opened(shared) as staging:
+        inode = (shared / key / WEIGHTS).stat().st_ino
+        staging.stage(source, key, digest)
+        staging.remove(key)
+        assert visible(shared) == sorted([key, other_key])
+        staging.stage(source, key, digest)
+        staging.sweep()
+        assert visible(shared) == [key]
+        assert (shared / key / WEIGHTS).stat().st_ino == inode
+        staging.remove(key)
+        assert visible(shared) == []
+
+
 def test_what_is_not_ours_stays(tmp_path: Path) -> None:
     """Files and folders of people, whatever they hold; unclaimed packed keys go."""
     shared = tmp_path / "shared"
@@ -409,7 +433,9 @@ def test_what_is_not_ours_stays(tmp_path: Path) -> None:
     shutil.copytree(source, shared / "sql")
     shutil.copytree(source, shared / key)
     (shared / "notes").write_text("x")
-    with opened(shared):
+    with opened(shared) as staging:
+        assert visible(shared) == sorted([key, "notes", "sql"])
+        staging.sweep()
         assert visible(shared) == ["notes", "sql"]
 
 

@@ -277,7 +277,7 @@ class TrtllmBackend(Endpoint):
     def _run_failed(self, fault: Fault) -> None:
         """Note what an engine's error says of the engine itself."""
         if fault is Fault.DEADLY and self._up:
-            self._spawn(self._wire_broke("an adapter has ended it"))
+            self._tasks.spawn(self._wire_broke("an adapter has ended it"))
         if fault is not Fault.FULL or not self._takes:
             return
         at_once = len({run.effect.packed_key for run in self._runs.values() if run.effect.packed_key})

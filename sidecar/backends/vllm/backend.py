@@ -149,6 +149,16 @@ class VllmBackend(Endpoint):
     async def _clear_away(self, adapters: dict[str, str]) -> None:
         """Forget names that a restart has lost, and unload those whose files are gone."""
         self._registered = {key: name for key, name in self._registered.items() if name in adapters}
+        await self._unload_gone(adapters)
+
+    async def files_removed(self) -> None:
+        try:
+            if self._up:
+                await self._unload_gone((await self._api.models()).adapters)
+        except (httpx.HTTPError, Misused) as error:
+            logger.info("%s keeps names whose files have gone: %s", self.id, self._error_text(error))
+
+    async def _unload_gone(self, adapters: dict[str, str]) -> None:
         ours = set(self._registered.values())
         self._others = 0
         for name, path in adapters.items():

@@ -24,6 +24,7 @@ from sidecar.fronts.callers import CALLER, id_of_call
 from sidecar.fronts.status import abort
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.managing import CONFIRM
+from sidecar.tasks import Tasks
 
 DOING = {
     Action.REGISTER: "change",
@@ -50,7 +51,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self._gateway = gateway
         self._sight = Sight(gateway, store)
         self._handlers: dict[Any, Any] = {}
-        self._recording: set[asyncio.Task[None]] = set()
+        self._recording = Tasks()
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
         handler = await continuation(details)
@@ -137,11 +138,9 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         finally:
             after = {**rule.asked(message), **rule.facts(message, sight), **(rule.outcome(told[0]) if told else {})}
             # A call that is cut off has changed something, or will have: its line is written nevertheless.
-            recording = asyncio.create_task(
+            recording = self._recording.spawn(
                 sight.gateway.access.changed(caller, verb, action, resource, before, after, request_id, why)
             )
-            self._recording.add(recording)
-            recording.add_done_callback(self._recording.discard)
             await asyncio.shield(recording)
 
     def _check(

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from sidecar.tasks import ended
+
 Answer = TypeVar("Answer")
 LEFT = Response(status_code=499)
 """A response that no client reads."""
@@ -34,15 +36,12 @@ class Streamed(StreamingResponse):
 
 async def unless_left(receive: Receive, answering: Coroutine[Any, Any, Answer]) -> Answer | None:
     """Return the result of an answer; None if its client left before."""
-    tasks = answer, leaving = asyncio.create_task(answering), asyncio.create_task(_left(receive))
+    tasks = answer, _ = asyncio.create_task(answering), asyncio.create_task(_left(receive))
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
         is_over = answer.done()
-        for task in (answer, leaving):
-            task.cancel()
-        # The result of an answer that no client waits for is ignored.
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await ended(*tasks)  # the result of an answer that no client waits for is ignored
     return answer.result() if is_over else None
 
 
