@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from time import monotonic_ns
 from typing import Any
 
@@ -14,43 +13,36 @@ from sidecar.core.effects import Dispatch, Settle
 from sidecar.core.enums import Cache, outcome_of
 from sidecar.errors import Reason
 from sidecar.proto import peers_pb2
+from sidecar.proto.filling import filled
 from sidecar.shell.requests import RequestFacts, TraceOrigin
+
+_AS_IT_IS = ("adapter", "tenant", "klass", "input_tokens", "output_tokens_max", "session", "size_bytes", "is_estimated")
 
 
 def forwarded(member: str, backend: str, facts: RequestFacts, ticket: Ticket, leg: int) -> Any:
     """Return the message that forwards a request to a backend's owner. `leg` is what `Traced.headers` takes."""
     payload, trace = ticket.payload, dict(ticket.trace.headers(leg)) if ticket.trace is not None else {}
-    return peers_pb2.ForwardRequest(
+    return filled(
+        peers_pb2.ForwardRequest,
+        facts,
+        "number",
         member=member,
         backend=backend,
-        adapter=facts.adapter,
-        tenant=facts.tenant,
-        klass=facts.klass,
-        input_tokens=facts.input_tokens,
-        output_tokens_max=facts.output_tokens_max,
-        deadline_s=facts.deadline_s,
-        session=facts.session,
-        size_bytes=facts.size_bytes,
-        sequences=facts.sequences,
         client_id=ticket.client_id,
         peer=ticket.peer,
         traceparent=trace.get("traceparent", ""),
         tracestate=trace.get("tracestate", ""),
         versions=None if facts.versions is None else peers_pb2.Ordinals(ordinals=facts.versions),
-        is_estimated=facts.is_estimated,
-        waited_ns=facts.waited_ns,
         is_carried=ticket.carrier is not None,
         answer_id="" if ticket.carrier is None else ticket.carrier.answer_id,
-        payload=peers_pb2.ForwardedPayload(
-            model=payload.model,
-            kind=payload.kind,
+        payload=filled(
+            peers_pb2.ForwardedPayload,
+            payload,
             head=_form(payload.head),
             forms={kind: _form(form) for kind, form in payload.forms.items()},
-            raw=payload.raw,
-            unary=payload.unary,
             metadata=[peers_pb2.ForwardedMetadata(key=key, value=value) for key, value in payload.metadata],
             prompt="" if payload.prompt is None else payload.prompt.value,
-            whole=None if payload.whole is None else peers_pb2.ForwardedWhole(**asdict(payload.whole)),
+            whole=None if payload.whole is None else filled(peers_pb2.ForwardedWhole, payload.whole),
         ),
     )
 
@@ -58,18 +50,11 @@ def forwarded(member: str, backend: str, facts: RequestFacts, ticket: Ticket, le
 def facts_of(request: Any) -> RequestFacts:
     """Return the facts of a forwarded request for the owner's core; the request may go to that backend only."""
     return RequestFacts(
-        request.adapter,
-        request.tenant,
-        request.klass,
-        request.input_tokens,
-        request.output_tokens_max,
-        request.deadline_s if request.HasField("deadline_s") else None,
-        request.session,
-        request.size_bytes,
-        (request.backend,),
-        max(1, request.sequences),  # an older replica omits it
-        tuple(request.versions.ordinals) if request.HasField("versions") else None,
-        is_estimated=request.is_estimated,
+        **{name: getattr(request, name) for name in _AS_IT_IS},
+        deadline_s=request.deadline_s if request.HasField("deadline_s") else None,
+        only=(request.backend,),
+        sequences=max(1, request.sequences),  # an older replica omits it
+        versions=tuple(request.versions.ordinals) if request.HasField("versions") else None,
         trace=TraceOrigin(request.traceparent, request.tracestate, monotonic_ns()),
         waited_ns=max(0, request.waited_ns),  # an older replica omits it
     )
@@ -98,11 +83,7 @@ def _whole_of(sent: Any) -> Whole:
 def _form(form: Form) -> Any:
     if isinstance(form, bytes):
         return peers_pb2.ForwardedForm(grpc=form)
-    return peers_pb2.ForwardedForm(
-        http=peers_pb2.ForwardedHttp(
-            path=form.path, before=form.before, after=form.after, model=form.model, streams=form.streams
-        )
-    )
+    return peers_pb2.ForwardedForm(http=filled(peers_pb2.ForwardedHttp, form))
 
 
 def _form_of(sent: Any) -> Form:
@@ -114,16 +95,7 @@ def _form_of(sent: Any) -> Form:
 
 def origin(dispatch: Dispatch) -> Any:
     """Return the origin of an answer: the backend and the version."""
-    return peers_pb2.ForwardedOrigin(
-        backend=dispatch.backend,
-        name=dispatch.name,
-        ordinal=dispatch.ordinal,
-        digest=dispatch.digest,
-        cache=dispatch.cache.value,
-        queue_ns=dispatch.queue_ns,
-        load_ns=dispatch.load_ns,
-        heals=dispatch.heals,
-    )
+    return filled(peers_pb2.ForwardedOrigin, dispatch, cache=dispatch.cache.value)
 
 
 def dispatch_of(request: int, sent: Any) -> Dispatch:
@@ -145,22 +117,16 @@ def ending(settled: Settle, rejection: Any, is_bystander: bool = False) -> Any:
 
     `is_bystander` is True if this replica crashed on another request.
     """
-    sent = peers_pb2.ForwardedEnding(
+    refused = rejection if isinstance(rejection, HttpRejection) else None
+    return filled(
+        peers_pb2.ForwardedEnding,
+        settled,
         reason="" if settled.reason is None else settled.reason.value,
-        message=settled.message,
-        retry_after_ns=settled.retry_after_ns,
-        name=settled.name,
-        version=settled.version,
-        output_tokens=settled.output_tokens,
         is_bystander=is_bystander,
-        queue_ns=settled.queue_ns,
-        is_estimated=settled.is_estimated,
+        http_status=None if refused is None else refused.status,
+        http_body=None if refused is None else refused.body,
+        grpc_code=rejection.value[0] if isinstance(rejection, grpc.StatusCode) else None,
     )
-    if isinstance(rejection, HttpRejection):
-        sent.http_status, sent.http_body = rejection.status, rejection.body
-    elif isinstance(rejection, grpc.StatusCode):
-        sent.grpc_code = rejection.value[0]
-    return sent
 
 
 def settle_of(request: int, facts: RequestFacts, backend: str, sent: Any) -> Settle:

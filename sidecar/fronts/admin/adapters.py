@@ -20,6 +20,7 @@ from sidecar.fronts.admin.push import Pushes
 from sidecar.fronts.admin.verify import Verifier
 from sidecar.fronts.status import abort, answers_errors
 from sidecar.proto import admin_pb2, admin_pb2_grpc
+from sidecar.proto.filling import filled
 from sidecar.shell.catalogue import Entered, Wanted
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.loading import PATH
@@ -264,14 +265,13 @@ def _version_messages(record: Record, shown: Collection[int]) -> list[Any]:
     if record.canary is not None:
         roles[record.canary[0]] = "canary"
     return [
-        admin_pb2.Version(
+        filled(
+            admin_pb2.Version,
+            version,
             version=f"v{version.ordinal}",
             digest=version.adapter.digest,
-            origin=version.origin,
             labels=dict(version.labels),
             role=roles.get(version.ordinal, ""),
-            generation=version.generation,
-            registered_at=version.registered_at,
         )
         for version in record.versions
         if version.ordinal in shown
@@ -279,40 +279,15 @@ def _version_messages(record: Record, shown: Collection[int]) -> list[Any]:
 
 
 def _live_message(view: queries.AdapterView) -> Any:
-    return admin_pb2.Adapter(
-        name=view.name,
+    of_record = ("versions", "canary_weight", "canary_version", "managed_by", "held_s", "paused_s")
+    return filled(
+        admin_pb2.Adapter,
+        view,
+        *of_record,
         version=f"{view.name}@v{view.ordinal}",
-        digest=view.digest,
-        base_model=view.base_model,
         path=view.origin,
-        rank=view.rank,
-        modules=view.modules,
-        dtype=view.dtype,
-        pinned=view.pinned,
-        allow=view.allow,
-        quarantined=view.quarantined,
-        requests=view.requests,
-        store=[
-            admin_pb2.StoreCopy(
-                dtype=copy.dtype,
-                state=copy.state,
-                size_bytes=copy.size_bytes,
-                pins=copy.pins,
-                task_id=str(copy.task_id),
-                tier=copy.tier,
-            )
-            for copy in view.store
-        ],
-        backends=[
-            admin_pb2.Residency(
-                backend=residency.backend,
-                tier=residency.tier,
-                age_s=residency.age_ns / 1e9,
-                source=residency.source,
-                unfit=residency.unfit,
-            )
-            for residency in view.backends
-        ],
+        store=[filled(admin_pb2.StoreCopy, copy, task_id=str(copy.task_id)) for copy in view.store],
+        backends=[filled(admin_pb2.Residency, each, age_s=each.age_ns / 1e9) for each in view.backends],
     )
 
 
