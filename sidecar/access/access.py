@@ -37,6 +37,7 @@ from sidecar.access.principal import (
 )
 from sidecar.access.proving import Proving
 from sidecar.access.resources import Resources, adapter_resource, version_resource
+from sidecar.access.salts import Salts
 from sidecar.access.tokens import Tokens
 from sidecar.config.identities import OWN_TENANTS, clipped
 from sidecar.config.identity import Identity
@@ -122,6 +123,7 @@ class Access:
         tokens: Tokens | None = None,
         budgets: Budgets | None = None,
         external: ExternalCheck | None = None,
+        salts: Salts | None = None,
         change_of: Callable[[], int] = lambda: 0,
         clock: Callable[[], float] = time,
     ) -> None:
@@ -141,6 +143,7 @@ class Access:
         self._audit = audit
         self._by_version = by_version
         self.budgets = budgets
+        self.salts = salts
 
     @classmethod
     def off(cls, record_of: Callable[[str], Record | None], tenant_from: str = "metadata") -> Access:

@@ -1,7 +1,7 @@
-"""What the access registry keeps: API keys and the limits that were set at run time. No I/O.
+"""What the access registry keeps: API keys, the limits that were set at run time, and a secret for salts. No I/O.
 
 A key is stored as `key/<id>`, a limit as `limit/<tenant>/<class>/<adapter>`, with `/input`
-or `/output` if it counts only those tokens. An entry with a field that this release
+or `/output` if it counts only those tokens, the secret as `salt`. An entry with a field that this release
 does not know is unreadable: the field may restrict what a key is good for. The registry sets it aside and keeps it.
 """
 
@@ -18,7 +18,7 @@ from sidecar.config.identities import CLASS, TENANT, Shape, fitting, is_reserved
 from sidecar.config.section import Section, problems
 from sidecar.state.codec import Codec, UnreadableRecord
 
-KEY, LIMIT = "key/", "limit/"
+KEY, LIMIT, SALT = "key/", "limit/", "salt"
 WHY_LENGTH_MAX = 300
 NOTE = Shape("the note", 512, 2048)
 GROUP = Shape("the group", 256, 1024)
@@ -75,17 +75,27 @@ class LimitEntry:
         return LIMIT + "/".join(quote(part or "", safe="*") for part in parts)
 
 
-AccessEntry: TypeAlias = Key | LimitEntry
+class Salt(Section):
+    """The secret that the salts of prefix caches are made of, in hexadecimal."""
+
+    secret: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    @property
+    def name(self) -> str:
+        return SALT
+
+
+AccessEntry: TypeAlias = Key | LimitEntry | Salt
 
 
 def to_json(entry: AccessEntry) -> str:
-    written: Section = entry if isinstance(entry, Key) else entry.limit
+    written: Section = entry.limit if isinstance(entry, LimitEntry) else entry
     return written.model_dump_json(exclude_defaults=True)
 
 
 def from_json(name: str, text: str) -> AccessEntry:
     """Return a stored entry. Raises UnreadableRecord with the fault."""
-    model = Key if name.startswith(KEY) else Limit
+    model = Key if name.startswith(KEY) else Salt if name == SALT else Limit
     try:
         if model is Limit and not name.startswith(LIMIT):
             raise ValueError("it is of a kind that this release does not know")
@@ -97,7 +107,7 @@ def from_json(name: str, text: str) -> AccessEntry:
         raise UnreadableRecord("; ".join(problems(error, model))[:WHY_LENGTH_MAX]) from error
     except ValueError as error:
         raise UnreadableRecord(str(error)[:WHY_LENGTH_MAX]) from error
-    assert isinstance(entry, Key | LimitEntry)
+    assert isinstance(entry, Key | LimitEntry | Salt)
     return entry
 
 

@@ -52,6 +52,7 @@ class Ask:
     ignore_eos: bool = False
     min_tokens: int | None = None
     logprobs: bool = False
+    salt: str | None = None
 
 
 class Piece(NamedTuple):
@@ -108,6 +109,8 @@ class ModelKind:
     """Returns the member of a client's OpenAI request (its path, its body's members) that the model does not take, and
     why; ("", "") if it takes all. The request then goes to other kinds, or is refused.
     """
+    salted: tuple[str, ...] = ()
+    """The paths of the OpenAI API whose requests may have a salt for their prefix blocks, `cache_salt`."""
     long_by_default: bool = False
     """True if an OpenAI request without a length is answered to the end of the context, completions included."""
     text_model: str = ""

@@ -21,6 +21,7 @@ from sidecar.access.external import ExternalCheck
 from sidecar.access.keys import KeyBook
 from sidecar.access.policy import Roles
 from sidecar.access.principal import SYSTEM, Action
+from sidecar.access.salts import Salts
 from sidecar.access.store import AccessStore
 from sidecar.access.tokens import Tokens
 from sidecar.config import Config
@@ -85,6 +86,7 @@ class AccessParts:
         self.kept = None if folder is None else Kept(sharing, folder / BUDGETS_FILE, time)
         self.budgets = Budgets(access.limits, time, self.kept or sharing)
         self.limits = LimitBook(self.store, access.limits, self.budgets, leases)
+        self.salts = Salts(self.store, access.policies) if identity.mode == "enforce" else None
         self.access = Access(
             identity,
             config.tenant_from,
@@ -96,6 +98,7 @@ class AccessParts:
             tokens=self.tokens,
             budgets=self.budgets,
             external=self.external,
+            salts=self.salts,
             change_of=lambda: registry.last_change,
         )
         self._key_calls = KeyCalls(self.store, self.keys, classes_of(config), self.access)
@@ -121,6 +124,8 @@ class AccessParts:
         self.audit.start()
         await self.store.start()
         self.keys.start()
+        if self.salts is not None:
+            await self.salts.start()
         if self.kept is not None:
             await self.kept.start()
         await self.limits.start()

@@ -36,7 +36,7 @@ from sidecar.core.config import CoreConfig
 from sidecar.core.core import STALLED, Core, Policies, cut_off, why_left
 from sidecar.core.enums import Fault, Outcome, outcome_of
 from sidecar.core.facts import EngineFacts, version_of_key
-from sidecar.core.state import State
+from sidecar.core.state import Name, State
 from sidecar.errors import Misused, Reason, Refused, SidecarError
 from sidecar.journal.raised import Raised
 from sidecar.shell.catalogue import Catalogue
@@ -281,9 +281,12 @@ class Gateway:
             ticket.counting = self.counter.count(self._base_model(facts.adapter), text, ticket.counted)
         return ticket
 
+    def _name(self, reference: str) -> Name | None:
+        return self.state.names.get(reference.partition("@")[0])
+
     def _base_model(self, adapter: str) -> str:
         """Return the base model of an adapter; "" for the base model itself, whichever it is."""
-        name = self.state.names.get(adapter.partition("@")[0])
+        name = self._name(adapter)
         return "" if name is None else self.state.versions[name.digest].adapter.base_model
 
     def _reserved(self, facts: RequestFacts, client_id: str, caller: Caller) -> Charged | None:
@@ -310,6 +313,15 @@ class Gateway:
         if record is not None and is_visible and caller is not OURSELVES:
             check_not_paused(record, time())
         facts.klass, facts.versions = klass, permit.versions
+
+    def salt(self, tenant: str, adapter: str, own: str = "") -> str | None:
+        """Return the salt of a request's prefix blocks, `own` being the client's; None to leave them as they are."""
+        if self.access.salts is None:
+            return None
+        state, name = self.state, self._name(adapter)
+        digests = () if name is None else name.versions.values()
+        names = dict.fromkeys(holder for digest in digests for holder in state.versions[digest].names)
+        return self.access.salts.of(tenant, [(each, state.names[each].allow) for each in names], own)
 
     def permit(self, caller: Caller, reference: str, request_id: str, is_base: bool, tenant: str) -> None:
         """Raise as `access.permit` does, and show the refusal, for a request that is submitted by another reference."""

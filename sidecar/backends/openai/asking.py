@@ -10,7 +10,7 @@ from typing import Any
 from sidecar.backends.api import HttpForm
 from sidecar.backends.kind import Ask
 
-COMPLETIONS = "/v1/completions"
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 _OPTIONAL = (
     "temperature", "top_k", "top_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "min_tokens",

@@ -10,10 +10,9 @@ from collections.abc import Collection
 
 from sidecar.backends.api import HttpForm, Reply
 from sidecar.backends.kind import Ask, Asking, Piece
-from sidecar.backends.openai.asking import COMPLETIONS, completion, remedy
+from sidecar.backends.openai.asking import CHAT, COMPLETIONS, completion, remedy
 from sidecar.backends.openai.events import record_of
 
-CHAT = "/v1/chat/completions"
 LORA = "lora_request"
 _BOTH = frozenset(
     {

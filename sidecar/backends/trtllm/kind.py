@@ -13,6 +13,7 @@ from sidecar.adapters.base_model import BaseModel, read_base_model
 from sidecar.adapters.canonical import NAMES
 from sidecar.backends.api import Backend
 from sidecar.backends.kind import Checks, Kind, ModelKind, Native, Wiring, with_kind
+from sidecar.backends.openai.asking import CHAT
 from sidecar.backends.trtllm.asking import ASKING, why_not_client
 from sidecar.config.backends import Backend as Entry
 from sidecar.config.restart import Restart
@@ -25,6 +26,7 @@ MODEL = ModelKind(
     native=Native.OPENAI,
     asking=ASKING,
     why_not_client=why_not_client,
+    salted=(CHAT,),
     long_by_default=True,
     reads_files=True,
     canonical_files=True,

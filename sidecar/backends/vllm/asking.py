@@ -9,7 +9,7 @@ from sidecar.backends.openai.events import record_of
 
 
 def _write(ask: Ask, streams: bool) -> HttpForm:
-    return completion(ask, streams, return_token_ids=True)
+    return completion(ask, streams, return_token_ids=True, **({} if ask.salt is None else {"cache_salt": ask.salt}))
 
 
 class _Reader:

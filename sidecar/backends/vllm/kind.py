@@ -10,6 +10,7 @@ from typing import ClassVar
 from sidecar.adapters.base_model import read_base_model
 from sidecar.backends.api import Backend
 from sidecar.backends.kind import Checks, Kind, ModelKind, Native, Wiring, with_kind
+from sidecar.backends.openai.asking import CHAT, COMPLETIONS
 from sidecar.backends.vllm.asking import ASKING
 from sidecar.config.backends import Backend as Entry
 from sidecar.core.facts import EngineFacts
@@ -19,6 +20,7 @@ MODEL = ModelKind(
     title="vLLM",
     native=Native.OPENAI,
     asking=ASKING,
+    salted=(COMPLETIONS, CHAT),
     reads_files=True,
     page_is_adapter=True,
     pages="the engine keeps {host} in memory (max_cpu_loras) and has {device} slots (max_loras)",

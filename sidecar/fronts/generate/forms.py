@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sidecar.backends import registry
@@ -19,7 +20,9 @@ STOP_WORDS_MAX = 256
 _SAMPLING = ("temperature", "top_k", "top_p", "seed", "repetition_penalty")
 
 
-def payload_of(request: Any, may_stream: Callable[[str], bool], served: Sequence[str] = ()) -> tuple[Payload, int]:
+def payload_of(
+    request: Any, may_stream: Callable[[str], bool], served: Sequence[str] = (), salt: str | None = None
+) -> tuple[Payload, int]:
     """Return a request written for its engines, and the number of input tokens that it counts as.
 
     `may_stream(kind)` says whether to stream if the client does not say. It is written for the kinds of model in
@@ -27,7 +30,7 @@ def payload_of(request: Any, may_stream: Callable[[str], bool], served: Sequence
     engine has the tokenizer. Raises Refused(INVALID_REQUEST).
     """
     _check(request)
-    ask = _ask(request)
+    ask = replace(_ask(request), salt=salt)
     count = len(ask.text.encode()) if ask.text is not None else len(ask.token_ids)
     streams = {
         model: bool(request.stream if request.HasField("stream") else may_stream(model.name))

@@ -20,7 +20,7 @@ from typing import Any
 
 from sidecar.errors import Reason, Refused
 
-MODEL, PROMPT = "model", "prompt"
+MODEL, PROMPT, SALT = "model", "prompt", "cache_salt"
 LENGTHS = ("max_completion_tokens", "max_tokens")
 MEMBERS_MAX = 1000
 """Top-level members of a body. Engines know some eighty; a million would block the event loop for seconds."""
@@ -63,14 +63,19 @@ class Body:
     model: Span
     prompt: Span = (0, 0)
     open_lengths: tuple[tuple[str, Span], ...] = ()
+    salt: Span = (0, 0)
 
     def around(
-        self, only_prompt: Span | None = None, length: int | None = None, names: Sequence[str] = LENGTHS
+        self,
+        only_prompt: Span | None = None,
+        length: int | None = None,
+        names: Sequence[str] = LENGTHS,
+        salt: str | None = None,
     ) -> tuple[bytes, bytes]:
         """Return the bytes before and after the value of `model`, of a list of prompts with `only_prompt` alone.
 
         `length` is added as `max_tokens`, or in place of a null or 0 of one of `names`: a second member of one name
-        would be ambiguous.
+        would be ambiguous. `salt` takes the place of the client's own, or is added.
         """
         raw, (begin, end) = self.raw, self.model
         edits: list[tuple[Span, bytes]] = []
@@ -78,9 +83,14 @@ class Body:
             edits.append((self.prompt, b"[%b]" % raw[slice(*only_prompt)]))
         if length is not None:
             edits += [(span, b"%d" % length) for name, span in self.open_lengths if name in names]
+        added = b"" if salt is None else b'"%b"' % salt.encode()
+        if added and self.salt[1]:
+            edits.append((self.salt, added))
         before, after = self._edited(0, begin, edits), self._edited(end, len(raw), edits)
         if length is not None and not any(name in names for name, _ in self.open_lengths):
             after = b',"max_tokens":%d%b' % (length, after)
+        if added and not self.salt[1]:
+            after = b',"%b":%b%b' % (SALT.encode(), added, after)
         return before, after
 
     def _edited(self, start: int, stop: int, edits: list[tuple[Span, bytes]]) -> bytes:
@@ -197,10 +207,9 @@ def _read(raw: bytes, text: str) -> Body:
         )
     sizes = {name: end - begin for name, (begin, end) in spans.items()}
     unset = [name for name in LENGTHS if name in values and values[name] in (None, 0)]
-    model_span, prompt_span, *lengths = _in_bytes(
-        text, [spans[MODEL], spans.get(PROMPT, (0, 0)), *(spans[name] for name in unset)]
-    )
-    return Body(values, sizes, raw, model_span, prompt_span, tuple(zip(unset, lengths, strict=True)))
+    found = [spans.get(name, (0, 0)) for name in (MODEL, PROMPT, SALT, *unset)]
+    model_span, prompt_span, salt, *lengths = _in_bytes(text, found)
+    return Body(values, sizes, raw, model_span, prompt_span, tuple(zip(unset, lengths, strict=True)), salt)
 
 
 def _in_bytes(text: str, spans: list[Span]) -> list[Span]:

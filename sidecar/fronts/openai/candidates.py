@@ -86,11 +86,12 @@ class Destinations:
         length_max: int | None,
         texts: Sequence[TextRequest | Refusal] | None = None,
         limited: int | None = None,
+        salt: str | None = None,
     ) -> Destination:
         """Return where a tenant's request goes; `texts` are the results of an order of ours.
 
         `length_max` bounds the tokens of a request without a length, where an engine would fill its context; `limited`
-        bounds them at every engine.
+        bounds them at every engine; `salt` is put in where it is known.
         Raises Refused for an unknown name, or if no engine that has the name can answer.
         """
         adapter, servers = self._servers(asked.model, tenant)
@@ -116,7 +117,7 @@ class Destinations:
             if limited is not None:
                 length = min(each for each in (limited, length, None if is_open else asked.max_tokens) if each)
                 lengths.append(length)
-            before, after = asked.around(length)
+            before, after = asked.around(length, salt if asked.path in model.salted else None)
             forms[model.name] = HttpForm(asked.path, before, after, asked.model, asked.streams)
         fitting += [backend.id for backend in servers if backend.facts.kind in forms]
         text = None

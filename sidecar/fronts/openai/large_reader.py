@@ -44,7 +44,7 @@ def found(order: Order, raw: bytes) -> tuple[Found, ...] | Refusal:
     except Refused as refused:
         return _refusal(refused)
     body = parts[0].body
-    bare = Body({MODEL: body.values[MODEL]}, {}, b"", body.model, body.prompt, body.open_lengths)
+    bare = Body({MODEL: body.values[MODEL]}, {}, b"", body.model, body.prompt, body.open_lengths, body.salt)
     return tuple(
         Found(replace(asked, body=bare), tuple(_text(asked, template, order) for template in order.templates))
         for asked in parts

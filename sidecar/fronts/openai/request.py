@@ -84,9 +84,15 @@ class OpenAiRequest:
     choice: int | None = None
     """Which of several answers to one prompt it is, if each is a request of its own."""
 
-    def around(self, length: int | None = None) -> tuple[bytes, bytes]:
+    def around(self, length: int | None = None, salt: str | None = None) -> tuple[bytes, bytes]:
         """Return the body's bytes before and after the model's name; with `length`, it asks for so many tokens."""
-        return self.body.around(self.part, length, LENGTHS if self.is_chat else COMPLETION_LENGTHS)
+        return self.body.around(self.part, length, LENGTHS if self.is_chat else COMPLETION_LENGTHS, salt)
+
+    @property
+    def salt(self) -> str:
+        """The salt that the client has chosen for its prefix blocks, as it is written; "" for none."""
+        written = self.body.raw[slice(*self.body.salt)].decode()
+        return "" if written == "null" else written
 
     @property
     def size_bytes(self) -> int:
