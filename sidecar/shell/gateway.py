@@ -50,6 +50,7 @@ from sidecar.shell.requests import Elsewhere, RequestFacts
 from sidecar.shell.sources import Sources
 from sidecar.shell.store import BlobStore
 from sidecar.shell.trial import Trial
+from sidecar.shell.weights_check import WeightsCheck
 from sidecar.state.records import check_not_paused
 from sidecar.state.registry import Registry
 
@@ -80,6 +81,7 @@ class Gateway:
         crash: Crash | None = None,
         answers: AnswerBuffers | None = None,
         access: Access | None = None,
+        check: WeightsCheck | None = None,
     ) -> None:
         self.access = access or Access.off(registry.get)
         self.crash = crash or Crash()
@@ -87,7 +89,7 @@ class Gateway:
         self.driver = Driver(self.core, monotonic_ns, self._run, inbox_max=inbox_max, crash=self.crash, came=self._came)
         self.sources = sources or Sources(AllowList.of(roots=roots))
         self.catalogue = Catalogue(registry, lambda: self.core.state, self.driver.step, self.sources, bases or {})
-        self.fleet = Fleet(self.driver)
+        self.fleet = Fleet(self.driver, check or WeightsCheck("off"))
         self.backends = self.fleet.backends
         self.elsewhere: Elsewhere | None = None
         """The router to the other replicas, if there are any."""

@@ -97,6 +97,7 @@ def beyond(gateway: Gateway, chosen: Chosen) -> Beyond:
         {name: None if each is None else int(each * 1e9) for name, each in silent_s.items()},
         Counter((each.owner, each.backend) for each in _elsewhere(gateway, chosen)),
         [name for name, successor in gateway.fleet.successors.items() if successor is not None],
+        gateway.fleet.check.differing.values(),
     )
 
 
