@@ -23,6 +23,8 @@ from sidecar.core.effects import Dispatch, Load, Settle
 from sidecar.core.enums import Fault
 from sidecar.core.events import Event
 
+UNTOLD = -1
+"""The number of requests of ours of which the core hears nothing."""
 WRITE_BYTES = 64 << 10
 """Bytes of an answer that a front writes at once. They count as waiting until it asks for more."""
 
@@ -553,6 +555,9 @@ class Backend(Protocol):
 
     def run(self, effect: Dispatch, ticket: Ticket, weights: Weights | None = None) -> None:
         """Send a request, with its weights if given; posts FirstToken, RunEnded or RunFailed."""
+
+    async def ask(self, ticket: Ticket) -> None:
+        """Put a request of ours to the base model that the core knows nothing of; its replies come by the ticket."""
 
     def cancel(self, request: int, attempt: int) -> None:
         """Cancel a run; its end is posted as usual."""

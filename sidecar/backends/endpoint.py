@@ -23,11 +23,11 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import grpc
 import grpc.aio
 
-from sidecar.backends.api import LoadResult, Signs, Ticket, Wear, Weights
+from sidecar.backends.api import UNTOLD, LoadResult, Signs, Ticket, Wear, Weights
 from sidecar.backends.pulse import Pulse
 from sidecar.backends.unseen import Follower
 from sidecar.core.effects import Dispatch, Load
-from sidecar.core.enums import Fault
+from sidecar.core.enums import Cache, Fault
 from sidecar.core.events import (
     BackendLost,
     BackendMeasured,
@@ -290,6 +290,14 @@ class Endpoint(ABC):
         if weights is not None:
             task.add_done_callback(lambda _: _release(weights))
 
+    async def ask(self, ticket: Ticket) -> None:
+        run = self._begin(Dispatch(UNTOLD, 0, self.id, "", "", 0, 0, Cache.BASE, 0, 0, 0), ticket)
+        try:
+            await self._spawn(self._go(run, None))  # so that it ends when the backend is stopped
+        except asyncio.CancelledError:
+            run.cancel()
+            raise
+
     async def _run(self, run: Running, client_id: str, weights: Weights | None) -> None:
         key = (run.effect.request, run.effect.attempt)
         try:
@@ -412,7 +420,7 @@ class Endpoint(ABC):
 
     def _heard(self, request: int, tokens: int) -> None:
         self.pulse.heard(monotonic())
-        if tokens:
+        if tokens and request != UNTOLD:
             self.follower.scale.counted(tokens)
             self._progress[request] = self._progress.get(request, 0) + tokens
 

@@ -49,6 +49,7 @@ class Config(Section):
     kubernetes: Kubernetes = Kubernetes()
     data_directory: str | None = None
     base_requests: Literal["allow", "refuse"] = "allow"
+    weights_check: Literal["warn", "refuse", "off"] = "warn"
     tenant_from: Literal["metadata", "certificate", "none"] = "metadata"
     legacy_task_ids: dict[int, str] = {}
     allow_client_lora: bool = False

@@ -31,6 +31,8 @@ class Beyond:
     passed_on: Mapping[tuple[str, str], int] = field(default_factory=dict)
     succeeded: Collection[str] = ()
     unwritten: Collection[str] = ()
+    differing: Collection[str] = ()
+    """Clauses for engines that seem to have other weights."""
 
     def silence_of(self, backend: Backend, now_ns: int) -> int | None:
         """Return how long nothing has come from a backend; None if nothing has to."""
@@ -59,6 +61,7 @@ def troubles(state: State, now_ns: int, beyond: Beyond) -> Iterator[str]:
         share = "no backend is up" if len(down) == len(backends) and len(down) > 1 else ""
         yield f"{share or joined(down) + _is(down) + ' down'}{_since(down, now_ns)}"
         yield from _deadly(state, frozenset(backend.id for backend in down))
+    yield from list(beyond.differing)[:NAMED_MAX]
     stalled = [each for each in backends if each.silence.suspected][:NAMED_MAX]
     quiet = [each for each in backends if not each.silence.suspected and silence(each, now_ns, beyond)][:NAMED_MAX]
     for backend in (*stalled, *quiet):

@@ -16,6 +16,8 @@ from sidecar.proto import peers_pb2
 from sidecar.proto.filling import filled
 from sidecar.shell.requests import RequestFacts, TraceOrigin
 
+_AS_IT_IS = ("adapter", "tenant", "klass", "input_tokens", "output_tokens_max", "session", "size_bytes", "is_estimated")
+
 
 def forwarded(member: str, backend: str, facts: RequestFacts, ticket: Ticket, leg: int) -> Any:
     """Return the message that forwards a request to a backend's owner. `leg` is what `Traced.headers` takes."""
@@ -48,21 +50,13 @@ def forwarded(member: str, backend: str, facts: RequestFacts, ticket: Ticket, le
 def facts_of(request: Any) -> RequestFacts:
     """Return the facts of a forwarded request for the owner's core; the request may go to that backend only."""
     return RequestFacts(
-        request.adapter,
-        request.tenant,
-        request.klass,
-        request.input_tokens,
-        request.output_tokens_max,
-        request.deadline_s if request.HasField("deadline_s") else None,
-        request.session,
-        request.size_bytes,
-        (request.backend,),
-        max(1, request.sequences),  # an older replica omits it
-        tuple(request.versions.ordinals) if request.HasField("versions") else None,
-        is_estimated=request.is_estimated,
-        is_chat=request.is_chat,
+        **{name: getattr(request, name) for name in _AS_IT_IS},
+        deadline_s=request.deadline_s if request.HasField("deadline_s") else None,
+        only=(request.backend,),
+        sequences=request.sequences,
+        versions=tuple(request.versions.ordinals) if request.HasField("versions") else None,
         trace=TraceOrigin(request.traceparent, request.tracestate, monotonic_ns()),
-        waited_ns=max(0, request.waited_ns),  # an older replica omits it
+        waited_ns=request.waited_ns,
     )
 
 

@@ -21,6 +21,7 @@ from sidecar.core.state import Backend, State
 from sidecar.ownership.facts import LEADER, Bounds, Member
 from sidecar.ownership.ownership import Ownership
 from sidecar.proto import peers_pb2, peers_pb2_grpc
+from sidecar.proto.filling import filled
 from sidecar.replicas.board import DOWN, DRAINING, JOINING, SERVING, STALLED, Board
 from sidecar.replicas.carrying import sighting_sent
 from sidecar.replicas.files import PeerFiles
@@ -262,19 +263,16 @@ def standing(state: State, backend: Backend, arrived: Mapping[str, int], wear: W
     """Return the report about a backend that this replica owns."""
     seen = candidate(state, backend, BASE)
     known = backend.facts.device_pages is not None or backend.pages_learned is not None
-    return peers_pb2.BoardBackend(
+    return filled(
+        peers_pb2.BoardBackend,
+        seen,
         backend=backend.id,
         epoch=backend.epoch,
         state=_state_of(state, backend),
-        running=seen.running,
-        queued=seen.queued,
         backlog_s=promising.serving_ns(state, backend) / 1e9,
         resident=list(backend.shadow.host.held),
         arrived=arrived,
-        seats=seen.seats,
         pages=eligibility.page_limit(backend) if known else None,
-        work_tokens=seen.work_tokens,
-        tokens_per_s=seen.tokens_per_s,
         versions_kept=0 if wear is None else wear.versions,
     )
 

@@ -55,6 +55,7 @@ from sidecar.shell.metrics import Metrics
 from sidecar.shell.request_log import RequestLog
 from sidecar.shell.sources import Sources
 from sidecar.shell.usage import UsageObserver
+from sidecar.shell.weights_check import WeightsCheck
 from sidecar.state.registry import REGISTRY_FILE, Registry, SqliteRegistry, lock_data_directory
 from sidecar.tasks import ended
 
@@ -125,12 +126,14 @@ class Sidecar:
             crash=self.crash,
             answers=AnswerBuffers(config.queue.answer_bytes_max, config.queue.answers_bytes_max),
             access=self.access.access,
+            check=WeightsCheck(config.weights_check),
         )
         self.gateway.counter = prompt_counter_of(self.entries)
         self.metrics = Metrics(self.gateway, config.adapter_labels_max)
         self.restarts = Restarts(self.gateway, config.drain_timeout_s)
         self.metrics.waited_ns = self.gateway.driver.waited_ns
         self.metrics.wear = self.gateway.fleet.wear
+        self.metrics.differing = lambda: self.gateway.fleet.check.differing
         self.metrics.audit = self.access.audit.log.figures
         self.metrics.denials = lambda: self.access.access.denials
         if self.access.external is not None:

@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from sidecar.backends.api import Backend, Wear
+from sidecar.backends.api import UNTOLD, Backend, Wear
 from sidecar.core import events as ev
 from sidecar.core.facts import EngineFacts
 from sidecar.shell.driver import Driver
+from sidecar.shell.weights_check import WeightsCheck
 
 REMOVED_KEPT_MAX = 1024
 """Removed backends whose kind is remembered: an answer of theirs may still be on its way."""
@@ -25,9 +26,11 @@ class Added:
 
 
 class Fleet:
-    """The backends by id. `driver` gives their events to the core."""
+    """The backends by id. `driver` gives their events to the core; `check` judges each engine that is reached."""
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: Driver, check: WeightsCheck) -> None:
+        self.check = check
+        self._checking: set[asyncio.Task[None]] = set()
         self.backends: dict[str, Backend] = {}
         self.successors: Mapping[str, object | None] = {}
         """Of configured backends that are being taken out, what has their id then; None where nothing follows."""
@@ -71,6 +74,7 @@ class Fleet:
             added = None if after is None else ev.BackendAdded(backend_id, after.facts, after.owned, fresh=True)
             self._driver.tell(ev.BackendRemoved(backend_id, cause, added))
             del self.backends[backend_id]
+            self.check.differing.pop(backend_id, None)
             if after is not None:
                 self.backends[backend_id] = after.backend
 
@@ -81,10 +85,31 @@ class Fleet:
         count.
         """
 
+        held: list[ev.Event] | None = None
+
         def post(event: ev.Event) -> None:
-            is_ours = self.backends.get(backend.id) is backend
-            if is_ours and (backend not in self._stopping or isinstance(event, ev.FirstToken)):
+            nonlocal held
+            is_ours = self.backends.get(backend.id) is backend and getattr(event, "request", None) != UNTOLD
+            if not is_ours or (backend in self._stopping and not isinstance(event, ev.FirstToken)):
+                return
+            if isinstance(event, ev.BackendUp) and self.check.mode != "off":
+                held = [event]
+                task = asyncio.create_task(check(event.facts, held))
+                self._checking.add(task)
+                task.add_done_callback(self._checking.discard)
+            elif held is None:
                 self._driver.post(event)
+            elif held:
+                held.append(event)
+
+        async def check(facts: EngineFacts, events: list[ev.Event]) -> None:
+            """Let the events of an engine pass, from that it is up; or none, until it is reached anew."""
+            nonlocal held
+            passes = await self.check.passes(backend, facts, self.backends)
+            if held is events:
+                held = None if passes else []
+                for event in events if passes else ():
+                    self._driver.post(event)
 
         return post
 

@@ -51,6 +51,7 @@ from sidecar.shell.requests import Elsewhere, RequestFacts
 from sidecar.shell.sources import Sources
 from sidecar.shell.store import BlobStore
 from sidecar.shell.trial import Trial
+from sidecar.shell.weights_check import WeightsCheck
 from sidecar.state.records import check_not_paused
 from sidecar.state.registry import Registry
 from sidecar.tasks import Tasks
@@ -84,6 +85,7 @@ class Gateway:
         crash: Crash | None = None,
         answers: AnswerBuffers | None = None,
         access: Access | None = None,
+        check: WeightsCheck | None = None,
     ) -> None:
         self.access = access or Access.off(registry.get)
         self.crash = crash or Crash()
@@ -91,7 +93,7 @@ class Gateway:
         self.driver = Driver(self.core, monotonic_ns, self._run, inbox_max=inbox_max, crash=self.crash, came=self._came)
         self.sources = sources or Sources(AllowList.of(roots=roots))
         self.catalogue = Catalogue(registry, lambda: self.core.state, self.driver.step, self.sources, bases or {})
-        self.fleet = Fleet(self.driver)
+        self.fleet = Fleet(self.driver, check or WeightsCheck("off"))
         self.backends = self.fleet.backends
         self.elsewhere: Elsewhere | None = None
         """The router to the other replicas, if there are any."""
@@ -326,6 +328,15 @@ class Gateway:
         if record is not None and is_visible and facts.versions is None:  # else it is a question of our own
             check_not_paused(record, time())
         facts.klass, facts.versions = klass, facts.versions if permit.versions is None else permit.versions
+
+    def salt(self, tenant: str, adapter: str, own: str = "") -> str | None:
+        """Return the salt of a request's prefix blocks, `own` being the client's; None to leave them as they are."""
+        if self.access.salts is None:
+            return None
+        state, name = self.state, self._name(adapter)
+        digests = () if name is None else name.versions.values()
+        names = dict.fromkeys(holder for digest in digests for holder in state.versions[digest].names)
+        return self.access.salts.of(tenant, [(each, state.names[each].allow) for each in names], own)
 
     def salt(self, tenant: str, adapter: str, own: str = "") -> str | None:
         """Return the salt of a request's prefix blocks, `own` being the client's; None to leave them as they are."""

@@ -155,6 +155,11 @@ _BACKENDS = (
         "backend",
     ),
     _gauge("backend_versions_max", "Adapter versions that an engine may keep; no sample without a limit.", "backend"),
+    _gauge(
+        "backend_weights_differ",
+        "1 for an engine that answered one question otherwise than before, or than others of its base model.",
+        "backend",
+    ),
     _gauge("open_adapters", "Versions that hold a slot.", "backend"),
     _gauge(
         "slots",

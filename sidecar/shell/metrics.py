@@ -7,7 +7,7 @@ Counts and durations are taken as they happen, at a few microseconds a step. Gau
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from time import monotonic_ns
 from typing import Any, Protocol
@@ -128,6 +128,8 @@ class Metrics:
         """How long requests had waited before the core got them; set by the owner of the driver."""
         self.wear: Callable[[], Mapping[str, Wear]] = dict
         """Source of what engines keep until they are restarted; set by the owner of the backends."""
+        self.differing: Callable[[], Collection[str]] = tuple
+        """Source of the engines that answer otherwise than before or than others; set by the owner of the backends."""
         self.set_aside: Callable[[], int] = int
         """Source of the number of names set aside; set by the owner of a registry."""
         self.denials: Callable[[], Mapping[tuple[str, str], int]] = lambda: dict.fromkeys(DENIALS, 0)
@@ -251,6 +253,7 @@ class Metrics:
             family("audit_lost_total", [((kind,), lost) for kind, (_, lost) in self.audit().items()]),
             *_declared_families(self.declared()),
             *_wear_families(self.wear()),
+            family("backend_weights_differ", [((backend,), 1) for backend in self.differing()]),
             *found,
         ]
 

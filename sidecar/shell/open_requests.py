@@ -98,6 +98,7 @@ def beyond(gateway: Gateway, chosen: Chosen) -> Beyond:
         Counter((each.owner, each.backend) for each in _elsewhere(gateway, chosen)),
         [name for name, successor in gateway.fleet.successors.items() if successor is not None],
         [what for what, fails in gateway.writers.items() if fails()],
+        gateway.fleet.check.differing.values(),
     )
 
 

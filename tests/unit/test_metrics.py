@@ -76,6 +76,7 @@ async def busy() -> Measured:
     world.run()
     world.pack("key", PackReport(fetch_ns=3 * MS, pack_ns=700 * MS))
     world.metrics.wear = lambda: {"b0": Wear(3, 4)}
+    world.metrics.differing = lambda: ["b0"]
     world.metrics.used("acme", 2 * SECOND)
     world.metrics.checked("ok", MS)
     world.bring_up("b0")

@@ -100,7 +100,7 @@ class TritonBackend(Endpoint):
         if weights is not None:
             run.attached = await self._attached(run, weights)
         if run.cancelled:
-            run.abandon()
+            run.over()
         elif not self._takes or run.refused() or await self._by_proxy(run):
             return
         elif run.ticket.payload.unary:

@@ -145,11 +145,7 @@ class Run:
         if self._work is not None and not self.goes_past:  # what goes past us cannot be ended from here
             self._work.cancel()
 
-    def abandon(self) -> None:
-        """Post the end of a run that was cancelled."""
-        self._over()
-
-    def _over(self) -> None:
+    def over(self) -> None:
         """Post the end of the run."""
         seen = Seen.ESTIMATED if self.counter.is_estimated else Seen.ALL
         self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens, seen))
@@ -220,7 +216,7 @@ class Run:
         self._heard(self.effect.request, tokens)
         self.ticket.deliver(Reply(raw, response, final), tokens)  # before the core's event: the client is first
         if final:
-            self._over()
+            self.over()
         elif is_first:
             self._post(first_token(self, self._unseen))
         return final
@@ -283,7 +279,7 @@ class Run:
             return
         code, text = status_in(answer.extensions.get(TRAILERS) or answer.headers)
         if code is grpc.StatusCode.OK and self.tokens:
-            self._over()
+            self.over()
         else:
             await self._ended_with(code, text or "the answer ended before it was complete")
 
@@ -300,7 +296,7 @@ class Run:
             await self._wire_broke(error)
         else:
             if self.cancelled:
-                self.abandon()
+                self.over()
                 return
             self._take_whole(raw)
 
@@ -311,19 +307,19 @@ class Run:
         raw = response.SerializeToString() if self.counter.hides else raw
         self._heard(self.effect.request, self.tokens)
         self.ticket.deliver(Reply(raw, response, True), self.tokens)
-        self._over()
+        self.over()
 
     async def _stream_closed(self, call: Any) -> None:
         code = await call.code()
         if self.cancelled:
-            self.abandon()
+            self.over()
             return
         text = await call.details() or f"the stream ended with {code.name} before the answer was complete"
         await self._ended_with(code, text)
 
     async def _wire_broke(self, error: Exception) -> None:
         if self.cancelled:
-            self.abandon()
+            self.over()
         elif isinstance(error, grpc.aio.AioRpcError):
             await self._ended_with(error.code(), error.details() or error.code().name)
         else:

@@ -263,14 +263,13 @@ def _version_messages(record: Record, shown: Collection[int]) -> list[Any]:
     if record.canary is not None:
         roles[record.canary[0]] = "canary"
     return [
-        admin_pb2.Version(
+        filled(
+            admin_pb2.Version,
+            version,
             version=f"v{version.ordinal}",
             digest=version.adapter.digest,
-            origin=version.origin,
             labels=dict(version.labels),
             role=roles.get(version.ordinal, ""),
-            generation=version.generation,
-            registered_at=version.registered_at,
         )
         for version in record.versions
         if version.ordinal in shown

@@ -12,6 +12,7 @@ from sidecar.errors import Misused, Reason, Refused, SidecarError
 from sidecar.fronts import callers
 from sidecar.fronts.status import abort, answers_errors
 from sidecar.proto import admin_pb2
+from sidecar.proto.filling import filled
 
 LINES_AT_ONCE = 500
 KINDS = ("", "change", "denial")
@@ -52,11 +53,5 @@ class AuditCalls:
     @answers_errors
     async def WhoAmI(self, request: Any, context: Any) -> Any:  # noqa: N802
         who = callers.CALLER.get().principal
-        return admin_pb2.WhoAmIResponse(
-            tenant=who.tenant,
-            proof=who.proof.value,
-            subject=who.subject,
-            groups=who.groups,
-            roles=sorted(self._roles.of(who)),
-            expires_at=who.expires_at or 0.0,
-        )
+        roles = sorted(self._roles.of(who))
+        return filled(admin_pb2.WhoAmIResponse, who, proof=who.proof.value, roles=roles)

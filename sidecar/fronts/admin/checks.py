@@ -16,6 +16,7 @@ from sidecar.errors import Reason, Refused
 from sidecar.fronts import callers
 from sidecar.fronts.status import answers_errors
 from sidecar.proto import admin_pb2
+from sidecar.proto.filling import filled
 from sidecar.shell.gateway import Gateway
 from sidecar.state.records import paused_for
 
@@ -51,14 +52,7 @@ class Checks:
         if not manages:  # neither where the file is nor what is in it
             source = source if source in READY else "cedar"
             fault = FAULTY if fault else ""
-        return admin_pb2.CheckResponse(
-            allowed=answer.allowed,
-            by=answer.by,
-            source=source,
-            fault=fault,
-            version=answer.version,
-            name_state=state,
-        )
+        return filled(admin_pb2.CheckResponse, answer, source=source, fault=fault, name_state=state)
 
     def _asked_about(self, caller: Caller, request: Any, request_id: str) -> tuple[Principal, bool]:
         """Return whom a question is about, and whether the caller may ask about everybody and everything.

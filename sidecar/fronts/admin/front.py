@@ -24,6 +24,7 @@ from sidecar.fronts.eligible import is_base
 from sidecar.fronts.status import answers_errors
 from sidecar.ownership.facts import Member
 from sidecar.proto import admin_pb2, admin_pb2_grpc
+from sidecar.proto.filling import filled
 from sidecar.replicas.replica import Replica
 from sidecar.shell.chronicle import story
 from sidecar.shell.gateway import Gateway
@@ -114,7 +115,8 @@ class BackendsService(admin_pb2_grpc.BackendsServicer):
         endpoint = self._gateway.backends.get(view.id)
         if endpoint is not None:
             message.address = endpoint.address
-            message.detail = "; ".join(part for part in (endpoint.detail(), *view.notes) if part)
+            differs = self._gateway.fleet.check.differing.get(view.id, "")
+            message.detail = "; ".join(part for part in (endpoint.detail(), differs, *view.notes) if part)
         known = None if self._replica is None else self._replica.board.standings.get(view.id)
         if known is not None:
             message.owner, message.epoch = known.owner, known.epoch
@@ -201,19 +203,17 @@ class ReplicasService(admin_pb2_grpc.ReplicasServicer):
 
 def _message(replica: Replica, member: Member) -> Any:
     is_self = member.id == replica.member.id
-    return admin_pb2.Replica(
-        id=member.id,
-        name=member.name,
+    return filled(
+        admin_pb2.Replica,
+        member,
         address=replica.address if is_self else replica.peers.addresses().get(member.id, ""),
-        self=is_self,
         leads=replica.board.leader == member.id,
-        draining=member.draining,
-        weight=member.weight,
         owns=[
-            admin_pb2.OwnedBackend(backend=backend, epoch=known.epoch, state=known.state)
+            filled(admin_pb2.OwnedBackend, known, backend=backend)
             for backend, known in sorted(replica.board.standings.items())
             if known.owner == member.id
         ],
         forwards=replica.router.forwards if is_self else 0,
         reroutes=replica.router.reroutes if is_self else 0,
+        self=is_self,
     )

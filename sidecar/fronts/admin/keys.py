@@ -19,6 +19,7 @@ from sidecar.errors import Reason, Refused
 from sidecar.fronts import callers
 from sidecar.fronts.status import answers_errors
 from sidecar.proto import admin_pb2
+from sidecar.proto.filling import filled
 
 
 class KeyCalls:
@@ -105,18 +106,5 @@ class KeyCalls:
         return self._message(key, (await self._store.uses.all()).get(key.id, 0.0))
 
     def _message(self, key: Key, used_at: float) -> Any:
-        message = admin_pb2.Key(
-            id=key.id,
-            tenant=key.tenant,
-            roles=key.roles,
-            groups=key.groups,
-            note=key.note,
-            created_by=key.created_by,
-            created_at=key.created_at,
-            expires_at=key.expires_at or 0.0,
-            revoked_at=key.revoked_at or 0.0,
-            used_at=used_at,
-            state=key.state(self._store.clock()),
-        )
-        setattr(message, "class", key.klass)  # a keyword of Python's
-        return message
+        state = key.state(self._store.clock())
+        return filled(admin_pb2.Key, key, used_at=used_at, state=state, **{"class": key.klass})

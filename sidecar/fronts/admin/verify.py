@@ -16,6 +16,7 @@ from sidecar.errors import Reason, Refused
 from sidecar.fronts import callers
 from sidecar.fronts.questions import ask
 from sidecar.proto import admin_pb2
+from sidecar.proto.filling import filled
 from sidecar.shell import asking
 from sidecar.shell.asking import Order, Question
 from sidecar.shell.evidence import Answers, Prompt, Reply
@@ -99,41 +100,26 @@ def message_of(finding: Finding) -> Any:
         case Answers():
             return admin_pb2.VerifyResponse(answer=_answer_message(finding))
         case Check():
-            return admin_pb2.VerifyResponse(
-                check=admin_pb2.VerifyCheck(
-                    check=finding.check,
-                    result=finding.result,
-                    sentence=finding.sentence,
-                    advice=finding.advice,
-                    backends=finding.backends,
-                )
-            )
+            return admin_pb2.VerifyResponse(check=filled(admin_pb2.VerifyCheck, finding))
 
 
 def _plan_message(plan: Plan) -> Any:
-    return admin_pb2.VerifyPlan(
-        version=plan.version,
-        digest=plan.digest,
-        backends=plan.backends,
+    return filled(
+        admin_pb2.VerifyPlan,
+        plan,
         skipped=[admin_pb2.SkippedBackend(backend=backend, why=why) for backend, why in plan.skipped],
         prompts=len(plan.prompts),
         expected=sum(bool(prompt.expect) for prompt in plan.prompts),
-        probes=plan.probes,
     )
 
 
 def _answer_message(asked: Answers) -> Any:
-    return admin_pb2.VerifyAnswer(
-        backend=asked.backend,
-        prompt=admin_pb2.VerifyPrompt(text=asked.prompt.text, token_ids=asked.prompt.token_ids),
-        base=_reply_message(asked.base),
-        adapter=_reply_message(asked.adapter),
+    return filled(
+        admin_pb2.VerifyAnswer,
+        asked,
+        prompt=filled(admin_pb2.VerifyPrompt, asked.prompt),
+        base=filled(admin_pb2.VerifyReply, asked.base),
+        adapter=filled(admin_pb2.VerifyReply, asked.adapter),
         expect=asked.prompt.expect,
-        changed=asked.changed,
-        matches=asked.matches,
-        again=[_reply_message(reply) for reply in asked.again],
+        again=[filled(admin_pb2.VerifyReply, reply) for reply in asked.again],
     )
-
-
-def _reply_message(reply: Reply) -> Any:
-    return admin_pb2.VerifyReply(text=reply.text, token_ids=reply.token_ids, error=reply.error)
