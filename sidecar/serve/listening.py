@@ -20,7 +20,7 @@ from sidecar.access.principal import Action, Presented, Purpose
 from sidecar.backends.credentials import read_pem
 from sidecar.config import Config
 from sidecar.config.backends import Backend as Entry
-from sidecar.config.listeners import GrpcListener, Listener
+from sidecar.config.listeners import GrpcListener, Listener, is_local
 from sidecar.config.queue import Queue
 from sidecar.config.section import Tls
 from sidecar.errors import Misused, Reason
@@ -36,6 +36,7 @@ from sidecar.fronts.hiding import Hiding
 from sidecar.fronts.http.app import HttpFront, server_tls
 from sidecar.fronts.http.connection import HttpLimits
 from sidecar.fronts.http.drain import HttpDrain
+from sidecar.fronts.http.pages import without_pages
 from sidecar.fronts.http.probes import HttpProbes, Probes
 from sidecar.fronts.intake import Intake, IntakeLimits
 from sidecar.fronts.kserve.front import add_kserve, add_kserve_admin
@@ -171,6 +172,8 @@ class Listening:
 
     async def _open_http(self) -> None:
         http, drain = self._config.listeners.http, self._config.listeners.drain
+        enforces = self._config.identity.mode == "enforce"
+        any_host = http.tls is not None or self._config.listeners.endpoint_picker.in_path is not None
         templates = chat_templates(self._entries)
         self._openai = OpenAiFront(self._gateway, self._config, templates, self.intake, self.loads)
         self._http = HttpFront(
@@ -182,9 +185,12 @@ class Listening:
             HttpLimits(http.connections_max),
             _http_tls(http.tls, http.address),
             http.probes,
-            self._config.identity.mode != "enforce" and not self._config.hide_backend,
+            not enforces and not self._config.hide_backend,
             description_of(self._config),
             http.cors_origins,
+            lambda app: (
+                app if enforces or not is_local(http.address) else without_pages(app, http.cors_origins, any_host)
+            ),
         )
         await self._http.start()
         self.http = self._http.address

@@ -64,7 +64,7 @@ class HttpFront:
     `grpc_address` is the data listener's, which answers to KServe's REST paths name; `api` is the application below
     `/v1`, and `description` the text of its OpenAPI document. With `probes` the paths of the listener for probes are
     here as well, but metrics, which name adapters, tenants and engines, and why it is not ready only with `tells_all`.
-    Pages of `origins` may read answers in a browser, but not those of probes.
+    Pages of `origins` may read answers in a browser, but not those of probes. `guarded` may keep requests out.
     """
 
     def __init__(
@@ -80,6 +80,7 @@ class HttpFront:
         tells_all: bool = True,
         description: bytes = b"{}",
         origins: Sequence[str] = (),
+        guarded: Callable[[Application], Application] = lambda app: app,
     ) -> None:
         self._gateway = gateway
         self._metrics = metrics
@@ -91,7 +92,7 @@ class HttpFront:
             self._shared = CORSMiddleware(
                 self._serve, origins, allow_methods=("GET", "POST"), allow_headers=["*"], expose_headers=["*"]
             )
-        self._listener = HttpListener(self._begin, limits or HttpLimits(), tls)
+        self._listener = HttpListener(guarded(self._begin), limits or HttpLimits(), tls)
         self._listens = False
         self._description = description
         self._probes = Probes(gateway, metrics, tells_all) if probes else None

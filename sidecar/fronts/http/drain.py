@@ -16,6 +16,7 @@ from starlette.routing import Route
 from sidecar.fronts.http.connection import HttpLimits
 from sidecar.fronts.http.content_type import why_not_json
 from sidecar.fronts.http.listener import HttpListener
+from sidecar.fronts.http.pages import without_pages
 
 CONNECTIONS_MAX = 16
 
@@ -34,7 +35,7 @@ class HttpDrain:
         self._drain = drain
         self._answered = answered
         app = Starlette(routes=[Route("/drain", self._drained, methods=["POST"])])
-        self._listener = HttpListener(app, HttpLimits(CONNECTIONS_MAX))
+        self._listener = HttpListener(without_pages(app), HttpLimits(CONNECTIONS_MAX))
 
     async def start(self) -> None:
         """Listen. Raises Misused(PORT_IN_USE) naming the address."""

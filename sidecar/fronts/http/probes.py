@@ -18,10 +18,12 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
+from sidecar.config.listeners import is_local
 from sidecar.core.eligibility import ADD_BACKEND
 from sidecar.core.state import Backend
 from sidecar.fronts.http.connection import HttpLimits
 from sidecar.fronts.http.listener import HttpListener
+from sidecar.fronts.http.pages import without_pages
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.metrics import Metrics
 
@@ -131,7 +133,8 @@ class HttpProbes:
     def __init__(self, probes: Probes, address: str, connections: int, tls: ssl.SSLContext | None = None) -> None:
         self.address = address
         self._probes = probes
-        self._listener = HttpListener(self._serve, HttpLimits(connections, silence_s=SILENCE_S_MAX), tls)
+        app = without_pages(self._serve, any_host=tls is not None) if is_local(address) else self._serve
+        self._listener = HttpListener(app, HttpLimits(connections, silence_s=SILENCE_S_MAX), tls)
 
     async def start(self) -> None:
         """Listen. Raises Misused(PORT_IN_USE) naming the address."""
