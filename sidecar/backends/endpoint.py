@@ -293,7 +293,7 @@ class Endpoint(ABC):
     async def ask(self, ticket: Ticket) -> None:
         run = self._begin(Dispatch(UNTOLD, 0, self.id, "", "", 0, 0, Cache.BASE, 0, 0, 0), ticket)
         try:
-            await self._spawn(self._go(run, None))  # so that it ends when the backend is stopped
+            await self._tasks.spawn(self._go(run, None))  # so that it ends when the backend is stopped
         except asyncio.CancelledError:
             run.cancel()
             raise

@@ -16,7 +16,10 @@ from sidecar.proto import peers_pb2
 from sidecar.proto.filling import filled
 from sidecar.shell.requests import RequestFacts, TraceOrigin
 
-_AS_IT_IS = ("adapter", "tenant", "klass", "input_tokens", "output_tokens_max", "session", "size_bytes", "is_estimated")
+_AS_IT_IS = (
+    "adapter", "tenant", "klass", "input_tokens", "output_tokens_max", "session", "size_bytes", "sequences",
+    "is_estimated", "is_chat", "waited_ns",
+)  # fmt: skip
 
 
 def forwarded(member: str, backend: str, facts: RequestFacts, ticket: Ticket, leg: int) -> Any:
@@ -53,10 +56,8 @@ def facts_of(request: Any) -> RequestFacts:
         **{name: getattr(request, name) for name in _AS_IT_IS},
         deadline_s=request.deadline_s if request.HasField("deadline_s") else None,
         only=(request.backend,),
-        sequences=request.sequences,
         versions=tuple(request.versions.ordinals) if request.HasField("versions") else None,
         trace=TraceOrigin(request.traceparent, request.tracestate, monotonic_ns()),
-        waited_ns=request.waited_ns,
     )
 
 

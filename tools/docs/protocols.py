@@ -78,9 +78,10 @@ LENGTH = """[0] Or as many as the tenant's or the class's default allows (`queue
 to the end of the context on vLLM, too; an engine that takes text is asked for `queue.output_tokens_assumed`.
 
 No engine refuses a length that its context does not hold: each cuts the answer short. Then `x-lora-max-tokens` says how
-long an answer to token ids can be, or for a text, whose tokens nobody has counted yet, how long the whole context is.
-KServe's responses have it as the parameter `lora_max_tokens`, gRPC's trailing metadata as `lora-max-tokens`. The context is
-known where the engine tells it (vLLM) or its entry does (`engine.sequence_tokens_max`, or TensorRT-LLM's `config.json`).
+long an answer to token ids can be. For a text, whose tokens are not counted yet, it says how long the whole context is.
+KServe's responses have it as the parameter `lora_max_tokens`, gRPC's trailing metadata as `lora-max-tokens`. The
+context is known where the engine tells it (vLLM), or where its entry has it (`engine.sequence_tokens_max`, or
+TensorRT-LLM's `config.json`).
 """
 
 
