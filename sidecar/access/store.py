@@ -15,6 +15,7 @@ from sidecar.config.access import Limit
 from sidecar.config.redis_address import RedisLocation
 from sidecar.errors import Misused, Reason, Refused
 from sidecar.state.registry import Change, Registry, SqliteRegistry
+from sidecar.tasks import ended
 
 logger = logging.getLogger(__name__)
 
@@ -87,9 +88,7 @@ class AccessStore:
             logger.warning("%s cannot be read, is kept and has no effect: %s", name, self.set_aside[name])
 
     async def close(self) -> None:
-        if self._storing is not None:
-            self._storing.cancel()
-            await asyncio.wait([self._storing])
+        await ended(self._storing)
         for key in self._unstored.values():
             logger.error("the key %s is not stored as revoked: the next start takes it; revoke it again then", key.id)
         await self.uses.close()
