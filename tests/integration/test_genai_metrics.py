@@ -9,6 +9,9 @@ import asyncio
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("opentelemetry.sdk", reason="needs the extra otel")
+
 from opentelemetry.semconv._incubating.metrics import gen_ai_metrics as conventions
 
 from sidecar.cli import run
