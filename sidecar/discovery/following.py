@@ -17,7 +17,7 @@ from typing import Protocol
 
 from sidecar.discovery.found import Finder, Found
 from sidecar.errors import SidecarError
-from sidecar.tasks import Tasks
+from sidecar.tasks import Tasks, ended
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +62,7 @@ class Follower:
 
     async def retire(self) -> None:
         """Look no further, and see all engines off; `start` would take those back that are still there."""
-        if self._following is not None:
-            self._following.cancel()
+        await ended(self._following)
         await self.see(frozenset())
 
     async def stop(self) -> None:

@@ -17,6 +17,7 @@ from sidecar.backends.vllm.api import OLDEST, is_too_old
 from sidecar.config import parse
 from sidecar.core.facts import EngineFacts
 from sidecar.pace.cost import A100_TABLE
+from tests.kit.cases import needs
 from tests.kit.cli_runs import Ended, runner
 
 LOAD = (
@@ -243,6 +244,7 @@ def test_a_trace_is_planned_for(tmp_path: Path, sidecar: Callable[..., Ended]) -
     assert told["settings"]["sidecar"]["queue"]["classes"]["default"]["queue_wait_s_max"] == 3
 
 
+@needs("matplotlib", "lab")
 @pytest.mark.parametrize("name", ["plan.svg", "plan.html"])
 def test_the_plot(name: str, tmp_path: Path, sidecar: Callable[..., Ended]) -> None:
     """A file that stands alone, in light and dark, well-formed, with the plan's values in it."""
@@ -299,7 +301,11 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("--p99-wait", "5", "--engine", "vllm", "--emit", "pbtxt"), "--emit pbtxt is nothing that vllm reads"),
     (("--p99-wait", "5", "--engine", "trtllm_pytorch", "--emit", "pbtxt"), "is nothing that trtllm_pytorch reads"),
     (("--p99-wait", "5", "--emit", "vllm"), "--emit vllm is nothing that trtllm reads"),
-    (("--p99-wait", "5", "--plot", "x.png"), "expected a file that ends in .svg or .html"),
+    pytest.param(
+        ("--p99-wait", "5", "--plot", "x.png"),
+        "expected a file that ends in .svg or .html",
+        marks=needs("matplotlib", "lab"),
+    ),
     (("--p99-wait", "5", "--rank", "8", "--ranks", "8,16"), "--rank and --ranks exclude each other"),
     (("--p99-wait", "5", "--backends-max", "0"), "--backends 0"),
     (("--p99-wait", "5", "--host-memory", "1000"), "--host-memory is 0.0 GB"),

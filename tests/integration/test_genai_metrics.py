@@ -13,6 +13,9 @@ from typing import Any
 
 import httpx
 import pytest
+
+pytest.importorskip("opentelemetry.sdk", reason="needs the extra otel")
+
 from opentelemetry.semconv._incubating.metrics import gen_ai_metrics as conventions
 
 from sidecar.cli import run

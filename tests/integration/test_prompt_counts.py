@@ -17,6 +17,7 @@ from sidecar.access.budgets.counting import PromptCounter
 from sidecar.errors import Misused
 from sidecar.proto import admin_pb2 as pb
 from sidecar.proto import admin_pb2_grpc, gateway_pb2
+from tests.kit.cases import needs
 from tests.kit.emulated import running_engine, stream_answers, text_request
 from tests.kit.faults import ENDLESS
 from tests.kit.peft_files import BASE_MODEL, write_adapter
@@ -99,6 +100,7 @@ def write_tokenizer(file: Path) -> Path:
     return file
 
 
+@needs("tokenizers", "tokenizer")
 async def test_a_models_tokenizer_counts_where_the_engine_does_not(tmp_path: Path) -> None:
     """Triton tells no counts of streams: texts of each protocol are charged, and used, as the tokenizer counts.
 
@@ -130,6 +132,7 @@ async def test_a_models_tokenizer_counts_where_the_engine_does_not(tmp_path: Pat
         assert not any(row.input_tokens_estimated for row in rows)
 
 
+@needs("tokenizers", "tokenizer")
 @pytest.mark.parametrize(("content", "words"), [(None, "No such file"), ("{}", "is no tokenizer.json")])
 async def test_a_tokenizer_that_is_none_is_named_at_the_start(content: str | None, words: str, tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.json"
@@ -139,6 +142,7 @@ async def test_a_tokenizer_that_is_none_is_named_at_the_start(content: str | Non
         PromptCounter({"base": file})
 
 
+@needs("tokenizers", "tokenizer")
 async def test_too_much_text_at_once_stays_an_estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts wait for one thread. Of more than it may hold none is taken; later ones are counted again."""
     counter = PromptCounter({"base": write_tokenizer(tmp_path / "tokenizer.json")})

@@ -11,6 +11,9 @@ from time import monotonic
 import httpx
 import pytest
 
+pytest.importorskip("opentelemetry.sdk", reason="needs the extra otel")
+
+
 from sidecar.otlp import exporting
 from sidecar.otlp.sending import STOP_S
 from sidecar.proto import gateway_pb2

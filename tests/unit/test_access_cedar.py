@@ -5,8 +5,11 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-import cedarpy
 import pytest
+
+pytest.importorskip("cedarpy", reason="needs the extra cedar")
+
+import cedarpy
 from hypothesis import example, given
 from hypothesis import strategies as st
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("cedarpy", reason="needs the extra cedar")
+
 from sidecar.access.access import Access, Caller
 from sidecar.access.cedar import SCHEMA, CedarPolicy
 from sidecar.access.cedar_text import statements_of

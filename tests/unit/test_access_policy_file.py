@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("cedarpy", reason="needs the extra cedar")
+
+
 from sidecar.access import policy_file
 from sidecar.access.deciding import CachedPolicy, policy_of
 from sidecar.access.policy_file import FILE_BYTES_MAX, FilePolicy

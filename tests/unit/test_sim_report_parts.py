@@ -7,6 +7,9 @@ from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
+
+pytest.importorskip("matplotlib", reason="needs the extra lab")
+
 from matplotlib.figure import Figure
 
 from sidecar.lab.sim.records import Tenure

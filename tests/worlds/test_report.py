@@ -14,6 +14,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+pytest.importorskip("matplotlib", reason="needs the extra lab")
+
 from sidecar.core.config import ClassLimit
 from sidecar.errors import Misused
 from sidecar.lab.sim.records import Tenure

@@ -24,6 +24,7 @@ from sidecar.lab.sim.runs import runs_of
 from sidecar.lab.sim.simulate import simulate
 from sidecar.lab.sim.workloads import WORKLOADS
 from sidecar.lab.sim.world import PROGRESS_EVERY, World
+from tests.kit.cases import needs
 from tests.kit.cli_runs import Ended, runner
 
 SMALL = ("--requests", "60", "--input-tokens", "64", "--output-tokens", "16", "--adapters", "12", "--slots", "2")
@@ -239,6 +240,7 @@ def test_refusals_are_explained(sidecar: Callable[..., Ended]) -> None:
     assert "QUEUE_FULL, for example: b0 might not come to it for" in out
 
 
+@needs("matplotlib", "lab")
 def test_a_report_is_written(tmp_path: Path, sidecar: Callable[..., Ended]) -> None:
     """The page lies in the directory, which need not be there, and its place is told."""
     ended = sidecar("simulate", *SMALL, "--report", str(tmp_path / "plots"))
