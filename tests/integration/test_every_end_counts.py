@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -26,6 +27,7 @@ from tests.kit.triton_gateway import answered, call_answer, call_head, call_trai
 
 FREE = {"address": "127.0.0.1:0"}
 MESSAGE_BYTES_MAX = 1 << 20
+PATIENCE_S = 20.0
 SPENT = "spent"
 """A tenant without a request left."""
 FAMILIES = ("requests", "adapter_requests", "class_requests", "tenant_requests")
@@ -72,8 +74,20 @@ class House:
     def __init__(self, served: Serving, http: httpx.AsyncClient, picker: PickerHouse) -> None:
         self.served, self.http, self.picker = served, http, picker
 
-    async def ended(self) -> Counter[tuple[str, ...]]:
-        """Return what has been counted, by family and label values, once no request is open."""
+    async def ended(self, after: Counter[tuple[str, ...]] | None = None) -> Counter[tuple[str, ...]]:
+        """Return what has been counted, by family and label values, once no request is open.
+
+        It waits for one more than there were `after`: gRPC tells a client of a message that is too large before us.
+        """
+        found = await self._counted()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE_S):
+                while after is not None and sum(found.values()) < sum(after.values()) + len(FAMILIES):
+                    await asyncio.sleep(0.01)
+                    found = await self._counted()
+        return found
+
+    async def _counted(self) -> Counter[tuple[str, ...]]:
         await until(lambda: not self.served.state.requests and not self.served.sidecar.gateway.tickets)
         found: Counter[tuple[str, ...]] = Counter()
         for family in text_string_to_metric_families(
@@ -189,7 +203,7 @@ async def test_each_request_counts_once(tmp_path: Path, front: str) -> None:
                 continue
             with suppress(grpc.aio.AioRpcError):
                 await FRONTS[front](running, asked)
-            after = await running.ended()
+            after = await running.ended(before)
             told[name] = {key: count for key, count in (after - before).items() if count}
             before = after
     assert {name: wrong for name, counted in told.items() if (wrong := trouble_of(name, counted))} == {}
@@ -214,7 +228,7 @@ async def test_a_request_without_a_credential_counts(tmp_path: Path, front: str)
         before = await running.ended()
         with suppress(grpc.aio.AioRpcError):
             await FRONTS[front](running, Asked(headers={"authorization": "Bearer nonsense"}))
-        counted = (await running.ended()) - before
+        counted = (await running.ended(before)) - before
     assert counted["requests", "refused"] == 1, counted
     assert counted["tenant_requests", "refused", "_other"] == 1, counted
     assert sum(counted.values()) == len(FAMILIES), counted

@@ -36,7 +36,8 @@ STEPS, GENERATED, KV_USED = (
     "vllm:kv_cache_usage_perc",
 )
 CACHE, ADAPTERS, STARTED_AT = "vllm:cache_config_info", "vllm:lora_requests_info", "process_start_time_seconds"
-TRIAL = "lora-sidecar-trial"
+TRIAL, INFO_TIMEOUT_S = "lora-sidecar-trial", 30.0
+"""A name that is never loaded; time for what a server in development mode says of itself: at first it looks around."""
 READ = (*INSIDE, STEPS, GENERATED, KV_USED, CACHE, ADAPTERS, STARTED_AT)
 """What is parsed of a scrape: most of its lines are histograms, and each takes as long."""
 REMOVAL_REFUSED = "engine rejected removal of LoRA adapter"
@@ -124,7 +125,7 @@ class VllmApi(OpenAiServer):
         See VLLM_SERVER_DEV_MODE.
         """
         try:
-            reply = await self._client.get("/server_info?config_format=json", timeout=PROBE_TIMEOUT_S)
+            reply = await self._client.get("/server_info?config_format=json", timeout=INFO_TIMEOUT_S)
             return reply.json()["vllm_config"]["lora_config"] or {}
         except (httpx.HTTPError, ValueError, KeyError, TypeError):
             return None
