@@ -12,7 +12,7 @@ import yaml
 from sidecar.cli.exits import CommandError, Exit
 from sidecar.cli.serving import resolve
 from sidecar.cli.show import AsJson, print_json
-from sidecar.config.listeners import DataListener
+from sidecar.config.listeners import DataListener, is_local
 from sidecar.config.section import is_address
 
 EVERYWHERE = ("0.0.0.0", "[::]")
@@ -100,6 +100,8 @@ def _data_listeners(listener: DataListener, pickers: Sequence[str]) -> list[str]
     """Return where Envoy reaches the data listeners, which are on the pickers' machines; none if it cannot."""
     host, _, port = listener.address.rpartition(":")
     if listener.tls is not None or listener.address.startswith("unix:"):
+        return []
+    if is_local(listener.address) and not all(map(is_local, pickers)):
         return []
     hosts = [picker.rpartition(":")[0] for picker in pickers] if host in EVERYWHERE else [host]
     return [f"{each}:{port}" for each in dict.fromkeys(hosts)]

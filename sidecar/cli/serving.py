@@ -73,7 +73,9 @@ def serve(
     listen: Annotated[
         str | None,
         typer.Option(
-            help="Address for requests by gRPC: listeners.data.", rich_help_panel=LISTENERS, show_default="0.0.0.0:9000"
+            help="Address for requests by gRPC: listeners.data.",
+            rich_help_panel=LISTENERS,
+            show_default="127.0.0.1:9000",
         ),
     ] = None,
     admin: Annotated[
@@ -87,7 +89,7 @@ def serve(
         typer.Option(
             help="Address for the OpenAI API, which is at /v1 there: listeners.http.",
             rich_help_panel=LISTENERS,
-            show_default="0.0.0.0:9002",
+            show_default="127.0.0.1:9002",
         ),
     ] = None,
     probes: Annotated[

@@ -81,7 +81,7 @@ class DataListener(GrpcListener):
     `message_bytes_max` bounds one message, weights that a client sends included.
     """
 
-    address: GrpcAddress = "0.0.0.0:9000"
+    address: GrpcAddress = "127.0.0.1:9000"
     message_bytes_max: int = Field(64 << 20, ge=4096, lt=1 << 31)
     max_connection_age_s: float | None = Field(None, gt=0, le=2_000_000)
 
@@ -92,7 +92,7 @@ class HttpListener(Listener):
     `https://chat.example.com`, may ask it from a browser; "*" means every page. No page reads health and metrics.
     """
 
-    address: Address = "0.0.0.0:9002"
+    address: Address = "127.0.0.1:9002"
     connections_max: int = Field(4096, ge=1)
     body_bytes_max: int = Field(16 << 20, ge=1024)
     prompts_max: int = Field(1024, ge=1)

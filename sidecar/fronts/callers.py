@@ -30,6 +30,8 @@ LOCAL = ("unix:", "ipv4:127.", "ipv6:%5B::1%5D", "ipv6:[::1]")
 
 Headers = Sequence[tuple[str, str | bytes]]
 
+CHECKED_S = 1.0
+"""How often the credential of a call that lasts is looked at."""
 CALLER: ContextVar[Caller] = ContextVar("caller")
 """The sender of the gRPC call that this task answers; set before the call's first message is read."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -38,6 +39,13 @@ def test_the_user_is_the_charts() -> None:
     text = (DEPLOY / "Dockerfile").read_text()
     assert f"USER {user['user']}:{user['group']}\n" in text
     assert f"--owner {user['user']} --group {user['group']} /var/lib/lora-sidecar" in text
+
+
+def test_it_listens_where_the_network_comes_in() -> None:
+    """A container's loopback is its own, so the command says another address for each port that clients reach."""
+    [command] = re.findall(r"^CMD (\[.*\])$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+    listens = {"--listen": "0.0.0.0:9000", "--http": "0.0.0.0:9002", "--probes": "0.0.0.0:9005"}
+    assert json.loads(command) == ["serve", *(part for pair in listens.items() for part in pair)]
 
 
 @pytest.mark.parametrize(

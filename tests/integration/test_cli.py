@@ -174,8 +174,32 @@ def test_config_check_prints_what_would_be_served(
     assert ended.code == 0
     record = yaml.safe_load(ended.out)
     assert (record["store"]["eviction"], record["store"]["fetches_max"]) == ("lfu", 7)
-    assert record["listeners"]["data"]["address"] == "0.0.0.0:9000"
+    assert record["listeners"]["data"]["address"] == "127.0.0.1:9000"
     assert sidecar("config", "check", str(file), "--json").json() == record
+
+
+@pytest.mark.parametrize(
+    ("data", "picker", "places"),
+    [
+        ("127.0.0.1:9000", "127.0.0.1:9004", ["127.0.0.1"]),
+        ("0.0.0.0:9000", "10.0.0.7:9004", ["10.0.0.7"]),
+        ("127.0.0.1:9000", "10.0.0.7:9004", []),
+    ],
+)
+def test_envoy_is_given_data_listeners_that_it_can_reach(
+    tmp_path: Path, sidecar: Callable[..., Ended], data: str, picker: str, places: list[str]
+) -> None:
+    """On another machine than the sidecars it reaches none that listen on loopback."""
+    file = tmp_path / "sidecar.yaml"
+    file.write_text(f"listeners: {{data: {{address: '{data}'}}, endpoint_picker: {{address: '0.0.0.0:9004'}}}}\n")
+    record = sidecar("envoy", "config", str(file), "--picker", picker, "--json").json()
+    found = [
+        endpoint["endpoint"]["address"]["socket_address"]["address"]
+        for cluster in record["static_resources"]["clusters"]
+        if cluster["name"] == "sidecar_data"
+        for endpoint in cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
+    ]
+    assert found == places
 
 
 def test_config_check_says_that_nothing_would_be_served(tmp_path: Path, sidecar: Callable[..., Ended]) -> None:

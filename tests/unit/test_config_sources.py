@@ -237,3 +237,12 @@ def test_addresses_of_listeners(address: str) -> None:
 def test_a_policy_that_is_unknown_is_told_with_its_key() -> None:
     with pytest.raises(Misused, match=r'the test: queue\.ordering: no ordering policy is called "fifoo"; there are '):
         parse({"queue": {"ordering": "fifoo"}}, "the test")
+
+
+def test_only_this_machine_comes_in_unless_the_configuration_says_more() -> None:
+    listeners = parse({}, "the test").listeners
+    addresses = {name: getattr(listeners, name).address for name in ("data", "admin", "http", "probes", "drain")}
+    assert addresses == {
+        "data": "127.0.0.1:9000", "admin": "127.0.0.1:9001", "http": "127.0.0.1:9002", "probes": None, "drain": None,
+    }  # fmt: skip
+    assert listeners.endpoint_picker.address is None

@@ -30,8 +30,6 @@ LISTED_A_STEP = 50
 _TOKEN = re.compile(r"[0-9]{1,18}\Z")
 OF_VERSION = ("version", "digest", "base_model", "path", "rank", "modules", "dtype", "quarantined", "store", "backends")
 """What a message says of the current version."""
-CHECKED_S = 1.0
-"""How often a watcher's credential is looked at."""
 WATCHED_MAX = 1000
 """Changes that a watcher may be behind; beyond that its call ends and it resumes from its last token."""
 
@@ -183,7 +181,7 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
             while not changes.full():
                 self._gateway.access.check(callers.CALLER.get())  # its credential may end meanwhile
                 try:
-                    async with asyncio.timeout(CHECKED_S):
+                    async with asyncio.timeout(callers.CHECKED_S):
                         change = await changes.get()
                 except TimeoutError:
                     continue

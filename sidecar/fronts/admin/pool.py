@@ -19,7 +19,6 @@ from sidecar.core.state import Backend, Request
 from sidecar.core.waiting import Group
 from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts import callers
-from sidecar.fronts.admin.adapters import CHECKED_S
 from sidecar.fronts.admin.messages import (
     backend_message,
     group_message,
@@ -74,8 +73,8 @@ class PoolService(admin_pb2_grpc.PoolServicer):
     async def _pause(self, left_s: float) -> None:
         """Wait for the next view. Raises Misused(UNAUTHENTICATED) when the caller's credential ends meanwhile."""
         while left_s > 0:
-            await asyncio.sleep(min(left_s, CHECKED_S))
-            left_s -= CHECKED_S
+            await asyncio.sleep(min(left_s, callers.CHECKED_S))
+            left_s -= callers.CHECKED_S
             self._gateway.access.check(callers.CALLER.get())
 
     def _counted(self) -> TokenRates:
