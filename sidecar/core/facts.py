@@ -72,7 +72,7 @@ class EngineFacts:
     host_pages_assumed: bool = False
     """`host_pages` is what such an engine has unless it was started with more."""
     unloads: str = ""
-    """What it forgets when an adapter is unloaded: its "name", or its "weights" with that; "" if it has no unload."""
+    """What it forgets of an adapter whose files go: its "name", its "weights" with that, or "nothing"."""
     without_lora: bool = False
     """It was started so that it takes no adapter; then `base_only` holds, too."""
 

@@ -138,10 +138,11 @@ def evict_asked(step: Step, event: EvictAsked) -> None:
         storing.doom_blob(step, key)
     for key in [key for key, entry in state.disk.entries.items() if entry.digest == digest]:
         storing.doom_disk_blob(step, key)
-    lines = {
-        place: left_at(state, place, digest) if held else "not held" if place in TIERS else "not resident"
-        for place, held in before.items()
-    }
+    lines = {}
+    for place, held in before.items():
+        if place not in TIERS and not state.backends[place].facts.unloads:  # as journals of 0.1 have it
+            held = [digest] if eligibility.resident(state.backends[place], digest) else []
+        lines[place] = left_at(state, place, digest) if held else "not held" if place in TIERS else "not resident"
     if before[STORE] and state.memory_holds(digest):
         lines[STORE] += "; it is pinned, so its next use brings it back to stay"
     step.emit(Answer(event.ask, tuple(lines.items())))
@@ -163,7 +164,7 @@ def left_at(state: State, place: str, version: str) -> str:
     tier = state.disk if place == DISK else state.store
     in_use = any(entry.digest == version for entry in tier.entries.values())
     unloads = "" if place in TIERS else state.backends[place].facts.unloads
-    if place not in TIERS and not unloads:
+    if place not in TIERS and unloads in ("", "nothing"):
         return "resident; TensorRT-LLM has no unload: it stays until the engine evicts it"
     goes = TIERS.get(place, "unloaded")
     told = f"in use: {goes} as soon as its users are done" if in_use else goes

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sidecar.core.events import FirstToken
-from sidecar.proto import admin_pb2
+from sidecar.proto import admin_pb2, gateway_pb2
 from tests.integration.test_vllm import ENGINE, fronted
 from tests.kit.emulated import running_engine
 from tests.kit.serving import Serving, serving, until, write_adapters
@@ -22,6 +22,7 @@ LATER = "in use: unloaded as soon as its users are done"
 NO_UNLOAD = "resident; TensorRT-LLM has no unload: it stays until the engine evicts it"
 TOLD = {
     "triton": {"idle": NO_UNLOAD, "in use": NO_UNLOAD},
+    "llmapi": {"idle": NO_UNLOAD, "in use": NO_UNLOAD},
     "python": {"idle": f"unloaded; {KEEPS}", "in use": f"{LATER}; {KEEPS}"},
     "rust": {"idle": "unloaded", "in use": LATER},
 }
@@ -33,14 +34,16 @@ kinds = pytest.mark.parametrize("kind", TOLD)
 async def engine_of(kind: str, folder: Path) -> AsyncIterator[tuple[Serving, Any]]:
     """Run a sidecar before one engine, which takes some seconds for an answer of `TOKENS`."""
     write_adapters(folder / "adapters", 2)
-    if kind == "triton":
+    (folder / "shared").mkdir()
+    if kind in ("triton", "llmapi"):
+        options = {"shape": "tiny"} if kind == "triton" else {"protocol": "llmapi"}
+        backend = {} if kind == "triton" else {"adapters_dir": str(folder / "shared")}
         async with (
-            running_engine(compute="none", shape="tiny", time_scale=1.0) as engine,
-            serving([engine], folder / "adapters") as served,
+            running_engine(compute="none", time_scale=1.0, **options) as engine,
+            serving([engine], folder / "adapters", backend=backend) as served,
         ):
             yield served, engine
         return
-    (folder / "shared").mkdir()
     rust = {"rust_frontend": True, "allowed_prefix": (str(folder / "shared"),)} if kind == "rust" else {}
     async with (
         running_vllm(compute="none", max_loras=2, max_cpu_loras=4, time_scale=1.0, **rust) as (engine, client),
@@ -53,21 +56,27 @@ def places(answer: Any) -> Mapping[str, str]:
     return {place.place: place.result for place in answer.places}
 
 
+async def ask(served: Serving, name: str, tokens: int) -> int:
+    """Ask for a text, which every kind takes; return the number of messages."""
+    request = gateway_pb2.GenerateRequest(adapter=name, text="hello", max_tokens=tokens)
+    return len([message async for message in served.gateway.Generate(request)])
+
+
 @asynccontextmanager
 async def asked(served: Serving, name: str) -> AsyncIterator[None]:
     """Have a long answer run for the length of a block, and then come to its end."""
     before = len(served.recorder.events)
-    asking = asyncio.create_task(served.ask(name, TOKENS))
+    asking = asyncio.create_task(ask(served, name, TOKENS))
     await until(lambda: any(isinstance(event, FirstToken) for event in served.recorder.events[before:]))
     yield
-    assert (await asking).messages
+    assert await asking
 
 
 @kinds
 async def test_an_eviction_says_what_each_engine_keeps(tmp_path: Path, kind: str) -> None:
     async with engine_of(kind, tmp_path) as (served, _):
         backend = next(iter(served.state.backends))
-        await served.ask("a00")
+        await ask(served, "a00", 4)
         answer = places(await served.adapters.Evict(admin_pb2.AdapterRequest(name="a00")))
         assert answer == {"host store": "dropped", backend: TOLD[kind]["idle"]}
         async with asked(served, "a00"):

@@ -83,6 +83,7 @@ class Server:
             kind=self.dialect.kind,
             reads_files=reads_files,
             base_only=reads_files and not self.dialect.serves_adapters,
+            unloads="nothing" if reads_files else "",
         )
         facts = merge(self._entry.identity, declared, found)
         self.pulse.begin(monotonic())

@@ -172,7 +172,7 @@ class TrtllmEntry(Entry):
 
 
 def _declare(entry: TrtllmEntry, declared: EngineFacts, all_of_kind: Sequence[TrtllmEntry]) -> EngineFacts:
-    facts = replace(with_kind(declared, MODEL), base_only=entry.adapters_dir is None)
+    facts = replace(with_kind(declared, MODEL), base_only=entry.adapters_dir is None, unloads="nothing")
     lora, base = entry.lora_config, entry.base()
     if lora is None or base is None:
         return facts
