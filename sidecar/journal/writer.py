@@ -34,12 +34,13 @@ RETRY_NS = 10_000_000_000
 
 @dataclass(frozen=True)
 class JournalFigures:
-    """What the metrics report of the journal, counted since the start."""
+    """What is reported of the journal, counted since the start; `fails` is True while nothing can be written."""
 
     written_bytes: int
     segments: int
     gaps: int
     errors: int
+    fails: bool
 
 
 class Journal:
@@ -70,12 +71,7 @@ class Journal:
     @property
     def figures(self) -> JournalFigures:
         writer = self._writer
-        return JournalFigures(writer.written_bytes, self._segments, self._gaps, writer.errors)
-
-    @property
-    def fails(self) -> bool:
-        """True while nothing can be written."""
-        return self._writer.fails
+        return JournalFigures(writer.written_bytes, self._segments, self._gaps, writer.errors, writer.fails)
 
     def start(self) -> None:
         """Begin the first segment with the core as it is now. Call it between steps."""

@@ -162,7 +162,7 @@ class Sidecar:
             self.gateway.observe(self._journal, of_core=True)
             self.gateway.chronicle.older = "A journal tells of older ones: sidecar replay --explain ID DATA_DIRECTORY"
             self.metrics.journal = recorded = self._journal
-            self.gateway.writers["the journal"] = lambda: recorded.fails
+            self.gateway.writers["the journal"] = lambda: recorded.figures.fails
             self.crash.then(self._journal.ended)
         self.telemetry = send_telemetry(config.otlp, self.gateway, self.metrics, self._member.id)
         self.crash.then(self._on_crash)
