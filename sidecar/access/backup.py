@@ -102,7 +102,7 @@ HOLDINGS = (
         "what a running process needs for itself",
         (
             "incoming", "registry-copy.sqlite", "access/copy.sqlite", "access/replicas", "access/jwks-*.json",
-            "members", "applied", "access-applied", "beats", "leases", "ownership",
+            "members", "applied", "access-applied", "beats", "leases", "ownership", "format",
         ),
         "each process makes its own",
     ),

@@ -39,7 +39,8 @@ async def served_by(engine: Any, folder: Path, kind: str = "core", **record: Any
         backend = trtllm_served.entry_of(folder)
     elif kind in ("llmapi", "vllm"):
         backend["adapters_dir"] = str(folder / "shared")
-    async with serving([engine], folder / "adapters", backend=backend, **record) as served:
+    asked = {"weights_check": "warn", **record}
+    async with serving([engine], folder / "adapters", backend=backend, **asked) as served:
         yield served
 
 
