@@ -35,7 +35,7 @@ from sidecar.config.redis_address import RedisLocation
 from sidecar.errors import Misused, Reason
 from sidecar.state.codec import Codec
 from sidecar.state.contents import Contents, RegistryStore, SqliteFile
-from sidecar.state.registry import LOCK_FILE, REGISTRY_FILE, lock_data_directory
+from sidecar.state.registry import FORMAT_FILE, LOCK_FILE, REGISTRY_FILE, lock_data_directory
 from sidecar.state.sqlite_faults import translated_errors
 from sidecar.state.written import ADAPTERS
 
@@ -102,7 +102,7 @@ HOLDINGS = (
         "what a running process needs for itself",
         (
             "incoming", "registry-copy.sqlite", "access/copy.sqlite", "access/replicas", "access/jwks-*.json",
-            "members", "applied", "access-applied", "beats", "leases", "ownership", "format",
+            "members", "applied", "access-applied", "beats", "leases", "ownership",
         ),
         "each process makes its own",
     ),
@@ -248,7 +248,10 @@ async def _places(location: StateLocation) -> list[str]:
         async with _linked(location) as link:
             return await link.keys()
     folder = location.data / FOLDER
-    there = {*location.data.iterdir(), *folder.glob("*")} - {folder, location.data / LOCK_FILE}
+    there = {*location.data.iterdir(), *folder.glob("*")} - {
+        folder,
+        *(location.data / name for name in (LOCK_FILE, FORMAT_FILE)),
+    }
     paths = {str(path.relative_to(location.data)) for path in there if path.is_file() or any(path.iterdir())}
     return sorted({path.removesuffix("-wal").removesuffix("-shm") for path in paths})
 

@@ -211,7 +211,7 @@ class Metrics:
         between, arrivals, picker = self.replica(), self.arrivals(), self.picker()
         epoch, fault = self.policy()
         is_reloaded, read_at = self.config()
-        figures = self.journal.figures if self.journal is not None else JournalFigures(0, 0, 0, 0)
+        figures = self.journal.figures if self.journal is not None else JournalFigures(0, 0, 0, 0, False)
         counted = {
             "open_calls": len(self._gateway.tickets),
             "arriving_bytes": arrivals.held_bytes,
