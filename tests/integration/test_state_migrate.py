@@ -281,7 +281,7 @@ async def test_what_is_kept_anywhere_is_moved_or_said_to_stay(server: Server, tm
     assert {"members", "leases", "access-meta", "budgets"} <= keys
     data = tmp_path / "data"
     paths = {str(path.relative_to(data)) for path in (*data.iterdir(), *(data / "access").iterdir())}
-    assert {path for path in paths if not known(re.sub("-(wal|shm)$", "", path))} == {"access", LOCK_FILE}
+    assert {path for path in paths if not known(re.sub("-(wal|shm)$", "", path))} == {"access", LOCK_FILE, FORMAT_FILE}
     sources = [path.read_text() for path in Path(product.__file__).parent.rglob("*.py")]
     tables = {table for text in sources for table in re.findall(r"CREATE TABLE IF NOT EXISTS (\w+)", text)}
     assert tables == TABLES.keys() - {"adapters", "entries"} | {"entries"}
