@@ -248,10 +248,8 @@ async def _places(location: StateLocation) -> list[str]:
         async with _linked(location) as link:
             return await link.keys()
     folder = location.data / FOLDER
-    there = {*location.data.iterdir(), *folder.glob("*")} - {
-        folder,
-        *(location.data / name for name in (LOCK_FILE, FORMAT_FILE)),
-    }
+    own = {folder, location.data / LOCK_FILE, location.data / FORMAT_FILE}
+    there = {*location.data.iterdir(), *folder.glob("*")} - own
     paths = {str(path.relative_to(location.data)) for path in there if path.is_file() or any(path.iterdir())}
     return sorted({path.removesuffix("-wal").removesuffix("-shm") for path in paths})
 

@@ -26,7 +26,7 @@ from sidecar.state.redis import member_scripts, scripts
 from sidecar.state.redis.link import REGISTRY_KEYS
 from sidecar.state.redis.members import RedisMembers
 from sidecar.state.redis.scripts import Script
-from sidecar.state.registry import LOCK_FILE, REGISTRY_FILE, SqliteRegistry, lock_data_directory
+from sidecar.state.registry import FORMAT_FILE, LOCK_FILE, REGISTRY_FILE, SqliteRegistry, lock_data_directory
 from tests.integration.test_cli_keys import sidecar as asked
 from tests.kit.cli_runs import Ended, runner
 from tests.kit.emulated import running_engine
