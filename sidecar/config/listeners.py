@@ -78,10 +78,12 @@ class AdminListener(GrpcListener):
 class DataListener(GrpcListener):
     """The listener for gRPC clients. After `max_connection_age_s` (±10%) a connection takes no new calls, and a stream
     is closed when nothing is in flight on it, so that clients reconnect through a load balancer and find new replicas.
-    `message_bytes_max` bounds one message, weights that a client sends included.
+    `message_bytes_max` bounds one message, weights that a client sends included. A KServe stream is one call with many
+    requests; once `requests_per_connection_max` are open on a connection's streams no more are read.
     """
 
     address: GrpcAddress = "127.0.0.1:9000"
+    requests_per_connection_max: int = Field(1024, ge=1)
     message_bytes_max: int = Field(64 << 20, ge=4096, lt=1 << 31)
     max_connection_age_s: float | None = Field(None, gt=0, le=2_000_000)
 

@@ -16,7 +16,7 @@ from tests.kit.emulated import core_request, running_engine
 from tests.kit.kserve_clients import DUMMY
 from tests.kit.serving import Serving, serving, until, write_adapters
 
-CALLS_MAX, MANY, LONG = 8, 200, 2000
+OPEN_MAX, MANY, LONG = 8, 200, 2000
 STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
 QUIET_S = 0.3
 STALL_S = 1.0
@@ -24,9 +24,9 @@ STALL_S = 1.0
 
 @asynccontextmanager
 async def house(tmp_path: Path, **record: Any) -> AsyncIterator[tuple[Serving, Any]]:
-    """Serve a slow engine of one seat, where a connection may have eight calls."""
+    """Serve a slow engine of one seat, where a connection may have eight requests open."""
     write_adapters(tmp_path, 1)
-    data = {"address": "127.0.0.1:0", "calls_per_connection_max": CALLS_MAX}
+    data = {"address": "127.0.0.1:0", "requests_per_connection_max": OPEN_MAX}
     free = {"address": "127.0.0.1:0"}
     options = [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.lookahead_bytes", 4096), ("grpc.http2.bdp_probe", 0)]
     async with (
@@ -62,9 +62,9 @@ async def test_no_more_are_read_than_a_connection_may_have_calls(tmp_path: Path)
             asyncio.create_task(write_all(call, [request_of("a00", number, LONG) for number in range(MANY)], []))
             for call in calls
         ]
-        await until(lambda: len(gateway.tickets) >= CALLS_MAX)
+        await until(lambda: len(gateway.tickets) >= OPEN_MAX)
         await asyncio.sleep(QUIET_S)
-        assert len(gateway.tickets) <= CALLS_MAX + len(calls)
+        assert len(gateway.tickets) <= OPEN_MAX + len(calls)
         for writer, call in zip(writers, calls, strict=True):
             writer.cancel()
             call.cancel()
@@ -97,8 +97,8 @@ async def test_refusals_that_nobody_reads(tmp_path: Path) -> None:
         written: list[int] = []
         messages = [request_of("nobody" + "x" * 200, number) for number in range(20_000)]
         writer = asyncio.create_task(write_all(call, messages, written))
-        await until(lambda: being_answered() >= CALLS_MAX)
-        assert being_answered() <= CALLS_MAX + 1
+        await until(lambda: being_answered() >= OPEN_MAX)
+        assert being_answered() <= OPEN_MAX + 1
         await until(lambda: not being_answered())
         assert len(written) < len(messages)
         writer.cancel()

@@ -51,7 +51,7 @@ class KServe:
         self.hiding = Hiding(gateway, config.hide_backend)
         self.client_stall_s = config.client_stall_s
         self.live = LiveRequests()
-        self._calls_max = config.listeners.data.calls_per_connection_max
+        self._open_max = config.listeners.data.requests_per_connection_max
         self._connections: dict[str, OpenInStreams] = {}
         self.lifetimes = Lifetimes(config.listeners.data.max_connection_age_s)
         gateway.observe(self.lifetimes)
@@ -188,7 +188,7 @@ class KServe:
     @contextmanager
     def in_streams(self, peer: str) -> Iterator[OpenInStreams]:
         """Enter a stream; yield the count of open requests that it shares with its connection's other streams."""
-        connection = self._connections.setdefault(peer, OpenInStreams(self._calls_max))
+        connection = self._connections.setdefault(peer, OpenInStreams(self._open_max))
         connection.streams += 1
         try:
             yield connection

@@ -47,8 +47,8 @@ class _Message:
 class OpenInStreams:
     """Count the open requests of all streams of one connection. While there are `most`, no stream reads another one.
 
-    So streams hold no more than as many unary calls could, and the end of a stream, which cancels all its requests at
-    once, does not block the event loop for long.
+    So what streams hold is bounded, and the end of a stream, which cancels all its requests at once, does not block the
+    event loop for long.
     """
 
     def __init__(self, most: int) -> None:
