@@ -37,7 +37,7 @@ async def test_any_replica_answers_for_any_adapter(adapters: Path, tmp_path: Pat
         running(tmp_path / "redis") as redis,
         running_engine(**DUMMY) as one,
         running_engine(**DUMMY) as two,
-        replicas(3, redis.url, [one, two], adapters) as pool,
+        replicas(3, redis.url, [one, two], adapters, lease_s=CALM_S) as pool,
     ):
         assert set().union(*map(owned, pool)) == {"b0", "b1"}
         names = sorted(pool[0].state.names)
@@ -93,7 +93,7 @@ async def test_a_client_that_leaves_is_cancelled_at_the_owner(adapters: Path, tm
     async with (
         running(tmp_path / "redis") as redis,
         running_engine(**DUMMY, time_scale=1.0) as one,
-        replicas(2, redis.url, [one], adapters) as pool,
+        replicas(2, redis.url, [one], adapters, lease_s=CALM_S) as pool,
     ):
         (owner,) = [served for served in pool if owned(served)]
         (other,) = [served for served in pool if served is not owner]
@@ -145,7 +145,7 @@ async def test_what_an_owner_refuses_is_refused_in_its_words(adapters: Path, tmp
     async with (
         running(tmp_path / "redis") as redis,
         running_engine(**DUMMY) as one,
-        replicas(2, redis.url, [one], adapters) as pool,
+        replicas(2, redis.url, [one], adapters, lease_s=CALM_S) as pool,
     ):
         (other,) = [served for served in pool if not owned(served)]
         with pytest.raises(grpc.aio.AioRpcError) as refused:
@@ -163,7 +163,7 @@ async def test_who_owns_what_is_told(adapters: Path, tmp_path: Path) -> None:
         running(tmp_path / "redis") as redis,
         running_engine(**DUMMY) as one,
         running_engine(**DUMMY) as two,
-        replicas(2, redis.url, [one, two], adapters) as pool,
+        replicas(2, redis.url, [one, two], adapters, lease_s=CALM_S) as pool,
     ):
         await until(lambda: all(served.sidecar.replica.board.leader for served in pool))
         for served in pool:

@@ -11,7 +11,7 @@ import pytest
 from sidecar.backends.vllm.api import VllmApi
 from tests.kit.emulated import running_engine
 from tests.kit.redis_servers import running
-from tests.kit.replica_pool import replicas
+from tests.kit.replica_pool import CALM_S, replicas
 from tests.kit.serving import serving, write_adapters
 
 DUMMY = {"compute": "none", "shape": "tiny"}
@@ -28,7 +28,7 @@ async def test_loads_and_requests_tell_their_owner_and_its_epoch(adapters: Path,
     async with (
         running(tmp_path / "redis") as redis,
         running_engine(**DUMMY) as engine,
-        replicas(2, redis.url, [engine], adapters) as pool,
+        replicas(2, redis.url, [engine], adapters, lease_s=CALM_S) as pool,
     ):
         for served in pool:
             await served.ask("a00")

@@ -201,7 +201,7 @@ async def test_what_waits_for_an_engine_that_is_gone_goes_to_another(adapters: P
         running(tmp_path / "redis") as redis,
         EngineProcess(*options, time_scale=1.0) as one,
         EngineProcess(*options, time_scale=1.0) as two,
-        replicas(2, redis.url, [one, two], adapters) as pool,
+        replicas(2, redis.url, [one, two], adapters, lease_s=CALM_S) as pool,
         asyncio.timeout(PATIENCE_S),
     ):
         names = [f"a{number:02}" for number in range(8)]
@@ -241,7 +241,7 @@ async def test_a_plan_that_cannot_be_made_keeps_nobody_from_being_told(adapters:
     async with (
         running(tmp_path / "redis") as redis,
         running_engine(**DUMMY) as one,
-        replicas(2, redis.url, [one], adapters) as pool,
+        replicas(2, redis.url, [one], adapters, lease_s=CALM_S) as pool,
         asyncio.timeout(PATIENCE_S),
     ):
         leader = await the_leader(pool)
@@ -267,7 +267,7 @@ async def test_a_replica_is_heard_again_after_its_listener_was_away(adapters: Pa
     async with (
         running(tmp_path / "redis") as redis,
         running_engine(**DUMMY) as one,
-        replicas(2, redis.url, [one], adapters) as pool,
+        replicas(2, redis.url, [one], adapters, lease_s=CALM_S) as pool,
         asyncio.timeout(2 * PATIENCE_S),
     ):
         (owner,) = [served for served in pool if owned(served)]
@@ -296,7 +296,7 @@ async def test_a_pool_that_leaves_as_a_whole_waits_for_nobody(
     async with (
         running(tmp_path / "redis") as redis,
         running_engine(**SLOW) as one,
-        replicas(2, redis.url, [one], adapters) as pool,
+        replicas(2, redis.url, [one], adapters, lease_s=CALM_S) as pool,
         asyncio.timeout(PATIENCE_S),
     ):
         (owner,) = [served for served in pool if owned(served)]
@@ -325,7 +325,7 @@ async def test_an_ending_that_is_not_understood_is_an_ending_all_the_same(adapte
     async with (
         running(tmp_path / "redis") as redis,
         running_engine(**SLOW) as one,
-        replicas(2, redis.url, [one], adapters) as pool,
+        replicas(2, redis.url, [one], adapters, lease_s=CALM_S) as pool,
         asyncio.timeout(PATIENCE_S),
     ):
         (other,) = [served for served in pool if not owned(served)]

@@ -17,7 +17,7 @@ from sidecar.replicas import answering, peers
 from sidecar.replicas.answering import PassedOn
 from tests.kit.emulated import running_engine
 from tests.kit.redis_servers import running
-from tests.kit.replica_pool import owned, replicas
+from tests.kit.replica_pool import CALM_S, owned, replicas
 from tests.kit.serving import PATIENCE_S, Serving, until, write_adapters
 
 ENGINE = {"compute": "none", "shape": "tiny", "seats": 64, "kv_blocks": 1 << 16}
@@ -46,7 +46,7 @@ async def owner_and_other(folder: Path, adapters: Path) -> AsyncIterator[tuple[S
     async with (
         running(folder / "redis") as redis,
         running_engine(**ENGINE) as one,
-        replicas(2, redis.url, [one], adapters, queue={"answer_bytes_max": ROOM_BYTES}) as pool,
+        replicas(2, redis.url, [one], adapters, lease_s=CALM_S, queue={"answer_bytes_max": ROOM_BYTES}) as pool,
         asyncio.timeout(2 * PATIENCE_S),
     ):
         (owner,) = [served for served in pool if owned(served)]
