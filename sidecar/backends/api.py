@@ -25,6 +25,8 @@ from sidecar.core.events import Event
 
 UNTOLD = -1
 """The number of requests of ours of which the core hears nothing."""
+WEIGHTS_ID = "lora-sidecar-weights"
+"""Its id at engines that see one: `weights_check` is what asks so."""
 WRITE_BYTES = 64 << 10
 """Bytes of an answer that a front writes at once. They count as waiting until it asks for more."""
 

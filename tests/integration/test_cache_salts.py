@@ -153,6 +153,7 @@ async def test_lists_of_prompts_large_bodies_and_generate(tmp_path: Path, bodies
     ):
         bodies.clear()  # the engine may have been asked for a token, so that it tells its slots
         mixed = salt(served, "blue", '"of my own"')
+        bodies.clear()
         await ask(served, "blue", f'{{"model": "base", "max_tokens": 1, {CLIENTS}, "prompt": ["one", "two"]}}')
         assert [json.loads(body)["cache_salt"] for body in bodies] == [mixed] * 2
         bodies.clear()

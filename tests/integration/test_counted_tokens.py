@@ -217,7 +217,7 @@ async def test_an_answer_of_vllm_is_charged_what_the_engine_made(path: str, stre
     (tmp_path / "adapters").mkdir()
     async with (
         running_vllm(compute="none", served_log=tmp_path / "served") as (engine, _),
-        fronted([engine], tmp_path, access=ACCESS) as served,
+        fronted([engine], tmp_path, access=ACCESS, weights_check="off") as served,
     ):
         told = len(read_served(tmp_path / "served"))  # the engine may have been asked for a token, to tell its slots
         assert await asked_until_refused(served, openai(path, stream, "base")) <= LIMIT // ANSWER + 1

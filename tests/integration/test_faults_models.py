@@ -18,7 +18,7 @@ from sidecar.lab.engine.kserve.control import Control
 from sidecar.lab.engine.kserve.errors import Rejection
 from sidecar.lab.engine.kserve.inference import Answer
 from sidecar.proto import gateway_pb2
-from tests.kit.emulated import running_engine
+from tests.kit.emulated import clients_asked, running_engine
 from tests.kit.faults import DUMMY, ENDLESS, assert_nothing_left, assert_right, attempt
 from tests.kit.serving import Serving, serving, until, write_adapters
 
@@ -64,7 +64,7 @@ async def test_what_runs_ends_and_what_comes_waits(
     async with running_engine(**options) as engine, serving([engine], tmp_path) as served:
         assert_right(served, await attempt(served, "a00"))
         running = asyncio.create_task(attempt(served, "a00", 700))
-        await until(lambda: engine.engine.counters.active == 1 and len(engine.served) == 2)
+        await until(lambda: engine.engine.counters.active == 1 and len(clients_asked(engine)) == 2)
         unloaded.away = True
         waiting = [asyncio.create_task(attempt(served, "a00")) for _ in range(5)]
         detail = served.sidecar.gateway.backends["trt-0"].detail

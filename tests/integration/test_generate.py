@@ -11,7 +11,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from sidecar.proto import gateway_pb2
-from tests.kit.emulated import running_engine
+from tests.kit.emulated import clients_asked, running_engine
 from tests.kit.kserve_clients import restrict
 from tests.kit.serving import Serving, serving, until, write_adapters
 
@@ -62,7 +62,7 @@ async def test_bad_requests_each_have_their_own_message(
         assert len(error.details() or "") < 1000
         assert info.domain == "lora-sidecar"
         await until(lambda: not served.sidecar.gateway.tickets)
-        assert not engine.served
+        assert not clients_asked(engine)
         assert (await served.ask("a00", 2)).tokens == served.expected("a00", 2)
 
 

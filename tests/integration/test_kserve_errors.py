@@ -19,6 +19,7 @@ from tests.kit.emulated import (
     add_lora,
     add_tensor,
     channel_to,
+    clients_asked,
     core_request,
     output_of,
     running_engine,
@@ -170,7 +171,7 @@ async def test_a_prompt_longer_than_the_engine_takes(tmp_path: Path) -> None:
         assert told.errors == [
             "[INVALID_REQUEST] the prompt has 101 tokens and the engine takes at most 100; shorten it"
         ]
-        assert not engine.served
+        assert not clients_asked(engine)
         assert (await ask(client, name="a00", inputs=core_inputs(prompt=100))).tokens() == served.expected("a00", 4)
         (answer,) = await stream_answers(stub, text_request("x" * 200, tokens=1, streaming=True, lora_name="a00"))
         assert answer.error_message.startswith(PREFIX)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 
-from tests.kit.emulated import channel_to, core_request, random_adapter, running_engine, stream_answers
+from tests.kit.emulated import channel_to, clients_asked, core_request, random_adapter, running_engine, stream_answers
 from tests.kit.kserve_clients import DUMMY, aio_client, ask, core_inputs, tensor, tokens_of
 from tests.kit.serving import serving, write_adapters
 
@@ -62,7 +62,7 @@ async def test_a_parameter_that_was_meant_to_be_ours_is_refused(tmp_path: Path, 
         told = await ask(client, parameters={wrong: "a00"})
         assert told.errors == [f'[INVALID_REQUEST] unknown parameter "{wrong}"; did you mean "{meant}"?']
         assert told.responses == []
-        assert not engine.served
+        assert not clients_asked(engine)
 
 
 async def test_the_name_may_come_as_metadata(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ async def test_bad_parameters_each_have_their_own_message(
         told = await ask(client, parameters=parameters)
         assert sentence in told.errors[0]
         assert len(told.errors[0]) < 500
-        assert not engine.served
+        assert not clients_asked(engine)
         assert (await ask(client, name="a00")).tokens() == served.expected("a00", 4)
         assert not served.sidecar.gateway.tickets
 
@@ -179,7 +179,7 @@ async def test_a_name_and_lora_tensors_together_are_refused(tmp_path: Path) -> N
         for weights in (True, False):
             told = await ask(client, name="a00", inputs=core_inputs() + lora_tensors(1, weights))
             assert "the request has lora_name and lora_task_id; drop the lora_* tensors" in told.errors[0]
-        assert not engine.served
+        assert not clients_asked(engine)
 
 
 async def test_a_clients_own_lora_is_refused_unless_allowed(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ async def test_a_clients_own_lora_is_refused_unless_allowed(tmp_path: Path) -> N
         for inputs in (lora_tensors(5), lora_tensors(5, weights=True), lora_tensors(5, weights=True)[1:]):
             told = await ask(client, inputs=core_inputs() + inputs)
             assert "request parameter lora_name instead" in told.errors[0]
-        assert not engine.served
+        assert not clients_asked(engine)
 
 
 async def test_a_clients_own_lora_below_our_ids_is_allowed_by_configuration(tmp_path: Path) -> None:
@@ -222,4 +222,4 @@ async def test_a_clients_own_lora_below_our_ids_is_allowed_by_configuration(tmp_
         smuggled.contents.uint64_contents.append(ours)
         answers = await stream_answers(stub, request)
         assert "larger ids are the sidecar's" in answers[0].error_message
-        assert len([record for record in engine.served if record.tokens]) == 2
+        assert len([record for record in clients_asked(engine) if record.tokens]) == 2

@@ -31,7 +31,7 @@ from sidecar.lab.engine.tokens import EOS, ByteTokenizer
 from sidecar.proto import admin_pb2, gateway_pb2
 from sidecar.serve.app import Sidecar
 from sidecar.shell.requests import RequestFacts
-from tests.kit.emulated import CORE, EngineProcess, channel_to, running_engine
+from tests.kit.emulated import CORE, EngineProcess, channel_to, clients_asked, running_engine
 from tests.kit.kserve_clients import aio_client, ask, core_inputs, parameters_of, tensor, text_inputs
 from tests.kit.peft_files import ALL_LINEAR, write_adapter
 from tests.kit.serving import Serving, serving, until, write_adapters
@@ -100,7 +100,7 @@ async def test_by_name(folders: tuple[Path, Path], decoupled: bool, stream: bool
             assert (origin.version, origin.backend) == (f"{name}@v1" if name else "", "trt-0")
             assert origin.output_tokens == len(messages)
         assert staged(folders[1]) == sorted(key_of(served, name) for name in ("a00", "a01"))
-        assert [one.weights for one in engine.served] == [True, False, True, False, False, False]
+        assert [one.weights for one in clients_asked(engine)] == [True, False, True, False, False, False]
         assert served.recorder.count(Load) == 2
 
 
@@ -185,7 +185,7 @@ async def test_64_adapters_over_small_caches(folders: tuple[Path, Path], request
         held = len(staged(folders[1]))
         assert 0 < held < 64, "the store has dropped nothing"
         assert served.recorder.count(Drop) >= served.recorder.count(Fetch) - held
-        assert sum(one.weights for one in engine.served) > 64, "the engine has evicted nothing"
+        assert sum(one.weights for one in clients_asked(engine)) > 64, "the engine has evicted nothing"
 
 
 async def test_an_update_under_load(folders: tuple[Path, Path]) -> None:
@@ -247,7 +247,7 @@ async def test_files_taken_away_behind_our_back(folders: tuple[Path, Path], deco
         heals = [heal.reason for heal in served.recorder.of(Heal)]
         assert heals == ["engine_miss", "engine_miss"]
         assert (await told(served, "a00"))[1][-1].origin.heals == 1
-        assert engine.served[-1].outcome == "done"
+        assert clients_asked(engine)[-1].outcome == "done"
 
 
 async def test_a_restart_of_the_engine(folders: tuple[Path, Path]) -> None:
@@ -294,7 +294,7 @@ async def test_token_ids_and_what_the_model_lacks(folders: tuple[Path, Path]) ->
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         sampling = {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "seed": 7, "stop_words": ["a b", "c"]}
         assert (await told(served, "a00", **sampling))[0] == answer_of(served, "a00", 4)
-        assert len(engine.served) == 2
+        assert len(clients_asked(engine)) == 2
 
 
 async def test_a_request_for_another_kind_of_model(folders: tuple[Path, Path]) -> None:
@@ -310,7 +310,7 @@ async def test_a_request_for_another_kind_of_model(folders: tuple[Path, Path]) -
             Reason.BACKEND_REJECTED,
             "the request is for a model of kind triton and this one is triton_llmapi; send it again",
         )
-        assert [one.request_id for one in engine.served] == ["lora-sidecar-load-1"]
+        assert [one.request_id for one in clients_asked(engine)] == ["lora-sidecar-load-1"]
 
 
 # Triton's own clients.
@@ -376,7 +376,7 @@ async def test_a_clients_own_adapter(folders: tuple[Path, Path], name: str, name
         answer = await ask(client, name="a00" if named else None, inputs=llmapi_inputs(**{name: value}))
         assert len(answer.errors) == 1
         assert ("drop the lora_* tensors" if named else "of its own; name the adapter") in answer.errors[0]
-        assert not engine.served
+        assert not clients_asked(engine)
 
 
 async def test_an_old_id_stands_for_a_name(folders: tuple[Path, Path]) -> None:
@@ -403,8 +403,8 @@ async def test_a_mixed_pool(folders: tuple[Path, Path]) -> None:
     ):
         for name in names:
             assert (await served.ask(name, 4)).tokens == served.expected(name, 4)
-        assert not api.served
-        before = len(core.served)
+        assert not clients_asked(api)
+        before = len(clients_asked(core))
         texts = [(name, await told(served, name, 4)) for name in names * 8]
         for name, (text, messages) in texts:
             packed = bytes(served.expected(name, 4)).decode()
@@ -420,8 +420,8 @@ async def test_a_mixed_pool(folders: tuple[Path, Path]) -> None:
                 assert ensemble.last["lora_backend"] == "core"
                 ids = await ask(client, name="a01", inputs=core_inputs())
                 assert ids.last["lora_backend"] == "core"
-        assert len(core.served) > before
-        assert len(api.served) >= 4
+        assert len(clients_asked(core)) > before
+        assert len(clients_asked(api)) >= 4
 
 
 async def test_a_mixed_pool_loses_one_kind(folders: tuple[Path, Path]) -> None:

@@ -23,6 +23,7 @@ from tests.integration.test_prompt_counts import write_tokenizer
 from tests.kit.emulated import (
     EngineProcess,
     add_tensor,
+    clients_asked,
     read_served,
     running_engine,
     stream_answers,
@@ -196,7 +197,7 @@ async def test_a_chat_without_a_template(tmp_path: Path) -> None:
         assert response.status_code == 400
         assert "set backends[].base_model.chat_template" in response.json()["error"]["message"]
         assert response.json()["error"]["param"] == "messages"
-        assert not engine.served
+        assert not clients_asked(engine)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +232,7 @@ async def test_what_such_engines_cannot_do(tmp_path: Path, more: dict[str, Any],
         response = await client.post(COMPLETIONS, json=body)
         error = response.json()["error"]
         assert (response.status_code, error["param"], error["reason"]) == (400, param, "invalid_request")
-        assert not engine.served
+        assert not clients_asked(engine)
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
@@ -253,7 +254,7 @@ async def test_several_answers_to_a_prompt(tmp_path: Path, path: str, stream: bo
         prompts = len(b"<user>hi<assistant>") // 4 + 1 if path == CHAT else 2
         assert (usage["prompt_tokens"], usage["completion_tokens"]) == (prompts, 3 * count)
         assert usage["prompt_tokens_estimated"] is True
-        assert len([one for one in engine.served if not one.weights]) == count
+        assert len([one for one in clients_asked(engine) if not one.weights]) == count
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
@@ -333,7 +334,7 @@ async def test_stop_words(tmp_path: Path, stream: bool) -> None:
             told, reason = choice["text"], choice["finish_reason"]
         assert (told, reason) == (whole[: whole.index(word)], "stop")
         await until(lambda: not served.state.requests and not served.sidecar.gateway.tickets)
-        assert engine.served
+        assert clients_asked(engine)
 
 
 @pytest.mark.parametrize("counts", [True, False])

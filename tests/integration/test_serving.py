@@ -12,7 +12,7 @@ import pytest
 
 from sidecar.core.effects import Fetch, Load, Settle
 from sidecar.proto import gateway_pb2, gateway_pb2_grpc
-from tests.kit.emulated import running_engine
+from tests.kit.emulated import clients_asked, running_engine
 from tests.kit.serving import Answer, Serving, serving, until, write_adapters
 
 DUMMY = {"compute": "none", "shape": "tiny"}
@@ -160,7 +160,7 @@ async def test_a_deadline_that_passes_in_the_queue_never_reaches_an_engine(tmp_p
         assert "waited" in (caught.value.details() or "")
         running.cancel()
         await until(lambda: engine.engine.counters.active == 0)
-        assert sorted(record.outcome for record in engine.served if record.tokens != 1) == ["cancelled"]
+        assert sorted(record.outcome for record in clients_asked(engine) if record.tokens != 1) == ["cancelled"]
 
 
 async def test_an_unknown_adapter_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ async def test_an_unknown_adapter_is_refused_with_the_nearest_name(tmp_path: Pat
             await served.ask("a0l")
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
         assert 'unknown adapter "a0l"; did you mean' in (caught.value.details() or "")
-        assert not engine.served
+        assert not clients_asked(engine)
 
 
 async def test_sigterm_lets_everything_in_flight_finish(tmp_path: Path) -> None:

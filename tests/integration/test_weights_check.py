@@ -39,8 +39,7 @@ async def served_by(engine: Any, folder: Path, kind: str = "core", **record: Any
         backend = trtllm_served.entry_of(folder)
     elif kind in ("llmapi", "vllm"):
         backend["adapters_dir"] = str(folder / "shared")
-    asked = {"weights_check": "warn", **record}
-    async with serving([engine], folder / "adapters", backend=backend, **asked) as served:
+    async with serving([engine], folder / "adapters", backend=backend, **record) as served:
         yield served
 
 
@@ -111,7 +110,7 @@ async def test_engines_of_one_base_model_are_compared(tmp_path: Path) -> None:
         async with AsyncExitStack() as stack:
             engines = [await stack.enter_async_context(running_engine(seed=seed)) for seed in (0, 0, 7)]
             backend = {} if base_model is None else {"base_model": base_model}
-            served = await stack.enter_async_context(serving(engines, backend=backend, weights_check="warn"))
+            served = await stack.enter_async_context(serving(engines, backend=backend))
             others = {"trt-0", "trt-1", "trt-2"}
             assert len(differing(served)) in ((count, 2) if count else (0,))  # the odd one may have come first
             for told in differing(served):
@@ -124,7 +123,7 @@ async def test_no_question_is_asked_where_it_is_off(tmp_path: Path) -> None:
         running_engine(served_log=tmp_path / "served") as engine,
         served_by(engine, tmp_path, weights_check="off"),
     ):
-        assert read_served(tmp_path / "served") == []
+        assert read_served(tmp_path / "served", check=True) == []
 
 
 async def test_the_core_hears_nothing_of_the_question(tmp_path: Path) -> None:
@@ -132,8 +131,9 @@ async def test_the_core_hears_nothing_of_the_question(tmp_path: Path) -> None:
         running_engine(served_log=tmp_path / "served") as engine,
         served_by(engine, tmp_path) as served,
     ):
-        (line,) = read_served(tmp_path / "served")
-        assert (line["task_id"], line["tokens"] <= weights_check.TOKENS) == (None, True)
+        (line,) = read_served(tmp_path / "served", check=True)
+        assert (line["request_id"], line["task_id"]) == ("lora-sidecar-weights", None)
+        assert line["tokens"] <= weights_check.TOKENS
         assert (await served.ask("", 2)).tokens
         numbers = {event.request for event in served.recorder.events if hasattr(event, "request")}
         assert numbers == {1}
@@ -154,6 +154,6 @@ async def test_of_an_engine_that_does_not_answer_in_time_nothing_is_told(
 
 async def test_a_sidecar_that_stops_while_it_asks(tmp_path: Path) -> None:
     async with running_engine(freeze_after=1, compute="none", shape="tiny") as engine:
-        async with serving([engine], until_up=False, weights_check="warn") as served:
+        async with serving([engine], until_up=False) as served:
             await until(lambda: bool(served.sidecar.gateway.fleet._checking))
         await until(lambda: not served.sidecar.gateway.fleet._checking)

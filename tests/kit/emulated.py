@@ -16,7 +16,9 @@ import grpc
 import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from sidecar.backends.api import WEIGHTS_ID
 from sidecar.lab.engine.kserve import Options, Server, serve
+from sidecar.lab.engine.kserve.served import Served
 from sidecar.lab.engine.kserve.server import MESSAGE_BYTES_MAX
 from sidecar.lab.engine.rounding import narrow
 from sidecar.lab.engine.shape import SHAPES, module_dims
@@ -77,9 +79,18 @@ class EngineProcess(EmulatorProcess):
         return self.address("metrics")
 
 
-def read_served(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a served log: one for each ended executor request, in that order."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def read_served(path: Path, check: bool = False) -> list[dict[str, Any]]:
+    """Return the lines of a served log: one for each ended executor request, in that order.
+
+    What `weights_check` asked at a Triton is among them only if so asked (`check`).
+    """
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line for line in lines if check or line["request_id"] != WEIGHTS_ID]
+
+
+def clients_asked(server: Server) -> list[Served]:
+    """Return how the last executor requests of a Triton ended, without what `weights_check` asked."""
+    return [one for one in server.served if one.request_id != WEIGHTS_ID]
 
 
 def random_adapter(

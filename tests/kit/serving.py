@@ -128,7 +128,6 @@ async def serving(
         "backends": [place_of(engine, number) | backend for number, engine in enumerate(engines)],
         "listeners": {"data": free, "admin": free, "http": free},
         "adapters": ({"serve": str(adapters)} if adapters else {}) | {"roots": [str(root) for root in roots]},
-        "weights_check": "off",  # its question would be among what engines were asked
     }
     if file is None:
         sidecar = await Sidecar.start(parse(config | record, "the test"))

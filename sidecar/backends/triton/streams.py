@@ -16,7 +16,7 @@ import grpc.aio
 import httpx
 
 from sidecar.backends import faults, wire
-from sidecar.backends.api import TRAILERS, UNREAD, UNSEEN, Reply, Ticket, Unseen
+from sidecar.backends.api import TRAILERS, UNREAD, UNSEEN, UNTOLD, WEIGHTS_ID, Reply, Ticket, Unseen
 from sidecar.backends.quoting import wrote_in
 from sidecar.backends.triton.counting import Counter
 from sidecar.backends.triton.dialects import Dialect
@@ -111,7 +111,7 @@ class Run:
         """Fragment naming the replica that sends the request."""
         self.attached = b""
         """Fragment naming or holding its weights, if they are sent along."""
-        self._known_as(f"{effect.request}.{effect.attempt}")
+        self._known_as(WEIGHTS_ID if effect.request == UNTOLD else f"{effect.request}.{effect.attempt}")
 
     def _known_as(self, engine_id: str) -> None:
         """Set the id that the engine sees. Clients' ids may collide, ours do not."""
