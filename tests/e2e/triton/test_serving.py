@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 
 from sidecar.core.effects import Load, Settle
+from sidecar.core.enums import Phase, Seen
+from sidecar.core.events import RunEnded
 from sidecar.lab.engine.kserve import Options
 from sidecar.lab.engine.kserve.options import spec_of
 from sidecar.lab.engine.spec import engine_config_json
-from tests.e2e.triton.loads import ENGINE, answered, at_once, endings, outcomes, servers
+from tests.e2e.triton.loads import ENGINE, answered, at_once, endings, outcomes, servers, verb
+from tests.kit.emulated import CORE, channel_to, core_request, stream_answers, text_request
 from tests.kit.faults import assert_nothing_left, heals
 from tests.kit.kserve_clients import ENSEMBLE, aio_client, ask
-from tests.kit.serving import Serving, serving, write_adapters
+from tests.kit.serving import Serving, serving, until, write_adapters
 
 CACHE = {"lora_host_pages": 4, "lora_device_pages": 4}
 """Room for four adapters that nobody is told of: the engine evicts all the while, and answers with misses."""
@@ -100,3 +103,47 @@ async def test_200_requests_through_the_models_that_take_text(tmp_path: Path, mo
         assert set(answered(made).values()) == {1}
         assert Counter(heals(served))["engine_miss"] > 0
         await assert_nothing_left(served)
+
+
+@pytest.mark.parametrize("model", [CORE, ENSEMBLE, pytest.param(BLS, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("decoupled", [True, False], ids=["decoupled", "whole"])
+async def test_an_answer_that_comes_all_at_once_is_charged_what_the_engine_made(
+    tmp_path: Path, model: str, decoupled: bool
+) -> None:
+    """What the sidecar asked for beside it, to count by, the client does not get."""
+    outputs = {"text_output"} if model != CORE else {"output_ids", "sequence_length"}
+    async with (
+        servers(tmp_path, texts=True, decoupled=decoupled) as (server,),
+        serving([server]) as served,
+        channel_to(served.sidecar.data_address) as stub,
+    ):
+        request = core_request("hello", 60) if model == CORE else text_request("hello", 60)
+        request.model_name = model
+        if decoupled:
+            (answer,) = [
+                one.infer_response for one in await stream_answers(stub, request) if one.infer_response.outputs
+            ]
+        else:
+            answer = await stub.ModelInfer(request)
+        assert outputs <= {output.name for output in answer.outputs}
+        assert "num_output_tokens" not in {output.name for output in answer.outputs}
+        await assert_nothing_left(served)
+        (run,) = [event for event in served.recorder.events if isinstance(event, RunEnded)]
+        assert (run.output_tokens, run.seen) == (60, Seen.ALL)
+        assert sum(one["tokens"] for one in server.served) == 60
+
+
+async def test_a_model_that_is_loaded_with_other_weights_is_told(tmp_path: Path) -> None:
+    """Another seed is another model."""
+    async with (
+        servers(tmp_path, control="explicit", engine={"compute": "llama"}) as (server,),
+        serving([server]) as served,
+    ):
+        backend = served.state.backends["trt-0"]
+        for seed, differs in ((0, False), (7, True), (7, False)):
+            await verb(server, "Unload")
+            await until(lambda: backend.phase is Phase.DOWN)
+            server.repository.write_core(server.models_folder, CORE, server.served_path, seed=seed)
+            await verb(server, "Load")
+            await until(lambda: backend.phase is Phase.UP)
+            assert bool(served.sidecar.gateway.fleet.check.differing) == differs
