@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -107,7 +108,9 @@ class Endpoint(ABC):
         self._measured: BackendMeasured | None = None
         self.follower = Follower(lambda event: self._post(event), self._heard, self._lacks)
         """Follows answers that go past us."""
-        self._foreign = self._ours_before = self._inside_before = 0
+        self._foreign = self._inside_before = 0
+        self._ours_before = deque((0, 0), 2)
+        """Our sequences at the last two looks: a busy engine may count one only at the look after the next."""
         self._unheard: dict[tuple[int, int], float] = {}
         """Runs of which nothing has been heard for long, and when that was last found."""
         self._lacking_since_s: float | None = None
@@ -491,7 +494,7 @@ class Endpoint(ABC):
     async def _reach_once(self) -> None:
         facts = await self._reach()
         self._foreign = self._inside_before = await self._inside() or 0
-        self._ours_before = 0
+        self._ours_before.extend((0, 0))
         self.follower.scale.look(self._seen_generated(), 0, is_alone=False)
         self._up, self._measured, self._told, self._awaited_until_s = True, None, logging.NOTSET, 0.0
         address = "" if self.address == self.id else f"{self.address}, "
@@ -546,7 +549,8 @@ class Endpoint(ABC):
         """
         ours = self._sequences
         inside = self._seen_inside()
-        least, most, self._ours_before = min(ours, self._ours_before), max(ours, self._ours_before), ours
+        least, most = min(ours, *self._ours_before), max(ours, self._ours_before[-1])
+        self._ours_before.append(ours)
         is_alone = not self._foreign and inside is not None and inside <= most
         self.follower.scale.look(self._seen_generated(), most, is_alone)
         if inside is None:

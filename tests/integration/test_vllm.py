@@ -187,7 +187,10 @@ async def test_adapters_of_others_are_left_alone(tmp_path: Path) -> None:
 async def test_requests_of_others_take_seats_until_they_end(tmp_path: Path) -> None:
     """They are counted when the engine is reached, and fewer as they end; our own are never counted among them."""
     (tmp_path / "adapters").mkdir()
-    async with running_vllm(seats=6, time_scale=1.0) as (engine, client):
+    async with (
+        running_vllm(**DUMMY, seats=6, time_scale=1.0) as (engine, _),
+        Client(engine.http_address, patience_s=600) as client,
+    ):
         body = {"model": BASE, "prompt": "hello", "max_tokens": 8000, "ignore_eos": True}
         others = [asyncio.create_task(client.http.post("/v1/completions", json=body)) for _ in range(3)]
         await until(lambda: engine.engine.counters.active == 3)
@@ -195,14 +198,16 @@ async def test_requests_of_others_take_seats_until_they_end(tmp_path: Path) -> N
             state = served.state
             backend = state.backends["vllm-0"]
             assert backend.others == 3
-            ours = [asyncio.create_task(served.ask("", tokens=600)) for _ in range(8)]
+            ours = [asyncio.create_task(served.ask("", tokens=3000)) for _ in range(8)]
             await until(lambda: len(backend.running) == 3)
             others.pop().cancel()
             await until(lambda: backend.others == 2 and len(backend.running) == 4)
             for task in others:
                 task.cancel()
-            await until(lambda: backend.others == 0)
-            await asyncio.gather(*ours)
+            await until(lambda: backend.others == 0 and len(backend.running) == 6)
+            for task in ours:
+                task.cancel()
+            await asyncio.gather(*ours, *others, return_exceptions=True)
 
 
 async def test_what_a_life_before_left_is_unloaded_if_its_files_have_gone(tmp_path: Path) -> None:
