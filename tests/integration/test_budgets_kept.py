@@ -67,6 +67,18 @@ async def test_a_kill_forgets_a_second_at_most_and_in_nobodys_favour(file: Path)
     assert LIMIT - 100 <= 1100 + left <= LIMIT
 
 
+async def test_kills_soon_after_a_start_take_no_more_each_time(file: Path) -> None:
+    """What an earlier process has taken is not what this one used in its first second."""
+    clock, taken = Time(), []
+    for _ in range(4):
+        kept, budgets = await begin(file, clock)
+        budgets.reserve(*WHO, 10, 0).settle(None, 0, ran=True)
+        await kept.save()
+        taken += taken_of(file)
+        await killed(kept)
+    assert taken == [20, 40, 60, 80]  # ten tokens, and as many ahead
+
+
 async def test_a_clean_stop_gives_back_what_was_not_used(file: Path) -> None:
     clock = Time()
     kept, budgets = await begin(file, clock)

@@ -43,6 +43,10 @@ class Client:
         await until(lambda: set(ids) <= {each.client_id for each in self.served.gateway.state.requests.values()})
         return calls
 
+    async def both_seats_taken(self) -> None:
+        """Wait until two requests run; the weights of their adapter are read first."""
+        await until(lambda: sum(each.running for each in self.served.gateway.state.requests.values()) == 2)
+
     async def _ending(self, request_id: str, tenant: str, adapter: str) -> str:
         request = gateway_pb2.GenerateRequest(adapter=adapter, text="hi", request_id=request_id, tenant=tenant)
         return await ending(self.stub.Generate(request))
@@ -72,7 +76,7 @@ async def client(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> AsyncIter
 async def test_a_request_is_cancelled_by_its_id(client: Client) -> None:
     """Whether it runs or waits, its client hears who ended it, and the others go on."""
     first, second, waiting = await client.ask("one", "two", "three")
-    await until(lambda: sum(each.running for each in client.served.gateway.state.requests.values()) == 2)
+    await client.both_seats_taken()
     listed = await client.served.cli("requests", "list")
     assert re.search(r"^ID +STATE +AGE +ADAPTER +TENANT +CLASS +BACKEND +MAX TOKENS +REQUEST$", listed.out, re.M)
     running = r"^\w+ +running +[\d.]+ m?s +slow@v1 +acme +default +trt-0 +\d+\+\d+ +\d+$"
@@ -129,7 +133,8 @@ async def test_all_of_a_tenant_or_an_adapter_are_cancelled(client: Client, tmp_p
 
 async def test_requests_of_the_base_model_are_found_by_its_name(client: Client) -> None:
     """As the list itself, the API and access policies call it; those of adapters are left alone."""
-    adapters = await client.ask("a1", "a2")  # they have both seats
+    adapters = await client.ask("a1", "a2")
+    await client.both_seats_taken()  # before, one of the base would be answered at once
     base = await client.ask("b1", "b2", adapter="")
     assert {each["request_id"] for each in await listed_now(client, "--adapter", "base")} == {"b1", "b2"}
     done = await client.served.cli("requests", "cancel", "--adapter", "base", "--tenant", "acme")

@@ -196,6 +196,7 @@ class Meter:
         """What a file has of it in which window, and what was taken when that was last looked at."""
         for former in sharing.former(key):
             self._resume(former)
+        self.counted, self.written_window = self.taken, self.window  # none of it was used in the last second
 
     def _resume(self, former: Former) -> None:
         """Go on from what is known from before.
