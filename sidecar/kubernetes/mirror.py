@@ -14,7 +14,10 @@ from sidecar.kubernetes.pauses import Pauses
 logger = logging.getLogger(__name__)
 
 WATCHES_FAILED_MAX = 3
-"""After so many failed watches in a row, all objects are listed anew: the server may have lost its history."""
+"""After so many watches in a row that failed or told nothing, not even a bookmark, all objects are listed anew.
+
+The server may have lost its history: after a restore it counts from an earlier number on, and waits for ours silently.
+"""
 
 Objects = dict[str, Object]
 """Objects by name."""
@@ -63,6 +66,7 @@ class Mirror:
                 await self._watch_failed(error)
             else:
                 if not was_told:  # a proxy may end every watch at once
+                    self._count_failed()
                     await asyncio.sleep(self._watching.next_s())
 
     async def _list(self) -> None:
@@ -88,14 +92,19 @@ class Mirror:
 
     async def _watch_failed(self, error: ApiError) -> None:
         """Wait before the next watch; list all objects anew if the server has lost the watch's position."""
-        self._failed_since_list += 1
-        if error.code == GONE or self._failed_since_list >= WATCHES_FAILED_MAX:
+        self._count_failed()
+        if error.code == GONE:
             self._position = None
         if error.code == GONE or (error.code == 0 and not self._watching.failures):
             logger.debug("%s; it goes on in a moment", error.message)  # the server's history expired, which is normal
         else:
             self._log_once(error)
         await asyncio.sleep(self._watching.next_s(error.retry_after_s))
+
+    def _count_failed(self) -> None:
+        self._failed_since_list += 1
+        if self._failed_since_list >= WATCHES_FAILED_MAX:
+            self._position = None
 
     def _log_once(self, error: ApiError) -> None:
         """Log a failure, each different one once."""

@@ -251,8 +251,7 @@ class FakeServer:
         """Tell what changes, until the time that the client wants; from no position, or 0, first what there is."""
         position, selector = asked.query.get("resourceVersion", "0") or "0", asked.query.get("labelSelector", "")
         since = self.objects.number if position == "0" else int(position)
-        # A real server says nothing of a position that it has not reached; it waits for it.
-        is_gone = since < self.objects.forgotten or since > self.objects.number
+        is_gone = since < self.objects.forgotten
         if is_gone and self.gone_as == "status":
             raise GONE
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n")
@@ -273,7 +272,8 @@ class FakeServer:
                 if told is not None:
                     _tell(writer, *told)
             if now() >= marks:
-                self._mark(asked, writer)
+                if since <= self.objects.number:  # a position that is not reached is waited for, and nothing told
+                    self._mark(asked, writer)
                 marks = self._next_mark(now(), ends)
             await writer.drain()
             if now() >= ends:
