@@ -183,7 +183,7 @@ def _expired(step: Step, request: Request) -> str:
     if request.backend is None:
         return f"{waited} no backend that could serve it was up; send it again later"
     klass = request.view.klass
-    longest = readable(step.state.config.classes[klass].queue_wait_ns_max)
+    longest = readable(step.state.config.limit_of(klass).queue_wait_ns_max)
     key = f"queue.classes.{klass}.queue_wait_s_max"
     return f'{waited} class "{klass}" waits at most {longest}; send it again later, or raise {key}'
 

@@ -157,7 +157,7 @@ def backlog_of(state: State, backend: Backend, request: Request) -> Backlog:
     demand = outstanding.demand(versions)
     slots = max(1, min(slots_of(backend, packed.pages), _held_at_once(state, packed)))
     each_ns, slowest_ns = _token_times(state, backend, demand, slots)
-    tenant, limit = request.view.tenant, state.config.classes[request.view.klass]
+    tenant, limit = request.view.tenant, state.config.limit_of(request.view.klass)
     of_tenant, share = outstanding.tenants[tenant], outstanding.share_of(tenant)
     is_here = _is_here_to_stay(state, backend, request.version)
     turn_ns = round(outstanding.longest_tokens * slowest_ns)

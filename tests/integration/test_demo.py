@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from sidecar.adapters.builder import build
+from sidecar.adapters.folder import Folder
 from sidecar.lab.demo import run
 from sidecar.shell import store
 
@@ -56,8 +57,8 @@ async def test_swapped_task_ids_are_caught(capsys: pytest.CaptureFixture[str], m
     """Two adapters' weights under each other's task id: both are named as wrong, and the exit code says so."""
     swap = {"pirate": "chef", "chef": "pirate"}
 
-    def swapped(source: Path, layout: Any, **_: Any) -> Any:
-        return build(source.with_name(swap.get(source.name, source.name)), layout)
+    def swapped(source: Folder, layout: Any, **_: Any) -> Any:
+        return build(source.path.with_name(swap.get(source.path.name, source.path.name)), layout)
 
     monkeypatch.setattr(store, "build", swapped)
     assert await run.run_demo(keep=False, as_json=True, telling=telling_to([])) == 1
@@ -85,7 +86,7 @@ async def test_a_zeroed_b_is_caught(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Adapters whose B never arrived answer as the base model: every one is named as wrong."""
-    monkeypatch.setattr(store, "build", lambda source, layout, **_: build(without_b(source, tmp_path), layout))
+    monkeypatch.setattr(store, "build", lambda source, layout, **_: build(without_b(source.path, tmp_path), layout))
     assert await run.run_demo(keep=False, as_json=True, telling=telling_to([])) == 1
     report = report_of(capsys)
     assert all(not answer["right"] for answer in report["answers"] if answer["adapter"])
