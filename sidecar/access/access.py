@@ -45,6 +45,7 @@ from sidecar.config.identities import OWN_TENANTS, clipped
 from sidecar.config.identity import Identity
 from sidecar.config.openai import LOADS
 from sidecar.errors import Family, Reason, Refused, SidecarError, error_for
+from sidecar.model.reference import Reference
 from sidecar.state.records import Record
 
 CLASS_DEFAULT = "default"
@@ -325,7 +326,7 @@ class Access:
         self, caller: Caller, principal: Principal, reference: str, permit: Permit, request_id: str
     ) -> None:
         """Record the denial of a version that a request selects. The core refuses it, as one that does not exist."""
-        name, _, selector = reference.partition("@")
+        name, selector = Reference.of(reference)
         if not selector or permit.versions is None:
             return
         record = self._record_of(name)
@@ -338,7 +339,7 @@ class Access:
 
     def _judge(self, principal: Principal, reference: str, is_base: bool) -> tuple[Permit | None, str]:
         """Return a permit, or None and why not; "" for a name that does not exist."""
-        name, _, selector = reference.partition("@")
+        name, selector = Reference.of(reference)
         record = self._record_of(name)
         if record is None:
             if not is_base:
@@ -547,7 +548,7 @@ class Access:
         """
         if self.mode != "enforce" or reason is None:
             return None
-        record = self._record_of(name.partition("@")[0])
+        record = self._record_of(Reference.of(name).name)
         if reason is Reason.NOT_ALLOWED or (reason is Reason.UNKNOWN_ADAPTER and record is None):
             return unknown(name, request_id)
         if reason not in OF_FILES or caller is None or (record is not None and self.may_change(caller, record)):
@@ -577,7 +578,7 @@ def _check_reserved(tenant: str) -> None:
 
 def _limited(adapter: str) -> str:
     """Return what limits call the adapter of a request: a request without a name asks "base"."""
-    return adapter.partition("@")[0] or "base"
+    return Reference.of(adapter).name or "base"
 
 
 def _named(reference: str) -> Resource:

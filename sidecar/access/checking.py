@@ -9,6 +9,7 @@ from sidecar.access.principal import ROLES, SYSTEM, Action, Policy, Principal, P
 from sidecar.access.resources import adapter_resource, version_resource
 from sidecar.adapters.names import shown
 from sidecar.errors import Reason, Refused
+from sidecar.model.reference import Reference
 from sidecar.state.records import Record
 
 INFERENCE_ACTIONS = (Action.INFER, Action.INFER_VERSION)
@@ -95,7 +96,7 @@ class _Asking:
             return self._decide(asked, Resource(Sort.TENANT, name) if name else SYSTEM)
         if asked is Action.DRAIN:
             return self._decide(asked, Resource(Sort.BACKEND, name))
-        adapter, _, selector = name.partition("@")
+        adapter, selector = Reference.of(name)
         record = self.known.record_of(adapter)
         resource = replace(self.known.unregistered, name=adapter) if record is None else adapter_resource(record)
         if asked is Action.REGISTER:
@@ -177,12 +178,12 @@ def _asked(word: str, name: str) -> Action:
     except ValueError:
         words = ", ".join(action.value for action in Action)
         raise Refused(Reason.INVALID_REQUEST, f"there is no action {shown(word)}; there are {words}") from None
-    adapter, at, selector = name.partition("@")
+    adapter, selector = Reference.of(name)
     if not name and asked not in TENANTS:
         raise Refused(Reason.INVALID_REQUEST, f'"{word}" needs a name: an adapter, a base model or a backend')
     if asked is Action.INFER_VERSION and not selector:
         raise Refused(Reason.INVALID_REQUEST, f'"{word}" needs a version, as in "{shown(adapter)[1:-1]}@v8"')
-    if asked is Action.REGISTER and at:
+    if asked is Action.REGISTER and "@" in name:
         raise Refused(
             Reason.INVALID_REQUEST, f'"{word}" needs a name without a version: {shown(adapter)}; it makes the next one'
         )

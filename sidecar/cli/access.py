@@ -14,6 +14,7 @@ from sidecar.cli.exits import Exit, say
 from sidecar.cli.keys import known_roles
 from sidecar.cli.show import AsJson, print_json, record_of
 from sidecar.cli.versions import labels_of
+from sidecar.model.reference import Reference
 from sidecar.proto import admin_pb2 as pb
 
 NOTES = {"unknown": " (no such name here)", "paused": " (paused)"}
@@ -58,7 +59,7 @@ def check(
         print_json(record_of(answer))
     else:
         note = NOTES.get(answer.name_state, "")
-        judged = f"; judged: {name.partition('@')[0]}@{answer.version}" if answer.version else ""
+        judged = f"; judged: {Reference.of(name).name}@{answer.version}" if answer.version else ""
         say(f"{'allowed' if answer.allowed else 'denied'}{note}" + (f" by {answer.by}{judged}" if explain else ""))
         if answer.fault:
             say(f"{answer.source} has changed since and does not decide: {answer.fault}")
@@ -76,7 +77,7 @@ def _by_file(path: Path, request: Any, labels: dict[str, str]) -> Any:
 
     config = resolve(path)
     policy = policy_of(config.access.policies)
-    adapter = request.resource.partition("@")[0]
+    adapter = Reference.of(request.resource).name
     resource = Resource(
         Sort.ADAPTER,
         labels=tuple(labels.items()),

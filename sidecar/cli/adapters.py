@@ -15,6 +15,7 @@ from sidecar.cli.durations import positive_seconds_in
 from sidecar.cli.endpoint import admin_command
 from sidecar.cli.exits import say
 from sidecar.cli.show import AsJson, bad, console, duration, facts, print_json, size, table, titled, working
+from sidecar.model.reference import Reference
 from sidecar.proto import admin_pb2 as pb
 
 Name = Annotated[
@@ -38,7 +39,7 @@ def list_adapters(client: Client, as_json: AsJson = False) -> None:
 
 
 def _row(adapter: Any) -> tuple[str | Text, ...]:
-    version = adapter.version.rpartition("@")[2]
+    version = Reference.of(adapter.version).selector
     rank = str(adapter.rank)
     return adapter.name, version, rank, _modules(adapter.modules), _stored(adapter), _places(adapter), _notes(adapter)
 

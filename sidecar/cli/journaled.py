@@ -23,9 +23,9 @@ from sidecar.lab.sim.runs import Run, class_limit, cost_of, given_policies
 from sidecar.lab.sim.setup import SECOND_NS, EngineSetup, Setup, Sidecar
 from sidecar.lab.sim.tables import Figures
 from sidecar.lab.sim.workloads import Arrival, Workload
+from sidecar.model.reference import BASE_NAMES, Reference, selected
 
 LIVE = "live"
-BASE_NAMES = ("", "base")
 
 
 def journaled(options: Options, path: Path, allowed: Container[str] = ()) -> tuple[list[Run], Figures]:
@@ -93,7 +93,7 @@ class _Load:
 
     def _name_of(self, reference: str) -> str | None:
         """Return the simulated name of a version and note it, or None for an unregistered one."""
-        name, _, selector = reference.partition("@")
+        name, selector = Reference.of(reference)
         registered = self._setting.adapters.get(name)
         if registered is None:
             return "" if reference in BASE_NAMES else None
@@ -101,12 +101,12 @@ class _Load:
             self.adapters[name] = registered.adapter
             return name
         versions = {registered.ordinal: registered.adapter, **{old.ordinal: old.adapter for old in registered.others}}
-        for ordinal, adapter in sorted(versions.items(), reverse=True):
-            if selector == f"v{ordinal}" or (len(selector) >= 8 and adapter.digest.startswith(selector)):
-                label = name if ordinal == registered.ordinal else f"{name}/v{ordinal}"
-                self.adapters[label] = adapter
-                return label
-        return None
+        ordinal = selected(selector, ((number, adapter.digest) for number, adapter in versions.items()))
+        if ordinal is None:
+            return None
+        label = name if ordinal == registered.ordinal else f"{name}/v{ordinal}"
+        self.adapters[label] = versions[ordinal]
+        return label
 
     def notes(self) -> Iterator[str]:
         if self.guessed:

@@ -16,6 +16,7 @@ from sidecar.cli.endpoint import admin_command
 from sidecar.cli.exits import CommandError, Exit, say
 from sidecar.cli.show import AsJson, bar, print_json, working
 from sidecar.errors import Reason
+from sidecar.model.reference import Reference
 from sidecar.proto import admin_pb2 as pb
 
 
@@ -60,7 +61,7 @@ def _registered(answer: Any) -> str:
     adapter, version = answer.adapter, f"{answer.adapter.name}@{answer.version}"
     digest = next(held.digest for held in adapter.versions if held.version == answer.version)[:12]
     if version != adapter.version:
-        return f"{version} staged: {digest}; {adapter.name} stays {adapter.version.rpartition('@')[2]}"
+        return f"{version} staged: {digest}; {adapter.name} stays {Reference.of(adapter.version).selector}"
     done = "was registered already" if answer.unchanged else "registered"
     return f"{version} {done}: rank {adapter.rank}, {', '.join(adapter.modules)}, {digest}"
 

@@ -13,6 +13,7 @@ from sidecar.cli.durations import seconds_in
 from sidecar.cli.endpoint import admin_command
 from sidecar.cli.exits import CommandError, Exit, say
 from sidecar.cli.show import AsJson, print_json, record_of, table
+from sidecar.model.reference import Reference
 from sidecar.proto import admin_pb2 as pb
 
 Hold = Annotated[
@@ -85,7 +86,9 @@ def rollback(
 
     A second rollback does not return to the version that the first one left; --to VERSION goes to any.
     """
-    if to is not None and not (to := to.rpartition("@")[2]):  # an empty variable of a script, say
+    if to is not None and "@" in to:
+        to = Reference.of(to).selector
+    if to == "":  # an empty variable of a script, say
         raise CommandError("--to names no version; leave it out to go back to the previous one", Exit.MISUSED)
     to = to or ""
     withdrawn = bool(to) and _is_withdrawn(client.ask(client.adapters.Get, pb.AdapterRequest(name=name)), to)
@@ -111,7 +114,7 @@ def refresh(
     as_json: AsJson = False,
 ) -> None:
     """Make every engine load a fresh copy of a version, under a new task id."""
-    name, _, selector = version.partition("@")
+    name, selector = Reference.of(version)
     adapter = client.ask(client.adapters.Refresh, pb.RefreshRequest(name=name, version=selector))
     if as_json:
         print_json(adapter)
@@ -159,11 +162,11 @@ def _is_withdrawn(adapter: Any, selector: str) -> bool:
 
 
 def _selected(version: str) -> tuple[str, str]:
-    name, _, selector = version.partition("@")
+    name, selector = Reference.of(version)
     if not selector:
         raise CommandError(f'name the version too, as in "{version}@v2"', Exit.MISUSED)
     return name, selector
 
 
 def _ordinal(adapter: Any) -> str:
-    return str(record_of(adapter)["version"]).rpartition("@")[2]
+    return Reference.of(record_of(adapter)["version"]).selector

@@ -15,10 +15,9 @@ from sidecar.core.state import Backend, Name, Queued, Request, State
 from sidecar.core.step import Step
 from sidecar.core.suspects import RELEASE, quarantine_message
 from sidecar.errors import Reason, Refused
+from sidecar.model.reference import BASE_NAMES, Reference, selected
 
 RETRY_AFTER_NS = 1_000_000_000
-BASE_NAMES = ("", "base")
-DIGEST_CHARACTERS_MIN = 8
 
 
 def received(step: Step, event: Received) -> None:
@@ -103,14 +102,15 @@ def _resolve(state: State, event: Received) -> tuple[Name | None, int]:
                 'name one with the request parameter "lora_name"',
             )
         return None, 0
-    text, _, selector = event.adapter.partition("@")
+    text, selector = Reference.of(event.adapter)
     name = state.names.get(text)
     if name is None:
         raise unknown_adapter(state, text, event.tenant)
     _allowed(event, name)  # first: only a tenant that may use the adapter may learn its versions
     if not selector:
         return name, _permitted(name, event, _share(name, event))
-    ordinal = _selected(state, name, selector)
+    held = ((n, state.versions[version].adapter.digest) for n, version in name.versions.items())
+    ordinal = selected(selector, held)
     if ordinal is None or not _may_answer(event, ordinal):
         shown = [(n, version) for n, version in sorted(name.versions.items()) if _may_answer(event, n)]
         has = ", ".join(f"v{n} ({version[:12]})" for n, version in shown) or "none that you may use"
@@ -124,7 +124,7 @@ def name_in(state: State, reference: str) -> str:
     """Return the name in a client's reference, whether or not it is registered; "" if it means the base model."""
     if reference in BASE_NAMES and reference not in state.names:
         return ""
-    return reference.partition("@")[0] or reference
+    return Reference.of(reference).name or reference
 
 
 def _may_answer(event: Received, ordinal: int) -> bool:
@@ -142,16 +142,6 @@ def _permitted(name: Name, event: Received, ordinal: int) -> int:
     if newest is None:
         raise _not_allowed(event, name)
     return newest
-
-
-def _selected(state: State, name: Name, selector: str) -> int | None:
-    """Return the ordinal selected by "v8" or by the start of a digest; the newest ordinal with that content."""
-    for ordinal, version in sorted(name.versions.items(), reverse=True):
-        if selector == f"v{ordinal}":
-            return ordinal
-        if len(selector) >= DIGEST_CHARACTERS_MIN and state.versions[version].adapter.digest.startswith(selector):
-            return ordinal
-    return None
 
 
 def _share(name: Name, event: Received) -> int:

@@ -12,10 +12,10 @@ from sidecar.backends.api import Payload
 from sidecar.backends.kind import Native
 from sidecar.backends.registry import base_names, is_base_model, model_kind
 from sidecar.config.identities import clipped
-from sidecar.core.admission import BASE_NAMES
 from sidecar.core.facts import EngineFacts
 from sidecar.core.state import State
 from sidecar.errors import Reason, Refused
+from sidecar.model.reference import BASE_NAMES, Reference
 
 SORTS_MAX = 1_000
 """Sorts of requests that are kept: clients choose the names of models."""
@@ -28,7 +28,7 @@ def backends_of(state: State, kinds: Collection[str], base: str = "") -> tuple[s
 
 def is_base(state: State, name: str) -> bool:
     """Return True if a name means a base model."""
-    if name.partition("@")[0] in state.names:
+    if Reference.of(name).name in state.names:
         return False
     return name in BASE_NAMES or is_base_model(state, name)
 

@@ -14,6 +14,7 @@ from opentelemetry.trace.status import Status, StatusCode
 from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.enums import Outcome
+from sidecar.model.reference import Reference
 from sidecar.timelines.record import PASSED_ON, GivenBack, News, PassedOn, Queued, QueuedAgain, Record, timeline_of
 from sidecar.timelines.timeline import AT_AN_ENGINE, Moment, Period
 
@@ -103,7 +104,7 @@ class Spans:
             yield self._child("lora.resolve", began_ns, arrived_ns, self._version())
 
     def _version(self) -> dict[str, Any]:
-        ordinal, (name, _, _) = self._record.ordinal, self._record.received.adapter.partition("@")
+        ordinal, name = self._record.ordinal, Reference.of(self._record.received.adapter).name
         return {"lora.version": f"{name}@v{ordinal}"} if ordinal else {}
 
     # Waits.

@@ -39,6 +39,7 @@ from sidecar.core.facts import EngineFacts, version_of_key
 from sidecar.core.state import Name, State
 from sidecar.errors import Misused, Reason, Refused, SidecarError
 from sidecar.journal.raised import Raised
+from sidecar.model.reference import BASE_NAMES, Reference
 from sidecar.shell.catalogue import Catalogue
 from sidecar.shell.chronicle import Chronicle
 from sidecar.shell.crash import Crash, last_ending
@@ -302,7 +303,7 @@ class Gateway:
         return ticket
 
     def _name(self, reference: str) -> Name | None:
-        return self.state.names.get(reference.partition("@")[0])
+        return self.state.names.get(Reference.of(reference).name)
 
     def _base_model(self, adapter: str) -> str:
         """Return the base model of an adapter; "" for the base model itself, whichever it is."""
@@ -321,9 +322,9 @@ class Gateway:
         """Complete a request as the caller may make it. Raises Refused, Misused(UNAUTHENTICATED)."""
         access, name = self.access, facts.adapter
         klass = access.class_of(caller, facts.klass)
-        is_base = name in admission.BASE_NAMES and name not in self.state.names
+        is_base = name in BASE_NAMES and name not in self.state.names
         permit = access.permit(caller, name, client_id, is_base, facts.tenant)
-        record = self.catalogue.registry.get(name.partition("@")[0])
+        record = self.catalogue.registry.get(Reference.of(name).name)
         is_visible = record is not None and (permit.versions is not None or record.is_for(facts.tenant))
         if record is not None and is_visible and facts.versions is None:  # else it is a question of our own
             check_not_paused(record, time())

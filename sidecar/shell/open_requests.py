@@ -14,6 +14,7 @@ from time import monotonic_ns
 from sidecar.core.state import Request
 from sidecar.core.troubles import Beyond
 from sidecar.errors import Reason, Refused
+from sidecar.model.reference import Reference
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.requests import PassedOn
 
@@ -76,7 +77,7 @@ def passed_on(gateway: Gateway, chosen: Chosen) -> Iterator[OpenRequest]:
     """Yield the chosen ones of the requests that other replicas run for this one."""
     for each in _elsewhere(gateway, chosen):
         ticket, facts = each.ticket, each.facts
-        name, _, version = facts.adapter.partition("@")
+        name, version = Reference.of(facts.adapter)
         yield OpenRequest(
             ticket.request, ticket.client_id, name, version, facts.tenant, facts.klass, each.backend, "passed on",
             each.age_s, facts.input_tokens, facts.output_tokens_max,
@@ -85,7 +86,7 @@ def passed_on(gateway: Gateway, chosen: Chosen) -> Iterator[OpenRequest]:
 
 def _elsewhere(gateway: Gateway, chosen: Chosen) -> Iterator[PassedOn]:
     for each in gateway.elsewhere.passed_on() if gateway.elsewhere is not None else ():
-        name = each.facts.adapter.partition("@")[0]
+        name = Reference.of(each.facts.adapter).name
         if chosen.takes(each.ticket.client_id, name, each.facts.tenant, each.backend):
             yield each
 

@@ -20,6 +20,7 @@ from sidecar.core.facts import version_of_key
 from sidecar.core.naming import names_of
 from sidecar.core.state import Backend
 from sidecar.errors import Reason
+from sidecar.model.reference import Reference
 from sidecar.shell.driver import goes_on
 
 
@@ -167,7 +168,7 @@ class UsageObserver:
         """Return the adapter and version of a request that was not sent. Clients may name anything."""
         if not name:
             return BASE, ""
-        known = self._state.names.get(name.partition("@")[0])
+        known = self._state.names.get(Reference.of(name).name)
         if known is None:
             return UNKNOWN, ""
         ordinal = max((number for number, held in known.versions.items() if held == version), default=None)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sidecar.core.facts import EngineFacts
+from sidecar.model.reference import Reference
 from sidecar.shell.evidence import Answers, Evidence, difference_position, quoted
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
@@ -174,7 +175,7 @@ def _disagreement(
 
 
 def _refresh_advice(evidence: Evidence) -> str:
-    name = evidence.version.partition("@")[0]
+    name = Reference.of(evidence.version).name
     return (
         f'an engine may hold other content under its id: "sidecar adapters refresh {name}" has each take a fresh copy '
         "under a new one; then verify again"

@@ -18,6 +18,7 @@ from sidecar.core import eligibility
 from sidecar.core.enums import Phase
 from sidecar.core.facts import version_id
 from sidecar.errors import Reason, Refused, SidecarError
+from sidecar.model.reference import Reference
 from sidecar.shell.asking import (
     EXPECT_TOKENS_MAX,
     INSTANCES_MAX,
@@ -92,7 +93,7 @@ class Verification:
             await report(check)
 
     def _version(self) -> tuple[Record, Version]:
-        name, _, selector = self._order.reference.partition("@")
+        name, selector = Reference.of(self._order.reference)
         record = self._gateway.catalogue.known(name)
         if not selector:
             return record, record.version

@@ -14,12 +14,11 @@ from sidecar.config.openai import LOADS
 from sidecar.core.events import AdapterRegistered, OtherVersion
 from sidecar.core.facts import Adapter
 from sidecar.errors import Invalid, Reason, Refused
+from sidecar.model.reference import selected
 
 VERSIONS_MAX = 10
 """The most versions of a name. Beyond it, the oldest one that is neither current, previous nor canary is dropped."""
 
-DIGEST_CHARACTERS_MIN = 8
-"""The characters of a digest that select a version."""
 ENDLESS_S = 10 * 366 * 86400.0
 """A pause that is longer has no end worth telling."""
 RETRY_S_MAX = 60.0
@@ -116,11 +115,8 @@ class Record:
 
     def selected(self, selector: str) -> Version | None:
         """Return the version that "v8" or the start of a digest selects, the newest one with that content, or None."""
-        for version in reversed(self.versions):
-            begins = len(selector) >= DIGEST_CHARACTERS_MIN and version.adapter.digest.startswith(selector)
-            if begins or selector == f"v{version.ordinal}":
-                return version
-        return None
+        ordinal = selected(selector, ((version.ordinal, version.adapter.digest) for version in self.versions))
+        return next((version for version in self.versions if version.ordinal == ordinal), None)
 
     def with_content(self, digest: str) -> Version | None:
         """Return the newest version with this digest, or None."""

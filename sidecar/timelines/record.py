@@ -16,6 +16,7 @@ from policies.record import record
 from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.enums import Why
+from sidecar.model.reference import Reference
 from sidecar.timelines import saying
 from sidecar.timelines.timeline import AT_AN_ENGINE, FIRST_TOKEN, SENT, Timeline, Waits
 
@@ -218,7 +219,7 @@ class _Telling:
         self._hides_others = hides_others
         self._until_ns = now_ns if record.ended_ns is None else record.ended_ns
         received = record.received
-        name, _, _ = received.adapter.partition("@")
+        name = Reference.of(received.adapter).name
         self.timeline = Timeline(
             received.request,
             client_id=received.client_id,

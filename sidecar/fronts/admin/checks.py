@@ -11,10 +11,10 @@ from sidecar.access.deciding import CachedPolicy
 from sidecar.access.policy import READY
 from sidecar.access.principal import SYSTEM, Action, Principal
 from sidecar.backends.registry import is_base_model
-from sidecar.core.admission import BASE_NAMES
 from sidecar.errors import Reason, Refused
 from sidecar.fronts import callers
 from sidecar.fronts.status import answers_errors
+from sidecar.model.reference import BASE_NAMES, Reference
 from sidecar.proto import admin_pb2
 from sidecar.proto.filling import filled
 from sidecar.shell.gateway import Gateway
@@ -85,7 +85,7 @@ class Checks:
             return ""
         if action == Action.DRAIN.value:
             return "" if name in self._gateway.state.backends else UNKNOWN
-        record = known.record_of(name.partition("@")[0])
+        record = known.record_of(Reference.of(name).name)
         if record is None:
             return "" if known.is_base(name) else UNKNOWN
         return "" if paused_for(record, time()) is None else PAUSED

@@ -22,6 +22,7 @@ from sidecar.core import queries
 from sidecar.fronts.admin.messages import names_in
 from sidecar.fronts.kserve.front import NOT_ON_ADMIN
 from sidecar.fronts.kserve.verbs import SERVICE as KSERVE
+from sidecar.model.reference import Reference
 from sidecar.shell.gateway import Gateway
 from sidecar.state.records import paused_for
 
@@ -76,7 +77,7 @@ def _always(message: Any) -> bool:
 def _name_in(message: Any) -> str:
     """Return the name in a message without its version; the start of a push has it one level deeper."""
     name: str = message.start.name if message.DESCRIPTOR.name == "PushRequest" else message.name
-    return name.partition("@")[0]
+    return Reference.of(name).name
 
 
 def _adapter(message: Any, sight: Sight) -> Resource:

@@ -24,6 +24,7 @@ from sidecar.fronts.kserve.tensors import LORA_TENSORS
 from sidecar.fronts.kserve.verbs import Verb, abort_with_first, ask_one, up
 from sidecar.fronts.openai.models import Models
 from sidecar.fronts.status import abort
+from sidecar.model.reference import Reference
 from sidecar.shell.gateway import Gateway
 from sidecar.state.records import Record, Version
 
@@ -105,7 +106,7 @@ class AdapterVerbs:
         may not see it, or a client of KServe cannot name it.
         """
         caller, tenant = await self._sender(context)
-        name, _, selector = request.name.partition("@")
+        name, selector = Reference.of(request.name)
         record = self._gateway.catalogue.registry.get(name)
         if record is None:
             return self._found_base(request, caller)

@@ -25,6 +25,7 @@ from sidecar.fronts.openai.chat_templates import ChatTemplate
 from sidecar.fronts.openai.large import Order, Refusal, Template
 from sidecar.fronts.openai.request import CHAT, OpenAiRequest, Unfit
 from sidecar.fronts.openai.text_forms import TextRequest, text_request
+from sidecar.model.reference import Reference
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class Destinations:
     def _servers(self, model: str, tenant: str) -> tuple[str, tuple[Engine, ...]]:
         """Return the core's name for a model and the engines that can serve it, those of empty pools included."""
         state = self._state
-        text = model.partition("@")[0]
+        text = Reference.of(model).name
         name = state.names.get(text)
         if name is not None:  # only tenants that may use it are told what its engines cannot answer
             return model, self._serving(name.digest) if name.is_for(tenant) else ()

@@ -57,6 +57,7 @@ from sidecar.fronts.openai.request import (
     request_id_of,
 )
 from sidecar.fronts.openai.text_forms import TextRequest
+from sidecar.model.reference import Reference
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.request_log import log_refused
 from sidecar.shell.requests import RequestFacts, TraceOrigin
@@ -354,7 +355,7 @@ class OpenAiFront:
 
     def _missing(self, model: str, tenant: str) -> Refused:
         """Return the error for a model that is not there, or not shown: the same, as for a request to it."""
-        state, name = self._gateway.state, model.partition("@")[0]
+        state, name = self._gateway.state, Reference.of(model).name
         known = state.names.get(name)
         if self._gateway.access.mode == "enforce" or (known is not None and known.is_for(tenant)):
             return Refused(Reason.UNKNOWN_ADAPTER, f'the model "{model[:80]}" does not exist')
@@ -362,7 +363,7 @@ class OpenAiFront:
 
     def _record_hidden(self, sender: access.Caller, model: str, is_shown: bool, request_id: str) -> None:
         """Record that a model is not shown, or in observe mode that it would not be."""
-        policy, record = self._gateway.access, self._gateway.catalogue.registry.get(model.partition("@")[0])
+        policy, record = self._gateway.access, self._gateway.catalogue.registry.get(Reference.of(model).name)
         principal = policy.judged(sender)
         if principal is None or (record is None and (is_shown or policy.mode == "observe")):
             return

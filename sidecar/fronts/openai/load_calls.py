@@ -24,11 +24,11 @@ from sidecar.adapters.origins.allowing import AllowList
 from sidecar.backends.registry import is_base_model
 from sidecar.config import Config
 from sidecar.config.openai import LOADS
-from sidecar.core.admission import BASE_NAMES
 from sidecar.errors import Family, Reason, Refused, SidecarError
 from sidecar.fronts.openai import load_texts as texts
 from sidecar.fronts.openai.errors import Failure, failure_of_error
 from sidecar.fronts.questions import ask
+from sidecar.model.reference import BASE_NAMES
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.loading import AlreadyLoaded, Loaded, Loading, RefusedByEngines
 from sidecar.shell.managing import CONFIRM

@@ -10,7 +10,7 @@ from typing import Any
 
 from sidecar.access.access import Caller
 from sidecar.backends.registry import base_names, engines_of, is_base_model
-from sidecar.core.admission import BASE_NAMES
+from sidecar.model.reference import BASE_NAMES, Reference
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.loading import PATH
 from sidecar.state.records import Record, Version
@@ -50,7 +50,7 @@ class Models:
 
     def one(self, model: str, caller: Caller, tenant: str) -> dict[str, Any] | None:
         """Return the entry of a base model, an adapter or a version of one; None if there is none."""
-        name, _, selector = model.partition("@")
+        name, selector = Reference.of(model)
         record = self._gateway.catalogue.registry.get(name)
         if record is None:
             is_known = model == BASE or is_base_model(self._gateway.state, model)
