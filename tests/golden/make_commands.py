@@ -49,11 +49,9 @@ def masked(value: Any, folder: Path, drawn: re.Pattern[str], key: str = "") -> A
         }
     if isinstance(value, list):
         return [masked(each, folder, drawn, key) for each in value]
-    if isinstance(value, str):
-        return masked_text(value, folder)
-    if isinstance(value, bool) or value is None or not drawn.search(key):
-        return value
-    return f"<{type(value).__name__}>"
+    if isinstance(value, int | float | str) and not isinstance(value, bool) and drawn.search(key):
+        return f"<{type(value).__name__}>"
+    return masked_text(value, folder) if isinstance(value, str) else value
 
 
 def masked_text(text: str, folder: Path) -> str:
