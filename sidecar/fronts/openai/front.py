@@ -310,7 +310,7 @@ class OpenAiFront:
         def place(asked: OpenAiRequest, texts: Sequence[TextRequest | Refusal] | None) -> Destination:
             adapter = "" if destinations.is_base(asked.model) else asked.model
             limited = self._gateway.access.default_max_tokens(tenant, klass, adapter)
-            salt = self._gateway.salt(tenant, adapter, asked.salt)
+            salt = self._gateway.salt(tenant, asked.salt)
             return destinations.place(asked, tenant, self._length_max(tenant, klass, limited), texts, limited, salt)
 
         return place
