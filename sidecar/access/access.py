@@ -454,10 +454,11 @@ class Access:
         principal = self.judged(caller)
         if principal is None or self.decide(principal, Action.LIST).allowed:
             return allow
-        tenant, roots, whose = principal.tenant, allow.roots, "adapters.roots"
+        tenant, own, whose = principal.tenant, allow, "adapters.roots"
         if self._policy.source == "tenant_prefix":
             is_name = "/" not in tenant and tenant not in ("", ".", "..")
-            roots, whose = tuple(root / tenant for root in roots if is_name), f"{tenant}/ in one of adapters.roots"
+            own = allow.below(tenant) if is_name else AllowList()
+            whose = f"{tenant}/ in one of adapters.roots"
 
         def refused(named: str, why: str) -> Refused:
             self.denied(caller, Action.REGISTER, SYSTEM, why, request_id)
@@ -467,10 +468,10 @@ class Access:
                 f"{whose}, or push the files",
             )
 
-        confined = replace(allow, roots=roots, refused=refused)
+        confined = replace(allow, roots=own.roots, written=own.written, refused=refused)
         if self.mode == "enforce":
             return confined
-        if roots != allow.roots and path and "://" not in path:
+        if own is not allow and path and "://" not in path:
             with suppress(Refused):
                 confined.open("", path).close()
         return allow

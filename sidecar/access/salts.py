@@ -37,7 +37,7 @@ class Salts:
     def of(self, tenant: str, own: str = "") -> str:
         """Return the salt of a tenant's requests. `own` is the client's own salt: what it keeps apart stays apart.
 
-        Adapters of a single tenant are salted, too: their names may be given to others, and engines find blocks by name.
+        Adapters of a single tenant are salted too: others may get their names, and engines find blocks by name.
         """
         held = self._store.get(SALT)
         secret = held if isinstance(held, Salt) else self._own

@@ -26,6 +26,8 @@ from tests.kit.vllm_emulated import running_vllm
 DUMMY = {"compute": "none", "shape": "tiny"}
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 REGISTRATIONS = 200
+ROUND_ABOUT = ("by", "back", "mine/../mine")
+"""Paths that lead to the tenant's own folder if links elsewhere on the host lead where the tenant guesses."""
 
 
 def confined(folder: Path) -> dict[str, Any]:
@@ -135,11 +137,15 @@ async def test_a_refused_path_tells_nothing_of_the_host(tmp_path: Path, monkeypa
         (tmp_path / "acme" / "dangling").symlink_to(outside / "gone")
         (tmp_path / "acme" / "loop").symlink_to("loop")
         (tmp_path / "acme" / "file").write_text("x")
-        own = ("gone", "out", "dangling", "loop", "file", "mine/../../blue/secret")
+        own = ("gone", "out", "dangling", "loop", "file", "mine/../../blue/secret", *ROUND_ABOUT)
+        monkeypatch.chdir(tmp_path / "acme")
+        (tmp_path / "acme" / "by").symlink_to("/proc/self/cwd/mine")
+        (tmp_path / "acme" / "back").symlink_to(f"out/../../{tmp_path.name}/acme/mine")
         paths = [
             *(tmp_path / "acme" / name for name in own),
+            f"{tmp_path}/acme/out/../../{tmp_path.name}/acme/mine",
             tmp_path / "blue" / "secret", tmp_path / "blue" / "gone", outside / "there", outside / "gone", "/etc",
-            "/gone", "relative", "~/mine", "~root", "~nobody-is-called-so/a", "a\0b",
+            "/gone", "relative", "mine", "/proc/self/cwd/mine", "~/mine", "~root", "~nobody-is-called-so/a", "a\0b",
         ]  # fmt: skip
         heard = set()
         for path in paths:
@@ -150,6 +156,19 @@ async def test_a_refused_path_tells_nothing_of_the_host(tmp_path: Path, monkeypa
         ((code, words),) = heard
         assert (code, 'tenant "acme"' in words) == ("PERMISSION_DENIED", True), words
         assert not served.sidecar.registry.all()
+
+
+async def test_a_tenant_may_name_a_root_as_it_is_configured(tmp_path: Path) -> None:
+    """A root that is a link, and a link that stays in the tenant's folder."""
+    (tmp_path / "there").mkdir()
+    (root := tmp_path / "root").symlink_to("there")
+    async with house(root) as (served, acme):
+        (root / "acme" / "near").symlink_to("mine")
+        (root / "acme" / "far").symlink_to(root / "acme" / "near")
+        for name, path in (("mine", root / "acme"), ("near", root / "acme"), ("far", tmp_path / "there" / "acme")):
+            wanted = pb.RegisterRequest(name=f"acme/{name}", path=str(path / name))
+            reply = await served.adapters.Register(wanted, metadata=acme.metadata)
+            assert reply.adapter.path == str(tmp_path / "there" / "acme" / "mine")
 
 
 @pytest.mark.parametrize("file", [CONFIG, WEIGHTS])

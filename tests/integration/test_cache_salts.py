@@ -92,9 +92,7 @@ def model_of(body: bytes) -> str:
 
 
 @pytest.mark.parametrize(("path", "text"), [(COMPLETIONS, MEMBERS), (CHAT, OTHERS)])
-async def test_requests_of_each_tenant_are_salted_at_vllm(
-    path: str, text: str, tmp_path: Path, bodies: Bodies
-) -> None:
+async def test_requests_of_each_tenant_are_salted_at_vllm(path: str, text: str, tmp_path: Path, bodies: Bodies) -> None:
     (tmp_path / "adapters").mkdir()
     async with (
         running_vllm(compute="none") as (engine, _),
