@@ -10,8 +10,8 @@ request, with one text, and nothing else is asked for either.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from time import time
@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from sidecar.access.audit import Audit
 from sidecar.access.budgets.budgets import Budgets, Reservation, Standing
+from sidecar.access.budgets.charges import Demand
 from sidecar.access.deciding import CachedPolicy
 from sidecar.access.external import ExternalCheck, why_denied
 from sidecar.access.keys import KeyBook
@@ -389,7 +390,7 @@ class Access:
         """
         if self.budgets is None or caller is OURSELVES:
             return None
-        try:
+        with self._recording(caller, adapter, request_id):
             reservation = self.budgets.reserve(
                 tenant,
                 klass,
@@ -399,10 +400,23 @@ class Access:
                 is_estimated=is_estimated,
                 sequences=sequences,
             )
+        return Charge(reservation, None if is_estimated else input_tokens)
+
+    def check_together(
+        self, caller: Caller, tenant: str, klass: str, adapter: str, asked: Demand, requests: int, request_id: str
+    ) -> None:
+        """Raise Refused(INVALID_REQUEST) for a list of requests that no budget ever lets in; `asked` is their sum."""
+        if self.budgets is not None and caller is not OURSELVES:
+            with self._recording(caller, adapter, request_id):
+                self.budgets.check(tenant, klass, _limited(adapter), asked, requests)
+
+    @contextmanager
+    def _recording(self, caller: Caller, adapter: str, request_id: str) -> Iterator[None]:
+        try:
+            yield
         except Refused as refused:
             self.denied(caller, Action.INFER, _named(adapter), refused.message, request_id, by_limit=True)
             raise
-        return Charge(reservation, None if is_estimated else input_tokens)
 
     def standing(self, tenant: str, klass: str, adapter: str) -> Standing:
         """Return what remains of the budgets for requests like this one."""

@@ -228,6 +228,20 @@ def test_requests_at_once(clock: Time) -> None:
     budgets.reserve(*ACME, 1, 1)
 
 
+def test_each_answer_is_one_of_the_requests_at_once(clock: Time) -> None:
+    """Engines run each by itself."""
+    limit = Limit(tenant="acme", concurrent=3)
+    budgets = Budgets([limit], clock)
+    first = budgets.reserve(*ACME, 1, 2, sequences=2)
+    refused = refusal(lambda: budgets.reserve(*ACME, 1, 2, sequences=2))
+    assert (refused.reason, budgets.taken(limit)) == (Reason.RATE_LIMITED, {"concurrent": 2})
+    first.settle(None, 2, ran=True)
+    assert budgets.taken(limit) == {"concurrent": 0}
+    refused = refusal(lambda: budgets.reserve(*ACME, 1, 4, sequences=4))
+    assert (refused.reason, refused.details["limit"]) == (Reason.INVALID_REQUEST, "concurrent")
+    assert "may have 3 requests at once (concurrent), and this one counts as 4" in refused.message
+
+
 def test_tokens_that_wait_for_an_engine(clock: Time) -> None:
     """A request counts until it is dispatched. One alone may be larger than the limit, or it could never come."""
     budgets = Budgets([Limit(queued_tokens=100)], clock)

@@ -176,7 +176,7 @@ class Budget:
 class Charge:
     """What one request takes from one budget."""
 
-    __slots__ = ("_amounts", "_began_s", "_input_tokens", "_length", "_most", "budget", "tokens")
+    __slots__ = ("_amounts", "_began_s", "_input_tokens", "_length", "_most", "_sequences", "budget", "tokens")
 
     def __init__(self, budget: Budget, asked: Demand) -> None:
         self.budget = budget
@@ -184,6 +184,7 @@ class Charge:
         self._input_tokens = asked.inputs(budget.expected)
         default = min((each for each in (limit.default_max_tokens, limit.max_tokens) if each), default=None)
         self.tokens = self._counted(self._input_tokens, asked.outputs(budget.expected, default))
+        self._sequences = asked.sequences
         self._length = length = asked.output_tokens_max
         self._most = None if length is None else self._counted(self._input_tokens, length)
         self._amounts: list[tuple[Meter, int, int]] = []
@@ -194,8 +195,8 @@ class Charge:
         counts = self.budget.rule.limit.tokens
         return (counts != "output") * input_tokens + (counts != "input") * output_tokens
 
-    def check(self, asked: Demand) -> None:
-        """Raise Refused(INVALID_REQUEST) for a request that this limit never lets pass."""
+    def check(self, asked: Demand, requests: int = 1) -> None:
+        """Raise Refused(INVALID_REQUEST) for what this limit never lets pass: a request, or the sum of so many."""
         limit, scope = self.budget.rule.limit, self.budget.scope
         length = asked.output_tokens_max
         if limit.max_tokens is not None and length is not None and length > limit.max_tokens * asked.sequences:
@@ -215,25 +216,43 @@ class Charge:
                 limit="max_tokens",
                 scope=scope,
             )
+        if limit.concurrent is not None and asked.sequences > self.budget.own_part(limit.concurrent):
+            raise self._too_many(limit.concurrent, "at once", "concurrent", asked.sequences)
         least = self._counted(self._input_tokens, 0)
         for meter in self.budget.meters.values():
+            if meter.number.unit == "requests" and requests > meter.limit:
+                raise self._too_many(meter.limit, f"a {meter.number.word}", meter.number.name, requests)
             if meter.number.unit == "tokens" and least > meter.limit:
                 about = "about " if asked.is_estimated else ""
+                has = "prompt alone has" if requests == 1 else f"{requests} prompts alone have"
                 raise Refused(
                     Reason.INVALID_REQUEST,
-                    f"{scope} may use {meter.limit:,} tokens a {meter.number.word}, and this request's prompt alone "
-                    f"has {about}{least:,}; send a shorter one, or have your operator raise {meter.number.name}",
+                    f"{scope} may use {meter.limit:,} tokens a {meter.number.word}, and this request's {has} "
+                    f"{about}{least:,}; send a shorter one, or have your operator raise {meter.number.name}",
                     limit=meter.number.name,
                     scope=scope,
                 )
 
+    def _too_many(self, most: int, when: str, name: str, count: int) -> Refused:
+        part = self._part(most) if name == "concurrent" else ""
+        return Refused(
+            Reason.INVALID_REQUEST,
+            f"{self.budget.scope} may have {most:,} request{'s' if most > 1 else ''} {when} ({name}){part or ','} and "
+            f"this one counts as {count:,}, one for each prompt and answer; send fewer prompts or a smaller n, or have "
+            "your operator raise the limit",
+            limit=name,
+            scope=self.budget.scope,
+        )
+
     def refusals(self, now_s: float) -> Iterator[Refused]:
         """Yield why the budget has no room for the request now."""
         budget, limit = self.budget, self.budget.rule.limit
-        if limit.concurrent is not None and budget.running >= budget.own_part(limit.concurrent):
+        if limit.concurrent is not None and budget.running + self._sequences > budget.own_part(limit.concurrent):
+            and_this = f", and this one counts as {self._sequences:,}" if self._sequences > 1 else ""
             yield self._refused(
                 "concurrent", f"may have {limit.concurrent:,} request{'s' if limit.concurrent > 1 else ''} at once"
-                f"{self._part(limit.concurrent)} and has {budget.running:,}; send it again when one has ended", SOON_S,
+                f"{self._part(limit.concurrent)} and has {budget.running:,}{and_this}; send it again when one has "
+                "ended", SOON_S,
             )  # fmt: skip
         queued_max = None if limit.queued_tokens is None else budget.own_part(limit.queued_tokens)
         if queued_max is not None and budget.queued_tokens and budget.queued_tokens + self.tokens > queued_max:
@@ -298,7 +317,7 @@ class Charge:
         return 1 if meter.number.unit == "requests" else min(self.tokens, meter.limit)
 
     def take(self) -> None:
-        self.budget.running += 1
+        self.budget.running += self._sequences
         self.budget.queued_tokens += self.tokens
         for meter in self.budget.meters.values():
             amount = self._amount(meter)
@@ -319,7 +338,7 @@ class Charge:
         """Charge what was taken. Return how long it was under way, in seconds."""
         self.dispatched(now_s)
         assert self._began_s is not None
-        self.budget.running -= 1
+        self.budget.running -= self._sequences
         self.budget.under_way.end(self.tokens, self._began_s)
         known = self._input_tokens if input_tokens is None else input_tokens
         tokens = self._counted(known, output_tokens)
