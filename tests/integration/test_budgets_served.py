@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -123,39 +122,24 @@ async def test_what_a_client_leaves_behind_is_given_back(tmp_path: Path) -> None
                     await asyncio.sleep(0.01)
 
 
-@pytest.mark.parametrize(("limit", "number"), [("concurrent", 2), ("requests_per_day", 2), ("tokens_per_day", 5)])
-async def test_a_list_that_never_fits_a_limit_is_invalid(limit: str, number: int) -> None:
-    """To send it again would not help."""
-    limits = {"limits": [{"tenant": "acme", limit: number}]}
-    async with running_vllm(compute="none") as (engine, _), serving([engine], access=limits) as served:
-        reply = await complete(served, prompt=[[1, 2], [3, 4], [5, 6]])
-        assert (reply.status_code, reply.json()["error"]["reason"]) == (400, "invalid_request"), reply.text
-        assert limit in reply.text
-        assert (await complete(served, prompt=[[1], [2]])).status_code == 200, "nothing was taken"
-
-
 @pytest.mark.parametrize("kind", ["triton", "vllm"])
-async def test_answers_at_once_count_alike_on_all_kinds(kind: str) -> None:
-    limits = {"limits": [{"tenant": "acme", "concurrent": 3}]}
-    async with AsyncExitStack() as stack:
-        engine: Any
-        if kind == "vllm":
-            engine, _ = await stack.enter_async_context(running_vllm(compute="none"))
-        else:
-            engine = await stack.enter_async_context(running_engine(compute="none", shape="tiny"))
-        served = await stack.enter_async_context(serving([engine], access=limits))
-        for n, status in ((3, 200), (4, 400)):
-            reply = await complete(served, prompt="x", n=n, temperature=1.0)
-            assert (reply.status_code, "concurrent" in reply.text) == (status, status == 400), reply.text
-        reply = await complete(served, prompt=["x", "y"], n=2, temperature=1.0)
-        assert (reply.status_code, "concurrent" in reply.text) == (400, True)
-
-
-async def complete(served: Serving, **members: Any) -> httpx.Response:
-    """Return the response to a completion of the base model."""
-    async with httpx.AsyncClient(base_url=f"http://{served.sidecar.http_address}", trust_env=False) as http:
-        body = {"model": "base", "max_tokens": 1, **members}
-        return await http.post("/v1/completions", json=body, headers={"x-lora-tenant": "acme"})
+@pytest.mark.parametrize(
+    ("limit", "more"),
+    [("concurrent", {"n": 4}), ("concurrent", {"prompt": ["x", "y"], "n": 2}),
+     ("requests_per_day", {"prompt": ["x"] * 4}), ("tokens_per_day", {"prompt": ["x"] * 40})],
+)  # fmt: skip
+async def test_what_never_fits_a_limit_is_invalid_on_all_kinds(kind: str, limit: str, more: dict[str, Any]) -> None:
+    """To send it again would not help."""
+    async with (
+        running_vllm(compute="none") as (vllm, _),
+        running_engine(compute="none", shape="tiny") as triton,
+        serving([vllm if kind == "vllm" else triton], access={"limits": [{"tenant": "acme", limit: 3}]}) as served,
+        httpx.AsyncClient(base_url=f"http://{served.sidecar.http_address}", trust_env=False) as http,
+    ):
+        for members, status in ((more, 400), ({"n": 3} if limit == "concurrent" else {}, 200)):
+            body = {"model": "base", "prompt": "x", "max_tokens": 1, "temperature": 1.0, **members}
+            reply = await http.post("/v1/completions", json=body, headers={"x-lora-tenant": "acme"})
+            assert (reply.status_code, limit in reply.text) == (status, status == 400), reply.text
 
 
 async def until_refused(served: Serving) -> None:

@@ -197,52 +197,47 @@ class Charge:
 
     def check(self, asked: Demand, requests: int = 1) -> None:
         """Raise Refused(INVALID_REQUEST) for what this limit never lets pass: a request, or the sum of so many."""
-        limit, scope = self.budget.rule.limit, self.budget.scope
-        length = asked.output_tokens_max
+        limit, length = self.budget.rule.limit, asked.output_tokens_max
         if limit.max_tokens is not None and length is not None and length > limit.max_tokens * asked.sequences:
             each = f" for each of {asked.sequences} answers" if asked.sequences > 1 else ""
-            raise Refused(
-                Reason.INVALID_REQUEST,
-                f"{scope} may ask for {limit.max_tokens:,} tokens of answer{each} (max_tokens), and this request asks "
+            raise self._never(
+                "max_tokens",
+                f"may ask for {limit.max_tokens:,} tokens of answer{each} (max_tokens), and this request asks "
                 f"for {length // asked.sequences:,}; ask for fewer, or have your operator raise the limit",
-                limit="max_tokens",
-                scope=scope,
             )
         if limit.max_tokens is not None and length is None:  # of KServe tensors, which pass as they come
-            raise Refused(
-                Reason.INVALID_REQUEST,
-                f"{scope} may ask for {limit.max_tokens:,} tokens of answer (max_tokens), and this request names no "
+            raise self._never(
+                "max_tokens",
+                f"may ask for {limit.max_tokens:,} tokens of answer (max_tokens), and this request names no "
                 "length; send the input request_output_len, or max_tokens where the model has that, in the message",
-                limit="max_tokens",
-                scope=scope,
             )
         if limit.concurrent is not None and asked.sequences > self.budget.own_part(limit.concurrent):
-            raise self._too_many(limit.concurrent, "at once", "concurrent", asked.sequences)
+            at_once = f"at once{self._part(limit.concurrent).removesuffix(',')}"
+            raise self._too_many("concurrent", limit.concurrent, at_once, asked.sequences)
         least = self._counted(self._input_tokens, 0)
         for meter in self.budget.meters.values():
+            name, word = meter.number.name, meter.number.word
             if meter.number.unit == "requests" and requests > meter.limit:
-                raise self._too_many(meter.limit, f"a {meter.number.word}", meter.number.name, requests)
+                raise self._too_many(name, meter.limit, f"a {word}", requests)
             if meter.number.unit == "tokens" and least > meter.limit:
                 about = "about " if asked.is_estimated else ""
                 has = "prompt alone has" if requests == 1 else f"{requests} prompts alone have"
-                raise Refused(
-                    Reason.INVALID_REQUEST,
-                    f"{scope} may use {meter.limit:,} tokens a {meter.number.word}, and this request's {has} "
-                    f"{about}{least:,}; send a shorter one, or have your operator raise {meter.number.name}",
-                    limit=meter.number.name,
-                    scope=scope,
+                raise self._never(
+                    name,
+                    f"may use {meter.limit:,} tokens a {word}, and this request's {has} {about}{least:,}; send a "
+                    f"shorter one, or have your operator raise {name}",
                 )
 
-    def _too_many(self, most: int, when: str, name: str, count: int) -> Refused:
-        part = self._part(most) if name == "concurrent" else ""
-        return Refused(
-            Reason.INVALID_REQUEST,
-            f"{self.budget.scope} may have {most:,} request{'s' if most > 1 else ''} {when} ({name}){part or ','} and "
-            f"this one counts as {count:,}, one for each prompt and answer; send fewer prompts or a smaller n, or have "
-            "your operator raise the limit",
-            limit=name,
-            scope=self.budget.scope,
+    def _too_many(self, name: str, most: int, when: str, count: int) -> Refused:
+        return self._never(
+            name,
+            f"may have {most:,} request{'s' if most > 1 else ''} {when} ({name}), and this one counts as {count:,}, as "
+            "many as its prompts and answers; send fewer, or have your operator raise the limit",
         )
+
+    def _never(self, name: str, text: str) -> Refused:
+        scope = self.budget.scope
+        return Refused(Reason.INVALID_REQUEST, f"{scope} {text}", limit=name, scope=scope)
 
     def refusals(self, now_s: float) -> Iterator[Refused]:
         """Yield why the budget has no room for the request now."""

@@ -12,8 +12,7 @@ from sidecar.adapters.names import shown
 from sidecar.adapters.origins.origin import Origin, is_url, parse_prefix
 from sidecar.errors import Invalid, Misused, Reason, SidecarError
 
-LINKS_MAX = 40
-"""Links on the way to a folder, as for Linux."""
+LINKS_MAX = 40  # on the way to a folder, as for Linux
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,10 @@ class AllowList:
         return cls(tuple(folder.resolve() for folder in folders), prefixes, written=written)
 
     def below(self, name: str) -> AllowList:
-        """Return a list that has in place of each root the folder of this name in it."""
-        roots, written = (tuple(folder / name for folder in folders) for folders in (self.roots, self.written))
-        return replace(self, roots=roots, written=written)
+        """Return this list with the folder of that name in each root as the root."""
+        return replace(
+            self, roots=tuple(root / name for root in self.roots), written=tuple(root / name for root in self.written)
+        )
 
     def open(self, name: str, path: str) -> Folder:
         """Open a folder that a caller names by its path. It lies in one of the roots, whatever becomes of links.
@@ -75,17 +75,16 @@ class AllowList:
         Nothing outside of them is looked at: `LINK/../x` would tell whether the host has that link, and to what depth.
         """
         for _ in range(LINKS_MAX):
-            spelled = (*zip(self.written, self.roots, strict=False), *zip(self.roots, self.roots, strict=True))
-            root, below = next(
-                ((root, path.relative_to(at).parts) for at, root in spelled if path.is_relative_to(at)), (path, ("..",))
-            )
-            if ".." in below:
+            spelled = zip((*self.written, *self.roots), self.roots * 2, strict=True)
+            at, root = next(((at, root) for at, root in spelled if path.is_relative_to(at)), (path, None))
+            if root is None or ".." in path.parts:
                 return None
-            ways = [root.joinpath(*below[:count]) for count in range(1, len(below) + 1)]
+            path = root / path.relative_to(at)
+            ways = (way for way in reversed((path, *path.parents)) if way.is_relative_to(root))
             link = next((way for way in ways if way.is_symlink()), None)
             if link is None:
-                return root.joinpath(*below)
-            path = Path(os.path.normpath(link.parent / link.readlink()), *below[ways.index(link) + 1 :])
+                return path
+            path = Path(os.path.normpath(link.parent / link.readlink()), path.relative_to(link))
         return None
 
     def open_again(self, name: str, path: Path) -> Folder:

@@ -16,7 +16,6 @@ from starlette.datastructures import QueryParams
 from starlette.types import Receive, Scope, Send
 
 from sidecar.access import access
-from sidecar.access.budgets.charges import Demand
 from sidecar.access.principal import Action, Head, Presented, Purpose, Resource, Sort
 from sidecar.access.resources import adapter_resource
 from sidecar.backends.api import Carrier, Ticket
@@ -252,15 +251,11 @@ class OpenAiFront:
         """Refuse a list that limits never let in: each of its requests alone would be told to come again."""
         first = facts[0]
         if len(facts) > 1:
-            asked = Demand(
-                sum(each.input_tokens for each in facts),
-                sum(each.output_tokens_max for each in facts) if first.has_length else None,
-                any(each.is_estimated for each in facts),
-                sum(each.sequences for each in facts),
-            )
-            self._gateway.access.check_together(
-                sender, first.tenant, first.klass, first.adapter, asked, len(facts), request_id
-            )
+            length = sum(each.output_tokens_max for each in facts) if first.has_length else None
+            self._gateway.access.reserve(
+                sender, first.tenant, first.klass, first.adapter, sum(each.input_tokens for each in facts), length,
+                first.is_estimated, sum(each.sequences for each in facts), request_id, len(facts),
+            )  # fmt: skip
 
     def _facts(self, asked: OpenAiRequest, caller: Caller, destination: Destination, tenant: str) -> RequestFacts:
         state = self._gateway.state

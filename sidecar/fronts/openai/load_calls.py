@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -250,12 +251,10 @@ def _read(kind: type[Fields], body: bytes) -> Fields:
 
 def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return an object's members. Raises _Unreadable for one that is given twice: parsers differ in which counts."""
-    members: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in members:
-            text = "Value error, it is given twice; say it once"
-            raise _Unreadable([_problem("value_error", f"body.{name[:_VALUE_CHARACTERS_MAX]}", text, value)])
-        members[name] = value
+    if len(members := dict(pairs)) < len(pairs):
+        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        text = "Value error, it is given twice; say it once"
+        raise _Unreadable([_problem("value_error", f"body.{name[:_VALUE_CHARACTERS_MAX]}", text, members[name])])
     return members
 
 
