@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -13,8 +14,10 @@ from typing import Any
 import grpc
 import pytest
 
+from sidecar.adapters.folder import Folder
 from sidecar.adapters.spool import digest_of_folder
 from sidecar.adapters.staging import Files, Staging
+from sidecar.errors import Invalid
 from sidecar.proto import admin_pb2 as pb
 from tests.attack.test_asked_again_at_the_write import Publisher, enforced
 from tests.integration.test_load_calls import VLLM, trained
@@ -96,6 +99,20 @@ async def test_a_link_that_is_swapped_gives_nobody_anothers_weights(tmp_path: Pa
         digests = {record.adapter.digest for record in served.sidecar.registry.all()}
         assert digests == {digest_of_folder(own)}
         assert seen == {"OK", "PERMISSION_DENIED" if linked == "folder" else "NOT_FOUND"}
+
+
+def test_a_link_that_becomes_a_file_while_it_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "weights").write_text("x")
+    (link := tmp_path / WEIGHTS).symlink_to("weights")
+    follow = os.readlink
+
+    def swapped(path: Any, **options: Any) -> Any:
+        (tmp_path / "weights").replace(link)
+        return follow(path, **options)
+
+    monkeypatch.setattr("os.readlink", swapped)
+    with Folder(tmp_path, "sql") as folder, pytest.raises(Invalid, match="changed while it was read; try again"):
+        folder.open(WEIGHTS, "sql")
 
 
 class Swapping(Files):
