@@ -102,15 +102,10 @@ async def test_a_link_that_is_swapped_gives_nobody_anothers_weights(tmp_path: Pa
 
 
 def test_a_link_that_becomes_a_file_while_it_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "weights").write_text("x")
-    (link := tmp_path / WEIGHTS).symlink_to("weights")
+    (file := tmp_path / "weights").write_text("x")
+    (tmp_path / WEIGHTS).symlink_to("weights")
     follow = os.readlink
-
-    def swapped(path: Any, **options: Any) -> Any:
-        (tmp_path / "weights").replace(link)
-        return follow(path, **options)
-
-    monkeypatch.setattr("os.readlink", swapped)
+    monkeypatch.setattr("os.readlink", lambda path: follow(file.replace(path)))
     with Folder(tmp_path, "sql") as folder, pytest.raises(Invalid, match="changed while it was read; try again"):
         folder.open(WEIGHTS, "sql")
 

@@ -200,13 +200,13 @@ class Charge:
         limit, length = self.budget.rule.limit, asked.output_tokens_max
         if limit.max_tokens is not None and length is not None and length > limit.max_tokens * asked.sequences:
             each = f" for each of {asked.sequences} answers" if asked.sequences > 1 else ""
-            raise self._never(
+            raise self._refused(
                 "max_tokens",
                 f"may ask for {limit.max_tokens:,} tokens of answer{each} (max_tokens), and this request asks "
                 f"for {length // asked.sequences:,}; ask for fewer, or have your operator raise the limit",
             )
         if limit.max_tokens is not None and length is None:  # of KServe tensors, which pass as they come
-            raise self._never(
+            raise self._refused(
                 "max_tokens",
                 f"may ask for {limit.max_tokens:,} tokens of answer (max_tokens), and this request names no "
                 "length; send the input request_output_len, or max_tokens where the model has that, in the message",
@@ -222,22 +222,18 @@ class Charge:
             if meter.number.unit == "tokens" and least > meter.limit:
                 about = "about " if asked.is_estimated else ""
                 has = "prompt alone has" if requests == 1 else f"{requests} prompts alone have"
-                raise self._never(
+                raise self._refused(
                     name,
                     f"may use {meter.limit:,} tokens a {word}, and this request's {has} {about}{least:,}; send a "
                     f"shorter one, or have your operator raise {name}",
                 )
 
     def _too_many(self, name: str, most: int, when: str, count: int) -> Refused:
-        return self._never(
+        return self._refused(
             name,
             f"may have {most:,} request{'s' if most > 1 else ''} {when} ({name}), and this one counts as {count:,}, as "
             "many as its prompts and answers; send fewer, or have your operator raise the limit",
         )
-
-    def _never(self, name: str, text: str) -> Refused:
-        scope = self.budget.scope
-        return Refused(Reason.INVALID_REQUEST, f"{scope} {text}", limit=name, scope=scope)
 
     def refusals(self, now_s: float) -> Iterator[Refused]:
         """Yield why the budget has no room for the request now."""
@@ -299,9 +295,10 @@ class Charge:
         )
         return self._refused(number.name, text, resets_s)
 
-    def _refused(self, name: str, text: str, after_s: float) -> Refused:
-        scope = self.budget.scope
-        return Refused(Reason.RATE_LIMITED, f"{scope} {text}", retry_after_s=after_s, limit=name, scope=scope)
+    def _refused(self, name: str, text: str, after_s: float | None = None) -> Refused:
+        """Return the error for a request that may come again after some time; without one, never as it is."""
+        scope, reason = self.budget.scope, Reason.INVALID_REQUEST if after_s is None else Reason.RATE_LIMITED
+        return Refused(reason, f"{scope} {text}", retry_after_s=after_s, limit=name, scope=scope)
 
     def _part(self, most: int) -> str:
         replicas = self.budget.replicas

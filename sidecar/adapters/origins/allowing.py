@@ -35,14 +35,14 @@ class AllowList:
             prefixes = tuple(parse_prefix(text) for text in entries if is_url(text))
         except Invalid as error:
             raise Misused(Reason.CONFIG_INVALID, f"origins.allow: {error.message}") from error
-        written = tuple(folder.absolute() for folder in folders)
-        return cls(tuple(folder.resolve() for folder in folders), prefixes, written=written)
+        return cls(
+            tuple(each.resolve() for each in folders), prefixes, written=tuple(each.absolute() for each in folders)
+        )
 
     def below(self, name: str) -> AllowList:
         """Return this list with the folder of that name in each root as the root."""
-        return replace(
-            self, roots=tuple(root / name for root in self.roots), written=tuple(root / name for root in self.written)
-        )
+        roots, written = (tuple(folder / name for folder in folders) for folders in (self.roots, self.written))
+        return replace(self, roots=roots, written=written)
 
     def open(self, name: str, path: str) -> Folder:
         """Open a folder that a caller names by its path. It lies in one of the roots, whatever becomes of links.

@@ -47,8 +47,7 @@ class Verifier:
 
         unknown = next((each for each in request.backends if each not in self._gateway.state.backends), "")
         if unknown and not access.is_operator(caller):  # to whom all names are told
-            why = f'no backend is called "{clipped(unknown)}"; leave it out to ask all'
-            raise Misused(Reason.UNKNOWN_BACKEND, why)
+            raise Misused(Reason.UNKNOWN_BACKEND, f'no backend is called "{clipped(unknown)}"; leave it out to ask all')
 
         async def report(finding: Finding) -> None:
             await context.write(message_of(finding))
