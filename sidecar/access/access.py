@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from sidecar.access.audit import Audit
 from sidecar.access.budgets.budgets import Budgets, Reservation, Standing
+from sidecar.access.budgets.charges import Demand
 from sidecar.access.deciding import CachedPolicy
 from sidecar.access.external import ExternalCheck, why_denied
 from sidecar.access.keys import KeyBook
@@ -383,22 +384,23 @@ class Access:
         is_estimated: bool,
         sequences: int,
         request_id: str,
+        requests: int = 1,
     ) -> Charge | None:
         """Take a permitted request from its tenant's budgets; return what is to be settled at its end.
 
+        Of several `requests` that come together, their sum is only checked: whether they can ever be let in.
         Raises Refused if too little remains, or if the request is larger than it may be.
         """
         if self.budgets is None or caller is OURSELVES:
             return None
+        words = tenant, klass, _limited(adapter)
         try:
+            if requests > 1:
+                asked = Demand(input_tokens, output_tokens_max, is_estimated, sequences)
+                self.budgets.check(words, asked, requests)
+                return None
             reservation = self.budgets.reserve(
-                tenant,
-                klass,
-                _limited(adapter),
-                input_tokens,
-                output_tokens_max,
-                is_estimated=is_estimated,
-                sequences=sequences,
+                *words, input_tokens, output_tokens_max, is_estimated=is_estimated, sequences=sequences
             )
         except Refused as refused:
             self.denied(caller, Action.INFER, _named(adapter), refused.message, request_id, by_limit=True)
@@ -455,10 +457,11 @@ class Access:
         principal = self.judged(caller)
         if principal is None or self.decide(principal, Action.LIST).allowed:
             return allow
-        tenant, roots, whose = principal.tenant, allow.roots, "adapters.roots"
+        tenant, own, whose = principal.tenant, allow, "adapters.roots"
         if self._policy.source == "tenant_prefix":
             is_name = "/" not in tenant and tenant not in ("", ".", "..")
-            roots, whose = tuple(root / tenant for root in roots if is_name), f"{tenant}/ in one of adapters.roots"
+            own = allow.below(tenant) if is_name else AllowList()
+            whose = f"{tenant}/ in one of adapters.roots"
 
         def refused(named: str, why: str) -> Refused:
             self.denied(caller, Action.REGISTER, SYSTEM, why, request_id)
@@ -468,10 +471,10 @@ class Access:
                 f"{whose}, or push the files",
             )
 
-        confined = replace(allow, roots=roots, refused=refused)
+        confined = replace(allow, roots=own.roots, written=own.written, refused=refused)
         if self.mode == "enforce":
             return confined
-        if roots != allow.roots and path and "://" not in path:
+        if own is not allow and path and "://" not in path:
             with suppress(Refused):
                 confined.open("", path).close()
         return allow

@@ -27,6 +27,8 @@ GROUP = Shape("the group", 256, 1024)
 def _is_not_ours(tenant: str) -> str:
     if is_reserved(tenant):
         raise ValueError("it is the sidecar's own; name another")
+    if tenant == "*":
+        raise ValueError('"*" is no tenant: limits name each tenant by it; name one')
     return tenant
 
 

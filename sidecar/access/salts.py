@@ -10,23 +10,19 @@ from __future__ import annotations
 import hmac
 import logging
 import secrets
-from collections.abc import Iterable
 
 from sidecar.access.entries import SALT, Salt
-from sidecar.access.policy import prefix_owner
 from sidecar.access.store import AccessStore
-from sidecar.config.access import Policies
 from sidecar.errors import Refused
 
 logger = logging.getLogger(__name__)
 
 
 class Salts:
-    """Makes salts. `policies` say who may use an adapter, but for a file of Cedar: then anybody may."""
+    """Makes salts."""
 
-    def __init__(self, store: AccessStore, policies: Policies) -> None:
+    def __init__(self, store: AccessStore) -> None:
         self._store = store
-        self._policies = policies
         self._own = Salt(secret=secrets.token_hex(32))
 
     async def start(self) -> None:
@@ -38,24 +34,12 @@ class Salts:
                 if self._store.get(SALT) is None:
                     logger.warning("prefix caches are salted by a secret of this process alone: %s", refused.message)
 
-    def of(self, tenant: str, names: Iterable[tuple[str, tuple[str, ...] | None]], own: str = "") -> str | None:
-        """Return the salt of a tenant's requests to an adapter; None if the tenant has its KV cache for itself.
+    def of(self, tenant: str, own: str = "") -> str:
+        """Return the salt of a tenant's requests. `own` is the client's own salt: what it keeps apart stays apart.
 
-        `names` are all that hold one of its versions, with their allow lists; none for the base model. `own` is the
-        client's own salt: what it keeps apart stays apart.
+        Adapters of a single tenant are salted too: others may get their names, and engines find blocks by name.
         """
-        users = [self._users(*each) for each in names]
-        if users and None not in users and len(set().union(*filter(None, users))) == 1:
-            return None
         held = self._store.get(SALT)
         secret = held if isinstance(held, Salt) else self._own
         message = "\0".join((tenant, own) if own else (tenant,))
         return hmac.new(bytes.fromhex(secret.secret), message.encode(), "sha256").hexdigest()
-
-    def _users(self, name: str, allow: tuple[str, ...] | None) -> set[str] | None:
-        """Return the tenants that may use an adapter; None for any."""
-        if self._policies.cedar is not None:
-            return None
-        if allow is None and self._policies.ready == "tenant_prefix":
-            allow = tuple(filter(None, [prefix_owner(name, self._policies.separator)])) or None
-        return None if allow is None else set(allow)

@@ -59,7 +59,7 @@ def _copy(name: str, source: Folder, file_name: str, target: Path, bytes_max: in
                 copy.flush()
                 os.fsync(copy.fileno())
         except OSError as error:
-            raise no_room(f"{name}: {file_name}", target.parent, error) from error
+            raise no_room(f"{name}: {file_name}", error) from error
         after = os.fstat(descriptor)
     if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
         raise unreadable(name, f"{file_name} was changed while it was copied; load it again once it is written")

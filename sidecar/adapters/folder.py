@@ -11,7 +11,7 @@ import stat
 import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from errno import ELOOP
+from errno import EINVAL, ELOOP
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -87,6 +87,8 @@ class Folder:
             return None
         except OSError as error:
             why = f"{name} cannot be opened ({error.strerror}); check its permissions and links"
+            if error.errno == EINVAL:  # what was a link is none any more
+                why = f"{name} changed while it was read; try again"
             raise unreadable(adapter, why) from error
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)

@@ -103,7 +103,7 @@ class Receiver:
                 self._file = (self._folder / announced.name).open("xb", buffering=0)
             _write_all(self._file, data)
         except OSError as error:
-            raise no_room(f"{self._name}: {announced.name}", self._folder, error) from error
+            raise no_room(f"{self._name}: {announced.name}", error) from error
         self._sha256.update(data)
         self._offset += len(data)
 
@@ -137,7 +137,7 @@ class Receiver:
                 return
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise no_room(f"{self._name}: {announced.name}", self._folder, error) from error
+            raise no_room(f"{self._name}: {announced.name}", error) from error
         self.close()
 
 

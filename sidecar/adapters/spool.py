@@ -79,7 +79,7 @@ class Spool:
         try:
             return Path(tempfile.mkdtemp(dir=self.directory / "incoming"))
         except OSError as error:
-            raise no_room("a new folder", self.directory, error) from error
+            raise no_room("a new folder", error) from error
 
     def adopt(self, folder: Path, digest: str) -> Path:
         """Make a checked incoming folder the source of a digest and return its new path.
@@ -103,7 +103,7 @@ class Spool:
             self._at("after rename")
             _sync(target.parent)
         except OSError as error:
-            raise no_room(f"the source of {digest[:12]}", self.directory, error) from error
+            raise no_room(f"the source of {digest[:12]}", error) from error
         return target
 
     def discard(self, digest: str) -> None:

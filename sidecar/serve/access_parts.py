@@ -79,7 +79,7 @@ class AccessParts:
         self.kept = None if folder is None else Kept(sharing, folder / BUDGETS, time)
         self.budgets = Budgets(access.limits, time, self.kept or sharing)
         self.limits = LimitBook(self.store, access.limits, self.budgets, leases)
-        self.salts = Salts(self.store, access.policies) if identity.mode == "enforce" else None
+        self.salts = Salts(self.store) if identity.mode == "enforce" else None
         self.access = Access(
             identity,
             config.tenant_from,

@@ -330,14 +330,9 @@ class Gateway:
             check_not_paused(record, time())
         facts.klass, facts.versions = klass, facts.versions if permit.versions is None else permit.versions
 
-    def salt(self, tenant: str, adapter: str, own: str = "") -> str | None:
+    def salt(self, tenant: str, own: str = "") -> str | None:
         """Return the salt of a request's prefix blocks, `own` being the client's; None to leave them as they are."""
-        if self.access.salts is None:
-            return None
-        state, name = self.state, self._name(adapter)
-        digests = () if name is None else name.versions.values()
-        names = dict.fromkeys(holder for digest in digests for holder in state.versions[digest].names)
-        return self.access.salts.of(tenant, [(each, state.names[each].allow) for each in names], own)
+        return None if self.access.salts is None else self.access.salts.of(tenant, own)
 
     def permit(self, caller: Caller, reference: str, request_id: str, is_base: bool, tenant: str) -> None:
         """Raise as `access.permit` does, and show the refusal, for a request that is submitted by another reference."""

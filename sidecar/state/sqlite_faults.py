@@ -34,9 +34,7 @@ def translated_errors(path: Path | None) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        raise Refused(
-            Reason.STATE_UNAVAILABLE, f"the registry {path or 'in memory'} {_describe(path, error)}"
-        ) from error
+        raise Refused(Reason.STATE_UNAVAILABLE, f"the registry {_describe(path, error)}") from error
 
 
 def _describe(path: Path | None, error: sqlite3.Error) -> str:
@@ -45,8 +43,8 @@ def _describe(path: Path | None, error: sqlite3.Error) -> str:
         with suppress(OSError):
             free_bytes = shutil.disk_usage(path.parent).free
             if code == sqlite3.SQLITE_FULL or free_bytes < FULL_BELOW_BYTES:
-                return (
-                    f"cannot be written because the disk of {path.parent} is full ({free_bytes} bytes free); free "
+                return (  # tenants are told it, and no path
+                    f"cannot be written because the disk of the data directory is full ({free_bytes} bytes free); free "
                     "some, or move the data directory to a larger disk; nothing was changed"
                 )
-    return f"{_MESSAGES.get(code, 'cannot be used; try again')} ({error})"
+    return f"{path or 'in memory'} {_MESSAGES.get(code, 'cannot be used; try again')} ({error})"

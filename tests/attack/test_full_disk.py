@@ -87,7 +87,7 @@ async def whole(folder: Path, name: str) -> AsyncIterator[Any]:
 
 
 async def test_a_registration_on_a_full_disk(disk: Path, tmp_path: Path) -> None:
-    """It is told which disk and what to do, nothing of it is left, others are served; with room again it goes on."""
+    """It is told what to do but no path, nothing of it is left, others are served; with room again it goes on."""
     first, second = (write_adapter(tmp_path / name, seed=seed) for seed, name in enumerate(("a", "b")))
     data = disk / "data"
     async with running_engine(**DUMMY) as engine:
@@ -96,15 +96,15 @@ async def test_a_registration_on_a_full_disk(disk: Path, tmp_path: Path) -> None
             filler = fill(disk)
             for _ in range(3):
                 words = await refusal(registered(served, second, "b"))
-                assert str(data) in words
-                assert "full" in words
+                assert "data directory is full" in words
+                assert str(disk) not in words
                 assert "free some" in words
                 assert list(served.state.names) == ["a"]
             words = await refusal(served.adapters.Pin(pb.AdapterRequest(name="a")))
             assert "full" in words
             assert not (await served.adapters.Get(pb.AdapterRequest(name="a"))).pinned
             words = await refusal(pushed(served, whole(second, "b")))
-            assert str(data) in words
+            assert str(disk) not in words
             await until(lambda: not list((data / "incoming").iterdir()) and not list((data / "sources").iterdir()))
             assert (await served.ask("a", 3)).tokens == served.expected("a", 3)
             filler.unlink()
@@ -163,7 +163,7 @@ async def test_a_disk_that_fills_up_during_a_push(chunk_bytes: int, disk: Path, 
     async with running_engine(**DUMMY) as engine, house(engine, data, tmp_path) as served:
         words = await refusal(pushed(served, filling()))
         assert "no room" in words
-        assert str(data) in words
+        assert str(disk) not in words
         await until(lambda: not list((data / "incoming").iterdir()))
         assert not served.state.names
 
@@ -180,7 +180,6 @@ async def test_a_key_that_is_revoked_while_the_disk_is_full(disk: Path, tmp_path
             words = await refusal(acme.revoke())
             assert f"the key {acme.key} is refused here from now on" in words
             assert "not on disk yet" in words
-            assert str(data) in words
             for call in (acme.register(str(tmp_path / "a")), served.ask("sql", 1)):
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
                     await call

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -13,8 +14,10 @@ from typing import Any
 import grpc
 import pytest
 
+from sidecar.adapters.folder import Folder
 from sidecar.adapters.spool import digest_of_folder
 from sidecar.adapters.staging import Files, Staging
+from sidecar.errors import Invalid
 from sidecar.proto import admin_pb2 as pb
 from tests.attack.test_asked_again_at_the_write import Publisher, enforced
 from tests.integration.test_load_calls import VLLM, trained
@@ -98,6 +101,15 @@ async def test_a_link_that_is_swapped_gives_nobody_anothers_weights(tmp_path: Pa
         assert seen == {"OK", "PERMISSION_DENIED" if linked == "folder" else "NOT_FOUND"}
 
 
+def test_a_link_that_becomes_a_file_while_it_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (file := tmp_path / "weights").write_text("x")
+    (tmp_path / WEIGHTS).symlink_to("weights")
+    follow = os.readlink
+    monkeypatch.setattr("os.readlink", lambda path: follow(file.replace(path)))
+    with Folder(tmp_path, "sql") as folder, pytest.raises(Invalid, match="changed while it was read; try again"):
+        folder.open(WEIGHTS, "sql")
+
+
 class Swapping(Files):
     """Exchanges a folder for another one when staging begins to write."""
 
@@ -135,11 +147,15 @@ async def test_a_refused_path_tells_nothing_of_the_host(tmp_path: Path, monkeypa
         (tmp_path / "acme" / "dangling").symlink_to(outside / "gone")
         (tmp_path / "acme" / "loop").symlink_to("loop")
         (tmp_path / "acme" / "file").write_text("x")
-        own = ("gone", "out", "dangling", "loop", "file", "mine/../../blue/secret")
+        own = ("gone", "out", "dangling", "loop", "file", "mine/../../blue/secret", "by", "back", "mine/../mine")
+        monkeypatch.chdir(tmp_path / "acme")
+        (tmp_path / "acme" / "by").symlink_to("/proc/self/cwd/mine")
+        (tmp_path / "acme" / "back").symlink_to(f"out/../../{tmp_path.name}/acme/mine")
         paths = [
             *(tmp_path / "acme" / name for name in own),
+            f"{tmp_path}/acme/out/../../{tmp_path.name}/acme/mine",
             tmp_path / "blue" / "secret", tmp_path / "blue" / "gone", outside / "there", outside / "gone", "/etc",
-            "/gone", "relative", "~/mine", "~root", "~nobody-is-called-so/a", "a\0b",
+            "/gone", "relative", "mine", "/proc/self/cwd/mine", "~/mine", "~root", "~nobody-is-called-so/a", "a\0b",
         ]  # fmt: skip
         heard = set()
         for path in paths:
@@ -150,6 +166,18 @@ async def test_a_refused_path_tells_nothing_of_the_host(tmp_path: Path, monkeypa
         ((code, words),) = heard
         assert (code, 'tenant "acme"' in words) == ("PERMISSION_DENIED", True), words
         assert not served.sidecar.registry.all()
+
+
+async def test_a_tenant_may_name_a_root_as_it_is_configured(tmp_path: Path) -> None:
+    """A root that is a link, and a link that stays in the tenant's folder."""
+    (tmp_path / "there").mkdir()
+    (root := tmp_path / "root").symlink_to("there")
+    async with house(root) as (served, acme):
+        (root / "acme" / "far").symlink_to(root / "acme" / "mine")
+        for path in (root / "acme" / "mine", tmp_path / "there" / "acme" / "far"):
+            wanted = pb.RegisterRequest(name="acme/sql", path=str(path))
+            reply = await served.adapters.Register(wanted, metadata=acme.metadata)
+            assert reply.adapter.path == str(tmp_path / "there" / "acme" / "mine")
 
 
 @pytest.mark.parametrize("file", [CONFIG, WEIGHTS])

@@ -40,10 +40,10 @@ async def house(folder: Path, engine: dict[str, Any] | None = None, **record: An
         yield served
 
 
-async def key_of(served: Serving, tenant: str, klass: str = "") -> tuple[Metadata, str]:
-    """Return a publisher's credential, and its key's id."""
+async def key_of(served: Serving, tenant: str, klass: str = "", role: str = "publisher") -> tuple[Metadata, str]:
+    """Return a tenant's credential, and its key's id."""
     access: Any = admin_pb2_grpc.AccessStub(served.admin_channel)  # type: ignore[no-untyped-call]
-    wanted = pb.CreateKeyRequest(tenant=tenant, roles=["publisher"], **{"class": klass})
+    wanted = pb.CreateKeyRequest(tenant=tenant, roles=[role], **{"class": klass})
     made = await access.CreateKey(wanted, metadata=bearer(OPERATOR))
     return bearer(made.secret), made.key.id
 
@@ -87,6 +87,16 @@ async def test_a_verification_waits_in_its_callers_class(tmp_path: Path) -> None
         await verified(served, acme, asked(1))
         received = [event for event in served.recorder.events if isinstance(event, Received)]
         assert {(event.tenant, event.klass) for event in received} == {("acme", "batch")}
+
+
+async def test_what_is_refused_is_told_as_a_verification_and_names_no_backends(tmp_path: Path) -> None:
+    async with house(tmp_path) as served:
+        for role, said in (("publisher", 'no backend is called "trt-9"; leave it out'), ("viewer", 'not verify "sql"')):
+            caller, _ = await key_of(served, "acme", role=role)
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await verified(served, caller, asked(1, backends=["trt-9"]))
+            assert said in (words := refused.value.details() or "")
+            assert "trt-0" not in words
 
 
 async def test_a_caller_without_a_tenant_is_booked_to_nobody(tmp_path: Path) -> None:

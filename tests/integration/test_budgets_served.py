@@ -19,6 +19,7 @@ from tests.kit.emulated import running_engine
 from tests.kit.redis_servers import PATIENCE_S, running
 from tests.kit.replica_pool import CALM_S, replicas
 from tests.kit.serving import Serving, serving, until, write_adapters
+from tests.kit.vllm_emulated import running_vllm
 
 LIMIT = 60
 LIMITS = {"limits": [{"tenant": "*", "requests_per_day": LIMIT}]}
@@ -119,6 +120,26 @@ async def test_what_a_client_leaves_behind_is_given_back(tmp_path: Path) -> None
             async with asyncio.timeout(PATIENCE_S):
                 while any((await taken(stub, "acme")).values()):
                     await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("kind", ["triton", "vllm"])
+@pytest.mark.parametrize(
+    ("limit", "more"),
+    [("concurrent", {"n": 4}), ("concurrent", {"prompt": ["x", "y"], "n": 2}),
+     ("requests_per_day", {"prompt": ["x"] * 4}), ("tokens_per_day", {"prompt": ["x"] * 40})],
+)  # fmt: skip
+async def test_what_never_fits_a_limit_is_invalid_on_all_kinds(kind: str, limit: str, more: dict[str, Any]) -> None:
+    """To send it again would not help."""
+    async with (
+        running_vllm(compute="none") as (vllm, _),
+        running_engine(compute="none", shape="tiny") as triton,
+        serving([vllm if kind == "vllm" else triton], access={"limits": [{"tenant": "acme", limit: 3}]}) as served,
+        httpx.AsyncClient(base_url=f"http://{served.sidecar.http_address}", trust_env=False) as http,
+    ):
+        for members, status in ((more, 400), ({"n": 3} if limit == "concurrent" else {}, 200)):
+            body = {"model": "base", "prompt": "x", "max_tokens": 1, "temperature": 1.0, **members}
+            reply = await http.post("/v1/completions", json=body, headers={"x-lora-tenant": "acme"})
+            assert (reply.status_code, limit in reply.text) == (status, status == 400), reply.text
 
 
 async def until_refused(served: Serving) -> None:

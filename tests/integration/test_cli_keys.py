@@ -102,6 +102,7 @@ async def test_a_keys_life_from_the_command_line(tmp_path: Path, caplog: pytest.
         for arguments, says in (
             (("revoke", "nobody"), 'there is no key "nobody"; sidecar keys list shows the ids'),
             (("create", "--tenant", ""), "tenant"),
+            (("create", "--tenant", "*"), 'tenant: "*" is no tenant'),
             (("create", "--tenant", "a", "--expires", "soon"), "--expires wants a duration such as"),
             (
                 ("create", "--tenant", "a", "--role", "king"),

@@ -237,7 +237,14 @@ def _tokens(folder: Path, kind: str, count: int) -> list[int]:
             "InvalidUserInput",
             "x: '{steps}/../shared' is out",
         ),
-        ({"lora_name": "x", "lora_path": "hf://a/b"}, 400, "InvalidUserInput", "x: 'hf://a/b' is outside"),
+        ({"lora_name": "x", "lora_path": "hf://a/b"}, 400, "InvalidUserInput", "'hf://a/b' is not an absolute path"),
+        ({"lora_name": "x", "lora_path": "step-1"}, 400, "InvalidUserInput", "'step-1' is not an absolute path"),
+        (
+            b'{"lora_name": "x", "lora_path": "{steps}/step-1", "lora_name": "y"}',
+            400,
+            "Bad Request",
+            "1 validation error:\n  {'type': 'value_error', 'loc': 'body.lora_name', 'msg': 'Value error, it is given",
+        ),
     ],
 )
 async def test_what_cannot_be_loaded_is_refused_as_vllm_does_and_leaves_nothing_behind(
@@ -251,7 +258,7 @@ async def test_what_cannot_be_loaded_is_refused_as_vllm_does_and_leaves_nothing_
         (corrupt / "adapter_model.safetensors").write_bytes(b"\xff" * 64)
         before = left_behind(trainer)
         steps = str(trainer.folder)
-        content = body if isinstance(body, bytes) else json.dumps(body).replace("{steps}", steps).encode()
+        content = (body if isinstance(body, bytes) else json.dumps(body).encode()).replace(b"{steps}", steps.encode())
         reply = await trainer.client.http.post(
             "/v1/load_lora_adapter", content=content, headers={"content-type": "application/json"}
         )

@@ -225,6 +225,8 @@ def test_requests_at_once(clock: Time) -> None:
     assert refused.retry_after_s == 1
     first.dispatched()
     first.settle(None, 1, ran=True)
+    refused = refusal(lambda: budgets.reserve(*ACME, 1, 2, sequences=2))
+    assert "at once and has 1, and this one counts as 2;" in refused.message
     budgets.reserve(*ACME, 1, 1)
 
 

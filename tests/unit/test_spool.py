@@ -85,7 +85,7 @@ def test_a_disk_that_cannot_be_written_to(tmp_path: Path) -> None:
     """Nothing arrives and the reason is told."""
     spool = Spool(tmp_path)
     (tmp_path / "incoming").rmdir()
-    with pytest.raises(Refused, match="no room for a new folder on the disk of"):
+    with pytest.raises(Refused, match="no room for a new folder on the disk of the data directory"):
         spool.make_incoming()
 
 

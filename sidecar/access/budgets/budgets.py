@@ -173,6 +173,11 @@ class Budgets:
             charge.take()
         return Reservation(asked, charges, self._expected, self._clock)
 
+    def check(self, words: tuple[str, str, str], asked: Demand, requests: int) -> None:
+        """Raise Refused(INVALID_REQUEST) for requests that come together and never fit; `asked` is their sum."""
+        for budget in self._of(*words, self._clock()):
+            Charge(budget, asked).check(asked, requests)
+
     def standing(self, tenant: str, klass: str, adapter: str) -> Standing:
         """Return what remains for requests like this one."""
         now_s = self._clock()

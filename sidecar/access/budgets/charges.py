@@ -176,7 +176,7 @@ class Budget:
 class Charge:
     """What one request takes from one budget."""
 
-    __slots__ = ("_amounts", "_began_s", "_input_tokens", "_length", "_most", "budget", "tokens")
+    __slots__ = ("_amounts", "_began_s", "_input_tokens", "_length", "_most", "_sequences", "budget", "tokens")
 
     def __init__(self, budget: Budget, asked: Demand) -> None:
         self.budget = budget
@@ -184,6 +184,7 @@ class Charge:
         self._input_tokens = asked.inputs(budget.expected)
         default = min((each for each in (limit.default_max_tokens, limit.max_tokens) if each), default=None)
         self.tokens = self._counted(self._input_tokens, asked.outputs(budget.expected, default))
+        self._sequences = asked.sequences
         self._length = length = asked.output_tokens_max
         self._most = None if length is None else self._counted(self._input_tokens, length)
         self._amounts: list[tuple[Meter, int, int]] = []
@@ -194,46 +195,55 @@ class Charge:
         counts = self.budget.rule.limit.tokens
         return (counts != "output") * input_tokens + (counts != "input") * output_tokens
 
-    def check(self, asked: Demand) -> None:
-        """Raise Refused(INVALID_REQUEST) for a request that this limit never lets pass."""
-        limit, scope = self.budget.rule.limit, self.budget.scope
-        length = asked.output_tokens_max
+    def check(self, asked: Demand, requests: int = 1) -> None:
+        """Raise Refused(INVALID_REQUEST) for what this limit never lets pass: a request, or the sum of so many."""
+        limit, length = self.budget.rule.limit, asked.output_tokens_max
         if limit.max_tokens is not None and length is not None and length > limit.max_tokens * asked.sequences:
             each = f" for each of {asked.sequences} answers" if asked.sequences > 1 else ""
-            raise Refused(
-                Reason.INVALID_REQUEST,
-                f"{scope} may ask for {limit.max_tokens:,} tokens of answer{each} (max_tokens), and this request asks "
+            raise self._refused(
+                "max_tokens",
+                f"may ask for {limit.max_tokens:,} tokens of answer{each} (max_tokens), and this request asks "
                 f"for {length // asked.sequences:,}; ask for fewer, or have your operator raise the limit",
-                limit="max_tokens",
-                scope=scope,
             )
         if limit.max_tokens is not None and length is None:  # of KServe tensors, which pass as they come
-            raise Refused(
-                Reason.INVALID_REQUEST,
-                f"{scope} may ask for {limit.max_tokens:,} tokens of answer (max_tokens), and this request names no "
+            raise self._refused(
+                "max_tokens",
+                f"may ask for {limit.max_tokens:,} tokens of answer (max_tokens), and this request names no "
                 "length; send the input request_output_len, or max_tokens where the model has that, in the message",
-                limit="max_tokens",
-                scope=scope,
             )
+        if limit.concurrent is not None and asked.sequences > self.budget.own_part(limit.concurrent):
+            at_once = f"at once{self._part(limit.concurrent).removesuffix(',')}"
+            raise self._too_many("concurrent", limit.concurrent, at_once, asked.sequences)
         least = self._counted(self._input_tokens, 0)
         for meter in self.budget.meters.values():
+            name, word = meter.number.name, meter.number.word
+            if meter.number.unit == "requests" and requests > meter.limit:
+                raise self._too_many(name, meter.limit, f"a {word}", requests)
             if meter.number.unit == "tokens" and least > meter.limit:
                 about = "about " if asked.is_estimated else ""
-                raise Refused(
-                    Reason.INVALID_REQUEST,
-                    f"{scope} may use {meter.limit:,} tokens a {meter.number.word}, and this request's prompt alone "
-                    f"has {about}{least:,}; send a shorter one, or have your operator raise {meter.number.name}",
-                    limit=meter.number.name,
-                    scope=scope,
+                has = "prompt alone has" if requests == 1 else f"{requests} prompts alone have"
+                raise self._refused(
+                    name,
+                    f"may use {meter.limit:,} tokens a {word}, and this request's {has} {about}{least:,}; send a "
+                    f"shorter one, or have your operator raise {name}",
                 )
+
+    def _too_many(self, name: str, most: int, when: str, count: int) -> Refused:
+        return self._refused(
+            name,
+            f"may have {most:,} request{'s' if most > 1 else ''} {when} ({name}), and this one counts as {count:,}, as "
+            "many as its prompts and answers; send fewer, or have your operator raise the limit",
+        )
 
     def refusals(self, now_s: float) -> Iterator[Refused]:
         """Yield why the budget has no room for the request now."""
         budget, limit = self.budget, self.budget.rule.limit
-        if limit.concurrent is not None and budget.running >= budget.own_part(limit.concurrent):
+        if limit.concurrent is not None and budget.running + self._sequences > budget.own_part(limit.concurrent):
+            and_this = f", and this one counts as {self._sequences:,}" if self._sequences > 1 else ""
             yield self._refused(
                 "concurrent", f"may have {limit.concurrent:,} request{'s' if limit.concurrent > 1 else ''} at once"
-                f"{self._part(limit.concurrent)} and has {budget.running:,}; send it again when one has ended", SOON_S,
+                f"{self._part(limit.concurrent)} and has {budget.running:,}{and_this}; send it again when one has "
+                "ended", SOON_S,
             )  # fmt: skip
         queued_max = None if limit.queued_tokens is None else budget.own_part(limit.queued_tokens)
         if queued_max is not None and budget.queued_tokens and budget.queued_tokens + self.tokens > queued_max:
@@ -285,9 +295,10 @@ class Charge:
         )
         return self._refused(number.name, text, resets_s)
 
-    def _refused(self, name: str, text: str, after_s: float) -> Refused:
-        scope = self.budget.scope
-        return Refused(Reason.RATE_LIMITED, f"{scope} {text}", retry_after_s=after_s, limit=name, scope=scope)
+    def _refused(self, name: str, text: str, after_s: float | None = None) -> Refused:
+        """Return the error for a request that may come again after some time; without one, never as it is."""
+        scope, reason = self.budget.scope, Reason.INVALID_REQUEST if after_s is None else Reason.RATE_LIMITED
+        return Refused(reason, f"{scope} {text}", retry_after_s=after_s, limit=name, scope=scope)
 
     def _part(self, most: int) -> str:
         replicas = self.budget.replicas
@@ -298,7 +309,7 @@ class Charge:
         return 1 if meter.number.unit == "requests" else min(self.tokens, meter.limit)
 
     def take(self) -> None:
-        self.budget.running += 1
+        self.budget.running += self._sequences
         self.budget.queued_tokens += self.tokens
         for meter in self.budget.meters.values():
             amount = self._amount(meter)
@@ -319,7 +330,7 @@ class Charge:
         """Charge what was taken. Return how long it was under way, in seconds."""
         self.dispatched(now_s)
         assert self._began_s is not None
-        self.budget.running -= 1
+        self.budget.running -= self._sequences
         self.budget.under_way.end(self.tokens, self._began_s)
         known = self._input_tokens if input_tokens is None else input_tokens
         tokens = self._counted(known, output_tokens)

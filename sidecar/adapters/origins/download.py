@@ -52,7 +52,7 @@ def download(remote: Remote, file_name: str, directory: Path, bytes_max: int, er
         with suppress(FileNotFoundError):
             path.unlink()
         if isinstance(error, OSError):
-            raise no_room(f"{file_name} of {errand.origin}", directory, error) from error
+            raise no_room(f"{file_name} of {errand.origin}", error) from error
         raise
     return part.offset
 
@@ -123,6 +123,6 @@ def check_room(directory: Path, missing_bytes: int, what: str) -> None:
     if missing_bytes > free_bytes:
         raise Refused(
             Reason.ADAPTER_UNAVAILABLE,
-            f"no room for {what} on the disk of {directory}: {missing_bytes} bytes are needed and {free_bytes} are "
-            "free; free some or move the data directory",
+            f"no room for {what} on the disk of the data directory: {missing_bytes} bytes are needed and {free_bytes} "
+            "are free; free some or move the data directory",
         )

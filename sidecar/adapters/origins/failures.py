@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from sidecar.adapters.origins.origin import Origin, without_secrets
 from sidecar.errors import Invalid, Reason, Refused
 
@@ -50,10 +48,10 @@ def too_large(what: str, size_bytes: int, bytes_max: int) -> Invalid:
     )
 
 
-def no_room(what: str, folder: Path, error: OSError) -> Refused:
-    """Return the error for a folder whose disk is full or not writable."""
+def no_room(what: str, error: OSError) -> Refused:
+    """Return the error for files that cannot be written. It names no folder: tenants are told it, too."""
     return Refused(
         Reason.ADAPTER_UNAVAILABLE,
-        f"no room for {what} on the disk of {folder} ({error.strerror or error}); free some, or give this process a "
-        "data directory that it can write to",
+        f"no room for {what} on the disk of the data directory ({error.strerror or type(error).__name__}); free some, "
+        "or give the sidecar a data directory that it can write to",
     )

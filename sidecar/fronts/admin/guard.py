@@ -34,6 +34,7 @@ DOING = {
     Action.SHOW: "see",
     Action.SEE_QUEUE: "see",
     Action.MANAGE: "manage",
+    "Adapters.Verify": "verify",  # which takes the right to promote
 }
 
 
@@ -174,8 +175,8 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             what = f'"{clipped(resource.name)}"' if is_told else "this"
             raise Refused(
                 Reason.NOT_ALLOWED,
-                f"you may not {DOING.get(action, action.value)} {what} ({verb}); ask your operator with id "
-                f'"{request_id}"',
+                f"you may not {DOING.get(verb) or DOING.get(action, action.value)} {what} ({verb}); ask your operator "
+                f'with id "{request_id}"',
             )
 
     def _observe(

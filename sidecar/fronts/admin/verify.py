@@ -12,7 +12,8 @@ from tritonclient.grpc import service_pb2
 
 from sidecar.backends.api import Prompt as PromptKind
 from sidecar.backends.registry import model_kind
-from sidecar.errors import Reason, Refused
+from sidecar.config.identities import clipped
+from sidecar.errors import Misused, Reason, Refused
 from sidecar.fronts import callers
 from sidecar.fronts.questions import ask
 from sidecar.proto import admin_pb2
@@ -43,6 +44,10 @@ class Verifier:
         access, claims = self._gateway.access, callers.claimed_tenants(callers.metadata_of(context), "")
         caller = replace(callers.CALLER.get(), is_recorded=access.mode == "observe")  # it is one call
         tenant = access.tenant_of(caller, claims, callers.id_of_call(context)) or asking.TENANT
+
+        unknown = next((each for each in request.backends if each not in self._gateway.state.backends), "")
+        if unknown and not access.is_operator(caller):  # to whom all names are told
+            raise Misused(Reason.UNKNOWN_BACKEND, f'no backend is called "{clipped(unknown)}"; leave it out to ask all')
 
         async def report(finding: Finding) -> None:
             await context.write(message_of(finding))

@@ -62,8 +62,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
         limited = access.default_max_tokens(tenant, klass, adapter)
         if not request.max_tokens and limited is not None:
             request.max_tokens = min(limited, MAX_TOKENS_DEFAULT)
-        salt = self._gateway.salt(tenant, adapter)
-        payload, input_tokens = payload_of(request, self._may_stream, self._kinds, salt)
+        payload, input_tokens = payload_of(request, self._may_stream, self._kinds, self._gateway.salt(tenant))
         only = self._eligible(request, payload.kinds)
         if base:  # only now: until here a name that means nothing is answered alike
             self._gateway.permit(caller, base, request_id, True, tenant)

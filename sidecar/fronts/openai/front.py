@@ -187,8 +187,11 @@ class OpenAiFront:
                     carrier = None
                 if len(requests) > 1:
                     caller = _of_one_session(caller, requests[0][0])
-                for asked, destination in requests:
-                    tickets.append(self._submit(asked, caller, destination, tenant, request_id, sender))
+                facts = [self._facts(asked, caller, destination, tenant) for asked, destination in requests]
+                self._check_together(facts, sender, request_id)
+                for (asked, destination), each in zip(requests, facts, strict=True):
+                    text = _text(asked, destination)
+                    tickets.append(self._gateway.submit(each, destination.payload, request_id, sender, text))
             except ClientLeft:
                 return
             except SidecarError as error:
@@ -245,15 +248,17 @@ class OpenAiFront:
         """
         self._gateway.permit(sender, model, request_id, self._destinations.is_base(model), tenant)
 
-    def _submit(
-        self,
-        asked: OpenAiRequest,
-        caller: Caller,
-        destination: Destination,
-        tenant: str,
-        request_id: str,
-        sender: access.Caller,
-    ) -> Ticket:
+    def _check_together(self, facts: Sequence[RequestFacts], sender: access.Caller, request_id: str) -> None:
+        """Refuse a list that limits never let in: each of its requests alone would be told to come again."""
+        first = facts[0]
+        if len(facts) > 1:
+            length = sum(each.output_tokens_max for each in facts) if first.has_length else None
+            self._gateway.access.reserve(
+                sender, first.tenant, first.klass, first.adapter, sum(each.input_tokens for each in facts), length,
+                first.is_estimated, sum(each.sequences for each in facts), request_id, len(facts),
+            )  # fmt: skip
+
+    def _facts(self, asked: OpenAiRequest, caller: Caller, destination: Destination, tenant: str) -> RequestFacts:
         state = self._gateway.state
         text_tokens = text_tokens_max(state, asked.prompt_bytes) if asked.prompt_bytes else 0
         each = destination.length_max if destination.is_long else asked.max_tokens
@@ -261,7 +266,7 @@ class OpenAiFront:
             each = destination.length
         if each is None:
             each = state.config.output_tokens_assumed
-        facts = RequestFacts(
+        return RequestFacts(
             adapter=destination.adapter,
             tenant=tenant,
             klass=caller.klass,
@@ -277,7 +282,6 @@ class OpenAiFront:
             is_chat=asked.is_chat,
             trace=TraceOrigin(*caller.trace_context, caller.came_ns),
         )
-        return self._gateway.submit(facts, destination.payload, request_id, sender, _text(asked, destination))
 
     def _within(self, destination: Destination, subset: Collection[str]) -> Destination:
         """Return a destination without the engines whose addresses a gateway has left out. Raises Refused for none."""
@@ -311,7 +315,7 @@ class OpenAiFront:
         def place(asked: OpenAiRequest, texts: Sequence[TextRequest | Refusal] | None) -> Destination:
             adapter = "" if destinations.is_base(asked.model) else asked.model
             limited = self._gateway.access.default_max_tokens(tenant, klass, adapter)
-            salt = self._gateway.salt(tenant, adapter, asked.salt)
+            salt = self._gateway.salt(tenant, asked.salt)
             return destinations.place(asked, tenant, self._length_max(tenant, klass, limited), texts, limited, salt)
 
         return place

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from sidecar.access.principal import Action, Resource, Sort
 from sidecar.access.resources import adapter_resource, summary
 from sidecar.adapters.copying import config_in
 from sidecar.adapters.folder import NoAdapter
+from sidecar.adapters.names import shown
 from sidecar.adapters.origins.allowing import AllowList
 from sidecar.backends.registry import is_base_model
 from sidecar.config import Config
@@ -157,6 +159,9 @@ class LoadCalls:
             return texts.base_conflict(name)
         if len(path) > PATH_CHARACTERS_MAX:
             return texts.failed(texts.INVALID_INPUT, f"the path has {len(path)} characters", "lora_path")
+        if not path.startswith(("/", "~")):
+            why = f"{shown(path, _VALUE_CHARACTERS_MAX)} is not an absolute path; give that of the adapter's folder"
+            return texts.failed(texts.INVALID_INPUT, why, "lora_path")
         allow = self._gateway.access.folders_of(caller, self._gateway.sources.allow, path, request_id)
         try:
             loaded = await self._loading.load(name, path, in_place, allow)
@@ -224,7 +229,7 @@ def _resource(name: str, record: Record | None) -> Resource:
 def _read(kind: type[Fields], body: bytes) -> Fields:
     """Return the fields of a body. Raises _Unreadable."""
     try:
-        content = json.loads(body)
+        content = json.loads(body, object_pairs_hook=_members)
     except (ValueError, RecursionError) as error:
         at = getattr(error, "pos", 0)
         why = {"error": getattr(error, "msg", "it is not UTF-8")}
@@ -242,6 +247,15 @@ def _read(kind: type[Fields], body: bytes) -> Fields:
                 for each in found
             ]
         ) from error
+
+
+def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object's members. Raises _Unreadable for one that is given twice: parsers differ in which counts."""
+    if len(members := dict(pairs)) < len(pairs):
+        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        text = "Value error, it is given twice; say it once"
+        raise _Unreadable([_problem("value_error", f"body.{name[:_VALUE_CHARACTERS_MAX]}", text, members[name])])
+    return members
 
 
 def _problem(kind: str, place: str, text: str, value: object) -> dict[str, Any]:

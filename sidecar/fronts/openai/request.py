@@ -13,7 +13,7 @@ from sidecar.config.identities import checked, clipped, is_fit, session_of
 from sidecar.errors import Reason, Refused
 from sidecar.fronts.callers import REQUEST_ID_KEY, TRACE_KEYS, combined, made_id
 from sidecar.fronts.kserve.parameters import seconds_until
-from sidecar.fronts.openai.body import LENGTHS, Body, Span
+from sidecar.fronts.openai.body import LENGTHS, SALT, Body, Span
 
 N, BEST_OF = "n", "best_of"
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -118,6 +118,8 @@ def read_request(path: str, body: Body) -> OpenAiRequest:
     if values.get(KV_TRANSFER) is not None:
         message = f'"{KV_TRANSFER}" says which blocks of a KV cache an engine reads and from whom; leave it out'
         raise Unfit(KV_TRANSFER, message)
+    if values.get(SALT) is not None and not (isinstance(values[SALT], str) and values[SALT]):
+        raise Unfit(SALT, f'"{SALT}" must be a text that is not empty; leave it out for none')
     tokens, size_bytes, prompts = (0, _chat_bytes(body), 1) if path == CHAT else _prompts(body)
     streams = _flag(values, "stream")
     options = values.get("stream_options")
