@@ -72,14 +72,13 @@ class Whole:
     """What a KServe request for a whole answer says of the tokens in it.
 
     The prompt's `prompt_tokens` are in it, too, unless it `excludes` them; None leaves that to the model. It is without
-    inputs of its own for that if the engine `may_ask` be asked to count. With `lists` it names the outputs it wants.
+    inputs of its own for that if the engine `may_ask` be asked to count.
     """
 
     excludes: bool | None = True
     prompt_tokens: int = 0
     rows: int = 1
     may_ask: bool = True
-    lists: bool = False
 
 
 @record(frozen=True, slots=True)
@@ -99,6 +98,8 @@ class Payload:
     """The prompt of a request of ours, by which each backend picks its model; None for a client's own request."""
     kind: str = "triton"
     forms: Mapping[str, Form] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
+    """Those that a client's own KServe request lists; () for all."""
     whole: Whole | None = None
     """None for a request that streams, and for one of ours that streams wherever its model can."""
 

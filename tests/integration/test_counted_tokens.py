@@ -72,7 +72,7 @@ def kserve(make: Callable[..., Any], *, unary: bool, **fields: Any) -> Ask:
         if any("tokens a day" in answer.error_message for answer in answers):
             raise IsRefused
         assert not [answer.error_message for answer in answers if answer.error_message]
-        return answers[0].infer_response
+        return answers[0].infer_response if answers else None
 
     return ask
 
@@ -99,7 +99,7 @@ def as_typed(request: Any) -> None:
     del request.raw_input_contents[:]
 
 
-def llmapi(exclude: bool, streaming: bool = False) -> Ask:
+def llmapi(exclude: bool, streaming: bool = False, outputs: Sequence[str] = ()) -> Ask:
     async def ask(served: Serving) -> Any:
         request = service_pb2.ModelInferRequest(model_name="tensorrt_llm", id="r")
         text = PROMPT.encode()
@@ -108,10 +108,12 @@ def llmapi(exclude: bool, streaming: bool = False) -> Ask:
         add_tensor(request, "sampling_param_max_tokens", "INT32", np.array([ANSWER], np.int32))
         add_tensor(request, "sampling_param_exclude_input_from_output", "BOOL", np.array([exclude]))
         add_tensor(request, "streaming", "BOOL", np.array([streaming]))
+        for name in outputs:
+            request.outputs.add(name=name)
         stub = service_pb2_grpc.GRPCInferenceServiceStub(served.channel)
         async with refusals():
             answers = await stream_answers(stub, request)
-        if "tokens a day" in answers[-1].error_message:
+        if any("tokens a day" in answer.error_message for answer in answers):
             raise IsRefused
 
     return ask
@@ -178,9 +180,18 @@ FORMS += [
     ("ensemble, one output", UNARY, kserve(text_request, unary=True, outputs=["text_output"]), False),
     ("ensemble, one output with the prompt", {}, kserve(text_request, unary=False, outputs=["text_output"],
                                                         exclude_input=False), False),
+    *((f"core, {output} alone, {engine}, {how}", engine, kserve(core_request, unary=bool(engine), outputs=[output], **how),
+       False) for output in ("cum_log_probs", "output_ids") for engine, how in (
+           (UNARY, {}), (UNARY, {"exclude_input": False}), ({}, {}), ({}, {"streaming": True}))),
+    ("ensemble, an output that is not there", UNARY, kserve(text_request, unary=True, outputs=["context_logits"]), False),
+    ("ensemble, an output that is not there, streamed", {}, kserve(text_request, unary=False, outputs=["context_logits"],
+                                                                   streaming=True), False),
     ("ensemble of an older engine", {"older": True}, kserve(text_request, unary=False), True),
+    ("ensemble of an older engine, an output that is not there", {"older": True} | UNARY,
+     kserve(text_request, unary=True, outputs=["context_logits"]), True),
     ("LLM API", {"protocol": "llmapi"}, llmapi(True), True),
     ("LLM API with the prompt", {"protocol": "llmapi"}, llmapi(False), True),
+    ("LLM API, an output that is not there", {"protocol": "llmapi"}, llmapi(True, outputs=["acceptance_rate"]), True),
     ("LLM API, streamed", {"protocol": "llmapi"}, llmapi(True, streaming=True), False),
     *((f"Generate {'text' if text else 'ids'} {stream} {engine}", engine, generate(text, stream), False)
       for text in (True, False) for stream, engine in ((False, {}), (True, {}), (None, {}), (None, UNARY))),
@@ -195,7 +206,7 @@ async def test_an_answer_of_triton_is_charged_what_the_engine_made(
 ) -> None:
     """A limit is not passed by more than one answer; usage has the engine's own count."""
     if "older" in engine:  # before 0.20
-        engine = {}
+        engine = {name: value for name, value in engine.items() if name != "older"}
         monkeypatch.setattr(models, "_RETURN_FLAGS", models._RETURN_FLAGS[:4])
     (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     base = {"name": BASE_MODEL, "chat_template": str(tmp_path)}

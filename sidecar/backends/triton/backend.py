@@ -112,15 +112,17 @@ class TritonBackend(Endpoint):
         """Have the tokens of an answer counted that comes all at once, unless a proxy may carry it unread."""
         payload = run.ticket.payload
         whole = Whole() if payload.prompt is not None and not self._server.decoupled else payload.whole
-        if whole is not None:
+        if whole is not None or payload.outputs:
             tells = await self._server.tells(self._model_of(run.ticket) or payload.model)
             is_read = run.ticket.carrier is None or (payload.unary and self._server.decoupled)
-            run.counter = Counter(whole if is_read else replace(whole, may_ask=False), tells, run.ticket)
+            if whole is not None and not is_read:
+                whole = replace(whole, may_ask=False)
+            run.counter = Counter(whole, tells, run.ticket)
 
     async def _by_proxy(self, run: Run) -> bool:
         """Have a proxy carry a run, if one can; Triton itself refuses unary calls of decoupled models."""
-        if run.ticket.payload.unary and self._server.decoupled:
-            return False
+        if run.counter.added or (run.ticket.payload.unary and self._server.decoupled):
+            return False  # the client would get what it has not asked for
         return await run.by_proxy(self.address, self.follower)
 
     def _model_of(self, ticket: Ticket) -> str:

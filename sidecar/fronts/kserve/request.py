@@ -94,7 +94,7 @@ def read(
         size_bytes=structure.size_bytes,
         trace=TraceOrigin.of(metadata),
     )
-    parameters = message.parameters
+    parameters, outputs = message.parameters, tuple([output.name for output in structure.outputs])
     return KServeRequest(
         client_id=message.id,
         request_id=request_id,
@@ -104,7 +104,7 @@ def read(
         wants_empty_final=EMPTY_FINAL in parameters and parameters[EMPTY_FINAL].bool_param,
         is_text="text_input" in tensors,
         text=tensors.text() if with_text else None,
-        outputs=tuple([output.name for output in structure.outputs]),
+        outputs=outputs,
         facts=facts,
         payload=Payload(
             model=message.model_name,
@@ -112,19 +112,20 @@ def read(
             raw=not tensors.typed,
             unary=unary,
             kind=written_for(tensors.rank).name,
-            whole=_whole(tensors, bool(structure.outputs)),
+            outputs=outputs,
+            whole=_whole(tensors),
         ),
         task=task,
     )
 
 
-def _whole(tensors: Tensors, lists: bool) -> Whole | None:
+def _whole(tensors: Tensors) -> Whole | None:
     """Return what a request for a whole answer says of its tokens; None if it streams."""
     if any(tensors.flag(name) for name in STREAMS):
         return None
     excludes = next((tensors.flag(name) or tensors.in_region(name) for name in EXCLUDES if name in tensors), None)
     prompt_tokens = max(0, min(*tensors.integers("input_lengths"), tensors.input_tokens(), tensors.input_tokens()))
-    return Whole(excludes, prompt_tokens, tensors.rows(), not any(flag in tensors for flag in FLAGS), lists)
+    return Whole(excludes, prompt_tokens, tensors.rows(), not any(flag in tensors for flag in FLAGS))
 
 
 def _most(tensors: Tensors, names: tuple[str, ...]) -> int:
