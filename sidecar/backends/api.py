@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from time import monotonic_ns
@@ -118,7 +118,7 @@ class Payload:
     def is_whole(self, kind: str) -> bool:
         """Return True if a model of that kind is asked for the whole answer at once."""
         form = self.forms.get(kind, self.head)
-        return not form.streams if isinstance(form, HttpForm) else self.unary
+        return not form.streams if isinstance(form, HttpForm) else self.unary or self.whole is not None
 
     def head_for(self, kind: str) -> Form:
         """Return the request for one of its kinds of model."""
@@ -175,17 +175,6 @@ UNREAD, UNSEEN, TRAILERS = "unread", "unseen", "trailers"
 """Extensions of an answer that a carrier hands over: True if its body cannot be read; what is seen of it from outside,
 an `Unseen`, if that may go past this process; the trailers of a gRPC call, once its body has been read.
 """
-
-
-class Chunks(httpx.AsyncByteStream):
-    """The body of an answer as it comes."""
-
-    def __init__(self, chunks: AsyncIterator[bytes]) -> None:
-        self._chunks = chunks
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        async for chunk in self._chunks:
-            yield chunk
 
 
 class Ending(Enum):
@@ -278,6 +267,7 @@ class Ticket:
         "client_id",
         "counting",
         "dispatch",
+        "dispatched_ns",
         "facts",
         "is_whole",
         "length_max",
@@ -300,6 +290,8 @@ class Ticket:
         self.payload = payload
         self.client_id = client_id
         self.dispatch: Dispatch | None = None
+        self.dispatched_ns = 0
+        """When an engine got it last; 0 if none has it."""
         self.is_whole = False
         """The engine that it is sent to gives the whole answer at once, and tells nothing before."""
         self.settled: Settle | None = None
@@ -344,8 +336,17 @@ class Ticket:
     def dispatched(self, effect: Dispatch) -> None:
         """Note that the request is being given to an engine."""
         self.dispatch = effect
+        self.sent()
+
+    def sent(self) -> None:
+        """Note that an engine gets the request now, here or at another replica."""
+        self.dispatched_ns = monotonic_ns()
         if self.reservation is not None:
             self.reservation.dispatched()
+
+    def given_back(self) -> None:
+        """Note that no engine has the request any more."""
+        self.dispatch, self.dispatched_ns = None, 0
 
     def deliver(self, reply: Reply, tokens: int = 1) -> None:
         """Hand a reply with so many tokens to the front; it is dropped if the client has left."""
@@ -367,7 +368,7 @@ class Ticket:
         self.settled = effect
         self.settled_ns = monotonic_ns()
         if self.reservation is not None:
-            ran = self.dispatch is not None
+            ran = self.dispatched_ns > 0
             self.reservation.settle(effect.output_tokens, ran, self.prompt_tokens)
         self.payload = self.payload.spent()  # the answer, or a refusal, may wait for its client for long
         self._wake()

@@ -5,6 +5,7 @@ Each engine logs its own count of what it has generated.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -20,6 +21,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from sidecar.lab.engine.kserve import models
 from sidecar.proto import admin_pb2 as pb
 from sidecar.proto import admin_pb2_grpc, gateway_pb2
+from sidecar.shell import open_requests
 from tests.integration.test_openai_triton import CHAT, COMPLETIONS, client_of
 from tests.integration.test_vllm import fronted
 from tests.kit.emulated import add_tensor, core_request, read_served, running_engine, stream_answers, text_request
@@ -51,13 +53,13 @@ async def refusals() -> AsyncIterator[None]:
         raise
 
 
-def kserve(make: Callable[..., Any], *, unary: bool, **fields: Any) -> Ask:
+def kserve(make: Callable[..., Any], *, unary: bool, tokens: int = ANSWER, **fields: Any) -> Ask:
     """Return what asks for a whole answer as a client of Triton does, and returns the answer."""
 
     async def ask(served: Serving) -> Any:
         outputs, more, typed = (fields.get(name, ()) for name in ("outputs", "more", "typed"))
         own = {name: value for name, value in fields.items() if name not in ("outputs", "more", "typed")}
-        request = make(PROMPT, ANSWER, **own)
+        request = make(PROMPT, tokens, **own)
         for name in outputs:
             request.outputs.add(name=name)
         for name in more:
@@ -119,20 +121,20 @@ def llmapi(exclude: bool, streaming: bool = False, outputs: Sequence[str] = ()) 
     return ask
 
 
-def generate(text: bool, stream: bool | None) -> Ask:
+def generate(text: bool, stream: bool | None, tokens: int = ANSWER) -> Ask:
     async def ask(served: Serving) -> None:
         prompt: dict[str, Any] = {"text": PROMPT} if text else {"tokens": gateway_pb2.TokenIds(ids=range(1, 40))}
-        request = gateway_pb2.GenerateRequest(**prompt, max_tokens=ANSWER, stream=stream)
+        request = gateway_pb2.GenerateRequest(**prompt, max_tokens=tokens, stream=stream)
         async with refusals():
             told = [message.origin.output_tokens async for message in served.gateway.Generate(request)]
-        assert told[-1] == ANSWER
+        assert told[-1] == tokens
 
     return ask
 
 
-def openai(path: str, stream: bool, model: str = BASE_MODEL) -> Ask:
+def openai(path: str, stream: bool, model: str = BASE_MODEL, tokens: int = ANSWER) -> Ask:
     async def ask(served: Serving) -> None:
-        body: dict[str, Any] = {"model": model, "max_tokens": ANSWER, "stream": stream, "ignore_eos": True}
+        body: dict[str, Any] = {"model": model, "max_tokens": tokens, "stream": stream, "ignore_eos": True}
         body |= {"messages": [{"role": "user", "content": PROMPT}]} if path == CHAT else {"prompt": PROMPT}
         async with client_of(served) as client:
             answer: httpx.Response = await client.post(path, json=body)
@@ -140,7 +142,7 @@ def openai(path: str, stream: bool, model: str = BASE_MODEL) -> Ask:
             raise IsRefused
         assert answer.status_code == 200, answer.text
         if not stream:
-            assert answer.json()["usage"]["completion_tokens"] == ANSWER
+            assert answer.json()["usage"]["completion_tokens"] == tokens
             assert "completion_tokens_estimated" not in answer.json()["usage"]
 
     return ask
@@ -180,18 +182,19 @@ FORMS += [
     ("ensemble, one output", UNARY, kserve(text_request, unary=True, outputs=["text_output"]), False),
     ("ensemble, one output with the prompt", {}, kserve(text_request, unary=False, outputs=["text_output"],
                                                         exclude_input=False), False),
-    *((f"core, {output} alone, {engine}, {how}", engine, kserve(core_request, unary=bool(engine), outputs=[output], **how),
-       False) for output in ("cum_log_probs", "output_ids") for engine, how in (
-           (UNARY, {}), (UNARY, {"exclude_input": False}), ({}, {}), ({}, {"streaming": True}))),
-    ("ensemble, an output that is not there", UNARY, kserve(text_request, unary=True, outputs=["context_logits"]), False),
-    ("ensemble, an output that is not there, streamed", {}, kserve(text_request, unary=False, outputs=["context_logits"],
-                                                                   streaming=True), False),
+    *((f"core, {output} alone, {engine}, {how}", engine, kserve(core_request, unary=bool(engine), outputs=[output],
+                                                                **how), False)
+      for output in ("cum_log_probs", "output_ids")
+      for engine, how in ((UNARY, {}), (UNARY, {"exclude_input": False}), ({}, {}), ({}, {"streaming": True}))),
+    ("ensemble, an empty output", UNARY, kserve(text_request, unary=True, outputs=["context_logits"]), False),
+    ("ensemble, an empty output, streamed", {}, kserve(text_request, unary=False, outputs=["context_logits"],
+                                                       streaming=True), False),
     ("ensemble of an older engine", {"older": True}, kserve(text_request, unary=False), True),
-    ("ensemble of an older engine, an output that is not there", {"older": True} | UNARY,
+    ("ensemble of an older engine, an empty output", {"older": True} | UNARY,
      kserve(text_request, unary=True, outputs=["context_logits"]), True),
     ("LLM API", {"protocol": "llmapi"}, llmapi(True), True),
     ("LLM API with the prompt", {"protocol": "llmapi"}, llmapi(False), True),
-    ("LLM API, an output that is not there", {"protocol": "llmapi"}, llmapi(True, outputs=["acceptance_rate"]), True),
+    ("LLM API, an empty output", {"protocol": "llmapi"}, llmapi(True, outputs=["acceptance_rate"]), True),
     ("LLM API, streamed", {"protocol": "llmapi"}, llmapi(True, streaming=True), False),
     *((f"Generate {'text' if text else 'ids'} {stream} {engine}", engine, generate(text, stream), False)
       for text in (True, False) for stream, engine in ((False, {}), (True, {}), (None, {}), (None, UNARY))),
@@ -254,9 +257,9 @@ async def test_a_client_gets_no_output_that_it_has_not_asked_for(unary: bool) ->
     assert np.frombuffer(told.raw_output_contents[1], "<i4").tolist() == [ANSWER]
 
 
-# Streams that are cancelled.
+# Answers that are cut.
 
-READ = 25
+READ, LONG = 25, 1000
 
 
 async def read_kserve(served: Serving) -> int:
@@ -289,6 +292,14 @@ async def read_events(served: Serving) -> int:
     return tokens
 
 
+async def leave_unread(served: Serving) -> int:
+    """Leave before anything of an answer comes that comes all at once, of an engine that has given none before."""
+    asking = asyncio.create_task(openai(COMPLETIONS, False, "base", LONG)(served))
+    await until(lambda: any(ticket.dispatched_ns for ticket in served.sidecar.gateway.tickets.values()))
+    asking.cancel()
+    return LONG
+
+
 async def is_charged(served: Serving, also: Sequence[Serving], tokens: int) -> None:
     """Check the budget and usage of a cancelled request, of which a client has got so many tokens."""
     await until(lambda: not any(each.sidecar.gateway.tickets or each.state.requests for each in (served, *also)))
@@ -301,13 +312,13 @@ async def is_charged(served: Serving, also: Sequence[Serving], tokens: int) -> N
 CANCEL = {"limits": [{"tokens": "output", "tokens_per_day": 100_000}]}
 
 
-@pytest.mark.parametrize("read", [read_kserve, read_generated, read_events])
-async def test_a_cancelled_stream_is_charged_what_its_client_got(
+@pytest.mark.parametrize("read", [read_kserve, read_generated, read_events, leave_unread])
+async def test_a_cancelled_answer_is_charged_what_its_client_got(
     read: Callable[[Serving], Awaitable[int]], tmp_path: Path
 ) -> None:
     (tmp_path / "adapters").mkdir()
     async with AsyncExitStack() as stack:
-        if read is read_events:
+        if read in (read_events, leave_unread):
             engine, _ = await stack.enter_async_context(running_vllm(compute="none", time_scale=0.2))
             served = await stack.enter_async_context(fronted([engine], tmp_path, access=CANCEL))
         else:
@@ -316,7 +327,10 @@ async def test_a_cancelled_stream_is_charged_what_its_client_got(
         await is_charged(served, (), await read(served))
 
 
-async def test_a_cancelled_stream_of_another_replica_is_charged_what_its_client_got(tmp_path: Path) -> None:
+@pytest.mark.parametrize("read", [read_events, leave_unread])
+async def test_a_cancelled_answer_of_another_replica_is_charged_what_its_client_got(
+    read: Callable[[Serving], Awaitable[int]], tmp_path: Path
+) -> None:
     (tmp_path / "adapters").mkdir()
     backend = {"adapters_dir": str(tmp_path / "shared")}
     async with (
@@ -326,4 +340,58 @@ async def test_a_cancelled_stream_of_another_replica_is_charged_what_its_client_
     ):
         (other,) = [served for served in pool if not owned(served)]
         (owner,) = [served for served in pool if owned(served)]
-        await is_charged(other, (owner,), await read_events(other))
+        await is_charged(other, (owner,), await read(other))
+
+
+def leave(served: Serving, asking: asyncio.Task[Any]) -> None:
+    asking.cancel()
+
+
+def cancel(served: Serving, asking: asyncio.Task[Any]) -> None:
+    assert open_requests.cancel(served.sidecar.gateway, open_requests.Chosen(backend="trt-0")) == 1
+
+
+CUTS: list[tuple[str, dict[str, Any], Callable[[int], Ask], Callable[[Serving, asyncio.Task[Any]], None]]] = [
+    ("vLLM", {}, lambda tokens: openai(COMPLETIONS, False, "base", tokens), leave),
+    ("OpenAI", UNARY, lambda tokens: openai(COMPLETIONS, False, tokens=tokens), leave),
+    ("Generate", UNARY, lambda tokens: generate(True, None, tokens), leave),
+    ("Generate, not streamed", {}, lambda tokens: generate(False, False, tokens), leave),
+    ("KServe", UNARY, lambda tokens: kserve(core_request, unary=True, tokens=tokens), leave),
+    ("KServe by an operator", UNARY, lambda tokens: kserve(core_request, unary=True, tokens=tokens), cancel),
+    ("KServe by its deadline", UNARY, lambda tokens: kserve(
+        core_request, unary=True, tokens=tokens, lora_deadline_ms=1000 if tokens == LONG else 100_000
+    ), lambda *_: None),
+    ("KServe, not streamed", {}, lambda tokens: kserve(text_request, unary=False, tokens=tokens), leave),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "options", "ask", "cut"), CUTS, ids=[cut[0] for cut in CUTS])
+async def test_an_answer_at_once_that_is_cut_is_charged_about_what_the_engine_made(
+    name: str, options: dict[str, Any], ask: Callable[[int], Ask], cut: Callable[..., None], tmp_path: Path
+) -> None:
+    """Its time says it, by an earlier answer's."""
+    (tmp_path / "adapters").mkdir()
+    log: dict[str, Any] = {"served_log": tmp_path / "log", "time_scale": 0.2, "compute": "none"}
+    async with AsyncExitStack() as stack:
+        if name == "vLLM":
+            engine, _ = await stack.enter_async_context(running_vllm(**log))
+            served = await stack.enter_async_context(fronted([engine], tmp_path, access=CANCEL, weights_check="off"))
+        else:
+            engine = await stack.enter_async_context(running_engine(**DUMMY | log | options))
+            served = await stack.enter_async_context(
+                serving([engine], access=CANCEL, backend={"base_model": BASE_MODEL})
+            )
+        await ask(2 * ANSWER)(served)
+        before, _ = await output_tokens(served)
+        steps = engine.engine.counters.iteration_counter
+        asking = asyncio.create_task(ask(LONG)(served))
+        await until(lambda: asking.done() or engine.engine.counters.iteration_counter >= steps + LONG // 4)
+        cut(served, asking)
+        await until(lambda: not served.sidecar.gateway.tickets and not served.state.requests)
+        await asyncio.gather(asking, return_exceptions=True)
+        made = read_served(tmp_path / "log")[-1]["tokens"]
+        counted, estimated = await output_tokens(served)
+        assert estimated == counted - before
+        assert made / 3 < estimated < min(LONG, 3 * made)
+        (limit,) = (await admin_pb2_grpc.AccessStub(served.admin_channel).ListLimits(pb.ListLimitsRequest())).limits
+        assert limit.taken["tokens_per_day"] == counted

@@ -18,6 +18,7 @@ from sidecar.backends.wire import ModelInferRequest, is_final, output_tokens
 
 FLAGS = {"return_num_input_tokens": "num_input_tokens", "return_num_output_tokens": "num_output_tokens"}
 TEXT, LENGTHS, IDS = "text_output", "sequence_length", "output_ids"
+COUNTED = (*FLAGS.values(), LENGTHS, IDS)
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,11 @@ class Counter:
         """Return the number of tokens in a response of a whole answer."""
         shapes: dict[str, tuple[int, ...]] = {output.name: tuple(output.shape) for output in response.outputs}
         contents = dict(zip(shapes, response.raw_output_contents, strict=False))
-        numbers = {output.name for output in response.outputs if output.datatype == "INT32"}  # of others Triton tells classes
-        told = {name: _sum(contents[name]) for name in (*FLAGS.values(), LENGTHS) if name in contents and name in numbers}
+        for output in response.outputs:
+            if output.name in COUNTED and output.datatype != "INT32":  # the client asked for the classes in its place
+                del shapes[output.name]
+                contents.pop(output.name, None)
+        told = {name: _sum(contents[name]) for name in COUNTED if name in contents and name != IDS}
         prompt, facts = told.get("num_input_tokens", whole.prompt_tokens), self._ticket.facts
         if "num_input_tokens" in told and facts.sequences == 1:
             self._ticket.prompt_tokens = prompt
