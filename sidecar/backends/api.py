@@ -344,10 +344,6 @@ class Ticket:
         if self.reservation is not None:
             self.reservation.dispatched()
 
-    def given_back(self) -> None:
-        """Note that no engine has the request any more."""
-        self.dispatch, self.dispatched_ns = None, 0
-
     def deliver(self, reply: Reply, tokens: int = 1) -> None:
         """Hand a reply with so many tokens to the front; it is dropped if the client has left."""
         self.tokens += tokens

@@ -102,6 +102,7 @@ class Forward:
         Cancelling this coroutine cancels the request at the owner.
         """
         ticket = self._ticket
+        self._gateway.goes_to(ticket, self.backend)
         request = forms.forwarded(member, self.backend, self._facts, ticket, self._leg)
         self._call, self._number, self._busy_s = call, call.open(self, request), monotonic()
         try:
@@ -124,7 +125,6 @@ class Forward:
 
     def dispatched(self) -> None:
         self._busy_s = monotonic()
-        self._gateway.goes_to(self._ticket, self.backend)
         self._ticket.sent()
 
     def take(self, reply: Any) -> bool:

@@ -120,7 +120,7 @@ class Gateway:
         self._left: dict[int, Ticket] = {}
         """Requests whose clients have left, until the core tells what they have cost."""
         self._numbers = itertools.count(1)
-        self.made = Made(lambda: self.core.state)
+        self.made = Made()
         self._asks: dict[int, asyncio.Future[do.Answer]] = {}
         self._client_stall_ns = int(client_stall_s * 1e9)
         self._tasks = Tasks()
@@ -403,7 +403,8 @@ class Gateway:
 
     def _counted(self, ending: do.Settle) -> do.Settle:
         ticket, request = self._ticket_of(ending.request), self.state.requests.get(ending.request)
-        return ending if ticket is None else self.made.counted(ending, ticket, request is not None and request.running)
+        most = request.view.output_tokens_max if request is not None and request.running else 0
+        return ending if ticket is None else self.made.counted(ending, ticket, most)
 
     def _ticket_of(self, request: int) -> Ticket | None:
         return self.tickets.get(request) or self._left.get(request)
@@ -457,7 +458,8 @@ class Gateway:
             backend if dispatch is None else dispatch.backend,
             "" if dispatch is None else dispatch.digest,
         )
-        return self.made.counted(ending, ticket, ticket.dispatched_ns > 0)
+        most = ticket.length_max * facts.sequences if ticket.length_max else facts.output_tokens_max
+        return self.made.counted(ending, ticket, most if ticket.dispatched_ns else 0)
 
     def close(self, ticket: Ticket, moved: bool = False) -> None:
         """Release a ticket. If its request has not ended, its client has left, or (`moved`) another replica has it."""
@@ -562,10 +564,7 @@ class Gateway:
         self.backends[effect.backend].run(effect, ticket, weights)
 
     def goes_to(self, ticket: Ticket, backend: str) -> None:
-        """Note how the engine answers that a request is sent to, and the longest answer, if it asks for more than that.
-
-        Its engine cuts it short then.
-        """
+        """Note how the engine answers that a request is sent to, and how long at most, if it cuts the answer short."""
         ticket.is_whole = not self.fleet.streams(backend) or ticket.payload.is_whole(self.fleet.kind_of(backend))
         facts, known = ticket.facts, self.state.backends.get(backend)
         longest = None if known is None else known.facts.sequence_tokens_max

@@ -2,8 +2,9 @@
 
 TensorRT-LLM's core model tells a sequence's length. For a text it does if it is asked (from 0.20 on), by outputs that
 the client does not get. Both lengths hold the prompt unless the request excludes it. The core model fails after its
-work if a request lists outputs without the ids and their lengths: these are added, too. Of a text that nothing counts,
-each byte is taken for a token, up to the length that was asked for: no answer counts less than it has.
+work if a request lists outputs without the ids and their lengths, and other outputs tell of no token: what a request
+does not list of those that do is added, too. Of a text that nothing counts, each byte is taken for a token, up to the
+length that was asked for: no answer counts less than it has.
 """
 
 from __future__ import annotations
@@ -14,23 +15,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from sidecar.backends.api import Whole
-from sidecar.backends.wire import ModelInferRequest, is_final, output_tokens
+from sidecar.backends.wire import ModelInferRequest, output_tokens
 
 FLAGS = {"return_num_input_tokens": "num_input_tokens", "return_num_output_tokens": "num_output_tokens"}
 TEXT, LENGTHS, IDS = "text_output", "sequence_length", "output_ids"
-COUNTED = (*FLAGS.values(), LENGTHS, IDS)
 
 
 @dataclass(frozen=True)
 class Tells:
-    """What a model tells of its tokens: their number if it is asked, and the prompt unless it `excludes` that.
-
-    A request that lists outputs must have among them those that it `needs`.
-    """
+    """What a model tells of its tokens, by `outputs`: their number if asked, and the prompt unless it `excludes` it."""
 
     counts: bool = False
     excludes: bool = False
-    needs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, config: Any, core: Any) -> Tells:
@@ -39,14 +36,11 @@ class Tells:
         default = core.parameters.get("exclude_input_in_output")
         excludes = default is not None and default.string_value.lower() in ("true", "1")
         counts = TEXT in outputs and inputs >= set(FLAGS) and outputs >= set(FLAGS.values())
-        return cls(counts, excludes, tuple(name for name in (IDS, LENGTHS) if name in outputs))
+        return cls(counts, excludes, tuple(name for name in (IDS, LENGTHS, TEXT) if name in outputs))
 
 
 class Counter:
-    """Counts the tokens of an answer. A `whole` one has a response for each row and sequence.
-
-    `added` are the outputs that the client has left out of its list and the model needs.
-    """
+    """Counts the tokens of an answer. A `whole` one has a response for each row and sequence."""
 
     def __init__(self, whole: Whole | None = None, tells: Tells = Tells(), ticket: Any = None) -> None:
         self.whole = whole
@@ -54,17 +48,14 @@ class Counter:
         self._asks = whole is not None and whole.may_ask and tells.counts
         self._excludes = tells.excludes
         listed = () if ticket is None else ticket.payload.outputs
-        self.added = tuple(name for name in tells.needs if listed and name not in listed)
+        self.added = tuple(name for name in tells.outputs if listed and name not in listed)
         counts = tuple(FLAGS.values()) if self._asks else ()
         self._listed = self.added + (counts if listed else ())
         self._hidden = self.added + (counts if ticket is not None and ticket.payload.prompt is None else ())
         self.hides = bool(self._hidden)
         """True if outputs are left out that only the count needs; answers to requests of ours are read here."""
         self.reads_all = whole is not None or self.hides
-        """True if each response of a stream is to be parsed."""
-        self._is_bare = bool(listed)
-        """True until a response has an output: the last one then is a token, too."""
-        self._tokens = 0
+        """True if no response of a stream may pass unread."""
         self.is_estimated = False
 
     def fragment(self, raw: bool) -> bytes:
@@ -82,12 +73,7 @@ class Counter:
 
     def take(self, response: Any) -> int:
         """Return the number of tokens in a response, and leave out of it what only the count needs."""
-        if self.whole is not None:
-            tokens = self._of_whole(response, self.whole)
-        else:  # a token may have none of the outputs that a client lists
-            self._is_bare = self._is_bare and not response.outputs
-            tokens = output_tokens(response) or int(self._is_bare or not is_final(response.parameters))
-        self._tokens += tokens
+        tokens = output_tokens(response) if self.whole is None else self._of_whole(response, self.whole)
         if self.hides:
             for index in reversed([at for at, output in enumerate(response.outputs) if output.name in self._hidden]):
                 del response.outputs[index], response.raw_output_contents[index]
@@ -95,20 +81,19 @@ class Counter:
 
     def _of_whole(self, response: Any, whole: Whole) -> int:
         """Return the number of tokens in a response of a whole answer."""
-        shapes: dict[str, tuple[int, ...]] = {output.name: tuple(output.shape) for output in response.outputs}
-        contents = dict(zip(shapes, response.raw_output_contents, strict=False))
-        for output in response.outputs:
-            if output.name in COUNTED and output.datatype != "INT32":  # the client asked for the classes in its place
-                del shapes[output.name]
-                contents.pop(output.name, None)
-        told = {name: _sum(contents[name]) for name in COUNTED if name in contents and name != IDS}
+        outputs = [
+            each for each in response.outputs if each.name == TEXT or each.datatype == "INT32"
+        ]  # else of classes
+        shapes: dict[str, tuple[int, ...]] = {output.name: tuple(output.shape) for output in outputs}
+        raw = zip(response.outputs, response.raw_output_contents, strict=False)
+        contents = {output.name: data for output, data in raw if output.name in shapes}
+        told = {name: _sum(contents[name]) for name in (*FLAGS.values(), LENGTHS) if name in contents}
         prompt, facts = told.get("num_input_tokens", whole.prompt_tokens), self._ticket.facts
         if "num_input_tokens" in told and facts.sequences == 1:
             self._ticket.prompt_tokens = prompt
         sequences = shapes[IDS][-2] if IDS in shapes else math.prod(shapes.get(TEXT, ()))
         tokens = told.get("num_output_tokens") or told.get(LENGTHS) or (IDS in shapes and math.prod(shapes[IDS]))
-        is_end_alone = not shapes and self._tokens > 0 and is_final(response.parameters)
-        if tokens or is_end_alone:
+        if tokens or not response.outputs:
             excludes = self._excludes if whole.excludes is None else whole.excludes
             return max(min(1, tokens), tokens - (0 if excludes else prompt * sequences))
         self.is_estimated = True
