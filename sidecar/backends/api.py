@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from time import monotonic_ns
@@ -177,6 +177,17 @@ an `Unseen`, if that may go past this process; the trailers of a gRPC call, once
 """
 
 
+class Chunks(httpx.AsyncByteStream):
+    """The body of an answer as it comes."""
+
+    def __init__(self, chunks: AsyncIterator[bytes]) -> None:
+        self._chunks = chunks
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for chunk in self._chunks:
+            yield chunk
+
+
 class Ending(Enum):
     """How an answer ended that nobody here has read."""
 
@@ -333,14 +344,9 @@ class Ticket:
         self._held_bytes = self._taken_bytes = 0
         self._is_dropped = False
 
-    def dispatched(self, effect: Dispatch) -> None:
-        """Note that the request is being given to an engine."""
-        self.dispatch = effect
-        self.sent()
-
-    def sent(self) -> None:
-        """Note that an engine gets the request now, here or at another replica."""
-        self.dispatched_ns = monotonic_ns()
+    def dispatched(self, effect: Dispatch | None) -> None:
+        """Note that the request is being given to an engine; None if another replica does so, and tells more later."""
+        self.dispatch, self.dispatched_ns = effect, monotonic_ns()
         if self.reservation is not None:
             self.reservation.dispatched()
 

@@ -34,17 +34,6 @@ ERRORS: tuple[tuple[type[Exception], type[httpx.HTTPError], str], ...] = (
 """
 
 
-class Chunks(httpx.AsyncByteStream):
-    """The body of an answer as it comes."""
-
-    def __init__(self, chunks: AsyncIterator[bytes]) -> None:
-        self._chunks = chunks
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        async for chunk in self._chunks:
-            yield chunk
-
-
 class EngineTransport(httpx.AsyncBaseTransport):
     """HTTP/1.1 to one server, by as many connections as there are requests; idle ones are kept for `kept_s`."""
 

@@ -12,8 +12,7 @@ from typing import Any
 
 import httpx
 
-from sidecar.backends.api import TRAILERS, UNREAD, UNSEEN, Carrier, Ending, Sighting, Unseen
-from sidecar.backends.http_transport import Chunks
+from sidecar.backends.api import TRAILERS, UNREAD, UNSEEN, Carrier, Chunks, Ending, Sighting, Unseen
 from sidecar.backends.unseen import Sightings
 from sidecar.proto import peers_pb2
 

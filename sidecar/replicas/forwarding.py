@@ -125,7 +125,7 @@ class Forward:
 
     def dispatched(self) -> None:
         self._busy_s = monotonic()
-        self._ticket.sent()
+        self._ticket.dispatched(None)
 
     def take(self, reply: Any) -> bool:
         """Deliver a part of the answer. Return True if it was the ending."""

@@ -13,7 +13,7 @@ from sidecar.backends.api import Ticket
 from sidecar.core.effects import Settle
 from sidecar.errors import Reason
 
-CUT = frozenset({Reason.CANCELLED, Reason.DEADLINE_EXCEEDED})
+CUT = Reason.CANCELLED, Reason.DEADLINE_EXCEEDED
 KEPT = 0.99
 """What an answer weighs for an engine's pace with each later one."""
 TOKENS_FEWEST = 16
@@ -45,5 +45,5 @@ class Made:
             took_ns = monotonic_ns() - ticket.dispatched_ns
             made = round(took_ns * squares / products) * facts.sequences if products else most
             tokens, is_estimated = max(tokens, min(made, most) if facts.has_length else made), True
-        more = tokens > ending.output_tokens
-        return replace(ending, output_tokens=tokens, is_estimated=is_estimated) if more else ending
+        has_more = tokens > ending.output_tokens
+        return replace(ending, output_tokens=tokens, is_estimated=is_estimated) if has_more else ending

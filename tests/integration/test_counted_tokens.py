@@ -56,11 +56,10 @@ async def refusals() -> AsyncIterator[None]:
 
 def kserve(make: Callable[..., Any], *, unary: bool, tokens: int = ANSWER, **fields: Any) -> Ask:
     """Return what asks for a whole answer as a client of Triton does, and returns the answer."""
+    outputs, more, typed = (fields.pop(name, ()) for name in ("outputs", "more", "typed"))
 
     async def ask(served: Serving) -> Any:
-        outputs, more, typed = (fields.get(name, ()) for name in ("outputs", "more", "typed"))
-        own = {name: value for name, value in fields.items() if name not in ("outputs", "more", "typed")}
-        request = make(PROMPT, tokens, **own)
+        request = make(PROMPT, tokens, **fields)
         for name in outputs:
             request.outputs.add(name=name)
         for name in more:
@@ -194,10 +193,8 @@ FORMS += [
     ("LLM API, streamed", {"protocol": "llmapi"}, llmapi(True, streaming=True), False),
     *((f"Generate {'text' if text else 'ids'} {stream} {engine}", engine, generate(text, stream), False)
       for text in (True, False) for stream, engine in ((False, {}), (True, {}), (None, {}), (None, UNARY))),
-    *((f"OpenAI {path} {stream} {engine}", engine, openai(path, stream), False)
-      for path in (COMPLETIONS, CHAT) for stream in (False, True) for engine in ({}, UNARY)),
-    *((f"vLLM {path} {stream}", None, openai(path, stream, "base"), False)
-      for path in (COMPLETIONS, CHAT) for stream in (False, True)),
+    *((f"OpenAI {path} {stream} {engine}", engine, openai(path, stream, base), False) for path in (COMPLETIONS, CHAT)
+      for stream in (False, True) for engine, base in (({}, BASE_MODEL), (UNARY, BASE_MODEL), (None, "base"))),
 ]  # fmt: skip
 
 
@@ -214,9 +211,8 @@ async def fronting(
             served = fronted([emulated], folder, access=access, weights_check="off")
         else:
             (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
-            backend: dict[str, Any] = {"base_model": {"name": BASE_MODEL, "chat_template": str(folder)}}
-            if engine.get("protocol") == "llmapi":
-                backend["adapters_dir"] = str(folder / "shared")
+            backend: dict[str, Any] = {"adapters_dir": str(folder / "shared")} if "protocol" in engine else {}
+            backend["base_model"] = {"name": BASE_MODEL, "chat_template": str(folder)}
             emulated = await stack.enter_async_context(running_engine(**DUMMY | {"seats": 4} | options | engine))
             served = serving([emulated], access=access, backend=backend)
         yield emulated, await stack.enter_async_context(served)
@@ -239,12 +235,9 @@ async def test_an_answer_is_charged_what_the_engine_made(
 
 
 @pytest.mark.parametrize("unary", [True, False])
-async def test_a_client_gets_no_output_that_it_has_not_asked_for(unary: bool) -> None:
+async def test_a_client_gets_no_output_that_it_has_not_asked_for(unary: bool, tmp_path: Path) -> None:
     """What the sidecar asks for its own count is left out; a client that asks for it gets it."""
-    async with (
-        running_engine(**DUMMY, decoupled=not unary) as engine,
-        serving([engine]) as served,
-    ):
+    async with fronting(tmp_path, {"decoupled": not unary}, {}) as (_, served):
         plain = await kserve(text_request, unary=unary)(served)
         listed = await kserve(text_request, unary=unary, outputs=["text_output"])(served)
         told = await kserve(text_request, unary=unary, more=["return_num_output_tokens"])(served)
@@ -328,12 +321,11 @@ async def test_an_answer_at_once_that_is_cut_is_charged_about_what_the_engine_ma
     async with fronting(tmp_path, engine, CANCEL, time_scale=0.2) as (emulated, served):
         await ask(tokens=2 * ANSWER)(served)
         before, steps = (await output_tokens(served))[0], emulated.engine.counters.iteration_counter
-        is_late = "late" in cut
-        asking = asyncio.create_task(ask(tokens=LONG, **({"lora_deadline_ms": 1000} if is_late else {}))(served))
+        asking = asyncio.create_task(ask(tokens=LONG, **({"lora_deadline_ms": 1000} if "late" in cut else {}))(served))
         await until(lambda: asking.done() or emulated.engine.counters.iteration_counter >= steps + LONG // 4)
         if "cancelled" in cut:
             cancel(served.sidecar.gateway, Chosen(backend="trt-0"))
-        elif not is_late:
+        elif "late" not in cut:
             asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
         await is_charged(served, (), before + 1)

@@ -115,9 +115,8 @@ class TritonBackend(Endpoint):
         if whole is not None or payload.outputs:
             tells = await self._server.tells(self._model_of(run.ticket) or payload.model)
             is_read = run.ticket.carrier is None or (payload.unary and self._server.decoupled)
-            if whole is not None and not is_read:
-                whole = replace(whole, may_ask=False)
-            run.counter = Counter(whole, tells, run.ticket)
+            asked = whole if whole is None or is_read else replace(whole, may_ask=False)
+            run.counter = Counter(asked, tells, run.ticket)
 
     async def _by_proxy(self, run: Run) -> bool:
         """Have a proxy carry a run, if one can; Triton itself refuses unary calls of decoupled models."""

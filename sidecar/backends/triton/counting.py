@@ -2,9 +2,9 @@
 
 TensorRT-LLM's core model tells a sequence's length. For a text it does if it is asked (from 0.20 on), by outputs that
 the client does not get. Both lengths hold the prompt unless the request excludes it. The core model fails after its
-work if a request lists outputs without the ids and their lengths, and other outputs tell of no token: what a request
-does not list of those that do is added, too. Of a text that nothing counts, each byte is taken for a token, up to the
-length that was asked for: no answer counts less than it has.
+work if a request lists outputs without the ids and their lengths, and other outputs tell of no token: these are added.
+Of a text that nothing counts, each byte is taken for a token, up to the length that was asked for: no answer counts
+less than it has.
 """
 
 from __future__ import annotations

@@ -13,8 +13,7 @@ from typing import Any
 import httpx
 
 from sidecar.backends import wire
-from sidecar.backends.api import TRAILERS, UNREAD, UNSEEN
-from sidecar.backends.http_transport import Chunks
+from sidecar.backends.api import TRAILERS, UNREAD, UNSEEN, Chunks
 from sidecar.backends.triton.framing import framed, messages_of
 from sidecar.fronts.extproc import heads, replies
 from sidecar.fronts.extproc.exchange import FULL_DUPLEX, Exchange, Phase

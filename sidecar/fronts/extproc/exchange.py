@@ -31,8 +31,7 @@ import grpc.aio
 import httpx
 from starlette.types import Message
 
-from sidecar.backends.api import UNREAD, UNSEEN
-from sidecar.backends.http_transport import Chunks
+from sidecar.backends.api import UNREAD, UNSEEN, Chunks
 from sidecar.config.listeners import EndpointPickerListener
 from sidecar.fronts.extproc import heads, replies
 from sidecar.fronts.extproc.access_log import AccessLog, Watched
