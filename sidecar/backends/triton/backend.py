@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -115,13 +114,12 @@ class TritonBackend(Endpoint):
         if whole is not None or payload.outputs:
             tells = await self._server.tells(self._model_of(run.ticket) or payload.model)
             is_read = run.ticket.carrier is None or (payload.unary and self._server.decoupled)
-            asked = whole if whole is None or is_read else replace(whole, may_ask=False)
-            run.counter = Counter(asked, tells, run.ticket)
+            run.counter = Counter(whole, tells, run.ticket, is_read)
 
     async def _by_proxy(self, run: Run) -> bool:
         """Have a proxy carry a run, if one can; Triton itself refuses unary calls of decoupled models."""
-        if run.counter.added or (run.ticket.payload.unary and self._server.decoupled):
-            return False  # the client would get what it has not asked for
+        if run.ticket.payload.unary and self._server.decoupled:
+            return False
         return await run.by_proxy(self.address, self.follower)
 
     def _model_of(self, ticket: Ticket) -> str:

@@ -42,16 +42,19 @@ class Tells:
 class Counter:
     """Counts the tokens of an answer. A `whole` one has a response for each row and sequence."""
 
-    def __init__(self, whole: Whole | None = None, tells: Tells = Tells(), ticket: Any = None) -> None:
+    def __init__(
+        self, whole: Whole | None = None, tells: Tells = Tells(), ticket: Any = None, is_read: bool = True
+    ) -> None:
+        """Nothing can be left out of an answer that a proxy carries, unless it `is_read`."""
         self.whole = whole
         self._ticket = ticket
-        self._asks = whole is not None and whole.may_ask and tells.counts
+        self._asks = whole is not None and whole.may_ask and tells.counts and is_read
         self._excludes = tells.excludes
         listed = () if ticket is None else ticket.payload.outputs
-        self.added = tuple(name for name in tells.outputs if listed and name not in listed)
+        added = tuple(name for name in tells.outputs if listed and name not in listed)
         counts = tuple(FLAGS.values()) if self._asks else ()
-        self._listed = self.added + (counts if listed else ())
-        self._hidden = self.added + (counts if ticket is not None and ticket.payload.prompt is None else ())
+        self._listed = added + (counts if listed else ())
+        self._hidden = added + counts if is_read and ticket is not None and ticket.payload.prompt is None else ()
         self.hides = bool(self._hidden)
         """True if outputs are left out that only the count needs; answers to requests of ours are read here."""
         self.reads_all = whole is not None or self.hides
