@@ -41,9 +41,8 @@ class Made:
         """Return an early ending with what has come or was made, `most` at most; that is 0 if no engine has it."""
         tokens, is_estimated, facts = ticket.tokens, ending.is_estimated, ticket.facts
         if most and ending.reason in CUT and ticket.is_whole and not (ticket.came is not None and ticket.came.final):
-            products, squares = self._sums.get(ending.backend, (0.0, 0.0))
-            took_ns = monotonic_ns() - ticket.dispatched_ns
-            made = round(took_ns * squares / products) * facts.sequences if products else most
+            took_ns, sums = monotonic_ns() - ticket.dispatched_ns, self._sums.get(ending.backend)
+            made = most if sums is None else round(took_ns * sums[1] / sums[0]) * facts.sequences
             tokens, is_estimated = max(tokens, min(made, most) if facts.has_length else made), True
         has_more = tokens > ending.output_tokens
         return replace(ending, output_tokens=tokens, is_estimated=is_estimated) if has_more else ending
