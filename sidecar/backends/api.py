@@ -72,14 +72,13 @@ class Whole:
     """What a KServe request for a whole answer says of the tokens in it.
 
     The prompt's `prompt_tokens` are in it, too, unless it `excludes` them; None leaves that to the model. It is without
-    inputs of its own for that if the engine `may_ask` be asked to count. With `lists` it names the outputs it wants.
+    inputs of its own for that if the engine `may_ask` be asked to count.
     """
 
     excludes: bool | None = True
     prompt_tokens: int = 0
     rows: int = 1
     may_ask: bool = True
-    lists: bool = False
 
 
 @record(frozen=True, slots=True)
@@ -99,6 +98,8 @@ class Payload:
     """The prompt of a request of ours, by which each backend picks its model; None for a client's own request."""
     kind: str = "triton"
     forms: Mapping[str, Form] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
+    """Those that a client's own KServe request lists; () for all."""
     whole: Whole | None = None
     """None for a request that streams, and for one of ours that streams wherever its model can."""
 
@@ -117,7 +118,7 @@ class Payload:
     def is_whole(self, kind: str) -> bool:
         """Return True if a model of that kind is asked for the whole answer at once."""
         form = self.forms.get(kind, self.head)
-        return not form.streams if isinstance(form, HttpForm) else self.unary
+        return not form.streams if isinstance(form, HttpForm) else self.unary or self.whole is not None
 
     def head_for(self, kind: str) -> Form:
         """Return the request for one of its kinds of model."""
@@ -277,6 +278,7 @@ class Ticket:
         "client_id",
         "counting",
         "dispatch",
+        "dispatched_ns",
         "facts",
         "is_whole",
         "length_max",
@@ -299,6 +301,8 @@ class Ticket:
         self.payload = payload
         self.client_id = client_id
         self.dispatch: Dispatch | None = None
+        self.dispatched_ns = 0
+        """When an engine got it last; 0 if none has it."""
         self.is_whole = False
         """The engine that it is sent to gives the whole answer at once, and tells nothing before."""
         self.settled: Settle | None = None
@@ -340,9 +344,9 @@ class Ticket:
         self._held_bytes = self._taken_bytes = 0
         self._is_dropped = False
 
-    def dispatched(self, effect: Dispatch) -> None:
-        """Note that the request is being given to an engine."""
-        self.dispatch = effect
+    def dispatched(self, effect: Dispatch | None) -> None:
+        """Note that the request is being given to an engine; None if another replica does so, and tells more later."""
+        self.dispatch, self.dispatched_ns = effect, monotonic_ns()
         if self.reservation is not None:
             self.reservation.dispatched()
 
@@ -366,7 +370,7 @@ class Ticket:
         self.settled = effect
         self.settled_ns = monotonic_ns()
         if self.reservation is not None:
-            ran = self.dispatch is not None
+            ran = self.dispatched_ns > 0
             self.reservation.settle(effect.output_tokens, ran, self.prompt_tokens)
         self.payload = self.payload.spent()  # the answer, or a refusal, may wait for its client for long
         self._wake()

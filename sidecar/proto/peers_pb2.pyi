@@ -179,7 +179,7 @@ class Ordinals(_message.Message):
     def __init__(self, ordinals: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ForwardedPayload(_message.Message):
-    __slots__ = ("model", "kind", "head", "forms", "raw", "unary", "metadata", "prompt", "whole")
+    __slots__ = ("model", "kind", "head", "forms", "raw", "unary", "metadata", "prompt", "whole", "outputs")
     class FormsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -196,6 +196,7 @@ class ForwardedPayload(_message.Message):
     METADATA_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     WHOLE_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     model: str
     kind: str
     head: ForwardedForm
@@ -205,21 +206,20 @@ class ForwardedPayload(_message.Message):
     metadata: _containers.RepeatedCompositeFieldContainer[ForwardedMetadata]
     prompt: str
     whole: ForwardedWhole
-    def __init__(self, model: _Optional[str] = ..., kind: _Optional[str] = ..., head: _Optional[_Union[ForwardedForm, _Mapping]] = ..., forms: _Optional[_Mapping[str, ForwardedForm]] = ..., raw: _Optional[bool] = ..., unary: _Optional[bool] = ..., metadata: _Optional[_Iterable[_Union[ForwardedMetadata, _Mapping]]] = ..., prompt: _Optional[str] = ..., whole: _Optional[_Union[ForwardedWhole, _Mapping]] = ...) -> None: ...
+    outputs: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, model: _Optional[str] = ..., kind: _Optional[str] = ..., head: _Optional[_Union[ForwardedForm, _Mapping]] = ..., forms: _Optional[_Mapping[str, ForwardedForm]] = ..., raw: _Optional[bool] = ..., unary: _Optional[bool] = ..., metadata: _Optional[_Iterable[_Union[ForwardedMetadata, _Mapping]]] = ..., prompt: _Optional[str] = ..., whole: _Optional[_Union[ForwardedWhole, _Mapping]] = ..., outputs: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ForwardedWhole(_message.Message):
-    __slots__ = ("excludes", "prompt_tokens", "rows", "may_ask", "lists")
+    __slots__ = ("excludes", "prompt_tokens", "rows", "may_ask")
     EXCLUDES_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     MAY_ASK_FIELD_NUMBER: _ClassVar[int]
-    LISTS_FIELD_NUMBER: _ClassVar[int]
     excludes: bool
     prompt_tokens: int
     rows: int
     may_ask: bool
-    lists: bool
-    def __init__(self, excludes: _Optional[bool] = ..., prompt_tokens: _Optional[int] = ..., rows: _Optional[int] = ..., may_ask: _Optional[bool] = ..., lists: _Optional[bool] = ...) -> None: ...
+    def __init__(self, excludes: _Optional[bool] = ..., prompt_tokens: _Optional[int] = ..., rows: _Optional[int] = ..., may_ask: _Optional[bool] = ...) -> None: ...
 
 class ForwardedForm(_message.Message):
     __slots__ = ("grpc", "http")

@@ -42,7 +42,7 @@ class PassedOn(Ticket):
         self.paused = False
         self._has_sent_origin = False
 
-    def dispatched(self, effect: Dispatch) -> None:
+    def dispatched(self, effect: Dispatch | None) -> None:
         super().dispatched(effect)
         self.answers.send_dispatched(self.number)
 

@@ -72,13 +72,14 @@ def payload_of(request: Any) -> Payload:
         Prompt(sent.prompt) if sent.prompt else None,
         sent.kind,
         {kind: _form_of(form) for kind, form in sent.forms.items()},
+        tuple(sent.outputs),
         _whole_of(sent.whole) if sent.HasField("whole") else None,
     )
 
 
 def _whole_of(sent: Any) -> Whole:
     excludes = sent.excludes if sent.HasField("excludes") else None
-    return Whole(excludes, sent.prompt_tokens, sent.rows, sent.may_ask, sent.lists)
+    return Whole(excludes, sent.prompt_tokens, sent.rows, sent.may_ask)
 
 
 def _form(form: Form) -> Any:

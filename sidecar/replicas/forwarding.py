@@ -102,6 +102,7 @@ class Forward:
         Cancelling this coroutine cancels the request at the owner.
         """
         ticket = self._ticket
+        self._gateway.goes_to(ticket, self.backend)
         request = forms.forwarded(member, self.backend, self._facts, ticket, self._leg)
         self._call, self._number, self._busy_s = call, call.open(self, request), monotonic()
         try:
@@ -124,6 +125,7 @@ class Forward:
 
     def dispatched(self) -> None:
         self._busy_s = monotonic()
+        self._ticket.dispatched(None)
 
     def take(self, reply: Any) -> bool:
         """Deliver a part of the answer. Return True if it was the ending."""
@@ -169,7 +171,6 @@ class Forward:
         if not self._has_origin and reply.HasField("origin"):
             self._has_origin = True
             ticket.dispatch = forms.dispatch_of(ticket.request, reply.origin)
-            self._gateway.bound(ticket)
         which = reply.WhichOneof("reply")
         if which == "ending":
             self._ended(self._take_ending(reply.ending))
@@ -267,6 +268,7 @@ class Forward:
         if settled.reason in AGAIN and not self._has_begun:
             return GivenBack(settled.message, _owner_that(settled.reason, sent.is_bystander))
         ticket.rejected_with = forms.rejection_of(sent)
+        self._gateway.made.learn(ticket, settled)
         ticket.settle(self._gateway.for_client(settled, ticket))
         return None
 

@@ -113,7 +113,7 @@ class Router:
     def given_back(self, ticket: Ticket) -> bool:
         if ticket.trip is None:
             return False
-        ticket.dispatch = None
+        ticket.dispatch, ticket.dispatched_ns = None, 0
         self._start_forwarding(ticket, ticket.trip, AGAIN_S)
         return True
 
@@ -125,10 +125,11 @@ class Router:
         if ticket.settled is not None:
             return True
         is_whole = ticket.came is not None and ticket.came.final  # only the owner's word of the ending is missing
-        how = (None, "") if is_whole else (reason, message)
+        how: tuple[Reason | None, str] = (None, "") if is_whole else (reason, message)
         forward = self._forwards.get(ticket)
         if forward is not None and (is_whole or reason is Reason.CANCELLED):
-            ticket.settle(self._gateway.ending_of(ticket, trip.facts_now(), *how))  # the owner counts it
+            ending = self._gateway.ending_of(ticket, trip.facts_now(), *how, forward.backend)
+            ticket.settle(ending)  # the owner counts it
             return True
         if forward is not None:
             forward.leave()
@@ -196,7 +197,7 @@ class Router:
                 given = await self._forward_once(ticket, forward, call)
                 if given is None:
                     return
-                trip.why, ticket.dispatch = given.why, None
+                trip.why, ticket.dispatch, ticket.dispatched_ns = given.why, None, 0
                 self._gateway.chronicle.given_back(ticket, given.why)
                 trip.suspicion.given_back(owner, given, monotonic())
                 self.reroutes += 1

@@ -58,10 +58,10 @@ class Driver:
         observers: Sequence[Observer] = (),
         inbox_max: int = 10_000,
         crash: Crash | None = None,
-        came: Callable[[int], int] = lambda request: 0,
+        made: Callable[[Settle], Settle] = lambda ending: ending,
     ) -> None:
-        """`came(request)` returns how many tokens have come of an answer: the core hears of them later."""
-        self._came = came
+        """`made(ending)` returns an early ending with all that was made of the answer: the core hears of it later."""
+        self._made = made
         self.crash = crash or Crash()
         self.crash.then(lambda _: self.stop())
         self.core = core
@@ -209,11 +209,10 @@ class Driver:
     def _whole(self, effect: Dispatch | Settle) -> Effect:
         """Return an effect whose waits, and the bound of these, count from the arrival at the first replica.
 
-        An answer that ends early has all the tokens that have come.
+        An answer that ends early has all the tokens that were made.
         """
         if isinstance(effect, Settle) and effect.reason is not None:
-            came = self._came(effect.request)
-            effect = effect if came <= effect.output_tokens else replace(effect, output_tokens=came)
+            effect = self._made(effect)
         earlier_ns = self.waited_ns.get(effect.request, 0)
         if not earlier_ns:
             return effect

@@ -47,6 +47,7 @@ from sidecar.shell.driver import Driver, Observer
 from sidecar.shell.fit import SharedNames
 from sidecar.shell.fleet import Added, Fleet
 from sidecar.shell.flow import Lanes
+from sidecar.shell.made import Made
 from sidecar.shell.request_log import log_refused
 from sidecar.shell.requests import Elsewhere, RequestFacts
 from sidecar.shell.sources import Sources
@@ -91,7 +92,7 @@ class Gateway:
         self.access = access or Access.off(registry.get)
         self.crash = crash or Crash()
         self.core = Core(config, policies)
-        self.driver = Driver(self.core, monotonic_ns, self._run, inbox_max=inbox_max, crash=self.crash, came=self._came)
+        self.driver = Driver(self.core, monotonic_ns, self._run, (), inbox_max, self.crash, self._counted)
         self.sources = sources or Sources(AllowList.of(roots=roots))
         self.catalogue = Catalogue(registry, lambda: self.core.state, self.driver.step, self.sources, bases or {})
         self.fleet = Fleet(self.driver, check or WeightsCheck("off"))
@@ -120,6 +121,7 @@ class Gateway:
         self._left: dict[int, Ticket] = {}
         """Requests whose clients have left, until the core tells what they have cost."""
         self._numbers = itertools.count(1)
+        self.made = Made()
         self._asks: dict[int, asyncio.Future[do.Answer]] = {}
         self._client_stall_ns = int(client_stall_s * 1e9)
         self._tasks = Tasks()
@@ -395,9 +397,10 @@ class Gateway:
         ticket = self._ticket_of(request)
         return None if ticket is None else ticket.prompt_tokens
 
-    def _came(self, request: int) -> int:
-        ticket = self._ticket_of(request)
-        return 0 if ticket is None else ticket.tokens
+    def _counted(self, ending: do.Settle) -> do.Settle:
+        ticket, request = self._ticket_of(ending.request), self.state.requests.get(ending.request)
+        most = request.view.output_tokens_max if request is not None and request.running else 0
+        return ending if ticket is None else self.made.counted(ending, ticket, most)
 
     def _ticket_of(self, request: int) -> Ticket | None:
         return self.tickets.get(request) or self._left.get(request)
@@ -437,7 +440,7 @@ class Gateway:
     ) -> do.Settle:
         """Return the ending of a request that was passed on, by what is known here."""
         dispatch = ticket.dispatch
-        return do.Settle(
+        ending = do.Settle(
             ticket.request,
             outcome_of(reason),
             admission.name_in(self.state, facts.adapter),
@@ -451,6 +454,8 @@ class Gateway:
             backend if dispatch is None else dispatch.backend,
             "" if dispatch is None else dispatch.digest,
         )
+        most = ticket.length_max * facts.sequences if ticket.length_max else facts.output_tokens_max
+        return self.made.counted(ending, ticket, most if ticket.dispatched_ns else 0)
 
     def close(self, ticket: Ticket, moved: bool = False) -> None:
         """Release a ticket. If its request has not ended, its client has left, or (`moved`) another replica has it."""
@@ -549,17 +554,16 @@ class Gateway:
         if ticket is None:  # its client has just left; that event is next
             self.driver.post(ev.RunEnded(effect.request, effect.attempt, 0))
             return
-        kind, streams = self.fleet.kind_of(effect.backend), self.fleet.streams(effect.backend)
-        ticket.is_whole = not streams or ticket.payload.is_whole(kind)
+        self.goes_to(ticket, effect.backend)
         ticket.dispatched(effect)
-        self.bound(ticket)
         weights = self.store.lease(effect.packed_key) if effect.attach else None
         self.backends[effect.backend].run(effect, ticket, weights)
 
-    def bound(self, ticket: Ticket) -> None:
-        """Note the longest answer that a dispatched request can get, if it asks for more: its engine cuts it short."""
-        facts, backend = ticket.facts, self.state.backends.get(ticket.dispatch.backend if ticket.dispatch else "")
-        longest = None if backend is None else backend.facts.sequence_tokens_max
+    def goes_to(self, ticket: Ticket, backend: str) -> None:
+        """Note how the engine answers that a request is sent to, and how long at most, if it cuts the answer short."""
+        ticket.is_whole = not self.fleet.streams(backend) or ticket.payload.is_whole(self.fleet.kind_of(backend))
+        facts, known = ticket.facts, self.state.backends.get(backend)
+        longest = None if known is None else known.facts.sequence_tokens_max
         if longest is not None and facts.has_length:
             room = max(1, longest - (0 if facts.is_estimated else facts.input_tokens))
             ticket.length_max = room if facts.output_tokens_max > room * facts.sequences else None
@@ -575,10 +579,10 @@ class Gateway:
 
     def _settle(self, effect: do.Settle) -> None:
         self.estimated.discard(effect.request)
-        ticket = self.tickets.get(effect.request)
+        ticket, left = self.tickets.get(effect.request), self._left.pop(effect.request, None)
+        self.made.learn(ticket or left, effect)
         if ticket is None:
             self.chronicle.given_up(effect)
-            left = self._left.pop(effect.request, None)
             if left is not None and left.reservation is not None:
                 left.settle(effect)
             return

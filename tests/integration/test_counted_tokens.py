@@ -5,9 +5,11 @@ Each engine logs its own count of what it has generated.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from sidecar.lab.engine.kserve import models
 from sidecar.proto import admin_pb2 as pb
 from sidecar.proto import admin_pb2_grpc, gateway_pb2
+from sidecar.shell.open_requests import Chosen, cancel
 from tests.integration.test_openai_triton import CHAT, COMPLETIONS, client_of
 from tests.integration.test_vllm import fronted
 from tests.kit.emulated import add_tensor, core_request, read_served, running_engine, stream_answers, text_request
@@ -51,13 +54,12 @@ async def refusals() -> AsyncIterator[None]:
         raise
 
 
-def kserve(make: Callable[..., Any], *, unary: bool, **fields: Any) -> Ask:
+def kserve(make: Callable[..., Any], *, unary: bool, tokens: int = ANSWER, **fields: Any) -> Ask:
     """Return what asks for a whole answer as a client of Triton does, and returns the answer."""
+    outputs, more, typed = (fields.pop(name, ()) for name in ("outputs", "more", "typed"))
 
     async def ask(served: Serving) -> Any:
-        outputs, more, typed = (fields.get(name, ()) for name in ("outputs", "more", "typed"))
-        own = {name: value for name, value in fields.items() if name not in ("outputs", "more", "typed")}
-        request = make(PROMPT, ANSWER, **own)
+        request = make(PROMPT, tokens, **fields)
         for name in outputs:
             request.outputs.add(name=name)
         for name in more:
@@ -72,7 +74,7 @@ def kserve(make: Callable[..., Any], *, unary: bool, **fields: Any) -> Ask:
         if any("tokens a day" in answer.error_message for answer in answers):
             raise IsRefused
         assert not [answer.error_message for answer in answers if answer.error_message]
-        return answers[0].infer_response
+        return answers[0].infer_response if answers else None
 
     return ask
 
@@ -117,20 +119,20 @@ def llmapi(exclude: bool, streaming: bool = False) -> Ask:
     return ask
 
 
-def generate(text: bool, stream: bool | None) -> Ask:
+def generate(text: bool, stream: bool | None, tokens: int = ANSWER) -> Ask:
     async def ask(served: Serving) -> None:
         prompt: dict[str, Any] = {"text": PROMPT} if text else {"tokens": gateway_pb2.TokenIds(ids=range(1, 40))}
-        request = gateway_pb2.GenerateRequest(**prompt, max_tokens=ANSWER, stream=stream)
+        request = gateway_pb2.GenerateRequest(**prompt, max_tokens=tokens, stream=stream)
         async with refusals():
             told = [message.origin.output_tokens async for message in served.gateway.Generate(request)]
-        assert told[-1] == ANSWER
+        assert told[-1] == tokens
 
     return ask
 
 
-def openai(path: str, stream: bool, model: str = BASE_MODEL) -> Ask:
+def openai(path: str, stream: bool, model: str = BASE_MODEL, tokens: int = ANSWER) -> Ask:
     async def ask(served: Serving) -> None:
-        body: dict[str, Any] = {"model": model, "max_tokens": ANSWER, "stream": stream, "ignore_eos": True}
+        body: dict[str, Any] = {"model": model, "max_tokens": tokens, "stream": stream, "ignore_eos": True}
         body |= {"messages": [{"role": "user", "content": PROMPT}]} if path == CHAT else {"prompt": PROMPT}
         async with client_of(served) as client:
             answer: httpx.Response = await client.post(path, json=body)
@@ -138,7 +140,7 @@ def openai(path: str, stream: bool, model: str = BASE_MODEL) -> Ask:
             raise IsRefused
         assert answer.status_code == 200, answer.text
         if not stream:
-            assert answer.json()["usage"]["completion_tokens"] == ANSWER
+            assert answer.json()["usage"]["completion_tokens"] == tokens
             assert "completion_tokens_estimated" not in answer.json()["usage"]
 
     return ask
@@ -162,7 +164,7 @@ async def asked_until_refused(served: Serving, ask: Ask) -> int:
 
 
 UNARY = {"decoupled": False}
-FORMS: list[tuple[str, dict[str, Any], Ask, bool]] = [
+FORMS: list[tuple[str, dict[str, Any] | None, Ask, bool]] = [
     (f"{name}, {'unary' if unary else 'stream'}, {how}", {"decoupled": not unary, **engine}, ask, False)
     for unary in (True, False)
     for make, name in ((core_request, "core"), (text_request, "ensemble"))
@@ -178,61 +180,64 @@ FORMS += [
     ("ensemble, one output", UNARY, kserve(text_request, unary=True, outputs=["text_output"]), False),
     ("ensemble, one output with the prompt", {}, kserve(text_request, unary=False, outputs=["text_output"],
                                                         exclude_input=False), False),
+    *((f"core, {output} alone, {engine}, {how}", engine, kserve(core_request, unary=bool(engine), outputs=[output],
+                                                                **how), False)
+      for output in ("cum_log_probs", "output_ids")
+      for engine, how in ((UNARY, {}), (UNARY, {"exclude_input": False}), ({}, {}), ({}, {"streaming": True}))),
+    *((f"ensemble, no such output, {engine}, {how}", engine, kserve(text_request, outputs=["context_logits"], **how),
+       "older" in engine) for engine, how in ((UNARY, {"unary": True}), ({}, {"unary": False, "streaming": True}),
+                                              (UNARY | {"older": True}, {"unary": True}))),
     ("ensemble of an older engine", {"older": True}, kserve(text_request, unary=False), True),
     ("LLM API", {"protocol": "llmapi"}, llmapi(True), True),
     ("LLM API with the prompt", {"protocol": "llmapi"}, llmapi(False), True),
     ("LLM API, streamed", {"protocol": "llmapi"}, llmapi(True, streaming=True), False),
     *((f"Generate {'text' if text else 'ids'} {stream} {engine}", engine, generate(text, stream), False)
       for text in (True, False) for stream, engine in ((False, {}), (True, {}), (None, {}), (None, UNARY))),
-    *((f"OpenAI {path} {stream} {engine}", engine, openai(path, stream), False)
-      for path in (COMPLETIONS, CHAT) for stream in (False, True) for engine in ({}, UNARY)),
+    *((f"OpenAI {path} {stream} {engine}", engine, openai(path, stream, base), False) for path in (COMPLETIONS, CHAT)
+      for stream in (False, True) for engine, base in (({}, BASE_MODEL), (UNARY, BASE_MODEL), (None, "base"))),
 ]  # fmt: skip
 
 
+@asynccontextmanager
+async def fronting(
+    folder: Path, engine: dict[str, Any] | None, access: Any, **options: Any
+) -> AsyncIterator[tuple[Any, Serving]]:
+    """Run a sidecar in front of an emulated Triton, or a vLLM if `engine` is None. Its log is `folder / "served"`."""
+    (folder / "adapters").mkdir()
+    options |= {"compute": "none", "served_log": folder / "served"}
+    async with AsyncExitStack() as stack:
+        if engine is None:
+            emulated: Any = (await stack.enter_async_context(running_vllm(**options)))[0]
+            served = fronted([emulated], folder, access=access, weights_check="off")
+        else:
+            (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+            backend: dict[str, Any] = {"adapters_dir": str(folder / "shared")} if "protocol" in engine else {}
+            backend["base_model"] = {"name": BASE_MODEL, "chat_template": str(folder)}
+            emulated = await stack.enter_async_context(running_engine(**DUMMY | {"seats": 4} | options | engine))
+            served = serving([emulated], access=access, backend=backend)
+        yield emulated, await stack.enter_async_context(served)
+
+
 @pytest.mark.parametrize(("engine", "ask", "is_estimated"), [form[1:] for form in FORMS], ids=[f[0] for f in FORMS])
-async def test_an_answer_of_triton_is_charged_what_the_engine_made(
-    engine: dict[str, Any], ask: Ask, is_estimated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_an_answer_is_charged_what_the_engine_made(
+    engine: dict[str, Any] | None, ask: Ask, is_estimated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A limit is not passed by more than one answer; usage has the engine's own count."""
-    if "older" in engine:  # before 0.20
-        engine = {}
+    if engine is not None and "older" in engine:  # before 0.20
+        engine = {name: value for name, value in engine.items() if name != "older"}
         monkeypatch.setattr(models, "_RETURN_FLAGS", models._RETURN_FLAGS[:4])
-    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
-    base = {"name": BASE_MODEL, "chat_template": str(tmp_path)}
-    backend: dict[str, Any] = {"base_model": base}
-    if engine.get("protocol") == "llmapi":
-        backend["adapters_dir"] = str(tmp_path / "shared")
-    async with (
-        running_engine(**(DUMMY | {"served_log": tmp_path / "served", "seats": 4} | engine)) as emulated,
-        serving([emulated], access=ACCESS, backend=backend) as served,
-    ):
+    async with fronting(tmp_path, engine, ACCESS) as (_, served):
+        told = len(read_served(tmp_path / "served"))  # a vLLM may have been asked for a token, to tell its slots
         assert await asked_until_refused(served, ask) <= LIMIT // ANSWER + 1
         await until(lambda: not served.sidecar.gateway.tickets)
-        made = sum(line["tokens"] for line in read_served(tmp_path / "served"))
+        made = sum(line["tokens"] for line in read_served(tmp_path / "served")[told:])
         assert await output_tokens(served) == (made, made if is_estimated else 0)
 
 
-@pytest.mark.parametrize(("path", "stream"), [(p, s) for p in (COMPLETIONS, CHAT) for s in (False, True)])
-async def test_an_answer_of_vllm_is_charged_what_the_engine_made(path: str, stream: bool, tmp_path: Path) -> None:
-    (tmp_path / "adapters").mkdir()
-    async with (
-        running_vllm(compute="none", served_log=tmp_path / "served") as (engine, _),
-        fronted([engine], tmp_path, access=ACCESS, weights_check="off") as served,
-    ):
-        told = len(read_served(tmp_path / "served"))  # the engine may have been asked for a token, to tell its slots
-        assert await asked_until_refused(served, openai(path, stream, "base")) <= LIMIT // ANSWER + 1
-        await until(lambda: not served.sidecar.gateway.tickets)
-        made = sum(line["tokens"] for line in read_served(tmp_path / "served")[told:])
-        assert await output_tokens(served) == (made, 0)
-
-
 @pytest.mark.parametrize("unary", [True, False])
-async def test_a_client_gets_no_output_that_it_has_not_asked_for(unary: bool) -> None:
+async def test_a_client_gets_no_output_that_it_has_not_asked_for(unary: bool, tmp_path: Path) -> None:
     """What the sidecar asks for its own count is left out; a client that asks for it gets it."""
-    async with (
-        running_engine(**DUMMY, decoupled=not unary) as engine,
-        serving([engine]) as served,
-    ):
+    async with fronting(tmp_path, {"decoupled": not unary}, {}) as (_, served):
         plain = await kserve(text_request, unary=unary)(served)
         listed = await kserve(text_request, unary=unary, outputs=["text_output"])(served)
         told = await kserve(text_request, unary=unary, more=["return_num_output_tokens"])(served)
@@ -243,9 +248,9 @@ async def test_a_client_gets_no_output_that_it_has_not_asked_for(unary: bool) ->
     assert np.frombuffer(told.raw_output_contents[1], "<i4").tolist() == [ANSWER]
 
 
-# Streams that are cancelled.
+# Answers that are cut.
 
-READ = 25
+READ, LONG = 25, 1000
 
 
 async def read_kserve(served: Serving) -> int:
@@ -294,18 +299,54 @@ CANCEL = {"limits": [{"tokens": "output", "tokens_per_day": 100_000}]}
 async def test_a_cancelled_stream_is_charged_what_its_client_got(
     read: Callable[[Serving], Awaitable[int]], tmp_path: Path
 ) -> None:
-    (tmp_path / "adapters").mkdir()
-    async with AsyncExitStack() as stack:
-        if read is read_events:
-            engine, _ = await stack.enter_async_context(running_vllm(compute="none", time_scale=0.2))
-            served = await stack.enter_async_context(fronted([engine], tmp_path, access=CANCEL))
-        else:
-            triton = await stack.enter_async_context(running_engine(**DUMMY, time_scale=0.2))
-            served = await stack.enter_async_context(serving([triton], access=CANCEL))
+    async with fronting(tmp_path, None if read is read_events else {}, CANCEL, time_scale=0.2) as (_, served):
         await is_charged(served, (), await read(served))
 
 
-async def test_a_cancelled_stream_of_another_replica_is_charged_what_its_client_got(tmp_path: Path) -> None:
+CUTS: list[tuple[str, Any, Callable[..., Ask]]] = [
+    ("vLLM", None, partial(openai, COMPLETIONS, False, "base")),
+    ("OpenAI", UNARY, partial(openai, COMPLETIONS, False)),
+    ("Generate", UNARY, partial(generate, True, None)),
+    ("Generate, not streamed", {}, partial(generate, False, False)),
+    ("KServe, not streamed", {}, partial(kserve, text_request, unary=False)),
+    *((f"KServe, {cut}", UNARY, partial(kserve, core_request, unary=True)) for cut in ("left", "cancelled", "late")),
+]
+
+
+@pytest.mark.parametrize(("cut", "engine", "ask"), CUTS, ids=[cut[0] for cut in CUTS])
+async def test_an_answer_at_once_that_is_cut_is_charged_about_what_the_engine_made(
+    cut: str, engine: dict[str, Any] | None, ask: Callable[..., Ask], tmp_path: Path
+) -> None:
+    """Its time says it, by an earlier answer's."""
+    async with fronting(tmp_path, engine, CANCEL, time_scale=0.2) as (emulated, served):
+        await ask(tokens=2 * ANSWER)(served)
+        before, steps = (await output_tokens(served))[0], emulated.engine.counters.iteration_counter
+        asking = asyncio.create_task(ask(tokens=LONG, **({"lora_deadline_ms": 1000} if "late" in cut else {}))(served))
+        await until(lambda: asking.done() or emulated.engine.counters.iteration_counter >= steps + LONG // 4)
+        if "cancelled" in cut:
+            cancel(served.sidecar.gateway, Chosen(backend="trt-0"))
+        elif "late" not in cut:
+            asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        await is_charged(served, (), before + 1)
+        counted, estimated = await output_tokens(served)
+        made = read_served(tmp_path / "served")[-1]["tokens"]
+        assert made / 3 < estimated < min(LONG, 3 * made)
+        assert estimated == counted - before
+
+
+async def leave_unread(served: Serving) -> int:
+    """Leave before an answer that comes all at once. Its engine has given none before, so all of it is charged."""
+    asking = asyncio.create_task(openai(COMPLETIONS, False, "base", LONG)(served))
+    await until(lambda: any(ticket.dispatched_ns for ticket in served.sidecar.gateway.tickets.values()))
+    asking.cancel()
+    return LONG
+
+
+@pytest.mark.parametrize("read", [read_events, leave_unread])
+async def test_a_cancelled_answer_of_another_replica_is_charged_what_its_client_got(
+    read: Callable[[Serving], Awaitable[int]], tmp_path: Path
+) -> None:
     (tmp_path / "adapters").mkdir()
     backend = {"adapters_dir": str(tmp_path / "shared")}
     async with (
@@ -315,4 +356,4 @@ async def test_a_cancelled_stream_of_another_replica_is_charged_what_its_client_
     ):
         (other,) = [served for served in pool if not owned(served)]
         (owner,) = [served for served in pool if owned(served)]
-        await is_charged(other, (owner,), await read_events(other))
+        await is_charged(other, (owner,), await read(other))

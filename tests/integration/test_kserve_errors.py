@@ -78,7 +78,6 @@ WRONG: dict[str, Callable[[bool], Any]] = {
     "unknown version": lambda s: renamed(core_request(streaming=s), CORE, "7"),
     "unknown region": lambda s: in_region(core_request(streaming=s)),
     "unknown output": lambda s: wanting(core_request(streaming=s), "foo"),
-    "too few outputs": lambda s: wanting(core_request(streaming=s), "sequence_length"),
     "stop in a text model": lambda s: extra(text_request(streaming=s), "streaming", "BOOL", [[True]]),
     "unnamed": lambda s: without(core_request(streaming=s, request_id=""), "request_output_len"),
     "ünnamed": lambda s: without(core_request(streaming=s, request_id="ünïcode"), "request_output_len"),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -112,10 +111,10 @@ class TritonBackend(Endpoint):
         """Have the tokens of an answer counted that comes all at once, unless a proxy may carry it unread."""
         payload = run.ticket.payload
         whole = Whole() if payload.prompt is not None and not self._server.decoupled else payload.whole
-        if whole is not None:
+        if whole is not None or payload.outputs:
             tells = await self._server.tells(self._model_of(run.ticket) or payload.model)
             is_read = run.ticket.carrier is None or (payload.unary and self._server.decoupled)
-            run.counter = Counter(whole if is_read else replace(whole, may_ask=False), tells, run.ticket)
+            run.counter = Counter(whole, tells, run.ticket, is_read)
 
     async def _by_proxy(self, run: Run) -> bool:
         """Have a proxy carry a run, if one can; Triton itself refuses unary calls of decoupled models."""

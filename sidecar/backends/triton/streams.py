@@ -191,7 +191,7 @@ class Run:
         """Deliver one response; return True if it was the last. Nothing is delivered after a cancel."""
         if self.cancelled:
             raise asyncio.CancelledError
-        if self.tokens and self.counter.whole is None and wire.is_one_of_many(raw, self._wire_id):
+        if self.tokens and not self.counter.reads_all and wire.is_one_of_many(raw, self._wire_id):
             self.tokens += 1
             self._heard(self.effect.request, 1)
             self.ticket.deliver(Reply(raw, None, False))

@@ -84,7 +84,7 @@ def stopped_answer(asked: KServeRequest) -> Any:
     """
     response = stop_answer(asked)
     for name, datatype, shape, data in TEXT_ENDING if asked.is_text else TOKENS_ENDING:
-        if not asked.outputs or name in asked.outputs:
+        if not asked.payload.outputs or name in asked.payload.outputs:
             response.outputs.add(name=name, datatype=datatype, shape=shape)
             response.raw_output_contents.append(data)
     return response

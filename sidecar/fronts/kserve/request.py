@@ -43,9 +43,9 @@ class KServeRequest:
 
     `client_id` is the message's own id; `request_id` is a made one where it has none. With `stop` it cancels an earlier
     request with its id instead of running. With `is_text` the prompt is text, and `facts.input_tokens` counts its
-    bytes; `text` is the prompt if it was asked for and is one text in the message. `outputs` names the requested
-    outputs, () for all. `task` is what the client says instead of the adapter's name, "" if it says the name.
-    `hidden_regions` has the client's names of regions by those that the engine is told.
+    bytes; `text` is the prompt if it was asked for and is one text in the message. `task` is what the client says
+    instead of the adapter's name, "" if it says the name. `hidden_regions` has the client's names of regions by those
+    that the engine is told.
     """
 
     client_id: str
@@ -56,7 +56,6 @@ class KServeRequest:
     wants_empty_final: bool
     is_text: bool
     text: str | None
-    outputs: tuple[str, ...]
     facts: RequestFacts
     payload: Payload
     task: str = ""
@@ -104,7 +103,6 @@ def read(
         wants_empty_final=EMPTY_FINAL in parameters and parameters[EMPTY_FINAL].bool_param,
         is_text="text_input" in tensors,
         text=tensors.text() if with_text else None,
-        outputs=tuple([output.name for output in structure.outputs]),
         facts=facts,
         payload=Payload(
             model=message.model_name,
@@ -112,19 +110,20 @@ def read(
             raw=not tensors.typed,
             unary=unary,
             kind=written_for(tensors.rank).name,
-            whole=_whole(tensors, bool(structure.outputs)),
+            outputs=tuple([output.name for output in structure.outputs]),
+            whole=_whole(tensors),
         ),
         task=task,
     )
 
 
-def _whole(tensors: Tensors, lists: bool) -> Whole | None:
+def _whole(tensors: Tensors) -> Whole | None:
     """Return what a request for a whole answer says of its tokens; None if it streams."""
     if any(tensors.flag(name) for name in STREAMS):
         return None
     excludes = next((tensors.flag(name) or tensors.in_region(name) for name in EXCLUDES if name in tensors), None)
     prompt_tokens = max(0, min(*tensors.integers("input_lengths"), tensors.input_tokens(), tensors.input_tokens()))
-    return Whole(excludes, prompt_tokens, tensors.rows(), not any(flag in tensors for flag in FLAGS), lists)
+    return Whole(excludes, prompt_tokens, tensors.rows(), not any(flag in tensors for flag in FLAGS))
 
 
 def _most(tensors: Tensors, names: tuple[str, ...]) -> int:
