@@ -109,8 +109,7 @@ def _resolve(state: State, event: Received) -> tuple[Name | None, int]:
     _allowed(event, name)  # first: only a tenant that may use the adapter may learn its versions
     if not selector:
         return name, _permitted(name, event, _share(name, event))
-    held = ((n, state.versions[version].adapter.digest) for n, version in name.versions.items())
-    ordinal = selected(selector, held)
+    ordinal = selected(selector, name.versions.items())
     if ordinal is None or not _may_answer(event, ordinal):
         shown = [(n, version) for n, version in sorted(name.versions.items()) if _may_answer(event, n)]
         has = ", ".join(f"v{n} ({version[:12]})" for n, version in shown) or "none that you may use"

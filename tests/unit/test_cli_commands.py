@@ -131,7 +131,7 @@ def test_what_needs_no_command_imports_none(arguments: tuple[str, ...]) -> None:
 def test_a_question_imports_what_asks_it(arguments: tuple[str, ...]) -> None:
     """A command that asks a sidecar imports gRPC, its messages and tables: nothing that serves, packs or simulates."""
     modules = modules_of(*arguments, "--admin", "127.0.0.1:1", code=4)
-    assert rooms(modules) == CLIENT
+    assert rooms(modules) - {"model"} == CLIENT
     assert "grpc" in modules
     assert not modules & set(OF_OTHERS)
     assert not modules & {"policies", "sidecar.cli.serving", "sidecar.cli.simulating"}

@@ -6,7 +6,7 @@ import pytest
 
 from tools.house import Module, circles_of, closure, floors_of, graph_of, read, room_of, serve_module
 
-ROOMS_MAX, FLOORS_MAX = 31, 12
+ROOMS_MAX, FLOORS_MAX = 32, 12
 
 
 @pytest.fixture(scope="module")
