@@ -22,4 +22,5 @@ async def test_each_front_tells_what_it_did(tmp_path: Path) -> None:
     recorded, told = json.loads(make_errors.RECORDED.read_text()), await make_errors.told(tmp_path)
     assert told.keys() == recorded.keys()
     for error, by_front in told.items():
-        assert by_front == recorded[error], error
+        for front, what in by_front.items():
+            assert what == recorded[error][front], f"{front}: {error}"
