@@ -1,10 +1,11 @@
 """What holds for every test run."""
 
 import gc
+import logging
 import os
 import ssl
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import hypothesis
@@ -21,6 +22,16 @@ os.environ.setdefault(GRPC_VARIABLE, GRPC_POLLING)
 # A busy machine takes any time for an example.
 hypothesis.settings.register_profile("timeless", deadline=None)
 hypothesis.settings.load_profile("timeless")
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """Undo what `configure_logging` changes: a test whose log has more lines than it expects may come next."""
+    root, source = logging.getLogger(), logging._srcfile
+    level = root.level
+    yield
+    root.setLevel(level)
+    logging._srcfile = source
 
 
 @pytest.hookimpl(wrapper=True)

@@ -208,7 +208,7 @@ async def fronting(
     async with AsyncExitStack() as stack:
         if engine is None:
             emulated: Any = (await stack.enter_async_context(running_vllm(**options)))[0]
-            served = fronted([emulated], folder, access=access, weights_check="off")
+            served = fronted([emulated], folder, access=access)
         else:
             (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
             backend: dict[str, Any] = {"adapters_dir": str(folder / "shared")} if "protocol" in engine else {}

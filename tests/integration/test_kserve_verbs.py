@@ -445,7 +445,7 @@ async def test_statistics_are_those_of_the_whole_pool(tmp_path: Path) -> None:
     async with (
         running_engine(**DUMMY) as one,
         running_engine(**DUMMY) as two,
-        serving([one, two], tmp_path, weights_check="off") as served,
+        serving([one, two], tmp_path) as served,
         aio_client(served.sidecar.data_address) as client,
     ):
         for engine, requests in ((one, 2), (two, 3)):

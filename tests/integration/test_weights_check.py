@@ -39,7 +39,7 @@ async def served_by(engine: Any, folder: Path, kind: str = "core", **record: Any
         backend = trtllm_served.entry_of(folder)
     elif kind in ("llmapi", "vllm"):
         backend["adapters_dir"] = str(folder / "shared")
-    async with serving([engine], folder / "adapters", backend=backend, **record) as served:
+    async with serving([engine], folder / "adapters", backend=backend, **{"weights_check": "warn"} | record) as served:
         yield served
 
 
@@ -110,7 +110,7 @@ async def test_engines_of_one_base_model_are_compared(tmp_path: Path) -> None:
         async with AsyncExitStack() as stack:
             engines = [await stack.enter_async_context(running_engine(seed=seed)) for seed in (0, 0, 7)]
             backend = {} if base_model is None else {"base_model": base_model}
-            served = await stack.enter_async_context(serving(engines, backend=backend))
+            served = await stack.enter_async_context(serving(engines, backend=backend, weights_check="warn"))
             others = {"trt-0", "trt-1", "trt-2"}
             assert len(differing(served)) in ((count, 2) if count else (0,))  # the odd one may have come first
             for told in differing(served):
@@ -154,6 +154,6 @@ async def test_of_an_engine_that_does_not_answer_in_time_nothing_is_told(
 
 async def test_a_sidecar_that_stops_while_it_asks(tmp_path: Path) -> None:
     async with running_engine(freeze_after=1, compute="none", shape="tiny") as engine:
-        async with serving([engine], until_up=False) as served:
+        async with serving([engine], until_up=False, weights_check="warn") as served:
             await until(lambda: bool(served.sidecar.gateway.fleet._checking))
         await until(lambda: not served.sidecar.gateway.fleet._checking)

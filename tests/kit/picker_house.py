@@ -222,13 +222,7 @@ async def picker_house(
     async with AsyncExitStack() as stack:
         running = [await stack.enter_async_context(odd_engine()) for _ in range(engines)]
         served = await stack.enter_async_context(
-            serving(
-                running,
-                folder / "adapters",
-                backend=backend,
-                listeners=listeners,
-                **{"weights_check": "off"} | record,  # tests count all that the engine was asked
-            )
+            serving(running, folder / "adapters", backend=backend, listeners=listeners, **record)
         )
         address = served.sidecar.endpoint_picker_address
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))

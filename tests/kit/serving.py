@@ -121,8 +121,10 @@ async def serving(
 
     `adapters` is the folder whose subfolders are served, `roots` may be registered from; `record` is configuration, and
     its `backend` (a dict) goes into every backend's entry. The configuration is read from `file`, if there is one.
+    Engines are not asked about their weights unless `weights_check` is given: tests count what engines have.
     """
     backend = record.pop("backend", {})
+    record = {"weights_check": "off"} | record
     free = {"address": "127.0.0.1:0"}
     config = {
         "backends": [place_of(engine, number) | backend for number, engine in enumerate(engines)],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -21,14 +20,6 @@ from sidecar.shell.logs import Fields, LogWriter, QueuedHandler, configure_loggi
 from sidecar.shell.request_log import RequestLog
 from sidecar.timelines.record import Record
 from tests.kit.corekit import MS, World
-
-
-@pytest.fixture(autouse=True)
-def _root_level() -> Iterator[None]:
-    """Give the root logger its level back."""
-    level = logging.getLogger().level
-    yield
-    logging.getLogger().setLevel(level)
 
 
 def logged(world: World) -> None:
