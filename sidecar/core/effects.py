@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import field
-
 from policies.record import record
 from sidecar.core.enums import Cache, Outcome
 from sidecar.core.facts import Layout, Packed
@@ -127,8 +125,8 @@ class Settle:
     """The promised longest wait; None if nothing was promised or the promise is void."""
     voided: str = ""
     """Why the promise became void."""
-    is_estimated: bool = field(default=False, metadata={"derived": True})
-    """`output_tokens` is an estimate, since the answer went past the sidecar. Not written: journals compare effects."""
+    is_estimated: bool = False
+    """`output_tokens` is an estimate, since the answer went past the sidecar."""
 
 
 @record(frozen=True, slots=True)

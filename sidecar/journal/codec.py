@@ -1,124 +1,116 @@
-"""Encode events, effects and the whole state as JSON values and decode them, by walking the dataclasses.
+"""The written form of events, effects and the whole state: JSON, as msgspec writes the core's own records.
 
-A dataclass becomes `{"!": name, field: value, …}`. Tuples, dicts, deques and id queues carry a tag of their own, so
-that decoding returns an equal value. Derived fields are left out; a policy writes its own snapshot. Insertion order is
-kept everywhere, so the same state always gives the same bytes. The names of classes and fields come from
-`written_names`, not from Python.
+A record is an object of its fields; an event or an effect begins with its name, under "!". The state is a copy, whose
+policies are what their `snapshot` returned. The same value always gives the same bytes: insertion order is kept.
+
+What is read is checked: each field must have its type. JSON has finite numbers only: an infinite one is written as
+null, which is refused when it is read.
+
+A field that is added, removed or renamed changes the format: raise `FORMAT` in `segments`, and write the samples again
+with `python -m tests.golden.make_journals`. A journal of another format is refused by its number.
 """
 
 from __future__ import annotations
 
-import json
 from collections import deque
-from collections.abc import Callable
-from dataclasses import fields
-from enum import Enum
-from typing import Any
+from typing import Any, get_args, get_origin
+
+import msgspec
 
 from policies.id_queue import IdQueue
+from policies.views import Eviction, Ordering, Prefetch, Routing
+from sidecar.core.config import CoreConfig
 from sidecar.core.core import Core, Policies
-from sidecar.journal.written_names import WRITTEN, Form, problems
+from sidecar.core.effects import Effect
+from sidecar.core.events import Event
+from sidecar.core.state import State
+from sidecar.journal.snapshot import PolicySnapshot
 
-Convert = Callable[[Any], Any]
-
-
-def encode(value: Any) -> Any:
-    """Return JSON values for a value of the core. Raises TypeError for anything else."""
-    try:
-        encoder = _ENCODERS[type(value)]
-    except KeyError:
-        raise TypeError(f"the core holds a {type(value).__name__}, which has no written form") from None
-    return encoder(value)
+POLICIES = (Eviction, Ordering, Routing, Prefetch)
+EVENTS: dict[str, type[Event]] = {event.__name__: event for event in get_args(Event)}
 
 
-def decode(value: Any) -> Any:
-    """Return the value that `encode` was given. Raises KeyError for a class that is not one of the core's."""
-    if isinstance(value, list):
-        return [decode(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    return _DECODERS[value["!"]](value)
+def dumps(value: Any) -> bytes:
+    """Return a value of the core as one line of JSON. Raises TypeError for anything that has no written form."""
+    return _ENCODER.encode(value)
 
 
-def encoder_of(cls: Any, form: Form) -> Convert:
-    """Return the encoder of a class's instances or of an enum's members. Raises TypeError if the form does not fit."""
-    if found := problems(cls, form):
-        raise TypeError("; ".join(found))
-    tag = form.name
-    if issubclass(cls, Enum):
-        members = form.names
-        return lambda member: {"!": tag, "=": members[member.name]}
-    policies = _policies_of(cls)
-    names = [(name, written, name in policies) for name, written in form.names.items()]
-
-    def encode_fields(value: Any) -> Any:
-        record = {"!": tag}
-        for name, written, is_policy in names:
-            held = getattr(value, name)
-            record[written] = held.snapshot() if is_policy else encode(held)
-        return record
-
-    return encode_fields
+def named(value: Event | Effect) -> bytes:
+    """Return an event or an effect as one line of JSON that begins with its name."""
+    fields = _ENCODER.encode(value)
+    return b'{"!":"%s"%s' % (type(value).__name__.encode(), b"," + fields[1:] if len(fields) > 2 else b"}")
 
 
-def decoder_of(cls: Any, form: Form) -> Convert:
-    """Return the decoder for what `encoder_of` encodes. It raises KeyError for a record that lacks a field."""
-    if issubclass(cls, Enum):
-        members = {written: cls[name] for name, written in form.names.items()}
-        return lambda record: members[record["="]]
-    policies = _policies_of(cls)
-    names = [(name, written, name in policies) for name, written in form.names.items()]
-    return lambda record: cls(
-        **{name: record[written] if is_policy else decode(record[written]) for name, written, is_policy in names}
-    )
+def listed(effects: Any) -> bytes:
+    """Return a step's effects as one line of JSON."""
+    return b"[%s]" % b",".join(map(named, effects))
 
 
-def _policies_of(cls: Any) -> set[str]:
-    return {each.name for each in fields(cls) if each.metadata.get("policy")}
+def event_of(written: Any) -> Event:
+    """Return an event from what `loads` returns of its line. Raises ValueError or KeyError for anything else."""
+    return msgspec.convert(written, EVENTS[written["!"]], str_keys=True, dec_hook=_decoded)
 
 
-_ENCODERS: dict[type, Convert] = {
-    **dict.fromkeys((int, float, str, bool, type(None)), lambda value: value),
-    list: lambda value: [encode(item) for item in value],
-    tuple: lambda value: {"!": "tuple", "=": [encode(item) for item in value]},
-    deque: lambda value: {"!": "deque", "=": [encode(item) for item in value], "maxlen": value.maxlen},
-    IdQueue: lambda value: {"!": "Line", "=": list(value)},
-    dict: lambda value: {"!": "dict", "=": [[encode(key), encode(held)] for key, held in value.items()]},
-    **{cls: encoder_of(cls, form) for cls, form in WRITTEN.items()},
-}
-_DECODERS: dict[str, Convert] = {
-    "tuple": lambda record: tuple(decode(item) for item in record["="]),
-    "deque": lambda record: deque((decode(item) for item in record["="]), maxlen=record["maxlen"]),
-    "Line": lambda record: IdQueue(record["="]),
-    "dict": lambda record: {decode(key): decode(held) for key, held in record["="]},
-    **{form.name: decoder_of(cls, form) for cls, form in WRITTEN.items()},
-}
-assert len(_DECODERS) == 4 + len(WRITTEN), "two classes have one written name"
+def config_of(written: Any) -> CoreConfig:
+    """Return a configuration of the core. Raises ValueError for anything else."""
+    return msgspec.convert(written, CoreConfig, str_keys=True, dec_hook=_decoded)
 
 
-def dumps(value: Any) -> str:
-    """Return a value as one line of JSON."""
-    return json.dumps(encode(value), separators=(",", ":"))
+def loads(line: bytes | str) -> Any:
+    """Return the JSON values of a line; of members with one name the last counts. Raises ValueError for no JSON."""
+    return msgspec.json.decode(line)
 
 
-def loads(line: str) -> Any:
-    return decode(json.loads(line))
-
-
-def restore(record: Any, policies: Policies) -> Core:
-    """Return a core in the state that `encode(core.state)` recorded."""
-    held = decode(record)
-    core = Core(held.config, policies)
-    held.store.policy = _restored(policies.eviction(), held.store.policy)
-    held.disk.policy = _restored(policies.disk_eviction(), held.disk.policy)
-    held.routing = _restored(policies.routing(), held.routing)
-    held.prefetch = _restored(policies.prefetch(), held.prefetch)
-    for backend in held.backends.values():
-        backend.ordering = _restored(policies.ordering(), backend.ordering)
-    core.state = held
+def restore(written: dict[str, Any], policies: Policies) -> Core:
+    """Return a core in a written state. Raises ValueError or KeyError for what is none."""
+    made = {
+        "routing": _restored(policies.routing(), written["routing"]),
+        "prefetch": _restored(policies.prefetch(), written["prefetch"]),
+    }
+    for name, policy in (("store", policies.eviction()), ("disk", policies.disk_eviction())):
+        made[name] = written[name] | {"policy": _restored(policy, written[name]["policy"])}
+    made["backends"] = {
+        key: backend | {"ordering": _restored(policies.ordering(), backend["ordering"])}
+        for key, backend in written["backends"].items()
+    }
+    state = msgspec.convert(written | made, State, str_keys=True, dec_hook=_decoded)
+    core = Core(state.config, policies)
+    core.state = state
     return core
 
 
 def _restored(policy: Any, snapshot: Any) -> Any:
     policy.restore(snapshot)
     return policy
+
+
+def _encoded(value: Any) -> Any:
+    """Return what is written of a value that msgspec does not know."""
+    if isinstance(value, IdQueue):
+        return list(value)
+    if isinstance(value, deque):
+        return {"maxlen": value.maxlen, "items": list(value)}
+    if isinstance(value, PolicySnapshot):
+        return value.held
+    raise TypeError(f"the core holds a {type(value).__name__}, which has no written form")
+
+
+def _decoded(kind: Any, written: Any) -> Any:
+    """Return a value of a kind that msgspec does not know."""
+    if kind is IdQueue:
+        return IdQueue(msgspec.convert(written, list[int]))
+    if get_origin(kind) is deque:
+        (item,) = get_args(kind)
+        items: Any = msgspec.convert(
+            written["items"],
+            list[item],  # type: ignore[valid-type]
+            str_keys=True,
+            dec_hook=_decoded,
+        )
+        return deque(items, maxlen=msgspec.convert(written["maxlen"], int | None))
+    if kind in POLICIES:
+        return written  # `restore` has made one of it
+    raise TypeError(f"no {kind} has a written form")
+
+
+_ENCODER = msgspec.json.Encoder(enc_hook=_encoded)

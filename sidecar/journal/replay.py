@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from sidecar.core.core import Core
 from sidecar.core.effects import Effect
 from sidecar.core.events import Event
@@ -21,7 +23,7 @@ from sidecar.errors import CRASHED_EXIT, Misused, Reason
 from sidecar.journal import checked, codec
 from sidecar.journal.archive import opened
 from sidecar.journal.raised import describe
-from sidecar.journal.segments import FORMAT, effects_digest, product_version, segment_paths
+from sidecar.journal.segments import FORMAT, LARGE, effects_digest, product_version, segment_paths
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Replayed:
     def line(self) -> str:
         """Return the effects as one line of JSON."""
         head = {"segment": self.segment, "step": self.step, "at_ns": self.at_ns}
-        return json.dumps({**head, "effects": codec.encode(list(self.effects))}, separators=(",", ":"))
+        return codec.dumps({**head, "effects": msgspec.Raw(codec.listed(self.effects))}).decode()
 
 
 @dataclass(frozen=True)
@@ -191,11 +193,8 @@ class SegmentFile:
         return header
 
     def _restored(self, allowed: Container[str]) -> Core:
-        state = {**self.header["state"]}
-        for name, items in self._large_fields().items():
-            state[name] = {"!": "dict", "=": items}
         try:
-            return checked.core_of(state, allowed)
+            return checked.core_of(self.header["state"], self._large_fields(), allowed)
         except Misused as error:
             raise Misused(error.reason, _cannot(self.path, error.message)) from error
         except ValueError as error:
@@ -206,7 +205,7 @@ class SegmentFile:
         for record in self._records():
             if "complete" in record:
                 return fields
-            if not isinstance(record.get("field"), str) or not isinstance(record.get("items"), list):
+            if record.get("field") not in LARGE or not isinstance(record.get("items"), list):
                 break
             fields.setdefault(record["field"], []).extend(record["items"])
         raise self._bad(f"its state is cut off at line {self._number}")
@@ -218,7 +217,7 @@ class SegmentFile:
                 self.cut_off = True
                 return
             try:
-                record = json.loads(line)
+                record = codec.loads(line)
             except (ValueError, RecursionError) as error:
                 raise self._bad(f"line {self._number} is not JSON") from error
             if not isinstance(record, dict):
@@ -352,7 +351,7 @@ def _verdict(summary: Summary) -> dict[str, Any]:
             "segment": different.segment,
             "step": different.step,
             "at_ns": different.at_ns,
-            "event": codec.encode(different.event),
+            "event": codec.loads(codec.named(different.event)),
             "expected": different.recorded,
             "actual": different.digest,
         },

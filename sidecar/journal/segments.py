@@ -9,7 +9,6 @@ can cut off only its last line.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import threading
@@ -29,11 +28,13 @@ from sidecar.journal import codec
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 PREFIX, SUFFIX, UNFINISHED = "segment-", ".jsonl", ".unfinished"
 FLUSH_S = 0.1
 WAKE_LINES = 256
 PIECE_BYTES = 1 << 16
+LARGE = ("versions", "requests")
+"""The fields of the state that are written in pieces."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def product_version() -> str:
 
 def effects_digest(effects: Iterable[Any]) -> str:
     """Return the digest of a step's effects that the step's line carries."""
-    return blake2b(codec.dumps(list(effects)).encode(), digest_size=8).hexdigest()
+    return blake2b(codec.listed(effects), digest_size=8).hexdigest()
 
 
 def segment_paths(directory: Path) -> list[Path]:
@@ -83,22 +84,22 @@ def header_lines(opening: Opening) -> Iterator[bytes]:
             "began": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "first_step": opening.first_step,
             "policies": {kind: getattr(config, kind) for kind in ("eviction", "ordering", "routing", "prefetch")},
-            "config": codec.encode(config),
-            "state": codec.encode(replace(state, versions={}, requests={})),
+            "config": config,
+            "state": replace(state, versions={}, requests={}),
         }
     )
-    yield from _field_lines("versions", state.versions)
-    yield from _field_lines("requests", state.requests)
+    for name in LARGE:
+        yield from _field_lines(name, getattr(state, name))
     yield _line({"complete": True})
 
 
 def _field_lines(name: str, held: dict[Any, Any]) -> Iterator[bytes]:
     """Yield the items of a dict of the state, as many per line as make a piece."""
-    pieces: list[str] = []
+    pieces: list[bytes] = []
     size_bytes = 0
     for item in held.items():
         time.sleep(0)  # let the event loop have the interpreter
-        piece = json.dumps([codec.encode(part) for part in item], separators=(",", ":"))
+        piece = codec.dumps(item)
         pieces.append(piece)
         size_bytes += len(piece)
         if size_bytes >= PIECE_BYTES:
@@ -108,12 +109,12 @@ def _field_lines(name: str, held: dict[Any, Any]) -> Iterator[bytes]:
         yield _field_line(name, pieces)
 
 
-def _field_line(name: str, pieces: list[str]) -> bytes:
-    return f'{{"field":"{name}","items":[{",".join(pieces)}]}}\n'.encode()
+def _field_line(name: str, pieces: list[bytes]) -> bytes:
+    return b'{"field":"%s","items":[%s]}\n' % (name.encode(), b",".join(pieces))
 
 
 def _line(record: dict[str, Any]) -> bytes:
-    return json.dumps(record, separators=(",", ":")).encode() + b"\n"
+    return codec.dumps(record) + b"\n"
 
 
 class SegmentWriter:

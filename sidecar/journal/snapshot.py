@@ -11,7 +11,7 @@ import gc
 import types
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
 from operator import attrgetter
@@ -25,14 +25,13 @@ Copier = Callable[[Any], Any]
 _ATOMS = (int, float, str, bool, type(None), None)
 
 
-@dataclass(frozen=True)
 class PolicySnapshot:
-    """Stands for a policy in a copied state: the result of its `snapshot()`."""
+    """Stands for a policy in a copied state, whose `snapshot()` was `held`. No dataclass, which would be a record."""
 
-    held: Any
+    __slots__ = ("held",)
 
-    def snapshot(self) -> Any:
-        return self.held
+    def __init__(self, held: Any) -> None:
+        self.held = held
 
 
 def snapshot_of(state: State) -> State:

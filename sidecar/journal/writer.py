@@ -11,12 +11,13 @@ after that, and no segment begins with a state that may be half changed.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from sidecar.core.core import Core
 from sidecar.core.effects import Effect
@@ -119,11 +120,11 @@ class Journal:
             step, part, what = self._steps + 1, "event", raised.event
         record = {"raised": describe(raised.error), "step": step, "at": raised.at_ns}
         try:
-            line = _line(record | {part: codec.encode(what)})
+            written = codec.dumps(what) if isinstance(what, str) else codec.named(what)
         except Exception:  # the event that raised may be one that cannot be encoded
             logger.exception("the exception that ends the sidecar cannot be journaled in full")
-            line = _line(record | {part: None})
-        self._writer.end(line)
+            written = b"null"
+        self._writer.end(codec.dumps(record | {part: msgspec.Raw(written)}) + b"\n")
 
     def _is_full(self) -> bool:
         header_bytes = self._writer.header_bytes
@@ -147,8 +148,5 @@ class Journal:
 
 
 def _step_line(event: Event, effects: Sequence[Effect], now_ns: int) -> bytes:
-    return _line({"at": now_ns, "event": codec.encode(event), "effects": effects_digest(effects)})
-
-
-def _line(record: dict[str, Any]) -> bytes:
-    return json.dumps(record, separators=(",", ":")).encode() + b"\n"
+    digest = effects_digest(effects).encode()
+    return b'{"at":%d,"event":%s,"effects":"%s"}\n' % (now_ns, codec.named(event), digest)

@@ -46,7 +46,7 @@ async def test_a_number_of_thousands_of_digits_can_be_written_down(tmp_path: Pat
         assert (await asking).status_code == 200
         (received,) = (each for each in recorder.events if isinstance(each, Received))
         assert received.output_tokens_max == COUNT_MAX
-        assert codec.decode(json.loads(json.dumps(codec.encode(received)))) == received
+        assert codec.event_of(codec.loads(codec.named(received))) == received
 
 
 async def test_answers_beyond_number_are_refused(tmp_path: Path) -> None:

@@ -1,33 +1,55 @@
-"""`python -m tests.golden.make_journals` writes a sample of each class of a journal, beside the format's number."""
+"""`python -m tests.golden.make_journals` writes a sample of what a journal holds, beside the format's number."""
 
 from __future__ import annotations
 
 import types
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from policies.id_queue import IdQueue
+from sidecar.core.config import CoreConfig
+from sidecar.core.effects import Effect
+from sidecar.core.events import Event
+from sidecar.core.state import State
 from sidecar.journal import codec
 from sidecar.journal.segments import FORMAT
 from sidecar.journal.snapshot import PolicySnapshot
-from sidecar.journal.written_names import WRITTEN
 
 SAMPLES = Path(__file__).parent / "journals" / "samples.jsonl"
-
-# Samples: one of each class, with a value in every field, and one of each member of an enum.
-
 
 WORDS = {"dtype": "bfloat16"}
 """Fields that do not take any word."""
 
 
-def samples() -> Iterator[Any]:
-    for cls in WRITTEN:
-        yield from cls if issubclass(cls, Enum) else [sample_of(cls, "")]
+def samples() -> Iterator[bytes]:
+    """Yield each event and effect, a configuration and a state, with a value in every field, and the enums' values."""
+    yield from (codec.named(sample_of(cls, "")) for cls in (*get_args(Event), *get_args(Effect)))
+    yield from (codec.dumps({cls.__name__: sample_of(cls, "")}) for cls in (CoreConfig, State))
+    enums = [cls for cls in held_in(Event, Effect, CoreConfig, State) if issubclass(cls, Enum)]
+    yield from (codec.dumps({cls.__name__: list(cls)}) for cls in sorted(enums, key=lambda cls: cls.__name__))
+
+
+def held_in(*roots: Any) -> set[type]:
+    """Return all dataclasses and enums that values of some types are made of, policies and derived fields aside."""
+    found: set[type] = set()
+    hints = list(roots)
+    while hints:
+        hint = hints.pop()
+        hints += get_args(hint)
+        assert (get_origin(hint) or hint) not in (set, frozenset), "a set has no order, so it has no one written form"
+        if not isinstance(hint, type) or hint in found:
+            continue
+        if is_dataclass(hint):
+            of = get_type_hints(hint)
+            hints += [of[each.name] for each in fields(hint) if not {"policy", "derived"} & {*each.metadata}]
+            found.add(hint)
+        elif issubclass(hint, Enum):
+            found.add(hint)
+    return found
 
 
 def sample_of(hint: Any, name: str) -> Any:
@@ -60,8 +82,8 @@ def sample_of(hint: Any, name: str) -> Any:
 
 
 def written() -> str:
-    """Return the file of samples: the format's number, then a line for each class and each member of an enum."""
-    return "".join(f"{line}\n" for line in (f'{{"journal":{FORMAT}}}', *map(codec.dumps, samples())))
+    """Return the file of samples: the format's number, then a line for each."""
+    return "".join(f"{line}\n" for line in (f'{{"journal":{FORMAT}}}', *(sample.decode() for sample in samples())))
 
 
 if __name__ == "__main__":

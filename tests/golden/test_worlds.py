@@ -18,8 +18,8 @@ from tests.golden.make_worlds import FOLDER
 def test_every_step_has_the_effects_that_were_recorded(path: Path) -> None:
     """Each in full, as a value; a policy that is given the same queues chooses the same."""
     first, *steps = (json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines())
-    config = codec.decode(first["config"])
+    config = codec.config_of(first["config"])
     core = Core(config, policies_of(config))
     for number, step in enumerate(steps, start=1):
-        effects = codec.encode(core.step(codec.decode(step["event"]), step["at"]))
+        effects = json.loads(codec.listed(core.step(codec.event_of(step["event"]), step["at"])))
         assert effects == step["effects"], f"step {number} of {first['world']}"

@@ -9,7 +9,9 @@ from sidecar.config.plugins import policies_of
 from sidecar.core import eligibility
 from sidecar.core.core import Core
 from sidecar.core.events import Event
-from sidecar.core.state import NEVER_NS
+from sidecar.core.state import NEVER_NS, State
+from sidecar.journal import codec
+from sidecar.journal.snapshot import snapshot_of
 from sidecar.journal.writer import Journal
 from tests.kit.corekit import World
 
@@ -52,3 +54,13 @@ def waits_of(world: World, events: Sequence[tuple[int, Event]]) -> Waits:
         }
         before_ns = now_ns
     return {request: {why: ns for why, ns in held.items() if ns} for request, held in waits.items()}
+
+
+def written_state(state: State) -> bytes:
+    """Return what a journal writes of a state of the core."""
+    return codec.dumps(snapshot_of(state))
+
+
+def restored(state: State) -> Core:
+    """Return a core in the state that a journal would have written."""
+    return codec.restore(codec.loads(written_state(state)), policies_of(state.config))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from random import Random
 
@@ -16,6 +15,7 @@ from sidecar.core.facts import EngineFacts
 from sidecar.journal import codec
 from tests.kit.cases import first
 from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, assert_idle, facts_of
+from tests.kit.journals import restored
 
 BACKENDS_MAX = 5
 
@@ -114,5 +114,7 @@ def test_changes_fail_no_request(seed: int, changes: int) -> None:
     middle = len(world.events) // 2
     for number, (at_ns, event) in enumerate(world.events):
         if number == middle:
-            replayed = codec.restore(json.loads(codec.dumps(replayed.state)), policies_of(replayed.state.config))
-        assert replayed.step(codec.loads(codec.dumps(event)), at_ns) == world.by_step[number], f"seed {seed}: {event}"
+            replayed = restored(replayed.state)
+        assert replayed.step(codec.event_of(codec.loads(codec.named(event))), at_ns) == world.by_step[number], (
+            f"seed {seed}: {event}"
+        )

@@ -21,7 +21,6 @@ from sidecar.cli import findings
 from sidecar.core import core, dispatching, effects, eligibility, enums, events, healing
 from sidecar.errors import Family, Reason
 from sidecar.fronts.openai import errors as openai_errors
-from sidecar.journal.written_names import WRITTEN
 from sidecar.kubernetes import standings
 from sidecar.lab.plan import record as plan_record
 from sidecar.lab.sim import records
@@ -49,10 +48,6 @@ class Closed(NamedTuple):
     what: str
 
 
-def written(module: Any) -> list[type]:
-    return [cls for cls in WRITTEN if cls.__module__ == module.__name__]
-
-
 NOT_IN_WORLDS = ("ShutdownBegun", "DiskHolds")
 """The first and the last that a process tells its core: what comes between is random."""
 OF_A_BACKEND = [cls for cls in get_args(events.Event) if "backend" in {each.name for each in fields(cls)}]
@@ -60,12 +55,10 @@ CORE = [
     Closed(events.Event, without(classes_in(events), events.OtherVersion), "the events of core/events.py"),
     Closed(events.Event, [events.BackendAdded, *core.HANDLERS], "HANDLERS of core/core.py"),
     Closed(OF_A_BACKEND, [events.BackendAdded, *core.OF_A_BACKEND], "OF_A_BACKEND of core/core.py"),
-    Closed(events.Event, without(written(events), events.OtherVersion), "WRITTEN of journal/written_names.py"),
     Closed(effects.Effect, classes_in(effects), "the effects of core/effects.py"),
     Closed(effects.Effect, [effects.WakeAt, *gateway._EFFECTS], "_EFFECTS of shell/gateway.py"),
     Closed(effects.Effect, cases_of(Product.carry_out), "the cases of lab/sim/product.py"),
     Closed(effects.Effect, cases_of(World._act), "the cases of tests/kit/corekit.py"),
-    Closed(effects.Effect, written(effects), "WRITTEN of journal/written_names.py"),
     Closed(Decision, cases_of(dispatching.pump), "the decisions in core/dispatching.py"),
     Closed(Hold, eligibility._HOLDS, "_HOLDS of core/eligibility.py"),
     Closed(enums.Why, enums.BECAUSE, "BECAUSE of core/enums.py"),
@@ -74,10 +67,6 @@ CORE = [
     Closed(enums.Fault, healing._TOKENLESS, "_TOKENLESS of core/healing.py"),
     Closed(enums.Fault, healing._LOADS, "_LOADS of core/healing.py"),
     Closed(enums.Outcome, records._COUNTED, "_COUNTED of lab/sim/records.py"),
-    *(
-        Closed(closed, WRITTEN[closed].names, f"{closed.__name__} of journal/written_names.py")
-        for closed in (enums.Fault, enums.Phase, enums.Cache, enums.Outcome, Reason)
-    ),
 ]
 OWNERSHIP = [
     Closed(ownership_events.Event, classes_in(ownership_events), "the events of ownership/events.py"),

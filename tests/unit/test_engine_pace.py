@@ -6,12 +6,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from sidecar.core.facts import EngineFacts
 from sidecar.core.pace import Pace
 from sidecar.errors import Misused, Reason
-from sidecar.journal.codec import decode, encode
+from sidecar.journal import codec
 from sidecar.pace.cost import A100_TABLE, LINEAR_TABLE, CostModel, StepBatch
 from sidecar.pace.engine_pace import pace_from_cost
 from sidecar.serve.pool import facts_of
@@ -88,4 +89,4 @@ def test_the_configuration_names_it() -> None:
 def test_the_pace_is_journaled() -> None:
     """It is part of the facts that the core is told of, so a replay makes the same promises."""
     facts = EngineFacts(pace=Pace(1.5, 2.5, 3.5, 4.5))
-    assert decode(json.loads(json.dumps(encode(facts)))) == facts
+    assert msgspec.json.decode(codec.dumps(facts), type=EngineFacts) == facts

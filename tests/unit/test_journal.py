@@ -21,6 +21,7 @@ from sidecar.journal.segments import segment_paths
 from sidecar.journal.snapshot import snapshot_of
 from sidecar.journal.writer import RETRY_NS, Journal
 from tests.kit.corekit import BLOB_BYTES, World
+from tests.kit.journals import written_state
 
 Script = list[tuple[int, ev.Event]]
 CONFIG = CoreConfig(store_bytes=4 * BLOB_BYTES)
@@ -181,9 +182,9 @@ def test_a_cut_off_last_line_is_noted(tmp_path: Path) -> None:
         (b'{"some":"record"}\n', "does not begin as a journal segment"),
         (
             b'{"journal":99,"version":"7.1"}\n',
-            "its format is 99 and this version reads 2; replay it with lora-sidecar 7",
+            "its format is 99 and this version reads 3; replay it with lora-sidecar 7",
         ),
-        (b'{"journal":2}\n', "its first line lacks first_step, config, state"),
+        (b'{"journal":3}\n', "its first line lacks first_step, config, state"),
     ],
 )
 def test_what_is_no_segment_is_refused(tmp_path: Path, content: bytes, problem: str) -> None:
@@ -229,7 +230,7 @@ def test_a_full_queue_begins_a_new_segment(tmp_path: Path) -> None:
     """Steps that find the queue full are left out and counted, and what follows is replayable again."""
     script = busy_script()
     core = Core(CONFIG, policies_of(CONFIG))
-    longest = max(len(codec.dumps(event)) for _, event in script)
+    longest = max(len(codec.named(event)) for _, event in script)
     journal = Journal(core, tmp_path, queued_bytes_max=longest)  # the longest event's line never fits
     journal.start()
     for pair in script:
@@ -284,7 +285,7 @@ def test_a_snapshot_is_the_state_and_stays_so() -> None:
     held = []
     for now_ns, event in busy_script(20):
         core.step(event, now_ns)
-        state = codec.dumps(core.state)
+        state = written_state(core.state)
         snapshot = snapshot_of(core.state)
         assert codec.dumps(snapshot) == state
         held.append((snapshot, state))

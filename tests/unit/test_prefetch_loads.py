@@ -6,7 +6,6 @@ The order here opens nothing while anything runs. Meanwhile seats and slots are 
 from __future__ import annotations
 
 import functools
-import json
 from typing import Any
 
 import pytest
@@ -23,9 +22,9 @@ from sidecar.core.prefetch_accounting import PrefetchCounts
 from sidecar.core.prefetching import LOADS_UNUSED_MAX, LOOK_EVERY, fits_unneeded_pages
 from sidecar.core.shadow import CacheShadow, EngineShadow
 from sidecar.core.state import Backend, Slot
-from sidecar.journal import codec
 from tests.kit.cases import first
 from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, facts_of
+from tests.kit.journals import restored, written_state
 from tests.properties import test_core_world
 from tests.properties.test_codec import lines_of, replay
 from tests.properties.test_core_world import run_world, stuck
@@ -325,9 +324,9 @@ def test_safe_under_faults_and_the_same_after_a_restore(seed: int, monkeypatch: 
     assert not world.unsettled(), f"seed {seed}: never ended: {world.unsettled()[:10]}"
     assert not stuck(world), f"seed {seed}: stuck until they expired: {stuck(world)[:10]}"
     half = len(world.events) // 2
-    core = codec.restore(json.loads(codec.dumps(begun(world, half))), policies_of(world.config))
+    core = restored(begun(world, half))
     assert replay(core, world, half) == [lines_of(made) for made in world.by_step[half:]]
-    assert codec.dumps(core.state) == codec.dumps(world.core.state)
+    assert written_state(core.state) == written_state(world.core.state)
 
 
 def begun(world: World, length: int) -> Any:

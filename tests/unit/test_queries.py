@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 
 from sidecar.core import events as ev
@@ -14,8 +12,8 @@ from sidecar.core.enums import Why
 from sidecar.core.facts import Adapter, Row
 from sidecar.core.troubles import Beyond
 from sidecar.errors import Reason
-from sidecar.journal.codec import encode
 from tests.kit.corekit import BASE_MODEL, BLOB_BYTES, MS, SECOND, World, adapter_of, facts_of, with_facts
+from tests.kit.journals import written_state
 
 
 def view(world: World, **options: object) -> waiting.QueueView:
@@ -574,9 +572,9 @@ def test_looking_changes_nothing() -> None:
     world = busy_world(5)
     world.register("sql")
     world.send("sql")
-    before = copy.deepcopy(encode(world.core.state))
+    before = written_state(world.core.state)
     view(world)
     waiting.reasons(world.core.state, world.now_ns)
     assert list(queries.adapter_views(world.core.state, world.now_ns))
     queries.backend_views(world.core.state, world.now_ns)
-    assert encode(world.core.state) == before
+    assert written_state(world.core.state) == before
