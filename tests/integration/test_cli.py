@@ -211,6 +211,15 @@ def test_config_check_says_that_nothing_would_be_served(tmp_path: Path, sidecar:
     assert ended.out.splitlines()[-1].startswith("# backends is empty: requests are refused until ")
 
 
+def test_config_check_says_which_folder_of_adapters_is_not_there(tmp_path: Path, sidecar: Callable[..., Ended]) -> None:
+    """It may be made later, so it is no error."""
+    file = tmp_path / "sidecar.yaml"
+    file.write_text(f"adapters: {{roots: ['{tmp_path}', '{tmp_path}/none']}}\n")
+    ended = sidecar("config", "check", str(file))
+    [note] = [line for line in ended.out.splitlines() if "adapters.roots" in line]
+    assert (ended.code, note.partition("; ")[0]) == (0, f"# adapters.roots: there is no folder {tmp_path}/none")
+
+
 def test_config_check_says_how_late_a_stall_is_noticed(tmp_path: Path, sidecar: Callable[..., Ended]) -> None:
     """Of a Triton whose metrics are at no usual place; of one on the usual port, or with their URL, it says nothing."""
     file = tmp_path / "sidecar.yaml"
@@ -249,6 +258,11 @@ def test_config_check_says_what_paces_rest_on(tmp_path: Path, sidecar: Callable[
             "replicas.tls.ca: there is no file /nowhere",
         ),
         ("- a list", "the top level must be keys"),
+        (
+            "backends: [{url: 'triton://a:1', base_model: {name: m, chat_template: nosuch.jinja}}]",
+            "chat template nosuch.jinja: no such file; relative paths count from the folder in which the process is "
+            "started",
+        ),
     ],
 )
 def test_config_check_says_what_is_wrong(text: str, words: str, tmp_path: Path, sidecar: Callable[..., Ended]) -> None:
