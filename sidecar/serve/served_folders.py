@@ -23,6 +23,7 @@ class ServedFolders:
     def __init__(self, wanted: Adapters, catalogue: Catalogue) -> None:
         self._wanted = wanted
         self._catalogue = catalogue
+        catalogue.is_configured = lambda name: any(path.name == name for path in self._paths)
         self._paths: list[Path] = []
         self.left: set[Path] = set()
         """Folders that could not be registered yet."""
