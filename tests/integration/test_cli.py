@@ -84,13 +84,17 @@ def test_exit_codes_are_documented(sidecar: Callable[..., Ended]) -> None:
         assert words in text
 
 
-@pytest.mark.parametrize("arguments", [("adaptors",), ("adapters", "show"), ("queue", "--limit", "0"), ("--nope",)])
+@pytest.mark.parametrize(
+    "arguments", [("adaptors",), ("adapters", "show"), ("adapters", "push"), ("queue", "--limit", "0"), ("--nope",)]
+)
 def test_wrong_usage_is_one_line_and_two(arguments: tuple[str, ...], sidecar: Callable[..., Ended]) -> None:
     """A wrong word ends with 2, one line that says where help is, and JSON when that was asked for."""
     ended = sidecar(*arguments)
     assert (ended.code, ended.out) == (2, "")
     assert re.fullmatch(r'error: .* \(see "sidecar.* --help"\)\n', ended.err)
     assert sidecar(*arguments, "--json").error()["reason"] == "MISUSED"
+    if "push" in arguments:
+        assert '"sidecar adapters register NAME FOLDER --push" does it' in ended.err
 
 
 def test_nobody_there(sidecar: Callable[..., Ended]) -> None:
@@ -176,6 +180,16 @@ def test_config_check_prints_what_would_be_served(
     assert (record["store"]["eviction"], record["store"]["fetches_max"]) == ("lfu", 7)
     assert record["listeners"]["data"]["address"] == "127.0.0.1:9000"
     assert sidecar("config", "check", str(file), "--json").json() == record
+
+
+def test_envoy_listens_at_an_ip_address(tmp_path: Path, sidecar: Callable[..., Ended]) -> None:
+    """Envoy takes no name there, and refuses such a bootstrap."""
+    file = tmp_path / "sidecar.yaml"
+    file.write_text("listeners: {endpoint_picker: {address: '127.0.0.1:9004'}}\n")
+    ended = sidecar("envoy", "config", str(file), "--host", "localhost")
+    assert (ended.code, ended.out) == (2, "")
+    assert "--host localhost: Envoy listens at an IP address only, as 127.0.0.1 or 0.0.0.0" in ended.err
+    assert sidecar("envoy", "config", str(file), "--host", "::1").code == 0
 
 
 @pytest.mark.parametrize(
@@ -375,6 +389,7 @@ def test_serve_from_start_to_end(tmp_path: Path, sidecar: Callable[..., Ended]) 
         (("--config", "/nowhere.yaml"), "/nowhere.yaml"),
         (("--admin", "0.0.0.0:0"), "token_file"),
         (("--backend", "triton://nowhere"), "triton://HOST:PORT"),
+        (("--data-directory", "/proc/x"), "the data directory /proc/x cannot be made: "),
         (("--adapters", "nope/adapters"), "--adapters: adapters.serve: nope/adapters is not a folder"),
     ],
 )
