@@ -12,7 +12,7 @@ import grpc
 from google.protobuf.message import Message
 
 from sidecar.cli import credentials
-from sidecar.cli.endpoint import Endpoint
+from sidecar.cli.endpoint import ADMIN_DEFAULT, SERVER_DEFAULT, Endpoint
 from sidecar.cli.exits import CommandError, Exit, harmless
 from sidecar.errors import Reason
 from sidecar.proto import admin_pb2_grpc, gateway_pb2_grpc
@@ -164,11 +164,11 @@ def call_failed(error: Any, endpoint: Endpoint) -> CommandError:
         return CommandError(said, code, info.reason, code=error.code().name, **details)
     code, said = error.code(), error.details() or ""
     where = f"the {endpoint.listener} listener of a sidecar at {endpoint.address}"
-    # gRPC's words for a server that speaks HTTP/1.1.
-    if code is grpc.StatusCode.UNIMPLEMENTED or "Failed parsing HTTP/2" in said:
+    if code is grpc.StatusCode.UNIMPLEMENTED or "Failed parsing HTTP/2" in said:  # it speaks HTTP/1.1
+        usual = ADMIN_DEFAULT if endpoint.listener == "admin" else SERVER_DEFAULT
         return CommandError(
             f"{endpoint.address} is not the {endpoint.listener} listener of a sidecar, which is usually "
-            f"{endpoint.usual}; name it with {endpoint.option}",
+            f"{usual}; name it with {endpoint.option}",
             Exit.UNREACHABLE,
             code=code.name,
         )

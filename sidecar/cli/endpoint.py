@@ -42,11 +42,6 @@ class Endpoint:
             raise CommandError(f"{self.option} names no address: give HOST:PORT or unix:PATH", Exit.MISUSED)
 
     @property
-    def usual(self) -> str:
-        """Where the listener usually is."""
-        return ADMIN_DEFAULT if self.listener == "admin" else SERVER_DEFAULT
-
-    @property
     def speaks_tls(self) -> bool:
         return self.ca is not None or self.certificate is not None
 

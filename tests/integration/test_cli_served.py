@@ -376,12 +376,8 @@ async def test_the_wrong_listener(served: Served) -> None:
 
 async def test_a_listener_for_http(sidecar: Callable[..., Ended]) -> None:
     """Which speaks no gRPC."""
-
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
-        writer.close()
-
-    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+    answer = b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+    async with await asyncio.start_server(lambda _, to: (to.write(answer), to.close()), "127.0.0.1", 0) as server:
         host, port = server.sockets[0].getsockname()
         ended = await asyncio.to_thread(sidecar, "generate", "sql", "hi", "--server", f"{host}:{port}")
     assert (ended.code, f"{host}:{port} is not the data listener of a sidecar, which is " in ended.err) == (4, True)
