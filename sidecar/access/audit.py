@@ -1,7 +1,7 @@
 """The audit: who changed what, and who was denied what. Never a prompt, a token or a secret.
 
 A change is one line, written before its answer goes out. A denial is written at once when it is the first of its kind
-(the same caller, action, resource and reason); its repetitions are counted and become one line per `aggregate_s`.
+(the same caller, verb, action, resource and reason); its repetitions are counted and become one line per `aggregate_s`.
 Serving never waits for the audit, except an operator's change for at most `WRITE_S`.
 """
 
@@ -167,7 +167,8 @@ class Audit:
         """
         who = _who(principal, proof, peer)
         cause = _NUMBER.sub("#", _text(why))  # "has 12,345 tokens left" is one cause, whatever the number
-        what: tuple[Any, ...] = (action, resource.sort, _text(resource.name), resource.ordinal, cause, observed)
+        about = (resource.sort, _text(resource.name), resource.ordinal)
+        what: tuple[Any, ...] = (_text(verb), action, *about, cause, observed)
         now = self._clock()
         with self._lock:
             known = self._repeated.get((who, what))
@@ -185,7 +186,7 @@ class Audit:
                 return
             line = {
                 **_said("denial", now, principal, proof, peer, action, resource),
-                "verb": verb,
+                "verb": _text(verb),
                 "result": "observed" if observed else "denied",
                 "why": _text(why),
                 "request_id": _text(request_id),

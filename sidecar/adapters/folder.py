@@ -50,7 +50,10 @@ class Folder:
                 adapter, f"{shown(str(path), 200)} is not a folder; give the folder of the adapter"
             ) from error
         except (OSError, ValueError) as error:
-            raise NoAdapter(adapter, f"the folder {shown(str(path), 200)} cannot be read; check the path") from error
+            why = "no such folder" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", "no path")
+            raise NoAdapter(
+                adapter, f"the folder {shown(str(path), 200)} cannot be read ({why}); check the path"
+            ) from error
         self._close = weakref.finalize(self, os.close, self._descriptor)
 
     def close(self) -> None:

@@ -47,6 +47,8 @@ def check_config(
     from sidecar.access import configured
     from sidecar.access.deciding import policy_of
     from sidecar.backends.registry import entries_of, full_record
+    from sidecar.serve.listening import chat_templates
+    from sidecar.serve.served_folders import missing_roots
     from sidecar.serve.telemetry import check_extra
 
     config = resolve(file)
@@ -54,9 +56,11 @@ def check_config(
     check_extra(config.otlp)
     entries = entries_of(config)
     _check_files(config, entries)
+    chat_templates(entries)
     _check_addresses(entries)
     lacking = [] if entries else [NO_BACKENDS]
-    notes = [*lacking, *configured.check(config), *_paces(entries), *_undeclared(entries)]
+    notes = [*lacking, *missing_roots(config.adapters), *configured.check(config)]
+    notes += [*_paces(entries), *_undeclared(entries)]
     if connect:
         from sidecar.cli.probing import check_all
 

@@ -12,7 +12,7 @@ import grpc
 from google.protobuf.message import Message
 
 from sidecar.cli import credentials
-from sidecar.cli.endpoint import Endpoint
+from sidecar.cli.endpoint import ADMIN_DEFAULT, SERVER_DEFAULT, Endpoint
 from sidecar.cli.exits import CommandError, Exit, harmless
 from sidecar.errors import Reason
 from sidecar.proto import admin_pb2_grpc, gateway_pb2_grpc
@@ -116,11 +116,7 @@ def _metadata(endpoint: Endpoint, secret: str | None) -> tuple[tuple[str, str], 
 
 
 def _token_in(file: Path) -> str:
-    token = _read(file)
-    lines = (token or b"").decode(errors="replace").split()
-    if not lines:
-        raise CommandError(f"{file}: the token file is empty", Exit.MISUSED, Reason.CONFIG_INVALID.value)
-    return lines[0]
+    return credentials.secret_in((_read(file) or b"").decode(errors="replace"), str(file))
 
 
 def _is_local(address: str) -> bool:
@@ -168,17 +164,19 @@ def call_failed(error: Any, endpoint: Endpoint) -> CommandError:
         return CommandError(said, code, info.reason, code=error.code().name, **details)
     code, said = error.code(), error.details() or ""
     where = f"the {endpoint.listener} listener of a sidecar at {endpoint.address}"
+    if code is grpc.StatusCode.UNIMPLEMENTED or "Failed parsing HTTP/2" in said:  # it speaks HTTP/1.1
+        usual = ADMIN_DEFAULT if endpoint.listener == "admin" else SERVER_DEFAULT
+        return CommandError(
+            f"{endpoint.address} is not the {endpoint.listener} listener of a sidecar, which is usually "
+            f"{usual}; name it with {endpoint.option}",
+            Exit.UNREACHABLE,
+            code=code.name,
+        )
     if code is grpc.StatusCode.UNAVAILABLE:
         cause = said.rpartition(": ")[2].removesuffix("]")  # of a list in which gRPC has it
         return CommandError(f"cannot reach {where} {_why_unreached(cause, endpoint)}", Exit.UNREACHABLE, code=code.name)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return CommandError(f"{where} did not answer in time", Exit.UNREACHABLE, code=code.name)
-    if code is grpc.StatusCode.UNIMPLEMENTED:
-        return CommandError(
-            f"the server at {endpoint.address} is not {where}; {endpoint.option} names another address",
-            Exit.UNREACHABLE,
-            code=code.name,
-        )
     return CommandError(said or code.name, Exit.FAILED, code=code.name)
 
 

@@ -321,6 +321,10 @@ may say it better, as `metavar`.
 """
 
 
+MEANT = {"adapters push": "sidecar adapters register NAME FOLDER --push"}
+"""What to type in place of commands that there are not, and that people look for."""
+
+
 class Group(TyperGroup):
     """A group of commands that are imported one by one; `words` is the group's path, empty for the root.
 
@@ -344,6 +348,11 @@ class Group(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         found = self.commands.get(cmd_name)
         return found if found is None or isinstance(found, Group) else imported(self._below + cmd_name)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if (meant := MEANT.get(self._below + args[0])) is not None:
+            ctx.fail(f'No such command {args[0]!r}. "{meant}" does it')
+        return super().resolve_command(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         self._outline().format_help(ctx, formatter)

@@ -36,6 +36,14 @@ def credentials_file() -> Path:
     return (home if home.is_absolute() else Path("~/.config").expanduser()) / "lora-sidecar" / "credentials.json"
 
 
+def secret_in(text: str, where: str) -> str:
+    """Return the first line of a text. Raises CommandError, which never contains it, if it is no key or token."""
+    secret = text.strip().partition("\n")[0].strip()
+    if not secret or not (secret.isascii() and secret.isprintable()) or " " in secret:
+        raise CommandError(f"{where} has no key or token on its first line", Exit.MISUSED)
+    return secret
+
+
 def secret_for(address: str) -> str | None:
     """Return the secret to send to an address, a renewed one if it is a token that ends; None without a login.
 

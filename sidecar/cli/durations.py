@@ -14,9 +14,8 @@ def seconds_in(text: str, option: str) -> float:
     """Return the seconds of a duration. Raises CommandError, which names the option, for any other text."""
     parts = _PART.findall(text)
     if not parts or "".join(number + unit for number, unit in parts) != text:
-        raise CommandError(
-            f'{option} wants a duration such as 30s, 10m, 1h30m or 90d, and "{text}" is none', Exit.MISUSED
-        )
+        problem = f"{text} has no unit" if text.isdecimal() else f'"{text}" is none'
+        raise CommandError(f"{option} wants a duration such as 30s, 10m, 1h30m or 90d, and {problem}", Exit.MISUSED)
     return sum(float(number) * _UNITS_S[unit] for number, unit in parts)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated
 
@@ -66,6 +67,13 @@ def print_config(
     """
     from sidecar.fronts.extproc.bootstrap import bootstrap
 
+    try:
+        ip_address(host)
+    except ValueError as error:
+        message = (
+            f"--host {host}: Envoy listens at an IP address only, as 127.0.0.1 or 0.0.0.0; it looks up no name there"
+        )
+        raise CommandError(message, Exit.MISUSED) from error
     listeners = resolve(file).listeners
     listener = listeners.endpoint_picker
     if listener.address is None:

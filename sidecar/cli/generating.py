@@ -107,8 +107,8 @@ def generate(
         fields["request_id"] = request_id
         _compare(asked, compare.split(","), _read_prompts(adapter, prompts), fields, as_json)
         return
-    if adapter is None:
-        raise CommandError("name an adapter, or versions with --compare", Exit.MISUSED)
+    if not adapter:
+        raise CommandError('name an adapter, "base" for none, or versions with --compare', Exit.MISUSED)
     request = pb.GenerateRequest(
         adapter=adapter,
         max_tokens=max_tokens,

@@ -67,10 +67,7 @@ def _secret(key_file: Path | None) -> str:
     """Return the first line of the file, or of stdin. Raises CommandError, which never contains it."""
     where = "stdin" if key_file is None else str(key_file)
     text = sys.stdin.readline() if key_file is None else key_file.read_text(errors="replace")
-    secret = text.strip().partition("\n")[0].strip()
-    if not secret or not (secret.isascii() and secret.isprintable()) or " " in secret:
-        raise CommandError(f"{where} has no key or token on its first line", Exit.MISUSED)
-    return secret
+    return credentials.secret_in(text, where)
 
 
 @admin_command

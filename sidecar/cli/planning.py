@@ -145,7 +145,8 @@ def _check(
         check_plot(plot)
     planned = engine or "trtllm"
     if emit in {each.pasted for each in PLANNED.values()} and emit != PLANNED[planned].pasted:
-        raise Misused(Reason.CONFIG_INVALID, f"--emit {emit} is nothing that {planned} reads; take helm or --engine")
+        own = PLANNED[planned].pasted
+        raise Misused(Reason.CONFIG_INVALID, f"--emit {emit} is nothing that {planned} reads; take helm or {own}")
 
 
 def _search(

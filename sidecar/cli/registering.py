@@ -82,6 +82,10 @@ def _adapter_files(folder: Path) -> list[Path]:
     """Return the files of a folder that make an adapter. Raises CommandError for one that is missing."""
     from sidecar.adapters.origins.files import INDEX_FILE_NAME, WEIGHTS_FILE_NAME, files_of
 
+    if not folder.is_dir():
+        problem = "is not a folder" if folder.exists() else "cannot be sent: there is no such folder"
+        message = f"{folder} {problem}; give the folder of a PEFT adapter"
+        raise CommandError(message, Exit.FAILED, Reason.ORIGIN_UNREADABLE.value)
     paths = files_of(folder)
     for path in paths:
         if not path.is_file():

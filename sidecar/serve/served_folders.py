@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sidecar.config.adapters import Adapters
@@ -21,9 +21,9 @@ class ServedFolders:
     """Registers the adapters of the folder, and restores their names when an override has run out."""
 
     def __init__(self, wanted: Adapters, catalogue: Catalogue) -> None:
-        self._folder = wanted.serve
-        self._allow = wanted.allow
+        self._wanted = wanted
         self._catalogue = catalogue
+        catalogue.is_configured = lambda name: any(path.name == name for path in self._paths)
         self._paths: list[Path] = []
         self.left: set[Path] = set()
         """Folders that could not be registered yet."""
@@ -31,7 +31,9 @@ class ServedFolders:
 
     async def start(self) -> None:
         """Register all; a failure that may pass is tried again. Raises Misused if the folder does not exist."""
-        self._paths = adapters_in(self._folder)
+        for note in missing_roots(self._wanted):
+            logger.warning("%s", note)
+        self._paths = adapters_in(self._wanted.serve)
         await asyncio.gather(*(self._register(path) for path in self._paths))
         self._task = asyncio.create_task(self._reconcile())
 
@@ -40,9 +42,9 @@ class ServedFolders:
 
         Names that only the former folder has stay, as after a restart with a data directory.
         """
-        is_other = (wanted.serve, wanted.allow) != (self._folder, self._allow)
+        is_other = (wanted.serve, wanted.allow) != (self._wanted.serve, self._wanted.allow)
         former = () if is_other else self._paths
-        self._folder, self._allow, self._paths = wanted.serve, wanted.allow, list(paths)
+        self._wanted, self._paths = wanted, list(paths)
         self.left &= {*paths}
         registering = (self._register(path) for path in paths if path not in former)
         for failure in await asyncio.gather(*registering, return_exceptions=True):
@@ -60,7 +62,7 @@ class ServedFolders:
         """
         self.left.discard(path)
         try:
-            allow = self._allow.get(path.name, ())
+            allow = self._wanted.allow.get(path.name, ())
             await self._catalogue.register(path.name, str(path), Wanted(allow, managed_by="config"))
         except Invalid as error:
             logger.error("not served: %s", error.message)
@@ -87,6 +89,13 @@ class ServedFolders:
 def roots_of(adapters: Adapters) -> list[Path]:
     """Return the folders from which adapters may be registered."""
     return [Path(root).expanduser() for root in (*adapters.roots, *([adapters.serve] if adapters.serve else []))]
+
+
+def missing_roots(adapters: Adapters) -> Iterator[str]:
+    """Yield a line for each configured root that is not there. It may be made later."""
+    for root in adapters.roots:
+        if not Path(root).expanduser().is_dir():
+            yield f"adapters.roots: there is no folder {root}; no adapter can be registered from it until there is one"
 
 
 def adapters_in(serve: str | None) -> list[Path]:

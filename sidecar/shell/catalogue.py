@@ -25,7 +25,7 @@ from sidecar.core.operators import gone_from, places_of
 from sidecar.core.state import State, Version
 from sidecar.errors import Invalid, Reason, Refused
 from sidecar.shell.fit import check_fit
-from sidecar.shell.managing import CONFIRM, check_pin, check_unregister, taken_over
+from sidecar.shell.managing import BY_HAND, CONFIG, CONFIRM, check_pin, check_unregister, taken_over
 from sidecar.shell.managing import Wanted as Wanted
 from sidecar.shell.sources import Arrival, Sources
 from sidecar.state import records
@@ -73,6 +73,8 @@ class Catalogue:
         self.bases = bases
         self.reconciled = ""
         """Prefix of the owners whose declarations are being followed (`managing.CLUSTER`); "" if none are."""
+        self.is_configured: Callable[[str], bool] = lambda name: True
+        """Says whether the configuration in force has a name that the configuration brought."""
         self._forgotten_until: dict[str, float] = {}
         self._harmful: dict[str, Record] = {}
         """Records that the core is not given, because it would fail on them."""
@@ -172,7 +174,7 @@ class Catalogue:
         def grown(before: Record | None) -> Record:
             nonlocal withdrawn
             withdrawn = frozenset() if before is None else before.withdrawn
-            mine = None if before is None else taken_over(before, wanted, time())
+            mine = None if before is None else self._taken_over(before, wanted)
             record, _ = records.added(
                 mine, name, adapter, arrival.origin, now=time(), labels=wanted.labels, stage=wanted.stage
             )
@@ -212,7 +214,7 @@ class Catalogue:
         """Point a name at one of its versions ("v8", or the start of a digest), or give that a share in percent."""
 
         def promoted(record: Record) -> Record:
-            mine = taken_over(record, Wanted(hold_s=hold_s), time())
+            mine = self._taken_over(record, Wanted(hold_s=hold_s))
             return records.promoted(mine, self._ordinal(mine, selector), percent)
 
         return await self._change(name, promoted)
@@ -224,14 +226,14 @@ class Catalogue:
         """
 
         def rolled_back(record: Record) -> Record:
-            mine = taken_over(record, Wanted(hold_s=hold_s), time())
+            mine = self._taken_over(record, Wanted(hold_s=hold_s))
             return records.rolled_back(mine, self._ordinal(mine, selector) if selector else None)
 
         return await self._change(name, rolled_back, attempts_max=1)
 
     async def change_declared(self, name: str, owner: str, changed: Callable[[Record], Record]) -> Record:
         """Change a name on behalf of its owner or one in the same namespace. Raises Invalid while it is held."""
-        return await self._change(name, lambda record: changed(taken_over(record, Wanted(managed_by=owner), time())))
+        return await self._change(name, lambda record: changed(self._taken_over(record, Wanted(managed_by=owner))))
 
     async def refresh(self, name: str, selector: str = "") -> Record:
         """Make every engine take a fresh copy of a version, by default the current one."""
@@ -272,7 +274,7 @@ class Catalogue:
             record = self.known(name)
             CONFIRM.get()()
             check_unregister(record, wanted, self.reconciled)
-            held = taken_over(record, wanted, time())
+            held = self._taken_over(record, wanted)
             await self.registry.delete(name, record)
             return held
 
@@ -304,6 +306,12 @@ class Catalogue:
                 adapter=name,
             )
         self._step(ev.ReleaseAsked(name))
+
+    def _taken_over(self, record: Record, wanted: Wanted) -> Record:
+        """As `taken_over`; a name that is no longer configured is as one registered by hand: nothing sets it back."""
+        if record.managed_by == CONFIG and not self.is_configured(record.name):
+            record = replace(record, managed_by=BY_HAND[0])
+        return taken_over(record, wanted, time())
 
     async def _change(self, name: str, changed: Callable[[Record], Record], attempts_max: int = ATTEMPTS_MAX) -> Record:
         """Change an existing name. Raises Refused(UNKNOWN_ADAPTER)."""

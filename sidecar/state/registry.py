@@ -248,9 +248,14 @@ def token_too_old(number: int, first: int, last: int) -> Refused:
 def lock_data_directory(directory: Path) -> IO[str]:
     """Lock the directory for this process; the lock lasts while the returned file is open.
 
-    Raises Misused: DATA_DIRECTORY_IN_USE with the holder's pid, STATE_INCOMPATIBLE if it has another format.
+    Raises Misused: DATA_DIRECTORY_IN_USE with the holder's pid, STATE_INCOMPATIBLE if it has another format,
+    CONFIG_INVALID if it cannot be made.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"the data directory {directory} cannot be made: {error.strerror}; name another, or make it"
+        raise Misused(Reason.CONFIG_INVALID, message) from error
     path = directory / LOCK_FILE
     file = path.open("a+")
     try:

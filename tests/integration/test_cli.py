@@ -84,13 +84,17 @@ def test_exit_codes_are_documented(sidecar: Callable[..., Ended]) -> None:
         assert words in text
 
 
-@pytest.mark.parametrize("arguments", [("adaptors",), ("adapters", "show"), ("queue", "--limit", "0"), ("--nope",)])
+@pytest.mark.parametrize(
+    "arguments", [("adaptors",), ("adapters", "show"), ("adapters", "push"), ("queue", "--limit", "0"), ("--nope",)]
+)
 def test_wrong_usage_is_one_line_and_two(arguments: tuple[str, ...], sidecar: Callable[..., Ended]) -> None:
     """A wrong word ends with 2, one line that says where help is, and JSON when that was asked for."""
     ended = sidecar(*arguments)
     assert (ended.code, ended.out) == (2, "")
     assert re.fullmatch(r'error: .* \(see "sidecar.* --help"\)\n', ended.err)
     assert sidecar(*arguments, "--json").error()["reason"] == "MISUSED"
+    if "push" in arguments:
+        assert '"sidecar adapters register NAME FOLDER --push" does it' in ended.err
 
 
 def test_nobody_there(sidecar: Callable[..., Ended]) -> None:
@@ -178,6 +182,16 @@ def test_config_check_prints_what_would_be_served(
     assert sidecar("config", "check", str(file), "--json").json() == record
 
 
+def test_envoy_listens_at_an_ip_address(tmp_path: Path, sidecar: Callable[..., Ended]) -> None:
+    """Envoy takes no name there, and refuses such a bootstrap."""
+    file = tmp_path / "sidecar.yaml"
+    file.write_text("listeners: {endpoint_picker: {address: '127.0.0.1:9004'}}\n")
+    ended = sidecar("envoy", "config", str(file), "--host", "localhost")
+    assert (ended.code, ended.out) == (2, "")
+    assert "--host localhost: Envoy listens at an IP address only, as 127.0.0.1 or 0.0.0.0" in ended.err
+    assert sidecar("envoy", "config", str(file), "--host", "::1").code == 0
+
+
 @pytest.mark.parametrize(
     ("data", "picker", "places"),
     [
@@ -205,10 +219,11 @@ def test_envoy_is_given_data_listeners_that_it_can_reach(
 def test_config_check_says_that_nothing_would_be_served(tmp_path: Path, sidecar: Callable[..., Ended]) -> None:
     """As a comment: a sidecar without an engine may start, and one that runs does not take it."""
     file = tmp_path / "sidecar.yaml"
-    file.write_text("backends: []\n")
+    file.write_text(f"{{backends: [], adapters: {{roots: ['{tmp_path}', /nowhere]}}}}\n")
     ended = sidecar("config", "check", str(file))
     assert ended.code == 0
-    assert ended.out.splitlines()[-1].startswith("# backends is empty: requests are refused until ")
+    assert ended.out.splitlines()[-2].startswith("# backends is empty: requests are refused until ")
+    assert ended.out.splitlines()[-1].startswith("# adapters.roots: there is no folder /nowhere; ")
 
 
 def test_config_check_says_how_late_a_stall_is_noticed(tmp_path: Path, sidecar: Callable[..., Ended]) -> None:
@@ -249,6 +264,11 @@ def test_config_check_says_what_paces_rest_on(tmp_path: Path, sidecar: Callable[
             "replicas.tls.ca: there is no file /nowhere",
         ),
         ("- a list", "the top level must be keys"),
+        (
+            "backends: [{url: 'triton://a:1', base_model: {name: m, chat_template: nosuch.jinja}}]",
+            "chat template nosuch.jinja: no such file; relative paths count from the folder in which the process is "
+            "started",
+        ),
     ],
 )
 def test_config_check_says_what_is_wrong(text: str, words: str, tmp_path: Path, sidecar: Callable[..., Ended]) -> None:
@@ -361,6 +381,7 @@ def test_serve_from_start_to_end(tmp_path: Path, sidecar: Callable[..., Ended]) 
         (("--config", "/nowhere.yaml"), "/nowhere.yaml"),
         (("--admin", "0.0.0.0:0"), "token_file"),
         (("--backend", "triton://nowhere"), "triton://HOST:PORT"),
+        (("--data-directory", "/proc/x"), "the data directory /proc/x cannot be made: "),
         (("--adapters", "nope/adapters"), "--adapters: adapters.serve: nope/adapters is not a folder"),
     ],
 )

@@ -57,6 +57,12 @@ async def test_a_limits_life_from_the_command_line(tmp_path: Path) -> None:
     ):
         code, _, error = await sidecar(served, "limits", "set", "", "--requests-per-day", "3")
         assert (code, "the tenant is empty; leave it out" in error) == (2, True), error
+        for adapter, warns in (("nosuch", True), ("*", False), ("base", False)):
+            _, _, error = await sidecar(
+                served, "limits", "set", "acme", "--adapter", adapter, "--concurrent", "9", "--tokens", "input"
+            )
+            assert ("warning: no adapter is called nosuch; the limit waits for one" in error) == warns, error
+            await sidecar(served, "limits", "remove", "acme", "--adapter", adapter, "--tokens", "input")
         key, other = await key_of(served, "acme"), await key_of(served, "zeta")
         code, out, error = await sidecar(served, "limits", "set", "acme", "--requests-per-day", "3")
         assert (code, out) == (0, "tenant acme: requests_per_day 3, tokens_per_day 50,000\n"), (

@@ -298,7 +298,10 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("--p99-wait", "5", "--workload", "base"), "base requests no adapter"),
     (("--p99-wait", "5", "--engine", "sglang"), 'there is no "sglang"; there are trtllm, vllm'),
     (("--p99-wait", "5", "--emit", "yaml"), 'there is no "yaml"; there are helm, pbtxt, vllm'),
-    (("--p99-wait", "5", "--engine", "vllm", "--emit", "pbtxt"), "--emit pbtxt is nothing that vllm reads"),
+    (
+        ("--p99-wait", "5", "--engine", "vllm", "--emit", "pbtxt"),
+        "--emit pbtxt is nothing that vllm reads; take helm or vllm",
+    ),
     (("--p99-wait", "5", "--engine", "trtllm_pytorch", "--emit", "pbtxt"), "is nothing that trtllm_pytorch reads"),
     (("--p99-wait", "5", "--emit", "vllm"), "--emit vllm is nothing that trtllm reads"),
     pytest.param(

@@ -340,6 +340,9 @@ async def test_generate_when_it_cannot(served: Served, tmp_path: Path) -> None:
     # Whether it was still being packed for, or running already, is a matter of how busy the machine is.
     assert late.error()["reason"] in ("EXPIRED", "DEADLINE_EXCEEDED")
     assert (await served.cli("generate", "slow")).code == 2
+    assert (await served.cli("generate", "", "hi")).err == (
+        'error: name an adapter, "base" for none, or versions with --compare\n'
+    )
     assert (await served.cli("generate", "slow", "--tokens", "1,x")).code == 2
 
 
@@ -351,6 +354,10 @@ async def test_a_token_file(tmp_path: Path, sidecar: Callable[..., Ended]) -> No
         assert (await served.cli("adapters", "list", "--token-file", str(file))).code == 0
         assert (await served.cli("adapters", "list", "--json")).error()["reason"] == "UNAUTHENTICATED"
         assert (await served.cli("adapters", "list", "--token-file", str(tmp_path / "no"))).code == 2
+        for text in ("", "no key\n", "ключ\n"):
+            file.write_text(text)
+            ended = await served.cli("adapters", "list", "--token-file", str(file))
+            assert (ended.code, f"{file} has no key or token on its first line" in ended.err) == (2, True)
 
 
 async def test_the_wrong_listener(served: Served) -> None:
@@ -361,7 +368,19 @@ async def test_the_wrong_listener(served: Served) -> None:
     ended = await asyncio.to_thread(served.command, "adapters", "list", "--admin", f"127.0.0.1:{port}")
     await server.stop(None)
     assert ended.code == 4
-    assert "is not the admin listener" in ended.err
+    assert ended.err == (
+        f"error: 127.0.0.1:{port} is not the admin listener of a sidecar, which is usually 127.0.0.1:9001; "
+        "name it with --admin\n"
+    )
+
+
+async def test_a_listener_for_http(sidecar: Callable[..., Ended]) -> None:
+    """Which speaks no gRPC."""
+    answer = b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+    async with await asyncio.start_server(lambda _, to: (to.write(answer), to.close()), "127.0.0.1", 0) as server:
+        host, port = server.sockets[0].getsockname()
+        ended = await asyncio.to_thread(sidecar, "generate", "sql", "hi", "--server", f"{host}:{port}")
+    assert (ended.code, f"{host}:{port} is not the data listener of a sidecar, which is " in ended.err) == (4, True)
 
 
 def test_a_sentence_for_each_cache() -> None:

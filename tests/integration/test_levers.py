@@ -226,6 +226,8 @@ async def test_a_pause_that_makes_no_sense(client: Client) -> None:
         2,
         'error: --for wants a duration such as 30s, 10m, 1h30m or 90d, and "soon" is none\n',
     )
+    wrong = await client.served.cli("adapters", "pause", "slow", "--for", "30")
+    assert wrong.err.endswith(" or 90d, and 30 has no unit\n")
     async with grpc.aio.insecure_channel(client.served.address) as channel:
         adapters = admin_pb2_grpc.AdaptersStub(channel)  # type: ignore[no-untyped-call]
         for seconds in (-1.0, float("nan")):

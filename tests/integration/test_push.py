@@ -261,7 +261,9 @@ async def test_the_command_pushes(house: House, tmp_path: Path, capfd: pytest.Ca
     """`adapters register --push` sends a folder that the sidecar may not read; what is missing is told here."""
     folder, command = write_adapter(tmp_path / "sql"), runner(capfd)
     arguments = ("adapters", "register", "sql", str(folder), "--admin", house.address)
-    assert "ORIGIN_NOT_ALLOWED" in (await asyncio.to_thread(command, *arguments)).err
+    outside = (await asyncio.to_thread(command, *arguments)).err
+    assert "add its folder to adapters.roots, or send its files with register --push" in outside
+    assert "ORIGIN_NOT_ALLOWED" in outside
     ended = await asyncio.to_thread(command, *arguments, "--push", "--pin", "--json")
     assert ended.json()["adapter"]["path"] == f"push://{ended.json()['adapter']['digest']}"
     assert ended.json()["adapter"]["pinned"]
@@ -272,6 +274,10 @@ async def test_the_command_pushes(house: House, tmp_path: Path, capfd: pytest.Ca
     ended = await asyncio.to_thread(command, *arguments, "--push", "--json")
     assert (ended.code, ended.error()["reason"]) == (1, "ORIGIN_UNREADABLE")
     assert f"has no {CONFIG}" in ended.error()["message"]
+    for path, words in ((tmp_path / "none", "there is no such folder"), (folder / "README.md", "is not a folder")):
+        (folder / "README.md").touch()
+        ended = await asyncio.to_thread(command, *arguments[:3], str(path), *arguments[4:], "--push")
+        assert (ended.code, f"{path}" in ended.err, words in ended.err) == (1, True, True), ended.err
 
 
 async def test_a_pushed_adapter_is_served_after_a_restart(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_a_missing_file_is_refused_by_name(tmp_path: Path, name: str) -> None:
 
 def test_a_folder_that_is_not_there_is_unreadable(tmp_path: Path) -> None:
     """A missing folder and a file in its place say so."""
-    assert "cannot be read; check the path" in refused(tmp_path / "sql", Reason.ORIGIN_UNREADABLE)
+    assert "cannot be read (no such folder); check the path" in refused(tmp_path / "sql", Reason.ORIGIN_UNREADABLE)
     (tmp_path / "file").write_text("x")
     assert "is not a folder" in refused(tmp_path / "file", Reason.ORIGIN_UNREADABLE)
 

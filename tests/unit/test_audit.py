@@ -149,6 +149,17 @@ def test_the_line_of_repetitions_has_their_first_ids(tmp_path: Path) -> None:
     assert more["request_ids"] == [f"id-{number}" for number in range(1, 101)]
 
 
+def test_another_verb_is_another_denial(tmp_path: Path) -> None:
+    """Verbs with one action, resource and reason: the first denial of each is a line with its own id."""
+    with audit_in(tmp_path, Clock()) as audit:
+        for verb in ("Access.ListKeys", "Access.ReadAudit"):
+            audit.denied(ANN, "p", Proof.KEY, Action.MANAGE, SYSTEM, "no policy permits it", verb, verb=verb)
+    lines = lines_in(denials_file(changes_file(tmp_path)))
+    assert [(line["verb"], line["request_id"], line.get("count", 1)) for line in lines] == [
+        ("Access.ListKeys", "Access.ListKeys", 1), ("Access.ReadAudit", "Access.ReadAudit", 1),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["eyJhbGciOiJSUzI1NiJ9.eyJzdWIi.c2ln", "lsk_3fdca2eb99c0_" + "a" * 64])
 def test_a_credential_where_a_name_belongs_is_hidden(tmp_path: Path, name: str) -> None:
     with audit_in(tmp_path) as audit:

@@ -55,7 +55,7 @@ def test_where_a_template_is_found(tmp_path: Path) -> None:
         ("tokenizer_config.json", "{}", "there is none in it"),
         ("tokenizer_config.json", "[1]", "not a tokenizer's config"),
         ("tokenizer_config.json", "{", "Expecting property name"),
-        ("missing.json", None, "No such file"),
+        ("missing.json", None, "no such file"),
     ],
 )
 def test_a_template_that_is_none(tmp_path: Path, name: str, content: str | None, sentence: str) -> None:

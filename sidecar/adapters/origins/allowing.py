@@ -59,8 +59,8 @@ class AllowList:
                 roots = ", ".join(str(root) for root in self.roots) or "none are configured"
                 raise Invalid(
                     Reason.ORIGIN_NOT_ALLOWED,
-                    f"{name}: {shown(path, 200)} is outside the allowed roots ({roots}); move it there or add its "
-                    "folder to adapters.roots",
+                    f"{name}: {shown(path, 200)} is outside the allowed roots ({roots}); move it there, add its "
+                    "folder to adapters.roots, or send its files with register --push",
                     adapter=name,
                 )
             return Folder(found, name, root)

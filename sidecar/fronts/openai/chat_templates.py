@@ -78,6 +78,11 @@ def read_chat_template(path: Path) -> ChatTemplate:
         )
         own = folder / TEMPLATE_FILE if path.is_dir() or path.suffix == ".json" else path
         source = read_regular_or_piped(own, DOCUMENT_BYTES_MAX).decode() if own.is_file() else _template_in(config)
+        if not source:
+            path.stat()
+    except FileNotFoundError as error:
+        why = "no such file; relative paths count from the folder in which the process is started"
+        raise Misused(Reason.CONFIG_INVALID, f"chat template {path}: {why}") from error
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise Misused(Reason.CONFIG_INVALID, f"chat template {path}: {error}") from error
     if not source:
