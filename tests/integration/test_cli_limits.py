@@ -61,7 +61,7 @@ async def test_a_limits_life_from_the_command_line(tmp_path: Path) -> None:
             _, _, error = await sidecar(
                 served, "limits", "set", "acme", "--adapter", adapter, "--concurrent", "9", "--tokens", "input"
             )
-            assert ("warning: no adapter is called nosuch; the limit waits for one" in error) == warns, error
+            assert ("warning: you see no adapter called nosuch; the limit waits for one" in error) == warns, error
             await sidecar(served, "limits", "remove", "acme", "--adapter", adapter, "--tokens", "input")
         key, other = await key_of(served, "acme"), await key_of(served, "zeta")
         code, out, error = await sidecar(served, "limits", "set", "acme", "--requests-per-day", "3")
