@@ -6,6 +6,7 @@ import asyncio
 import logging
 import sqlite3
 from contextlib import closing, suppress
+from itertools import pairwise
 from pathlib import Path
 
 import grpc
@@ -76,7 +77,7 @@ async def test_kills_soon_after_a_start_take_no_more_each_time(file: Path) -> No
         await kept.save()
         taken += taken_of(file)
         await killed(kept)
-    grown = [later - earlier for earlier, later in zip(taken, taken[1:], strict=False)]
+    grown = [later - earlier for earlier, later in pairwise(taken)]
     assert all(10 <= each <= 20 for each in grown), taken  # ten tokens, and at most as many ahead
 
 
