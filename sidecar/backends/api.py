@@ -345,8 +345,8 @@ class Ticket:
         self._is_dropped = False
 
     def dispatched(self, effect: Dispatch | None) -> None:
-        """Note that the request is being given to an engine; None if another replica does so, and tells more later."""
-        self.dispatch, self.dispatched_ns = effect, monotonic_ns()
+        """Note that an engine is given the request, maybe again; None if another replica does it, and tells which once."""
+        self.dispatch, self.dispatched_ns = effect or self.dispatch, monotonic_ns()
         if self.reservation is not None:
             self.reservation.dispatched()
 
