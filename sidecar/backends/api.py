@@ -345,7 +345,7 @@ class Ticket:
         self._is_dropped = False
 
     def dispatched(self, effect: Dispatch | None) -> None:
-        """Note that an engine is given the request, maybe again; None if another replica does it, and tells which once."""
+        """Note that an engine gets the request, maybe again; None if another replica gives it, and tells which once."""
         self.dispatch, self.dispatched_ns = effect or self.dispatch, monotonic_ns()
         if self.reservation is not None:
             self.reservation.dispatched()
