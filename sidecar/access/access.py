@@ -10,8 +10,8 @@ request, with one text, and nothing else is asked for either.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from time import time
@@ -384,28 +384,41 @@ class Access:
         is_estimated: bool,
         sequences: int,
         request_id: str,
-        requests: int = 1,
     ) -> Charge | None:
         """Take a permitted request from its tenant's budgets; return what is to be settled at its end.
 
-        Of several `requests` that come together, their sum is only checked: whether they can ever be let in.
         Raises Refused if too little remains, or if the request is larger than it may be.
         """
         if self.budgets is None or caller is OURSELVES:
             return None
-        words = tenant, klass, _limited(adapter)
-        try:
-            if requests > 1:
-                asked = Demand(input_tokens, output_tokens_max, is_estimated, sequences)
-                self.budgets.check(words, asked, requests)
-                return None
+        with self._recording_limits(caller, adapter, request_id):
             reservation = self.budgets.reserve(
-                *words, input_tokens, output_tokens_max, is_estimated=is_estimated, sequences=sequences
+                tenant,
+                klass,
+                _limited(adapter),
+                input_tokens,
+                output_tokens_max,
+                is_estimated=is_estimated,
+                sequences=sequences,
             )
+        return Charge(reservation, None if is_estimated else input_tokens)
+
+    def check_together(
+        self, caller: Caller, tenant: str, klass: str, adapter: str, asked: Demand, requests: int, request_id: str
+    ) -> None:
+        """Raise Refused(INVALID_REQUEST) for requests of one list that limits never let in; `asked` is their sum."""
+        if self.budgets is not None and caller is not OURSELVES:
+            with self._recording_limits(caller, adapter, request_id):
+                self.budgets.check((tenant, klass, _limited(adapter)), asked, requests)
+
+    @contextmanager
+    def _recording_limits(self, caller: Caller, adapter: str, request_id: str) -> Iterator[None]:
+        """Record a refusal by a limit."""
+        try:
+            yield
         except Refused as refused:
             self.denied(caller, Action.INFER, _named(adapter), refused.message, request_id, by_limit=True)
             raise
-        return Charge(reservation, None if is_estimated else input_tokens)
 
     def standing(self, tenant: str, klass: str, adapter: str) -> Standing:
         """Return what remains of the budgets for requests like this one."""

@@ -16,6 +16,7 @@ from starlette.datastructures import QueryParams
 from starlette.types import Receive, Scope, Send
 
 from sidecar.access import access
+from sidecar.access.budgets.charges import Demand
 from sidecar.access.principal import Action, Head, Presented, Purpose, Resource, Sort
 from sidecar.access.resources import adapter_resource
 from sidecar.backends.api import Carrier, Ticket
@@ -253,10 +254,11 @@ class OpenAiFront:
         first = facts[0]
         if len(facts) > 1:
             length = sum(each.output_tokens_max for each in facts) if first.has_length else None
-            self._gateway.access.reserve(
-                sender, first.tenant, first.klass, first.adapter, sum(each.input_tokens for each in facts), length,
-                first.is_estimated, sum(each.sequences for each in facts), request_id, len(facts),
-            )  # fmt: skip
+            tokens, sequences = sum(each.input_tokens for each in facts), sum(each.sequences for each in facts)
+            asked = Demand(tokens, length, first.is_estimated, sequences)
+            self._gateway.access.check_together(
+                sender, first.tenant, first.klass, first.adapter, asked, len(facts), request_id
+            )
 
     def _facts(self, asked: OpenAiRequest, caller: Caller, destination: Destination, tenant: str) -> RequestFacts:
         state = self._gateway.state
