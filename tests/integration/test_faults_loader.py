@@ -7,14 +7,17 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from sidecar.backends.triton import loads
 from sidecar.core.effects import Load
-from tests.kit.emulated import running_engine
+from tests.kit.emulated import running_engine, start_engine
 from tests.kit.faults import DUMMY, ENDLESS, assert_nothing_left, assert_right, attempt, heals, occupied
+from tests.kit.ports import free_port
+from tests.kit.redis_servers import Proxy, pump
 from tests.kit.serving import Serving, serving, until, write_adapters
 
 
@@ -41,6 +44,52 @@ async def test_a_loader_that_is_killed_mid_load(tmp_path: Path) -> None:
         assert heals(served) == []
         assert served.recorder.count(Load) == 2
         await assert_nothing_left(served)
+
+
+class Holding(Proxy):
+    """A proxy that can hold connections: they stay open, and nothing passes any more."""
+
+    def __init__(self, target: int) -> None:
+        super().__init__(target)
+        self._relays: dict[int, asyncio.Future[Any]] = {}
+
+    def hold(self, pid: int) -> None:
+        """Hold those of a process."""
+        for connection in psutil.Process(pid).net_connections():
+            if connection.laddr.port in self._relays:
+                self._relays[connection.laddr.port].cancel()
+
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection("127.0.0.1", self._target)
+        self._writers |= {writer, back}
+        relay = self._relays[writer.get_extra_info("peername")[1]] = asyncio.gather(
+            pump(reader, back), pump(there, writer)
+        )
+        await asyncio.gather(relay, return_exceptions=True)
+
+
+async def test_an_engine_that_comes_back_is_loaded_over_a_new_connection(tmp_path: Path) -> None:
+    """The loader's connection is that of the engine before, of whose end nothing tells it."""
+    write_adapters(tmp_path, 2)
+    port = free_port()
+    engine = await start_engine(**DUMMY, grpc_port=port)
+    proxy = Holding(port)
+    await proxy.mend()
+    backend = {"url": f"triton://127.0.0.1:{proxy.port}", "id": "trt-0"}
+    try:
+        async with serving([], tmp_path, backends=[backend]) as served:
+            assert_right(served, await attempt(served, "a00"))
+            proxy.hold(loader_of(served))
+            await engine.stop()
+            await until(lambda: not served.state.backends["trt-0"].takes_requests)
+            engine = await start_engine(**DUMMY, grpc_port=port)
+            await until(lambda: served.state.backends["trt-0"].takes_requests)
+            assert_right(served, await attempt(served, "a01"))
+            assert heals(served) == ["backend_lost"]
+            assert served.recorder.count(Load) == 2
+    finally:
+        await proxy.cut()
+        await engine.stop()
 
 
 async def test_a_signal_to_the_whole_group(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -235,7 +235,7 @@ class Proxy:
             if writer.is_closing() or self._server is None or not self._server.is_serving():
                 return  # it was cut meanwhile, or accepted just before the cut
             self._writers.add(back)
-            await asyncio.gather(_pump(reader, back), _pump(there, writer))
+            await asyncio.gather(pump(reader, back), pump(there, writer))
         except OSError:
             return
         finally:
@@ -244,7 +244,7 @@ class Proxy:
                 end.close()
 
 
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     with contextlib.suppress(OSError):
         while data := await reader.read(1 << 16):
             writer.write(data)

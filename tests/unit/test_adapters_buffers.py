@@ -16,7 +16,7 @@ from sidecar.adapters import buffers
 from sidecar.adapters.buffers import Blob, available_bytes
 from sidecar.adapters.shared_memory import Mount
 from sidecar.errors import Reason, Refused
-from tests.kit.peft_files import open_descriptors
+from tests.kit.peft_files import open_files
 
 
 @pytest.fixture(params=["memory", "mount", "no memfd"])
@@ -76,7 +76,7 @@ def test_a_sealed_memory_file_cannot_be_written_by_others() -> None:
 
 def test_the_last_lease_ends_the_blob(mount: Mount | None) -> None:
     """Two leases: the first release changes nothing, the second closes the descriptor and removes the file."""
-    before = open_descriptors()
+    before = open_files()
     blob = filled(mount)
     assert blob.lease() is blob
     assert blob.leases == 2
@@ -84,7 +84,7 @@ def test_the_last_lease_ends_the_blob(mount: Mount | None) -> None:
     assert blob.array(np.uint8, (1,)) == [0]
     assert blob.path.exists()
     blob.release()
-    assert open_descriptors() == before
+    assert open_files() == before
     assert not blob.path.exists()
     for call in (blob.release, blob.lease, lambda: blob.array(np.uint8, (1,))):
         with pytest.raises(AssertionError):
@@ -102,12 +102,12 @@ def test_an_array_outlives_the_last_lease(mount: Mount | None) -> None:
 def test_a_forgotten_blob_leaves_nothing_behind(mount: Mount | None) -> None:
     """A blob that is dropped without a release gives its descriptor and file back too."""
     gc.collect()  # what earlier tests have left would go meanwhile
-    before = open_descriptors()
+    before = open_files()
     blob = filled(mount)
     path = blob.path
     del blob
     gc.collect()
-    assert open_descriptors() == before
+    assert open_files() == before
     assert not path.exists()
 
 
@@ -140,13 +140,13 @@ def test_no_room_is_refused_with_the_bytes_and_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    before = open_descriptors()
+    before = open_files()
     with pytest.raises(Refused) as caught:
         Blob(4096, mount)
     assert caught.value.reason is Reason.ADAPTER_UNAVAILABLE
     assert "no room for 4096 bytes of packed weights" in caught.value.message
     assert "No space left on device" in caught.value.message
-    assert open_descriptors() == before
+    assert open_files() == before
     assert [path for path in tmp_path.iterdir() if path.suffix != ".owner"] == []
 
 

@@ -20,7 +20,7 @@ from sidecar.adapters.shared_memory import Mount
 from sidecar.core.facts import packed_key
 from sidecar.core.facts import task_id_of as task_id
 from sidecar.errors import Invalid, Misused, Reason, Refused
-from tests.kit.peft_files import ALL_LINEAR, BFLOAT16, open_descriptors, read_tensors, write_adapter
+from tests.kit.peft_files import ALL_LINEAR, BFLOAT16, open_files, read_tensors, write_adapter
 
 Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
 
@@ -79,11 +79,11 @@ def test_a_failed_or_stopped_build_leaves_nothing(tmp_path: Path, when: str) -> 
     blobs.mkdir()
     mount = Mount(blobs)
     path = write_adapter(tmp_path / "sql")
-    before = open_descriptors()
+    before = open_files()
     with pytest.raises(Stopped):
         build(path, Layout("float16"), progress=stop, mount=mount)
     assert [path for path in blobs.iterdir() if path.suffix != ".owner"] == []
-    assert open_descriptors() == before
+    assert open_files() == before
     mount.close()
 
 

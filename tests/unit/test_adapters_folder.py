@@ -11,7 +11,7 @@ import pytest
 from sidecar.adapters.folder import Folder, NoAdapter
 from sidecar.adapters.peft import AdapterSource, read_adapter
 from sidecar.errors import Invalid, Reason
-from tests.kit.peft_files import Dims, open_descriptors, read_tensors, write_adapter, write_safetensors
+from tests.kit.peft_files import Dims, open_files, read_tensors, write_adapter, write_safetensors
 
 
 def read(path: Path) -> AdapterSource:
@@ -92,7 +92,7 @@ def test_files_of_a_folder_are_opened_only_if_they_are_regular_and_inside(tmp_pa
     (path / "loop").symlink_to("loop")
     for number, target in enumerate(("/etc", "/gone", "../gone", "folder/../../gone")):
         (path / f"out-{number}").symlink_to(target)
-    before = open_descriptors()
+    before = open_files()
     with Folder(path, "sql") as folder:
         content = (path / "adapter_config.json").read_bytes()
         assert folder.read("inside", 1 << 20, "sql") == folder.read("adapter_config.json", 1 << 20, "sql") == content
@@ -103,7 +103,7 @@ def test_files_of_a_folder_are_opened_only_if_they_are_regular_and_inside(tmp_pa
             assert caught.value.reason is Reason.ORIGIN_UNREADABLE
             assert name in caught.value.message
             assert ("leads out of the folder" in caught.value.message) == name.startswith("out")
-    assert open_descriptors() == before
+    assert open_files() == before
 
 
 def test_a_folder_is_opened_beneath_a_root_and_by_no_link(tmp_path: Path) -> None:
@@ -124,9 +124,9 @@ def test_a_folder_is_opened_beneath_a_root_and_by_no_link(tmp_path: Path) -> Non
 def test_a_refused_adapter_leaves_no_descriptor_open(tmp_path: Path) -> None:
     """A thousand bad adapters must not use up the process's descriptors."""
     path = write_adapter(tmp_path / "sql", r=16)
-    before = open_descriptors()
+    before = open_files()
     refused(path, Reason.ADAPTER_MALFORMED)
-    assert open_descriptors() == before
+    assert open_files() == before
 
 
 def test_the_digest_knows_content_and_not_its_order(tmp_path: Path) -> None:

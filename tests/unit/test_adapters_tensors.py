@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from sidecar.adapters.tensors import CHUNK_BYTES, HEADER_BYTES_MAX, TensorFile
 from sidecar.errors import Invalid, Reason
-from tests.kit.peft_files import BFLOAT16, open_descriptors, write_raw_safetensors, write_safetensors
+from tests.kit.peft_files import BFLOAT16, open_files, write_raw_safetensors, write_safetensors
 
 
 def entry(shape: list[int], start: int, end: int, dtype: str = "F16") -> dict[str, Any]:
@@ -145,7 +145,7 @@ def test_closing_gives_the_descriptor_back(tmp_path: Path) -> None:
     """A refused and a closed file leave no descriptor open."""
     write_safetensors(tmp_path / "good", {"x": np.ones((1,), np.float32)})
     write_raw_safetensors(tmp_path / "bad", b"[]", b"")
-    before = open_descriptors()
+    before = open_files()
     opened(tmp_path / "good").close()
     refused(tmp_path / "bad")
-    assert open_descriptors() == before
+    assert open_files() == before

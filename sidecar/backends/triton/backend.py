@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ logger = logging.getLogger(__name__)
 VERB_TIMEOUT_S = 30.0
 FORGET_AGAIN_S = 0.05
 CLOSE_TIMEOUT_S = 5.0
+CONNECTIONS = count(1)
+"""Numbers the loader's connections, across the backends that have one address one after the other."""
 
 
 class TritonBackend(Endpoint):
@@ -53,6 +56,7 @@ class TritonBackend(Endpoint):
     def __init__(self, entry: TritonEntry, declared: EngineFacts, wiring: Wiring) -> None:
         self._entry = entry
         self._wiring = wiring
+        self._connection = next(CONNECTIONS)
         self._channel: grpc.aio.Channel = open_channel(entry.address, entry.tls_files)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._pool = StreamPool(self._channel)
@@ -164,7 +168,12 @@ class TritonBackend(Endpoint):
     async def _load_packed(self, effect: Load, weights: Weights) -> LoadResult:
         """Send a blob or name its region; try once more if the server has forgotten the region."""
         target = Target(
-            self.address, self._entry.model, self._server.decoupled, self._entry.tls_files, self._wiring.owner
+            self.address,
+            self._connection,
+            self._entry.model,
+            self._server.decoupled,
+            self._entry.tls_files,
+            self._wiring.owner,
         )
         sent = partial(self._load_sent, effect.load)
         region = await self._transport.refer(weights)
@@ -258,6 +267,7 @@ class TritonBackend(Endpoint):
 
     def _was_lost(self) -> None:
         self._server.distrust()
+        self._connection = next(CONNECTIONS)
         self._pool.close()
 
     @staticmethod

@@ -32,10 +32,10 @@ TEXT_MAX = 100_000
 
 
 class Loader:
-    """Carries out orders on a few threads. Channels are kept by address, and reconnect by themselves."""
+    """Carries out orders on a few threads. A channel is kept by address until an order asks for a newer connection."""
 
     def __init__(self) -> None:
-        self._channels: dict[str, grpc.Channel] = {}
+        self._channels: dict[str, tuple[int, grpc.Channel]] = {}
         self._calls: dict[int, Any] = {}
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(LOADS_AT_ONCE)
@@ -117,11 +117,14 @@ class Loader:
             self._calls[load] = call
 
     def _channel(self, order: dict[str, Any]) -> grpc.Channel:
+        address, connection = order["address"], order["connection"]
         with self._lock:
-            channel = self._channels.get(order["address"])
-            if channel is None:
+            kept, channel = self._channels.get(address, (0, None))
+            if channel is None or kept < connection:
+                if channel is not None:
+                    channel.close()
                 channel = _open_channel(order)
-                self._channels[order["address"]] = channel
+                self._channels[address] = connection, channel
             return channel
 
 

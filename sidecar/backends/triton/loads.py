@@ -30,6 +30,8 @@ class Target:
     """The server and model that takes a backend's loads."""
 
     address: str
+    connection: int
+    """Grows when the server was lost. A connection to the one before breaks at the next load, or hangs."""
     model: str
     decoupled: bool
     tls: dict[str, str] | None = None
@@ -174,6 +176,7 @@ def _order(effect: Load, weights: Weights, target: Target, timeout_s: float) -> 
         "id": f"lora-sidecar-load-{effect.load}",
         "parameters": {"lora_name": effect.name, **wire.owner_parameters(target.owner, effect.epoch)},
         "address": target.address,
+        "connection": target.connection,
         "tls": target.tls,
         "model": target.model,
         "decoupled": target.decoupled,
