@@ -43,13 +43,16 @@ async def attempt(served: Serving, name: str, tokens: int = 4, **fields: Any) ->
     tried = Tried(name)
     ids = gateway_pb2.TokenIds(ids=[BOS, 1, 2, 3])
     request = gateway_pb2.GenerateRequest(adapter=name, tokens=ids, max_tokens=tokens, **fields)
+    call = served.gateway.Generate(request)
     try:
-        async for response in served.gateway.Generate(request):
+        async for response in call:
             tried.tokens += response.token_ids
             if response.HasField("origin"):
                 tried.origins.append(response.origin)
     except grpc.aio.AioRpcError as error:
         tried.error = error
+    finally:
+        call.cancel()  # as in Serving.ask_tokens
     return tried
 
 

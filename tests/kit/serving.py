@@ -91,11 +91,15 @@ class Serving:
         ids = gateway_pb2.TokenIds(ids=prompt)
         answer = Answer()
         request = gateway_pb2.GenerateRequest(adapter=adapter, tokens=ids, max_tokens=tokens, **fields)
-        async for response in self.gateway.Generate(request):
-            answer.messages += 1
-            answer.tokens += response.token_ids
-            if response.HasField("origin"):
-                answer.origins.append(response.origin)
+        call = self.gateway.Generate(request)
+        try:
+            async for response in call:
+                answer.messages += 1
+                answer.tokens += response.token_ids
+                if response.HasField("origin"):
+                    answer.origins.append(response.origin)
+        finally:
+            call.cancel()  # a task that is cancelled while the call's metadata arrives leaves it open
         return answer
 
 
