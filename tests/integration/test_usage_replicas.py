@@ -60,7 +60,7 @@ async def test_together_they_count_everything_once(tmp_path: Path) -> None:
                 refused += int(row.requests["refused"]) if "refused" in row.requests else 0
                 tokens[row.tenant, "all"] += row.input_tokens
                 tokens[row.tenant, "estimated"] += row.input_tokens_estimated
-                if row.seat_seconds or row.engine_seconds:
+                if row.seat_seconds and row.tenant != "(idle)":  # one may have had an engine before another came
                     assert row.backend in owned(served)
         assert dict(+answered) == {"via-0": 6, "via-1": 6, "via-2": 6, "texts": 3}
         assert refused == 3
