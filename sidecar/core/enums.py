@@ -51,6 +51,33 @@ BECAUSE = {
 }
 
 
+class Tier(Enum):
+    """Where weights are kept on this host."""
+
+    MEMORY = "memory"
+    DISK = "disk"
+
+
+class Fate(Enum):
+    """What became of an adapter's weights at a place, or will."""
+
+    ABSENT = "absent"
+    GONE = "gone"
+    IN_USE = "in use"
+    """They go as soon as their users are done."""
+    NOT_UNLOADED = "not unloaded"
+    """The engine unloads nothing, and evicts them when it needs the room."""
+    SHARED = "shared"
+    """Other names have them."""
+    HELD = "held"
+    RESIDENT = "resident"
+    FETCHING = "fetching"
+    UNFIT = "unfit"
+    """The engine cannot serve the adapter."""
+    LEAVING = "leaving"
+    """The backend is about to go, or gone."""
+
+
 class Voided(Enum):
     """Why a promise no longer holds; the label of `lora_sidecar_wait_bounds_voided_total`."""
 

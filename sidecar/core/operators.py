@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 from sidecar.core import eligibility, queueing, storing, suspects
 from sidecar.core.config import FIXED
-from sidecar.core.effects import Answer
-from sidecar.core.enums import Voided
+from sidecar.core.effects import Answer, Placed
+from sidecar.core.enums import Fate, Tier, Voided
 from sidecar.core.events import (
     AdapterRegistered,
     AdapterUnregistered,
@@ -20,12 +22,6 @@ from sidecar.core.events import (
 from sidecar.core.facts import Adapter, version_id
 from sidecar.core.state import Backend, Name, State, Version
 from sidecar.core.step import Step
-
-FETCHING, HELD = "fetching", "in the host store already"
-"""What a prefetch answers of the host store; journals have these words."""
-STORE, DISK = "host store", "disk"
-TIERS = {STORE: "dropped", DISK: "deleted"}
-"""What becomes of an adapter's weights there."""
 
 
 def registered(step: Step, event: AdapterRegistered) -> None:
@@ -129,86 +125,81 @@ def want_all_pinned(step: Step, backend: Backend) -> None:
 
 
 def evict_asked(step: Step, event: EvictAsked) -> None:
-    """Handle EvictAsked: drop an adapter's blobs now, and answer per tier and backend what happened."""
+    """Handle EvictAsked: drop an adapter's blobs now, and answer place by place what became of them."""
     state = step.state
     digest = state.names[event.name].digest
-    before = places_of(state, (digest,))
+    before = holders_of(state, (digest,))
     for key in [key for key, entry in state.store.entries.items() if entry.digest == digest]:
         state.store.entries[key].held_by_operator = False
         storing.doom_blob(step, key)
     for key in [key for key, entry in state.disk.entries.items() if entry.digest == digest]:
         storing.doom_disk_blob(step, key)
-    lines = {}
+    places = []
     for place, held in before.items():
-        if place not in TIERS and not state.backends[place].facts.unloads:  # as journals of 0.1 have it
-            held = [digest] if eligibility.resident(state.backends[place], digest) else []
-        lines[place] = left_at(state, place, digest) if held else "not held" if place in TIERS else "not resident"
-    if before[STORE] and state.memory_holds(digest):
-        lines[STORE] += "; it is pinned, so its next use brings it back to stay"
-    step.emit(Answer(event.ask, tuple(lines.items())))
+        is_pinned = place is Tier.MEMORY and state.memory_holds(digest)
+        left = replace(left_at(state, place, digest), is_pinned=is_pinned) if held else _at(place, Fate.ABSENT)
+        places.append(left)
+    step.emit(Answer(event.ask, tuple(places)))
 
 
-def places_of(state: State, versions: Collection[str]) -> dict[str, list[str]]:
-    """Return which of some versions are at each place: in the host store, on disk if that is used, in each engine."""
-    tiers = {STORE: state.store.entries} | ({DISK: state.disk.entries} if state.disk.budget_bytes else {})
-    held = {place: {entry.digest for entry in entries.values()} for place, entries in tiers.items()}
-    found = {place: [version for version in versions if version in there] for place, there in held.items()}
-    return found | {
-        backend.id: [version for version in versions if eligibility.resident(backend, version)]
-        for backend in state.backends.values()
-    }
+def _at(place: Tier | str, fate: Fate, **more: Any) -> Placed:
+    return Placed(fate, place, **more) if isinstance(place, Tier) else Placed(fate, backend=place, **more)
 
 
-def left_at(state: State, place: str, version: str) -> str:
+def holders_of(state: State, versions: Collection[str]) -> dict[Tier | str, list[str]]:
+    """Return which of some versions are at each place: in memory, on disk if that is used, in each engine."""
+    tiers = {Tier.MEMORY: state.store} | ({Tier.DISK: state.disk} if state.disk.budget_bytes else {})
+    held = {tier: {entry.digest for entry in store.entries.values()} for tier, store in tiers.items()}
+    found: dict[Tier | str, list[str]] = {tier: [v for v in versions if v in there] for tier, there in held.items()}
+    for backend in state.backends.values():
+        found[backend.id] = [version for version in versions if eligibility.resident(backend, version)]
+    return found
+
+
+def left_at(state: State, place: Tier | str, version: str) -> Placed:
     """Return what becomes of a version that was at a place and is to go from there."""
-    tier = state.disk if place == DISK else state.store
-    in_use = any(entry.digest == version for entry in tier.entries.values())
-    unloads = "" if place in TIERS else state.backends[place].facts.unloads
-    if place not in TIERS and unloads in ("", "nothing"):
-        return "resident; TensorRT-LLM has no unload: it stays until the engine evicts it"
-    goes = TIERS.get(place, "unloaded")
-    told = f"in use: {goes} as soon as its users are done" if in_use else goes
-    keeps = "; vLLM keeps its weights in memory until it evicts them (vllm#54839)"
-    return told + (keeps if unloads == "name" else "")
+    tier = state.disk if place is Tier.DISK else state.store
+    fate = Fate.IN_USE if any(entry.digest == version for entry in tier.entries.values()) else Fate.GONE
+    if isinstance(place, Tier):
+        return _at(place, fate)
+    unloads = state.backends[place].facts.unloads
+    if unloads in ("", "nothing"):
+        return _at(place, Fate.NOT_UNLOADED)
+    return _at(place, fate, lingers=unloads == "name")
 
 
-def gone_from(state: State, before: Mapping[str, Collection[str]]) -> Iterator[tuple[str, str]]:
+def gone_from(state: State, before: Mapping[Tier | str, Collection[str]]) -> Iterator[Placed]:
     """Yield what became of the versions of a name that has been forgotten, by the places where they were."""
     for place, versions in before.items():
-        if place in TIERS or place in state.backends:
-            told = dict.fromkeys(_kept(state, version) or left_at(state, place, version) for version in versions)
-            if told:
-                yield place, "; ".join(told)
-
-
-def _kept(state: State, version: str) -> str:
-    names = state.versions[version].names if version in state.versions else ()
-    return f"kept for {', '.join(names)}" if names else ""
+        if isinstance(place, Tier) or place in state.backends:
+            for version in versions:
+                names = tuple(state.versions[version].names) if version in state.versions else ()
+                yield _at(place, Fate.SHARED, names=names) if names else left_at(state, place, version)
 
 
 def prefetch_asked(step: Step, event: PrefetchAsked) -> None:
     """Handle PrefetchAsked: bring an adapter into the store for every layout in use, and into the named backends."""
     state = step.state
     digest = state.names[event.name].digest
-    lines = []
+    places = []
     servers = {backend.id: backend for backend in eligibility.servers_of(state, digest)}
     for backend_id in event.backends or tuple(servers):
         backend = servers.get(backend_id)
         if backend_id not in state.backends or (backend is not None and backend.leaving):
-            lines.append((backend_id, "it is about to go, or gone"))
+            places.append(_at(backend_id, Fate.LEAVING))
         elif backend is None:
             unfit = eligibility.cannot_serve(state, state.backends[backend_id], digest)
-            lines.append((backend_id, f"cannot serve it: {unfit.sentence if unfit else ''}"))
+            places.append(_at(backend_id, Fate.UNFIT, misfit=unfit))
         elif eligibility.resident(backend, digest):
-            lines.append((backend_id, "resident already"))
+            places.append(_at(backend_id, Fate.RESIDENT))
         else:
             want(step, digest, [backend])
             if event.backends:
                 backend.warmups[digest] = None
                 step.dirty[backend_id] = None
             held = state.store.has(state.packed_for(digest, backend).key)
-            lines.append((backend_id, HELD if held else FETCHING))
-    step.emit(Answer(event.ask, tuple(lines)))
+            places.append(_at(backend_id, Fate.HELD if held else Fate.FETCHING))
+    step.emit(Answer(event.ask, tuple(places)))
 
 
 def release_asked(step: Step, event: ReleaseAsked) -> None:

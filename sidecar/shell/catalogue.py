@@ -21,7 +21,8 @@ from sidecar.adapters.names import check_name, is_base_name, shown
 from sidecar.adapters.origins.allowing import AllowList
 from sidecar.core import events as ev
 from sidecar.core.admission import unknown_adapter
-from sidecar.core.operators import gone_from, places_of
+from sidecar.core.effects import Placed
+from sidecar.core.operators import gone_from, holders_of
 from sidecar.core.state import State, Version
 from sidecar.errors import Invalid, Reason, Refused
 from sidecar.shell.fit import check_fit
@@ -256,10 +257,10 @@ class Catalogue:
         """
         return await self._change(name, lambda record: replace(record, paused_until=until))
 
-    async def unregister(self, name: str, hold_s: float = 0.0, managed_by: str = "cli") -> tuple[tuple[str, str], ...]:
+    async def unregister(self, name: str, hold_s: float = 0.0, managed_by: str = "cli") -> tuple[Placed, ...]:
         """Remove a name, and wait until the requests for it that are here have ended. Return what went where."""
         known = self._state().names.get(name)
-        before = places_of(self._state(), () if known is None else [*dict.fromkeys(known.versions.values())])
+        before = holders_of(self._state(), () if known is None else [*dict.fromkeys(known.versions.values())])
         await self.remove(name, Wanted(hold_s=hold_s, managed_by=managed_by))
         here = [request.id for request in self._state().requests.values() if request.view.name == name]
         while any(request in self._state().requests for request in here):

@@ -10,8 +10,9 @@ from sidecar.core import effects as fx
 from sidecar.core import events as ev
 from sidecar.core.admission import for_client
 from sidecar.core.config import ClassLimit, CoreConfig
-from sidecar.core.enums import Outcome
+from sidecar.core.enums import Fate, Outcome, Tier
 from sidecar.errors import Reason
+from sidecar.telling.places import told_at
 from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, adapter_of, assert_idle, facts_of, with_facts
 
 
@@ -67,12 +68,12 @@ def test_prefetch_fills_the_store() -> None:
     world.add_engine("bf", with_facts(facts_of(), dtype="bfloat16"))
     world.register("sql")
     answer = world.ask(lambda ask: ev.PrefetchAsked(ask, "sql"))
-    assert answer.lines == (("b0", "fetching"), ("bf", "fetching"))
+    assert [(at.backend, at.fate) for at in answer.places] == [("b0", Fate.FETCHING), ("bf", Fate.FETCHING)]
     world.run()
     assert len(world.of(fx.Fetch)) == 2
     assert not world.of(fx.Load)
     again = world.ask(lambda ask: ev.PrefetchAsked(ask, "sql"))
-    assert again.lines == (("b0", "in the host store already"), ("bf", "in the host store already"))
+    assert [(at.backend, at.fate) for at in again.places] == [("b0", Fate.HELD), ("bf", Fate.HELD)]
 
 
 def test_prefetch_onto_an_idle_backend_loads_it() -> None:
@@ -87,7 +88,7 @@ def test_prefetch_onto_an_idle_backend_loads_it() -> None:
     assert world.dispatches[request][0].backend == "b1"
     assert world.dispatches[request][0].load_ns == 0
     answer = world.ask(lambda ask: ev.PrefetchAsked(ask, "sql", ("b1",)))
-    assert answer.lines == (("b1", "resident already"),)
+    assert answer.places == (fx.Placed(Fate.RESIDENT, backend="b1"),)
 
 
 def test_prefetch_onto_a_backend_that_is_down_waits_for_it() -> None:
@@ -109,7 +110,7 @@ def test_prefetch_where_it_cannot_be_served_says_why() -> None:
     world.add_engine("b0", with_facts(facts_of(), rank_max=4))
     world.register("sql")
     answer = world.ask(lambda ask: ev.PrefetchAsked(ask, "sql", ("b0",)))
-    assert "its rank is 8" in answer.lines[0][1]
+    assert "its rank is 8" in told_at(answer.places)[0][1]
     assert not world.of(fx.Fetch)
 
 
@@ -171,14 +172,14 @@ def test_evict_drops_now_and_says_what_it_could_not_do() -> None:
     world.send("sql")
     world.run()
     answer = world.ask(lambda ask: ev.EvictAsked(ask, "sql"))
-    lines = dict(answer.lines)
-    assert lines["host store"] == "dropped"
-    assert sorted(lines[backend].split(";")[0] for backend in ("b0", "b1")) == ["not resident", "resident"]
+    assert answer.places[0] == fx.Placed(Fate.GONE, Tier.MEMORY)
+    assert {at.backend for at in answer.places[1:]} == {"b0", "b1"}
+    assert {at.fate for at in answer.places[1:]} == {Fate.ABSENT, Fate.NOT_UNLOADED}
     assert world.core.state.store.bytes_used == 0
     request = world.send("sql")
     world.run()
     assert world.settled[request].outcome is Outcome.OK, "it is still resident and still registered"
-    assert dict(world.ask(lambda ask: ev.EvictAsked(ask, "sql")).lines)["host store"] == "not held"
+    assert world.ask(lambda ask: ev.EvictAsked(ask, "sql")).places[0] == fx.Placed(Fate.ABSENT, Tier.MEMORY)
 
 
 def test_evict_in_use_waits_for_its_users() -> None:
@@ -188,7 +189,7 @@ def test_evict_in_use_waits_for_its_users() -> None:
     world.send("sql")
     world.run(22 * MS)
     answer = world.ask(lambda ask: ev.EvictAsked(ask, "sql"))
-    assert "in use" in dict(answer.lines)["host store"]
+    assert answer.places[0] == fx.Placed(Fate.IN_USE, Tier.MEMORY)
     world.run()
     world.assert_all_ok()
     assert world.core.state.store.bytes_used == 0

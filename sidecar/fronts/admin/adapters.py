@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from math import inf
 from time import monotonic_ns, time
 from typing import Any
 
 from sidecar.config.identities import clipped
 from sidecar.core import queries
-from sidecar.core.operators import FETCHING, HELD
 from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts import callers
 from sidecar.fronts.admin.push import Pushes
@@ -24,6 +23,7 @@ from sidecar.shell.gateway import Gateway
 from sidecar.shell.loading import PATH
 from sidecar.state.records import Record, paused_for
 from sidecar.state.registry import Change
+from sidecar.telling.places import told_at, told_of_store
 
 LISTED_A_STEP = 50
 """Adapters added to a list before the event loop may do something else."""
@@ -109,11 +109,11 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
     @answers_errors
     async def Unregister(self, request: Any, context: Any) -> Any:  # noqa: N802
         gone = await self._catalogue.unregister(request.name, request.hold_s)
-        return admin_pb2.UnregisterResponse(places=_places(gone))
+        return admin_pb2.UnregisterResponse(places=_places(told_at(gone)))
 
     @answers_errors
     async def Evict(self, request: Any, context: Any) -> Any:  # noqa: N802
-        return _places_message((await self._gateway.evict(request.name)).lines)
+        return _places_message(told_at((await self._gateway.evict(request.name)).places))
 
     @answers_errors
     async def Pin(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -128,7 +128,7 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
     @answers_errors
     async def Prefetch(self, request: Any, context: Any) -> Any:  # noqa: N802
         answer = await self._gateway.prefetch(request.name, tuple(request.backends))
-        return _places_message(_of_backends(answer.lines) if request.backends else _of_store(answer.lines))
+        return _places_message(told_at(answer.places) if request.backends else told_of_store(answer.places))
 
     @answers_errors
     async def Release(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -285,25 +285,6 @@ def _live_message(view: queries.AdapterView) -> Any:
         store=[filled(admin_pb2.StoreCopy, copy, task_id=str(copy.task_id)) for copy in view.store],
         backends=[filled(admin_pb2.Residency, each, age_s=each.age_ns / 1e9) for each in view.backends],
     )
-
-
-def _of_backends(lines: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    """Return what came of a prefetch onto backends: what the store holds, or is about to, is being loaded there."""
-    loads = {FETCHING: "fetching, to be loaded", HELD: "loading from the host store"}
-    return tuple((backend, loads.get(result, result)) for backend, result in lines)
-
-
-def _of_store(lines: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    """Return what came of a prefetch that named no backend: one line for the host store, then what kept it away."""
-    others = [line for line in lines if line[1] not in (FETCHING, HELD)]
-    results = {result for _, result in lines}
-    if FETCHING in results:
-        of_store = FETCHING
-    elif HELD in results:
-        of_store = "held already"
-    else:
-        of_store = "not fetched" if others else "not fetched: no backend can serve it"
-    return ("host store", of_store), *others
 
 
 def _places_message(lines: Iterable[tuple[str, str]]) -> Any:

@@ -1,0 +1,1 @@
+"""What people read, made of the values that other rooms give: the one place of our sentences."""
