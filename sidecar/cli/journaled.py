@@ -80,15 +80,23 @@ class _Load:
         return iter(self.arrivals) if open_loop else (replace(each, at_ns=None) for each in self.arrivals)
 
     def _take_in(self, recorded: Recorded, at_ns: int) -> None:
-        name = self._name_of(recorded.adapter)
+        name = self._name_of(recorded.received.adapter)
         if name is None:
             self.left_out += 1
             return
-        self.names[recorded.life, recorded.request] = name
+        self.names[recorded.life, recorded.received.request] = name
         self.guessed += recorded.output_tokens is None
-        asked = max(1, recorded.output_tokens_max)
+        asked = max(1, recorded.received.output_tokens_max)
         answer = min(asked, max(1, self._answers.expected(recorded)))
-        sent = Arrival(at_ns, name, max(1, recorded.input_tokens), answer, asked, recorded.tenant, recorded.klass)
+        sent = Arrival(
+            at_ns,
+            name,
+            max(1, recorded.received.input_tokens),
+            answer,
+            asked,
+            recorded.received.tenant,
+            recorded.received.klass,
+        )
         self.arrivals.append(sent)
 
     def _name_of(self, reference: str) -> str | None:
@@ -124,7 +132,7 @@ class _Answers:
 
     def learn(self, recorded: Recorded) -> None:
         if recorded.output_tokens is not None:
-            for key in dict.fromkeys(("", recorded.adapter)):
+            for key in dict.fromkeys(("", recorded.received.adapter)):
                 self.tokens[key] = self.tokens.get(key, 0) + recorded.output_tokens
                 self.known[key] = self.known.get(key, 0) + 1
 
@@ -132,8 +140,8 @@ class _Answers:
         """Return an answer's length; if unknown, the mean; without a mean, the requested length."""
         if recorded.output_tokens is not None:
             return recorded.output_tokens
-        key = recorded.adapter if recorded.adapter in self.known else ""
-        return round(self.tokens[key] / self.known[key]) if key in self.known else recorded.output_tokens_max
+        key = recorded.received.adapter if recorded.received.adapter in self.known else ""
+        return round(self.tokens[key] / self.known[key]) if key in self.known else recorded.received.output_tokens_max
 
 
 def _pool(options: Options, setting: Setting, load: _Load) -> tuple[Setup, tuple[str, ...]]:
@@ -183,7 +191,7 @@ def _sidecar(options: Options, order: str, config: CoreConfig) -> Sidecar | None
 
 def _live(path: Path, recorded: Sequence[Recorded], load: _Load) -> Figures:
     """Return the figures of the live run, as far as a journal holds them."""
-    arrived_ns = {(each.life, each.request): each.at_ns for each in recorded}
+    arrived_ns = {(each.life, each.received.request): each.at_ns for each in recorded}
     waits_s: dict[str, list[float]] = {"all": [], "hot": [], "cold": []}
     hot = hot_of(list(load.names.values()))
     ended_ns = answered = tokens = 0

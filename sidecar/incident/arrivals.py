@@ -21,6 +21,7 @@ from sidecar.core.events import (
     ConfigChanged,
     Event,
     OtherVersion,
+    Received,
     RunEnded,
 )
 from sidecar.core.facts import EngineFacts
@@ -36,7 +37,7 @@ SETTING_EVENTS = (
 
 
 class Arrival(NamedTuple):
-    """One Received event and its outcome. `request` is unique within one life of the process; `life` counts lives.
+    """A request that came, and its outcome; the request's number is unique within one `life` of the process.
 
     `output_tokens` is the length of the engine's answer, or None if the journal does not have it: the request was
     refused, expired, still running, or lost.
@@ -44,15 +45,8 @@ class Arrival(NamedTuple):
 
     life: int
     at_ns: int
-    request: int
-    adapter: str
-    tenant: str
-    klass: str
-    session: str
-    input_tokens: int
-    output_tokens_max: int
+    received: Received
     output_tokens: int | None
-    deadline_ns: int | None
 
 
 @dataclass
@@ -91,24 +85,7 @@ def arrivals_of(path: Path) -> Iterator[Arrival]:
             if line.event.output_tokens or isinstance(line.event, RunEnded):
                 answered[line.life, line.event.request] = line.event.output_tokens
         for line in lines_of(segments, ("Received",)):
-            yield _arrival(line, answered.get((line.life, line.event.request)))
-
-
-def _arrival(line: JournalEntry, output_tokens: int | None) -> Arrival:
-    event = line.event
-    return Arrival(
-        life=line.life,
-        at_ns=line.at_ns,
-        request=event.request,
-        adapter=event.adapter,
-        tenant=event.tenant,
-        klass=event.klass,
-        session=event.session,
-        input_tokens=event.input_tokens,
-        output_tokens_max=event.output_tokens_max,
-        output_tokens=output_tokens,
-        deadline_ns=event.deadline_ns,
-    )
+            yield Arrival(line.life, line.at_ns, line.event, answered.get((line.life, line.event.request)))
 
 
 def setting_of(path: Path, allowed: Container[str] = ()) -> Setting:

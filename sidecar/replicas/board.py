@@ -20,41 +20,18 @@ BETWEEN_S = 10.0
 
 @dataclass(frozen=True)
 class Standing:
-    """A backend as its owner reports it. `resident` are version ids; `arrived` counts recent requests by version."""
+    """A backend as its owner reports it (a BoardBackend message), and when that was heard."""
 
     owner: str
-    epoch: int
-    state: str = SERVING
-    running: int = 0
-    queued: int = 0
-    backlog_s: float = 0.0
-    resident: frozenset[str] = frozenset()
-    arrived: Mapping[str, int] = field(default_factory=dict)
-    seats: int = 1
-    pages: int | None = None
-    work_tokens: int = 0
-    tokens_per_s: float = 0.0
-    versions_kept: int = 0
+    report: Any
+    resident: frozenset[str]
+    """The report's ids of resident versions, to be looked up for each request."""
     heard_s: float = 0.0
 
-    @classmethod
-    def of(cls, owner: str, report: Any, now_s: float) -> Standing:
-        return cls(
-            owner,
-            report.epoch,
-            report.state,
-            report.running,
-            report.queued,
-            report.backlog_s,
-            frozenset(report.resident),
-            dict(report.arrived),
-            report.seats,
-            report.pages if report.HasField("pages") else None,
-            report.work_tokens,
-            report.tokens_per_s,
-            report.versions_kept,
-            now_s,
-        )
+    @property
+    def pages(self) -> int | None:
+        """How many pages of adapters may be open at once; None if that is unknown."""
+        return self.report.pages if self.report.HasField("pages") else None
 
 
 @dataclass
@@ -84,8 +61,8 @@ class Board:
             del self.reported_s[next(iter(self.reported_s))]
         for each in report.backends:
             known = self.standings.get(each.backend)
-            if known is None or each.epoch > known.epoch:
-                self.standings[each.backend] = Standing.of(report.member, each, now_s)
+            if known is None or each.epoch > known.report.epoch:
+                self.standings[each.backend] = Standing(report.member, each, frozenset(each.resident), now_s)
         if report.restarting:
             self.restarting[report.member] = report.restarting
         plan = report.plan
@@ -108,7 +85,7 @@ class Board:
     def versions_kept(self, backend: str) -> int:
         """Return how many adapter versions a backend's engine keeps, as its last known owner counted."""
         known = self.standings.get(backend) or self.former.get(backend)
-        return 0 if known is None else known.versions_kept
+        return 0 if known is None else known.report.versions_kept
 
     def owner_of(self, backend: str) -> str | None:
         known = self.standings.get(backend)
@@ -117,17 +94,17 @@ class Board:
     def serves(self, backend: str) -> bool:
         """Return True if a backend's owner reports that it serves."""
         known = self.standings.get(backend)
-        return known is not None and known.state == SERVING
+        return known is not None and known.report.state == SERVING
 
     def is_up(self, backend: str) -> bool:
         """Return True if a backend's owner reports that it takes requests, even if another backend is preferable."""
         known = self.standings.get(backend)
-        return known is not None and known.state in (SERVING, JOINING, STALLED)
+        return known is not None and known.report.state in (SERVING, JOINING, STALLED)
 
     def drains(self, backend: str) -> bool:
         """Return True if a backend's owner reports that it drains."""
         known = self.standings.get(backend)
-        return known is not None and known.state == DRAINING
+        return known is not None and known.report.state == DRAINING
 
     def pick(self, version: str, backends: Sequence[str], now_s: float) -> str:
         """Return the backend for a request of a version, one of `backends`, which can serve it.
@@ -147,4 +124,4 @@ class Board:
 
     def _backlog_s(self, backend: str, now_s: float) -> float:
         known = self.standings[backend]
-        return known.backlog_s if now_s - known.heard_s < STALE_S else 0.0
+        return known.report.backlog_s if now_s - known.heard_s < STALE_S else 0.0

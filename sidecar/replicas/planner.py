@@ -41,7 +41,7 @@ class Planner:
         """Return the backends of each version that had requests recently."""
         arrived: dict[str, int] = {}
         for known in standings.values():
-            for version, count in known.arrived.items():
+            for version, count in known.report.arrived.items():
                 arrived[version] = arrived.get(version, 0) + count
         hosts = {}
         for version in sorted(arrived, key=lambda each: (-arrived[each], each)):
@@ -58,7 +58,7 @@ class Planner:
         serving = tuple(
             backend.id
             for backend in eligibility.servers_of(self._state, version)
-            if backend.id in standings and standings[backend.id].state in (SERVING, JOINING, STALLED)
+            if backend.id in standings and standings[backend.id].report.state in (SERVING, JOINING, STALLED)
         )
         if not serving:
             return ()
@@ -85,7 +85,7 @@ class _PoolCandidates:
 
     @property
     def in_flight(self) -> int:
-        return sum(known.running + known.queued for known in self.standings.values())
+        return sum(known.report.running + known.report.queued for known in self.standings.values())
 
     @property
     def rank(self) -> int:
@@ -103,14 +103,14 @@ class _PoolCandidates:
             open=is_resident,
             awaited=is_resident,
             held=len(known.resident),
-            running=known.running,
-            queued=known.queued,
-            seats=known.seats,
+            running=known.report.running,
+            queued=known.report.queued,
+            seats=known.report.seats,
             slots=None if known.pages is None else known.pages // pages,
             slots_free=None if known.pages is None else max(0, known.pages // pages - len(known.resident)),
             pages=pages,
-            work_tokens=known.work_tokens,
-            tokens_per_s=known.tokens_per_s,
+            work_tokens=known.report.work_tokens,
+            tokens_per_s=known.report.tokens_per_s,
         )
 
     def __iter__(self) -> Iterator[Candidate]:
@@ -146,7 +146,7 @@ class Newcomers:
         """Return the versions planned for a backend, those with the most requests first."""
         asked: dict[str, int] = {}
         for known in self._board.standings.values():
-            for version, count in known.arrived.items():
+            for version, count in known.report.arrived.items():
                 asked[version] = asked.get(version, 0) + count
         planned = [version for version, hosts in self._board.plan.items() if backend in hosts]
         return tuple(sorted(planned, key=lambda version: (-asked.get(version, 0), version)))

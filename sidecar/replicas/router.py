@@ -104,11 +104,11 @@ class Router:
 
     @property
     def takes_requests(self) -> bool:
-        return any(known.state in (SERVING, JOINING) for known in self._board.standings.values())
+        return any(known.report.state in (SERVING, JOINING) for known in self._board.standings.values())
 
     def serves(self, backend: str) -> bool:
         known = self._board.standings.get(backend)
-        return known is not None and known.state in (SERVING, JOINING)
+        return known is not None and known.report.state in (SERVING, JOINING)
 
     def given_back(self, ticket: Ticket) -> bool:
         if ticket.trip is None:

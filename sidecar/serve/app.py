@@ -326,7 +326,7 @@ class Sidecar:
         if self.replica is None:
             return seen_here(self.gateway.state)
         standings = self.replica.board.standings
-        return {backend: Seen(known.state == SERVING, known.resident) for backend, known in standings.items()}
+        return {backend: Seen(known.report.state == SERVING, known.resident) for backend, known in standings.items()}
 
     async def run_until_signalled(self, ready: Callable[[], None] = lambda: None) -> None:
         """Serve until SIGTERM or SIGINT, then let everything in flight finish; a second signal stops at once.

@@ -10,11 +10,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from time import monotonic_ns
+from typing import Any
 
 from sidecar.core.state import Request
 from sidecar.core.troubles import Beyond
 from sidecar.errors import Reason, Refused
 from sidecar.model.reference import Reference
+from sidecar.proto import admin_pb2
+from sidecar.proto.filling import filled
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.requests import PassedOn
 
@@ -47,25 +50,11 @@ class Chosen:
         return self.takes(request.client_id, request.view.name, request.view.tenant, request.backend or "")
 
 
-@dataclass(frozen=True)
-class OpenRequest:
-    """A request that has not ended. `state` is "waiting", "running", or "passed on" to another replica."""
+def open_requests(gateway: Gateway, chosen: Chosen) -> Iterator[Any]:
+    """Yield the OpenRequest messages of the chosen requests, the oldest of this replica's own first.
 
-    request: int
-    client_id: str
-    adapter: str
-    version: str
-    tenant: str
-    klass: str
-    backend: str
-    state: str
-    age_s: float
-    input_tokens: int
-    output_tokens_max: int
-
-
-def open_requests(gateway: Gateway, chosen: Chosen) -> Iterator[OpenRequest]:
-    """Yield the chosen requests, the oldest of this replica's own first. Read them between two steps of the core."""
+    Read them between two steps of the core.
+    """
     now_ns = monotonic_ns()
     for request in gateway.state.requests.values():
         if not request.settled and chosen.takes_open(request):
@@ -73,15 +62,24 @@ def open_requests(gateway: Gateway, chosen: Chosen) -> Iterator[OpenRequest]:
     yield from passed_on(gateway, chosen)
 
 
-def passed_on(gateway: Gateway, chosen: Chosen) -> Iterator[OpenRequest]:
-    """Yield the chosen ones of the requests that other replicas run for this one."""
+def passed_on(gateway: Gateway, chosen: Chosen) -> Iterator[Any]:
+    """Yield the messages of the chosen ones of the requests that other replicas run for this one."""
     for each in _elsewhere(gateway, chosen):
         ticket, facts = each.ticket, each.facts
         name, version = Reference.of(facts.adapter)
-        yield OpenRequest(
-            ticket.request, ticket.client_id, name, version, facts.tenant, facts.klass, each.backend, "passed on",
-            each.age_s, facts.input_tokens, facts.output_tokens_max,
-        )  # fmt: skip
+        yield admin_pb2.OpenRequest(
+            request=ticket.request,
+            request_id=ticket.client_id,
+            adapter=name,
+            version=version,
+            tenant=facts.tenant,
+            backend=each.backend,
+            state="passed on",
+            age_s=each.age_s,
+            input_tokens=facts.input_tokens,
+            output_tokens_max=facts.output_tokens_max,
+            **{"class": facts.klass},
+        )
 
 
 def _elsewhere(gateway: Gateway, chosen: Chosen) -> Iterator[PassedOn]:
@@ -103,21 +101,19 @@ def beyond(gateway: Gateway, chosen: Chosen) -> Beyond:
     )
 
 
-def shown(request: Request, now_ns: int) -> OpenRequest:
-    """Return an open request of this replica's core as operators see it."""
-    view = request.view
-    return OpenRequest(
+def shown(request: Request, now_ns: int) -> Any:
+    """Return the OpenRequest message of one of this replica's core."""
+    return filled(
+        admin_pb2.OpenRequest,
+        request.view,
         request=request.id,
-        client_id=request.client_id,
-        adapter=view.name,
-        version=f"v{request.ordinal}" if view.name else "",
-        tenant=view.tenant,
-        klass=view.klass,
+        request_id=request.client_id,
+        adapter=request.view.name,
+        version=f"v{request.ordinal}" if request.view.name else "",
         backend=request.backend or "",
         state="running" if request.running else "waiting",
-        age_s=(now_ns - view.arrived_ns) / 1e9,
-        input_tokens=view.input_tokens,
-        output_tokens_max=view.output_tokens_max,
+        age_s=(now_ns - request.view.arrived_ns) / 1e9,
+        **{"class": request.view.klass},
     )
 
 

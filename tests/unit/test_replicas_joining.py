@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sidecar.core import events as ev
+from sidecar.proto import peers_pb2
 from sidecar.replicas.board import DOWN, DRAINING, JOINING, SERVING, Board, Standing
 from sidecar.replicas.planner import PLANS, Newcomers
 from tests.kit.corekit import World, facts_of
 
 
+def standing(**fields: Any) -> Standing:
+    """Return what r0 reports of a backend."""
+    return Standing("r0", peers_pb2.BoardBackend(**fields), frozenset())
+
+
 def board(**states: str) -> Board:
     """Return a board on which these backends stand so; all are one member's."""
     made = Board()
-    made.standings = {backend: Standing("r0", 1, state) for backend, state in states.items()}
+    made.standings = {backend: standing(epoch=1, state=state) for backend, state in states.items()}
     return made
 
 
@@ -49,7 +57,7 @@ def joining_world() -> World:
 def test_the_plan_is_told_once_its_leader_must_have_known_of_the_backend() -> None:
     """What is asked for most first; and only to whoever owns the backend."""
     world, known = joining_world(), board(b0=SERVING, b1=JOINING)
-    known.standings["b0"] = Standing("r0", 1, arrived={"va": 1, "vb": 9, "vc": 5})
+    known.standings["b0"] = standing(epoch=1, arrived={"va": 1, "vb": 9, "vc": 5})
     newcomers = Newcomers(world.core.state, known)
     told = []
     for number in range(PLANS + 1):

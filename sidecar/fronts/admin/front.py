@@ -17,7 +17,7 @@ from sidecar.fronts import callers
 from sidecar.fronts.admin.access import AccessService
 from sidecar.fronts.admin.adapters import AdaptersService
 from sidecar.fronts.admin.configuration import Changes, ConfigurationService, checked
-from sidecar.fronts.admin.messages import backend_message, names_in, open_request_message, queue_message
+from sidecar.fronts.admin.messages import backend_message, names_in, queue_message
 from sidecar.fronts.admin.own_tenant import confined_to
 from sidecar.fronts.admin.pool import PoolService
 from sidecar.fronts.eligible import is_base
@@ -119,7 +119,7 @@ class BackendsService(admin_pb2_grpc.BackendsServicer):
             message.detail = "; ".join(part for part in (endpoint.detail(), differs, *view.notes) if part)
         known = None if self._replica is None else self._replica.board.standings.get(view.id)
         if known is not None:
-            message.owner, message.epoch = known.owner, known.epoch
+            message.owner, message.epoch = known.owner, known.report.epoch
         return message
 
 
@@ -144,7 +144,7 @@ class QueuesService(admin_pb2_grpc.QueuesServicer):
         )  # fmt: skip
         message = queue_message(view)
         running = (each for each in open_requests(self._gateway, chosen) if each.state == "running")
-        message.runs.extend(map(open_request_message, at_most(limit, running)))
+        message.runs.extend(at_most(limit, running))
         return message
 
     @answers_errors
@@ -157,7 +157,7 @@ class QueuesService(admin_pb2_grpc.QueuesServicer):
         if not found and tenant is None:
             self._check_name(request.adapter)
         shown = found[: min(request.limit or LISTED_DEFAULT, LISTED_MAX)]
-        return admin_pb2.ListRequestsResponse(requests=map(open_request_message, shown), total=len(found))
+        return admin_pb2.ListRequestsResponse(requests=shown, total=len(found))
 
     @answers_errors
     async def Show(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -209,8 +209,8 @@ def _message(replica: Replica, member: Member) -> Any:
         address=replica.address if is_self else replica.peers.addresses().get(member.id, ""),
         leads=replica.board.leader == member.id,
         owns=[
-            filled(admin_pb2.OwnedBackend, known, backend=backend)
-            for backend, known in sorted(replica.board.standings.items())
+            filled(admin_pb2.OwnedBackend, known.report)
+            for _, known in sorted(replica.board.standings.items())
             if known.owner == member.id
         ],
         forwards=replica.router.forwards if is_self else 0,

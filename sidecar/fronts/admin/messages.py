@@ -8,7 +8,6 @@ from sidecar.core import queries, waiting
 from sidecar.core.enums import void_told
 from sidecar.proto import admin_pb2
 from sidecar.proto.filling import filled
-from sidecar.shell.open_requests import OpenRequest
 
 
 def backend_message(view: queries.BackendView) -> Any:
@@ -58,7 +57,3 @@ def waiting_message(item: waiting.WaitingView) -> Any:
         why=item.why.value,
         **{"class": item.klass},  # a keyword of Python's
     )
-
-
-def open_request_message(request: OpenRequest) -> Any:
-    return filled(admin_pb2.OpenRequest, request, request_id=request.client_id, **{"class": request.klass})

@@ -23,7 +23,6 @@ from sidecar.fronts.admin.messages import (
     backend_message,
     group_message,
     names_in,
-    open_request_message,
     waiting_message,
 )
 from sidecar.fronts.admin.own_tenant import confined_to
@@ -227,10 +226,10 @@ class PoolService(admin_pb2_grpc.PoolServicer):
         ]
         message.rows_total = len(own) + len(elsewhere)
         for request in page.cut(own):
-            message.request_rows.append(open_request_message(shown(request, now_ns)))
+            message.request_rows.append(shown(request, now_ns))
         left_out = max(0, page.offset - len(own))
         for each in elsewhere[left_out : left_out + page.limit - len(message.request_rows)]:
-            message.request_rows.append(open_request_message(each))
+            message.request_rows.append(each)
 
     @staticmethod
     def _cut(
