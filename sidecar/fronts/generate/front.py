@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -53,10 +53,10 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
             await context.abort(*status_of_ending(ending, request_id, _code_of(ending, ticket)))
 
     def _submit(self, request: Any, context: Any, metadata: Mapping[str, str], request_id: str) -> Ticket:
-        fields, access, caller = fields_of(request, metadata), self._gateway.access, callers.CALLER.get()
-        tenant = access.tenant_of(caller, callers.claimed_tenants(metadata, fields.tenant), request_id)
-        klass = access.class_of(caller, fields.klass)
-        adapter, base = fields.adapter, ""
+        facts, access, caller = fields_of(request, metadata), self._gateway.access, callers.CALLER.get()
+        tenant = access.tenant_of(caller, callers.claimed_tenants(metadata, facts.tenant), request_id)
+        klass = access.class_of(caller, facts.klass)
+        adapter, base = facts.adapter, ""
         if is_base(self._gateway.state, adapter):
             adapter, base = "", adapter
         limited = access.default_max_tokens(tenant, klass, adapter)
@@ -69,19 +69,18 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
             caller, only = replace(caller, is_recorded=True), self._eligible(request, payload.kinds, base)
         if request.WhichOneof("prompt") == "text":
             input_tokens = text_tokens_max(self._gateway.state, input_tokens)
-        facts = RequestFacts(
+        facts = replace(
+            facts,
             adapter=adapter,
             tenant=tenant,
             klass=klass,
             input_tokens=input_tokens,
             output_tokens_max=request.max_tokens or MAX_TOKENS_DEFAULT,
-            deadline_s=callers.earliest(fields.deadline_s, callers.remaining_s(context)),
-            session=fields.session,
+            deadline_s=earliest(facts.deadline_s, callers.remaining_s(context)),
             size_bytes=request.ByteSize(),
             only=only,
             has_length=request.max_tokens > 0,
             is_estimated=request.WhichOneof("prompt") == "text",
-            trace=TraceOrigin.of(metadata),
         )
         return self._gateway.submit(facts, payload, request_id, caller, request.text or None)
 
@@ -142,21 +141,11 @@ def _code_of(ending: Settle, ticket: Ticket) -> grpc.StatusCode | None:
     return grpc.StatusCode.INVALID_ARGUMENT if refused and 400 <= rejection.status < 500 else None
 
 
-@dataclass(frozen=True)
-class RequestFields:
-    """Our parameters as a request and its call give them. `tenant` is the client's own claim."""
+def fields_of(request: Any, metadata: Mapping[str, str]) -> RequestFacts:
+    """Return what request and metadata say by our parameters; the tenant is the client's own claim.
 
-    adapter: str
-    tenant: str
-    klass: str
-    session: str
-    deadline_s: float | None
-
-
-def fields_of(request: Any, metadata: Mapping[str, str]) -> RequestFields:
-    """Read request and metadata. The earlier of two deadlines counts.
-
-    Raises Refused(INVALID_REQUEST) if they differ in anything else, and for a malformed value.
+    The earlier of two deadlines counts. Raises Refused(INVALID_REQUEST) if they differ in anything else, and for a
+    malformed value.
     """
     own = own_metadata(metadata)
     for name, field in FIELDS.items():
@@ -168,10 +157,11 @@ def fields_of(request: Any, metadata: Mapping[str, str]) -> RequestFields:
                 f'"{clipped(own[name])}"; say it once',
             )
     deadline_s = request.deadline_ms / 1000 if request.deadline_ms else None
-    return RequestFields(
-        own.get("lora_name", ""),
-        own.get("lora_tenant", ""),
-        own.get("lora_class") or "default",
-        session_of(own.get("lora_session", "")),
-        earliest(deadline_s, seconds_until(own.get("lora_deadline_ms"))),
+    return RequestFacts(
+        adapter=own.get("lora_name", ""),
+        tenant=own.get("lora_tenant", ""),
+        klass=own.get("lora_class") or "default",
+        deadline_s=earliest(deadline_s, seconds_until(own.get("lora_deadline_ms"))),
+        session=session_of(own.get("lora_session", "")),
+        trace=TraceOrigin.of(metadata),
     )

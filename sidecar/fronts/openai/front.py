@@ -46,14 +46,13 @@ from sidecar.fronts.openai.rate_limits import headers_of
 from sidecar.fronts.openai.request import (
     CHAT,
     COMPLETIONS,
-    Caller,
     N,
     OpenAiRequest,
     Unfit,
     check_request_id,
     choices_of,
     parts_of,
-    read_caller,
+    read_headers,
     read_request,
     request_id_of,
 )
@@ -61,7 +60,7 @@ from sidecar.fronts.openai.text_forms import TextRequest
 from sidecar.model.reference import Reference
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.request_log import log_refused
-from sidecar.shell.requests import RequestFacts, TraceOrigin
+from sidecar.shell.requests import RequestFacts
 
 MODELS = "/v1/models"
 Place = Callable[[OpenAiRequest, Sequence[TextRequest | Refusal] | None], Destination]
@@ -167,13 +166,13 @@ class OpenAiFront:
         try:
             try:
                 check_request_id(scope["headers"])
-                caller = read_caller(scope["headers"])
-                tenant = self._gateway.access.tenant_of(sender, _claims(caller), request_id)
-                caller = replace(caller, klass=self._gateway.access.class_of(sender, caller.klass))
+                head = read_headers(scope["headers"])
+                head.tenant = tenant = self._gateway.access.tenant_of(sender, _claims(head), request_id)
+                head.klass = self._gateway.access.class_of(sender, head.klass)
                 declared_bytes = declared_size(scope["headers"], self._body_bytes_max)
                 async with self._intake.body(declared_bytes) as arrival:
                     pieces, size_bytes = await body_of(receive, self._body_bytes_max, arrival)
-                    place = self._placing(tenant, caller.klass)
+                    place = self._placing(tenant, head.klass)
                     requests = await self._read(path, pieces, size_bytes, place, sender, tenant, request_id)
                     sender = replace(sender, is_recorded=True)
                 if (subset := scope["state"].get(SUBSET)) is not None:
@@ -182,13 +181,13 @@ class OpenAiFront:
                 if carrier is not None and not self._gateway.takes_requests:
                     # A gateway's endpoint picker must say so at once; in path a request waits for an engine.
                     raise Refused(Reason.NO_BACKEND, "no engine is ready; try again later", retry_after_s=1.0)
-                if carrier is not None and not self._may_carry(carrier, requests, tenant, caller.klass):
+                if carrier is not None and not self._may_carry(carrier, requests, tenant, head.klass):
                     if await carrier.redirect(b"".join(pieces)):
                         return
                     carrier = None
                 if len(requests) > 1:
-                    caller = _of_one_session(caller, requests[0][0])
-                facts = [self._facts(asked, caller, destination, tenant) for asked, destination in requests]
+                    head.session = head.session or requests[0][0].session or secrets.token_hex(8)  # one version for all
+                facts = [self._facts(head, asked, destination) for asked, destination in requests]
                 self._check_together(facts, sender, request_id)
                 for (asked, destination), each in zip(requests, facts, strict=True):
                     text = _text(asked, destination)
@@ -199,10 +198,10 @@ class OpenAiFront:
                 self._gateway.turned_away(request_id, error, sender)
                 failed = _failure_of(error)
                 if error.reason is Reason.RATE_LIMITED:
-                    failed = replace(failed, headers=(*failed.headers, *self._limits(tenant, caller, requests[0][0])))
+                    failed = replace(failed, headers=(*failed.headers, *self._limits(head, requests[0][0])))
                 await send_failure(send, failed, request_id)
                 return
-            limits = self._limits(tenant, caller, requests[0][0])
+            limits = self._limits(head, requests[0][0])
             answering = Answering(self._gateway, requests, tickets, self._hide_backend, limits)
             if carrier is not None:
                 # Before the loop runs again: its run may have been started, and sends nothing before that.
@@ -260,7 +259,8 @@ class OpenAiFront:
                 sender, first.tenant, first.klass, first.adapter, asked, len(facts), request_id
             )
 
-    def _facts(self, asked: OpenAiRequest, caller: Caller, destination: Destination, tenant: str) -> RequestFacts:
+    def _facts(self, head: RequestFacts, asked: OpenAiRequest, destination: Destination) -> RequestFacts:
+        """Return what the headers said of a request with what its body says, and where it goes."""
         state = self._gateway.state
         text_tokens = text_tokens_max(state, asked.prompt_bytes) if asked.prompt_bytes else 0
         each = destination.length_max if destination.is_long else asked.max_tokens
@@ -268,21 +268,18 @@ class OpenAiFront:
             each = destination.length
         if each is None:
             each = state.config.output_tokens_assumed
-        return RequestFacts(
+        return replace(
+            head,
             adapter=destination.adapter,
-            tenant=tenant,
-            klass=caller.klass,
             input_tokens=asked.prompt_tokens + text_tokens,
             output_tokens_max=each * asked.answers,
-            deadline_s=caller.deadline_s,
-            session=caller.session or asked.session,
+            session=head.session or asked.session,
             size_bytes=asked.size_bytes,
             only=destination.only,
             sequences=asked.answers,
             has_length=asked.has_length or destination.length is not None,
             is_estimated=text_tokens > 0,
             is_chat=asked.is_chat,
-            trace=TraceOrigin(*caller.trace_context, caller.came_ns),
         )
 
     def _within(self, destination: Destination, subset: Collection[str]) -> Destination:
@@ -306,9 +303,9 @@ class OpenAiFront:
             return False
         return carrier.estimates or self._gateway.access.standing(tenant, klass, requests[0][0].model).tokens is None
 
-    def _limits(self, tenant: str, caller: Caller, asked: OpenAiRequest) -> tuple[tuple[bytes, bytes], ...]:
+    def _limits(self, head: RequestFacts, asked: OpenAiRequest) -> tuple[tuple[bytes, bytes], ...]:
         """Return the headers that say what remains of the tenant's budgets."""
-        return headers_of(self._gateway.access.standing(tenant, caller.klass, asked.model))
+        return headers_of(self._gateway.access.standing(head.tenant, head.klass, asked.model))
 
     def _placing(self, tenant: str, klass: str) -> Place:
         """Return what places the requests of a tenant and class. `_read` begins at once, by the same destinations."""
@@ -342,7 +339,7 @@ class OpenAiFront:
 
     async def _show_models(self, scope: Scope, sender: access.Caller, path: str, send: Send, request_id: str) -> None:
         try:
-            tenant = self._gateway.access.tenant_of(sender, _claims(read_caller(scope["headers"])), request_id)
+            tenant = self._gateway.access.tenant_of(sender, _claims(read_headers(scope["headers"])), request_id)
         except Refused as refused:
             await send_failure(send, failure_of_error(refused), request_id)
             return
@@ -410,8 +407,8 @@ def _purpose_of(path: str) -> tuple[Action, str]:
     return Action.LIST if path == MODELS else Action.SHOW, ""
 
 
-def _claims(caller: Caller) -> tuple[str, ...]:
-    return (caller.tenant,) if caller.tenant else ()
+def _claims(head: RequestFacts) -> tuple[str, ...]:
+    return (head.tenant,) if head.tenant else ()
 
 
 def _text(asked: OpenAiRequest, destination: Destination) -> str | None:
@@ -420,11 +417,6 @@ def _text(asked: OpenAiRequest, destination: Destination) -> str | None:
         return destination.text.prompt
     prompt = asked.body.values.get("prompt")
     return prompt if isinstance(prompt, str) else None
-
-
-def _of_one_session(caller: Caller, asked: OpenAiRequest) -> Caller:
-    """Return the caller of a list of prompts with one session for all, so that one version answers the whole list."""
-    return replace(caller, session=caller.session or asked.session or secrets.token_hex(8))
 
 
 def _failure_of(error: SidecarError) -> Failure:

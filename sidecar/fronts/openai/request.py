@@ -14,6 +14,7 @@ from sidecar.errors import Reason, Refused
 from sidecar.fronts.callers import REQUEST_ID_KEY, TRACE_KEYS, combined, made_id
 from sidecar.fronts.kserve.parameters import seconds_until
 from sidecar.fronts.openai.body import LENGTHS, SALT, Body, Span
+from sidecar.shell.requests import RequestFacts, TraceOrigin
 
 N, BEST_OF = "n", "best_of"
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -41,21 +42,6 @@ class Unfit(Refused):
     def __init__(self, param: str, message: str) -> None:
         super().__init__(Reason.INVALID_REQUEST, message)
         self.param = param
-
-
-@dataclass(frozen=True)
-class Caller:
-    """The headers' values, and when they came. `tenant` is the client's own claim.
-
-    `trace_context` has W3C's traceparent and tracestate, "" for none.
-    """
-
-    tenant: str
-    klass: str
-    session: str
-    deadline_s: float | None
-    trace_context: tuple[str, str]
-    came_ns: int
 
 
 @dataclass(frozen=True)
@@ -270,8 +256,11 @@ def _bytes_in(prompts: Sequence[Any]) -> int:
     return sum(len(one.encode()) for one in prompts if isinstance(one, str))
 
 
-def read_caller(headers: Iterable[tuple[bytes, bytes]]) -> Caller:
-    """Read our headers. Raises Refused(INVALID_REQUEST) for one that is unknown or given twice."""
+def read_headers(headers: Iterable[tuple[bytes, bytes]]) -> RequestFacts:
+    """Return what our headers say of a request; its tenant is the client's own claim, and no adapter is named yet.
+
+    Raises Refused(INVALID_REQUEST) for a header that is unknown or given twice.
+    """
     own: dict[str, str] = {}
     trace: dict[str, str] = {}
     once: set[bytes] = set()
@@ -288,13 +277,13 @@ def read_caller(headers: Iterable[tuple[bytes, bytes]]) -> Caller:
             if name not in HEADERS:
                 raise _unknown(name)
             own[name] = checked(HEADERS[name], raw.decode(errors="replace"), f"the header {name}")
-    return Caller(
+    return RequestFacts(
+        adapter="",
         tenant=own.get("x-lora-tenant", ""),
         klass=own.get("x-lora-class") or "default",
         session=session_of(own.get("x-lora-session", "")),
         deadline_s=seconds_until(own.get("x-lora-deadline-ms")),
-        trace_context=(trace.get("traceparent", ""), trace.get("tracestate", "")),
-        came_ns=monotonic_ns(),
+        trace=TraceOrigin(trace.get("traceparent", ""), trace.get("tracestate", ""), monotonic_ns()),
     )
 
 
@@ -310,7 +299,7 @@ def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
 
 
 def _own_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
-    """Return the request's own id; "" if it has none, or several, which `read_caller` refuses."""
+    """Return the request's own id; "" if it has none, or several, which `read_headers` refuses."""
     given = [value for name, value in headers if name == REQUEST_ID_HEADER]
     return given[0].decode(errors="replace") if len(given) == 1 else ""
 
