@@ -154,7 +154,7 @@ def replay(
 
 def _explain(path: Path, request: str, policies: list[str], as_json: bool) -> int:
     from sidecar.incident.explain import explain
-    from sidecar.timelines.wording import lines_of, record_of
+    from sidecar.telling.wording import lines_of, record_of
 
     with bar(f"replaying {path}") as progress:
         timeline = explain(path, request, progress, policies)

@@ -37,7 +37,7 @@ JournalPolicies = Annotated[
 WHICH = (
     "The request's number in the log, or its id, as its client knows it; request=17 is only a number, id=17 only an id."
 )
-"""How a request is named; `sidecar.timelines.asking` reads it."""
+"""How a request is named; `sidecar.telling.asking` reads it."""
 
 WIDTH_UNBOUNDED = 10_000
 """The width of a pipe or a file: nothing is wrapped, so that tools can cut columns."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from policies.record import record
-from sidecar.core.enums import Cache, Fate, Outcome, Tier
-from sidecar.core.facts import Layout, Misfit, Packed
+from sidecar.core.enums import Cache, Outcome
+from sidecar.core.facts import Layout, Packed, Placed
 from sidecar.errors import Reason
 
 
@@ -144,23 +144,6 @@ class Quarantine:
 
     digest: str
     text: str
-
-
-@record(frozen=True, slots=True)
-class Placed:
-    """What became of an adapter's weights in a tier of this host or on a backend."""
-
-    fate: Fate
-    tier: Tier | None = None
-    backend: str = ""
-    is_pinned: bool = False
-    """The next use brings them back to stay."""
-    lingers: bool = False
-    """The engine forgets the name, and keeps the weights in its memory until it evicts them."""
-    names: tuple[str, ...] = ()
-    """Whose they are, where they are SHARED."""
-    misfit: Misfit | None = None
-    """Why the backend is UNFIT."""
 
 
 @record(frozen=True, slots=True)

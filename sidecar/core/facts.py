@@ -10,7 +10,9 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from policies.record import record
 from policies.views import BASE
+from sidecar.core.enums import Fate, Tier
 from sidecar.core.layout import DTYPE_BYTES as DTYPE_BYTES
 from sidecar.core.layout import FILES_LABEL, FUSED, WHOLE_MLP, Heads, fused_of, packed_rows, packed_size_bytes
 from sidecar.core.layout import Layout as Layout
@@ -241,6 +243,23 @@ class Misfit:
 
     short: str
     sentence: str
+
+
+@record(frozen=True, slots=True)
+class Placed:
+    """What became of an adapter's weights in a tier of this host or on a backend."""
+
+    fate: Fate
+    tier: Tier | None = None
+    backend: str = ""
+    is_pinned: bool = False
+    """The next use brings them back to stay."""
+    lingers: bool = False
+    """The engine forgets the name, and keeps the weights in its memory until it evicts them."""
+    names: tuple[str, ...] = ()
+    """Whose they are, where they are SHARED."""
+    misfit: Misfit | None = None
+    """Why the backend is UNFIT."""
 
 
 def misfit(adapter: Adapter, facts: EngineFacts) -> Misfit | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sidecar.core import eligibility, queueing, storing, suspects
 from sidecar.core.config import FIXED
-from sidecar.core.effects import Answer, Placed
+from sidecar.core.effects import Answer
 from sidecar.core.enums import Fate, Tier, Voided
 from sidecar.core.events import (
     AdapterRegistered,
@@ -19,7 +19,7 @@ from sidecar.core.events import (
     PrefetchAsked,
     ReleaseAsked,
 )
-from sidecar.core.facts import Adapter, version_id
+from sidecar.core.facts import Adapter, Placed, version_id
 from sidecar.core.state import Backend, Name, State, Version
 from sidecar.core.step import Step
 

@@ -16,7 +16,7 @@ from sidecar.incident.story import Story
 from sidecar.incident.witness import Witness
 from sidecar.journal.archive import opened
 from sidecar.journal.replay import Replayed, SegmentFile, segments_of
-from sidecar.timelines.timeline import Timeline
+from sidecar.telling.timeline import Timeline
 
 Progress = Callable[[int, int], None]
 """Takes the number of replayed bytes of the segments, and their total."""

@@ -12,7 +12,7 @@ from sidecar.config.identities import clipped
 from sidecar.errors import Misused, Reason
 from sidecar.incident.arrivals import JournalEntry, first_ns_of, first_step_of, header_of, lines_of
 from sidecar.journal.replay import SegmentFile
-from sidecar.timelines.asking import also_an_id_note, asked_for, same_id_note
+from sidecar.telling.asking import also_an_id_note, asked_for, same_id_note
 
 NEAR_MAX = 4
 
@@ -52,7 +52,7 @@ def began_of(header: dict[str, Any]) -> datetime | None:
 
 
 def find_request(path: Path, segments: list[Path], text: str, allowed: Container[str] = ()) -> RequestSegments:
-    """Return the segments of a request that is named as `sidecar.timelines.asking` says.
+    """Return the segments of a request that is named as `sidecar.telling.asking` says.
 
     A number refers to the latest life of the process that had it. Clients choose ids, so several requests may share
     one: the last of them is returned, and the note names the others. Raises Misused if the journal has no such request.

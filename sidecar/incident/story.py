@@ -15,9 +15,9 @@ from sidecar.core.state import Request, State
 from sidecar.incident.surroundings import Surroundings, may_concern
 from sidecar.incident.witness import Routed
 from sidecar.journal.replay import Replayed
-from sidecar.timelines import saying
-from sidecar.timelines.obstacles import in_the_way
-from sidecar.timelines.timeline import AT_AN_ENGINE, NOT_JOURNALED, SENT, Timeline, Waits
+from sidecar.telling import saying
+from sidecar.telling.obstacles import in_the_way
+from sidecar.telling.timeline import AT_AN_ENGINE, NOT_JOURNALED, SENT, Timeline, Waits
 
 
 class Story:

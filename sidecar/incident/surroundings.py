@@ -14,9 +14,9 @@ from sidecar.core import events as ev
 from sidecar.core.naming import called
 from sidecar.core.state import Backend, Request, State
 from sidecar.journal.replay import Replayed
-from sidecar.timelines import saying
-from sidecar.timelines.saying import Told
-from sidecar.timelines.timeline import IDS_KEPT_MAX, Tally
+from sidecar.telling import saying
+from sidecar.telling.saying import Told
+from sidecar.telling.timeline import IDS_KEPT_MAX, Tally
 
 _CHANGES_THE_CACHE = (ev.LoadDone, ev.LoadFailed, ev.RunFailed, ev.BackendUp, ev.BackendLost)
 _OF_A_REQUEST = (ev.Received, ev.FirstToken, ev.RunEnded, ev.RunFailed)

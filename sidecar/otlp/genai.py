@@ -17,7 +17,7 @@ from opentelemetry.sdk.resources import Resource
 from sidecar.core.enums import Outcome
 from sidecar.journal.segments import product_version
 from sidecar.otlp.tracer import operation_of
-from sidecar.timelines.record import Record
+from sidecar.telling.record import Record
 
 STOP_MS = 3_000
 DURATION_S = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)

@@ -12,7 +12,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from sidecar.otlp.spans import Spans
-from sidecar.timelines.record import Record
+from sidecar.telling.record import Record
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.enums import Outcome
 from sidecar.model.reference import Reference
-from sidecar.timelines.record import PASSED_ON, GivenBack, News, PassedOn, Queued, QueuedAgain, Record, timeline_of
-from sidecar.timelines.timeline import AT_AN_ENGINE, Moment, Period
+from sidecar.telling.record import PASSED_ON, GivenBack, News, PassedOn, Queued, QueuedAgain, Record, timeline_of
+from sidecar.telling.timeline import AT_AN_ENGINE, Moment, Period
 
 if TYPE_CHECKING:
     from sidecar.otlp.tracer import Trace

@@ -18,7 +18,7 @@ from sidecar.backends.api import Ticket
 from sidecar.core.enums import Outcome
 from sidecar.otlp.sending import Sender
 from sidecar.shell.requests import RequestFacts, TraceOrigin
-from sidecar.timelines.record import Record
+from sidecar.telling.record import Record
 
 _propagator = TraceContextTextMapPropagator()
 

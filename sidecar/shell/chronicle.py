@@ -30,10 +30,10 @@ from sidecar.core.facts import version_of_key
 from sidecar.core.state import Request, State
 from sidecar.errors import Misused, Reason
 from sidecar.shell.requests import RequestFacts
-from sidecar.timelines import saying
-from sidecar.timelines.asking import Meant, also_an_id_note, asked_for, same_id_note
-from sidecar.timelines.obstacles import in_the_way
-from sidecar.timelines.record import (
+from sidecar.telling import saying
+from sidecar.telling.asking import Meant, also_an_id_note, asked_for, same_id_note
+from sidecar.telling.obstacles import in_the_way
+from sidecar.telling.record import (
     AnswerBegun,
     CameBack,
     Entry,
@@ -49,7 +49,7 @@ from sidecar.timelines.record import (
     Unowned,
     timeline_of,
 )
-from sidecar.timelines.timeline import SLOW_NS, Timeline
+from sidecar.telling.timeline import SLOW_NS, Timeline
 
 logger = logging.getLogger(__name__)
 

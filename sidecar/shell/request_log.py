@@ -14,7 +14,7 @@ from sidecar.core.enums import Outcome
 from sidecar.core.events import BackendLost, Event
 from sidecar.errors import Reason, SidecarError
 from sidecar.shell.logs import Fields
-from sidecar.timelines.record import Record
+from sidecar.telling.record import Record
 
 requests = logging.getLogger("sidecar.requests")
 logger = logging.getLogger(__name__)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sidecar.core.effects import Placed
 from sidecar.core.enums import Fate, Tier
+from sidecar.core.facts import Placed
 
 TIERS = {Tier.MEMORY: "host store", Tier.DISK: "disk"}
 GOES = {Tier.MEMORY: "dropped", Tier.DISK: "deleted", None: "unloaded"}

@@ -22,7 +22,7 @@ from sidecar.otlp.spans import Spans
 from sidecar.otlp.tracer import Tracer
 from sidecar.shell.chronicle import Chronicle
 from sidecar.shell.requests import RequestFacts, TraceOrigin
-from sidecar.timelines.record import Record
+from sidecar.telling.record import Record
 from tests.bench.figures import Figure, middle
 from tests.kit.corekit import MS, World
 from tests.kit.otlp import collector

@@ -22,8 +22,8 @@ from sidecar.lab.engine.tokens import BOS
 from sidecar.proto import admin_pb2, admin_pb2_grpc, gateway_pb2, peers_pb2, peers_pb2_grpc
 from sidecar.replicas import router
 from sidecar.replicas.call import ForwardCall
-from sidecar.timelines.asking import asked_for
-from sidecar.timelines.record import GivenBack
+from sidecar.telling.asking import asked_for
+from sidecar.telling.record import GivenBack
 from tests.kit import replica_pool
 from tests.kit.emulated import EngineProcess, running_engine
 from tests.kit.redis_servers import Proxy, running

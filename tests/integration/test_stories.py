@@ -15,8 +15,8 @@ import httpx
 import pytest
 
 from sidecar.proto import gateway_pb2
-from sidecar.timelines.asking import asked_for
-from sidecar.timelines.record import CameBack
+from sidecar.telling.asking import asked_for
+from sidecar.telling.record import CameBack
 from tests.integration.test_incident import command
 from tests.kit.emulated import EngineProcess, running_engine
 from tests.kit.faults import attempt

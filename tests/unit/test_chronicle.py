@@ -19,8 +19,8 @@ from sidecar.errors import Misused, Reason
 from sidecar.incident.explain import explain
 from sidecar.shell import chronicle as module
 from sidecar.shell.chronicle import Chronicle, story
-from sidecar.timelines.timeline import Moment, Timeline
-from sidecar.timelines.wording import lines_of
+from sidecar.telling.timeline import Moment, Timeline
+from sidecar.telling.wording import lines_of
 from tests.kit.cases import first
 from tests.kit.corekit import MS, SECOND, World, facts_of
 from tests.kit.journals import write_journal

@@ -31,7 +31,7 @@ from sidecar.ownership import events as ownership_events
 from sidecar.ownership import ownership, slots
 from sidecar.replicas import keeper
 from sidecar.shell import gateway, metrics
-from sidecar.timelines import obstacles
+from sidecar.telling import obstacles
 from tests.kit.closed_sets import cases_of, classes_in, differences, made_in, members_of, named_in, without
 from tests.kit.corekit import World
 from tests.unit.test_explain import SCENES
@@ -62,7 +62,7 @@ CORE = [
     Closed(Decision, cases_of(dispatching.pump), "the decisions in core/dispatching.py"),
     Closed(Hold, eligibility._HOLDS, "_HOLDS of core/eligibility.py"),
     Closed(enums.Why, enums.BECAUSE, "BECAUSE of core/enums.py"),
-    Closed(enums.Why, obstacles._SENTENCES, "_SENTENCES of timelines/obstacles.py"),
+    Closed(enums.Why, obstacles._SENTENCES, "_SENTENCES of telling/obstacles.py"),
     Closed(enums.Why, [*SCENES, enums.Why.NEXT, enums.Why.TENANT_CAP], "SCENES of tests/unit/test_explain.py"),
     Closed(enums.Fault, healing._TOKENLESS, "_TOKENLESS of core/healing.py"),
     Closed(enums.Fault, healing._LOADS, "_LOADS of core/healing.py"),

@@ -7,6 +7,7 @@ from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
 from sidecar.core.eligibility import why_waiting
 from sidecar.core.enums import Fate, Fault, Why
+from sidecar.core.facts import Placed
 from sidecar.core.queries import backend_view
 from sidecar.errors import Reason
 from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, adapter_of, assert_idle, facts_of, with_facts
@@ -163,7 +164,7 @@ def test_a_prefetch_for_one_that_is_gone_is_made_for_another_of_the_same_layout(
     world.remove("p-0")
     assert [backend for _, backend in world.core.state.prefetches.values()] == ["p-1"]
     told = world.ask(lambda ask: ev.PrefetchAsked(ask, "b", ("p-0",)))
-    assert told.places == (fx.Placed(Fate.LEAVING, backend="p-0"),)
+    assert told.places == (Placed(Fate.LEAVING, backend="p-0"),)
     world.run()
     assert len(world.core.state.store.entries) == 2
 

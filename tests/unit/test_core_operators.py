@@ -11,6 +11,7 @@ from sidecar.core import events as ev
 from sidecar.core.admission import for_client
 from sidecar.core.config import ClassLimit, CoreConfig
 from sidecar.core.enums import Fate, Outcome, Tier
+from sidecar.core.facts import Placed
 from sidecar.errors import Reason
 from sidecar.telling.places import told_at
 from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, adapter_of, assert_idle, facts_of, with_facts
@@ -88,7 +89,7 @@ def test_prefetch_onto_an_idle_backend_loads_it() -> None:
     assert world.dispatches[request][0].backend == "b1"
     assert world.dispatches[request][0].load_ns == 0
     answer = world.ask(lambda ask: ev.PrefetchAsked(ask, "sql", ("b1",)))
-    assert answer.places == (fx.Placed(Fate.RESIDENT, backend="b1"),)
+    assert answer.places == (Placed(Fate.RESIDENT, backend="b1"),)
 
 
 def test_prefetch_onto_a_backend_that_is_down_waits_for_it() -> None:
@@ -172,14 +173,14 @@ def test_evict_drops_now_and_says_what_it_could_not_do() -> None:
     world.send("sql")
     world.run()
     answer = world.ask(lambda ask: ev.EvictAsked(ask, "sql"))
-    assert answer.places[0] == fx.Placed(Fate.GONE, Tier.MEMORY)
+    assert answer.places[0] == Placed(Fate.GONE, Tier.MEMORY)
     assert {at.backend for at in answer.places[1:]} == {"b0", "b1"}
     assert {at.fate for at in answer.places[1:]} == {Fate.ABSENT, Fate.NOT_UNLOADED}
     assert world.core.state.store.bytes_used == 0
     request = world.send("sql")
     world.run()
     assert world.settled[request].outcome is Outcome.OK, "it is still resident and still registered"
-    assert world.ask(lambda ask: ev.EvictAsked(ask, "sql")).places[0] == fx.Placed(Fate.ABSENT, Tier.MEMORY)
+    assert world.ask(lambda ask: ev.EvictAsked(ask, "sql")).places[0] == Placed(Fate.ABSENT, Tier.MEMORY)
 
 
 def test_evict_in_use_waits_for_its_users() -> None:
@@ -189,7 +190,7 @@ def test_evict_in_use_waits_for_its_users() -> None:
     world.send("sql")
     world.run(22 * MS)
     answer = world.ask(lambda ask: ev.EvictAsked(ask, "sql"))
-    assert answer.places[0] == fx.Placed(Fate.IN_USE, Tier.MEMORY)
+    assert answer.places[0] == Placed(Fate.IN_USE, Tier.MEMORY)
     world.run()
     world.assert_all_ok()
     assert world.core.state.store.bytes_used == 0

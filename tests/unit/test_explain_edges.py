@@ -13,8 +13,8 @@ from sidecar.errors import Misused, Reason
 from sidecar.incident.explain import explain
 from sidecar.journal.replay import SegmentFile
 from sidecar.journal.segments import segment_paths
-from sidecar.timelines.timeline import FIRST_TOKEN, NOT_JOURNALED, Moment, Period, Timeline, Waits, folded
-from sidecar.timelines.wording import PERIODS_SHOWN_MAX, lines_of, record_of
+from sidecar.telling.timeline import FIRST_TOKEN, NOT_JOURNALED, Moment, Period, Timeline, Waits, folded
+from sidecar.telling.wording import PERIODS_SHOWN_MAX, lines_of, record_of
 from tests.kit.corekit import MS, World
 from tests.kit.identities import REAL
 from tests.kit.journals import write_journal
@@ -49,8 +49,8 @@ def test_a_long_wait_is_told_in_a_few_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_folding_while_reading_loses_no_time(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """With room for a few periods only, all reasons keep their time and all counts, in a bounded number of periods."""
-    monkeypatch.setattr("sidecar.timelines.timeline.PERIODS_HELD_MAX", 50)
-    monkeypatch.setattr("sidecar.timelines.timeline.PERIODS_KEPT_MAX", 10)
+    monkeypatch.setattr("sidecar.telling.timeline.PERIODS_HELD_MAX", 50)
+    monkeypatch.setattr("sidecar.telling.timeline.PERIODS_KEPT_MAX", 10)
     random, timeline = Random(seed), Timeline(1)
     made, expected, at_ns = Waits(timeline), {}, 0
     for number in range(2_000):

@@ -18,7 +18,7 @@ from sidecar.errors import Reason
 from sidecar.shell.chronicle import Chronicle
 from sidecar.shell.logs import Fields, LogWriter, QueuedHandler, configure_logging
 from sidecar.shell.request_log import RequestLog
-from sidecar.timelines.record import Record
+from sidecar.telling.record import Record
 from tests.kit.corekit import MS, World
 
 

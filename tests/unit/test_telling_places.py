@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from sidecar.core.effects import Placed
 from sidecar.core.enums import Fate, Tier
-from sidecar.core.facts import Misfit
+from sidecar.core.facts import Misfit, Placed
 from sidecar.telling.places import told_at, told_of_store
 
 WORDS = {

@@ -29,7 +29,7 @@ from sidecar.replicas.replica import Replica
 from sidecar.shell.chronicle import story
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.open_requests import Chosen, beyond, cancel, check_chosen, open_requests
-from sidecar.timelines.wording import lines_of, record_of
+from sidecar.telling.wording import lines_of, record_of
 
 logger = logging.getLogger(__name__)
 

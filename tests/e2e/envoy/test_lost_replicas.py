@@ -21,7 +21,7 @@ from sidecar.fronts.extproc.call_exchange import STREAM
 from sidecar.proto import admin_pb2, admin_pb2_grpc, peers_pb2
 from sidecar.proto import envoy_pb2 as envoy
 from sidecar.replicas.carrying import RemoteCarrier
-from sidecar.timelines.record import Record, timeline_of
+from sidecar.telling.record import Record, timeline_of
 from tests.kit.emulated import running_engine
 from tests.kit.odd_engine import odd_engine
 from tests.kit.picker_house import PickerHouse, Raw, entry_of, response_body, response_head

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from sidecar.timelines.obstacles import listed
-from sidecar.timelines.saying import duration
-from sidecar.timelines.timeline import SLOW_NS, Entry, Moment, Period, Tally, Timeline, folded
+from sidecar.telling.obstacles import listed
+from sidecar.telling.saying import duration
+from sidecar.telling.timeline import SLOW_NS, Entry, Moment, Period, Tally, Timeline, folded
 
 PERIODS_SHOWN_MAX = 24
 """Short neighbouring periods are folded until at most about twice as many are left."""

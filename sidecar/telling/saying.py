@@ -12,8 +12,8 @@ from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.durations import readable
 from sidecar.core.state import Request, State
-from sidecar.timelines.obstacles import listed
-from sidecar.timelines.timeline import FIRST_TOKEN
+from sidecar.telling.obstacles import listed
+from sidecar.telling.timeline import FIRST_TOKEN
 
 CANDIDATES_NAMED_MAX = 4
 

@@ -17,8 +17,8 @@ from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.enums import Why
 from sidecar.model.reference import Reference
-from sidecar.timelines import saying
-from sidecar.timelines.timeline import AT_AN_ENGINE, FIRST_TOKEN, SENT, Timeline, Waits
+from sidecar.telling import saying
+from sidecar.telling.timeline import AT_AN_ENGINE, FIRST_TOKEN, SENT, Timeline, Waits
 
 NOT_LOOKED_AT = "not looked at"
 """The reason of a wait so long ago, or so many changes ago, that it is not kept any more."""
