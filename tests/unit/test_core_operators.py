@@ -13,7 +13,7 @@ from sidecar.core.config import ClassLimit, CoreConfig
 from sidecar.core.enums import Fate, Outcome, Tier
 from sidecar.core.facts import Placed
 from sidecar.errors import Reason
-from sidecar.telling.places import told_at
+from sidecar.telling.weights import told_at
 from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, adapter_of, assert_idle, facts_of, with_facts
 
 

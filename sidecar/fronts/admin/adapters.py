@@ -23,7 +23,7 @@ from sidecar.shell.gateway import Gateway
 from sidecar.shell.loading import PATH
 from sidecar.state.records import Record, paused_for
 from sidecar.state.registry import Change
-from sidecar.telling.places import told_at, told_of_store
+from sidecar.telling.weights import told_at, told_of_store
 
 LISTED_A_STEP = 50
 """Adapters added to a list before the event loop may do something else."""

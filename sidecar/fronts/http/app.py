@@ -25,8 +25,8 @@ from sidecar.fronts.http.listener import HttpListener
 from sidecar.fronts.http.probes import METRICS, MODEL_SERVER, NO_STORE, PATHS, UNREADY, Probes, why_not_ready
 from sidecar.fronts.openai.answering import send_failure
 from sidecar.fronts.openai.errors import CLOSE, Failure, closing, failure, wrong_method
+from sidecar.fronts.openai.headers import request_id_of
 from sidecar.fronts.openai.load_calls import LOAD_IN_PLACE
-from sidecar.fronts.openai.request import request_id_of
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.metrics import Metrics
 

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from sidecar.fronts.openai.answering import send_failure
 from sidecar.fronts.openai.errors import closing, failure
-from sidecar.fronts.openai.request import request_id_of
+from sidecar.fronts.openai.headers import request_id_of
 
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 ORIGIN, SITE, HOST = b"origin", b"sec-fetch-site", b"host"

@@ -20,7 +20,8 @@ from sidecar.fronts.callers import REQUEST_ID_KEY
 from sidecar.fronts.generate.forms import INT32_MAX
 from sidecar.fronts.openai import load_calls
 from sidecar.fronts.openai.body import MEMBERS_MAX, MODEL_CHARACTERS_MAX
-from sidecar.fronts.openai.request import CHAT, COMPLETIONS, HEADERS
+from sidecar.fronts.openai.headers import HEADERS
+from sidecar.fronts.openai.request import CHAT, COMPLETIONS
 
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[list[Text], Field(min_length=1)]

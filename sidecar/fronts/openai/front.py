@@ -39,6 +39,7 @@ from sidecar.fronts.openai.body import read_body
 from sidecar.fronts.openai.candidates import Destination, Destinations
 from sidecar.fronts.openai.chat_templates import ChatTemplate
 from sidecar.fronts.openai.errors import Failure, closing, failure, failure_of_error, wrong_method
+from sidecar.fronts.openai.headers import check_request_id, read_headers, request_id_of
 from sidecar.fronts.openai.large import LARGE_BYTES, LargeBodies, Refusal
 from sidecar.fronts.openai.load_calls import LoadCalls
 from sidecar.fronts.openai.models import Models
@@ -49,12 +50,9 @@ from sidecar.fronts.openai.request import (
     N,
     OpenAiRequest,
     Unfit,
-    check_request_id,
     choices_of,
     parts_of,
-    read_headers,
     read_request,
-    request_id_of,
 )
 from sidecar.fronts.openai.text_forms import TextRequest
 from sidecar.model.reference import Reference

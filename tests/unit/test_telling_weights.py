@@ -6,7 +6,7 @@ import pytest
 
 from sidecar.core.enums import Fate, Tier
 from sidecar.core.facts import Misfit, Placed
-from sidecar.telling.places import told_at, told_of_store
+from sidecar.telling.weights import told_at, told_of_store
 
 WORDS = {
     Placed(Fate.ABSENT, Tier.MEMORY): "not held",
