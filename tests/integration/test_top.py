@@ -295,7 +295,7 @@ async def test_a_sidecar_that_is_away_is_said_and_found_again(tmp_path: Path) ->
             config["backends"] = [place_of(engine, 0) | {"id": "renamed"}]
             sidecar = await Sidecar.start(parse(config, "the test"))
             try:
-                await top.matches("1/1 engines serve nobody waits")
+                await top.matches("1/1 engines serve( · 0 tok/s)? nobody waits")
                 await top.shows("slots of renamed")
                 top.press("q")
                 assert await asyncio.to_thread(top.process.wait) == 0
