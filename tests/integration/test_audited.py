@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +234,25 @@ async def test_a_change_that_fails_says_why(house: House) -> None:
         (line,) = house.told()
         assert line["result"] == "failed"
         assert reason in line["why"]
+
+
+async def test_who_is_refused_waits_for_no_line(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call after the other is one open call, however slow the disk is; the lines come."""
+    written, sink = threading.Event(), house.served.sidecar.gateway.access._audit.log._sinks["change"]
+    monkeypatch.setattr(sink, "append", partial(_after, written, sink.append))
+    try:
+        for _ in range(200):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await house.stubs["Adapters"].Evict(pb.AdapterRequest(name="nobody"))
+            assert refused.value.code() is grpc.StatusCode.NOT_FOUND, refused.value.details()
+    finally:
+        written.set()
+    await until(lambda: len(house._lines()) == 200)
+
+
+def _after(event: threading.Event, append: Callable[[bytes], None], data: bytes) -> None:
+    event.wait()
+    append(data)
 
 
 # The commands.

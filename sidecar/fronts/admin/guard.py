@@ -129,12 +129,12 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             yield told
             return
         before = rule.facts(message, sight)
-        why = "the call was cut off"
+        why, is_told = "the call was cut off", False
         try:
             yield told
             why = ""
         except grpc.aio.AbortError:
-            why = context.details() or "it was refused"
+            why, is_told = context.details() or "it was refused", True
             raise
         finally:
             after = {**rule.asked(message), **rule.facts(message, sight), **(rule.outcome(told[0]) if told else {})}
@@ -142,7 +142,8 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             recording = self._recording.spawn(
                 sight.gateway.access.changed(caller, verb, action, resource, before, after, request_id, why)
             )
-            await asyncio.shield(recording)
+            if not is_told:  # whoever is refused knows it, and the call must not stay open for a slow disk
+                await asyncio.shield(recording)
 
     def _check(
         self, caller: Caller, rule: Verb, action: Action, verb: str, resource: Resource, request_id: str
