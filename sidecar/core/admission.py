@@ -6,15 +6,15 @@ import hashlib
 from dataclasses import replace
 
 from policies.views import BASE, Waiting
-from sidecar.core import eligibility, promising, queueing
+from sidecar.core import causes, eligibility, promising, queueing
+from sidecar.core.causes import Declined
 from sidecar.core.config import ClassLimit
 from sidecar.core.effects import Settle
 from sidecar.core.enums import outcome_of
 from sidecar.core.events import Received
 from sidecar.core.state import Backend, Name, Queued, Request, State
 from sidecar.core.step import Step
-from sidecar.core.suspects import RELEASE, quarantine_message
-from sidecar.errors import Reason, Refused
+from sidecar.errors import Reason
 from sidecar.model.reference import BASE_NAMES, Reference, selected
 
 RETRY_AFTER_NS = 1_000_000_000
@@ -29,17 +29,17 @@ def received(step: Step, event: Received) -> None:
         event = _counted(state, event, digest)
         limit = _admit(state, event, name, digest, step.now_ns)
         _find_server(state, event, name, digest)
-    except Refused as refused:
-        _refuse(step, event, refused)
+    except Declined as declined:
+        _refuse(step, event, declined)
         return
     request = _request(step, event, name, ordinal, digest, limit)
     backend = queueing.pick_backend(step, request)
     if backend is not None:
         try:
             _in_time(step, request, backend, limit)
-        except Refused as refused:
+        except Declined as declined:
             queueing.take_back(step, request, backend)
-            _refuse(step, event, refused)
+            _refuse(step, event, declined)
             return
     state.requests[request.id] = request
     if digest != BASE:
@@ -53,7 +53,7 @@ def received(step: Step, event: Received) -> None:
 def places(state: State, event: Received) -> tuple[str, tuple[Backend, ...]]:
     """Return the version that a request names and the backends that can serve it, whichever replica owns them.
 
-    Raise Refused for an unknown name or version.
+    Raise Declined for an unknown name or version.
     """
     name, ordinal = _resolve(state, event)
     digest = name.versions[ordinal] if name is not None else BASE
@@ -96,26 +96,19 @@ def _resolve(state: State, event: Received) -> tuple[Name | None, int]:
     """Return the name and version ordinal that the client's reference resolves to; (None, 0) for the base model."""
     if event.adapter in BASE_NAMES and event.adapter not in state.names:
         if not state.config.base_requests:
-            raise Refused(
-                Reason.INVALID_REQUEST,
-                "the request names no adapter and this sidecar serves adapters only (base_requests: refuse); "
-                'name one with the request parameter "lora_name"',
-            )
+            raise Declined(Reason.INVALID_REQUEST, causes.NoAdapterNamed())
         return None, 0
     text, selector = Reference.of(event.adapter)
     name = state.names.get(text)
     if name is None:
-        raise unknown_adapter(state, text, event.tenant)
+        raise Declined(Reason.UNKNOWN_ADAPTER, unknown_adapter(state, text, event.tenant), text[:80])
     _allowed(event, name)  # first: only a tenant that may use the adapter may learn its versions
     if not selector:
         return name, _permitted(name, event, _share(name, event))
     ordinal = selected(selector, name.versions.items())
     if ordinal is None or not _may_answer(event, ordinal):
-        shown = [(n, version) for n, version in sorted(name.versions.items()) if _may_answer(event, n)]
-        has = ", ".join(f"v{n} ({version[:12]})" for n, version in shown) or "none that you may use"
-        raise Refused(
-            Reason.UNKNOWN_ADAPTER, f'adapter "{text}" has no version "{selector[:80]}"; it has {has}', adapter=text
-        )
+        known = tuple((n, version) for n, version in sorted(name.versions.items()) if _may_answer(event, n))
+        raise Declined(Reason.UNKNOWN_ADAPTER, causes.UnknownVersion(text, selector[:80], known), text)
     return name, ordinal
 
 
@@ -131,7 +124,7 @@ def _may_answer(event: Received, ordinal: int) -> bool:
 
 
 def _permitted(name: Name, event: Received, ordinal: int) -> int:
-    """Return an ordinal if it may answer, else the newest one that may. Raise Refused(NOT_ALLOWED) if none may.
+    """Return an ordinal if it may answer, else the newest one that may. Raise Declined(NOT_ALLOWED) if none may.
 
     A replica that learns of a promotion later than this one has asked the policy for the version before it.
     """
@@ -158,28 +151,13 @@ def _share(name: Name, event: Received) -> int:
     return ordinal if place < percent else name.ordinal
 
 
-def unknown_adapter(state: State, text: str, tenant: str | None = None) -> Refused:
-    """Return the error for a name unknown to a tenant, with the nearest known names. A tenant of None is an operator.
+def unknown_adapter(state: State, text: str, tenant: str | None = None) -> causes.UnknownAdapter:
+    """Return what is told of a name unknown to a tenant, with the nearest known names. A tenant of None is an operator.
 
-    The error is the same for a name that is not registered and for one that the tenant may not use.
+    It is the same for a name that is not registered and for one that the tenant may not use.
     """
-    return Refused(Reason.UNKNOWN_ADAPTER, _unknown(state, text, tenant), adapter=text[:80])
-
-
-def _unknown(state: State, text: str, tenant: str | None) -> str:
-    shown = text if len(text) <= 80 else f"{text[:77]}..."
     usable = [name for name, known in state.names.items() if tenant is None or known.is_for(tenant)]
-    near = eligibility.nearest(text, usable)
-    if near:
-        return f'unknown adapter "{shown}"; did you mean {" or ".join(near)}?'
-    if not usable:
-        if tenant is None:
-            return f'unknown adapter "{shown}": none is registered; operators do so with "sidecar adapters register"'
-        whose = f' for tenant "{tenant}"' if tenant else ""
-        return f'unknown adapter "{shown}": none is registered{whose}; ask your operator for one'
-    if tenant is not None:
-        return f'unknown adapter "{shown}"; GET /v1/models of the http listener lists those that you may use'
-    return f'unknown adapter "{shown}"; "sidecar adapters list" shows those that are registered, and for whom'
+    return causes.UnknownAdapter(text[:160], tuple(eligibility.nearest(text, usable)), not usable, tenant)
 
 
 def with_name(state: State, settle: Settle, reference: str) -> Settle:
@@ -191,68 +169,36 @@ def with_name(state: State, settle: Settle, reference: str) -> Settle:
 
 
 def for_client(state: State, settle: Settle) -> Settle:
-    """Return an ending as the client may see it: a name that the tenant may not use looks unknown.
-
-    The log keeps the real reason, and what operators can do, for operators.
-    """
+    """Return an ending as the client may see it: a name that the tenant may not use looks unknown."""
     if settle.reason is not Reason.NOT_ALLOWED:
-        if settle.reason not in TOLD_COMMANDS:
-            return settle
-        return replace(settle, message=_with_drained(state, _without_commands(settle.message)))
-    refused = unknown_adapter(state, settle.name, settle.tenant)
-    return replace(settle, reason=refused.reason, message=refused.message, name=refused.details["adapter"])
-
-
-TOLD_COMMANDS = (Reason.QUARANTINED, Reason.NO_BACKEND)
-"""Reasons whose messages name a command of ours."""
-
-
-def _with_drained(state: State, message: str) -> str:
-    """Return a message in which backends on which nothing runs any more are "drained"; journals have "draining"."""
-    if any(backend.draining and backend.running for backend in state.backends.values()):
-        return message
-    what, found, why = message.partition(" can serve it: ")
-    return what + found + why.replace(" draining", " drained")
-
-
-def _without_commands(message: str) -> str:
-    for command, instead in (
-        (RELEASE, "; name another model of /v1/models, or ask your operator to release it"),
-        (eligibility.LIST_BACKENDS, "; ask your operator which take it"),
-        (eligibility.ADD_BACKEND, "; try again later, or ask your operator"),
-    ):
-        told, found, _ = message.partition(command)
-        if found:
-            return told + instead
-    return message
+        return settle
+    cause = unknown_adapter(state, settle.name, settle.tenant)
+    return replace(settle, reason=Reason.UNKNOWN_ADAPTER, cause=cause, name=settle.name[:80])
 
 
 def _admit(state: State, event: Received, name: Name | None, digest: str, now_ns: int) -> ClassLimit:
-    """Return the limits of the request's class. Raise Refused when the request may not queue."""
+    """Return the limits of the request's class. Raise Declined when the request may not queue."""
     config = state.config
     if state.draining:
-        raise Refused(Reason.DRAINING, "the sidecar is shutting down; send the request to another replica")
+        raise Declined(Reason.DRAINING, causes.ShuttingDown())
     if name is not None:
         _not_quarantined(state, name, digest)
     limit = config.classes.get(event.klass)
     if limit is None:
-        raise Refused(
-            Reason.INVALID_REQUEST,
-            f'unknown class "{event.klass[:80]}"; the configuration has {", ".join(sorted(config.classes))}',
-        )
+        raise Declined(Reason.INVALID_REQUEST, causes.UnknownClass(event.klass[:80], tuple(sorted(config.classes))))
     if event.deadline_ns is not None and event.deadline_ns <= now_ns:
-        raise Refused(Reason.DEADLINE_UNMEETABLE, "the request's deadline had passed when it arrived")
+        raise Declined(Reason.DEADLINE_UNMEETABLE, causes.DeadlineBefore())
     _has_room(state, event)
     return limit
 
 
 def _has_room(state: State, event: Received) -> None:
-    """Check the queue's limits on requests, tokens and bytes, in total and per tenant. Raise Refused at a limit."""
+    """Check the queue's limits on requests, tokens and bytes, in total and per tenant. Raise Declined at a limit."""
     config, tokens, size_bytes = state.config, event.input_tokens + event.output_tokens_max, event.size_bytes
-    whose, prefix = "", ""
+    tenant = None
     over = state.waiting.over(tokens, size_bytes, config.queued_max, config.queued_tokens_max, config.queued_bytes_max)
     if over is None:
-        whose, prefix = f' of tenant "{event.tenant}"', "tenant_"
+        tenant = event.tenant
         over = (state.tenant_queued.get(event.tenant) or Queued()).over(
             tokens,
             size_bytes,
@@ -261,13 +207,7 @@ def _has_room(state: State, event: Received) -> None:
             config.tenant_queued_bytes_max,
         )
     if over is not None:
-        what, held, limit = over
-        key = f"{prefix}queued_{'' if what == 'requests' else f'{what}_'}max"
-        raise Refused(
-            Reason.QUEUE_FULL,
-            f"the queue is full: {held} {what}{whose} wait (limit {limit}); try again later, or raise queue.{key}",
-            retry_after_s=RETRY_AFTER_NS / 1e9,
-        )
+        raise Declined(Reason.QUEUE_FULL, causes.QueueFull(*over, tenant), retry_after_ns=RETRY_AFTER_NS)
 
 
 def _in_time(step: Step, request: Request, backend: Backend, limit: ClassLimit) -> None:
@@ -275,41 +215,29 @@ def _in_time(step: Step, request: Request, backend: Backend, limit: ClassLimit) 
     wait_ns = queueing.promise(step, request, backend)
     over_ns = wait_ns - limit.queue_wait_ns_max
     if over_ns > 0:
-        raise Refused(
-            Reason.QUEUE_FULL,
-            f"{backend.id} might not come to it for {wait_ns / 1e9:.0f} s and class "
-            f'"{request.view.klass}" waits at most {limit.queue_wait_ns_max / 1e9:.0f} s; try again later, or raise '
-            "the class's queue_wait_s_max",
-            retry_after_s=max(over_ns, RETRY_AFTER_NS) / 1e9,
-        )
+        too_long = causes.WaitTooLong(backend.id, wait_ns, request.view.klass, limit.queue_wait_ns_max)
+        raise Declined(Reason.QUEUE_FULL, too_long, retry_after_ns=max(over_ns, RETRY_AFTER_NS))
     first_token_ns = wait_ns + promising.reading_ns(backend, request)
     if request.deadline_ns is not None and step.now_ns + first_token_ns > request.deadline_ns:
-        raise Refused(
-            Reason.DEADLINE_UNMEETABLE,
-            f"{backend.id} might not begin to answer it for {first_token_ns / 1e9:.1f} s and its deadline is in "
-            f"{(request.deadline_ns - step.now_ns) / 1e9:.1f} s; give it more time or try again later",
-        )
+        left_ns = request.deadline_ns - step.now_ns
+        raise Declined(Reason.DEADLINE_UNMEETABLE, causes.DeadlineTooSoon(backend.id, first_token_ns, left_ns))
 
 
 def _allowed(event: Received, name: Name) -> None:
-    """Raise Refused(NOT_ALLOWED) unless the allow list, or a policy that has named versions, lets the tenant use it."""
+    """Raise Declined(NOT_ALLOWED) unless the allow list, or a policy that named versions, lets the tenant use it."""
     if event.versions is None and not name.is_for(event.tenant):
         raise _not_allowed(event, name)
 
 
-def _not_allowed(event: Received, name: Name) -> Refused:
-    decides = "its allow list decides" if event.versions is None else "its allow list, or the policy, decides"
-    return Refused(
-        Reason.NOT_ALLOWED,
-        f'tenant "{event.tenant}" may not use adapter "{name.name}"; {decides}',
-        adapter=name.name,
-    )
+def _not_allowed(event: Received, name: Name) -> Declined:
+    cause = causes.NotAllowed(event.tenant, name.name, event.versions is not None)
+    return Declined(Reason.NOT_ALLOWED, cause, name.name)
 
 
 def _not_quarantined(state: State, name: Name, digest: str) -> None:
-    version = state.versions[digest]
-    if version.quarantined:
-        raise Refused(Reason.QUARANTINED, quarantine_message(name.name, version.quarantined), adapter=name.name)
+    suspicion = state.versions[digest].quarantined
+    if suspicion is not None:
+        raise Declined(Reason.QUARANTINED, causes.Quarantined(suspicion), name.name)
 
 
 def _find_server(state: State, event: Received, name: Name | None, digest: str) -> None:
@@ -324,41 +252,33 @@ def _find_server(state: State, event: Received, name: Name | None, digest: str) 
     text = name.name if name is not None else "base model"
     if not servers:
         if eligibility.are_gone(state, event.only):
-            raise Refused(Reason.NOT_OWNER, eligibility.gone_message(event.only), adapter=text)
+            raise Declined(Reason.NOT_OWNER, causes.Gone(event.only), text)
         if eligibility.may_come(state, digest, event.only):
             return
-        message = eligibility.no_backend_message(state, text, digest)
-        raise Refused(Reason.NO_BACKEND, message, retry_after_s=RETRY_AFTER_NS / 1e9, adapter=text)
+        cause = eligibility.no_backend(state, digest)
+        raise Declined(Reason.NO_BACKEND, cause, text, RETRY_AFTER_NS)
     if not any(server.owned for server in servers):
-        raise Refused(Reason.NOT_OWNER, eligibility.not_owner_message(servers), adapter=text)
+        raise Declined(Reason.NOT_OWNER, causes.NotOwned(tuple(server.id for server in servers)), text)
     if not any(eligibility.long_enough(backend, event.input_tokens) for backend in servers):
         longest = max(backend.facts.input_tokens_max or 0 for backend in servers)
-        raise Refused(
-            Reason.INVALID_REQUEST,
-            f"the prompt has {event.input_tokens} tokens and the engine takes at most {longest}; shorten it",
-        )
+        raise Declined(Reason.INVALID_REQUEST, causes.PromptTooLong(event.input_tokens, longest))
     if not any(backend.can_seat(event.sequences, state.config) for backend in servers):
         most = max(backend.seats_at_best(state.config) for backend in servers)
-        raise Refused(
-            Reason.INVALID_REQUEST,
-            f"the request makes the engine run {event.sequences} sequences at once and it has seats for {most}; ask "
-            "for fewer answers in one request, or raise engine.seats if the engine has more",
-        )
+        raise Declined(Reason.INVALID_REQUEST, causes.TooManySequences(event.sequences, most))
 
 
-def _refuse(step: Step, event: Received, refused: Refused) -> None:
-    retry_after_ns = None if refused.retry_after_s is None else int(refused.retry_after_s * 1e9)
+def _refuse(step: Step, event: Received, declined: Declined) -> None:
     step.emit(
         Settle(
             request=event.request,
-            outcome=outcome_of(refused.reason),
-            name=refused.details.get("adapter", ""),
+            outcome=outcome_of(declined.reason),
+            name=declined.name,
             tenant=event.tenant,
             klass=event.klass if event.klass in step.state.config.classes else "default",
             queue_ns=0,
             input_tokens=event.input_tokens,
-            reason=refused.reason,
-            message=refused.message,
-            retry_after_ns=retry_after_ns,
+            reason=declined.reason,
+            cause=declined.cause,
+            retry_after_ns=declined.retry_after_ns,
         )
     )

@@ -14,6 +14,7 @@ from typing import Any
 from policies.views import Eviction, Ordering, Prefetch, Routing
 from sidecar.core import (
     admission,
+    causes,
     disk,
     dispatching,
     fetching,
@@ -29,8 +30,8 @@ from sidecar.core import (
     stealing,
 )
 from sidecar.core import events as ev
+from sidecar.core.causes import Cause
 from sidecar.core.config import CoreConfig
-from sidecar.core.durations import readable
 from sidecar.core.effects import Effect, WakeAt
 from sidecar.core.enums import Phase, Seen, Voided
 from sidecar.core.lengths import Overrun
@@ -162,39 +163,27 @@ def _end_overdue(step: Step) -> None:
             continue
         if request.settled:
             continue
-        name = request.view.name or "base model"
         if not request.running:
-            queueing.drop(step, request, Reason.EXPIRED, f"{name}: {_expired(step, request)}")
+            queueing.drop(step, request, Reason.EXPIRED, _expired(step, request))
         elif request.deadline_ns is not None and request.deadline_ns <= step.now_ns:
-            running.cancel(
-                step,
-                request,
-                Reason.DEADLINE_EXCEEDED,
-                f"{name}: {_cut_short(request)}",
-            )
+            running.cancel(step, request, Reason.DEADLINE_EXCEEDED, _deadline_passed(step, request))
 
 
-def _expired(step: Step, request: Request) -> str:
-    """Return which limit of a waiting request has passed, and what to change."""
+def _expired(step: Step, request: Request) -> Cause:
+    """Return which limit of a waiting request has passed."""
     waited_ns = step.now_ns - request.view.arrived_ns
-    waited = f"the request waited {readable(waited_ns)} and"
     if request.deadline_ns is not None and request.deadline_ns <= step.now_ns:
-        return f"{waited} {_deadline_passed(request)}; send it with a longer one, or with none"
+        return _deadline_passed(step, request)
     if request.backend is None:
-        return f"{waited} no backend that could serve it was up; send it again later"
+        return causes.NoneUp(waited_ns)
     klass = request.view.klass
-    longest = readable(step.state.config.limit_of(klass).queue_wait_ns_max)
-    key = f"queue.classes.{klass}.queue_wait_s_max"
-    return f'{waited} class "{klass}" waits at most {longest}; send it again later, or raise {key}'
+    return causes.WaitedTooLong(waited_ns, klass, step.state.config.limit_of(klass).queue_wait_ns_max)
 
 
-def _cut_short(request: Request) -> str:
-    return f"{_deadline_passed(request)} while it was being answered; send it with a longer one, or with none"
-
-
-def _deadline_passed(request: Request) -> str:
+def _deadline_passed(step: Step, request: Request) -> Cause:
     assert request.deadline_ns is not None
-    return f"its own deadline of {readable(request.deadline_ns - request.view.arrived_ns)} passed"
+    arrived_ns = request.view.arrived_ns
+    return causes.DeadlinePassed(request.deadline_ns - arrived_ns, step.now_ns - arrived_ns, request.running)
 
 
 def _received(step: Step, event: ev.Received) -> None:
@@ -212,39 +201,29 @@ def _client_left(step: Step, event: ev.ClientLeft) -> None:
     if request is None or request.settled:
         return
     if event.moved:
-        running.cancel(step, request, Reason.NOT_OWNER, "another replica sees to the request")
+        running.cancel(step, request, Reason.NOT_OWNER, causes.Moved())
     elif event.shut_down:
         running.cancel(step, request, *cut_off(request.first_token))
     else:
         running.cancel(step, request, Reason.CANCELLED, why_left(event))
 
 
-def cut_off(has_begun: bool) -> tuple[Reason, str]:
+def cut_off(has_begun: bool) -> tuple[Reason, Cause]:
     """Return how a request ends that is still open when the sidecar stops: only an answer that has begun is lost."""
-    if has_begun:
-        return Reason.BACKEND_FAILED, (
-            "the sidecar stops, and waits no longer for the rest of the answer; an answer that has begun is never "
-            "repeated, so send the request again if you want a new one"
-        )
-    return Reason.DRAINING, "the sidecar stops, and waits no longer for the answer; send the request again"
+    return Reason.BACKEND_FAILED if has_begun else Reason.DRAINING, causes.Stopped(has_begun)
 
 
-def why_left(event: ev.ClientLeft) -> str:
-    """Return what the client hears of the end of a request that was cancelled."""
+def why_left(event: ev.ClientLeft) -> Cause:
+    """Return the cause of the end of a request that was cancelled."""
     if event.revoked:
-        return "the credential of the request was revoked or has expired; get a new one"
-    return "an operator cancelled the request" if event.by_operator else LEFT
-
-
-LEFT = "the client cancelled the request or went away"
-UNOBSERVED = "no access log has told how the answer ended, which the client has got from a proxy; see its own record"
-STALLED = "for longer than client_stall_s more of the answer waited for the client than is kept; read it as it comes"
+        return causes.Revoked()
+    return causes.CancelledByOperator() if event.by_operator else causes.CancelledByClient()
 
 
 def _client_stalled(step: Step, event: ev.ClientStalled) -> None:
     request = step.state.requests.get(event.request)
     if request is not None and not request.settled:
-        running.cancel(step, request, Reason.CLIENT_STALLED, STALLED)
+        running.cancel(step, request, Reason.CLIENT_STALLED, causes.ReadTooSlowly())
 
 
 def _first_token(step: Step, event: ev.FirstToken) -> None:
@@ -266,9 +245,9 @@ def _run_ended(step: Step, event: ev.RunEnded) -> None:
         _learn(step, request, event.seen)
     backend = running.end_run(step, request, event.output_tokens)
     if not request.settled and event.seen is Seen.NOTHING:
-        queueing.settle(step, request, Reason.UNOBSERVED, UNOBSERVED)
+        queueing.settle(step, request, Reason.UNOBSERVED, causes.Unobserved())
     elif not request.settled and event.client_left:
-        queueing.settle(step, request, Reason.CANCELLED, LEFT)
+        queueing.settle(step, request, Reason.CANCELLED, causes.CancelledByClient())
     elif not request.settled:
         if event.seen is Seen.ALL:  # a log may tell late
             stalls.note_life_sign(step, backend)

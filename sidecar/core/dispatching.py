@@ -6,6 +6,7 @@ from typing import assert_never
 
 from policies.views import BASE, Close, Open, Send
 from sidecar.core import eligibility, promising, queueing, stalls, storing, suspects
+from sidecar.core.causes import ReachedTooLate
 from sidecar.core.effects import Dispatch, Load
 from sidecar.core.enums import Cache
 from sidecar.core.events import LoadDone
@@ -178,15 +179,9 @@ def _send_or_expire(step: Step, backend: Backend, request: Request) -> None:
     if request.deadline_ns is None or step.now_ns + reading_ns <= request.deadline_ns:
         _send(step, backend, request)
         return
-    queueing.drop(
-        step,
-        request,
-        Reason.EXPIRED,
-        f"{request.view.name or 'base model'}: its turn came after "
-        f"{(step.now_ns - request.view.arrived_ns) / 1e9:.1f} s and its deadline is in "
-        f"{(request.deadline_ns - step.now_ns) / 1e9:.3f} s, while {backend.id} needs {reading_ns / 1e9:.3f} s to read "
-        f"its prompt of {request.view.input_tokens} tokens; give it more time",
-    )
+    waited_ns, left_ns = step.now_ns - request.view.arrived_ns, request.deadline_ns - step.now_ns
+    cause = ReachedTooLate(waited_ns, left_ns, backend.id, reading_ns, request.view.input_tokens)
+    queueing.drop(step, request, Reason.EXPIRED, cause)
     backend.ordering.ended(request.view, 0, step.now_ns)  # the policy believes that it was sent
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from policies.record import record
+from sidecar.core.causes import Cause
 from sidecar.core.enums import Cache, Outcome
-from sidecar.core.facts import Layout, Packed, Placed
+from sidecar.core.facts import Layout, Packed, Placed, Suspicion
 from sidecar.errors import Reason
 
 
@@ -117,7 +118,8 @@ class Settle:
     input_tokens: int
     output_tokens: int = 0
     reason: Reason | None = None
-    message: str = ""
+    cause: Cause | None = None
+    """Why in detail; None where `reason` is."""
     backend: str = ""
     version: str = ""
     retry_after_ns: int | None = None
@@ -143,7 +145,7 @@ class Quarantine:
     """Report to observers that a version is refused until an operator releases it."""
 
     digest: str
-    text: str
+    suspicion: Suspicion
 
 
 @record(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable
 
 from policies.record import record
 from policies.views import BASE, Hold, Waiting
+from sidecar.core.causes import NoBackend
 from sidecar.core.enums import Phase, Why
 from sidecar.core.facts import Misfit, misfit
 from sidecar.core.state import NEVER_NS, Backend, Request, State, Version
@@ -19,17 +20,8 @@ from sidecar.core.state import NEVER_NS, Backend, Request, State, Version
 def cannot_serve(state: State, backend: Backend, digest: str) -> Misfit | None:
     """Return why a backend can never serve a version as configured, drained or learned; None if it can."""
     if backend.draining:
-        return Misfit("draining", "it is draining")
+        return Misfit(backend.drain_word, f"it is {backend.drain_word}")
     return unfit_for(state, backend, digest)
-
-
-def told_unfit(state: State, backend: Backend, digest: str) -> str:
-    """Return why a backend cannot serve a version, as views tell it; "" if it can.
-
-    Journals have "draining" in endings, whether or not something runs there still.
-    """
-    unfit = cannot_serve(state, backend, digest)
-    return f"it is {backend.drain_word}" if backend.draining else unfit.sentence if unfit is not None else ""
 
 
 def unfit_for(state: State, backend: Backend, digest: str) -> Misfit | None:
@@ -127,10 +119,6 @@ def are_gone(state: State, only: tuple[str, ...]) -> bool:
     return bool(only) and not known and not any(name in state.config.pools for name in only)
 
 
-def gone_message(only: tuple[str, ...]) -> str:
-    return f"{', '.join(only)}: not known here, or not any more; send the request again"
-
-
 def may_come(state: State, digest: str, only: tuple[str, ...]) -> bool:
     """Return True if a backend for a version may still be discovered, in a pool that is empty now."""
     filled = {backend.pool for backend in state.backends.values()}
@@ -150,34 +138,13 @@ def long_enough(backend: Backend, input_tokens: int) -> bool:
 
 NEAR = 0.65
 """How alike a name is that is suggested for an unknown one: one wrong letter of three, or a word more or less."""
-LIST_BACKENDS = '; "sidecar backends list" shows them'
-ADD_BACKEND = '; name one under "backends" or with --backend triton://HOST:PORT, or add it with "sidecar backends add"'
-"""What an operator is told; journals have it."""
 
 
-def no_backend_message(state: State, name: str, digest: str) -> str:
-    """Return the error that no backend can serve an adapter, counting reasons: "5 max rank 32 < 64, 2 other base"."""
-    counts: dict[str, int] = {}
-    sentence = ""
-    for backend in state.backends.values():
-        unfit = cannot_serve(state, backend, digest)
-        if unfit is not None:
-            counts[unfit.short] = counts.get(unfit.short, 0) + 1
-            sentence = sentence or f" {backend.id}: {unfit.sentence}."
-    total = len(state.backends)
-    if total and not counts:
-        return f"{name}: no backend that the request may go to is configured{LIST_BACKENDS}"
-    if not total and state.config.pools:
-        return f"{name}: no engine has been found yet, and none of {', '.join(state.config.pools)} could serve it"
-    if not total:
-        return f"{name}: no engine is configured at the moment{ADD_BACKEND}"
-    reasons = ", ".join(f"{count} {short}" for short, count in counts.items())
-    return f"{name}: 0 of {total} backends can serve it: {reasons}.{sentence}"
-
-
-def not_owner_message(backends: tuple[Backend, ...]) -> str:
-    """Return the error that other replicas own every backend that a request may go to."""
-    return f"{', '.join(backend.id for backend in backends)}: another replica's; send the request there"
+def no_backend(state: State, digest: str) -> NoBackend:
+    """Return why no backend can serve a version."""
+    unfit = ((backend.id, cannot_serve(state, backend, digest)) for backend in state.backends.values())
+    found = tuple((backend, misfit) for backend, misfit in unfit if misfit is not None)
+    return NoBackend(len(state.backends), found, tuple(state.config.pools))
 
 
 def resident(backend: Backend, digest: str) -> bool:

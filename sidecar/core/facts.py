@@ -246,6 +246,18 @@ class Misfit:
 
 
 @record(frozen=True, slots=True)
+class Suspicion:
+    """Why a version is quarantined: its first loads coincided with the loss of backends, or it `has_ended` one.
+
+    `text` is what was said of the last loss.
+    """
+
+    lost: tuple[str, ...]
+    text: str
+    has_ended: bool = False
+
+
+@record(frozen=True, slots=True)
 class Placed:
     """What became of an adapter's weights in a tier of this host or on a backend."""
 

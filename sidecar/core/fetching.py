@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 
 from sidecar.core import disk, eligibility, queueing, storing
+from sidecar.core.causes import NotFetched
 from sidecar.core.effects import Fetch
 from sidecar.core.eligibility import resident
 from sidecar.core.enums import Cache
@@ -151,4 +152,4 @@ def fetch_failed(step: Step, event: FetchFailed) -> None:
             continue
         # For this request a fault of the adapter's own means that the adapter cannot be had.
         reason = event.reason if event.reason.row.family is Family.REFUSED else Reason.ADAPTER_UNAVAILABLE
-        queueing.drop(step, request, reason, f"{request.view.name}: {event.text}")
+        queueing.drop(step, request, reason, NotFetched(event.text))

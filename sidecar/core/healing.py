@@ -18,20 +18,20 @@ A fault before the first token is mended. After the first token nothing is retri
 from __future__ import annotations
 
 from policies.views import BASE
-from sidecar.core import eligibility, queueing, running, storing
+from sidecar.core import causes, eligibility, queueing, running, storing
+from sidecar.core.causes import Cause
 from sidecar.core.dispatching import end_load
 from sidecar.core.effects import RegisterRegions
 from sidecar.core.eligibility import believed_page_limit, page_limit
 from sidecar.core.enums import Fault, Phase, Voided
 from sidecar.core.events import BackendLost, LoadFailed, RunFailed
+from sidecar.core.facts import Suspicion
 from sidecar.core.shadow import Belief
 from sidecar.core.silence import Silence
 from sidecar.core.state import Backend, LoadRun, Request, Version
 from sidecar.core.step import Step
-from sidecar.core.suspects import quarantine, quarantine_message, suspect
+from sidecar.core.suspects import quarantine, suspect
 from sidecar.errors import Reason
-
-NEVER_REPEATED = "an answer that has begun is never repeated, so send the request again if you want a new one"
 
 
 def run_failed(step: Step, event: RunFailed) -> None:
@@ -47,20 +47,13 @@ def run_failed(step: Step, event: RunFailed) -> None:
         queueing.release(step, request)
         return
     if request.tokens:
-        _fail(step, request, Reason.BACKEND_FAILED, _after_tokens(request, backend, event.text))
+        _fail(step, request, Reason.BACKEND_FAILED, causes.Failed(backend.id, request.tokens, event.text))
     else:
         _TOKENLESS[event.fault](step, request, backend, event.text)
 
 
-def _after_tokens(request: Request, backend: Backend, text: str) -> str:
-    return (
-        f"{request.view.name or 'base model'}: {backend.id} failed after {request.tokens} tokens had been sent: "
-        f"{text}; {NEVER_REPEATED}"
-    )
-
-
-def _fail(step: Step, request: Request, reason: Reason, message: str) -> None:
-    queueing.settle(step, request, reason, message)
+def _fail(step: Step, request: Request, reason: Reason, cause: Cause) -> None:
+    queueing.settle(step, request, reason, cause)
     queueing.release(step, request)
 
 
@@ -69,13 +62,8 @@ def _again(step: Step, request: Request, backend: Backend, fault: Fault) -> None
     request.heals += 1
     step.heal(backend, fault.value, request.version)
     if request.heals > step.state.config.heals_max * backend.facts.caches:
-        _fail(
-            step,
-            request,
-            Reason.BACKEND_FAILED,
-            f"{request.view.name or 'base model'}: given up after {request.heals} tries, the last on {backend.id} "
-            f"({fault.value}); the engine's adapter cache may be too small for its load",
-        )
+        cause = causes.GivenUp(request.heals, backend.id, fault.value)
+        _fail(step, request, Reason.BACKEND_FAILED, cause)
         return
     running.requeue(step, request)
 
@@ -179,13 +167,7 @@ def _engine_failed(step: Step, request: Request, backend: Backend, fault: Fault,
     """Send a request once more after an engine failure before its first token; fail it the second time."""
     request.engine_failures += 1
     if request.engine_failures > 1:
-        _fail(
-            step,
-            request,
-            Reason.BACKEND_FAILED,
-            f"{request.view.name or 'base model'}: {backend.id} failed twice before the first token: {text}; "
-            "see the engine's log",
-        )
+        _fail(step, request, Reason.BACKEND_FAILED, causes.FailedTwice(backend.id, text))
         return
     _again(step, request, backend, fault)
 
@@ -246,7 +228,7 @@ def run_completed(backend: Backend, seats_declared: int) -> None:
 
 
 def _rejected(step: Step, request: Request, backend: Backend, text: str) -> None:
-    _fail(step, request, Reason.BACKEND_REJECTED, text)
+    _fail(step, request, Reason.BACKEND_REJECTED, causes.Rejected(text))
 
 
 def _lost(step: Step, request: Request, backend: Backend, text: str) -> None:
@@ -258,20 +240,15 @@ def _lost(step: Step, request: Request, backend: Backend, text: str) -> None:
         _pause(step, backend)
     request.losses.append(backend.id)
     if len(request.losses) >= step.state.config.visits_max:
-        _fail(
-            step,
-            request,
-            Reason.BACKEND_FAILED,
-            f"{request.view.name or 'base model'}: lost {' and then '.join(request.losses)} before the first token: "
-            f"{text}; a request visits at most {step.state.config.visits_max} backends",
-        )
+        cause = causes.Lost(tuple(request.losses), text, step.state.config.visits_max)
+        _fail(step, request, Reason.BACKEND_FAILED, cause)
         return
     _again(step, request, backend, Fault.LOST)
 
 
 def _not_owned(step: Step, request: Request, backend: Backend, text: str) -> None:
     """Give the request back: it was never sent, since the lease had ended."""
-    _fail(step, request, Reason.NOT_OWNER, text)
+    _fail(step, request, Reason.NOT_OWNER, causes.LeaseEnded(text))
 
 
 def _deadly(step: Step, request: Request, backend: Backend, text: str) -> None:
@@ -279,16 +256,12 @@ def _deadly(step: Step, request: Request, backend: Backend, text: str) -> None:
     if request.version == BASE:
         _rejected(step, request, backend, text)
         return
-    why = _has_ended(backend, text)
+    suspicion = Suspicion((backend.id,), text, has_ended=True)
     version = step.state.versions[request.version]
-    queueing.settle(step, request, Reason.QUARANTINED, quarantine_message(request.view.name, why))
+    queueing.settle(step, request, Reason.QUARANTINED, causes.Quarantined(suspicion))
     version.lost_backends.append(backend.id)
-    quarantine(step, request.version, version, why)
+    quarantine(step, request.version, version, suspicion)
     queueing.release(step, request)
-
-
-def _has_ended(backend: Backend, text: str) -> str:
-    return f"it has ended {backend.id} ({text})"
 
 
 _TOKENLESS = {
@@ -358,12 +331,7 @@ def _load_rejected(step: Step, load: LoadRun, version: Version, backend: Backend
         if eligibility.servers_for(step.state, request):
             queueing.route(step, request)
         else:
-            queueing.settle(
-                step,
-                request,
-                Reason.ADAPTER_UNAVAILABLE,
-                f"{request.view.name}: {backend.id} refused to load it: {text}",
-            )
+            queueing.settle(step, request, Reason.ADAPTER_UNAVAILABLE, causes.NotLoaded(backend.id, text))
             queueing.release(step, request)
 
 
@@ -373,7 +341,7 @@ def _load_not_owned(step: Step, load: LoadRun, version: Version, backend: Backen
 
 def _load_deadly(step: Step, load: LoadRun, version: Version, backend: Backend, text: str) -> None:
     version.lost_backends.append(backend.id)
-    quarantine(step, load.digest, version, _has_ended(backend, text))
+    quarantine(step, load.digest, version, Suspicion((backend.id,), text, has_ended=True))
 
 
 _LOADS = {
@@ -434,13 +402,7 @@ def _lose_run(step: Step, request: Request, backend: Backend, cause: str) -> Non
     if request.settled:
         queueing.release(step, request)
     elif request.first_token:
-        _fail(
-            step,
-            request,
-            Reason.BACKEND_FAILED,
-            f"{request.view.name or 'base model'}: {backend.id} was lost after the first token: {cause}; "
-            f"{NEVER_REPEATED}",
-        )
+        _fail(step, request, Reason.BACKEND_FAILED, causes.LostMidway(backend.id, cause))
     else:
         _lost(step, request, backend, cause)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from policies.at_most import at_most
 from policies.views import BASE, HearsOfRemovals, Routing, Waiting
 from sidecar.core import eligibility, healing, operators, promising, queueing, running
+from sidecar.core.causes import OwnerChanged
 from sidecar.core.enums import Phase, Voided
 from sidecar.core.events import BackendGivenUp, BackendLeaving, BackendPlanned, BackendRemoved, BackendTaken
 from sidecar.core.routing_view import RoutingView
@@ -228,8 +229,7 @@ def given_up(step: Step, event: BackendGivenUp) -> None:
     backend.warmups.clear()
     step.state.forget_servers()
     queueing.void_promises(step, backend, Voided.MOVED)
-    message = f"{backend.id} is another replica's now ({event.cause}); send the request again"
     for request in [step.state.requests[number] for number in (*backend.queued, *backend.running)]:
         if not request.first_token and not request.settled:
-            running.cancel(step, request, Reason.NOT_OWNER, message)
+            running.cancel(step, request, Reason.NOT_OWNER, OwnerChanged(backend.id, event.cause))
     queueing.route_unrouted(step)

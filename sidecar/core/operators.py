@@ -209,7 +209,7 @@ def release_asked(step: Step, event: ReleaseAsked) -> None:
     """
     for digest in step.state.names[event.name].versions.values():
         version = step.state.versions[digest]
-        version.quarantined = ""
+        version.quarantined = None
         version.refused_by.clear()
         step.state.forget_servers_of(digest)
         suspects.clear(step.state, digest)

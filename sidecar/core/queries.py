@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from sidecar.core import eligibility, promising
 from sidecar.core.durations import readable
 from sidecar.core.enums import Phase, Why
-from sidecar.core.facts import task_id_of
+from sidecar.core.facts import Suspicion, task_id_of
 from sidecar.core.layout import WHOLE_MLP
 from sidecar.core.naming import called
 from sidecar.core.state import Backend, Name, State
@@ -80,7 +80,7 @@ class AdapterView:
     dtype: str
     pinned: bool
     allow: tuple[str, ...]
-    quarantined: str
+    quarantined: Suspicion | None
     requests: int
     store: tuple[CopyView, ...]
     backends: tuple[ResidencyView, ...]
@@ -142,7 +142,8 @@ def _copy_view(tier: str, key: str, entry: Entry) -> CopyView:
 
 
 def _residency(state: State, backend: Backend, digest: str, now_ns: int) -> ResidencyView:
-    unfit = eligibility.told_unfit(state, backend, digest)
+    misfit = eligibility.cannot_serve(state, backend, digest)
+    unfit = "" if misfit is None else misfit.sentence
     load = state.versions[digest].loads.get(backend.id)
     if load is not None:
         age_ns = max(0, now_ns - state.loads[load].begun_ns)

@@ -8,6 +8,7 @@ from itertools import islice
 from policies.id_queue import queue_of
 from policies.views import BASE, HearsOfVoids
 from sidecar.core import eligibility, promising, storing
+from sidecar.core.causes import Cause, Gone, NotOwned
 from sidecar.core.effects import Settle
 from sidecar.core.enums import Voided, outcome_of
 from sidecar.core.routing_view import RoutingView
@@ -252,19 +253,14 @@ def route_or_refuse(step: Step, request: Request) -> None:
         return
     _set_aside(step, request)
     if servers:
-        drop(step, request, Reason.NOT_OWNER, eligibility.not_owner_message(servers))
+        drop(step, request, Reason.NOT_OWNER, NotOwned(tuple(server.id for server in servers)))
         return
     if eligibility.are_gone(step.state, request.only):
-        drop(step, request, Reason.NOT_OWNER, eligibility.gone_message(request.only))
+        drop(step, request, Reason.NOT_OWNER, Gone(request.only))
         return
     if eligibility.may_come(step.state, request.version, request.only):
         return
-    drop(
-        step,
-        request,
-        Reason.NO_BACKEND,
-        eligibility.no_backend_message(step.state, request.view.name or "base model", request.version),
-    )
+    drop(step, request, Reason.NO_BACKEND, eligibility.no_backend(step.state, request.version))
 
 
 def route_unrouted(step: Step) -> None:
@@ -275,16 +271,20 @@ def route_unrouted(step: Step) -> None:
         route_or_refuse(step, request)
 
 
-def drop(step: Step, request: Request, reason: Reason, message: str, retry_after_ns: int | None = None) -> None:
+def drop(step: Step, request: Request, reason: Reason, cause: Cause, retry_after_ns: int | None = None) -> None:
     """End a queued request with a reason."""
     void_if_adapter_is_late(step, request)
     dequeue(step, request)
-    settle(step, request, reason, message, retry_after_ns=retry_after_ns)
+    settle(step, request, reason, cause, retry_after_ns=retry_after_ns)
     release(step, request)
 
 
 def settle(
-    step: Step, request: Request, reason: Reason | None, message: str = "", retry_after_ns: int | None = None
+    step: Step,
+    request: Request,
+    reason: Reason | None,
+    cause: Cause | None = None,
+    retry_after_ns: int | None = None,
 ) -> None:
     """Settle a request: its client gets its one ending."""
     assert not request.settled, f"request {request.id} was settled already"
@@ -301,7 +301,7 @@ def settle(
             input_tokens=request.view.input_tokens,
             output_tokens=request.tokens,
             reason=reason,
-            message=message,
+            cause=cause,
             backend=request.backend or "",
             version=request.version,
             retry_after_ns=retry_after_ns,

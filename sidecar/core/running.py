@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from policies.views import BASE
 from sidecar.core import queueing, storing
+from sidecar.core.causes import Cause
 from sidecar.core.effects import CancelRun
 from sidecar.core.enums import Voided
 from sidecar.core.state import Backend, Request
@@ -57,11 +58,11 @@ def _extend_wait(step: Step, request: Request) -> None:
     step.state.set_timer(request.expires_ns, request.id)
 
 
-def cancel(step: Step, request: Request, reason: Reason, message: str) -> None:
+def cancel(step: Step, request: Request, reason: Reason, cause: Cause) -> None:
     """End a request wherever it is. A run keeps its seat until the engine confirms."""
     if not request.running:
-        queueing.drop(step, request, reason, message)
+        queueing.drop(step, request, reason, cause)
         return
     assert request.backend is not None
-    queueing.settle(step, request, reason, message)
+    queueing.settle(step, request, reason, cause)
     step.emit(CancelRun(request.id, request.attempt, request.backend))

@@ -10,7 +10,7 @@ from policies.id_queue import IdQueue
 from policies.views import BASE, Ordering, Prefetch, Promise, Routing, Waiting
 from sidecar.core.config import CoreConfig
 from sidecar.core.enums import Cache, Phase
-from sidecar.core.facts import BASE_PACKED, Adapter, EngineFacts, Misfit, Packed, misfit, packed_for
+from sidecar.core.facts import BASE_PACKED, Adapter, EngineFacts, Misfit, Packed, Suspicion, misfit, packed_for
 from sidecar.core.lateness import Lateness
 from sidecar.core.lengths import Answers, Lengths, Overrun
 from sidecar.core.outstanding import Outstanding
@@ -68,7 +68,7 @@ class Version:
     suspect: bool = False
     """A Load of it was in flight when an engine failed, so it is loaded alone."""
     lost_backends: list[str] = field(default_factory=list)
-    quarantined: str = ""
+    quarantined: Suspicion | None = None
     refused_by: dict[str, str] = field(default_factory=dict)
     """Backends whose engine rejected a Load of it, with the engine's message; forgotten when the backend restarts."""
     loads: dict[str, int] = field(default_factory=dict)

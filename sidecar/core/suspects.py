@@ -7,7 +7,9 @@ request that has lost a backend is sent to where it is being loaded. When a seco
 from __future__ import annotations
 
 from sidecar.core import queueing
+from sidecar.core.causes import Quarantined
 from sidecar.core.effects import Quarantine
+from sidecar.core.facts import Suspicion
 from sidecar.core.state import Backend, State, Version
 from sidecar.core.step import Step
 from sidecar.errors import Reason
@@ -22,19 +24,18 @@ def suspect(step: Step, digest: str, version: Version, backend: Backend, text: s
     version.lost_backends.append(backend.id)
     if len(version.lost_backends) < 2 or version.quarantined:
         return
-    places = " and ".join(version.lost_backends)
-    quarantine(step, digest, version, f"its first loads coincided with the loss of {places} (last: {text})")
+    quarantine(step, digest, version, Suspicion(tuple(version.lost_backends), text))
 
 
-def quarantine(step: Step, digest: str, version: Version, why: str) -> None:
+def quarantine(step: Step, digest: str, version: Version, suspicion: Suspicion) -> None:
     """Refuse a version everywhere until an operator releases it."""
-    if version.quarantined:
+    if version.quarantined is not None:
         return
-    version.quarantined = why
-    step.emit(Quarantine(digest, why))
+    version.quarantined = suspicion
+    step.emit(Quarantine(digest, suspicion))
     for request in list(step.state.requests.values()):
         if request.version == digest and not request.running and not request.settled:
-            queueing.drop(step, request, Reason.QUARANTINED, quarantine_message(request.view.name, why))
+            queueing.drop(step, request, Reason.QUARANTINED, Quarantined(suspicion))
 
 
 def clear(state: State, digest: str) -> None:
@@ -43,11 +44,3 @@ def clear(state: State, digest: str) -> None:
     version.suspect = False
     version.lost_backends.clear()
     state.suspects.pop(digest, None)
-
-
-RELEASE = "; find out why the engine dies of it, then lift it with "
-"""What an operator is told; journals have it."""
-
-
-def quarantine_message(name: str, why: str) -> str:
-    return f'{name} is quarantined: {why}{RELEASE}"sidecar adapters release {name}"'

@@ -17,9 +17,9 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2
 from starlette.types import Message, Send
 
-from sidecar.core.healing import NEVER_REPEATED
 from sidecar.fronts.status import DETAILS, packed
 from sidecar.shell.gateway import Gateway
+from sidecar.telling.endings import NEVER_REPEATED
 
 ENGINE, OPERATOR = "an engine", "ask your operator"
 ERROR_EVENT = b'data: {"error":'

@@ -20,6 +20,7 @@ from sidecar.shell.asking import Question
 from sidecar.shell.evidence import Reply
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.requests import RequestFacts
+from sidecar.telling.endings import Voice, message_of
 
 
 async def ask(gateway: Gateway, question: Question, client_id: str, caller: Caller, tenant: str) -> Reply:
@@ -76,5 +77,5 @@ async def _answer(gateway: Gateway, ticket: Ticket, is_text: bool) -> Reply:
 
     ending = await relay.relay(ticket, take)
     if ending is not None and ending.reason is not None:
-        return Reply(error=f"{ending.message} [{ending.reason.value}]", reason=ending.reason)
+        return Reply(error=f"{message_of(ending, Voice.CLIENT)} [{ending.reason.value}]", reason=ending.reason)
     return Reply("".join(texts), tuple(token_ids))

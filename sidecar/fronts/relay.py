@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from sidecar.backends.api import Reply, Ticket
 from sidecar.backends.kind import Reader
 from sidecar.backends.registry import model_kind
+from sidecar.core.causes import ReadTooSlowly
 from sidecar.core.effects import Dispatch, Settle
 from sidecar.errors import Reason
 from sidecar.fronts.status import id_metadata
@@ -95,7 +96,7 @@ async def relay(ticket: Ticket, write: Callable[[Reply], Awaitable[Written]]) ->
     except TimeoutError:
         if not patience.expired() or ticket.settled is None:
             raise
-        return replace(ticket.settled, reason=Reason.CLIENT_STALLED, message=ticket.settled.message or STALLED)
+        return replace(ticket.settled, reason=Reason.CLIENT_STALLED, cause=ticket.settled.cause or ReadTooSlowly())
 
 
 @asynccontextmanager

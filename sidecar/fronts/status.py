@@ -14,6 +14,7 @@ from google.rpc import error_details_pb2, status_pb2
 from sidecar.core.effects import Settle
 from sidecar.errors import Reason, SidecarError
 from sidecar.fronts.callers import REQUEST_ID_KEY, id_of_call
+from sidecar.telling.endings import Voice, message_of
 
 DOMAIN = "lora-sidecar"
 PUSHBACK = "grpc-retry-pushback-ms"
@@ -93,7 +94,7 @@ def status_of_ending(
     if retry_ms is None and settle.reason.row.retryable:
         retry_ms = 1000
     details = {"adapter": settle.name, "version": settle.version, "backend": settle.backend}
-    return status_of(settle.reason, settle.message, details, retry_ms, code, request_id)
+    return status_of(settle.reason, message_of(settle, Voice.CLIENT), details, retry_ms, code, request_id)
 
 
 async def abort(context: Any, error: SidecarError, request_id: str = "") -> NoReturn:

@@ -16,6 +16,7 @@ from sidecar.incident.surroundings import Surroundings, may_concern
 from sidecar.incident.witness import Routed
 from sidecar.journal.replay import Replayed
 from sidecar.telling import saying
+from sidecar.telling.endings import message_of
 from sidecar.telling.obstacles import in_the_way
 from sidecar.telling.timeline import AT_AN_ENGINE, NOT_JOURNALED, SENT, Timeline, Waits
 
@@ -191,7 +192,7 @@ class Story:
         line = self.timeline
         line.ended_ns, line.output_tokens, line.outcome = now_ns, settle.output_tokens, settle.outcome.value
         line.reason = settle.reason.value if settle.reason is not None else ""
-        line.message = settle.message
+        line.message = message_of(settle)
         self.over = True
 
     def _ask_core(self, step: Replayed, state: State, request: Request) -> None:

@@ -15,6 +15,7 @@ from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.enums import Outcome
 from sidecar.model.reference import Reference
+from sidecar.telling.endings import message_of
 from sidecar.telling.record import PASSED_ON, GivenBack, News, PassedOn, Queued, QueuedAgain, Record, timeline_of
 from sidecar.telling.timeline import AT_AN_ENGINE, Moment, Period
 
@@ -56,7 +57,7 @@ class Spans:
             self._resource,
             self._about_request(),
             kind=SpanKind.SERVER,
-            status=Status(StatusCode.ERROR, settle.message) if is_error and settle is not None else UNSET,
+            status=Status(StatusCode.ERROR, message_of(settle)) if is_error and settle is not None else UNSET,
             start_time=self._utc_ns(trace.began_ns or record.arrived_ns),
             end_time=self._utc_ns(self._until_ns),
             instrumentation_scope=SCOPE,
@@ -209,7 +210,7 @@ class Spans:
         elif isinstance(end, QueuedAgain) and not failure:
             failure = "the engine was lost"
         elif isinstance(end, do.Settle) and end.outcome not in (Outcome.OK, Outcome.CANCELLED):
-            failure = failure or end.message
+            failure = failure or message_of(end)
         status = Status(StatusCode.ERROR, failure) if failure else UNSET
         if isinstance(sent, PassedOn):
             about: dict[str, Any] = {"lora.replica": sent.replica, "lora.backend": sent.backend}

@@ -290,9 +290,9 @@ class ForwardedOrigin(_message.Message):
     def __init__(self, backend: _Optional[str] = ..., name: _Optional[str] = ..., ordinal: _Optional[int] = ..., digest: _Optional[str] = ..., cache: _Optional[str] = ..., queue_ns: _Optional[int] = ..., load_ns: _Optional[int] = ..., heals: _Optional[int] = ...) -> None: ...
 
 class ForwardedEnding(_message.Message):
-    __slots__ = ("reason", "message", "retry_after_ns", "name", "version", "output_tokens", "grpc_code", "http_status", "http_body", "is_bystander", "queue_ns", "is_estimated")
+    __slots__ = ("reason", "cause", "retry_after_ns", "name", "version", "output_tokens", "grpc_code", "http_status", "http_body", "is_bystander", "queue_ns", "is_estimated")
     REASON_FIELD_NUMBER: _ClassVar[int]
-    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    CAUSE_FIELD_NUMBER: _ClassVar[int]
     RETRY_AFTER_NS_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -304,7 +304,7 @@ class ForwardedEnding(_message.Message):
     QUEUE_NS_FIELD_NUMBER: _ClassVar[int]
     IS_ESTIMATED_FIELD_NUMBER: _ClassVar[int]
     reason: str
-    message: str
+    cause: bytes
     retry_after_ns: int
     name: str
     version: str
@@ -315,7 +315,7 @@ class ForwardedEnding(_message.Message):
     is_bystander: bool
     queue_ns: int
     is_estimated: bool
-    def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ..., retry_after_ns: _Optional[int] = ..., name: _Optional[str] = ..., version: _Optional[str] = ..., output_tokens: _Optional[int] = ..., grpc_code: _Optional[int] = ..., http_status: _Optional[int] = ..., http_body: _Optional[bytes] = ..., is_bystander: _Optional[bool] = ..., queue_ns: _Optional[int] = ..., is_estimated: _Optional[bool] = ...) -> None: ...
+    def __init__(self, reason: _Optional[str] = ..., cause: _Optional[bytes] = ..., retry_after_ns: _Optional[int] = ..., name: _Optional[str] = ..., version: _Optional[str] = ..., output_tokens: _Optional[int] = ..., grpc_code: _Optional[int] = ..., http_status: _Optional[int] = ..., http_body: _Optional[bytes] = ..., is_bystander: _Optional[bool] = ..., queue_ns: _Optional[int] = ..., is_estimated: _Optional[bool] = ...) -> None: ...
 
 class AskRequest(_message.Message):
     __slots__ = ("member", "backend", "purpose", "epoch")

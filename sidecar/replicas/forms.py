@@ -6,9 +6,11 @@ from time import monotonic_ns
 from typing import Any
 
 import grpc
+import msgspec
 
 from sidecar.backends import wire
 from sidecar.backends.api import Form, HttpForm, HttpRejection, Payload, Prompt, Reply, Ticket, Whole
+from sidecar.core.causes import Cause
 from sidecar.core.effects import Dispatch, Settle
 from sidecar.core.enums import Cache, outcome_of
 from sidecar.errors import Reason
@@ -95,6 +97,9 @@ def _form_of(sent: Any) -> Form:
     return HttpForm(http.path, http.before, http.after, http.model, http.streams)
 
 
+CAUSES: msgspec.msgpack.Decoder[Cause] = msgspec.msgpack.Decoder(Cause)
+
+
 def origin(dispatch: Dispatch) -> Any:
     """Return the origin of an answer: the backend and the version."""
     return filled(peers_pb2.ForwardedOrigin, dispatch, cache=dispatch.cache.value)
@@ -124,6 +129,7 @@ def ending(settled: Settle, rejection: Any, is_bystander: bool = False) -> Any:
         peers_pb2.ForwardedEnding,
         settled,
         reason="" if settled.reason is None else settled.reason.value,
+        cause=b"" if settled.cause is None else msgspec.msgpack.encode(settled.cause),
         is_bystander=is_bystander,
         http_status=None if refused is None else refused.status,
         http_body=None if refused is None else refused.body,
@@ -135,7 +141,7 @@ def settle_of(request: int, facts: RequestFacts, backend: str, sent: Any) -> Set
     reason = Reason(sent.reason) if sent.reason else None
     return Settle(
         request, outcome_of(reason), sent.name, facts.tenant, facts.klass, sent.queue_ns, facts.input_tokens,
-        sent.output_tokens, reason, sent.message, backend, sent.version,
+        sent.output_tokens, reason, CAUSES.decode(sent.cause) if sent.cause else None, backend, sent.version,
         sent.retry_after_ns if sent.HasField("retry_after_ns") else None, is_estimated=sent.is_estimated,
     )  # fmt: skip
 

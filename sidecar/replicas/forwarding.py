@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from sidecar.backends.api import Ending, Sighting, Ticket, Unseen
 from sidecar.backends.openai.events import DONE, END_OF_EVENT, EVENT, prompt_bytes, prompt_tokens
 from sidecar.backends.unseen import QUIET_S, Read
-from sidecar.core.core import LEFT, UNOBSERVED
+from sidecar.core.causes import CancelledByClient, Cause, Said, Unobserved
 from sidecar.core.effects import Settle
 from sidecar.core.enums import outcome_of
 from sidecar.errors import Reason
@@ -24,6 +24,7 @@ from sidecar.replicas.call import ForwardCall
 from sidecar.replicas.carrying import carry, sighting_sent
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.requests import RequestFacts
+from sidecar.telling.endings import message_of
 
 AGAIN = frozenset({Reason.NOT_OWNER, Reason.DRAINING, Reason.CRASHED})
 """Reasons with which an owner gives a request back; another owner may then get it."""
@@ -151,7 +152,7 @@ class Forward:
                 self._end_orphan(self._last)
             return
         if self._ticket.came is not None and self._ticket.came.final:
-            self._gateway.end_here(self._ticket, self._facts, None, "", self.backend)
+            self._gateway.end_here(self._ticket, self._facts, None, None, self.backend)
             self._ended(None)
             return
         name = self._facts.adapter or "base model"
@@ -159,7 +160,7 @@ class Forward:
             f"{name}: the replica {self.owner} that answered for {self.backend} was lost in the middle: {why}; an "
             "answer that has begun is never repeated, so send the request again if you want a new one"
         )
-        self._gateway.end_here(self._ticket, self._facts, Reason.BACKEND_FAILED, message, self.backend)
+        self._gateway.end_here(self._ticket, self._facts, Reason.BACKEND_FAILED, Said(message), self.backend)
         self._ended(None)
 
     def _ended(self, given: GivenBack | None) -> None:
@@ -241,12 +242,12 @@ class Forward:
         """End a request by what was seen last of its answer, which went past us; its owner is gone."""
         name = self._facts.adapter or "base model"
         broke_off = f"{name}: the answer of {self.backend} broke off on its way to the client: {last.cause}"
-        endings: dict[Ending | None, tuple[Reason | None, str]] = {
-            Ending.WHOLE: (None, ""),
-            Ending.CLIENT_LEFT: (Reason.CANCELLED, LEFT),
-            Ending.LOST: (Reason.UNOBSERVED, UNOBSERVED),
+        endings: dict[Ending | None, tuple[Reason | None, Cause | None]] = {
+            Ending.WHOLE: (None, None),
+            Ending.CLIENT_LEFT: (Reason.CANCELLED, CancelledByClient()),
+            Ending.LOST: (Reason.UNOBSERVED, Unobserved()),
         }
-        how = endings.get(last.ending, (Reason.BACKEND_FAILED, broke_off))
+        how = endings.get(last.ending, (Reason.BACKEND_FAILED, Said(broke_off)))
         ending = self._gateway.ending_of(self._ticket, self._facts, *how, self.backend)
         self._gateway.end_by(self._ticket, replace(ending, output_tokens=self._estimate(last), is_estimated=True))
         self._ended(None)
@@ -266,7 +267,7 @@ class Forward:
         ticket = self._ticket
         settled = forms.settle_of(ticket.request, self._facts, self.backend, sent)
         if settled.reason in AGAIN and not self._has_begun:
-            return GivenBack(settled.message, _owner_that(settled.reason, sent.is_bystander))
+            return GivenBack(message_of(settled), _owner_that(settled.reason, sent.is_bystander))
         ticket.rejected_with = forms.rejection_of(sent)
         self._gateway.made.learn(ticket, settled)
         ticket.settle(self._gateway.for_client(settled, ticket))
@@ -282,13 +283,13 @@ def _owner_that(reason: Reason | None, is_bystander: bool) -> Owner:
 def ended(
     request: int,
     facts: RequestFacts,
-    reason: Reason | None,
-    message: str,
+    reason: Reason,
+    cause: Cause,
     backend: str = "",
     retry_after_s: float | None = None,
 ) -> Settle:
     """Return the ending of a request as the replica tells it that does not count it."""
     return Settle(
         request, outcome_of(reason), facts.adapter, facts.tenant, facts.klass, 0, facts.input_tokens, reason=reason,
-        message=message, backend=backend, retry_after_ns=None if retry_after_s is None else int(retry_after_s * 1e9),
+        cause=cause, backend=backend, retry_after_ns=None if retry_after_s is None else int(retry_after_s * 1e9),
     )  # fmt: skip

@@ -11,6 +11,7 @@ from time import monotonic
 
 from sidecar.backends.api import Ticket
 from sidecar.core import admission
+from sidecar.core.causes import Cause, Declined, Said
 from sidecar.errors import Reason, Refused
 from sidecar.replicas.board import JOINING, SERVING, Board
 from sidecar.replicas.call import ForwardCall
@@ -117,7 +118,7 @@ class Router:
         self._start_forwarding(ticket, ticket.trip, AGAIN_S)
         return True
 
-    def end(self, ticket: Ticket, reason: Reason, message: str) -> bool:
+    def end(self, ticket: Ticket, reason: Reason, cause: Cause) -> bool:
         trip: Trip | None = ticket.trip
         if trip is None or trip.task is None:
             return False
@@ -125,7 +126,7 @@ class Router:
         if ticket.settled is not None:
             return True
         is_whole = ticket.came is not None and ticket.came.final  # only the owner's word of the ending is missing
-        how: tuple[Reason | None, str] = (None, "") if is_whole else (reason, message)
+        how: tuple[Reason | None, Cause | None] = (None, None) if is_whole else (reason, cause)
         forward = self._forwards.get(ticket)
         if forward is not None and (is_whole or reason is Reason.CANCELLED):
             ending = self._gateway.ending_of(ticket, trip.facts_now(), *how, forward.backend)
@@ -169,7 +170,7 @@ class Router:
             logger.exception(broken, ticket.request, ticket.client_id)
             if ticket.settled is None:
                 message = f"the sidecar failed: {error}"
-                self._gateway.end_here(ticket, trip.facts_now(), Reason.BACKEND_FAILED, message)
+                self._gateway.end_here(ticket, trip.facts_now(), Reason.BACKEND_FAILED, Said(message))
 
     async def _until_answered(self, ticket: Ticket, trip: Trip, after_s: float) -> None:
         """Forward a request to one owner after another until one keeps it or the time is up."""
@@ -179,10 +180,10 @@ class Router:
             verdict = trip.suspicion.verdict(self._board, self._is_member)
             if verdict is Verdict.POISONOUS:
                 message = poisonous(ticket, trip.suspicion.suspected_of)
-                self._gateway.end_here(ticket, trip.facts_now(), Reason.POISONOUS, message)
+                self._gateway.end_here(ticket, trip.facts_now(), Reason.POISONOUS, Said(message))
                 return
             if verdict is Verdict.ENOUGH:
-                self._gateway.end_here(ticket, trip.facts_now(), Reason.CRASHED, trip.why)
+                self._gateway.end_here(ticket, trip.facts_now(), Reason.CRASHED, Said(trip.why))
                 return
             backend = self._pick(trip.facts)
             owner = None if backend is None or verdict is Verdict.WAIT else self._board.owner_of(backend)
@@ -207,7 +208,7 @@ class Router:
             pause_s = min(AGAIN_S_MAX, 2 * pause_s)
         self.unowned += 1
         message = f"{backend}: {trip.why}; send the request again"
-        self._gateway.end_here(ticket, trip.facts_now(), Reason.NOT_OWNER, message, backend)
+        self._gateway.end_here(ticket, trip.facts_now(), Reason.NOT_OWNER, Said(message), backend)
 
     async def _forward_once(self, ticket: Ticket, forward: Forward, call: ForwardCall) -> GivenBack | None:
         self._forwards[ticket] = forward
@@ -267,13 +268,13 @@ class Router:
             self._gateway.admit_again(ticket, trip.facts_now(backend))
         except Refused as refused:
             # The driver has counted it.
-            ticket.settle(self._gateway.ending_of(ticket, trip.facts_now(), refused.reason, refused.message))
+            ticket.settle(self._gateway.ending_of(ticket, trip.facts_now(), refused.reason, Said(refused.message)))
 
     def _pick(self, facts: RequestFacts) -> str | None:
         """Return the backend for a request, or None if our own core must refuse or hold it."""
         try:
             version, places = admission.places(self._gateway.state, facts.received(0, None))
-        except Refused:
+        except Declined:
             return None
         backends = [place.id for place in places]
         return self._board.pick(version, backends, monotonic()) if backends else None

@@ -21,7 +21,6 @@ from sidecar.backends.registry import entries_of
 from sidecar.backends.triton.loads import LoaderProcess
 from sidecar.config import Config, plugins
 from sidecar.config.discover import Discover
-from sidecar.core.eligibility import ADD_BACKEND
 from sidecar.core.naming import version_label
 from sidecar.discovery.found import Finder
 from sidecar.fronts.admin.checks import Checks
@@ -58,6 +57,7 @@ from sidecar.shell.usage import UsageObserver
 from sidecar.shell.weights_check import WeightsCheck
 from sidecar.state.registry import REGISTRY_FILE, Registry, SqliteRegistry, lock_data_directory
 from sidecar.tasks import ended
+from sidecar.telling.endings import ADD_BACKEND
 
 if TYPE_CHECKING:
     from sidecar.kubernetes.declared import DeclaredAdapters
@@ -279,7 +279,7 @@ class Sidecar:
         present = settings_of(self.entries, facts_of(self.entries))
         self._configured = ConfiguredBackends(maker, present, self.config.drain_timeout_s)
         if not self.entries:
-            logger.warning("no engine is configured%s", ADD_BACKEND)
+            logger.warning("no engine is configured; %s", ADD_BACKEND)
         await self.served.start()
         if self._declared is not None:
             self._declared.start()

@@ -32,6 +32,7 @@ from sidecar.shell.sources import Arrival, Sources
 from sidecar.state import records
 from sidecar.state.records import Record
 from sidecar.state.registry import Change, Registry
+from sidecar.telling.endings import unknown
 
 DRAIN_POLL_S = 0.02
 ATTEMPTS_MAX = 8
@@ -133,7 +134,7 @@ class Catalogue:
         """Return a name's record. Raises Refused(UNKNOWN_ADAPTER) naming similar names."""
         record = self.registry.get(name)
         if record is None or name in self._harmful:
-            raise unknown_adapter(self._state(), name)
+            raise unknown(unknown_adapter(self._state(), name))
         return record
 
     async def register(self, name: str, path: str, wanted: Wanted, allow: AllowList | None = None) -> Entered:

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from sidecar.backends.api import Ticket
+from sidecar.core.causes import Said
 from sidecar.core.effects import Settle
 from sidecar.core.enums import outcome_of
 from sidecar.core.state import State
@@ -72,7 +73,7 @@ def last_ending(ticket: Ticket, raised: Raised, state: State, owners: Sequence[s
         facts.input_tokens,
         ticket.tokens,
         reason=reason,
-        message=message,
+        cause=None if reason is None else Said(message),
         backend="" if dispatch is None else dispatch.backend,
     )
 

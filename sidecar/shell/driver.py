@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from sidecar.core.admission import name_in, with_name
+from sidecar.core.causes import Said
 from sidecar.core.core import Core
 from sidecar.core.effects import Dispatch, Effect, Settle, WakeAt
 from sidecar.core.enums import Outcome
@@ -132,7 +133,8 @@ class Driver:
         )
         ending = Settle(
             event.request, Outcome.REFUSED, name_in(self.core.state, event.adapter), event.tenant, "default",
-            self.waited_ns.pop(event.request, 0), event.input_tokens, reason=refused.reason, message=refused.message,
+            self.waited_ns.pop(event.request, 0), event.input_tokens, reason=refused.reason,
+            cause=Said(refused.message),
         )  # fmt: skip
         self._show(self._of_refused, event, [ending], self.clock_ns())
         refused.is_counted = True

@@ -32,8 +32,9 @@ from sidecar.config.identities import checked, clipped
 from sidecar.core import admission, injected
 from sidecar.core import effects as do
 from sidecar.core import events as ev
+from sidecar.core.causes import Cause, ReadTooSlowly, Said
 from sidecar.core.config import CoreConfig
-from sidecar.core.core import STALLED, Core, Policies, cut_off, why_left
+from sidecar.core.core import Core, Policies, cut_off, why_left
 from sidecar.core.enums import Fault, Outcome, Phase, outcome_of
 from sidecar.core.facts import EngineFacts, version_of_key
 from sidecar.core.state import Name, State
@@ -351,7 +352,7 @@ class Gateway:
             return
         error.is_counted, klass = True, self._class_shown(klass)
         ending = do.Settle(
-            0, Outcome.REFUSED, name, tenant, klass, 0, input_tokens, reason=error.reason, message=error.message
+            0, Outcome.REFUSED, name, tenant, klass, 0, input_tokens, reason=error.reason, cause=Said(error.message)
         )
         self.driver.show_endings([ending])
 
@@ -424,10 +425,10 @@ class Gateway:
         self.chronicle.renumbered(old, ticket.request)
 
     def end_here(
-        self, ticket: Ticket, facts: RequestFacts, reason: Reason | None, message: str, backend: str = ""
+        self, ticket: Ticket, facts: RequestFacts, reason: Reason | None, cause: Cause | None, backend: str = ""
     ) -> None:
         """End a request that neither this replica's core nor another replica ends: it is logged and counted here."""
-        self.end_by(ticket, self.ending_of(ticket, facts, reason, message, backend))
+        self.end_by(ticket, self.ending_of(ticket, facts, reason, cause, backend))
 
     def end_by(self, ticket: Ticket, ending: do.Settle) -> None:
         """End a request as `end_here` does, by an ending that more is known of."""
@@ -436,7 +437,7 @@ class Gateway:
         self.driver.show_endings([ending])
 
     def ending_of(
-        self, ticket: Ticket, facts: RequestFacts, reason: Reason | None, message: str, backend: str = ""
+        self, ticket: Ticket, facts: RequestFacts, reason: Reason | None, cause: Cause | None, backend: str = ""
     ) -> do.Settle:
         """Return the ending of a request that was passed on, by what is known here."""
         dispatch = ticket.dispatch
@@ -450,7 +451,7 @@ class Gateway:
             facts.input_tokens,
             ticket.tokens,
             reason,
-            message,
+            cause,
             backend if dispatch is None else dispatch.backend,
             "" if dispatch is None else dispatch.digest,
         )
@@ -471,8 +472,8 @@ class Gateway:
     def _cancel(self, ticket: Ticket, event: ev.ClientLeft) -> None:
         self._end(ticket, event, Reason.CANCELLED, why_left(event))
 
-    def _end(self, ticket: Ticket, event: ev.Event, reason: Reason, message: str) -> None:
-        if self.elsewhere is None or not self.elsewhere.end(ticket, reason, message):
+    def _end(self, ticket: Ticket, event: ev.Event, reason: Reason, cause: Cause) -> None:
+        if self.elsewhere is None or not self.elsewhere.end(ticket, reason, cause):
             self.driver.post(event)
         else:
             self._left.pop(ticket.request, None)
@@ -510,7 +511,7 @@ class Gateway:
             if since_ns is None or ticket.settled is not None:
                 continue
             if now_ns - since_ns > self._client_stall_ns:
-                self._end(ticket, ev.ClientStalled(ticket.request), Reason.CLIENT_STALLED, STALLED)
+                self._end(ticket, ev.ClientStalled(ticket.request), Reason.CLIENT_STALLED, ReadTooSlowly())
             else:
                 ticket.resume()  # other answers may have left room
 
@@ -595,7 +596,7 @@ class Gateway:
         hidden = self.access.for_client(ticket.caller, ending.reason, ending.name, ticket.client_id)
         if hidden is None:
             return admission.for_client(self.state, ending)
-        return replace(ending, reason=hidden.reason, message=hidden.message, name=hidden.details["adapter"])
+        return replace(ending, reason=hidden.reason, cause=Said(hidden.message), name=hidden.details["adapter"])
 
     def _answer(self, effect: do.Answer) -> None:
         future = self._asks.pop(effect.ask, None)

@@ -14,6 +14,7 @@ from sidecar.core.enums import Outcome
 from sidecar.core.events import BackendLost, Event
 from sidecar.errors import Reason, SidecarError
 from sidecar.shell.logs import Fields
+from sidecar.telling.endings import message_of, quarantined
 from sidecar.telling.record import Record
 
 requests = logging.getLogger("sidecar.requests")
@@ -35,8 +36,9 @@ class RequestLog:
             logger.warning("backend %s is lost: %s", event.backend, event.cause)
         for effect in effects:
             if isinstance(effect, Quarantine):
+                why = quarantined(effect.suspicion)
                 logger.warning(
-                    "%s is quarantined: %s (version %s)", self._label(effect.digest), effect.text, effect.digest[:12]
+                    "%s is quarantined: %s (version %s)", self._label(effect.digest), why, effect.digest[:12]
                 )
 
     def ended(self, record: Record) -> None:
@@ -87,5 +89,5 @@ def ending_fields(record: Record, settle: Settle) -> Fields:
         "estimated": settle.is_estimated,
     }
     if settle.reason is not None:
-        values["error"] = settle.message
+        values["error"] = message_of(settle)
     return Fields("request ended", **values)

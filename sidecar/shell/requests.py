@@ -13,6 +13,7 @@ from sidecar.backends.api import Ticket
 from sidecar.config import identities
 from sidecar.config.identities import checked, clipped
 from sidecar.core import events as ev
+from sidecar.core.causes import Cause
 from sidecar.errors import Reason, Refused
 
 COUNT_MAX = 1 << 28
@@ -125,7 +126,7 @@ class Elsewhere(Protocol):
     def given_back(self, ticket: Ticket) -> bool:
         """Return True if it takes care of a request that this replica's core has given back without a token."""
 
-    def end(self, ticket: Ticket, reason: Reason, message: str) -> bool:
+    def end(self, ticket: Ticket, reason: Reason, cause: Cause) -> bool:
         """End a request that is at another replica, through its ticket; return False if it is here."""
 
     def passed_on(self) -> Iterator[PassedOn]:

@@ -151,9 +151,9 @@ class Verification:
 
     def _unable(self, backend: str, version: str) -> str:
         """Return why a backend cannot be asked, "" if it can. Raises Misused for an unknown backend."""
-        unfit = eligibility.told_unfit(self._gateway.state, self._gateway.known_backend(backend), version)
-        if unfit:
-            return unfit
+        unfit = eligibility.cannot_serve(self._gateway.state, self._gateway.known_backend(backend), version)
+        if unfit is not None:
+            return unfit.sentence
         if not self._is_up(backend):
             return f"it is down: {self._gateway.backends[backend].detail()}"
         return ""

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 from policies.record import record
 from sidecar.core import effects as do
 from sidecar.core import events as ev
+from sidecar.core.causes import Said
 from sidecar.core.enums import Why
 from sidecar.model.reference import Reference
 from sidecar.telling import saying
+from sidecar.telling.endings import message_of
 from sidecar.telling.timeline import AT_AN_ENGINE, FIRST_TOKEN, SENT, Timeline, Waits
 
 NOT_LOOKED_AT = "not looked at"
@@ -332,11 +334,11 @@ class _Telling:
     def _ended(self, at_ns: int, what: do.Settle) -> None:
         self._hand_over(at_ns, None)
         line = self.timeline
-        shown = replace(what, message="its client has the message") if self._hides_others else what
+        shown = replace(what, cause=Said("its client has the message")) if self._hides_others else what
         self._waits.moment(at_ns, "ended", saying.ended(shown))
         line.ended_ns, line.output_tokens, line.outcome = at_ns, shown.output_tokens, shown.outcome.value
         line.reason = shown.reason.value if shown.reason is not None else ""
-        line.message, line.voided = shown.message, shown.voided
+        line.message, line.voided = message_of(shown), shown.voided
 
     def _waited(self, queued: Queued, since_ns: int, until_ns: int) -> None:
         """Add the periods of a wait at one backend. Its own note is the reason at its begin, else the last one before.

@@ -12,6 +12,7 @@ from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.durations import readable
 from sidecar.core.state import Request, State
+from sidecar.telling.endings import message_of, quarantined
 from sidecar.telling.obstacles import listed
 from sidecar.telling.timeline import FIRST_TOKEN
 
@@ -65,7 +66,7 @@ def taken_over(backend: str, dispatch: do.Dispatch) -> Told:
 def ended(settle: do.Settle) -> str:
     about = "about " if settle.is_estimated else ""
     tokens = f", {about}{settle.output_tokens} tokens" if settle.output_tokens else ""
-    because = f" ({settle.reason.value}): {settle.message}" if settle.reason is not None else ""
+    because = f" ({settle.reason.value}): {message_of(settle)}" if settle.reason is not None else ""
     return f"ended: {settle.outcome.value}{tokens}{because}"
 
 
@@ -124,7 +125,7 @@ def heal(effect: do.Heal) -> Told:
 
 
 def quarantine(effect: do.Quarantine) -> Told:
-    return "quarantine", f"its version was quarantined: {effect.text}"
+    return "quarantine", f"its version was quarantined: {quarantined(effect.suspicion)}"
 
 
 def standing(event: Standing) -> Told:

@@ -10,7 +10,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+import msgspec
+
 from policies.id_queue import IdQueue
+from sidecar.core.causes import Cause
 from sidecar.core.config import CoreConfig
 from sidecar.core.effects import Effect
 from sidecar.core.events import Event
@@ -28,6 +31,7 @@ WORDS = {"dtype": "bfloat16"}
 def samples() -> Iterator[bytes]:
     """Yield each event and effect, a configuration and a state, with a value in every field, and the enums' values."""
     yield from (codec.named(sample_of(cls, "")) for cls in (*get_args(Event), *get_args(Effect)))
+    yield from (codec.dumps({"Cause": sample_of(cls, "")}) for cls in get_args(Cause))
     yield from (codec.dumps({cls.__name__: sample_of(cls, "")}) for cls in (CoreConfig, State))
     enums = [cls for cls in held_in(Event, Effect, CoreConfig, State) if issubclass(cls, Enum)]
     yield from (codec.dumps({cls.__name__: list(cls)}) for cls in sorted(enums, key=lambda cls: cls.__name__))
@@ -43,6 +47,8 @@ def held_in(*roots: Any) -> set[type]:
         assert (get_origin(hint) or hint) not in (set, frozenset), "a set has no order, so it has no one written form"
         if not isinstance(hint, type) or hint in found:
             continue
+        if issubclass(hint, msgspec.Struct):
+            hints += [each.type for each in msgspec.structs.fields(hint)]
         if is_dataclass(hint):
             of = get_type_hints(hint)
             hints += [of[each.name] for each in fields(hint) if not {"policy", "derived"} & {*each.metadata}]
@@ -71,6 +77,8 @@ def sample_of(hint: Any, name: str) -> Any:
         return IdQueue([1, 2])
     if issubclass(hint, Enum):
         return next(iter(hint))
+    if issubclass(hint, msgspec.Struct):
+        return hint(*(sample_of(each.type, each.name) for each in msgspec.structs.fields(hint)))
     hints = get_type_hints(hint)
     written = [each for each in fields(hint) if not each.metadata.get("derived")]
     return hint(

@@ -17,7 +17,7 @@ from sidecar.access.access import OURSELVES
 from sidecar.access.operators import read_tokens
 from sidecar.config.plugins import policies_of
 from sidecar.core.config import CoreConfig
-from sidecar.core.facts import EngineFacts
+from sidecar.core.facts import EngineFacts, Suspicion
 from sidecar.errors import Misused
 from sidecar.fronts.admin.front import add_admin
 from sidecar.proto import admin_pb2 as pb
@@ -192,9 +192,9 @@ async def test_release_lifts_a_quarantine(admin: Admin, tmp_path: Path) -> None:
     """`Release` empties the reason that `List` shows."""
     await admin.adapters.Register(pb.RegisterRequest(name="sql", path=str(write_adapter(tmp_path / "sql"))))
     digest = admin.gateway.state.names["sql"].digest
-    admin.gateway.state.versions[digest].quarantined = "two engines died of it"
+    admin.gateway.state.versions[digest].quarantined = Suspicion(("b0", "b1"), "both died")
     listed = await admin.adapters.List(pb.ListAdaptersRequest())
-    assert listed.adapters[0].quarantined == "two engines died of it"
+    assert listed.adapters[0].quarantined == "its first loads coincided with the loss of b0 and b1 (last: both died)"
     assert not (await admin.adapters.Release(pb.AdapterRequest(name="sql"))).quarantined
 
 

@@ -19,6 +19,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from sidecar.access.audit_log import denials_file, rotated_files
 from sidecar.cli.commands import COMMANDS
+from sidecar.core.facts import Suspicion
 from sidecar.fronts.admin.verbs import VERBS
 from sidecar.proto import admin_pb2 as pb
 from sidecar.proto import admin_pb2_grpc
@@ -114,7 +115,7 @@ def pushed(folder: Path) -> Iterator[Any]:
 def quarantined(house: House, name: Any = None) -> Any:
     """Quarantine sql, so that there is something to release, and return `name`."""
     state = house.served.sidecar.gateway.state
-    state.versions[state.names["sql"].digest].quarantined = "two engines died of it"
+    state.versions[state.names["sql"].digest].quarantined = Suspicion(("b0", "b1"), "both died")
     return name
 
 

@@ -14,6 +14,7 @@ import pytest
 from sidecar.access.access import OURSELVES
 from sidecar.cli import awaiting
 from sidecar.cli.generating import TIMEOUT_S, sentence
+from sidecar.core.facts import Suspicion
 from sidecar.proto import gateway_pb2
 from sidecar.shell.requests import RequestFacts
 from tests.kit.cli_runs import Ended, runner
@@ -122,7 +123,7 @@ async def test_a_release_of_what_is_not_quarantined(served: Served, tmp_path: Pa
     assert (ended.code, ended.out) == (1, "")
     assert ended.err.startswith("error: sql is not quarantined, and no backend refuses it: there is nothing to ")
     state = served.gateway.state
-    state.versions[state.names["sql"].digest].quarantined = "two engines died of it"
+    state.versions[state.names["sql"].digest].quarantined = Suspicion(("b0", "b1"), "both died")
     refused = await served.cli("generate", "sql", "hi")
     assert (refused.code, '"sidecar adapters release sql"' in refused.err) == (1, True)
     ended = await served.cli("adapters", "release", "sql")
@@ -135,10 +136,10 @@ async def test_a_release_of_what_was_rolled_back(served: Served, tmp_path: Path)
     await served.register("sql", tmp_path, seed=2)
     state = served.gateway.state
     bad = state.versions[state.names["sql"].digest]
-    bad.quarantined = "two engines died of it"
+    bad.quarantined = Suspicion(("b0", "b1"), "both died")
     assert (await served.cli("adapters", "rollback", "sql")).out == "sql stands for v1\n"
     ended = await served.cli("adapters", "release", "sql")
-    assert (ended.code, bad.quarantined) == (0, "")
+    assert (ended.code, bad.quarantined) == (0, None)
 
 
 async def test_a_canary_is_listed(served: Served, tmp_path: Path) -> None:

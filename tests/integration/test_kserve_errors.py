@@ -15,6 +15,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from sidecar.core.causes import ShuttingDown
 from tests.kit.emulated import (
     add_lora,
     add_tensor,
@@ -297,7 +298,7 @@ class RefusesFirst:
         served.sidecar.gateway.observe(self)
 
     def observed(self, event: Any, effects: Any, now_ns: int) -> None:
-        if any(getattr(effect, "message", "").startswith("the sidecar is shutting down") for effect in effects):
+        if any(isinstance(getattr(effect, "cause", None), ShuttingDown) for effect in effects):
             self.left -= 1
             self._state.draining = self.left > 0
 

@@ -31,6 +31,7 @@ from sidecar.lab.engine.tokens import EOS, ByteTokenizer
 from sidecar.proto import admin_pb2, gateway_pb2
 from sidecar.serve.app import Sidecar
 from sidecar.shell.requests import RequestFacts
+from sidecar.telling.endings import message_of
 from tests.kit.emulated import CORE, EngineProcess, channel_to, clients_asked, running_engine
 from tests.kit.kserve_clients import aio_client, ask, core_inputs, parameters_of, tensor, text_inputs
 from tests.kit.peft_files import ALL_LINEAR, write_adapter
@@ -306,7 +307,7 @@ async def test_a_request_for_another_kind_of_model(folders: tuple[Path, Path]) -
         ending = await ticket.next()
         gateway.close(ticket)
         assert isinstance(ending, Settle)
-        assert (ending.reason, ending.message) == (
+        assert (ending.reason, message_of(ending)) == (
             Reason.BACKEND_REJECTED,
             "the request is for a model of kind triton and this one is triton_llmapi; send it again",
         )

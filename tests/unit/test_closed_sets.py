@@ -18,7 +18,7 @@ import pytest
 from policies.views import Decision, Hold
 from sidecar import errors
 from sidecar.cli import findings
-from sidecar.core import core, dispatching, effects, eligibility, enums, events, healing
+from sidecar.core import causes, core, dispatching, effects, eligibility, enums, events, healing
 from sidecar.errors import Family, Reason
 from sidecar.fronts.openai import errors as openai_errors
 from sidecar.kubernetes import standings
@@ -31,7 +31,7 @@ from sidecar.ownership import events as ownership_events
 from sidecar.ownership import ownership, slots
 from sidecar.replicas import keeper
 from sidecar.shell import gateway, metrics
-from sidecar.telling import obstacles
+from sidecar.telling import endings, obstacles
 from tests.kit.closed_sets import cases_of, classes_in, differences, made_in, members_of, named_in, without
 from tests.kit.corekit import World
 from tests.unit.test_explain import SCENES
@@ -55,6 +55,7 @@ CORE = [
     Closed(events.Event, without(classes_in(events), events.OtherVersion), "the events of core/events.py"),
     Closed(events.Event, [events.BackendAdded, *core.HANDLERS], "HANDLERS of core/core.py"),
     Closed(OF_A_BACKEND, [events.BackendAdded, *core.OF_A_BACKEND], "OF_A_BACKEND of core/core.py"),
+    Closed(causes.Cause, endings._PHRASES, "_PHRASES of telling/endings.py"),
     Closed(effects.Effect, classes_in(effects), "the effects of core/effects.py"),
     Closed(effects.Effect, [effects.WakeAt, *gateway._EFFECTS], "_EFFECTS of shell/gateway.py"),
     Closed(effects.Effect, cases_of(Product.carry_out), "the cases of lab/sim/product.py"),

@@ -13,6 +13,7 @@ from sidecar.core.admission import unknown_adapter
 from sidecar.core.config import ClassLimit, CoreConfig
 from sidecar.core.enums import Outcome
 from sidecar.errors import Reason
+from sidecar.telling.endings import Voice, message_of, told
 from tests.kit.corekit import SECOND, World, adapter_of, facts_of, with_facts
 
 
@@ -30,8 +31,8 @@ def test_unknown_adapter_names_the_nearest() -> None:
     world.register("sql", "sqlite", "poetry")
     end = refusal(world, "sqll")
     assert (end.outcome, end.reason) == (Outcome.REFUSED, Reason.UNKNOWN_ADAPTER)
-    assert 'unknown adapter "sqll"; did you mean sql' in end.message
-    assert "poetry" not in end.message
+    assert 'unknown adapter "sqll"; did you mean sql' in message_of(end)
+    assert "poetry" not in message_of(end)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def test_only_close_names_are_suggested(asked: str, meant: str) -> None:
     """What was mistyped, and no other word that shares some letters."""
     world = World()
     world.register("french", "sql", "a00")
-    message = refusal(world, asked).message
+    message = message_of(refusal(world, asked))
     assert (f"did you mean {meant}?" in message) if meant else ("did you mean" not in message)
 
 
@@ -53,8 +54,8 @@ def test_unknown_adapter_without_a_near_name_says_where_to_look() -> None:
     """A name like no other is refused with what lists them: to clients the API, to operators the command."""
     world = World()
     world.register("sql")
-    assert "GET /v1/models" in refusal(world, "zzzzzz").message
-    assert "sidecar adapters list" in unknown_adapter(world.core.state, "zzzzzz").message
+    assert "GET /v1/models" in message_of(refusal(world, "zzzzzz"))
+    assert "sidecar adapters list" in told(unknown_adapter(world.core.state, "zzzzzz"))
 
 
 @pytest.mark.parametrize("typo", ["customer-01234-asistant", "custommer-01234-assistant", "customer-1234-assistant"])
@@ -66,10 +67,10 @@ def test_the_nearest_is_found_among_thousands(typo: str) -> None:
 
 def test_unknown_adapter_when_none_is_registered() -> None:
     """Operators are told how to register; clients, who cannot, whom to ask."""
-    message = refusal(World(), "sql").message
+    message = message_of(refusal(World(), "sql"))
     assert "none is registered" in message
     assert "sidecar adapters" not in message
-    assert "sidecar adapters register" in unknown_adapter(World().core.state, "sql").message
+    assert "sidecar adapters register" in told(unknown_adapter(World().core.state, "sql"))
 
 
 def test_a_ten_megabyte_name_is_refused_in_few_words() -> None:
@@ -78,7 +79,7 @@ def test_a_ten_megabyte_name_is_refused_in_few_words() -> None:
     world.register("sql")
     end = refusal(world, "x" * 10_000_000)
     assert end.reason is Reason.UNKNOWN_ADAPTER
-    assert len(end.message) < 300
+    assert len(message_of(end)) < 300
     assert len(end.name) < 100
 
 
@@ -101,8 +102,8 @@ def test_a_version_that_is_not_there_is_refused(selector: str) -> None:
     world.register("sql")
     end = refusal(world, f"sql@{selector}")
     assert end.reason is Reason.UNKNOWN_ADAPTER
-    assert selector in end.message
-    assert "v1" in end.message
+    assert selector in message_of(end)
+    assert "v1" in message_of(end)
 
 
 def test_allow_list_decides_by_tenant() -> None:
@@ -111,8 +112,8 @@ def test_allow_list_decides_by_tenant() -> None:
     world.register("sql", allow=("red",))
     end = refusal(world, "sql", tenant="blue")
     assert end.reason is Reason.NOT_ALLOWED
-    assert "blue" in end.message
-    assert "sql" in end.message
+    assert "blue" in message_of(end)
+    assert "sql" in message_of(end)
     allowed = world.send("sql", tenant="red")
     world.run()
     assert world.settled[allowed].outcome is Outcome.OK
@@ -125,9 +126,9 @@ def test_versions_are_told_to_those_only_who_may_use_the_name() -> None:
     for selector in ("v1", "v9", world.digest("sql")[:12], "ffffffffffff", "x"):
         end = refusal(world, f"sql@{selector}", tenant="blue")
         assert end.reason is Reason.NOT_ALLOWED
-        assert "v1" not in end.message
-        assert world.digest("sql")[:12] not in end.message
-    assert "it has v1" in refusal(world, "sql@v9", tenant="red").message
+        assert "v1" not in message_of(end)
+        assert world.digest("sql")[:12] not in message_of(end)
+    assert "it has v1" in message_of(refusal(world, "sql@v9", tenant="red"))
 
 
 def test_a_forbidden_name_is_told_as_one_that_is_not_there() -> None:
@@ -137,14 +138,14 @@ def test_a_forbidden_name_is_told_as_one_that_is_not_there() -> None:
     world.register("sql-secrets", allow=("red", "green"))
     for tenant, near in (("blue", "none is registered"), ("green", "did you mean sql-secrets?")):
         forbidden = refusal(world, "sql-secret@v1", tenant=tenant)
-        told = admission.for_client(world.core.state, forbidden)
+        shown = admission.for_client(world.core.state, forbidden)
         assert forbidden.reason is Reason.NOT_ALLOWED
-        assert near in told.message
+        assert near in message_of(shown, Voice.CLIENT)
         world.feed(ev.AdapterUnregistered("sql-secret"))
         gone = refusal(world, "sql-secret@v1", tenant=tenant)
         world.register("sql-secret", allow=("red",))
-        assert replace(told, request=gone.request) == gone
-        assert told.reason is Reason.UNKNOWN_ADAPTER
+        assert replace(shown, request=gone.request) == gone
+        assert shown.reason is Reason.UNKNOWN_ADAPTER
 
 
 def stuck(**limits: object) -> World:
@@ -163,7 +164,7 @@ def test_queue_is_bounded_by_count() -> None:
     assert end.reason is Reason.QUEUE_FULL
     assert end.retry_after_ns is not None
     assert end.retry_after_ns > 0
-    assert "2 requests wait" in end.message
+    assert "2 requests wait" in message_of(end)
     world.feed(ev.ClientLeft(first))
     assert world.send() not in world.settled
 
@@ -174,7 +175,7 @@ def test_queue_is_bounded_by_tokens() -> None:
     world.send(input_tokens=30, output_tokens=30)
     end = refusal(world, "", input_tokens=31, output_tokens=10)
     assert end.reason is Reason.QUEUE_FULL
-    assert "60 tokens wait" in end.message
+    assert "60 tokens wait" in message_of(end)
     assert world.send(input_tokens=30, output_tokens=10) not in world.settled
 
 
@@ -184,7 +185,7 @@ def test_queue_is_bounded_by_tenant() -> None:
     world.send(tenant="red")
     end = refusal(world, "", tenant="red")
     assert end.reason is Reason.QUEUE_FULL
-    assert "red" in end.message
+    assert "red" in message_of(end)
     assert end.retry_after_ns
     assert world.send(tenant="blue") not in world.settled
 
@@ -211,7 +212,7 @@ def test_an_unknown_class_is_refused_with_those_that_exist() -> None:
     world = World(CoreConfig(classes={"batch": ClassLimit(), "default": ClassLimit(SECOND)}))
     end = refusal(world, "", klass="gold")
     assert end.reason is Reason.INVALID_REQUEST
-    assert "batch, default" in end.message
+    assert "batch, default" in message_of(end)
     assert end.klass == "default", "a class that a client made up is no metric label"
 
 
@@ -221,7 +222,7 @@ def test_base_requests_can_be_refused() -> None:
     for adapter in ("", "base"):
         end = refusal(world, adapter)
         assert end.reason is Reason.INVALID_REQUEST
-        assert "lora_name" in end.message
+        assert "lora_name" in message_of(end)
 
 
 def test_base_requests_need_no_load() -> None:
@@ -247,16 +248,16 @@ def test_no_backend_counts_the_reasons() -> None:
     world.register_as("sql", adapter_of("sql", rank=64))
     end = refusal(world, "sql")
     assert end.reason is Reason.NO_BACKEND
-    assert end.message.startswith("sql: 0 of 8 backends can serve it: 5 max rank 32 < 64, 2 other base, 1 draining"), (
-        end.message
-    )
+    assert message_of(end).startswith(
+        "sql: 0 of 8 backends can serve it: 5 max rank 32 < 64, 2 other base, 1 drained"
+    ), message_of(end)
 
 
 def test_no_backend_when_none_is_configured() -> None:
     """Without any backend the message says how to name one."""
     world = World(engines=0)
     world.register("sql")
-    assert "--backend" in refusal(world, "sql").message
+    assert "--backend" in message_of(refusal(world, "sql"))
 
 
 def test_a_backend_that_is_down_still_counts() -> None:
@@ -277,7 +278,7 @@ def test_an_adapter_larger_than_the_store_is_no_backends() -> None:
     world.register("sql")
     end = refusal(world, "sql")
     assert end.reason is Reason.NO_BACKEND
-    assert "store.memory_bytes" in end.message
+    assert "store.memory_bytes" in message_of(end)
 
 
 def test_a_prompt_longer_than_every_engine_takes_is_refused() -> None:
@@ -286,8 +287,8 @@ def test_a_prompt_longer_than_every_engine_takes_is_refused() -> None:
     world.add_engine("b0", with_facts(facts_of(), input_tokens_max=100))
     end = refusal(world, "", input_tokens=101)
     assert end.reason is Reason.INVALID_REQUEST
-    assert "101" in end.message
-    assert "100" in end.message
+    assert "101" in message_of(end)
+    assert "100" in message_of(end)
     assert world.send(input_tokens=100) not in world.settled
 
 

@@ -11,6 +11,7 @@ from sidecar.core.config import CoreConfig
 from sidecar.core.enums import Voided, Why
 from sidecar.core.state import SlotEstimate
 from sidecar.errors import Reason
+from sidecar.telling.endings import message_of
 from tests.kit.corekit import MS, SECOND, World, facts_of, two_pages, with_facts
 
 
@@ -63,7 +64,7 @@ def test_more_sequences_than_any_engine_has_seats_for_are_refused() -> None:
     world.run()
     refused = world.settled[too_many]
     assert refused.reason is Reason.INVALID_REQUEST
-    assert "9 sequences at once and it has seats for 8" in refused.message
+    assert "9 sequences at once and it has seats for 8" in message_of(refused)
     assert [sent.backend for sent in world.dispatches[fits]] == ["large"]
 
 
@@ -289,7 +290,7 @@ def test_why_waiting_names_the_obstacle() -> None:
     assert why(other) is Why.BACKEND_DOWN
     world.bring_up("b0")
     world.run()
-    assert not [end for end in world.settled.values() if end.reason and "first token" not in end.message]
+    assert not [end for end in world.settled.values() if end.reason and "first token" not in message_of(end)]
 
 
 def test_an_engine_that_holds_less_than_declared_is_learned_from_its_evictions() -> None:

@@ -10,6 +10,7 @@ from sidecar.core.config import ClassLimit, CoreConfig
 from sidecar.core.enums import Fault, Outcome
 from sidecar.core.pace import Pace
 from sidecar.errors import Reason
+from sidecar.telling.endings import message_of
 from tests.kit.corekit import MS, SECOND, World, assert_idle, facts_of, with_facts
 
 
@@ -23,7 +24,7 @@ def test_expired_in_the_queue_is_never_dispatched() -> None:
     world.run()
     end = world.settled[late]
     assert (end.outcome, end.reason) == (Outcome.EXPIRED, Reason.EXPIRED)
-    assert "waited 50 ms and its own deadline of 50 ms passed; send it with a longer one" in end.message
+    assert "waited 50 ms and its own deadline of 50 ms passed; send it with a longer one" in message_of(end)
     assert late not in world.dispatches
     assert world.ended_ns[late] == 1 * SECOND + 51 * MS, "it ended at its deadline, not when a seat came free"
 
@@ -50,7 +51,7 @@ def test_the_class_bounds_the_wait() -> None:
     short, long = world.send(klass="short"), world.send()
     world.run(3 * SECOND)
     assert world.settled[short].outcome is Outcome.EXPIRED
-    assert world.settled[short].message.endswith(
+    assert message_of(world.settled[short]).endswith(
         'waited 2 s and class "short" waits at most 2 s; send it again later, or raise '
         "queue.classes.short.queue_wait_s_max"
     )
@@ -64,7 +65,7 @@ def test_what_expires_without_a_backend_says_so() -> None:
     late = world.send()
     world.run(3 * SECOND)
     assert world.settled[late].outcome is Outcome.EXPIRED
-    assert world.settled[late].message.endswith(
+    assert message_of(world.settled[late]).endswith(
         "waited 2 s and no backend that could serve it was up; send it again later"
     )
 
@@ -212,7 +213,7 @@ def test_the_answer_tells_tokens_and_times() -> None:
     assert (end.tenant, end.backend, end.version) == ("red", "b0", world.digest("sql"))
     assert (end.input_tokens, end.output_tokens) == (7, 10)
     assert end.queue_ns == 25 * MS
-    assert (end.reason, end.message) == (None, "")
+    assert (end.reason, message_of(end)) == (None, "")
 
 
 def test_timers_of_ended_requests_do_not_pile_up() -> None:

@@ -11,6 +11,7 @@ from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
 from sidecar.core.enums import Fault, Outcome
 from sidecar.errors import Reason
+from sidecar.telling.endings import message_of
 from tests.kit.corekit import MS, SECOND, World
 
 
@@ -86,8 +87,8 @@ def test_misses_without_end_are_given_up() -> None:
     end = world.settled[request]
     assert end.reason is Reason.BACKEND_FAILED
     assert len(world.dispatches[request]) == world.config.heals_max + 1
-    assert "sql" in end.message
-    assert "b0" in end.message
+    assert "sql" in message_of(end)
+    assert "b0" in message_of(end)
 
 
 def test_load_into_a_full_cache_waits_for_a_completion() -> None:
@@ -182,7 +183,7 @@ def test_whole_engine_failure_sends_tokenless_requests_once_more() -> None:
     world.run()
     assert world.settled[early].reason is Reason.BACKEND_FAILED
     assert world.settled[early].output_tokens == 3
-    assert "after 3 tokens" in world.settled[early].message
+    assert "after 3 tokens" in message_of(world.settled[early])
     assert all(world.settled[request].outcome is Outcome.OK for request in late)
     assert all(len(world.dispatches[request]) == 2 for request in late)
 
@@ -196,7 +197,7 @@ def test_a_second_whole_engine_failure_is_final() -> None:
     world.run()
     assert world.settled[request].reason is Reason.BACKEND_FAILED
     assert len(world.dispatches[request]) == 2
-    assert "failed twice" in world.settled[request].message
+    assert "failed twice" in message_of(world.settled[request])
 
 
 def test_versions_loading_while_the_engine_failed_are_loaded_alone() -> None:
@@ -271,7 +272,7 @@ def test_an_unknown_error_is_final() -> None:
     world.run()
     end = world.settled[request]
     assert (end.outcome, end.reason) == (Outcome.FAILED, Reason.BACKEND_REJECTED)
-    assert "engine says rejected" in end.message
+    assert "engine says rejected" in message_of(end)
     assert len(world.dispatches[request]) == 1
 
 
@@ -312,7 +313,7 @@ def test_a_lost_backend_sends_tokenless_requests_elsewhere(wires_first: bool) ->
     world.lose(home, wires_first=wires_first)
     world.run()
     assert world.settled[early].reason is Reason.BACKEND_FAILED
-    assert "never repeated" in world.settled[early].message
+    assert "never repeated" in message_of(world.settled[early])
     assert world.settled[late].outcome is Outcome.OK
     assert [sent.backend == home for sent in world.dispatches[late]] == [True, False]
 
@@ -347,7 +348,7 @@ def test_a_request_visits_at_most_two_backends() -> None:
     places = [sent.backend for sent in world.dispatches[request]]
     assert end.reason is Reason.BACKEND_FAILED
     assert len(set(places)) == 2
-    assert all(place in end.message for place in places)
+    assert all(place in message_of(end) for place in places)
 
 
 def test_the_queue_of_a_lost_backend_moves_and_visits_nothing() -> None:
@@ -387,10 +388,10 @@ def test_a_load_that_every_engine_rejects_ends_with_its_words() -> None:
     request = world.send("sql")
     world.run()
     assert world.settled[request].reason is Reason.ADAPTER_UNAVAILABLE
-    assert "expected dims 4096" in world.settled[request].message
+    assert "expected dims 4096" in message_of(world.settled[request])
     refused = world.send("sql")
     assert world.settled[refused].reason is Reason.NO_BACKEND
-    assert "2 rejected the load" in world.settled[refused].message
+    assert "2 rejected the load" in message_of(world.settled[refused])
     world.lose("b0")
     world.engines["b0"].reject_load.clear()
     world.bring_up("b0")

@@ -10,6 +10,7 @@ from sidecar.core.enums import Fate, Fault, Why
 from sidecar.core.facts import Placed
 from sidecar.core.queries import backend_view
 from sidecar.errors import Reason
+from sidecar.telling.endings import message_of
 from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, adapter_of, assert_idle, facts_of, with_facts
 
 POOL = CoreConfig(store_bytes=64 * BLOB_BYTES, pools={"p": facts_of()})
@@ -98,7 +99,7 @@ def test_what_has_a_token_where_one_is_removed_ends_there() -> None:
     assert world.core.state.requests[request].first_token
     world.remove("p-0")
     assert settled(world, request).reason is Reason.BACKEND_FAILED
-    assert "p-0 was lost after the first token" in settled(world, request).message
+    assert "p-0 was lost after the first token" in message_of(settled(world, request))
 
 
 def test_nobody_is_suspected_of_what_an_engine_that_was_going_anyway_dies_of() -> None:
@@ -123,7 +124,7 @@ def test_requests_wait_for_a_pool_that_is_empty() -> None:
     world.remove("p-0")
     later, base, foreign = world.send("b"), world.send(), world.send("foreign")
     assert settled(world, foreign).reason is Reason.NO_BACKEND
-    assert "none of p could serve it" in settled(world, foreign).message
+    assert "none of p could serve it" in message_of(settled(world, foreign))
     world.run(SECOND)
     assert not {waiting, later, base} & world.settled.keys()
     world.add_engine("p-7", facts_of(), pool="p", fresh=True)

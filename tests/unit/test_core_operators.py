@@ -13,6 +13,7 @@ from sidecar.core.config import ClassLimit, CoreConfig
 from sidecar.core.enums import Fate, Outcome, Tier
 from sidecar.core.facts import Placed
 from sidecar.errors import Reason
+from sidecar.telling.endings import Voice, message_of
 from sidecar.telling.weights import told_at
 from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, adapter_of, assert_idle, facts_of, with_facts
 
@@ -46,8 +47,8 @@ def test_drain_of_the_only_backend_refuses_what_waits() -> None:
     request = world.send()
     world.feed(ev.DrainSet("b0", True))
     assert world.settled[request].reason is Reason.NO_BACKEND
-    assert "1 draining" in world.settled[request].message
-    told = for_client(world.core.state, world.settled[request]).message
+    assert "1 drained" in message_of(world.settled[request])
+    told = message_of(for_client(world.core.state, world.settled[request]), Voice.CLIENT)
     assert told == "base model: 0 of 1 backends can serve it: 1 drained. b0: it is drained."
 
 
@@ -60,7 +61,7 @@ def test_an_engine_that_comes_back_smaller_refuses_what_it_cannot_serve() -> Non
     engine.facts = with_facts(engine.facts, rank_max=32)
     world.bring_up("b0")
     assert world.settled[request].reason is Reason.NO_BACKEND
-    assert "max rank 32 < 64" in world.settled[request].message
+    assert "max rank 32 < 64" in message_of(world.settled[request])
 
 
 def test_prefetch_fills_the_store() -> None:

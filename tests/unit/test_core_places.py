@@ -20,6 +20,7 @@ from sidecar.core.facts import (
     version_of_key,
 )
 from sidecar.errors import Reason
+from sidecar.telling.endings import message_of
 from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, adapter_of, facts_of, with_facts
 
 
@@ -83,7 +84,7 @@ def test_nobody_may_serve_it() -> None:
     draining = world.send("a", only=("b0",))
     assert world.settled[unknown].reason is Reason.NOT_OWNER  # another replica may know it
     assert world.settled[draining].reason is Reason.NO_BACKEND
-    assert "draining" in world.settled[draining].message
+    assert "drained" in message_of(world.settled[draining])
     waiting = world.send("a", only=("b1",))
     world.feed(ev.DrainSet("b1", True))
     world.run()

@@ -14,6 +14,7 @@ from sidecar.core.pace import Pace
 from sidecar.core.promising import FETCH_ALLOWANCE_NS
 from sidecar.core.queries import backend_view
 from sidecar.errors import Reason
+from sidecar.telling.endings import message_of
 from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, facts_of, with_facts
 
 
@@ -242,7 +243,7 @@ def test_a_deadline_that_leaves_no_time_for_the_prompt_is_refused() -> None:
     late = world.send(input_tokens=2000, deadline_ns=SECOND)
     assert world.settled[late].reason is Reason.DEADLINE_UNMEETABLE
     assert world.settled[late].retry_after_ns is None
-    assert "2.0 s and its deadline is in 1.0 s" in world.settled[late].message
+    assert "2.0 s and its deadline is in 1.0 s" in message_of(world.settled[late])
     assert world.send(input_tokens=900, deadline_ns=SECOND) not in world.settled
 
 
@@ -256,7 +257,7 @@ def test_a_deadline_is_looked_at_again_when_the_turn_comes() -> None:
     world.run()
     assert (world.settled[late].outcome, world.settled[late].reason) == (Outcome.EXPIRED, Reason.EXPIRED)
     assert late not in world.dispatches
-    assert "needs 2.000 s to read its prompt of 2000 tokens" in world.settled[late].message
+    assert "needs 2.000 s to read its prompt of 2000 tokens" in message_of(world.settled[late])
     assert world.settled[short].queue_ns < 3 * SECOND
     assert short in world.dispatches
 
@@ -310,7 +311,7 @@ def test_a_predicted_wait_over_the_limit_is_refused_with_the_difference() -> Non
     refused = world.settled[request]
     assert 1 <= taken <= 3
     assert (refused.reason, refused.outcome) == (Reason.QUEUE_FULL, Outcome.REFUSED)
-    told = re.search(r"for (\d+) s and class \"default\" waits at most 10 s", refused.message)
+    told = re.search(r"for (\d+) s and class \"default\" waits at most 10 s", message_of(refused))
     assert told is not None
     assert refused.retry_after_ns == pytest.approx((int(told[1]) - 10) * SECOND, abs=SECOND / 2)
     assert world.core.state.backends["b0"].outstanding.requests == 1 + taken
@@ -457,8 +458,8 @@ def test_the_queue_is_bounded(limits: dict[str, int], words: str) -> None:
     send("red")
     refused = world.settled[send("red")]
     assert (refused.reason, refused.outcome) == (Reason.QUEUE_FULL, Outcome.REFUSED)
-    assert words in refused.message
-    assert refused.message.endswith(f"raise queue.{next(iter(limits))}")
+    assert words in message_of(refused)
+    assert message_of(refused).endswith(f"raise queue.{next(iter(limits))}")
     assert refused.retry_after_ns
     is_of_tenant = next(iter(limits)).startswith("tenant")
     assert (send("blue") not in world.settled) == is_of_tenant
@@ -513,6 +514,6 @@ def test_a_tenant_with_nothing_queued_waits_for_a_seat_and_not_for_a_run_of_befo
     flood = [world.send(tenant="bulk", output_tokens=100) for _ in range(200)]
     answers(world, 100, flood, for_ns=3 * SECOND)
     request = world.send(tenant="quiet", output_tokens=50, deadline_ns=6 * SECOND)
-    assert request not in world.settled, world.settled[request].message
+    assert request not in world.settled, message_of(world.settled[request])
     answers(world, 100, [request], for_ns=6 * SECOND)
     assert world.dispatches[request][0].queue_ns < 2 * SECOND

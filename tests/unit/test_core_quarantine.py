@@ -12,6 +12,7 @@ from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
 from sidecar.core.enums import Fault, Outcome
 from sidecar.errors import Reason
+from sidecar.telling.endings import Voice, message_of
 from tests.kit.cases import first
 from tests.kit.corekit import MS, SECOND, World, assert_idle
 
@@ -54,7 +55,7 @@ def test_an_adapter_that_crashes_engines_costs_at_most_two(seed: int, wires_firs
         if end.name == "bad":
             assert end.reason is Reason.QUARANTINED
         elif end.outcome is not Outcome.OK:
-            assert request in pool._had_token, f"{end.name} failed without a token: {end.message}"
+            assert request in pool._had_token, f"{end.name} failed without a token: {message_of(end)}"
     assert_idle(pool.core)
 
 
@@ -100,11 +101,11 @@ def test_quarantine_says_why_and_what_to_do() -> None:
     """The message names the adapter, the backends that were lost, and the command that lifts it."""
     world = quarantined()
     refused = world.send("bad")
-    message = world.settled[refused].message
+    message = message_of(world.settled[refused])
     assert "bad is quarantined" in message
     assert message.count(" b") >= 2
     assert "sidecar adapters release bad" in message
-    told = admission.for_client(world.core.state, world.settled[refused]).message
+    told = message_of(admission.for_client(world.core.state, world.settled[refused]), Voice.CLIENT)
     assert told.endswith("; name another model of /v1/models, or ask your operator to release it")
     assert not world.settled[refused].retry_after_ns
 

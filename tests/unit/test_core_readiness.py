@@ -9,6 +9,7 @@ from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
 from sidecar.core.enums import Cache, Fault, Outcome, Why
 from sidecar.errors import Reason
+from sidecar.telling.endings import message_of
 from tests.kit.corekit import BLOB_BYTES, MS, World, assert_idle, facts_of, two_pages, with_facts
 
 
@@ -147,7 +148,7 @@ def test_a_fetch_that_fails_ends_all_who_wait_with_the_reason() -> None:
     world.run()
     for request in requests:
         assert world.settled[request].reason is Reason.ADAPTER_UNAVAILABLE
-        assert "origin/sql is gone" in world.settled[request].message
+        assert "origin/sql is gone" in message_of(world.settled[request])
         assert world.settled[request].outcome is Outcome.REFUSED
     assert world.settled[good].outcome is Outcome.OK
     assert world.core.state.store.bytes_used == BLOB_BYTES

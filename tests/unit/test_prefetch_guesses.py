@@ -10,6 +10,7 @@ from policies.prefetch.planned import Planned
 from sidecar.core import effects as fx
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
+from sidecar.core.facts import Suspicion
 from sidecar.core.prefetch_accounting import BURST_S, Guesses, PrefetchCounts
 from sidecar.core.state import NEVER_NS
 from sidecar.errors import Reason
@@ -259,7 +260,7 @@ def test_what_could_not_be_served_is_not_guessed(what: str) -> None:
     """A version in quarantine, without a name, or that no backend would take, is left where it is."""
     world = guessing_world()
     if what == "quarantined":
-        world.core.state.versions[world.digest("a")].quarantined = "two engines died of it"
+        world.core.state.versions[world.digest("a")].quarantined = Suspicion(("b0", "b1"), "lost")
     elif what == "unregistered":
         world.feed(ev.AdapterUnregistered("a"))
     else:

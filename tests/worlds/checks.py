@@ -18,6 +18,7 @@ from sidecar.core.core import Core
 from sidecar.core.enums import Outcome
 from sidecar.errors import Reason
 from sidecar.lab.sim.setup import SECOND_NS
+from sidecar.telling.endings import message_of
 from tests.worlds.idling import Idling
 from tests.worlds.in_flight import InFlight, Tier
 from tests.worlds.scenario import Scenario
@@ -304,10 +305,10 @@ class Checks:
             hold(effect.retry_after_ns is not None, f"request {effect.request} is refused and not told when to retry")
             return
         if reason in OF_THE_CLIENT:
-            hold(not client.is_patient, f"request {effect.request} of a patient client: {effect.message}")
+            hold(not client.is_patient, f"request {effect.request} of a patient client: {message_of(effect)}")
             return
-        self._has_cause(effect, f"{reason.value}: {effect.message}", ENDED_BY.get(reason, ()))
-        hold(not client.in_peace, f"request {effect.request} came in peace and ended by {effect.message}")
+        self._has_cause(effect, f"{reason.value}: {message_of(effect)}", ENDED_BY.get(reason, ()))
+        hold(not client.in_peace, f"request {effect.request} came in peace and ended by {message_of(effect)}")
 
     def _has_cause(self, effect: do.Settle, what: str, kinds: tuple[str, ...]) -> None:
         caused = any(self.scenario.has(kind) for kind in kinds)

@@ -23,6 +23,7 @@ from sidecar.shell.gateway import Gateway
 from sidecar.shell.loading import PATH
 from sidecar.state.records import Record, paused_for
 from sidecar.state.registry import Change
+from sidecar.telling.endings import quarantined
 from sidecar.telling.weights import told_at, told_of_store
 
 LISTED_A_STEP = 50
@@ -282,6 +283,7 @@ def _live_message(view: queries.AdapterView) -> Any:
         *of_record,
         version=f"{view.name}@v{view.ordinal}",
         path=view.origin,
+        quarantined=quarantined(view.quarantined),
         store=[filled(admin_pb2.StoreCopy, copy, task_id=str(copy.task_id)) for copy in view.store],
         backends=[filled(admin_pb2.Residency, each, age_s=each.age_ns / 1e9) for each in view.backends],
     )

@@ -32,6 +32,7 @@ from sidecar.shell.flow import Rates, TokenRates
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.open_requests import Chosen, beyond, passed_on, shown
 from sidecar.state.records import paused_for
+from sidecar.telling.endings import quarantined
 
 ROWS_DEFAULT, ROWS_MAX = 100, 500
 INTERVAL_S_DEFAULT, INTERVAL_S_MIN, INTERVAL_S_MAX = 1.0, 0.2, 60.0
@@ -201,7 +202,7 @@ class PoolService(admin_pb2_grpc.PoolServicer):
                 where, name = copies[digest], state.names[row.name]
                 made.on_gpu, made.in_engine_host, made.loading = where.on_gpu, where.in_engine_host, where.loading
                 made.store, made.pinned, made.version = where.store, name.pinned, f"v{name.ordinal}"
-                made.quarantined = state.versions[digest].quarantined
+                made.quarantined = quarantined(state.versions[digest].quarantined)
             record = self._gateway.catalogue.registry.get(row.name)
             if record is not None:
                 made.paused_s = paused_for(record, time()) or 0.0

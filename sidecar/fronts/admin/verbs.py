@@ -25,6 +25,7 @@ from sidecar.fronts.kserve.verbs import SERVICE as KSERVE
 from sidecar.model.reference import Reference
 from sidecar.shell.gateway import Gateway
 from sidecar.state.records import paused_for
+from sidecar.telling.endings import quarantined
 
 API = "lorasidecar.v1"
 
@@ -112,7 +113,7 @@ def _weights(message: Any, sight: Sight) -> Facts:
         "store": [copy.tier for copy in view.store],
         "backends": [each.backend for each in view.backends if each.tier != "absent"],
     }
-    return found | ({"quarantined": view.quarantined} if view.quarantined else {})
+    return found | ({"quarantined": quarantined(view.quarantined)} if view.quarantined else {})
 
 
 def _change(action: Action, facts: Callable[[Any, Sight], Facts] = _record) -> Verb:

@@ -19,13 +19,13 @@ from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
 from sidecar.config.listeners import is_local
-from sidecar.core.eligibility import ADD_BACKEND
 from sidecar.core.state import Backend
 from sidecar.fronts.http.connection import HttpLimits
 from sidecar.fronts.http.listener import HttpListener
 from sidecar.fronts.http.pages import without_pages
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.metrics import Metrics
+from sidecar.telling.endings import ADD_BACKEND
 
 IDLE_SHARE = 20
 """A page that took a second is told again for so many. Endpoint pickers ask every 50 ms, each of them."""
@@ -49,7 +49,7 @@ def why_not_ready(gateway: Gateway) -> str:
     if not state.backends and state.config.pools:
         return f"no engine has been found yet in {', '.join(state.config.pools)}"
     if not state.backends:
-        return f"no engine is configured{ADD_BACKEND}"
+        return f"no engine is configured; {ADD_BACKEND}"
     if gateway.takes_requests:
         return ""
     return "no backend takes requests: " + "; ".join(_why_not(gateway, backend) for backend in state.backends.values())

@@ -13,9 +13,11 @@ from typing import Any
 from sidecar.access.access import unknown
 from sidecar.backends import wire
 from sidecar.backends.api import Ticket
+from sidecar.core.causes import Said
 from sidecar.core.effects import Settle
 from sidecar.errors import Reason, SidecarError
 from sidecar.fronts.kserve.request import KServeRequest
+from sidecar.telling.endings import Voice, message_of
 
 
 @dataclass(eq=False)
@@ -92,16 +94,16 @@ def stopped_answer(asked: KServeRequest) -> Any:
 
 def for_client(live: Live, ending: Settle) -> Settle:
     """Return an ending in its client's words: its ids and regions stand where the engine's message has ours."""
-    asked, message, dispatch = live.asked, ending.message, live.ticket.dispatch
+    asked, message, dispatch = live.asked, message_of(ending, Voice.CLIENT), live.ticket.dispatch
     if asked.task and ending.reason is Reason.UNKNOWN_ADAPTER:
         error = unknown(asked.task, asked.request_id)
-        return replace(ending, message=error.message, name=asked.task)
+        return replace(ending, cause=Said(error.message), name=asked.task)
     for ours, theirs in asked.hidden_regions.items():
         message = message.replace(f"'{ours}'", f"'{theirs}'")
     if dispatch is not None:
         ours = wire.engine_id(dispatch.request, dispatch.attempt)
         message = message.replace(f"[request id: {ours}]", f"[request id: {asked.client_id or '<id_unknown>'}]")
-    return replace(ending, message=message)
+    return replace(ending, cause=Said(message))
 
 
 TEXT_ENDING = (("text_output", "BYTES", (1,), struct.pack("<I", 0)),)

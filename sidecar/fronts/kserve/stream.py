@@ -18,6 +18,7 @@ from sidecar.fronts import callers, relay
 from sidecar.fronts.kserve.lifetime import Lifetime
 from sidecar.fronts.kserve.live import Live, NotAccepted, for_client, stop_answer, stopped_answer
 from sidecar.fronts.status import Metadata, status_of_error
+from sidecar.telling.endings import message_of
 
 if TYPE_CHECKING:
     from sidecar.fronts.kserve.infer import KServe
@@ -161,7 +162,7 @@ class InferStream:
             return _Message(_final(stopped_answer(live.asked)) + wire.in_stream_response(origin))
         if ending.reason is None:
             return None
-        message = self._front.hiding.text(for_client(live, ending).message)
+        message = self._front.hiding.text(message_of(for_client(live, ending)))
         status = self._front.status_of(live, ending)
         return _refusal(live.asked.client_id, live.asked.request_id, ending.reason, status, message)
 

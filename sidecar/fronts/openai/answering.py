@@ -27,6 +27,7 @@ from sidecar.fronts.openai.request import OpenAiRequest
 from sidecar.fronts.openai.text_answers import PassedOn, TextAnswer
 from sidecar.shell.gateway import Gateway
 from sidecar.tasks import ended
+from sidecar.telling.endings import Voice, message_of
 
 JSON = (b"content-type", b"application/json")
 EVENTS = (
@@ -53,7 +54,7 @@ class _Ended(Exception):
     """A request ended before its answer was complete."""
 
     def __init__(self, ending: Settle, ticket: Ticket) -> None:
-        super().__init__(ending.message)
+        super().__init__(message_of(ending, Voice.CLIENT))
         self.ending = ending
         self.ticket = ticket
 

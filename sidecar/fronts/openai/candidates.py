@@ -26,6 +26,7 @@ from sidecar.fronts.openai.large import Order, Refusal, Template
 from sidecar.fronts.openai.request import CHAT, OpenAiRequest, Unfit
 from sidecar.fronts.openai.text_forms import TextRequest, text_request
 from sidecar.model.reference import Reference
+from sidecar.telling.endings import unknown
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ class Destinations:
                     'name an adapter in "model"',
                 )
             return "", named_so or serving
-        raise unknown_adapter(state, text, tenant)
+        raise unknown(unknown_adapter(state, text, tenant))
 
     def _serving(self, version: str) -> tuple[Engine, ...]:
         present = [

@@ -17,6 +17,7 @@ import grpc
 from sidecar.backends.api import HttpRejection, Ticket
 from sidecar.core.effects import Settle
 from sidecar.errors import Family, Reason, SidecarError
+from sidecar.telling.endings import Voice, message_of
 
 STATUSES = {
     "INVALID_ARGUMENT": 400,
@@ -105,7 +106,7 @@ def failure_of_ending(ending: Settle, ticket: Ticket) -> Failure:
     reason = ending.reason
     assert reason is not None
     rejection: Any = ticket.rejected_with if reason is Reason.BACKEND_REJECTED else None
-    message = _without_our_id(ending.message)
+    message = _without_our_id(message_of(ending, Voice.CLIENT))
     if isinstance(rejection, HttpRejection):
         if not _is_object(rejection.body):
             return failure(rejection.status, message, reason.value.lower())

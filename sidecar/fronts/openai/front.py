@@ -59,6 +59,7 @@ from sidecar.model.reference import Reference
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.request_log import log_refused
 from sidecar.shell.requests import RequestFacts
+from sidecar.telling.endings import unknown
 
 MODELS = "/v1/models"
 Place = Callable[[OpenAiRequest, Sequence[TextRequest | Refusal] | None], Destination]
@@ -360,7 +361,7 @@ class OpenAiFront:
         known = state.names.get(name)
         if self._gateway.access.mode == "enforce" or (known is not None and known.is_for(tenant)):
             return Refused(Reason.UNKNOWN_ADAPTER, f'the model "{model[:80]}" does not exist')
-        return unknown_adapter(state, name, tenant)
+        return unknown(unknown_adapter(state, name, tenant))
 
     def _record_hidden(self, sender: access.Caller, model: str, is_shown: bool, request_id: str) -> None:
         """Record that a model is not shown, or in observe mode that it would not be."""

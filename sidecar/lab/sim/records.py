@@ -12,6 +12,7 @@ from itertools import zip_longest
 from sidecar.core.effects import Settle
 from sidecar.core.enums import Outcome
 from sidecar.lab.sim.workloads import Arrival
+from sidecar.telling.endings import message_of
 
 SECOND_NS = 1_000_000_000
 BACKLOGGED = 64
@@ -255,7 +256,7 @@ class Recorder:
         request = self._end(effect.request, _COUNTED[effect.outcome], now_ns)
         if effect.reason is not None:
             self.reasons[effect.reason.value] = self.reasons.get(effect.reason.value, 0) + 1
-            self.messages.setdefault(effect.reason.value, effect.message)
+            self.messages.setdefault(effect.reason.value, message_of(effect))
         if effect.retry_after_ns is not None:
             self._note_retry_after(effect.retry_after_ns / SECOND_NS)
         if request is None or effect.outcome is Outcome.REFUSED:

@@ -1,0 +1,219 @@
+"""Why a request ended, in words: for its client, and for the log and operators."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from enum import Enum
+from typing import Any
+
+import msgspec
+
+from sidecar.core import causes
+from sidecar.core.causes import Cause
+from sidecar.core.durations import readable
+from sidecar.core.effects import Settle
+from sidecar.core.facts import Suspicion
+from sidecar.errors import Reason, Refused
+
+ADD_BACKEND = 'name one under "backends" or with --backend triton://HOST:PORT, or add it with "sidecar backends add"'
+NEVER_REPEATED = "an answer that has begun is never repeated, so send the request again if you want a new one"
+
+
+class Voice(Enum):
+    """Whom the words are for. A client is not told commands that only operators have."""
+
+    CLIENT = "client"
+    OPERATOR = "operator"
+
+
+def message_of(settle: Settle, voice: Voice = Voice.OPERATOR) -> str:
+    """Return why a request was not answered in full; "" of one that was."""
+    return "" if settle.cause is None else told(settle.cause, settle.name or "base model", voice)
+
+
+def told(cause: Cause, name: str = "", voice: Voice = Voice.OPERATOR) -> str:
+    """Return a cause in words; `name` is the adapter's. A phrase has the cause's fields in braces."""
+    phrase = _PHRASES[type(cause)]
+    if not isinstance(phrase, str):
+        phrase = phrase(cause, voice)
+    shown = {field: _shown(field, value) for field, value in msgspec.structs.asdict(cause).items()}
+    return phrase.format(name=name, **shown)
+
+
+def unknown(cause: causes.UnknownAdapter) -> Refused:
+    """Return the error for whoever names an unknown adapter where no request is admitted."""
+    return Refused(Reason.UNKNOWN_ADAPTER, told(cause), adapter=cause.asked[:80])
+
+
+def quarantined(suspicion: Suspicion | None) -> str:
+    """Return why a version is quarantined; "" if it is not."""
+    if suspicion is None:
+        return ""
+    lost = " and ".join(suspicion.lost)
+    if suspicion.has_ended:
+        return f"it has ended {lost} ({suspicion.text})"
+    return f"its first loads coincided with the loss of {lost} (last: {suspicion.text})"
+
+
+class _Duration(int):
+    """Nanoseconds that a phrase formats: `{x}` as people write it, `{x:.1f}` as seconds."""
+
+    def __format__(self, spec: str) -> str:
+        return format(self / 1e9, spec) if spec else readable(self)
+
+
+def _shown(field: str, value: Any) -> Any:
+    """Return a field as phrases show it."""
+    if field.endswith("_ns"):
+        return _Duration(value)
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else value
+
+
+def _unknown_adapter(cause: causes.UnknownAdapter, voice: Voice) -> str:
+    unknown_name = 'unknown adapter "{asked:.77}..."' if len(cause.asked) > 80 else 'unknown adapter "{asked}"'
+    if cause.near:
+        return f"{unknown_name}; did you mean {_literal(' or '.join(cause.near))}?"
+    if cause.none and cause.tenant is None:
+        return f'{unknown_name}: none is registered; operators do so with "sidecar adapters register"'
+    if cause.none:
+        whose = ' for tenant "{tenant}"' if cause.tenant else ""
+        return f"{unknown_name}: none is registered{whose}; ask your operator for one"
+    if cause.tenant is None:
+        return f'{unknown_name}; "sidecar adapters list" shows those that are registered, and for whom'
+    return f"{unknown_name}; GET /v1/models of the http listener lists those that you may use"
+
+
+def _unknown_version(cause: causes.UnknownVersion, voice: Voice) -> str:
+    has = ", ".join(f"v{ordinal} ({digest[:12]})" for ordinal, digest in cause.known) or "none that you may use"
+    return 'adapter "{adapter}" has no version "{asked}"; it has ' + has
+
+
+def _not_allowed(cause: causes.NotAllowed, voice: Voice) -> str:
+    decides = "its allow list, or the policy, decides" if cause.by_policy else "its allow list decides"
+    return 'tenant "{tenant}" may not use adapter "{adapter}"; ' + decides
+
+
+def _quarantined(cause: causes.Quarantined, voice: Voice) -> str:
+    way_out = 'find out why the engine dies of it, then lift it with "sidecar adapters release {name}"'
+    if voice is Voice.CLIENT:
+        way_out = "name another model of /v1/models, or ask your operator to release it"
+    return "{name} is quarantined: " + _literal(quarantined(cause.suspicion)) + "; " + way_out
+
+
+def _queue_full(cause: causes.QueueFull, voice: Voice) -> str:
+    whose, prefix = ("", "") if cause.tenant is None else (' of tenant "{tenant}"', "tenant_")
+    key = f"queue.{prefix}queued_{'' if cause.what == 'requests' else f'{cause.what}_'}max"
+    return f"the queue is full: {{held}} {{what}}{whose} wait (limit {{limit}}); try again later, or raise {key}"
+
+
+def _no_backend(cause: causes.NoBackend, voice: Voice) -> str:
+    """Count the reasons: "0 of 7 backends can serve it: 5 max rank 32 < 64, 2 other base. b0: its rank is 64 …"."""
+    is_client = voice is Voice.CLIENT
+    if cause.unfit:
+        counts = Counter(unfit.short for _, unfit in cause.unfit)
+        reasons = ", ".join(f"{count} {short}" for short, count in counts.items())
+        backend, first = cause.unfit[0]
+        return "{name}: 0 of {backends} backends can serve it: " + _literal(f"{reasons}. {backend}: {first.sentence}.")
+    if cause.backends:
+        way_out = "ask your operator which take it" if is_client else '"sidecar backends list" shows them'
+        return "{name}: no backend that the request may go to is configured; " + way_out
+    if cause.pools:
+        return "{name}: no engine has been found yet, and none of {pools} could serve it"
+    return "{name}: no engine is configured at the moment; " + (
+        "try again later, or ask your operator" if is_client else ADD_BACKEND
+    )
+
+
+def _deadline_passed(cause: causes.DeadlinePassed, voice: Voice) -> str:
+    waited = "" if cause.answering else "the request waited {waited_ns} and "
+    while_answering = " while it was being answered" if cause.answering else ""
+    return (
+        f"{{name}}: {waited}its own deadline of {{deadline_ns}} passed{while_answering}; send it with a longer one, or "
+        "with none"
+    )
+
+
+def _lost(cause: causes.Lost, voice: Voice) -> str:
+    lost = _literal(" and then ".join(cause.backends))
+    return f"{{name}}: lost {lost} before the first token: {{text}}; a request visits at most {{visits_max}} backends"
+
+
+def _stopped(cause: causes.Stopped, voice: Voice) -> str:
+    if cause.answering:
+        return f"the sidecar stops, and waits no longer for the rest of the answer; {NEVER_REPEATED}"
+    return "the sidecar stops, and waits no longer for the answer; send the request again"
+
+
+def _literal(text: str) -> str:
+    """Return a text that stays as it is in a phrase."""
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+_PHRASES: dict[type[Cause], str | Callable[[Any, Voice], str]] = {
+    causes.Said: "{text}",
+    causes.NoAdapterNamed: (
+        "the request names no adapter and this sidecar serves adapters only (base_requests: refuse); "
+        'name one with the request parameter "lora_name"'
+    ),
+    causes.UnknownAdapter: _unknown_adapter,
+    causes.UnknownVersion: _unknown_version,
+    causes.NotAllowed: _not_allowed,
+    causes.ShuttingDown: "the sidecar is shutting down; send the request to another replica",
+    causes.Quarantined: _quarantined,
+    causes.UnknownClass: 'unknown class "{asked}"; the configuration has {known}',
+    causes.DeadlineBefore: "the request's deadline had passed when it arrived",
+    causes.QueueFull: _queue_full,
+    causes.WaitTooLong: (
+        '{backend} might not come to it for {wait_ns:.0f} s and class "{klass}" waits at most {limit_ns:.0f} s; '
+        "try again later, or raise the class's queue_wait_s_max"
+    ),
+    causes.DeadlineTooSoon: (
+        "{backend} might not begin to answer it for {first_token_ns:.1f} s and its deadline is in {left_ns:.1f} s; "
+        "give it more time or try again later"
+    ),
+    causes.PromptTooLong: "the prompt has {tokens} tokens and the engine takes at most {longest}; shorten it",
+    causes.TooManySequences: (
+        "the request makes the engine run {sequences} sequences at once and it has seats for {seats}; "
+        "ask for fewer answers in one request, or raise engine.seats if the engine has more"
+    ),
+    causes.NoBackend: _no_backend,
+    causes.Gone: "{only}: not known here, or not any more; send the request again",
+    causes.NotOwned: "{backends}: another replica's; send the request there",
+    causes.OwnerChanged: "{backend} is another replica's now ({why}); send the request again",
+    causes.Moved: "another replica sees to the request",
+    causes.LeaseEnded: "{text}",
+    causes.DeadlinePassed: _deadline_passed,
+    causes.NoneUp: (
+        "{name}: the request waited {waited_ns} and no backend that could serve it was up; send it again later"
+    ),
+    causes.WaitedTooLong: (
+        '{name}: the request waited {waited_ns} and class "{klass}" waits at most {limit_ns}; '
+        "send it again later, or raise queue.classes.{klass}.queue_wait_s_max"
+    ),
+    causes.ReachedTooLate: (
+        "{name}: its turn came after {waited_ns:.1f} s and its deadline is in {left_ns:.3f} s, "
+        "while {backend} needs {reading_ns:.3f} s to read its prompt of {tokens} tokens; give it more time"
+    ),
+    causes.NotFetched: "{name}: {text}",
+    causes.NotLoaded: "{name}: {backend} refused to load it: {text}",
+    causes.CancelledByClient: "the client cancelled the request or went away",
+    causes.Revoked: "the credential of the request was revoked or has expired; get a new one",
+    causes.CancelledByOperator: "an operator cancelled the request",
+    causes.ReadTooSlowly: (
+        "for longer than client_stall_s more of the answer waited for the client than is kept; read it as it comes"
+    ),
+    causes.Stopped: _stopped,
+    causes.Rejected: "{text}",
+    causes.GivenUp: (
+        "{name}: given up after {tries} tries, the last on {backend} ({fault}); "
+        "the engine's adapter cache may be too small for its load"
+    ),
+    causes.FailedTwice: "{name}: {backend} failed twice before the first token: {text}; see the engine's log",
+    causes.Failed: f"{{name}}: {{backend}} failed after {{tokens}} tokens had been sent: {{text}}; {NEVER_REPEATED}",
+    causes.Lost: _lost,
+    causes.LostMidway: f"{{name}}: {{backend}} was lost after the first token: {{text}}; {NEVER_REPEATED}",
+    causes.Unobserved: (
+        "no access log has told how the answer ended, which the client has got from a proxy; see its own record"
+    ),
+}

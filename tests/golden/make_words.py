@@ -1,0 +1,86 @@
+"""`python -m tests.golden.make_words` writes what each voice says of each cause of an ending, for a person to read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from sidecar.core import causes
+from sidecar.core.causes import Cause
+from sidecar.core.facts import Misfit, Suspicion
+from sidecar.telling.endings import Voice, told
+
+WORDS = Path(__file__).parent / "words.json"
+S = 1_000_000_000
+LOST = "the connection broke"
+SAMPLES: tuple[Cause, ...] = (
+    causes.Said("the sidecar failed on this request"),
+    causes.NoAdapterNamed(),
+    causes.UnknownAdapter("sqll", ("sql", "sql-2"), False, "acme"),
+    causes.UnknownAdapter("poetry", (), False, "acme"),
+    causes.UnknownAdapter("poetry", (), True, "acme"),
+    causes.UnknownAdapter("poetry", (), True, ""),
+    causes.UnknownAdapter("poetry", (), False, None),
+    causes.UnknownAdapter("poetry", (), True, None),
+    causes.UnknownVersion("sql", "v9", ((1, "24abaf61b7fae38f"), (2, "029f7c73a9b0efd2"))),
+    causes.UnknownVersion("sql", "v9", ()),
+    causes.NotAllowed("acme", "sql", False),
+    causes.NotAllowed("acme", "sql", True),
+    causes.ShuttingDown(),
+    causes.Quarantined(Suspicion(("gpu-1", "gpu-2"), LOST)),
+    causes.Quarantined(Suspicion(("gpu-1",), "CUDA error", has_ended=True)),
+    causes.UnknownClass("batchh", ("batch", "default")),
+    causes.DeadlineBefore(),
+    causes.QueueFull("requests", 64, 64, None),
+    causes.QueueFull("tokens", 60, 70, "acme"),
+    causes.WaitTooLong("gpu-1", 640 * S, "default", 600 * S),
+    causes.DeadlineTooSoon("gpu-1", 12 * S, 10 * S),
+    causes.PromptTooLong(9000, 8192),
+    causes.TooManySequences(9, 8),
+    causes.NoBackend(0, (), ()),
+    causes.NoBackend(0, (), ("blue", "green")),
+    causes.NoBackend(2, (), ()),
+    causes.NoBackend(
+        3, (("gpu-1", Misfit("max rank 32 < 64", "its rank is 64")), ("gpu-2", Misfit("drained", "it is drained"))), ()
+    ),
+    causes.Gone(("gpu-1",)),
+    causes.NotOwned(("gpu-1", "gpu-2")),
+    causes.OwnerChanged("gpu-1", "moved"),
+    causes.Moved(),
+    causes.LeaseEnded("the lease on gpu-1 has ended"),
+    causes.DeadlinePassed(2 * S, 2 * S, False),
+    causes.DeadlinePassed(2 * S, 2 * S, True),
+    causes.NoneUp(600 * S),
+    causes.WaitedTooLong(600 * S, "default", 600 * S),
+    causes.ReachedTooLate(9 * S, S, "gpu-1", 2 * S, 2000),
+    causes.NotFetched("its origin is gone"),
+    causes.NotLoaded("gpu-1", "wrong shape"),
+    causes.CancelledByClient(),
+    causes.Revoked(),
+    causes.CancelledByOperator(),
+    causes.ReadTooSlowly(),
+    causes.Stopped(False),
+    causes.Stopped(True),
+    causes.Rejected("max_tokens is too large"),
+    causes.GivenUp(4, "gpu-1", "engine_miss"),
+    causes.FailedTwice("gpu-1", "CUDA error"),
+    causes.Failed("gpu-1", 3, "CUDA error"),
+    causes.Lost(("gpu-1", "gpu-2"), LOST, 2),
+    causes.LostMidway("gpu-1", LOST),
+    causes.Unobserved(),
+)
+
+
+def written() -> str:
+    """Return the samples' words as JSON; a client's only where they differ."""
+    rows = []
+    for cause in SAMPLES:
+        operator, client = (told(cause, "sql", voice) for voice in (Voice.OPERATOR, Voice.CLIENT))
+        rows.append(
+            {"cause": type(cause).__name__, "operator": operator} | ({"client": client} if client != operator else {})
+        )
+    return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    WORDS.write_text(written())
