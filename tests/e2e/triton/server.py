@@ -38,8 +38,11 @@ class TritonServer(Server):
     START_S = 120.0  # it takes two seconds on an idle machine
     PORTS = 3
     NOISE = re.compile(r"^[|+]")  # the tables of its options
-    # 24.10 aborts in one start of hundreds, while it makes the regions of its Python models.
-    CRASH = re.compile(r"ended with -6 [^\0]*boost::interprocess::lock_exception")
+    # 24.10 aborts in one start of hundreds, while it makes the regions of its Python models; on a busy machine it may
+    # lose a family of metrics that a model has just made, and still has.
+    CRASH = re.compile(
+        r"ended with (?:-6 [^\0]*boost::interprocess::lock_exception|1 [^\0]*'MetricFamily' has been deleted)"
+    )
     GUARD = guard
 
     def __init__(
