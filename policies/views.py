@@ -161,10 +161,6 @@ class OrderingView(Protocol):
     def can_send(self, request_id: int) -> bool: ...
 
 
-Room = OrderingView
-"""The name until 0.2; plug-ins may import it for one more release."""
-
-
 @record(frozen=True, slots=True)
 class Send:
     """Dispatch this request; `OrderingView.can_send` must be True for it."""

@@ -68,6 +68,9 @@ class Rule:
     served_most: float | None
 
 
+FREE = Rule(NOBODY, None)
+
+
 class SoftGated:
     """The default ordering policy."""
 
@@ -140,12 +143,14 @@ class SoftGated:
         rule = self._rule(room, now_ns)
         first = self._waiting_for_a_slot(room, rule)
         self._gate_for(len(first), room)
-        decision = self._closing(room, rule) or self._opening(room, rule, first, now_ns)
+        # In vain, the rule changes with what is open: a version that it closed would be opened again, without end.
+        closing = FREE if self._in_vain else rule
+        decision = self._closing(room, closing) or self._opening(room, rule, first, now_ns)
         if decision is not None:
             return decision
         head = self._next(room, rule)
         if head is None:
-            return self._closing(room, rule) if self._gate_sparse(room, now_ns) else None
+            return self._closing(room, closing) if self._gate_sparse(room, now_ns) else None
         if not room.can_send(head):
             return None  # it lacks a seat or KV space, which later requests must not take from it
         request = self._queues.requests[head]
