@@ -143,7 +143,7 @@ class SoftGated:
         rule = self._rule(room, now_ns)
         first = self._waiting_for_a_slot(room, rule)
         self._gate_for(len(first), room)
-        # In vain, the rule changes with what is open: a version that it closed would be opened again, without end.
+        # While `_in_vain`, the rule depends on what is open: it could close a version and open it again for ever.
         closing = FREE if self._in_vain else rule
         decision = self._closing(room, closing) or self._opening(room, rule, first, now_ns)
         if decision is not None:

@@ -13,11 +13,11 @@ from sidecar.errors import Reason
 
 
 class _Cause(msgspec.Struct, frozen=True, tag=True, tag_field="!"):
-    """A field named `text` is an engine's, or an error's of the system: it is quoted, and nothing is read from it."""
+    """Fields named `text` quote an engine or the system. The sidecar shows them and reads nothing from them."""
 
 
 class Said(_Cause, frozen=True):
-    """A cause that another room has put into words: `Refused` errors of fronts, access and replicas."""
+    """The message of an error that was raised outside the core, by fronts, access or replicas."""
 
     text: str
 
@@ -30,10 +30,7 @@ class NoAdapterNamed(_Cause, frozen=True):
 
 
 class UnknownAdapter(_Cause, frozen=True):
-    """`near` are known names that look alike; `none` is True if the tenant may use none at all.
-
-    A tenant of None is an operator.
-    """
+    """`near` are similar known names; `none` means that the tenant may use no adapter. Operators have no tenant."""
 
     asked: str
     near: tuple[str, ...]
@@ -50,7 +47,7 @@ class UnknownVersion(_Cause, frozen=True):
 
 
 class NotAllowed(_Cause, frozen=True):
-    """With `by_policy` not only the allow list decides."""
+    """The allow list refuses the tenant, or with `by_policy` the list or the policy."""
 
     tenant: str
     adapter: str

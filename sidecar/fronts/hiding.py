@@ -3,8 +3,8 @@
 It stands where texts leave, behind every front, so that it holds for whatever is said there and no text has to know
 who reads it. The log, the journal and the admin listener keep the names.
 
-What an engine says of a failure of its own is left out, too. What it says of a request is for whoever sent that, and
-what it says of an adapter for whoever has it loaded.
+What an engine says of its own failure is left out, too. What it says of a request goes to the request's sender, and
+what it says of an adapter to whoever loads it.
 """
 
 from __future__ import annotations

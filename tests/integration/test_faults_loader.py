@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from sidecar.backends.triton import loads
+from sidecar.backends.triton.loader import Loader
 from sidecar.core.effects import Load
 from tests.kit.emulated import running_engine, start_engine
 from tests.kit.faults import DUMMY, ENDLESS, assert_nothing_left, assert_right, attempt, heals, occupied
@@ -90,6 +91,20 @@ async def test_an_engine_that_comes_back_is_loaded_over_a_new_connection(tmp_pat
     finally:
         await proxy.cut()
         await engine.stop()
+
+
+def test_a_newer_connection_of_one_backend_leaves_that_of_another_at_its_server() -> None:
+    """Closing the channel of the other would cancel its loads."""
+    loader, order = Loader(), {"address": "127.0.0.1:1", "decoupled": True}
+    other = loader._channel(order | {"model": "b", "connection": 2})
+    first = loader._channel(order | {"model": "a", "connection": 1})
+    assert loader._channel(order | {"model": "a", "connection": 1}) is first
+    newer = loader._channel(order | {"model": "a", "connection": 3})
+    assert newer is not first
+    assert loader._channel(order | {"model": "a", "connection": 1}) is newer  # a late order of before
+    assert loader._channel(order | {"model": "b", "connection": 2}) is other
+    for channel in (other, newer):
+        channel.close()
 
 
 async def test_a_signal_to_the_whole_group(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

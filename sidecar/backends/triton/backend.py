@@ -45,7 +45,7 @@ VERB_TIMEOUT_S = 30.0
 FORGET_AGAIN_S = 0.05
 CLOSE_TIMEOUT_S = 5.0
 CONNECTIONS = count(1)
-"""Numbers the loader's connections, across the backends that have one address one after the other."""
+"""Numbers the loader's connections. A backend that replaces another at its address gets a higher number."""
 
 
 class TritonBackend(Endpoint):

@@ -32,10 +32,11 @@ TEXT_MAX = 100_000
 
 
 class Loader:
-    """Carries out orders on a few threads. A channel is kept by address until an order asks for a newer connection."""
+    """Carries out orders on a few threads. A backend keeps its channel until it asks for a newer connection."""
 
     def __init__(self) -> None:
-        self._channels: dict[str, tuple[int, grpc.Channel]] = {}
+        self._channels: dict[tuple[str, str], tuple[int, grpc.Channel]] = {}
+        """By address and model: what one backend has lost says nothing of another's loads at the same server."""
         self._calls: dict[int, Any] = {}
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(LOADS_AT_ONCE)
@@ -117,14 +118,14 @@ class Loader:
             self._calls[load] = call
 
     def _channel(self, order: dict[str, Any]) -> grpc.Channel:
-        address, connection = order["address"], order["connection"]
+        backend, connection = (order["address"], order["model"]), order["connection"]
         with self._lock:
-            kept, channel = self._channels.get(address, (0, None))
+            kept, channel = self._channels.get(backend, (0, None))
             if channel is None or kept < connection:
                 if channel is not None:
                     channel.close()
                 channel = _open_channel(order)
-                self._channels[address] = connection, channel
+                self._channels[backend] = connection, channel
             return channel
 
 

@@ -142,7 +142,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             recording = self._recording.spawn(
                 sight.gateway.access.changed(caller, verb, action, resource, before, after, request_id, why)
             )
-            if not is_told:  # whoever is refused knows it, and the call must not stay open for a slow disk
+            if not is_told:  # a refusal has gone out already; waiting would keep its call open on a slow disk
                 await asyncio.shield(recording)
 
     def _check(
