@@ -30,7 +30,11 @@ async def served(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> AsyncIter
         await served.register("quick", tmp_path, seed=1)
         async with grpc.aio.insecure_channel(served.address) as channel:
             stub: Any = gateway_pb2_grpc.GatewayStub(channel)
-            calls = [await begun(served, stub, f"r{number}", tenant) for number, tenant in enumerate(TENANTS)]
+            calls = []
+            for number, tenant in enumerate(TENANTS):
+                calls.append(await begun(served, stub, f"r{number}", tenant))
+                if number == 1:  # while "slow" is loaded all four would wait, and the tenants would share the seats
+                    await until(lambda: all(each.running for each in served.gateway.state.requests.values()))
             yield served
             for call in calls:
                 call.cancel()
