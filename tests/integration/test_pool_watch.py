@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,17 @@ async def served(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> AsyncIter
         await served.register("quick", tmp_path, seed=1)
         async with grpc.aio.insecure_channel(served.address) as channel:
             stub: Any = gateway_pb2_grpc.GatewayStub(channel)
-            calls = []
-            for number, tenant in enumerate(TENANTS):
-                calls.append(await begun(served, stub, f"r{number}", tenant))
-                if number == 1:  # while "slow" is loaded all four would wait, and the tenants would share the seats
-                    await until(lambda: all(each.running for each in served.gateway.state.requests.values()))
+            calls = [await begun(served, stub, f"r{number}", tenant) for number, tenant in enumerate(TENANTS[:2])]
+            # While "slow" is loaded all four would wait, and the tenants would share the seats.
+            await until(partial(all_run, served))
+            calls += [await begun(served, stub, f"r{number}", tenant) for number, tenant in enumerate(TENANTS[2:], 2)]
             yield served
             for call in calls:
                 call.cancel()
+
+
+def all_run(served: Served) -> bool:
+    return all(each.running for each in served.gateway.state.requests.values())
 
 
 async def begun(served: Served, stub: Any, request_id: str, tenant: str) -> Any:
