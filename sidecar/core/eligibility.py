@@ -343,6 +343,20 @@ def why_waiting(state: State, request: Request, now_ns: int) -> Why:
     return Why.NEXT if hold is None else _HOLDS[hold]
 
 
+def reasons_to_wait(state: State, now_ns: int) -> dict[Why, int]:
+    """Count all waiting requests by reason; every reason is a key.
+
+    At each backend the first request of a version stands for all of that version, so the cost grows with the number of
+    waiting versions and not of requests. Mostly it is the version that waits, or all wait behind the first.
+    """
+    counts = dict.fromkeys(Why, 0)
+    counts[Why.BACKEND_DOWN] = len(state.unrouted)
+    for backend in state.backends.values():
+        for queue in backend.queued_by_version.values():
+            counts[why_waiting(state, state.requests[queue.first()], now_ns)] += len(queue)
+    return counts
+
+
 _HOLDS = {Hold.TURN: Why.GATED, Hold.SHARE: Why.TENANT_CAP}
 
 

@@ -11,10 +11,10 @@ from policies.views import BASE
 from sidecar.core import effects as do
 from sidecar.core import eligibility
 from sidecar.core import events as ev
-from sidecar.core.naming import called
 from sidecar.core.state import Backend, Request, State
 from sidecar.journal.replay import Replayed
 from sidecar.telling import saying
+from sidecar.telling.naming import called
 from sidecar.telling.saying import Told
 from sidecar.telling.timeline import IDS_KEPT_MAX, Tally
 

@@ -21,7 +21,6 @@ from sidecar.backends.registry import entries_of
 from sidecar.backends.triton.loads import LoaderProcess
 from sidecar.config import Config, plugins
 from sidecar.config.discover import Discover
-from sidecar.core.naming import version_label
 from sidecar.discovery.found import Finder
 from sidecar.fronts.admin.checks import Checks
 from sidecar.fronts.admin.usage import UsageCalls
@@ -58,6 +57,7 @@ from sidecar.shell.weights_check import WeightsCheck
 from sidecar.state.registry import REGISTRY_FILE, Registry, SqliteRegistry, lock_data_directory
 from sidecar.tasks import ended
 from sidecar.telling.endings import ADD_BACKEND
+from sidecar.telling.naming import version_label
 
 if TYPE_CHECKING:
     from sidecar.kubernetes.declared import DeclaredAdapters

@@ -21,10 +21,9 @@ from policies.views import BASE
 from sidecar.backends.api import Ticket, Traced
 from sidecar.config.identities import clipped
 from sidecar.core import effects as do
-from sidecar.core import eligibility, troubles
+from sidecar.core import eligibility
 from sidecar.core import events as ev
 from sidecar.core.admission import with_name
-from sidecar.core.durations import readable
 from sidecar.core.enums import Phase, Why
 from sidecar.core.facts import version_of_key
 from sidecar.core.state import Request, State
@@ -32,6 +31,7 @@ from sidecar.errors import Misused, Reason
 from sidecar.shell.requests import RequestFacts
 from sidecar.telling import saying
 from sidecar.telling.asking import Meant, also_an_id_note, asked_for, same_id_note
+from sidecar.telling.durations import readable
 from sidecar.telling.obstacles import in_the_way
 from sidecar.telling.record import (
     AnswerBegun,
@@ -50,6 +50,7 @@ from sidecar.telling.record import (
     timeline_of,
 )
 from sidecar.telling.timeline import SLOW_NS, Timeline
+from sidecar.telling.verdict import silence
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ class Chronicle:
         """Return that the backend where an open request waits or runs is stalled or quiet; "" if it is neither."""
         place = record.place if record.place is not None or record.dispatch is None else record.dispatch.backend
         backend = None if record.is_elsewhere else self._state().backends.get(place or "")
-        return "" if backend is None else troubles.silence(backend, now_ns)
+        return "" if backend is None else silence(backend, now_ns)
 
     def at_its_engine(self, record: Record, now_ns: int) -> str:
         """Return for how long an engine has had an open request without a token; "" if that is not long."""

@@ -13,13 +13,13 @@ from time import monotonic_ns
 from typing import Any
 
 from sidecar.core.state import Request
-from sidecar.core.troubles import Beyond
 from sidecar.errors import Reason, Refused
 from sidecar.model.reference import Reference
 from sidecar.proto import admin_pb2
 from sidecar.proto.filling import filled
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.requests import PassedOn
+from sidecar.telling.verdict import Beyond
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ class Chosen:
     def takes_open(self, request: Request) -> bool:
         """Return True if it takes a request of this replica's core."""
         return self.takes(request.client_id, request.view.name, request.view.tenant, request.backend or "")
+
+
+def names_in(only: Any) -> dict[str, str]:
+    """Return the names of a RequestNames that are set, empty ones included."""
+    return {field.name: value for field, value in only.ListFields()}
 
 
 def open_requests(gateway: Gateway, chosen: Chosen) -> Iterator[Any]:

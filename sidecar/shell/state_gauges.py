@@ -8,7 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.core import Metric as Family
 
 from policies.views import BASE
-from sidecar.core import eligibility, promising, waiting
+from sidecar.core import eligibility, promising
 from sidecar.core.enums import Phase
 from sidecar.core.prefetch_accounting import PrefetchCounts
 from sidecar.core.state import Backend, State
@@ -21,7 +21,7 @@ Samples = Iterable[tuple[tuple[str, ...], float]]
 
 def families_of(state: State, now_ns: int) -> list[Family]:
     """Return the families that depend on the state alone. Call it between steps."""
-    reasons = waiting.reasons(state, now_ns).items()
+    reasons = eligibility.reasons_to_wait(state, now_ns).items()
     return [
         family("waiting_requests", [((why.value,), count) for why, count in reasons]),
         *(family(short, read(state)) for short, read in READERS.items()),

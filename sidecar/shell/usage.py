@@ -17,11 +17,11 @@ from sidecar.core import events as ev
 from sidecar.core.core import Core
 from sidecar.core.enums import Phase
 from sidecar.core.facts import version_of_key
-from sidecar.core.naming import names_of
 from sidecar.core.state import Backend
 from sidecar.errors import Reason
 from sidecar.model.reference import Reference
 from sidecar.shell.driver import goes_on
+from sidecar.telling.naming import names_of
 
 
 class UsageObserver:

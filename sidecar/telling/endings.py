@@ -11,10 +11,10 @@ import msgspec
 
 from sidecar.core import causes
 from sidecar.core.causes import Cause
-from sidecar.core.durations import readable
 from sidecar.core.effects import Settle
 from sidecar.core.facts import Suspicion
 from sidecar.errors import Reason, Refused
+from sidecar.telling.durations import readable
 
 ADD_BACKEND = 'name one under "backends" or with --backend triton://HOST:PORT, or add it with "sidecar backends add"'
 NEVER_REPEATED = "an answer that has begun is never repeated, so send the request again if you want a new one"

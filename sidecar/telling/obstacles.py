@@ -11,11 +11,11 @@ from operator import itemgetter
 
 from policies.views import BASE
 from sidecar.core import eligibility
-from sidecar.core.durations import readable
 from sidecar.core.enums import Phase, Why
-from sidecar.core.naming import called
 from sidecar.core.state import Backend, Request, State
-from sidecar.core.waiting import FLOOD_MIN, FLOOD_SHARE, HOLDER_MIN
+from sidecar.telling.durations import readable
+from sidecar.telling.naming import called
+from sidecar.telling.verdict import FLOOD_MIN, FLOOD_SHARE, HOLDER_MIN
 
 NAMED_MAX = 6
 """The most adapters or backends that a sentence names; it counts the rest."""

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from policies.views import Candidate, Choice
 from sidecar.core import effects as do
 from sidecar.core import events as ev
-from sidecar.core.durations import readable
 from sidecar.core.state import Request, State
+from sidecar.telling.durations import readable
 from sidecar.telling.endings import message_of, quarantined
 from sidecar.telling.obstacles import listed
 from sidecar.telling.timeline import FIRST_TOKEN

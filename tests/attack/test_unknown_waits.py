@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from sidecar.core import events as ev
-from sidecar.core import promising, queries
+from sidecar.core import promising
 from sidecar.core.config import ClassLimit, CoreConfig
+from sidecar.telling.pool import backend_message
 from tests.kit.corekit import MS, SECOND, World, facts_of
 
 FOR_EVER = {"default": ClassLimit(queue_wait_ns_max=1_000_000 * SECOND)}
@@ -24,7 +25,8 @@ def world() -> World:
 
 
 def predicted_ns(world: World) -> int | None:
-    return queries.backend_view(world.core.state, "b0", world.now_ns).predicted_wait_ns
+    shown = backend_message(world.core.state, "b0", world.now_ns)
+    return round(shown.predicted_wait_s * 1e9) if shown.HasField("predicted_wait_s") else None
 
 
 def test_a_guess_is_not_told(world: World) -> None:

@@ -16,10 +16,10 @@ from unittest.mock import patch
 import grpc
 import psutil
 
-from sidecar.core.pool_view import Page
 from sidecar.fronts.admin import pool as front
 from sidecar.proto import admin_pb2_grpc
 from sidecar.shell.flow import Lanes, TokenRates
+from sidecar.telling.groups import Page
 from tests.bench.core import Pool
 from tests.bench.figures import Figure, middle
 from tests.kit.scripted_backend import ScriptedBackend

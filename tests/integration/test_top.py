@@ -19,10 +19,10 @@ import grpc
 import pytest
 
 from sidecar.config import parse
-from sidecar.core.troubles import QUIET_NS
 from sidecar.proto import admin_pb2 as pb
 from sidecar.proto import admin_pb2_grpc
 from sidecar.serve.app import Sidecar
+from sidecar.telling.verdict import QUIET_NS
 from tests.kit.cli_runs import runner
 from tests.kit.emulated import EngineProcess
 from tests.kit.faults import attempt

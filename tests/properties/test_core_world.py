@@ -11,7 +11,7 @@ from random import Random
 
 import pytest
 
-from sidecar.core import eligibility, waiting
+from sidecar.core import eligibility
 from sidecar.core import events as ev
 from sidecar.core.config import ClassLimit, CoreConfig
 from sidecar.core.enums import Outcome, Why
@@ -186,7 +186,7 @@ def check_reasons(world: World) -> None:
         if not request.running:
             first = firsts.setdefault((request.backend, request.version), request)
             expected[eligibility.why_waiting(state, first, world.now_ns)] += 1
-    assert waiting.reasons(state, world.now_ns) == expected
+    assert eligibility.reasons_to_wait(state, world.now_ns) == expected
     assert sum(expected.values()) == state.queued
 
 

@@ -7,8 +7,8 @@ import pytest
 from sidecar.core import effects as fx
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
-from sidecar.core.queries import backend_view
 from sidecar.errors import Reason
+from sidecar.telling.pool import backend_message
 from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, facts_of
 
 NAMES = tuple(f"a{number}" for number in range(12))
@@ -44,8 +44,8 @@ def test_it_loads_what_the_policy_would_send_there_and_is_spared_meanwhile() -> 
     assert list(state.joining) == ["b1"]
     planned = set(state.joining["b1"].planned)
     assert 0 < len(planned) < len(NAMES)
-    assert backend_view(state, "b1", world.now_ns).state == "joining"
-    assert f"spared until {len(planned)} adapters more are loaded" in backend_view(state, "b1", world.now_ns).notes
+    assert backend_message(state, "b1", world.now_ns).state == "joining"
+    assert f"spared until {len(planned)} adapters more are loaded" in backend_message(state, "b1", world.now_ns).detail
     meanwhile = ask_for_all(world)
     world.run()
     assert {world.dispatches[request][0].backend for request in meanwhile} == {"b0"}
@@ -180,7 +180,7 @@ def test_one_of_several_replicas_waits_for_the_leaders_plan() -> None:
     world.feed(ev.BackendTaken("b1", 5))
     state = world.core.state
     assert not state.joining["b1"].is_planned
-    assert "spared until something is planned for it" in backend_view(state, "b1", world.now_ns).notes
+    assert "spared until something is planned for it" in backend_message(state, "b1", world.now_ns).detail
     world.run(SECOND)
     assert not loaded_at(world, "b1")
     world.feed(ev.BackendPlanned("b1", (world.digest("a3"), world.digest("a4"), "unknown")))

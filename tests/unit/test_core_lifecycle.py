@@ -8,9 +8,9 @@ from sidecar.core.config import CoreConfig
 from sidecar.core.eligibility import why_waiting
 from sidecar.core.enums import Fate, Fault, Why
 from sidecar.core.facts import Placed
-from sidecar.core.queries import backend_view
 from sidecar.errors import Reason
 from sidecar.telling.endings import message_of
+from sidecar.telling.pool import backend_message
 from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, adapter_of, assert_idle, facts_of, with_facts
 
 POOL = CoreConfig(store_bytes=64 * BLOB_BYTES, pools={"p": facts_of()})
@@ -38,7 +38,7 @@ def test_one_that_leaves_ends_what_runs_there_and_gives_away_what_waits() -> Non
     world.leave("p-0")
     assert list(world.core.state.backends["p-0"].running) == running
     assert not world.core.state.backends["p-0"].queued
-    assert backend_view(world.core.state, "p-0", world.now_ns).state == "leaving"
+    assert backend_message(world.core.state, "p-0", world.now_ns).state == "leaving"
     world.run()
     assert all(settled(world, request).reason is None for request in first)
     assert all(len(sent) == 1 for sent in world.dispatches.values())

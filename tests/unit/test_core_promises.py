@@ -12,9 +12,9 @@ from sidecar.core.enums import Fault, Outcome
 from sidecar.core.lengths import LEARNED
 from sidecar.core.pace import Pace
 from sidecar.core.promising import FETCH_ALLOWANCE_NS
-from sidecar.core.queries import backend_view
 from sidecar.errors import Reason
 from sidecar.telling.endings import message_of
+from sidecar.telling.pool import backend_message
 from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, facts_of, with_facts
 
 
@@ -412,7 +412,7 @@ def test_what_is_queued_is_expected_anew_once_lengths_are_known() -> None:
 def test_an_engine_with_its_seats_taken_has_a_wait_even_if_nobody_waits() -> None:
     """What runs counts: 400 tokens at 10 ms are 4 s, so a request with a deadline of 3 s is refused at once."""
     world = overloaded()
-    assert backend_view(world.core.state, "b0", world.now_ns).predicted_wait_ns == pytest.approx(4.4 * SECOND)
+    assert backend_message(world.core.state, "b0", world.now_ns).predicted_wait_s == pytest.approx(4.4)
     refused = world.settled[world.send(output_tokens=10, deadline_ns=3 * SECOND)]
     assert refused.reason is Reason.DEADLINE_UNMEETABLE
     assert world.send(output_tokens=10, deadline_ns=6 * SECOND) not in world.settled
@@ -496,7 +496,7 @@ def test_runs_that_are_longer_than_all_before_keep_their_seats() -> None:
     world = seated()
     running = [world.send(output_tokens=3000) for _ in range(4)]
     answers(world, 3000, running, for_ns=10 * SECOND)
-    told_ns = backend_view(world.core.state, "b0", world.now_ns).predicted_wait_ns
+    told_ns = backend_message(world.core.state, "b0", world.now_ns).predicted_wait_s * SECOND
     assert told_ns == pytest.approx(20 * SECOND, rel=0.25)
     asked_ns = world.now_ns
     assert world.settled[world.send(klass="soon", output_tokens=60)].reason is Reason.QUEUE_FULL

@@ -6,13 +6,14 @@ import re
 
 import pytest
 
-from sidecar.core import admission, waiting
+from sidecar.core import admission
 from sidecar.core import effects as fx
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
 from sidecar.core.enums import Fault, Outcome
 from sidecar.errors import Reason
 from sidecar.telling.endings import Voice, message_of
+from sidecar.telling.queue import queue_message
 from tests.kit.cases import first
 from tests.kit.corekit import MS, SECOND, World, assert_idle
 
@@ -77,10 +78,10 @@ def quarantined(are_back: bool = True) -> World:
 def test_the_verdict_names_it_while_engines_are_down_for_it() -> None:
     """What is down is told with the adapter that ended it, until the engines are back."""
     world = quarantined(are_back=False)
-    verdict = waiting.queue_view(world.core.state, world.now_ns).verdict
+    verdict = queue_message(world.core.state, world.now_ns).verdict
     down = " and ".join(backend for backend, engine in world.engines.items() if not engine.up)
     assert re.match(f"{down} are down, lost .* ago; bad is quarantined, because {down} ended with it; ", verdict)
-    assert "quarantined" not in waiting.queue_view(quarantined().core.state, world.now_ns).verdict
+    assert "quarantined" not in queue_message(quarantined().core.state, world.now_ns).verdict
 
 
 def test_the_verdict_names_what_an_engine_says_it_died_of() -> None:
@@ -93,7 +94,7 @@ def test_the_verdict_names_what_an_engine_says_it_died_of() -> None:
     (load,) = [effect.load for effect in world.of(fx.Load)]
     world.feed(ev.LoadFailed(load, Fault.DEADLY, "weights of rank 128"))
     world.feed(ev.BackendLost("b0", "the engine has ended"))
-    verdict = waiting.queue_view(world.core.state, world.now_ns).verdict
+    verdict = queue_message(world.core.state, world.now_ns).verdict
     assert "; bad is quarantined, because b0 ended with it; " in verdict
 
 

@@ -10,8 +10,6 @@ from sidecar.core import events as ev
 from sidecar.core.config import ClassLimit, CoreConfig
 from sidecar.core.pace import Pace
 from sidecar.core.state import Backend
-from sidecar.core.waiting import queue_view
-from sidecar.fronts.admin.messages import queue_message
 from sidecar.lab.engine.engine import Engine
 from sidecar.lab.sim.options import Options
 from sidecar.lab.sim.product import Product
@@ -19,6 +17,7 @@ from sidecar.lab.sim.records import Recorder
 from sidecar.lab.sim.runs import runs_of
 from sidecar.lab.sim.setup import EngineSetup
 from sidecar.lab.sim.world import World as SimulatedWorld
+from sidecar.telling.queue import queue_message
 from tests.kit.corekit import MS, SECOND, World, facts_of, with_facts
 from tests.worlds.engines import ChangingCost
 
@@ -80,9 +79,9 @@ def test_an_engine_that_takes_three_times_as_long_voids_what_is_outstanding() ->
     world.decode(300, 3 * STEP_MS)
     assert not any(world.standing())
     assert world.core.state.voided == {"backend slowed": 4}
-    view = queue_view(world.core.state, world.now_ns)
+    view = queue_message(world.core.state, world.now_ns)
     assert "(bound void: backend slower than assumed, " in view.verdict
-    assert {each.voided for each in queue_message(view).requests} == {"backend slower than assumed"}
+    assert {each.voided for each in view.requests} == {"backend slower than assumed"}
     assert world.backend().slowness > 1.5
     after = world.core.state.requests[world.send(output_tokens=LONG)].promise
     assert before is not None

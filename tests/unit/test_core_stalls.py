@@ -11,8 +11,8 @@ from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
 from sidecar.core.enums import Voided, Why
 from sidecar.core.pace import Pace
-from sidecar.core.queries import backend_view
-from sidecar.core.waiting import queue_view
+from sidecar.telling.pool import backend_message
+from sidecar.telling.queue import queue_message
 from tests.kit.corekit import MS, SECOND, World, facts_of, with_facts
 
 PACE = Pace(fixed_ns=20 * MS, seat_ns=0.0, context_token_ns=0.0, prompt_token_ns=1.0 * MS)
@@ -88,14 +88,14 @@ def test_it_is_shown_with_the_age_of_its_last_token() -> None:
     state = world.core.state
     assert waits not in world.dispatches
     assert eligibility.why_waiting(state, state.requests[waits], world.now_ns) is Why.STALLED
-    view = backend_view(state, "b0", world.now_ns)
+    view = backend_message(state, "b0", world.now_ns)
     assert view.state == "stalled?"
-    assert view.predicted_wait_ns is None
-    assert view.notes == ("nothing came for 5 s, so nothing new is sent; it made no step",)
-    assert "because nothing comes from b0 for 5 s" in queue_view(state, world.now_ns).verdict
+    assert not view.HasField("predicted_wait_s")
+    assert view.detail == "nothing came for 5 s, so nothing new is sent; it made no step"
+    assert "because nothing comes from b0 for 5 s" in queue_message(state, world.now_ns).verdict
     world.thaw("b0")
     world.feed(ev.Progress("b0", {1: 1}))
-    assert backend_view(state, "b0", world.now_ns).state == "up"
+    assert backend_message(state, "b0", world.now_ns).state == "up"
     world.run()
     world.assert_all_ok()
 

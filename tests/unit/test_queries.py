@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from sidecar.core import eligibility
 from sidecar.core import events as ev
-from sidecar.core import queries, waiting
 from sidecar.core.config import CoreConfig
-from sidecar.core.durations import readable
 from sidecar.core.enums import Why
 from sidecar.core.facts import Adapter, Row
-from sidecar.core.troubles import Beyond
 from sidecar.errors import Reason
+from sidecar.telling import queue as telling_queue
+from sidecar.telling.durations import readable
+from sidecar.telling.pool import adapter_message, adapter_messages, backend_message, backend_messages, caveats
+from sidecar.telling.queue import queue_message
+from sidecar.telling.verdict import Beyond
 from tests.kit.corekit import BASE_MODEL, BLOB_BYTES, MS, SECOND, World, adapter_of, facts_of, with_facts
 from tests.kit.journals import written_state
 
 
-def view(world: World, **options: object) -> waiting.QueueView:
+def view(world: World, **options: object) -> Any:
     """Return the queue of a world as it is now."""
-    return waiting.queue_view(world.core.state, world.now_ns, **options)  # type: ignore[arg-type]
+    return queue_message(world.core.state, world.now_ns, **options)  # type: ignore[arg-type]
+
+
+def why(queue: Any) -> list[tuple[Why, int]]:
+    """Return the reasons of a queue with their counts."""
+    return [(Why(each.why), each.count) for each in queue.why]
 
 
 def test_an_idle_sidecar_says_so() -> None:
@@ -37,10 +47,10 @@ def test_one_waiting_request_is_a_sentence_of_its_own() -> None:
     assert queue.verdict == (
         f"1 waiting for 3 ms (bound {readable(bound_ns)}, expires 10 min) because weights of sql are being fetched"
     )
-    assert queue.why == ((Why.FETCHING, 1),)
+    assert why(queue) == [(Why.FETCHING, 1)]
     shown = queue.requests[0]
     assert (shown.request, shown.adapter, shown.tenant, shown.backend) == (request, "sql", "acme", "b0")
-    assert (shown.waited_ns, shown.bound_ns, shown.expires_ns) == (3 * MS, bound_ns, 600 * SECOND)
+    assert (shown.waited_s, shown.bound_s, shown.expires_s) == (0.003, bound_ns / 1e9, 600)
     assert 20 * SECOND < bound_ns < 60 * SECOND
 
 
@@ -66,7 +76,7 @@ def test_an_order_that_promises_nothing_shows_when_requests_expire() -> None:
     world.send()
     queue = view(world)
     assert "(expires 10 min)" in queue.verdict
-    assert (queue.requests[0].bound_ns, queue.requests[0].voided) == (None, "")
+    assert (queue.requests[0].bound_s, queue.requests[0].voided) == (0, "")
 
 
 def test_a_void_promise_says_why() -> None:
@@ -77,7 +87,7 @@ def test_a_void_promise_says_why() -> None:
     world.lose("b0")
     queue = view(world)
     assert "(bound void: backend lost, expires 10 min)" in queue.verdict
-    assert [(shown.bound_ns, shown.voided) for shown in queue.requests] == [(None, "backend lost")] * 2
+    assert [(shown.bound_s, shown.voided) for shown in queue.requests] == [(0, "backend lost")] * 2
 
 
 def busy_world(waiting_count: int) -> World:
@@ -97,7 +107,7 @@ def test_the_oldest_come_first_and_the_rest_is_counted() -> None:
     queue = view(world, limit=3)
     assert (queue.waiting, queue.running) == (12, 1)
     assert [shown.request for shown in queue.requests] == [2, 3, 4]
-    assert queue.why == ((Why.SEATS_FULL, 12),)
+    assert why(queue) == [(Why.SEATS_FULL, 12)]
     assert queue.verdict == (
         "12 waiting, all of them for the base model, the oldest for 15 ms "
         f"(bound {readable(promised_ns(world, 2))}, expires 10 min), "
@@ -130,17 +140,17 @@ def test_reasons_are_counted_apart() -> None:
     world.register("sql")
     world.send("sql")
     queue = view(world)
-    assert queue.why == ((Why.SEATS_FULL, 3), (Why.FETCHING, 1))
+    assert why(queue) == [(Why.SEATS_FULL, 3), (Why.FETCHING, 1)]
     assert "4 waiting" in queue.verdict
     assert "3 of them because all seats are taken on b0" in queue.verdict
 
 
 def test_only_the_oldest_of_a_long_queue_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Past the cap the count goes on, the reasons do not, and the verdict says so."""
-    monkeypatch.setattr(waiting, "EXAMINED_MAX", 5)
+    monkeypatch.setattr(telling_queue, "EXAMINED_MAX", 5)
     queue = view(busy_world(12))
-    assert (queue.waiting, queue.examined) == (12, 5)
-    assert queue.why == ((Why.SEATS_FULL, 5),)
+    assert queue.waiting == 12
+    assert why(queue) == [(Why.SEATS_FULL, 5)]
     assert "5 of the oldest 5 because" in queue.verdict
 
 
@@ -176,7 +186,7 @@ def test_requests_of_one_kind_are_one_group() -> None:
     first = queue.groups[0].oldest
     assert first == queue.requests[0]
     world.run()
-    assert view(world).groups == ()
+    assert not view(world).groups
 
 
 def test_groups_are_limited_and_counted() -> None:
@@ -189,7 +199,7 @@ def test_groups_are_limited_and_counted() -> None:
     assert [group.tenant for group in queue.groups] == ["t0", "t1"]
     assert queue.groups_total == 6
     last = view(world).groups[-1]
-    assert (last.tenant, last.running, last.waiting, last.oldest) == ("", 1, 0, None)
+    assert (last.tenant, last.running, last.waiting, last.HasField("oldest")) == ("", 1, 0, False)
 
 
 def test_the_verdict_names_whose_flood_it_is() -> None:
@@ -250,7 +260,7 @@ def test_the_verdict_names_the_engine_that_tells_nothing() -> None:
     world = World(seats=1)
     world.send()
     now_ns = world.now_ns + 3 * SECOND
-    verdict = waiting.queue_view(world.core.state, now_ns).verdict
+    verdict = queue_message(world.core.state, now_ns).verdict
     assert verdict.startswith("b0 is quiet: nothing came for 3 s with 1 running; ")
 
 
@@ -326,8 +336,8 @@ def test_all_that_wait_are_counted_by_the_first_of_each_version() -> None:
     world.add_engine("b0", with_facts(facts_of(), kv_tokens=30))
     for tokens in (10, 10, 1):
         world.send(input_tokens=tokens, output_tokens=tokens)
-    assert dict(view(world).why) == {Why.KV_FULL: 1, Why.GATED: 1}
-    counts = waiting.reasons(world.core.state, world.now_ns)
+    assert dict(why(view(world))) == {Why.KV_FULL: 1, Why.GATED: 1}
+    counts = eligibility.reasons_to_wait(world.core.state, world.now_ns)
     assert {why: count for why, count in counts.items() if count} == {Why.KV_FULL: 2}
     assert counts.keys() == set(Why)
 
@@ -345,7 +355,7 @@ def test_a_reason_on_several_backends_is_counted_once(engines: int, places: str)
     for _ in range(4 + engines):
         world.send()
     queue = view(world)
-    assert queue.why == ((Why.SEATS_FULL, 4),)
+    assert why(queue) == [(Why.SEATS_FULL, 4)]
     assert f"all of them because all seats are taken on {places}" in queue.verdict
 
 
@@ -353,7 +363,7 @@ def test_an_adapter_that_goes_while_the_list_is_made_is_left_out() -> None:
     """The list is made over several turns of the event loop; what changed in between does not break it."""
     world = World()
     world.register("alpha", "beta", "gamma")
-    views = queries.adapter_views(world.core.state, world.now_ns)
+    views = adapter_messages(world.core.state, world.now_ns)
     assert next(views).name == "alpha"
     world.feed(ev.AdapterUnregistered("beta"))
     assert [each.name for each in views] == ["gamma"]
@@ -383,17 +393,17 @@ def test_an_adapter_on_its_way_is_fetching_then_loading_then_on_the_gpu() -> Non
     world = World()
     world.register("sql", pinned=True)
     world.send("sql")
-    first = queries.adapter_view(world.core.state, "sql", world.now_ns)
+    first = adapter_message(world.core.state, "sql", world.now_ns)
     assert [copy.state for copy in first.store] == ["fetching"]
     assert first.backends[0].tier == "absent"
     world.run(for_ns=world.fetch_ns + MS)
-    then = queries.adapter_view(world.core.state, "sql", world.now_ns)
+    then = adapter_message(world.core.state, "sql", world.now_ns)
     assert (then.store[0].state, then.store[0].size_bytes, then.store[0].pins) == ("held", BLOB_BYTES, 1)
-    assert (then.backends[0].tier, then.backends[0].age_ns) == ("loading", MS)
+    assert (then.backends[0].tier, then.backends[0].age_s) == ("loading", 0.001)
     world.run(for_ns=5 * MS)
-    at_last = queries.adapter_view(world.core.state, "sql", world.now_ns)
+    at_last = adapter_message(world.core.state, "sql", world.now_ns)
     assert (at_last.backends[0].tier, at_last.backends[0].source) == ("gpu", "load")
-    assert at_last.backends[0].age_ns == MS
+    assert at_last.backends[0].age_s == 0.001
     assert at_last.requests == 1
 
 
@@ -402,11 +412,11 @@ def test_the_facts_of_an_adapter() -> None:
     world = World()
     world.register("sql", allow=("acme",))
     world.ask(lambda ask: ev.PrefetchAsked(ask, "sql"))
-    shown = queries.adapter_view(world.core.state, "sql", world.now_ns)
+    shown = adapter_message(world.core.state, "sql", world.now_ns)
     packed = world.core.state.packed_for(world.digest("sql"), world.core.state.backends["b0"])
-    assert (shown.name, shown.ordinal, shown.origin, shown.rank) == ("sql", 1, "origin/sql", 8)
-    assert (shown.modules, shown.allow, shown.pinned) == (("attn_q",), ("acme",), False)
-    assert (shown.store[0].dtype, shown.store[0].task_id) == ("float16", packed.task_id)
+    assert (shown.name, shown.version, shown.path, shown.rank) == ("sql", "sql@v1", "origin/sql", 8)
+    assert (list(shown.modules), list(shown.allow), shown.pinned) == (["attn_q"], ["acme"], False)
+    assert (shown.store[0].dtype, shown.store[0].task_id) == ("float16", str(packed.task_id))
 
 
 def test_adapters_are_listed_by_name_with_what_keeps_a_backend_from_serving_them() -> None:
@@ -414,9 +424,9 @@ def test_adapters_are_listed_by_name_with_what_keeps_a_backend_from_serving_them
     world = World()
     world.register("zeta", "alpha")
     world.feed(ev.DrainSet("b0", True))
-    shown = list(queries.adapter_views(world.core.state, world.now_ns))
+    shown = list(adapter_messages(world.core.state, world.now_ns))
     assert [adapter.name for adapter in shown] == ["alpha", "zeta"]
-    assert (shown[0].backends[0].unfit, queries.backend_views(world.core.state, world.now_ns)[0].state) == (
+    assert (shown[0].backends[0].unfit, backend_messages(world.core.state, world.now_ns)[0].state) == (
         "it is drained",
         "drained",
     )
@@ -430,10 +440,10 @@ def test_a_backend_shows_what_is_open_and_what_is_pinned_by_what() -> None:
     seen = []
     for _ in range(3):
         world.run(for_ns=world.fetch_ns + MS)
-        backend = queries.backend_view(world.core.state, "b0", world.now_ns)
+        backend = backend_message(world.core.state, "b0", world.now_ns)
         seen.append((backend.open[0].name, backend.open[0].pinned_by, backend.open[0].running))
     assert seen == [("sql", "loading", 0), ("sql", "running", 1), ("sql", "", 0)]
-    assert backend.resident == ("sql",)
+    assert list(backend.resident) == ["sql"]
     assert (backend.state, backend.host_pages, backend.page_limit) == ("up", 4, 4)
 
 
@@ -449,9 +459,9 @@ def test_a_backend_shows_its_last_heals_newest_first() -> None:
         world.send(name)
         world.run()
     world.run(for_ns=SECOND)
-    heals = queries.backend_view(world.core.state, "b0", world.now_ns).heals
+    heals = backend_message(world.core.state, "b0", world.now_ns).heals
     assert [(heal.reason, heal.adapter) for heal in heals] == [("engine_miss", "haiku"), ("engine_miss", "sql")]
-    assert SECOND <= heals[0].age_ns < heals[1].age_ns
+    assert 1 <= heals[0].age_s < heals[1].age_s
 
 
 def test_how_backends_stand() -> None:
@@ -461,45 +471,51 @@ def test_how_backends_stand() -> None:
     world.run(for_ns=MS)
     world.feed(ev.DrainSet("b0", True))
     world.lose("b1")
-    shown = queries.backend_views(world.core.state, world.now_ns)
+    shown = backend_messages(world.core.state, world.now_ns)
     assert [(backend.id, backend.state) for backend in shown] == [("b0", "draining"), ("b1", "down"), ("b2", "up")]
-    assert shown[0].notes == ("draining: 1 still running",)
+    assert shown[0].detail == "draining: 1 still running"
     world.run()
-    (shown, *_) = queries.backend_views(world.core.state, world.now_ns)
-    assert (shown.state, shown.notes) == ("drained", ())
+    (shown, *_) = backend_messages(world.core.state, world.now_ns)
+    assert (shown.state, shown.detail) == ("drained", "")
     world.lose("b0")
-    views = queries.backend_views(world.core.state, world.now_ns)
+    views = backend_messages(world.core.state, world.now_ns)
     assert [(backend.state, backend.draining) for backend in views] == [("down", True), ("down", False), ("up", False)]
 
 
 def test_seats_that_are_assumed_are_told_with_the_way_to_declare_them() -> None:
     """Where the engine tells none and none are declared; what the engine tells later ends it."""
     world = World(seats=None)
-    shown = queries.backend_view(world.core.state, "b0", world.now_ns)
+    shown = backend_message(world.core.state, "b0", world.now_ns)
     assert (shown.seats, shown.seats_assumed) == (70, True)  # as docs/glossary.md has it
-    assert shown.notes == ("its seats are not known and assumed: declare them (engine.seats)",)
+    assert shown.detail == "its seats are not known and assumed: declare them (engine.seats)"
     world.feed(ev.BackendMeasured("b0", 4, None, None))
-    shown = queries.backend_view(world.core.state, "b0", world.now_ns)
-    assert (shown.seats, shown.seats_assumed, shown.notes) == (4, False, ())
+    shown = backend_message(world.core.state, "b0", world.now_ns)
+    assert (shown.seats, shown.seats_assumed, shown.detail) == (4, False, "")
 
 
 def test_the_wait_at_an_engine_whose_pace_is_not_known() -> None:
     """None while a seat is free; with all seats taken nothing is predicted."""
     world = World(seats=1)
-    assert queries.backend_view(world.core.state, "b0", world.now_ns).predicted_wait_ns == 0
+    assert predicted_s(world) == 0
     world.send()
     world.send()
-    assert queries.backend_view(world.core.state, "b0", world.now_ns).predicted_wait_ns is None
+    assert predicted_s(world) is None
+
+
+def predicted_s(world: World) -> float | None:
+    """Return the wait that is predicted at b0; None if that would be a guess."""
+    shown = backend_message(world.core.state, "b0", world.now_ns)
+    return shown.predicted_wait_s if shown.HasField("predicted_wait_s") else None
 
 
 def test_no_wait_is_predicted_where_no_request_is_sent() -> None:
     """One that is not reached yet, lost, or drained: nothing waits there, and a request that came now would not go."""
     world = World(engines=0)
     world.add_engine("b0", facts_of(), up=False)
-    seen = [queries.backend_view(world.core.state, "b0", world.now_ns).predicted_wait_ns]
+    seen = [predicted_s(world)]
     for change in (world.bring_up, lambda b: world.feed(ev.DrainSet(b, True)), world.lose):
         change("b0")
-        seen.append(queries.backend_view(world.core.state, "b0", world.now_ns).predicted_wait_ns)
+        seen.append(predicted_s(world))
     assert seen == [None, 0, None, None]
 
 
@@ -510,8 +526,8 @@ def test_engines_that_may_pass_over_a_fused_mlp_are_named() -> None:
         world.add_engine(backend, with_facts(facts_of(), modules=dict.fromkeys((*modules, "attn_q"), (64, 64))))
     world.register("plain")
     world.register_as("fused", Adapter("fused-digest", BASE_MODEL, (Row("mlp_gate_up", 18, 0, 8, 64, 128),), "float16"))
-    assert queries.caveats(world.core.state, world.digest("plain")) == ()
-    (caveat,) = queries.caveats(world.core.state, world.digest("fused"))
+    assert caveats(world.core.state, world.digest("plain")) == ()
+    (caveat,) = caveats(world.core.state, world.digest("fused"))
     assert caveat.startswith("b0 was built with mlp_h_to_4h and without mlp_gate")
 
 
@@ -522,7 +538,7 @@ def test_a_forgotten_name_is_called_by_its_digest() -> None:
     world.send("sql")
     world.run()
     world.feed(ev.AdapterUnregistered("sql"))
-    assert queries.backend_view(world.core.state, "b0", world.now_ns).resident == (world.digest("sql")[:12],)
+    assert backend_message(world.core.state, "b0", world.now_ns).resident == [world.digest("sql")[:12]]
 
 
 def test_content_with_several_names_is_called_as_its_requests_call_it() -> None:
@@ -531,7 +547,7 @@ def test_content_with_several_names_is_called_as_its_requests_call_it() -> None:
     shared = adapter_of("shared")
     for name in ("mine", "sql", "other"):
         world.register_as(name, shared)
-    assert [view.requests for view in queries.adapter_views(world.core.state, world.now_ns)] == [0, 0, 0]
+    assert [view.requests for view in adapter_messages(world.core.state, world.now_ns)] == [0, 0, 0]
     world.send("sql", only=("b0",))
     world.send("mine", only=("b1",))
     world.run(for_ns=world.fetch_ns + 10 * MS)
@@ -540,17 +556,17 @@ def test_content_with_several_names_is_called_as_its_requests_call_it() -> None:
         for _ in range(count):
             world.send(name, only=("b0",))
     assert shown(world) == ["mine", "mine"]
-    requests = {view.name: view.requests for view in queries.adapter_views(world.core.state, world.now_ns)}
+    requests = {view.name: view.requests for view in adapter_messages(world.core.state, world.now_ns)}
     assert requests == {"mine": 4, "other": 2, "sql": 3}
-    assert queries.adapter_view(world.core.state, "sql", world.now_ns).requests == 3
+    assert adapter_message(world.core.state, "sql", world.now_ns).requests == 3
     world.run()
     assert shown(world) == ["mine = other = sql"] * 2
 
 
 def shown(world: World) -> list[str]:
     """Return what is open on each backend, which is also what is resident there."""
-    views = queries.backend_views(world.core.state, world.now_ns)
-    assert [(view.open[0].name,) for view in views] == [view.resident for view in views]
+    views = backend_messages(world.core.state, world.now_ns)
+    assert [[view.open[0].name] for view in views] == [view.resident for view in views]
     return [view.open[0].name for view in views]
 
 
@@ -564,7 +580,7 @@ def test_an_older_version_has_its_ordinal() -> None:
     world.register_as("sql", now, ordinal=2, others=others)
     world.send("sql")
     world.run()
-    assert queries.backend_view(world.core.state, "b0", world.now_ns).resident == ("sql@v1", "sql")
+    assert backend_message(world.core.state, "b0", world.now_ns).resident == ["sql@v1", "sql"]
 
 
 def test_looking_changes_nothing() -> None:
@@ -574,7 +590,7 @@ def test_looking_changes_nothing() -> None:
     world.send("sql")
     before = written_state(world.core.state)
     view(world)
-    waiting.reasons(world.core.state, world.now_ns)
-    assert list(queries.adapter_views(world.core.state, world.now_ns))
-    queries.backend_views(world.core.state, world.now_ns)
+    eligibility.reasons_to_wait(world.core.state, world.now_ns)
+    assert list(adapter_messages(world.core.state, world.now_ns))
+    backend_messages(world.core.state, world.now_ns)
     assert written_state(world.core.state) == before

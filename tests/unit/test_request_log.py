@@ -13,11 +13,11 @@ import pytest
 from sidecar.core import events as ev
 from sidecar.core.effects import Settle
 from sidecar.core.enums import Fault, Outcome
-from sidecar.core.naming import version_label
 from sidecar.errors import Reason
 from sidecar.shell.chronicle import Chronicle
 from sidecar.shell.logs import Fields, LogWriter, QueuedHandler, configure_logging
 from sidecar.shell.request_log import RequestLog
+from sidecar.telling.naming import version_label
 from sidecar.telling.record import Record
 from tests.kit.corekit import MS, World
 

@@ -17,8 +17,9 @@ from policies import id_queue
 from policies.ordering import credit, fairness, open_times, owed
 from policies.prefetch import planned, speculative
 from policies.routing import partitioned, proportional, rendezvous
-from sidecar.core import core, lifecycle, prefetching, stealing, waiting
+from sidecar.core import core, lifecycle, prefetching, stealing
 from sidecar.core.config import CoreConfig
+from sidecar.telling import queue
 
 SMALLEST, LARGEST = 2, 3
 
@@ -91,7 +92,7 @@ CONSTANTS: tuple[tuple[ModuleType, str], ...] = (
     (prefetching, "LOOKED_AT_MAX"),
     (stealing, "HEADS_LOOKED_AT"),
     (stealing, "VERSIONS_LOOKED_AT"),
-    (waiting, "EXAMINED_MAX"),
+    (queue, "EXAMINED_MAX"),
 )
 """Constants that are read from their modules on each use, so that setting them there takes effect."""
 CONFIGURED = (

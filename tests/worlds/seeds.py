@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sidecar.core.core import Core
-from sidecar.core.waiting import queue_view
+from sidecar.telling.queue import queue_message
 from tests.kit.corekit import assert_idle, check_books
 from tests.worlds.trial import Verdict, run_seed
 
@@ -16,4 +16,4 @@ def run(seed: int, flavour: str | None = None) -> Verdict:
 def _look(core: Core) -> None:
     """Check the books and read the queue, as an operator does."""
     check_books(core)
-    queue_view(core.state, core.state.wake_ns)
+    queue_message(core.state, core.state.wake_ns)

@@ -10,7 +10,6 @@ from time import monotonic_ns, time
 from typing import Any
 
 from sidecar.config.identities import clipped
-from sidecar.core import queries
 from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts import callers
 from sidecar.fronts.admin.push import Pushes
@@ -23,7 +22,7 @@ from sidecar.shell.gateway import Gateway
 from sidecar.shell.loading import PATH
 from sidecar.state.records import Record, paused_for
 from sidecar.state.registry import Change
-from sidecar.telling.endings import quarantined
+from sidecar.telling.pool import adapter_message, adapter_messages, caveats
 from sidecar.telling.weights import told_at, told_of_store
 
 LISTED_A_STEP = 50
@@ -69,9 +68,9 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
     @answers_errors
     async def List(self, request: Any, context: Any) -> Any:  # noqa: N802
         response, shown = admin_pb2.ListAdaptersResponse(), await self._shown()
-        for number, view in enumerate(queries.adapter_views(self._gateway.state, monotonic_ns()), 1):
-            if view.name in shown:
-                response.adapters.append(self._message(view))
+        for number, adapter in enumerate(adapter_messages(self._gateway.state, monotonic_ns()), 1):
+            if adapter.name in shown:
+                response.adapters.append(self._completed(adapter))
             if number % LISTED_A_STEP == 0:
                 await asyncio.sleep(0)  # thousands of adapters must not delay the tokens of running requests
         return response
@@ -104,7 +103,7 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
             adapter=adapter,
             version=f"v{entered.ordinal}",
             unchanged=entered.unchanged,
-            warnings=[*returns, *(() if version is None else queries.caveats(state, version))],
+            warnings=[*returns, *(() if version is None else caveats(state, version))],
         )
 
     @answers_errors
@@ -212,14 +211,14 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
     def _adapter(self, name: str) -> Any:
         """Return a name as it is now. Raises Refused(UNKNOWN_ADAPTER) if it has been unregistered meanwhile."""
         self._catalogue.known(name)
-        return self._message(queries.adapter_view(self._gateway.state, name, monotonic_ns()))
+        return self._completed(adapter_message(self._gateway.state, name, monotonic_ns()))
 
-    def _message(self, view: queries.AdapterView) -> Any:
+    def _completed(self, message: Any) -> Any:
         """Return an adapter as the caller may see it.
 
         Where its files are, for whom else it is and what manages it are shown to those who may change it.
         """
-        message, record = _live_message(view), self._catalogue.registry.get(view.name)
+        record = self._catalogue.registry.get(message.name)
         if record is None:
             return message
         caller, access = callers.CALLER.get(), self._gateway.access
@@ -227,7 +226,7 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
             version.ordinal for version in record.versions if access.may_see_version(caller, record, version.ordinal)
         }
         _add_record(message, record, shown)
-        if view.ordinal not in shown:
+        if self._gateway.state.names[message.name].ordinal not in shown:
             for field in OF_VERSION:
                 message.ClearField(field)
         if not access.may_change(caller, record):
@@ -273,20 +272,6 @@ def _version_messages(record: Record, shown: Collection[int]) -> list[Any]:
         for version in record.versions
         if version.ordinal in shown
     ]
-
-
-def _live_message(view: queries.AdapterView) -> Any:
-    of_record = ("versions", "canary_weight", "canary_version", "managed_by", "held_s", "paused_s")
-    return filled(
-        admin_pb2.Adapter,
-        view,
-        *of_record,
-        version=f"{view.name}@v{view.ordinal}",
-        path=view.origin,
-        quarantined=quarantined(view.quarantined),
-        store=[filled(admin_pb2.StoreCopy, copy, task_id=str(copy.task_id)) for copy in view.store],
-        backends=[filled(admin_pb2.Residency, each, age_s=each.age_ns / 1e9) for each in view.backends],
-    )
 
 
 def _places_message(lines: Iterable[tuple[str, str]]) -> Any:

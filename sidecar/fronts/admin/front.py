@@ -12,12 +12,10 @@ from typing import Any
 from policies.at_most import at_most
 from sidecar.access.access import Caller
 from sidecar.access.principal import Action
-from sidecar.core import queries, waiting
 from sidecar.fronts import callers
 from sidecar.fronts.admin.access import AccessService
 from sidecar.fronts.admin.adapters import AdaptersService
 from sidecar.fronts.admin.configuration import Changes, ConfigurationService, checked
-from sidecar.fronts.admin.messages import backend_message, names_in, queue_message
 from sidecar.fronts.admin.own_tenant import confined_to
 from sidecar.fronts.admin.pool import PoolService
 from sidecar.fronts.eligible import is_base
@@ -28,13 +26,15 @@ from sidecar.proto.filling import filled
 from sidecar.replicas.replica import Replica
 from sidecar.shell.chronicle import story
 from sidecar.shell.gateway import Gateway
-from sidecar.shell.open_requests import Chosen, beyond, cancel, check_chosen, open_requests
+from sidecar.shell.open_requests import Chosen, beyond, cancel, check_chosen, names_in, open_requests
+from sidecar.telling.pool import backend_message, backend_messages
+from sidecar.telling.queue import EXAMINED_MAX, queue_message
 from sidecar.telling.wording import lines_of, record_of
 
 logger = logging.getLogger(__name__)
 
 LISTED_DEFAULT = 100
-LISTED_MAX = waiting.EXAMINED_MAX
+LISTED_MAX = EXAMINED_MAX
 
 
 def add_admin(
@@ -68,8 +68,8 @@ class BackendsService(admin_pb2_grpc.BackendsServicer):
 
     @answers_errors
     async def List(self, request: Any, context: Any) -> Any:  # noqa: N802
-        views = queries.backend_views(self._gateway.state, monotonic_ns())
-        return admin_pb2.ListBackendsResponse(backends=[self._message(view) for view in views])
+        messages = backend_messages(self._gateway.state, monotonic_ns())
+        return admin_pb2.ListBackendsResponse(backends=map(self._completed, messages))
 
     @answers_errors
     async def Get(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -108,16 +108,16 @@ class BackendsService(admin_pb2_grpc.BackendsServicer):
         return message
 
     def _backend(self, backend: str) -> Any:
-        return self._message(queries.backend_view(self._gateway.state, backend, monotonic_ns()))
+        return self._completed(backend_message(self._gateway.state, backend, monotonic_ns()))
 
-    def _message(self, view: queries.BackendView) -> Any:
-        message = backend_message(view)
-        endpoint = self._gateway.backends.get(view.id)
+    def _completed(self, message: Any) -> Any:
+        """Return a backend with what its endpoint and the replicas tell of it."""
+        endpoint = self._gateway.backends.get(message.id)
         if endpoint is not None:
             message.address = endpoint.address
-            differs = self._gateway.fleet.check.differing.get(view.id, "")
-            message.detail = "; ".join(part for part in (endpoint.detail(), differs, *view.notes) if part)
-        known = None if self._replica is None else self._replica.board.standings.get(view.id)
+            differs = self._gateway.fleet.check.differing.get(message.id, "")
+            message.detail = "; ".join(part for part in (endpoint.detail(), differs, message.detail) if part)
+        known = None if self._replica is None else self._replica.board.standings.get(message.id)
         if known is not None:
             message.owner, message.epoch = known.owner, known.report.epoch
         return message
@@ -138,11 +138,10 @@ class QueuesService(admin_pb2_grpc.QueuesServicer):
             self._gateway.known_backend(request.backend)
         limit = min(request.limit or LISTED_DEFAULT, LISTED_MAX)
         chosen = Chosen(adapter=request.adapter, tenant=tenant or "", backend=request.backend)
-        view = waiting.queue_view(
+        message = queue_message(
             self._gateway.state, monotonic_ns(), request.adapter, request.backend, limit, tenant,
             beyond(self._gateway, chosen),
         )  # fmt: skip
-        message = queue_message(view)
         running = (each for each in open_requests(self._gateway, chosen) if each.state == "running")
         message.runs.extend(at_most(limit, running))
         return message

@@ -12,27 +12,22 @@ from typing import Any
 from policies.views import BASE
 from sidecar.access.principal import Action
 from sidecar.config.identities import clipped
-from sidecar.core import pool_view, queries, waiting
-from sidecar.core.naming import called
-from sidecar.core.pool_view import Activity, Page
 from sidecar.core.state import Backend, Request
-from sidecar.core.waiting import Group
 from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts import callers
-from sidecar.fronts.admin.messages import (
-    backend_message,
-    group_message,
-    names_in,
-    waiting_message,
-)
 from sidecar.fronts.admin.own_tenant import confined_to
 from sidecar.fronts.status import abort
 from sidecar.proto import admin_pb2, admin_pb2_grpc
 from sidecar.shell.flow import Rates, TokenRates
 from sidecar.shell.gateway import Gateway
-from sidecar.shell.open_requests import Chosen, beyond, passed_on, shown
+from sidecar.shell.open_requests import Chosen, beyond, names_in, passed_on, shown
 from sidecar.state.records import paused_for
+from sidecar.telling import groups as grouped
 from sidecar.telling.endings import quarantined
+from sidecar.telling.groups import Activity, Group, Page
+from sidecar.telling.naming import called
+from sidecar.telling.pool import backend_messages
+from sidecar.telling.queue import group_message, oldest_message, verdict
 
 ROWS_DEFAULT, ROWS_MAX = 100, 500
 INTERVAL_S_DEFAULT, INTERVAL_S_MIN, INTERVAL_S_MAX = 1.0, 0.2, 60.0
@@ -100,8 +95,8 @@ class PoolService(admin_pb2_grpc.PoolServicer):
         page = request.page or "queue"
         if page not in NAMES:
             raise Refused(Reason.INVALID_REQUEST, f'page is "{clipped(page)}"; it is one of {", ".join(NAMES)}')
-        if request.sort not in pool_view.SORTS:
-            sorts = ", ".join(filter(None, pool_view.SORTS))
+        if request.sort not in grouped.SORTS:
+            sorts = ", ".join(filter(None, grouped.SORTS))
             raise Refused(Reason.INVALID_REQUEST, f'sort is "{clipped(request.sort)}"; it is one of {sorts}, or empty')
         tenant = confined_to(self._gateway.access, Action.SEE_QUEUE, "", context)
         if request.lanes_of and tenant is None:
@@ -116,14 +111,14 @@ class PoolService(admin_pb2_grpc.PoolServicer):
 
         They are walked a slice at a time: the loop serves requests in between.
         """
-        groups: waiting.Groups = {}
+        groups: grouped.Groups = {}
         taken: list[Request] = []
         requests = list(self._gateway.state.requests.values())
         for start in range(0, len(requests), SLICE):
             part = requests[start : start + SLICE]
             if tenant is not None:
                 part = [each for each in part if each.view.tenant == tenant]
-            waiting.add_to_groups(groups, part)
+            grouped.add_to_groups(groups, part)
             if listed is not None:
                 if only.only:
                     part = [each for each in part if only.takes_open(each)]
@@ -143,7 +138,7 @@ class PoolService(admin_pb2_grpc.PoolServicer):
         message = admin_pb2.PoolView(
             time=time(),
             replica=self._replica,
-            verdict=waiting.verdict(state, now_ns, groups, tenant, beyond(self._gateway, Chosen(tenant=tenant or ""))),
+            verdict=verdict(state, now_ns, groups, tenant, beyond(self._gateway, Chosen(tenant=tenant or ""))),
             waiting=sum(group.waiting for group in groups),
             running=sum(group.running for group in groups),
         )
@@ -168,18 +163,18 @@ class PoolService(admin_pb2_grpc.PoolServicer):
     # Pages.
 
     def _queue(self, message: Any, groups: list[Group], page: Page, rates: Rates | None, now_ns: int) -> None:
-        taken = pool_view.groups_in_order(groups, page)
+        taken = grouped.groups_in_order(groups, page)
         message.rows_total = len(taken)
         for group in page.cut(taken):
-            message.groups.append(group_message(group.view(self._gateway.state, now_ns)))
+            message.groups.append(group_message(self._gateway.state, group, now_ns))
 
     def _backends(self, message: Any, groups: list[Group], page: Page, rates: Rates | None, now_ns: int) -> None:
         state = self._gateway.state
         by_name = {} if rates is None else rates.backends
-        rows = self._cut(message, pool_view.backend_activities(state, groups), page, by_name)
-        for row in queries.backend_views(state, now_ns, [row.name for row in rows]):
+        rows = self._cut(message, grouped.backend_activities(state, groups), page, by_name)
+        for row in backend_messages(state, now_ns, [row.name for row in rows]):
             made = message.backend_rows.add()
-            made.backend.CopyFrom(backend_message(row))
+            made.backend.CopyFrom(row)
             for field in NOT_IN_ROWS:
                 made.backend.ClearField(field)
             silent_s = self._gateway.backends[row.id].signs().silent_s
@@ -190,9 +185,9 @@ class PoolService(admin_pb2_grpc.PoolServicer):
     def _adapters(self, message: Any, groups: list[Group], page: Page, rates: Rates | None, now_ns: int) -> None:
         state = self._gateway.state
         by_name = {} if rates is None else rates.adapters
-        rows = self._cut(message, pool_view.adapter_activities(state, groups), page, by_name)
+        rows = self._cut(message, grouped.adapter_activities(state, groups), page, by_name)
         digests = {row.name: state.names[row.name].digest for row in rows if row.name in state.names}
-        copies = pool_view.copies_of(state, digests.values())
+        copies = grouped.copies_of(state, digests.values())
         for row in rows:
             made = message.adapter_rows.add(name=row.name, waiting=row.waiting, running=row.running)
             self._set_oldest(made, row, now_ns)
@@ -209,7 +204,7 @@ class PoolService(admin_pb2_grpc.PoolServicer):
 
     def _tenants(self, message: Any, groups: list[Group], page: Page, rates: Rates | None, now_ns: int) -> None:
         by_name = {} if rates is None else rates.tenants
-        rows = pool_view.activities(groups, lambda group: group.tenant)
+        rows = grouped.activities(groups, lambda group: group.tenant)
         for row in self._cut(message, list(rows.values()), page, by_name):
             weight = self._gateway.state.config.tenant_weights.get(row.name, 1.0)
             made = message.tenant_rows.add(
@@ -236,13 +231,13 @@ class PoolService(admin_pb2_grpc.PoolServicer):
     def _cut(
         message: Any, rows: Sequence[Activity], page: Page, rates: Mapping[str, float | None]
     ) -> Sequence[Activity]:
-        taken = pool_view.in_order(rows, page, rates)
+        taken = grouped.in_order(rows, page, rates)
         message.rows_total = len(taken)
         return page.cut(taken)
 
     def _set_oldest(self, message: Any, row: Activity, now_ns: int) -> None:
         if row.oldest is not None:
-            message.oldest.CopyFrom(waiting_message(waiting.waiting_view(self._gateway.state, row.oldest, now_ns)))
+            message.oldest.CopyFrom(oldest_message(self._gateway.state, row.oldest, now_ns))
 
     def _lanes(self, backend: Backend, lanes: Sequence[Sequence[str]]) -> Iterator[Any]:
         """Yield lanes with names in place of versions."""

@@ -18,14 +18,13 @@ from sidecar.access.keys import id_in
 from sidecar.access.principal import SYSTEM, Action, Resource, Sort
 from sidecar.access.resources import adapter_resource, summary
 from sidecar.access.store import AccessStore
-from sidecar.core import queries
-from sidecar.fronts.admin.messages import names_in
 from sidecar.fronts.kserve.front import NOT_ON_ADMIN
 from sidecar.fronts.kserve.verbs import SERVICE as KSERVE
 from sidecar.model.reference import Reference
 from sidecar.shell.gateway import Gateway
+from sidecar.shell.open_requests import names_in
 from sidecar.state.records import paused_for
-from sidecar.telling.endings import quarantined
+from sidecar.telling.pool import adapter_message, state_of
 
 API = "lorasidecar.v1"
 
@@ -108,12 +107,12 @@ def _weights(message: Any, sight: Sight) -> Facts:
     name, state = _name_in(message), sight.gateway.state
     if name not in state.names:
         return {}
-    view = queries.adapter_view(state, name, monotonic_ns())
+    shown = adapter_message(state, name, monotonic_ns())
     found: Facts = {
-        "store": [copy.tier for copy in view.store],
-        "backends": [each.backend for each in view.backends if each.tier != "absent"],
+        "store": [copy.tier for copy in shown.store],
+        "backends": [each.backend for each in shown.backends if each.tier != "absent"],
     }
-    return found | ({"quarantined": quarantined(view.quarantined)} if view.quarantined else {})
+    return found | ({"quarantined": shown.quarantined} if shown.quarantined else {})
 
 
 def _change(action: Action, facts: Callable[[Any, Sight], Facts] = _record) -> Verb:
@@ -152,7 +151,7 @@ def _backend_state(message: Any, sight: Sight) -> Facts:
     known = sight.gateway.state.backends.get(message.backend)
     if known is None:
         return {}
-    return {"state": queries.backend_view(sight.gateway.state, message.backend, monotonic_ns()).state}
+    return {"state": state_of(sight.gateway.state, known)}
 
 
 def _asked(message: Any) -> Facts:

@@ -1,19 +1,21 @@
-"""Views of adapters and backends for operators. They are read between steps and change nothing."""
+"""Adapters and backends as the admin API shows them. They are read between steps and change nothing."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from typing import Any
 
 from sidecar.core import eligibility, promising
-from sidecar.core.durations import readable
 from sidecar.core.enums import Phase, Why
-from sidecar.core.facts import Suspicion, task_id_of
+from sidecar.core.facts import task_id_of
 from sidecar.core.layout import WHOLE_MLP
-from sidecar.core.naming import called
 from sidecar.core.state import Backend, Name, State
 from sidecar.core.store import Entry
+from sidecar.proto import admin_pb2
+from sidecar.telling.durations import readable
+from sidecar.telling.endings import quarantined
+from sidecar.telling.naming import called
 
 
 def caveats(state: State, version: str) -> tuple[str, ...]:
@@ -39,71 +41,24 @@ def caveats(state: State, version: str) -> tuple[str, ...]:
     return several + passed_over
 
 
-@dataclass(frozen=True)
-class CopyView:
-    """One packed form in a tier of the host store; `state` is "held", "fetching" (memory) or "writing" (disk)."""
-
-    tier: str
-    dtype: str
-    state: str
-    size_bytes: int
-    pins: int
-    task_id: int
+def adapter_message(state: State, name: str, now_ns: int) -> Any:
+    """Return an adapter without what the registry knows of it. The name must be registered."""
+    return _adapter(state, state.names[name], _copies_by_version(state), _asked(state), now_ns)
 
 
-@dataclass(frozen=True)
-class ResidencyView:
-    """What is believed of an adapter on one backend.
-
-    `tier` is "gpu", "engine_host", "loading" or "absent"; `source` is the evidence of the belief; `unfit` says why the
-    backend cannot serve it.
-    """
-
-    backend: str
-    tier: str
-    age_ns: int
-    source: str
-    unfit: str
-
-
-@dataclass(frozen=True)
-class AdapterView:
-    """A registered name, its current version, and where that version is."""
-
-    name: str
-    ordinal: int
-    digest: str
-    origin: str
-    base_model: str
-    rank: int
-    modules: tuple[str, ...]
-    dtype: str
-    pinned: bool
-    allow: tuple[str, ...]
-    quarantined: Suspicion | None
-    requests: int
-    store: tuple[CopyView, ...]
-    backends: tuple[ResidencyView, ...]
-
-
-def adapter_view(state: State, name: str, now_ns: int) -> AdapterView:
-    """Return the view of one adapter. The name must be registered."""
-    return _adapter_view(state, state.names[name], _copies_by_version(state), _asked(state), now_ns)
-
-
-def adapter_views(state: State, now_ns: int) -> Iterator[AdapterView]:
-    """Yield the view of every adapter, by name. Steps may run in between; a name unregistered meanwhile is left out."""
+def adapter_messages(state: State, now_ns: int) -> Iterator[Any]:
+    """Yield every adapter, by name. Steps may run in between; a name unregistered meanwhile is left out."""
     copies, asked = _copies_by_version(state), _asked(state)
     for name in sorted(state.names):
         if name in state.names:
-            yield _adapter_view(state, state.names[name], copies, asked, now_ns)
+            yield _adapter(state, state.names[name], copies, asked, now_ns)
 
 
-def _copies_by_version(state: State) -> dict[str, list[CopyView]]:
-    found: dict[str, list[CopyView]] = {}
+def _copies_by_version(state: State) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
     for tier, store in (("memory", state.store), ("disk", state.disk)):
         for key, entry in sorted(store.entries.items()):
-            found.setdefault(entry.digest, []).append(_copy_view(tier, key, entry))
+            found.setdefault(entry.digest, []).append(_copy(tier, key, entry))
     return found
 
 
@@ -112,116 +67,72 @@ def _asked(state: State) -> Counter[tuple[str, str]]:
     return Counter((request.view.name, request.version) for request in state.requests.values())
 
 
-def _adapter_view(
-    state: State, name: Name, copies: dict[str, list[CopyView]], asked: Counter[tuple[str, str]], now_ns: int
-) -> AdapterView:
+def _adapter(
+    state: State, name: Name, copies: dict[str, list[Any]], asked: Counter[tuple[str, str]], now_ns: int
+) -> Any:
     version = state.versions[name.digest]
     adapter = version.adapter
-    return AdapterView(
+    return admin_pb2.Adapter(
         name=name.name,
-        ordinal=name.ordinal,
+        version=f"{name.name}@v{name.ordinal}",
         digest=adapter.digest,
-        origin=version.origin,
+        path=version.origin,
         base_model=adapter.base_model,
         rank=adapter.rank_max,
-        modules=tuple(dict.fromkeys(row.module for row in adapter.rows)),
+        modules=dict.fromkeys(row.module for row in adapter.rows),
         dtype=adapter.dtype,
         pinned=name.pinned,
         allow=name.allow or (),
-        quarantined=version.quarantined,
+        quarantined=quarantined(version.quarantined),
         requests=asked[name.name, name.digest],
-        store=tuple(copies.get(name.digest, ())),
-        backends=tuple(_residency(state, backend, name.digest, now_ns) for backend in state.backends.values()),
+        store=copies.get(name.digest, ()),
+        backends=(_residency(state, backend, name.digest, now_ns) for backend in state.backends.values()),
     )
 
 
-def _copy_view(tier: str, key: str, entry: Entry) -> CopyView:
-    dtype = key.partition(".")[2].partition(".")[0]
+def _copy(tier: str, key: str, entry: Entry) -> Any:
     arriving = "fetching" if tier == "memory" else "writing"
-    return CopyView(tier, dtype, "held" if entry.ready else arriving, entry.size_bytes, entry.pins, task_id_of(key))
+    return admin_pb2.StoreCopy(
+        tier=tier,
+        dtype=key.partition(".")[2].partition(".")[0],
+        state="held" if entry.ready else arriving,
+        size_bytes=entry.size_bytes,
+        pins=entry.pins,
+        task_id=str(task_id_of(key)),
+    )
 
 
-def _residency(state: State, backend: Backend, digest: str, now_ns: int) -> ResidencyView:
+def _residency(state: State, backend: Backend, digest: str, now_ns: int) -> Any:
+    """Return what is believed of a version on a backend, and on what evidence."""
     misfit = eligibility.cannot_serve(state, backend, digest)
-    unfit = "" if misfit is None else misfit.sentence
+    shown = admin_pb2.Residency(backend=backend.id, tier="absent", unfit="" if misfit is None else misfit.sentence)
     load = state.versions[digest].loads.get(backend.id)
     if load is not None:
-        age_ns = max(0, now_ns - state.loads[load].begun_ns)
-        return ResidencyView(backend.id, "loading", age_ns, "load", unfit)
-    shadow = backend.shadow
-    belief = shadow.device.held.get(digest) or shadow.host.held.get(digest)
-    if belief is None:
-        return ResidencyView(backend.id, "absent", 0, "", unfit)
-    age_ns = max(0, now_ns - belief.since_ns)
-    return ResidencyView(backend.id, shadow.tier(digest) or "absent", age_ns, belief.source, unfit)
+        shown.tier, shown.source, since_ns = "loading", "load", state.loads[load].begun_ns
+    else:
+        shadow = backend.shadow
+        belief = shadow.device.held.get(digest) or shadow.host.held.get(digest)
+        if belief is None:
+            return shown
+        shown.tier, shown.source, since_ns = shadow.tier(digest) or "absent", belief.source, belief.since_ns
+    shown.age_s = max(0, now_ns - since_ns) / 1e9
+    return shown
 
 
-@dataclass(frozen=True)
-class OpenView:
-    """A version that is open on a backend. `pinned_by` says why it stays: "loading", "running" or ""."""
-
-    name: str
-    digest: str
-    age_ns: int
-    pages: int
-    running: int
-    queued: int
-    pinned_by: str
+def backend_messages(state: State, now_ns: int, ids: Iterable[str] | None = None) -> list[Any]:
+    """Return some backends, or every backend in configured order."""
+    return [backend_message(state, each, now_ns) for each in (state.backends if ids is None else ids)]
 
 
-@dataclass(frozen=True)
-class HealView:
-    age_ns: int
-    reason: str
-    adapter: str
+def backend_message(state: State, backend_id: str, now_ns: int) -> Any:
+    """Return a backend without its address and its owner, latest heals first. It must be configured.
 
-
-@dataclass(frozen=True)
-class BackendView:
-    """One backend. Unknown numbers are 0; `notes` say what holds it back now.
-
-    `pace` is the source of its step time: "calibrated", "learned" from its runs, or "guess".
+    Unknown numbers are 0; `detail` says what holds it back now.
     """
-
-    id: str
-    kind: str
-    state: str
-    base_model: str
-    dtype: str
-    rank_max: int
-    running: int
-    queued: int
-    seats: int
-    host_pages: int
-    host_pages_assumed: bool
-    pages_assumed: bool
-    device_pages: int
-    kv_tokens: int
-    kv_reserved: int
-    page_limit: int
-    open: tuple[OpenView, ...]
-    heals: tuple[HealView, ...]
-    resident: tuple[str, ...]
-    pace: str
-    predicted_wait_ns: int | None
-    notes: tuple[str, ...]
-    draining: bool
-    seats_assumed: bool
-
-
-def backend_view(state: State, backend_id: str, now_ns: int) -> BackendView:
-    """Return the view of one backend, latest heals first. It must be configured."""
-    return _backend_view(state, state.backends[backend_id], now_ns)
-
-
-def backend_views(state: State, now_ns: int, ids: Iterable[str] | None = None) -> list[BackendView]:
-    """Return the views of some backends, or of every backend in configured order."""
-    return [_backend_view(state, state.backends[each], now_ns) for each in (state.backends if ids is None else ids)]
-
-
-def _backend_view(state: State, backend: Backend, now_ns: int) -> BackendView:
+    backend = state.backends[backend_id]
     facts = backend.facts
-    return BackendView(
+    wait_ns = promising.wait_ns(state, backend)
+    return admin_pb2.Backend(
         id=backend.id,
         kind=facts.kind,
         state=state_of(state, backend),
@@ -231,6 +142,7 @@ def _backend_view(state: State, backend: Backend, now_ns: int) -> BackendView:
         running=backend.sequences,
         queued=len(backend.queued),
         seats=backend.seats(state.config),
+        seats_assumed=facts.seats is None,
         host_pages=facts.host_pages_total or 0,
         host_pages_assumed=facts.host_pages_assumed,
         pages_assumed=facts.pages_assumed,
@@ -238,17 +150,20 @@ def _backend_view(state: State, backend: Backend, now_ns: int) -> BackendView:
         kv_tokens=facts.kv_tokens or 0,
         kv_reserved=backend.kv_reserved,
         page_limit=eligibility.page_limit(backend),
-        open=tuple(_open_view(state, backend, digest, now_ns) for digest in backend.slots),
-        heals=tuple(
-            HealView(now_ns - heal.at_ns, heal.reason, called(state, heal.version, backend) if heal.version else "base")
+        open=(_open(state, backend, digest, now_ns) for digest in backend.slots),
+        heals=(
+            admin_pb2.HealNote(
+                age_s=(now_ns - heal.at_ns) / 1e9,
+                reason=heal.reason,
+                adapter=called(state, heal.version, backend) if heal.version else "base",
+            )
             for heal in reversed(backend.heals)
         ),
-        resident=tuple(called(state, digest, backend) for digest in backend.shadow.host.held),
+        resident=(called(state, digest, backend) for digest in backend.shadow.host.held),
         pace=_pace_source(backend),
-        predicted_wait_ns=promising.wait_ns(state, backend),
-        notes=tuple(_notes(state, backend, now_ns)),
+        predicted_wait_s=None if wait_ns is None else wait_ns / 1e9,
+        detail="; ".join(_notes(state, backend, now_ns)),
         draining=backend.draining,
-        seats_assumed=facts.seats is None,
     )
 
 
@@ -271,12 +186,18 @@ def state_of(state: State, backend: Backend) -> str:
     return "joining" if backend.id in state.joining else "up"
 
 
-def _open_view(state: State, backend: Backend, digest: str, now_ns: int) -> OpenView:
+def _open(state: State, backend: Backend, digest: str, now_ns: int) -> Any:
+    """Return an open version; `pinned_by` says why it stays: "loading", "running" or ""."""
     slot = backend.slots[digest]
-    pinned_by = "loading" if slot.load is not None else "running" if slot.running else ""
-    queued = len(backend.queued_by_version.get(digest, ()))
-    name = called(state, digest, backend)
-    return OpenView(name, digest, now_ns - slot.opened_ns, slot.pages, slot.running, queued, pinned_by)
+    return admin_pb2.OpenVersion(
+        name=called(state, digest, backend),
+        digest=digest,
+        age_s=(now_ns - slot.opened_ns) / 1e9,
+        pages=slot.pages,
+        running=slot.running,
+        queued=len(backend.queued_by_version.get(digest, ())),
+        pinned_by="loading" if slot.load is not None else "running" if slot.running else "",
+    )
 
 
 def _notes(state: State, backend: Backend, now_ns: int) -> Iterator[str]:

@@ -1,20 +1,30 @@
-"""What is wrong with the pool now, in clauses that name the culprit: the begin of the queue's first line."""
+"""The first line of the queue: what is wrong with the pool, who waits, for how long, and why."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 from policies.views import BASE
 from sidecar.core import eligibility
-from sidecar.core.durations import readable
-from sidecar.core.enums import Fault, Phase
-from sidecar.core.naming import called
+from sidecar.core.enums import Fault, Phase, Why, void_told
 from sidecar.core.state import Backend, Request, State
+from sidecar.telling.durations import readable
+from sidecar.telling.groups import Group
+from sidecar.telling.naming import called
 
 NAMED_MAX = 2
 QUIET_NS = 2_000_000_000
 """An engine that runs something and has told nothing for so long is named, before it is suspected."""
+FLOOD_MIN = 10
+HOLDER_MIN = 4
+FLOOD_SHARE = 0.8
+"""The verdict names an adapter or a tenant that has this share of so many waiting requests."""
+
+Waiting = tuple[Request, Why]
+"""A waiting request, and why it waits."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,113 @@ class Beyond:
 NOTHING = Beyond()
 
 
-def troubles(state: State, now_ns: int, beyond: Beyond) -> Iterator[str]:
+def verdict_of(
+    state: State, now_ns: int, groups: list[Group], oldest: list[Waiting], tenant: str | None, beyond: Beyond
+) -> str:
+    """Return what is wrong with the pool, how many wait, for how long and why; `oldest` are those that were asked why.
+
+    Somebody who is confined to a tenant hears nothing of the pool.
+    """
+    waiting = sum(group.waiting for group in groups)
+    running = sum(group.running for group in groups)
+    holders = [] if tenant is not None else groups
+    of_queue = _verdict(state, now_ns, oldest, waiting, running, _flood(groups, waiting), holders, beyond)
+    if beyond.passed_on and not oldest:
+        of_queue = of_queue.replace("nobody waits", "nobody waits here", 1)
+    if tenant is not None:
+        return "; ".join((*_elsewhere_unnamed(beyond), of_queue))
+    longest = min((group.oldest for group in groups if group.oldest is not None), key=lambda r: r.id, default=None)
+    empty = _idle(state, longest) if longest is not None else ()
+    return "; ".join((*_troubles(state, now_ns, beyond), *_elsewhere(beyond), of_queue, *empty))
+
+
+def _flood(groups: list[Group], waiting: int) -> str:
+    """Return whose most of a long queue is: ", 58 of them for sql of tenant acme"; "" if it is nobody's."""
+    if waiting < FLOOD_MIN:
+        return ""
+    adapters: Counter[str] = Counter()
+    tenants: Counter[str] = Counter()
+    for group in groups:
+        adapters[group.adapter] += group.waiting
+        tenants[group.tenant] += group.waiting
+    del tenants[""]
+    parts, counts = [], []
+    for named, whose in ((adapters, "for {}"), (tenants, "of tenant {}")):
+        name, count = max(named.items(), key=itemgetter(1), default=("", 0))
+        if count >= FLOOD_SHARE * waiting:
+            parts.append(whose.format(name or "the base model"))
+            counts.append(count)
+    return f", {'all' if min(counts) == waiting else min(counts)} of them {' '.join(parts)}" if parts else ""
+
+
+def _holder(state: State, groups: list[Group], backends: Collection[str], whose: str) -> str:
+    """Return who has most seats of some backends: ", 8 of 8 by tenant acme"; "" if nobody, or who floods the queue."""
+    there = [group for group in groups if group.backend in backends]
+    taken = sum(group.running for group in there)
+    if taken < HOLDER_MIN or taken < sum(len(state.backends[each].running) for each in backends):
+        return ""  # or only a part of the requests is looked at
+    tenants: Counter[str] = Counter()
+    for group in there:
+        tenants[group.tenant] += group.running
+    name, count = max(tenants.items(), key=itemgetter(1))
+    is_told = not name or count < FLOOD_SHARE * taken or f"of tenant {name}" in whose
+    return "" if is_told else f", {count} of {taken} by tenant {name}"
+
+
+def _verdict(
+    state: State,
+    now_ns: int,
+    oldest: list[Waiting],
+    waiting: int,
+    running: int,
+    whose: str,
+    holders: list[Group],
+    beyond: Beyond,
+) -> str:
+    if not oldest:
+        return f"nobody waits, {running} running" if running else "nobody waits, nothing runs"
+    first, _ = oldest[0]
+    since = f"{readable(now_ns - first.view.arrived_ns)} ({_limits(first)})"
+    by_reason: dict[Why, list[Request]] = {}
+    for request, reason in oldest:
+        by_reason.setdefault(reason, []).append(request)
+    why, requests = min(by_reason.items(), key=lambda pair: (-len(pair[1]), pair[0].value))
+    backends = list(dict.fromkeys(request.backend for request in requests if request.backend))
+    because = _because(why, backends, requests)
+    if why is Why.STALLED:
+        suspected = [each.silence.since_ns for each in state.backends.values() if each.silence.suspected]
+        because += f" for {readable(now_ns - min(suspected, default=now_ns))}"
+    elif why is Why.BACKEND_DOWN and not backends:
+        because = _leaving(state, requests[0], beyond) or because
+    elif why is Why.SEATS_FULL:
+        because += _holder(state, holders, backends, whose)
+    count = len(requests)
+    if waiting == 1:
+        return f"1 waiting for {since} because {because}"
+    share = "all" if count == waiting else str(count)
+    among = "them" if len(oldest) == waiting else f"the oldest {len(oldest)}"
+    return f"{waiting} waiting{whose}, the oldest for {since}, {share} of {among} because {because}"
+
+
+def _limits(request: Request) -> str:
+    """Return what was promised and when the request expires; once if both are the same."""
+    expires_ns, promise = request.expires_ns - request.view.arrived_ns, request.promise
+    expires = f"expires {readable(expires_ns)}"
+    if promise is None:
+        return f"bound void: {void_told(request.voided)}, {expires}" if request.voided else expires
+    bound = f"bound {readable(promise.bound_ns)}"
+    return bound if promise.bound_ns == expires_ns else f"{bound}, {expires}"
+
+
+def _because(why: Why, backends: list[str], requests: list[Request]) -> str:
+    """Return a reason as a clause about the backends and adapters of the requests for which it holds."""
+    if why is Why.BACKEND_DOWN and backends:
+        return f"nothing answers on {_joined(backends)}"
+    adapters = list(dict.fromkeys(request.view.name or "the base model" for request in requests))
+    return why.because.format(places=_joined(backends), names=_joined(adapters, "adapters"))
+
+
+def _troubles(state: State, now_ns: int, beyond: Beyond) -> Iterator[str]:
     """Yield a clause for each thing that keeps requests from being answered, the gravest first."""
     backends = state.backends.values()
     if state.draining:
@@ -59,7 +175,7 @@ def troubles(state: State, now_ns: int, beyond: Beyond) -> Iterator[str]:
     down = [backend for backend in backends if backend.phase is Phase.DOWN]
     if down:
         share = "no backend is up" if len(down) == len(backends) and len(down) > 1 else ""
-        yield f"{share or joined(down) + _is(down) + ' down'}{_since(down, now_ns)}"
+        yield f"{share or _named(down) + _is(down) + ' down'}{_since(down, now_ns)}"
         yield from _deadly(state, frozenset(backend.id for backend in down))
     yield from list(beyond.differing)[:NAMED_MAX]
     stalled = [each for each in backends if each.silence.suspected][:NAMED_MAX]
@@ -77,7 +193,7 @@ def _deadly(state: State, down: frozenset[str]) -> Iterator[str]:
     for digest, version in state.versions.items():
         if version.quarantined and not down.isdisjoint(version.lost_backends):
             lost = [state.backends[each] for each in dict.fromkeys(version.lost_backends) if each in state.backends]
-            yield f"{called(state, digest)} is quarantined, because {joined(lost)} ended with it"
+            yield f"{called(state, digest)} is quarantined, because {_named(lost)} ended with it"
 
 
 def silence(backend: Backend, now_ns: int, beyond: Beyond = NOTHING) -> str:
@@ -88,7 +204,7 @@ def silence(backend: Backend, now_ns: int, beyond: Beyond = NOTHING) -> str:
     return f"{backend.id} is quiet: nothing came for {readable(silent_ns)}" if silent_ns >= QUIET_NS else ""
 
 
-def elsewhere(beyond: Beyond) -> Iterator[str]:
+def _elsewhere(beyond: Beyond) -> Iterator[str]:
     """Yield a clause for the requests of this replica's clients at each of the other replicas, and who to ask."""
     owners: dict[str, dict[str, int]] = {}
     for (owner, backend), count in sorted(beyond.passed_on.items()):
@@ -104,7 +220,7 @@ def elsewhere(beyond: Beyond) -> Iterator[str]:
         yield f"{_of_ours(looking)} on the way to an owner of their engine"
 
 
-def elsewhere_unnamed(beyond: Beyond) -> Iterator[str]:
+def _elsewhere_unnamed(beyond: Beyond) -> Iterator[str]:
     """Yield the same in one clause, for somebody who may not see which replicas there are."""
     if count := sum(beyond.passed_on.values()):
         yield f"{count} {'request is' if count == 1 else 'requests are'} at another replica"
@@ -114,43 +230,43 @@ def _of_ours(count: int) -> str:
     return f"{count} of this replica's requests {'is' if count == 1 else 'are'}"
 
 
-def leaving(state: State, request: Request, beyond: Beyond) -> str:
+def _leaving(state: State, request: Request, beyond: Beyond) -> str:
     """Return the clause that backends which could serve a request are about to go; "" if none is."""
     gone = [backend for backend in eligibility.servers_for(state, request) if backend.leaving]
     followed = [backend for backend in gone if backend.id in beyond.succeeded]
     if not followed:
-        return f"{joined(gone)}{_is(gone)} leaving" if gone else ""
+        return f"{_named(gone)}{_is(gone)} leaving" if gone else ""
     runs = f"{sum(len(backend.running) for backend in followed)} running"
     waits = "its successor waits for it" if len(followed) == 1 else "their successors wait for them"
-    return f"{joined(followed)}{_is(followed)} leaving with {runs}, and {waits}"
+    return f"{_named(followed)}{_is(followed)} leaving with {runs}, and {waits}"
 
 
-def idle(state: State, request: Request) -> Iterator[str]:
+def _idle(state: State, request: Request) -> Iterator[str]:
     """Yield a clause for the engines that do nothing while a request waits, with what keeps it from them."""
     empty: dict[str, list[Backend]] = {}
     for backend in state.backends.values():
         if backend.takes_requests and not backend.in_flight and not backend.queued and backend.id != request.backend:
             empty.setdefault(_why_not(state, backend, request), []).append(backend)
     for why, backends in sorted(empty.items())[:NAMED_MAX]:
-        yield f"{joined(backends)}{_is(backends)} idle" + (f", but {why}" if why else "")
+        yield f"{_named(backends)}{_is(backends)} idle" + (f", but {why}" if why else "")
 
 
-def joined(backends: list[Backend]) -> str:
+def _named(backends: list[Backend]) -> str:
     """Return "b0", "b0 and b1", or how many there are."""
     return _joined([backend.id for backend in backends])
 
 
-def _joined(names: list[str]) -> str:
-    return " and ".join(names) if len(names) <= NAMED_MAX else f"{len(names)} backends"
+def _joined(names: list[str], what: str = "backends") -> str:
+    return " and ".join(names) if len(names) <= NAMED_MAX else f"{len(names)} {what}"
 
 
 def _drained(state: State) -> Iterator[str]:
     for word, runs in (("draining", True), ("drained", False)):
         alike = [each for each in state.backends.values() if each.draining and bool(each.running) is runs]
         if alike:
-            yield f"{joined(alike)}{_is(alike)} {word}"
+            yield f"{_named(alike)}{_is(alike)} {word}"
     if going := [each for each in state.backends.values() if each.leaving and not each.draining]:
-        yield f"{joined(going)}{_is(going)} leaving, {sum(len(each.running) for each in going)} running"
+        yield f"{_named(going)}{_is(going)} leaving, {sum(len(each.running) for each in going)} running"
 
 
 def _is(backends: list[Backend]) -> str:
@@ -174,5 +290,5 @@ def _why_not(state: State, backend: Backend, request: Request) -> str:
         return misfit.short
     servers = eligibility.servers_for(state, request)
     if backend not in servers:
-        return f"what waits is for {joined(list(servers)) if servers else 'others'}"
+        return f"what waits is for {_named(list(servers)) if servers else 'others'}"
     return "" if eligibility.long_enough(backend, request.view.input_tokens) else "the prompt is too long for it"

@@ -1,23 +1,86 @@
-"""The pool a page at a time: rows of groups, backends, adapters and tenants, sorted, filtered and cut to a screen.
+"""Open requests in groups, and pages of them: rows of groups, backends, adapters and tenants, sorted and filtered.
 
 Everything is read between steps and changes nothing. A row costs only when it is shown: what the rows are sorted by
-comes from one walk over the open requests (`waiting.groups_of`).
+comes from one walk over the open requests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from policies.views import BASE
-from sidecar.core.queries import state_of
 from sidecar.core.state import NEVER_NS, Request, State
-from sidecar.core.waiting import Group
+from sidecar.telling.pool import state_of
 
 Row = TypeVar("Row")
 FINE = ("", "up", "joining")
 SORTS = ("", "name", "waiting", "running", "oldest", "tokens")
+
+
+@dataclass
+class Group:
+    """The requests of one adapter and tenant at one backend, counted; `backend` is "" where no backend can take them.
+
+    `tokens` is what the waiting ones ask for, prompts included. `oldest` is the waiting one that arrived first, None if
+    all run.
+    """
+
+    adapter: str
+    tenant: str
+    backend: str
+    waiting: int = 0
+    running: int = 0
+    tokens: int = 0
+    oldest: Request | None = None
+
+    def place(self) -> tuple[int, int, str, str, str]:
+        """Return what groups are sorted by. Requests are numbered in order of arrival."""
+        first = NEVER_NS if self.oldest is None else self.oldest.id
+        return first, -self.running, self.adapter, self.tenant, self.backend
+
+
+def matching(
+    state: State, adapter: str, backend: str, tenant: str | None, running: bool | None = None
+) -> Iterator[Request]:
+    """Yield requests in order of arrival, which is the order of their dict."""
+    for request in state.requests.values():
+        if running is not None and request.running is not running:
+            continue
+        if tenant is not None and request.view.tenant != tenant:
+            continue
+        if (not adapter or request.view.name == adapter) and (not backend or request.backend == backend):
+            yield request
+
+
+def groups_of(state: State, adapter: str = "", backend: str = "", tenant: str | None = None) -> list[Group]:
+    groups: Groups = {}
+    add_to_groups(groups, matching(state, adapter, backend, tenant))
+    return list(groups.values())
+
+
+Groups = dict[tuple[str, str, str], Group]
+"""By the name of the adapter, the tenant, and the backend."""
+
+
+def add_to_groups(groups: Groups, requests: Iterable[Request]) -> None:
+    """Count requests, which come in order of arrival, but not those that have ended meanwhile."""
+    for request in requests:
+        if request.settled:
+            continue
+        view = request.view
+        key = view.name, view.tenant, request.backend or ""
+        group = groups.get(key)
+        if group is None:
+            group = groups[key] = Group(*key)
+        if request.running:
+            group.running += 1
+            continue
+        group.waiting += 1
+        group.tokens += view.input_tokens + view.output_tokens_max
+        if group.oldest is None:
+            group.oldest = request
 
 
 @dataclass(frozen=True)
