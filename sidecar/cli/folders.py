@@ -32,8 +32,8 @@ def inspect(
 ) -> None:
     """Show the contents of a PEFT folder, its loss in each engine dtype, and which backends could serve it."""
     from sidecar.adapters.base_model import read_base_model
-    from sidecar.adapters.inspect import inspect as inspect_folder
     from sidecar.backends.registry import entries_of
+    from sidecar.cli.inspecting import inspect as inspect_folder
     from sidecar.serve.pool import facts_of
 
     backends = {} if config is None else facts_of(entries_of(resolve(config)))

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import msgspec
 
-from sidecar.core.facts import Misfit, Suspicion
+from sidecar.core.facts import Suspicion
+from sidecar.core.misfits import Misfit
 from sidecar.errors import Reason
+from sidecar.model.quote import Quote
 
 
 class _Cause(msgspec.Struct, frozen=True, tag=True, tag_field="!"):
-    """Fields named `text` quote an engine or the system. The sidecar shows them and reads nothing from them."""
+    """What ended a request."""
 
 
 class Said(_Cause, frozen=True):
     """The message of an error that was raised outside the core, by fronts, access or replicas."""
 
-    text: str
+    text: Quote
 
 
 # Not admitted.
@@ -139,7 +141,7 @@ class NotOwned(_Cause, frozen=True):
 
 
 class OwnerChanged(_Cause, frozen=True):
-    """Another replica has taken the backend over; `why` is what made it so."""
+    """Another replica has taken the backend over; `why` is a label of `ownership.enums.Why`."""
 
     backend: str
     why: str
@@ -152,7 +154,81 @@ class Moved(_Cause, frozen=True):
 class LeaseEnded(_Cause, frozen=True):
     """It was not sent: this replica's lease on the engine had ended."""
 
-    text: str
+    backend: str
+
+
+class NoOwner(_Cause, frozen=True):
+    """No replica owns the backend at the moment."""
+
+
+class NoMember(_Cause, frozen=True):
+    """The replica that had it is no member any more."""
+
+    replica: str
+
+
+class BackendDown(_Cause, frozen=True):
+    """Its backend at another replica is down."""
+
+    backend: str
+
+
+class ReplicaAway(_Cause, frozen=True):
+    """The connection to the replica that had it broke before its answer began."""
+
+    replica: str
+    text: Quote
+
+
+class Unowned(_Cause, frozen=True):
+    """No owner took it in time; `last` is why the last one gave it back."""
+
+    backend: str
+    last: Cause
+
+
+class ReplicaLost(_Cause, frozen=True):
+    """The replica that answered it was lost in the middle of the answer."""
+
+    replica: str
+    backend: str
+    text: Quote
+
+
+class BrokeOff(_Cause, frozen=True):
+    """The answer, which went past the sidecar, broke off on its way to the client."""
+
+    backend: str
+    text: Quote
+
+
+# This process, or another replica, failed.
+
+
+class Broken(_Cause, frozen=True):
+    """The sidecar raised an error on this request alone."""
+
+    text: Quote
+
+
+class SidecarFailed(_Cause, frozen=True):
+    """The process ends by an error that this request raised; `error` is the error's class."""
+
+    client_id: str
+    error: str
+
+
+class Crashed(_Cause, frozen=True):
+    """The process ends by an error of something else; `answering` if the answer had begun."""
+
+    answering: bool
+
+
+class Poisonous(_Cause, frozen=True):
+    """It was at each of these replicas when they crashed."""
+
+    client_id: str
+    replicas: tuple[str, ...]
 
 
 # Ended while it waited.
@@ -193,14 +269,14 @@ class ReachedTooLate(_Cause, frozen=True):
 class NotFetched(_Cause, frozen=True):
     """Its adapter's weights could not be brought."""
 
-    text: str
+    text: Quote
 
 
 class NotLoaded(_Cause, frozen=True):
     """The engine refused its adapter's weights, and no other takes them."""
 
     backend: str
-    text: str
+    text: Quote
 
 
 # Ended by its client, an operator, or the process.
@@ -234,7 +310,7 @@ class Stopped(_Cause, frozen=True):
 class Rejected(_Cause, frozen=True):
     """The engine refused the request."""
 
-    text: str
+    text: Quote
 
 
 class GivenUp(_Cause, frozen=True):
@@ -249,7 +325,7 @@ class FailedTwice(_Cause, frozen=True):
     """Its engine failed twice before the first token."""
 
     backend: str
-    text: str
+    text: Quote
 
 
 class Failed(_Cause, frozen=True):
@@ -257,14 +333,14 @@ class Failed(_Cause, frozen=True):
 
     backend: str
     tokens: int
-    text: str
+    text: Quote
 
 
 class Lost(_Cause, frozen=True):
     """It lost its backends one after the other before the first token, as many as a request visits."""
 
     backends: tuple[str, ...]
-    text: str
+    text: Quote
     visits_max: int
 
 
@@ -272,7 +348,7 @@ class LostMidway(_Cause, frozen=True):
     """Its backend was lost after the first token."""
 
     backend: str
-    text: str
+    text: Quote
 
 
 class Unobserved(_Cause, frozen=True):
@@ -282,9 +358,10 @@ class Unobserved(_Cause, frozen=True):
 Cause = (
     Said | NoAdapterNamed | UnknownAdapter | UnknownVersion | NotAllowed | ShuttingDown | Quarantined | UnknownClass
     | DeadlineBefore | QueueFull | WaitTooLong | DeadlineTooSoon | PromptTooLong | TooManySequences | NoBackend | Gone
-    | NotOwned | OwnerChanged | Moved | LeaseEnded | DeadlinePassed | NoneUp | WaitedTooLong | ReachedTooLate
-    | NotFetched | NotLoaded | CancelledByClient | Revoked | CancelledByOperator | ReadTooSlowly | Stopped | Rejected
-    | GivenUp | FailedTwice | Failed | Lost | LostMidway | Unobserved
+    | NotOwned | OwnerChanged | Moved | LeaseEnded | NoOwner | NoMember | BackendDown | ReplicaAway | Unowned
+    | ReplicaLost | BrokeOff | Broken | SidecarFailed | Crashed | Poisonous | DeadlinePassed | NoneUp | WaitedTooLong
+    | ReachedTooLate | NotFetched | NotLoaded | CancelledByClient | Revoked | CancelledByOperator | ReadTooSlowly
+    | Stopped | Rejected | GivenUp | FailedTwice | Failed | Lost | LostMidway | Unobserved
 )  # fmt: skip
 
 

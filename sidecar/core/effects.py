@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from policies.record import record
 from sidecar.core.causes import Cause
-from sidecar.core.enums import Cache, Outcome
-from sidecar.core.facts import Layout, Packed, Placed, Suspicion
+from sidecar.core.enums import Cache, Outcome, Voided
+from sidecar.core.facts import Layout, Packed, Suspicion
+from sidecar.core.misfits import Placed
 from sidecar.errors import Reason
 
 
@@ -125,7 +126,7 @@ class Settle:
     retry_after_ns: int | None = None
     bound_ns: int | None = None
     """The promised longest wait; None if nothing was promised or the promise is void."""
-    voided: str = ""
+    voided: Voided | None = None
     """Why the promise became void."""
     is_estimated: bool = False
     """`output_tokens` is an estimate, since the answer went past the sidecar."""

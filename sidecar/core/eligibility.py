@@ -13,14 +13,14 @@ from policies.record import record
 from policies.views import BASE, Hold, Waiting
 from sidecar.core.causes import NoBackend
 from sidecar.core.enums import Phase, Why
-from sidecar.core.facts import Misfit, misfit
+from sidecar.core.misfits import Drained, LoadRejected, Misfit, StoreTooSmall, misfit
 from sidecar.core.state import NEVER_NS, Backend, Request, State, Version
 
 
 def cannot_serve(state: State, backend: Backend, digest: str) -> Misfit | None:
     """Return why a backend can never serve a version as configured, drained or learned; None if it can."""
     if backend.draining:
-        return Misfit(backend.drain_word, f"it is {backend.drain_word}")
+        return Drained(runs=bool(backend.running))
     return unfit_for(state, backend, digest)
 
 
@@ -31,14 +31,10 @@ def unfit_for(state: State, backend: Backend, digest: str) -> Misfit | None:
     version = state.versions[digest]
     refused = version.refused_by.get(backend.id)
     if refused is not None:
-        return Misfit("rejected the load", f"its engine rejected the load: {refused}")
+        return LoadRejected(refused)
     packed = state.packed_for(digest, backend)
     if packed.size_bytes > state.config.store_bytes:
-        return Misfit(
-            "larger than the host store",
-            f"packed it takes {packed.size_bytes} bytes and the host store holds {state.config.store_bytes}; "
-            "raise store.memory_bytes",
-        )
+        return StoreTooSmall(packed.size_bytes, state.config.store_bytes)
     return state.misfit_of(digest, backend)
 
 

@@ -26,30 +26,6 @@ class Why(Enum):
     TENANT_CAP = "tenant cap"
     NEXT = "next"
 
-    @property
-    def because(self) -> str:
-        """The reason as a clause of a sentence; {places} are the backends where it holds, {names} the adapters."""
-        return BECAUSE[self]
-
-
-BECAUSE = {
-    Why.BACKEND_DOWN: "no backend that could serve is up",
-    Why.STALLED: "nothing comes from {places}",
-    Why.BACKING_OFF: "a pause is kept after a refusal by {places}",
-    Why.FETCHING: "weights of {names} are being fetched",
-    Why.STORE_FULL: "the host store has no room for {names}",
-    Why.LOADING: "weights of {names} are being loaded on {places}",
-    Why.HOST_CACHE_FULL: "the adapter host cache of {places} is full",
-    Why.SLOTS_BUSY: "all slots are busy on {places}",
-    Why.SEATS_FULL: "all seats are taken on {places}",
-    Why.KV_FULL: "the KV cache is full on {places}",
-    Why.PROBATION: "a first load of {names} is under way elsewhere",
-    Why.APART: "a suspect load of {names} on {places} is kept apart",
-    Why.GATED: "the ordering policy holds back on {places}",
-    Why.TENANT_CAP: "a tenant has its share of {places}",
-    Why.NEXT: "the turn on {places} has just come",
-}
-
 
 class Tier(Enum):
     """Where weights are kept on this host."""
@@ -94,35 +70,6 @@ class Voided(Enum):
     RUN_AGAIN = "run again"
     SHARES_CHANGED = "shares changed"
     UNTOLD = "end untold"
-
-
-VOID_BECAUSE = {
-    Voided.ADAPTER_LATE: "The adapter's weights came later than assumed.",
-    Voided.ANSWERS_LONGER: "Answers have become longer than those before, by which the bound was reckoned.",
-    Voided.BACKEND_ADDED: "A backend was added, and the host store no longer holds an adapter for every slot.",
-    Voided.BACKEND_LOST: "The engine was lost.",
-    Voided.BACKEND_SLOWED: (
-        "The engine's steps take longer than the bound assumed: *backend slower than assumed* in `sidecar queue` and "
-        "`sidecar top`. Until a pace is calibrated or learned it is a guess, so a first burst may show this although "
-        "nothing is wrong; later bounds rest on what was measured."
-    ),
-    Voided.BACKEND_STALLED: "Nothing came from the engine for a while.",
-    Voided.ENGINE_QUEUE_FULL: "The engine refused a request because its own queue was full.",
-    Voided.KEPT_APART: "The engine can't run base and adapter requests in one batch, and both kinds came.",
-    Voided.MOVED: "The request was moved to another backend.",
-    Voided.NO_BACKEND: "No backend that could serve was up.",
-    Voided.RUN_AGAIN: "The request was sent and had to be sent again.",
-    Voided.SHARES_CHANGED: "Tenants' weights were changed.",
-    Voided.UNTOLD: (
-        "A proxy carried an answer whose end was never reported, so it kept its seat until the sidecar asked the "
-        "engine. Or the engine got requests that this process did not send."
-    ),
-}
-
-
-def void_told(reason: str) -> str:
-    """Return why a promise is void, as views tell it; journals and metrics have the plain label."""
-    return "backend slower than assumed" if reason == Voided.BACKEND_SLOWED.value else reason
 
 
 class Fault(Enum):

@@ -11,6 +11,7 @@ from sidecar.core.config import CoreConfig
 from sidecar.core.enums import Fault, Seen
 from sidecar.core.facts import Adapter, EngineFacts
 from sidecar.errors import Reason
+from sidecar.model.quote import Quote
 
 
 @record(frozen=True, slots=True)
@@ -167,7 +168,7 @@ class BackendRemoved:
     """
 
     backend: str
-    cause: str
+    cause: Quote
     successor: BackendAdded | None = None
 
 
@@ -199,7 +200,10 @@ class BackendTaken:
 
 @record(frozen=True, slots=True)
 class BackendGivenUp:
-    """This replica no longer owns a backend's queue: nothing more may be sent there."""
+    """This replica no longer owns a backend's queue: nothing more may be sent there.
+
+    `cause` is a label of `ownership.enums.Why`.
+    """
 
     backend: str
     cause: str
@@ -234,13 +238,13 @@ class BackendProbed:
 
     backend: str
     alive: bool
-    text: str = ""
+    text: Quote = ""
 
 
 @record(frozen=True, slots=True)
 class BackendLost:
     backend: str
-    cause: str
+    cause: Quote
 
 
 @record(frozen=True, slots=True)
@@ -254,7 +258,7 @@ class FetchFailed:
 
     key: str
     reason: Reason
-    text: str
+    text: Quote
 
 
 @record(frozen=True, slots=True)
@@ -267,7 +271,7 @@ class Spilled:
 @record(frozen=True, slots=True)
 class SpillFailed:
     key: str
-    text: str
+    text: Quote
 
 
 @record(frozen=True, slots=True)
@@ -288,7 +292,7 @@ class LoadDone:
 class LoadFailed:
     load: int
     fault: Fault
-    text: str
+    text: Quote
 
 
 @record(frozen=True, slots=True)
@@ -320,7 +324,7 @@ class RunFailed:
     request: int
     attempt: int
     fault: Fault
-    text: str
+    text: Quote
     output_tokens: int = 0
 
 

@@ -1,4 +1,4 @@
-"""Facts about engines and adapter versions, and how the two fit.
+"""Facts about engines and adapter versions.
 
 The page arithmetic follows TensorRT-LLM's `peftCacheManager.cpp` and `loraCache.cpp`: a page holds one adapter of
 the optimal rank on all modules and layers, rows never span pages, page counts round up.
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 from policies.record import record
 from policies.views import BASE
-from sidecar.core.enums import Fate, Tier
 from sidecar.core.layout import DTYPE_BYTES as DTYPE_BYTES
-from sidecar.core.layout import FILES_LABEL, FUSED, WHOLE_MLP, Heads, fused_of, packed_rows, packed_size_bytes
+from sidecar.core.layout import FILES_LABEL, FUSED, Heads, fused_of, packed_rows, packed_size_bytes
 from sidecar.core.layout import Layout as Layout
 from sidecar.core.layout import Row as Row
 from sidecar.core.pace import Pace
+from sidecar.model.quote import Quote
 
 PACKER_REVISION = 1
 """Raise it whenever the same source and layout would give other packed bytes."""
@@ -237,14 +237,6 @@ def packed_for(adapter: Adapter, facts: EngineFacts, generation: int) -> Packed:
 BASE_PACKED = Packed(BASE, 0, 0, 0)
 
 
-@dataclass(frozen=True)
-class Misfit:
-    """Why an engine cannot serve an adapter: a short label for counting, and a sentence for people."""
-
-    short: str
-    sentence: str
-
-
 @record(frozen=True, slots=True)
 class Suspicion:
     """Why a version is quarantined: its first loads coincided with the loss of backends, or it `has_ended` one.
@@ -253,184 +245,5 @@ class Suspicion:
     """
 
     lost: tuple[str, ...]
-    text: str
+    text: Quote
     has_ended: bool = False
-
-
-@record(frozen=True, slots=True)
-class Placed:
-    """What became of an adapter's weights in a tier of this host or on a backend."""
-
-    fate: Fate
-    tier: Tier | None = None
-    backend: str = ""
-    is_pinned: bool = False
-    """The next use brings them back to stay."""
-    lingers: bool = False
-    """The engine forgets the name, and keeps the weights in its memory until it evicts them."""
-    names: tuple[str, ...] = ()
-    """Whose they are, where they are SHARED."""
-    misfit: Misfit | None = None
-    """Why the backend is UNFIT."""
-
-
-def misfit(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
-    """Return why an engine cannot serve an adapter, or None. A check whose facts are unknown is skipped."""
-    return (
-        _takes_none(facts)
-        or _wrong_base(adapter, facts)
-        or _wrong_rank(adapter, facts)
-        or _wrong_layers(adapter, facts)
-        or (None if facts.layout.files and not facts.canonical_files else _unpackable(adapter, facts))
-    )
-
-
-def _unpackable(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
-    """Return why an adapter cannot be packed or rewritten for an engine; one that reads any file needs neither."""
-    return (
-        _unknown_parts(adapter, facts)
-        or _wrong_heads(adapter, facts)
-        or _wrong_modules(adapter, facts)
-        or _too_large(adapter, facts)
-    )
-
-
-def _takes_none(facts: EngineFacts) -> Misfit | None:
-    if not facts.base_only:
-        return None
-    if facts.without_lora:
-        return Misfit(
-            "no LoRA",
-            "the engine was started so that it takes no adapters; start vLLM with --enable-lora and "
-            "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
-        )
-    return Misfit(
-        "base model only",
-        "the engine reads adapters from files and shares no folder with the sidecar, so it serves its base model only; "
-        "name a folder that both see with backends[].adapters_dir",
-    )
-
-
-def _wrong_base(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
-    if not facts.base_models or adapter.base_model in facts.base_models:
-        return None
-    if not adapter.base_model:
-        return Misfit(
-            "no base named",
-            f'its files name no base model and the engine serves "{facts.base_models[0]}"; if it was trained on that, '
-            "register it with --base and this name",
-        )
-    return Misfit(
-        "other base",
-        f'it was trained on "{adapter.base_model}" and the engine serves "{facts.base_models[0]}"; '
-        "if they are the same model, list the name under the backend's base_model.aliases or register it with --base",
-    )
-
-
-def _wrong_rank(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
-    rank = facts.layout.padded(adapter.rank_max)
-    if facts.rank_max is None or rank <= facts.rank_max:
-        return None
-    return Misfit(
-        f"max rank {facts.rank_max} < {rank}",
-        f"its rank is {rank} and the engine takes at most {facts.rank_max}; give the engine a larger max_lora_rank "
-        "where it is built or started, or train a smaller rank",
-    )
-
-
-def _unknown_parts(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
-    """Refuse to guess how a fused projection splits: a wrong cut gives wrong answers and no error."""
-    layout = facts.layout
-    for row in adapter.rows:
-        if row.module in FUSED and layout.fused is None:
-            missing = "modules"
-        elif row.module == "attn_qkv" and layout.heads is None:
-            missing = "heads"
-        elif layout.heads and row.module == "attn_qkv" and sum(layout.heads.dims) != row.out_dim:
-            return Misfit(
-                "other heads",
-                f'its fused "attn_qkv" gives {row.out_dim} values and the engine\'s q, k and v '
-                f"{' + '.join(map(str, layout.heads.dims))}; it was trained on a model of another shape",
-            )
-        else:
-            continue
-        return Misfit(
-            f"engine's {missing} unknown",
-            f'its "{row.module}" is fused and the engine\'s {missing} are not known, so its parts cannot be placed; '
-            "give the engine's config.json as backends[].engine.config",
-        )
-    return None
-
-
-def _wrong_heads(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
-    """Refuse fewer key-value heads than ranks: the engine then repeats heads, which equal pieces cannot express."""
-    if facts.kv_heads is None or facts.kv_heads % facts.tp == 0:
-        return None
-    if not frozenset(adapter.modules) & {"attn_qkv", "attn_k", "attn_v"}:
-        return None
-    return Misfit(
-        f"{facts.kv_heads} kv heads over tp {facts.tp}",
-        f"it adapts keys or values, and the engine spreads {facts.kv_heads} key-value heads over {facts.tp} ranks, so "
-        "their parts cannot be cut evenly; build the engine with a tp that divides them, or train on q and o only",
-    )
-
-
-def _wrong_modules(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
-    if facts.modules is None:
-        return None
-    layout = facts.layout
-    for whole in adapter.rows:
-        for row in packed_rows((whole,), layout):
-            if found := _wrong_module(whole, row, facts.modules.get(row.module)):
-                return found
-    return None
-
-
-def _wrong_module(whole: Row, row: Row, dims: tuple[int, int] | None) -> Misfit | None:
-    if dims is None:
-        return Misfit(
-            f"no module {row.module}",
-            f'it adapts "{row.module}", which the engine is without; have it in lora_target_modules where the engine '
-            "is built or started",
-        )
-    if dims == (row.in_dim, row.out_dim) or _is_whole_mlp(whole, row, dims):
-        return None
-    return Misfit(
-        f"other dims of {row.module}",
-        f'its "{row.module}" is {row.in_dim} → {row.out_dim} and the engine\'s is {dims[0]} → {dims[1]}; '
-        "it was trained on a model of another shape",
-    )
-
-
-def _is_whole_mlp(whole: Row, row: Row, dims: tuple[int, int]) -> bool:
-    """Return True if a row is gate and up in one, as in an engine whose config.json gives the size of one of them."""
-    has_both = whole.module == "mlp_gate_up" and row.module == WHOLE_MLP and row.out_dim == whole.out_dim
-    return has_both and dims == (row.in_dim, row.out_dim // 2)
-
-
-def _wrong_layers(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
-    last = max((row.layer for row in adapter.rows), default=0)
-    if facts.layers is None or last < facts.layers:
-        return None
-    return Misfit(
-        f"{facts.layers} layers ≤ {last}",
-        f"it adapts layer {last} and the engine has {facts.layers} layers; it was trained on a deeper model",
-    )
-
-
-def _too_large(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
-    size, limit = packed_size_bytes(adapter.rows, facts.layout), facts.message_bytes_max
-    if limit is not None and size > limit - MESSAGE_OVERHEAD_BYTES:
-        return Misfit(
-            "over the 2 GiB message cap",
-            f"its packed form takes {size} bytes and one gRPC message to the engine holds less than {limit}; share "
-            "/dev/shm with the engine (weights_transport: shared_memory), or train a smaller rank or fewer modules",
-        )
-    total, pages = facts.host_pages_total, pages_of(adapter.rows, facts)
-    if total is not None and pages > total:
-        return Misfit(
-            f"{total} host pages < {pages}",
-            f"it takes {pages} pages and the engine's adapter host cache has {total}; "
-            "raise lora_cache_host_memory_bytes",
-        )
-    return None

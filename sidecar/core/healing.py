@@ -248,7 +248,7 @@ def _lost(step: Step, request: Request, backend: Backend, text: str) -> None:
 
 def _not_owned(step: Step, request: Request, backend: Backend, text: str) -> None:
     """Give the request back: it was never sent, since the lease had ended."""
-    _fail(step, request, Reason.NOT_OWNER, causes.LeaseEnded(text))
+    _fail(step, request, Reason.NOT_OWNER, causes.LeaseEnded(backend.id))
 
 
 def _deadly(step: Step, request: Request, backend: Backend, text: str) -> None:

@@ -19,7 +19,8 @@ from sidecar.core.events import (
     PrefetchAsked,
     ReleaseAsked,
 )
-from sidecar.core.facts import Adapter, Placed, version_id
+from sidecar.core.facts import Adapter, version_id
+from sidecar.core.misfits import Placed
 from sidecar.core.state import Backend, Name, State, Version
 from sidecar.core.step import Step
 

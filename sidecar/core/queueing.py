@@ -158,8 +158,8 @@ def void_promise(step: Step, request: Request, why: Voided) -> bool:
     if request.promise is None:
         return False
     request.promise = None
-    request.voided = why.value
-    step.state.voided[why.value] = step.state.voided.get(why.value, 0) + 1
+    request.voided = why
+    step.state.voided[why] = step.state.voided.get(why, 0) + 1
     return True
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from sidecar.model.quote import Quote
+
 READ_LEAST, READ_KEPT = 5, 25
 """An engine has read so many prompts before it is judged by the next; the last 25 to 50 count."""
 
@@ -41,7 +43,7 @@ class Silence:
     """When it is checked next; 0 while nothing is in flight."""
     suspected: bool = False
     """It has been silent for too long, so nothing new is sent to it."""
-    found: str = ""
+    found: Quote = ""
     """What a probe found that confirms the suspicion."""
     excused: int = 0
     """Probes answered since it last reported by itself; each doubles the time that it may be silent."""

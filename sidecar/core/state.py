@@ -9,16 +9,18 @@ from dataclasses import dataclass, field, replace
 from policies.id_queue import IdQueue
 from policies.views import BASE, Ordering, Prefetch, Promise, Routing, Waiting
 from sidecar.core.config import CoreConfig
-from sidecar.core.enums import Cache, Phase
-from sidecar.core.facts import BASE_PACKED, Adapter, EngineFacts, Misfit, Packed, Suspicion, misfit, packed_for
+from sidecar.core.enums import Cache, Phase, Voided
+from sidecar.core.facts import BASE_PACKED, Adapter, EngineFacts, Packed, Suspicion, packed_for
 from sidecar.core.lateness import Lateness
 from sidecar.core.lengths import Answers, Lengths, Overrun
+from sidecar.core.misfits import Misfit, misfit
 from sidecar.core.outstanding import Outstanding
 from sidecar.core.pace import Runs, Yield
 from sidecar.core.prefetch_accounting import Guesses, PrefetchCounts, PrefetchedLoads
 from sidecar.core.shadow import EngineShadow
 from sidecar.core.silence import Silence
 from sidecar.core.store import StoreIndex
+from sidecar.model.quote import Quote
 
 NEVER_NS = 1 << 62
 
@@ -69,7 +71,7 @@ class Version:
     """A Load of it was in flight when an engine failed, so it is loaded alone."""
     lost_backends: list[str] = field(default_factory=list)
     quarantined: Suspicion | None = None
-    refused_by: dict[str, str] = field(default_factory=dict)
+    refused_by: dict[str, Quote] = field(default_factory=dict)
     """Backends whose engine rejected a Load of it, with the engine's message; forgotten when the backend restarts."""
     loads: dict[str, int] = field(default_factory=dict)
     """The Load in flight on each backend."""
@@ -99,7 +101,7 @@ class Request:
     promise: Promise | None = None
     counted: bool = False
     """It is counted in its backend's `outstanding`."""
-    voided: str = ""
+    voided: Voided | None = None
     """Why its promise no longer holds."""
     backend: str | None = None
     running: bool = False
@@ -433,7 +435,7 @@ class State:
     draining: bool = False
     waiting: Queued = field(default_factory=Queued)
     tenant_queued: dict[str, Queued] = field(default_factory=dict)
-    voided: dict[str, int] = field(default_factory=dict)
+    voided: dict[Voided, int] = field(default_factory=dict)
     """How many promises became void, by reason."""
     timers: list[tuple[int, int]] = field(default_factory=list)
     """A heap of (time, request id); request 0 only wakes the scheduler."""

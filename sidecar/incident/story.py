@@ -17,8 +17,8 @@ from sidecar.incident.witness import Routed
 from sidecar.journal.replay import Replayed
 from sidecar.telling import saying
 from sidecar.telling.endings import message_of
-from sidecar.telling.obstacles import in_the_way
 from sidecar.telling.timeline import AT_AN_ENGINE, NOT_JOURNALED, SENT, Timeline, Waits
+from sidecar.telling.waits import in_the_way
 
 
 class Story:
@@ -135,8 +135,8 @@ class Story:
         line = self.timeline
         if request.promise is not None:
             line.promised_ns = request.promise.bound_ns
-        if request.voided and not line.voided:
-            line.voided = request.voided
+        if request.voided is not None and not line.voided:
+            line.voided = request.voided.value
             self._waits.moment(now_ns, *saying.voided(request.voided))
 
     def _own_event(self, event: ev.Event, now_ns: int) -> None:
@@ -188,11 +188,12 @@ class Story:
 
     def _settled(self, settle: do.Settle, now_ns: int) -> None:
         self._waits.end(now_ns)
-        self._waits.moment(now_ns, "ended", saying.ended(settle))
+        message = message_of(settle)
+        self._waits.moment(now_ns, "ended", saying.ended(settle, message))
         line = self.timeline
         line.ended_ns, line.output_tokens, line.outcome = now_ns, settle.output_tokens, settle.outcome.value
         line.reason = settle.reason.value if settle.reason is not None else ""
-        line.message = message_of(settle)
+        line.message = message
         self.over = True
 
     def _ask_core(self, step: Replayed, state: State, request: Request) -> None:

@@ -15,7 +15,7 @@ from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.enums import Outcome
 from sidecar.model.reference import Reference
-from sidecar.telling.endings import message_of
+from sidecar.telling.endings import message_of, told
 from sidecar.telling.record import PASSED_ON, GivenBack, News, PassedOn, Queued, QueuedAgain, Record, timeline_of
 from sidecar.telling.timeline import AT_AN_ENGINE, Moment, Period
 
@@ -206,7 +206,7 @@ class Spans:
         ended_ns, sent = leg.failed_ns or at_ns, leg.sent
         failure = leg.failure
         if isinstance(end, GivenBack):
-            failure = end.why
+            failure = told(end.why)
         elif isinstance(end, QueuedAgain) and not failure:
             failure = "the engine was lost"
         elif isinstance(end, do.Settle) and end.outcome not in (Outcome.OK, Outcome.CANCELLED):

@@ -16,8 +16,8 @@ class Purpose(Enum):
 class Why(Enum):
     """Why a backend's queue is given up. Runs in flight continue; requests without a token may be sent elsewhere."""
 
-    LEASE_ENDED = "the lease ended and could not be renewed"
-    TAKEN = "another member holds the lease"
-    MOVED = "another member is preferred"
-    DRAINING = "this member drains"
-    GONE = "it is gone"
+    LEASE_ENDED = "lease ended"
+    TAKEN = "taken"
+    MOVED = "moved"
+    DRAINING = "draining"
+    GONE = "gone"

@@ -13,8 +13,8 @@ from google.protobuf.message import Message
 from sidecar.backends.api import Payload, Reply, Ticket
 from sidecar.backends.buffers import AnswerBuffers
 from sidecar.config.identities import REQUEST_ID, is_fit
+from sidecar.core import causes
 from sidecar.core.admission import name_in
-from sidecar.core.causes import Said, ShuttingDown
 from sidecar.core.effects import Dispatch, Settle
 from sidecar.errors import Reason, Refused
 from sidecar.proto import peers_pb2
@@ -188,20 +188,21 @@ class Answers:
     def _begin(self, request: Any) -> None:
         facts = forms.facts_of(request)
         if self._gateway.state.draining:  # the core would count a refusal, but another owner may still answer it
-            ending = ended(0, facts, Reason.DRAINING, ShuttingDown(), request.backend)
+            ending = ended(0, facts, Reason.DRAINING, causes.ShuttingDown(), request.backend)
             self._refuse(request.number, ending)
             return
         try:
             payload = forms.payload_of(request)
             self._gateway.submit_here(facts, lambda number: self._ticket(number, payload, request))
         except Refused as refused:
-            ending = ended(0, facts, refused.reason, Said(refused.message), request.backend, refused.retry_after_s)
+            ending = ended(
+                0, facts, refused.reason, causes.Said(refused.message), request.backend, refused.retry_after_s
+            )
             self._refuse(request.number, ending)
         except Exception as error:  # a malformed request must not end the others on this call
             called = request.client_id if is_fit(REQUEST_ID, request.client_id) else ""
             logger.exception("a request (id %s) that another replica passed on cannot be read", called)
-            message = f"the sidecar failed: {error}"
-            ending = ended(0, facts, Reason.BACKEND_FAILED, Said(message), request.backend)
+            ending = ended(0, facts, Reason.BACKEND_FAILED, causes.Broken(str(error)), request.backend)
             self._refuse(request.number, ending)
             named = replace(ending, name=name_in(self._gateway.state, facts.adapter))
             self._gateway.driver.show_endings([named])

@@ -14,7 +14,8 @@ from google.protobuf.message import DecodeError
 from sidecar.backends.api import Ending, Sighting, Ticket, Unseen
 from sidecar.backends.openai.events import DONE, END_OF_EVENT, EVENT, prompt_bytes, prompt_tokens
 from sidecar.backends.unseen import QUIET_S, Read
-from sidecar.core.causes import CancelledByClient, Cause, Said, Unobserved
+from sidecar.core import causes
+from sidecar.core.causes import Cause
 from sidecar.core.effects import Settle
 from sidecar.core.enums import outcome_of
 from sidecar.errors import Reason
@@ -24,7 +25,6 @@ from sidecar.replicas.call import ForwardCall
 from sidecar.replicas.carrying import carry, sighting_sent
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.requests import RequestFacts
-from sidecar.telling.endings import message_of
 
 AGAIN = frozenset({Reason.NOT_OWNER, Reason.DRAINING, Reason.CRASHED})
 """Reasons with which an owner gives a request back; another owner may then get it."""
@@ -58,7 +58,7 @@ class Owner(Enum):
 class GivenBack:
     """A request that an owner gave back before the first token: another owner may get it."""
 
-    why: str
+    why: Cause
     owner: Owner = Owner.SOUND
 
 
@@ -118,7 +118,7 @@ class Forward:
         """Let the owner count no ending of the request: this replica ends it and counts that."""
         self._is_taken_back = True
 
-    def take_back(self, why: str) -> None:
+    def take_back(self, why: Cause) -> None:
         """Take the request back from its owner, unless its answer has begun."""
         if not self._has_begun and not self._end.done():
             self._is_taken_back = True
@@ -144,7 +144,7 @@ class Forward:
             return
         if not self._has_begun:
             is_suspect = broke_off and monotonic() - self._busy_s < SUSPECT_S
-            self._ended(GivenBack(f"replica {self.owner}: {why}", Owner.SILENT if is_suspect else Owner.SOUND))
+            self._ended(GivenBack(causes.ReplicaAway(self.owner, why), Owner.SILENT if is_suspect else Owner.SOUND))
             return
         if self._goes_on:
             self._is_orphaned = True  # the answer goes on without its owner, and the proxy tells us its end
@@ -155,12 +155,8 @@ class Forward:
             self._gateway.end_here(self._ticket, self._facts, None, None, self.backend)
             self._ended(None)
             return
-        name = self._facts.adapter or "base model"
-        message = (
-            f"{name}: the replica {self.owner} that answered for {self.backend} was lost in the middle: {why}; an "
-            "answer that has begun is never repeated, so send the request again if you want a new one"
-        )
-        self._gateway.end_here(self._ticket, self._facts, Reason.BACKEND_FAILED, Said(message), self.backend)
+        cause = causes.ReplicaLost(self.owner, self.backend, why)
+        self._gateway.end_here(self._ticket, self._facts, Reason.BACKEND_FAILED, cause, self.backend)
         self._ended(None)
 
     def _ended(self, given: GivenBack | None) -> None:
@@ -240,14 +236,12 @@ class Forward:
 
     def _end_orphan(self, last: Sighting) -> None:
         """End a request by what was seen last of its answer, which went past us; its owner is gone."""
-        name = self._facts.adapter or "base model"
-        broke_off = f"{name}: the answer of {self.backend} broke off on its way to the client: {last.cause}"
         endings: dict[Ending | None, tuple[Reason | None, Cause | None]] = {
             Ending.WHOLE: (None, None),
-            Ending.CLIENT_LEFT: (Reason.CANCELLED, CancelledByClient()),
-            Ending.LOST: (Reason.UNOBSERVED, Unobserved()),
+            Ending.CLIENT_LEFT: (Reason.CANCELLED, causes.CancelledByClient()),
+            Ending.LOST: (Reason.UNOBSERVED, causes.Unobserved()),
         }
-        how = endings.get(last.ending, (Reason.BACKEND_FAILED, Said(broke_off)))
+        how = endings.get(last.ending, (Reason.BACKEND_FAILED, causes.BrokeOff(self.backend, last.cause)))
         ending = self._gateway.ending_of(self._ticket, self._facts, *how, self.backend)
         self._gateway.end_by(self._ticket, replace(ending, output_tokens=self._estimate(last), is_estimated=True))
         self._ended(None)
@@ -267,7 +261,7 @@ class Forward:
         ticket = self._ticket
         settled = forms.settle_of(ticket.request, self._facts, self.backend, sent)
         if settled.reason in AGAIN and not self._has_begun:
-            return GivenBack(message_of(settled), _owner_that(settled.reason, sent.is_bystander))
+            return GivenBack(settled.cause or causes.NoOwner(), _owner_that(settled.reason, sent.is_bystander))
         ticket.rejected_with = forms.rejection_of(sent)
         self._gateway.made.learn(ticket, settled)
         ticket.settle(self._gateway.for_client(settled, ticket))

@@ -10,14 +10,13 @@ from math import inf
 from time import monotonic
 
 from sidecar.backends.api import Ticket
-from sidecar.core import admission
-from sidecar.core.causes import Cause, Declined, Said
+from sidecar.core import admission, causes
+from sidecar.core.causes import Cause, Declined
 from sidecar.errors import Reason, Refused
 from sidecar.replicas.board import JOINING, SERVING, Board
 from sidecar.replicas.call import ForwardCall
 from sidecar.replicas.forwarding import Forward, GivenBack
 from sidecar.replicas.suspicion import Suspicion, Verdict
-from sidecar.shell.crash import poisonous
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.requests import PassedOn, RequestFacts
 
@@ -37,7 +36,8 @@ class Trip:
     came_s: float
     until_s: float
     task: asyncio.Task[None] | None = None
-    why: str = "no replica owns it at the moment"
+    why: Cause = field(default_factory=causes.NoOwner)
+    """Why the last owner gave it back, or none has it."""
     backend: str = ""
     """The backend that it waits for in our own core."""
     moves: int = 0
@@ -169,8 +169,7 @@ class Router:
             broken = "request %s (id %s) broke on its way to another replica"
             logger.exception(broken, ticket.request, ticket.client_id)
             if ticket.settled is None:
-                message = f"the sidecar failed: {error}"
-                self._gateway.end_here(ticket, trip.facts_now(), Reason.BACKEND_FAILED, Said(message))
+                self._gateway.end_here(ticket, trip.facts_now(), Reason.BACKEND_FAILED, causes.Broken(str(error)))
 
     async def _until_answered(self, ticket: Ticket, trip: Trip, after_s: float) -> None:
         """Forward a request to one owner after another until one keeps it or the time is up."""
@@ -179,11 +178,11 @@ class Router:
         while True:
             verdict = trip.suspicion.verdict(self._board, self._is_member)
             if verdict is Verdict.POISONOUS:
-                message = poisonous(ticket, trip.suspicion.suspected_of)
-                self._gateway.end_here(ticket, trip.facts_now(), Reason.POISONOUS, Said(message))
+                cause = causes.Poisonous(ticket.client_id[:128], tuple(trip.suspicion.suspected_of))
+                self._gateway.end_here(ticket, trip.facts_now(), Reason.POISONOUS, cause)
                 return
             if verdict is Verdict.ENOUGH:
-                self._gateway.end_here(ticket, trip.facts_now(), Reason.CRASHED, Said(trip.why))
+                self._gateway.end_here(ticket, trip.facts_now(), Reason.CRASHED, trip.why)
                 return
             backend = self._pick(trip.facts)
             owner = None if backend is None or verdict is Verdict.WAIT else self._board.owner_of(backend)
@@ -207,8 +206,7 @@ class Router:
             await asyncio.sleep(min(pause_s, max(0.0, trip.until_s - monotonic())))
             pause_s = min(AGAIN_S_MAX, 2 * pause_s)
         self.unowned += 1
-        message = f"{backend}: {trip.why}; send the request again"
-        self._gateway.end_here(ticket, trip.facts_now(), Reason.NOT_OWNER, Said(message), backend)
+        self._gateway.end_here(ticket, trip.facts_now(), Reason.NOT_OWNER, causes.Unowned(backend, trip.why), backend)
 
     async def _forward_once(self, ticket: Ticket, forward: Forward, call: ForwardCall) -> GivenBack | None:
         self._forwards[ticket] = forward
@@ -221,7 +219,7 @@ class Router:
         """Take back the requests that a former member has not begun to answer."""
         for forward in self._forwards.values():
             if forward.owner == member:
-                forward.take_back("it is no member any more")
+                forward.take_back(causes.NoMember(member))
 
     def look(self) -> None:
         """Move requests that wait for an engine that is down to a serving one.
@@ -237,7 +235,7 @@ class Router:
                 continue
             forward = self._forwards.get(ticket)
             if forward is not None and self._may_move(trip, forward.backend):
-                forward.take_back(f"{forward.backend} is down")
+                forward.take_back(causes.BackendDown(forward.backend))
             elif ticket.request in self._gateway.state.unrouted and self._may_move(trip, trip.backend):
                 self._gateway.withdraw(ticket)
                 self._start_forwarding(ticket, trip)
@@ -268,7 +266,9 @@ class Router:
             self._gateway.admit_again(ticket, trip.facts_now(backend))
         except Refused as refused:
             # The driver has counted it.
-            ticket.settle(self._gateway.ending_of(ticket, trip.facts_now(), refused.reason, Said(refused.message)))
+            ticket.settle(
+                self._gateway.ending_of(ticket, trip.facts_now(), refused.reason, causes.Said(refused.message))
+            )
 
     def _pick(self, facts: RequestFacts) -> str | None:
         """Return the backend for a request, or None if our own core must refuse or hold it."""

@@ -21,7 +21,7 @@ from sidecar.adapters.names import check_name, is_base_name, shown
 from sidecar.adapters.origins.allowing import AllowList
 from sidecar.core import events as ev
 from sidecar.core.admission import unknown_adapter
-from sidecar.core.facts import Placed
+from sidecar.core.misfits import Placed
 from sidecar.core.operators import gone_from, holders_of
 from sidecar.core.state import State, Version
 from sidecar.errors import Invalid, Reason, Refused

@@ -24,7 +24,8 @@ from sidecar.core import effects as do
 from sidecar.core import eligibility
 from sidecar.core import events as ev
 from sidecar.core.admission import with_name
-from sidecar.core.enums import Phase, Why
+from sidecar.core.causes import Cause
+from sidecar.core.enums import Phase, Voided, Why
 from sidecar.core.facts import version_of_key
 from sidecar.core.state import Request, State
 from sidecar.errors import Misused, Reason
@@ -32,7 +33,6 @@ from sidecar.shell.requests import RequestFacts
 from sidecar.telling import saying
 from sidecar.telling.asking import Meant, also_an_id_note, asked_for, same_id_note
 from sidecar.telling.durations import readable
-from sidecar.telling.obstacles import in_the_way
 from sidecar.telling.record import (
     AnswerBegun,
     CameBack,
@@ -51,6 +51,7 @@ from sidecar.telling.record import (
 )
 from sidecar.telling.timeline import SLOW_NS, Timeline
 from sidecar.telling.verdict import silence
+from sidecar.telling.waits import in_the_way
 
 logger = logging.getLogger(__name__)
 
@@ -271,8 +272,8 @@ class Chronicle:
             record.place = place
             self._add(record, now_ns, Queued(place, self._note(request, now_ns)))
 
-    def _see_promise(self, record: Record, voided: str, now_ns: int) -> None:
-        if voided and not record.is_voided:
+    def _see_promise(self, record: Record, voided: Voided | None, now_ns: int) -> None:
+        if voided is not None and not record.is_voided:
             record.is_voided = True
             self._add(record, now_ns, PromiseVoided(voided))
 
@@ -484,7 +485,7 @@ class Chronicle:
         if (record := self._open.get(ticket.request)) is not None:
             self._add(record, self._clock_ns(), AnswerBegun())
 
-    def given_back(self, ticket: Ticket, why: str) -> None:
+    def given_back(self, ticket: Ticket, why: Cause) -> None:
         if (record := self._open.get(ticket.request)) is not None:
             record.is_elsewhere = False
             self._add(record, self._clock_ns(), GivenBack(why))

@@ -10,7 +10,8 @@ import logging
 from collections.abc import Callable, Sequence
 
 from sidecar.backends.api import Ticket
-from sidecar.core.causes import Said
+from sidecar.core import causes
+from sidecar.core.causes import Cause
 from sidecar.core.effects import Settle
 from sidecar.core.enums import outcome_of
 from sidecar.core.state import State
@@ -61,7 +62,7 @@ def last_ending(ticket: Ticket, raised: Raised, state: State, owners: Sequence[s
     `owners` are the replicas that may have crashed on it before. The request on which this process crashed must not be
     sent again. If that is unknown, neither must one that was with another replica when that crashed.
     """
-    reason, message = _why(ticket, raised, owners)
+    reason, cause = _why(ticket, raised, owners)
     known, facts, dispatch = state.requests.get(ticket.request), ticket.facts, ticket.dispatch
     return Settle(
         ticket.request,
@@ -73,36 +74,18 @@ def last_ending(ticket: Ticket, raised: Raised, state: State, owners: Sequence[s
         facts.input_tokens,
         ticket.tokens,
         reason=reason,
-        cause=None if reason is None else Said(message),
+        cause=cause,
         backend="" if dispatch is None else dispatch.backend,
     )
 
 
-def _why(ticket: Ticket, raised: Raised, owners: Sequence[str]) -> tuple[Reason | None, str]:
+def _why(ticket: Ticket, raised: Raised, owners: Sequence[str]) -> tuple[Reason, Cause] | tuple[None, None]:
     if ticket.came is not None and ticket.came.final:
-        return None, ""
+        return None, None
     if ticket.request == raised.request:
-        return Reason.SIDECAR_FAILED, (
-            f"the sidecar failed on this request{_named(ticket)}, with {type(raised.error).__name__}, and ends; do not "
-            "send it again as it is: it may end the next one too. The sidecar's log and journal say more"
-        )
+        return Reason.SIDECAR_FAILED, causes.SidecarFailed(ticket.client_id[:128], type(raised.error).__name__)
     if ticket.came is not None:
-        return Reason.BACKEND_FAILED, (
-            "the sidecar failed in the middle of the answer, on something else; an answer that has begun is never "
-            "repeated, so send the request again if you want a new one"
-        )
+        return Reason.BACKEND_FAILED, causes.Crashed(answering=True)
     if owners and raised.request is None:
-        return Reason.POISONOUS, poisonous(ticket, (*owners, "this one"))
-    return Reason.CRASHED, "the sidecar failed before anything of the answer had come; send the request again"
-
-
-def poisonous(ticket: Ticket, owners: Sequence[str]) -> str:
-    """Return the message for a request that is given to no further replica."""
-    return (
-        f"this request{_named(ticket)} was at each of the replicas {', '.join(owners)} when it crashed, and may be the "
-        "cause; no other replica gets it. Their logs give the cause"
-    )
-
-
-def _named(ticket: Ticket) -> str:
-    return f" ({ticket.client_id[:128]})" if ticket.client_id else ""
+        return Reason.POISONOUS, causes.Poisonous(ticket.client_id[:128], (*owners, "this one"))
+    return Reason.CRASHED, causes.Crashed(answering=False)

@@ -11,10 +11,12 @@ from sidecar.adapters.names import shown
 from sidecar.backends.registry import base_names, is_base_model
 from sidecar.core import events as ev
 from sidecar.core.effects import Effect
-from sidecar.core.facts import Adapter, misfit
+from sidecar.core.facts import Adapter
 from sidecar.core.layout import packed_size_bytes
+from sidecar.core.misfits import misfit
 from sidecar.core.state import State
 from sidecar.errors import Invalid, Reason
+from sidecar.telling.misfits import sentence
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +63,7 @@ def _fits_a_backend(name: str, adapter: Adapter, state: State) -> None:
         first, backend = unfit[0], next(iter(state.backends))
         assert first is not None
         raise Invalid(
-            Reason.ADAPTER_MISMATCH, f"{name}: no backend can serve it. {backend}: {first.sentence}", adapter=name
+            Reason.ADAPTER_MISMATCH, f"{name}: no backend can serve it. {backend}: {sentence(first)}", adapter=name
         )
 
 

@@ -66,7 +66,6 @@ EARLIER_S_MAX = 3600.0
 """How long files of an earlier process may stay: no answer takes so long."""
 ABANDON_S = TOLD_S = 1.0
 """Time that a crashed process gives its engines, and its clients; for everything it has `cli.serving.CRASH_S`."""
-LEASE_ENDED = "this replica's lease had ended before the request was sent; send it again"
 
 
 class Gateway:
@@ -539,7 +538,7 @@ class Gateway:
 
     def _load(self, effect: do.Load) -> None:
         if self._has_lost(effect.backend):
-            self.driver.post(ev.LoadFailed(effect.load, Fault.NOT_OWNED, LEASE_ENDED))
+            self.driver.post(ev.LoadFailed(effect.load, Fault.NOT_OWNED, ""))
             return
         self.backends[effect.backend].load(effect, self.store.lease(effect.packed.key))
 
@@ -548,8 +547,7 @@ class Gateway:
 
     def _dispatch(self, effect: do.Dispatch) -> None:
         if self._has_lost(effect.backend):
-            text = f"{effect.backend}: {LEASE_ENDED}"
-            self.driver.post(ev.RunFailed(effect.request, effect.attempt, Fault.NOT_OWNED, text))
+            self.driver.post(ev.RunFailed(effect.request, effect.attempt, Fault.NOT_OWNED, ""))
             return
         ticket = self.tickets.get(effect.request)
         if ticket is None:  # its client has just left; that event is next

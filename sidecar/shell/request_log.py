@@ -81,7 +81,7 @@ def ending_fields(record: Record, settle: Settle) -> Fields:
         "cache": dispatch.cache.value if dispatch is not None else "",
         "queue_ms": round(settle.queue_ns / 1e6, 3),
         "bound_ms": round(settle.bound_ns / 1e6, 3) if settle.bound_ns is not None else None,
-        "voided": settle.voided,
+        "voided": settle.voided.value if settle.voided is not None else "",
         "load_ms": round(dispatch.load_ns / 1e6, 3) if dispatch is not None else 0.0,
         "heals": dispatch.heals if dispatch is not None else 0,
         "input_tokens": settle.input_tokens,

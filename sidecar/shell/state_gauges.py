@@ -67,7 +67,7 @@ def _queued(state: State) -> Samples:
 
 
 def _voided(state: State) -> Samples:
-    return [((reason,), count) for reason, count in state.voided.items()]
+    return [((reason.value,), count) for reason, count in state.voided.items()]
 
 
 def _predicted_waits(state: State) -> Samples:

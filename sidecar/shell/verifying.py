@@ -32,6 +32,7 @@ from sidecar.shell.evidence import Answers, Evidence, Prompt, Reply
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.verdicts import Check, checks_of
 from sidecar.state.records import Record, Version
+from sidecar.telling.misfits import sentence
 
 NO_BASE = "this sidecar refuses requests that name no adapter (base_requests: refuse)"
 FAILURES_MAX = 2
@@ -153,7 +154,7 @@ class Verification:
         """Return why a backend cannot be asked, "" if it can. Raises Misused for an unknown backend."""
         unfit = eligibility.cannot_serve(self._gateway.state, self._gateway.known_backend(backend), version)
         if unfit is not None:
-            return unfit.sentence
+            return sentence(unfit)
         if not self._is_up(backend):
             return f"it is down: {self._gateway.backends[backend].detail()}"
         return ""

@@ -15,6 +15,7 @@ from sidecar.core.effects import Settle
 from sidecar.core.facts import Suspicion
 from sidecar.errors import Reason, Refused
 from sidecar.telling.durations import readable
+from sidecar.telling.misfits import label, reason, sentence
 
 ADD_BACKEND = 'name one under "backends" or with --backend triton://HOST:PORT, or add it with "sidecar backends add"'
 NEVER_REPEATED = "an answer that has begun is never repeated, so send the request again if you want a new one"
@@ -111,10 +112,11 @@ def _no_backend(cause: causes.NoBackend, voice: Voice) -> str:
     """Count the reasons: "0 of 7 backends can serve it: 5 max rank 32 < 64, 2 other base. b0: its rank is 64 …"."""
     is_client = voice is Voice.CLIENT
     if cause.unfit:
-        counts = Counter(unfit.short for _, unfit in cause.unfit)
+        counts = Counter(label(unfit) for _, unfit in cause.unfit)
         reasons = ", ".join(f"{count} {short}" for short, count in counts.items())
         backend, first = cause.unfit[0]
-        return "{name}: 0 of {backends} backends can serve it: " + _literal(f"{reasons}. {backend}: {first.sentence}.")
+        what = f"{reason(first)}; ask your operator" if is_client else sentence(first)
+        return "{name}: 0 of {backends} backends can serve it: " + _literal(f"{reasons}. {backend}: {what}.")
     if cause.backends:
         way_out = "ask your operator which take it" if is_client else '"sidecar backends list" shows them'
         return "{name}: no backend that the request may go to is configured; " + way_out
@@ -143,6 +145,48 @@ def _stopped(cause: causes.Stopped, voice: Voice) -> str:
     if cause.answering:
         return f"the sidecar stops, and waits no longer for the rest of the answer; {NEVER_REPEATED}"
     return "the sidecar stops, and waits no longer for the answer; send the request again"
+
+
+def _owner_changed(cause: causes.OwnerChanged, voice: Voice) -> str:
+    return f"{{backend}} is another replica's now ({_GIVEN_UP[cause.why]}); send the request again"
+
+
+def _unowned(cause: causes.Unowned, voice: Voice) -> str:
+    return f"{{backend}}: {_literal(told(cause.last, voice=voice))}; send the request again"
+
+
+def _sidecar_failed(cause: causes.SidecarFailed, voice: Voice) -> str:
+    return (
+        f"the sidecar failed on this request{_id(cause.client_id)}, with {{error}}, and ends; do not send it again as "
+        "it is: it may end the next one too. The sidecar's log and journal say more"
+    )
+
+
+def _crashed(cause: causes.Crashed, voice: Voice) -> str:
+    if cause.answering:
+        return f"the sidecar failed in the middle of the answer, on something else; {NEVER_REPEATED}"
+    return "the sidecar failed before anything of the answer had come; send the request again"
+
+
+def _poisonous(cause: causes.Poisonous, voice: Voice) -> str:
+    return (
+        f"this request{_id(cause.client_id)} was at each of the replicas {{replicas}} when it crashed, and may be the "
+        "cause; no other replica gets it. Their logs give the cause"
+    )
+
+
+def _id(client_id: str) -> str:
+    return f" ({_literal(client_id)})" if client_id else ""
+
+
+_GIVEN_UP = {
+    "lease ended": "the lease ended and could not be renewed",
+    "taken": "another member holds the lease",
+    "moved": "another member is preferred",
+    "draining": "this member drains",
+    "gone": "it is gone",
+}
+"""Why a replica gives a backend up, by the label of `ownership.enums.Why`."""
 
 
 def _literal(text: str) -> str:
@@ -180,9 +224,22 @@ _PHRASES: dict[type[Cause], str | Callable[[Any, Voice], str]] = {
     causes.NoBackend: _no_backend,
     causes.Gone: "{only}: not known here, or not any more; send the request again",
     causes.NotOwned: "{backends}: another replica's; send the request there",
-    causes.OwnerChanged: "{backend} is another replica's now ({why}); send the request again",
+    causes.OwnerChanged: _owner_changed,
     causes.Moved: "another replica sees to the request",
-    causes.LeaseEnded: "{text}",
+    causes.LeaseEnded: "{backend}: this replica's lease had ended before the request was sent; send it again",
+    causes.NoOwner: "no replica owns it at the moment",
+    causes.NoMember: "it is no member any more",
+    causes.BackendDown: "{backend} is down",
+    causes.ReplicaAway: "replica {replica}: {text}",
+    causes.Unowned: _unowned,
+    causes.ReplicaLost: (
+        "{name}: the replica {replica} that answered for {backend} was lost in the middle: {text}; " + NEVER_REPEATED
+    ),
+    causes.BrokeOff: "{name}: the answer of {backend} broke off on its way to the client: {text}",
+    causes.Broken: "the sidecar failed: {text}",
+    causes.SidecarFailed: _sidecar_failed,
+    causes.Crashed: _crashed,
+    causes.Poisonous: _poisonous,
     causes.DeadlinePassed: _deadline_passed,
     causes.NoneUp: (
         "{name}: the request waited {waited_ns} and no backend that could serve it was up; send it again later"

@@ -15,6 +15,7 @@ from sidecar.core.store import Entry
 from sidecar.proto import admin_pb2
 from sidecar.telling.durations import readable
 from sidecar.telling.endings import quarantined
+from sidecar.telling.misfits import sentence
 from sidecar.telling.naming import called
 
 
@@ -105,7 +106,7 @@ def _copy(tier: str, key: str, entry: Entry) -> Any:
 def _residency(state: State, backend: Backend, digest: str, now_ns: int) -> Any:
     """Return what is believed of a version on a backend, and on what evidence."""
     misfit = eligibility.cannot_serve(state, backend, digest)
-    shown = admin_pb2.Residency(backend=backend.id, tier="absent", unfit="" if misfit is None else misfit.sentence)
+    shown = admin_pb2.Residency(backend=backend.id, tier="absent", unfit="" if misfit is None else sentence(misfit))
     load = state.versions[digest].loads.get(backend.id)
     if load is not None:
         shown.tier, shown.source, since_ns = "loading", "load", state.loads[load].begun_ns

@@ -11,11 +11,12 @@ from typing import Any
 
 from policies.at_most import at_most
 from sidecar.core import eligibility
-from sidecar.core.enums import Why, void_told
+from sidecar.core.enums import Why
 from sidecar.core.state import Request, State
 from sidecar.proto import admin_pb2
 from sidecar.telling.groups import Group, groups_of, matching
 from sidecar.telling.verdict import NOTHING, Beyond, Waiting, verdict_of
+from sidecar.telling.waits import void_label
 
 EXAMINED_MAX = 1_000
 """Requests of one view whose reason to wait is computed, oldest first."""
@@ -77,7 +78,7 @@ def waiting_message(request: Request, why: Why, now_ns: int) -> Any:
         waited_s=(now_ns - view.arrived_ns) / 1e9,
         bound_s=0.0 if promise is None else promise.bound_ns / 1e9,
         expires_s=(request.expires_ns - view.arrived_ns) / 1e9,
-        voided=void_told(request.voided),
+        voided=void_label(request.voided),
         why=why.value,
         **{"class": view.klass},  # a keyword of Python's
     )

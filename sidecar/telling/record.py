@@ -7,7 +7,7 @@ reason that came and went between two looks is missing here; a replay of the jou
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 from policies.record import record
 from sidecar.core import effects as do
 from sidecar.core import events as ev
-from sidecar.core.causes import Said
-from sidecar.core.enums import Why
+from sidecar.core.causes import Cause
+from sidecar.core.enums import Voided, Why
 from sidecar.model.reference import Reference
 from sidecar.telling import saying
-from sidecar.telling.endings import message_of
+from sidecar.telling.endings import message_of, told
 from sidecar.telling.timeline import AT_AN_ENGINE, FIRST_TOKEN, SENT, Timeline, Waits
+from sidecar.telling.waits import because
 
 NOT_LOOKED_AT = "not looked at"
 """The reason of a wait so long ago, or so many changes ago, that it is not kept any more."""
@@ -95,14 +96,14 @@ class AnswerBegun:
 class GivenBack:
     """The other replica gave the request back before its first token."""
 
-    why: str
+    why: Cause
 
 
 @record(frozen=True, slots=True)
 class PromiseVoided:
     """What the request was promised was seen to be void."""
 
-    why: str
+    why: Voided
 
 
 @record(frozen=True, slots=True)
@@ -315,10 +316,10 @@ class _Telling:
 
     def _given_back(self, at_ns: int, what: GivenBack) -> None:
         self._hand_over(at_ns, Unowned())
-        self._waits.moment(at_ns, "given_back", f"given back: {what.why}")
+        self._waits.moment(at_ns, "given_back", f"given back: {told(what.why)}")
 
     def _voided(self, at_ns: int, what: PromiseVoided) -> None:
-        self.timeline.voided = what.why
+        self.timeline.voided = what.why.value
         self._waits.moment(at_ns, *saying.voided(what.why))
 
     def _news(self, at_ns: int, what: News) -> None:
@@ -334,11 +335,11 @@ class _Telling:
     def _ended(self, at_ns: int, what: do.Settle) -> None:
         self._hand_over(at_ns, None)
         line = self.timeline
-        shown = replace(what, cause=Said("its client has the message")) if self._hides_others else what
-        self._waits.moment(at_ns, "ended", saying.ended(shown))
-        line.ended_ns, line.output_tokens, line.outcome = at_ns, shown.output_tokens, shown.outcome.value
-        line.reason = shown.reason.value if shown.reason is not None else ""
-        line.message, line.voided = message_of(shown), shown.voided
+        message = "its client has the message" if self._hides_others and what.reason is not None else message_of(what)
+        self._waits.moment(at_ns, "ended", saying.ended(what, message))
+        line.ended_ns, line.output_tokens, line.outcome = at_ns, what.output_tokens, what.outcome.value
+        line.reason, line.message = "" if what.reason is None else what.reason.value, message
+        line.voided = "" if what.voided is None else what.voided.value
 
     def _waited(self, queued: Queued, since_ns: int, until_ns: int) -> None:
         """Add the periods of a wait at one backend. Its own note is the reason at its begin, else the last one before.
@@ -369,7 +370,7 @@ class _Telling:
             return NOT_LOOKED_AT, "too much has happened since"
         if not self._hides_others:
             return note.why.value, note.because
-        return note.why.value, note.why.because.format(places="its backend", names="its adapter")
+        return note.why.value, because(note.why, "its backend", "its adapter")
 
 
 _TOLD: dict[type, Callable[[_Telling, int, Any], None]] = {

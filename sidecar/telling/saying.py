@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from policies.views import Candidate, Choice
 from sidecar.core import effects as do
 from sidecar.core import events as ev
+from sidecar.core.enums import Voided
 from sidecar.core.state import Request, State
 from sidecar.telling.durations import readable
-from sidecar.telling.endings import message_of, quarantined
-from sidecar.telling.obstacles import listed
+from sidecar.telling.endings import quarantined
 from sidecar.telling.timeline import FIRST_TOKEN
+from sidecar.telling.waits import listed
 
 CANDIDATES_NAMED_MAX = 4
 
@@ -63,10 +64,10 @@ def taken_over(backend: str, dispatch: do.Dispatch) -> Told:
     return "taken_over", f"{dispatch.backend} could send it at once and took it over from {backend}"
 
 
-def ended(settle: do.Settle) -> str:
+def ended(settle: do.Settle, message: str) -> str:
     about = "about " if settle.is_estimated else ""
     tokens = f", {about}{settle.output_tokens} tokens" if settle.output_tokens else ""
-    because = f" ({settle.reason.value}): {message_of(settle)}" if settle.reason is not None else ""
+    because = f" ({settle.reason.value}): {message}" if settle.reason is not None else ""
     return f"ended: {settle.outcome.value}{tokens}{because}"
 
 
@@ -150,8 +151,8 @@ def _leaving(serves_queue: bool) -> str:
     return f"is leaving: it finishes what runs{waits}, and gets nothing new"
 
 
-def voided(why: str) -> Told:
-    return "voided", f"what it was promised is void: {why}"
+def voided(why: Voided) -> Told:
+    return "voided", f"what it was promised is void: {why.value}"
 
 
 QUEUED_AGAIN = "queued_again", "queued again under its old place"

@@ -9,19 +9,17 @@ from operator import itemgetter
 
 from policies.views import BASE
 from sidecar.core import eligibility
-from sidecar.core.enums import Fault, Phase, Why, void_told
+from sidecar.core.enums import Fault, Phase, Why
 from sidecar.core.state import Backend, Request, State
 from sidecar.telling.durations import readable
 from sidecar.telling.groups import Group
+from sidecar.telling.misfits import label
 from sidecar.telling.naming import called
+from sidecar.telling.waits import FLOOD_MIN, FLOOD_SHARE, HOLDER_MIN, because, void_label
 
 NAMED_MAX = 2
 QUIET_NS = 2_000_000_000
 """An engine that runs something and has told nothing for so long is named, before it is suspected."""
-FLOOD_MIN = 10
-HOLDER_MIN = 4
-FLOOD_SHARE = 0.8
-"""The verdict names an adapter or a tenant that has this share of so many waiting requests."""
 
 Waiting = tuple[Request, Why]
 """A waiting request, and why it waits."""
@@ -126,20 +124,20 @@ def _verdict(
         by_reason.setdefault(reason, []).append(request)
     why, requests = min(by_reason.items(), key=lambda pair: (-len(pair[1]), pair[0].value))
     backends = list(dict.fromkeys(request.backend for request in requests if request.backend))
-    because = _because(why, backends, requests)
+    clause = _because(why, backends, requests)
     if why is Why.STALLED:
         suspected = [each.silence.since_ns for each in state.backends.values() if each.silence.suspected]
-        because += f" for {readable(now_ns - min(suspected, default=now_ns))}"
+        clause += f" for {readable(now_ns - min(suspected, default=now_ns))}"
     elif why is Why.BACKEND_DOWN and not backends:
-        because = _leaving(state, requests[0], beyond) or because
+        clause = _leaving(state, requests[0], beyond) or clause
     elif why is Why.SEATS_FULL:
-        because += _holder(state, holders, backends, whose)
+        clause += _holder(state, holders, backends, whose)
     count = len(requests)
     if waiting == 1:
-        return f"1 waiting for {since} because {because}"
+        return f"1 waiting for {since} because {clause}"
     share = "all" if count == waiting else str(count)
     among = "them" if len(oldest) == waiting else f"the oldest {len(oldest)}"
-    return f"{waiting} waiting{whose}, the oldest for {since}, {share} of {among} because {because}"
+    return f"{waiting} waiting{whose}, the oldest for {since}, {share} of {among} because {clause}"
 
 
 def _limits(request: Request) -> str:
@@ -147,7 +145,7 @@ def _limits(request: Request) -> str:
     expires_ns, promise = request.expires_ns - request.view.arrived_ns, request.promise
     expires = f"expires {readable(expires_ns)}"
     if promise is None:
-        return f"bound void: {void_told(request.voided)}, {expires}" if request.voided else expires
+        return f"bound void: {void_label(request.voided)}, {expires}" if request.voided else expires
     bound = f"bound {readable(promise.bound_ns)}"
     return bound if promise.bound_ns == expires_ns else f"{bound}, {expires}"
 
@@ -157,7 +155,7 @@ def _because(why: Why, backends: list[str], requests: list[Request]) -> str:
     if why is Why.BACKEND_DOWN and backends:
         return f"nothing answers on {_joined(backends)}"
     adapters = list(dict.fromkeys(request.view.name or "the base model" for request in requests))
-    return why.because.format(places=_joined(backends), names=_joined(adapters, "adapters"))
+    return because(why, _joined(backends), _joined(adapters, "adapters"))
 
 
 def _troubles(state: State, now_ns: int, beyond: Beyond) -> Iterator[str]:
@@ -287,7 +285,7 @@ def _with_what(backend: Backend) -> str:
 def _why_not(state: State, backend: Backend, request: Request) -> str:
     misfit = eligibility.cannot_serve(state, backend, request.version)
     if misfit is not None:
-        return misfit.short
+        return label(misfit)
     servers = eligibility.servers_for(state, request)
     if backend not in servers:
         return f"what waits is for {_named(list(servers)) if servers else 'others'}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from sidecar.core.enums import Fate, Tier
-from sidecar.core.facts import Placed
+from sidecar.core.misfits import Placed
+from sidecar.telling.misfits import sentence
 
 TIERS = {Tier.MEMORY: "host store", Tier.DISK: "disk"}
 GOES = {Tier.MEMORY: "dropped", Tier.DISK: "deleted", None: "unloaded"}
@@ -49,7 +50,7 @@ def _words(placed: Placed) -> str:
         Fate.HELD: "loading from the host store",
         Fate.RESIDENT: "resident already",
         Fate.FETCHING: "fetching, to be loaded",
-        Fate.UNFIT: f"cannot serve it: {placed.misfit.sentence if placed.misfit else ''}",
+        Fate.UNFIT: f"cannot serve it: {sentence(placed.misfit) if placed.misfit else ''}",
         Fate.LEAVING: "it is about to go, or gone",
     }[placed.fate]
     if placed.is_pinned:

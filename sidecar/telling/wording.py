@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from sidecar.telling.obstacles import listed
 from sidecar.telling.saying import duration
 from sidecar.telling.timeline import SLOW_NS, Entry, Moment, Period, Tally, Timeline, folded
+from sidecar.telling.waits import listed
 
 PERIODS_SHOWN_MAX = 24
 """Short neighbouring periods are folded until at most about twice as many are left."""

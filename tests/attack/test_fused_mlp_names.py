@@ -17,8 +17,10 @@ from sidecar.adapters.packed import lora_config, pack, plan
 from sidecar.adapters.peft import read_adapter
 from sidecar.adapters.registration import adapter_of
 from sidecar.backends.engine_facts import from_engine_config
-from sidecar.core.facts import Adapter, EngineFacts, misfit, packed_for, packed_key, packed_size_bytes
+from sidecar.core.facts import Adapter, EngineFacts, packed_for, packed_key, packed_size_bytes
+from sidecar.core.misfits import misfit
 from sidecar.proto import admin_pb2 as pb
+from sidecar.telling.misfits import label
 from tests.kit.cli_runs import runner
 from tests.kit.emulated import running_engine
 from tests.kit.serving import serving
@@ -127,7 +129,7 @@ def test_without_a_gate_a_plain_mlp_is_not_taken_for_both(tmp_path: Path) -> Non
         adapter, EngineFacts(modules=dims | {"mlp_h_to_4h": (16, out // 2)}, heads=4, kv_heads=4, head_size=4)
     )
     assert found is not None
-    assert found.short == "other dims of mlp_h_to_4h"
+    assert label(found) == "other dims of mlp_h_to_4h"
 
 
 def test_convert_takes_the_engines_names(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

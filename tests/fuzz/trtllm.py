@@ -27,13 +27,15 @@ from sidecar.adapters.registration import read_registration
 from sidecar.adapters.staging import Staging
 from sidecar.backends.kind import with_kind
 from sidecar.backends.trtllm.kind import MODEL, LoraConfig
-from sidecar.core.facts import EngineFacts, misfit, packed_for
+from sidecar.core.facts import EngineFacts, packed_for
+from sidecar.core.misfits import misfit
 from sidecar.errors import SidecarError
 from sidecar.lab.engine.shape import ALL_LINEAR, TINY, ModelShape
 from sidecar.lab.engine.spec import EngineSpec
 from sidecar.lab.engine.trtllm.checkpoint import LoadError, read_checkpoint
 from sidecar.lab.engine.trtllm.options import TrtllmOptions, trtllm_spec_of
 from sidecar.lab.engine.validation import Rejected, check_rows
+from sidecar.telling.misfits import sentence
 from tests.fuzz.adapters import damaged, fit_for_people, seeds, write_files
 from tests.kit.peft_files import module_path, write_adapter
 from tests.kit.trtllm_emulated import BASE_CONFIG
@@ -99,7 +101,7 @@ def attempt(folder: Path, staging: Staging, spec: EngineSpec, facts: EngineFacts
             return "unlike the base model"
         unfit = misfit(adapter, facts)
         if unfit is not None:
-            assert 20 < len(unfit.sentence) < 900
+            assert 20 < len(sentence(unfit)) < 900
             return "no engine fits"
         key = packed_for(adapter, facts, 0).key
         staged = staging.stage(folder, key, adapter.digest, facts.layout.for_modules(adapter.modules))

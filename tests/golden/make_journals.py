@@ -40,15 +40,17 @@ def samples() -> Iterator[bytes]:
 def held_in(*roots: Any) -> set[type]:
     """Return all dataclasses and enums that values of some types are made of, policies and derived fields aside."""
     found: set[type] = set()
+    structs: set[type] = set()
     hints = list(roots)
     while hints:
         hint = hints.pop()
         hints += get_args(hint)
         assert (get_origin(hint) or hint) not in (set, frozenset), "a set has no order, so it has no one written form"
-        if not isinstance(hint, type) or hint in found:
+        if not isinstance(hint, type) or hint in found or hint in structs:
             continue
-        if issubclass(hint, msgspec.Struct):
-            hints += [each.type for each in msgspec.structs.fields(hint)]
+        if issubclass(hint, msgspec.Struct):  # a cause may hold another
+            structs.add(hint)
+            hints += get_type_hints(hint).values()
         if is_dataclass(hint):
             of = get_type_hints(hint)
             hints += [of[each.name] for each in fields(hint) if not {"policy", "derived"} & {*each.metadata}]
@@ -78,7 +80,7 @@ def sample_of(hint: Any, name: str) -> Any:
     if issubclass(hint, Enum):
         return next(iter(hint))
     if issubclass(hint, msgspec.Struct):
-        return hint(*(sample_of(each.type, each.name) for each in msgspec.structs.fields(hint)))
+        return hint(*(sample_of(each, name) for name, each in get_type_hints(hint).items()))
     hints = get_type_hints(hint)
     written = [each for each in fields(hint) if not each.metadata.get("derived")]
     return hint(

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from sidecar.core import causes
 from sidecar.core.causes import Cause
-from sidecar.core.facts import Misfit, Suspicion
+from sidecar.core.facts import Suspicion
+from sidecar.core.misfits import Drained, RankTooLarge
+from sidecar.ownership.enums import Why
 from sidecar.telling.endings import Voice, told
 
 WORDS = Path(__file__).parent / "words.json"
@@ -40,14 +42,25 @@ SAMPLES: tuple[Cause, ...] = (
     causes.NoBackend(0, (), ()),
     causes.NoBackend(0, (), ("blue", "green")),
     causes.NoBackend(2, (), ()),
-    causes.NoBackend(
-        3, (("gpu-1", Misfit("max rank 32 < 64", "its rank is 64")), ("gpu-2", Misfit("drained", "it is drained"))), ()
-    ),
+    causes.NoBackend(3, (("gpu-1", RankTooLarge(64, 32)), ("gpu-2", Drained(runs=False))), ()),
     causes.Gone(("gpu-1",)),
     causes.NotOwned(("gpu-1", "gpu-2")),
-    causes.OwnerChanged("gpu-1", "moved"),
+    *(causes.OwnerChanged("gpu-1", why.value) for why in Why),
     causes.Moved(),
-    causes.LeaseEnded("the lease on gpu-1 has ended"),
+    causes.LeaseEnded("gpu-1"),
+    causes.NoOwner(),
+    causes.NoMember("rep-2"),
+    causes.BackendDown("gpu-1"),
+    causes.ReplicaAway("rep-2", "Socket closed"),
+    causes.Unowned("gpu-1", causes.ReplicaAway("rep-2", "Socket closed")),
+    causes.ReplicaLost("rep-2", "gpu-1", "Socket closed"),
+    causes.BrokeOff("gpu-1", "connection reset"),
+    causes.Broken("'NoneType' object is not iterable"),
+    causes.SidecarFailed("", "KeyError"),
+    causes.SidecarFailed("job-7", "KeyError"),
+    causes.Crashed(True),
+    causes.Crashed(False),
+    causes.Poisonous("job-7", ("rep-1", "rep-2")),
     causes.DeadlinePassed(2 * S, 2 * S, False),
     causes.DeadlinePassed(2 * S, 2 * S, True),
     causes.NoneUp(600 * S),

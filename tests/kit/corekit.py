@@ -20,7 +20,7 @@ from sidecar.core import eligibility
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
 from sidecar.core.core import Core
-from sidecar.core.enums import Fault, Outcome, Phase
+from sidecar.core.enums import Fault, Outcome, Phase, Voided
 from sidecar.core.facts import Adapter, EngineFacts, Row
 from sidecar.core.outstanding import Outstanding
 from sidecar.core.state import Backend, Queued
@@ -171,7 +171,7 @@ class World:
         """Requests that nothing but a stuck core would let expire."""
         self.nearest_to_bound = 0.0
         """The longest wait, as a share of its promised bound, among promises that stood."""
-        self.voided: dict[str, int] = {}
+        self.voided: dict[Voided, int] = {}
         self._agenda: list[tuple[int, int, Callable[[], None]]] = []
         self._sequence = 0
         self._wake: int | None = None

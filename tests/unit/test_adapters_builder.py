@@ -12,11 +12,11 @@ import pytest
 
 from sidecar.adapters.builder import build
 from sidecar.adapters.convert import convert
-from sidecar.adapters.inspect import inspect
 from sidecar.adapters.layout import numpy_dtype
 from sidecar.adapters.packed import Layout, pack, plan
 from sidecar.adapters.peft import read_adapter
 from sidecar.adapters.shared_memory import Mount
+from sidecar.cli.inspecting import inspect
 from sidecar.core.facts import packed_key
 from sidecar.core.facts import task_id_of as task_id
 from sidecar.errors import Invalid, Misused, Reason, Refused

@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 
 from sidecar.adapters.base_model import BaseModel, base_model_of, read_base_model
-from sidecar.adapters.inspect import inspect
 from sidecar.adapters.layout import numpy_dtype
 from sidecar.adapters.packed import lora_config, pack, plan
 from sidecar.adapters.peft import read_adapter
 from sidecar.adapters.registration import adapter_of
-from sidecar.core.facts import EngineFacts, misfit
+from sidecar.cli.inspecting import inspect
+from sidecar.core.facts import EngineFacts
 from sidecar.core.layout import Heads, Layout, packed_size_bytes
+from sidecar.core.misfits import misfit
 from sidecar.errors import Invalid, Misused, Reason
+from sidecar.telling.misfits import label, sentence
 from tests.kit.peft_files import read_tensors, write_adapter, write_safetensors
 
 RANK = 2
@@ -349,8 +351,8 @@ def test_misfits_of_fused_adapters(tmp_path: Path, changes: dict[str, object], s
     assert misfit(held, EngineFacts(**known)) is None  # type: ignore[arg-type]
     found = misfit(held, EngineFacts(**{**known, **changes}))  # type: ignore[arg-type]
     assert found is not None
-    assert found.short == short
-    assert len(found.sentence) > 40
+    assert label(found) == short
+    assert len(sentence(found)) > 40
 
 
 def test_labels_tell_layouts_apart_only_where_the_bytes_differ() -> None:

@@ -31,7 +31,7 @@ from sidecar.ownership import events as ownership_events
 from sidecar.ownership import ownership, slots
 from sidecar.replicas import keeper
 from sidecar.shell import gateway, metrics
-from sidecar.telling import endings, obstacles
+from sidecar.telling import endings, waits
 from tests.kit.closed_sets import cases_of, classes_in, differences, made_in, members_of, named_in, without
 from tests.kit.corekit import World
 from tests.unit.test_explain import SCENES
@@ -62,8 +62,7 @@ CORE = [
     Closed(effects.Effect, cases_of(World._act), "the cases of tests/kit/corekit.py"),
     Closed(Decision, cases_of(dispatching.pump), "the decisions in core/dispatching.py"),
     Closed(Hold, eligibility._HOLDS, "_HOLDS of core/eligibility.py"),
-    Closed(enums.Why, enums.BECAUSE, "BECAUSE of core/enums.py"),
-    Closed(enums.Why, obstacles._SENTENCES, "_SENTENCES of telling/obstacles.py"),
+    Closed(enums.Why, waits._PHRASES, "_PHRASES of telling/waits.py"),
     Closed(enums.Why, [*SCENES, enums.Why.NEXT, enums.Why.TENANT_CAP], "SCENES of tests/unit/test_explain.py"),
     Closed(enums.Fault, healing._TOKENLESS, "_TOKENLESS of core/healing.py"),
     Closed(enums.Fault, healing._LOADS, "_LOADS of core/healing.py"),
@@ -201,8 +200,8 @@ def test_only_what_never_ran_can_be_sent_again() -> None:
 def test_every_reason_to_wait_has_words() -> None:
     """A label of its own, and a clause that names nothing but places."""
     labels = [why.value for why in enums.Why]
-    assert len({*labels}) == len(labels) == len({why.because for why in enums.Why})
-    assert all("{" not in why.because.format(places="b0", names="sql") for why in enums.Why)
+    assert len({*labels}) == len(labels) == len({waits.because(why, "b0", "sql") for why in enums.Why})
+    assert all("{" not in waits.because(why, "b0", "sql") for why in enums.Why)
 
 
 def test_what_members_ask_each_other_keeps_its_names() -> None:

@@ -96,7 +96,7 @@ def test_requests_of_others_take_seats_and_leave_one() -> None:
         world.send()
     assert len(world.core.state.backends["b0"].running) == 10
     world.feed(ev.BackendMeasured("b0", None, None, others=50))
-    assert world.core.state.voided == {Voided.UNTOLD.value: 30}  # those at the engine have no token yet
+    assert world.core.state.voided == {Voided.UNTOLD: 30}  # those at the engine have no token yet
     assert most_in_flight(world) == 10
     world.assert_all_ok()
     assert world.core.state.backends["b0"].seats(world.core.state.config) == 1

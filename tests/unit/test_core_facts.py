@@ -11,7 +11,6 @@ from sidecar.core.facts import (
     EngineFacts,
     Layout,
     Row,
-    misfit,
     packed_for,
     packed_key,
     packed_size_bytes,
@@ -19,7 +18,9 @@ from sidecar.core.facts import (
     pages_of,
     task_id_of,
 )
+from sidecar.core.misfits import misfit
 from sidecar.core.shadow import CacheShadow, EngineShadow
+from sidecar.telling.misfits import label, sentence
 from tests.kit.corekit import adapter_of, facts_of, with_facts
 
 LLAMA_2 = {"attn_q": (4096, 4096), "attn_k": (4096, 4096), "attn_v": (4096, 4096)}
@@ -97,8 +98,8 @@ def test_misfits(changes: dict[str, object], short: str) -> None:
     """Each mismatch has its short form to count by and a sentence that says what to do."""
     found = misfit(adapter_of("sql"), with_facts(facts_of(), **changes))
     assert found is not None
-    assert found.short == short
-    assert len(found.sentence) > 30
+    assert label(found) == short
+    assert len(sentence(found)) > 30
 
 
 def test_deeper_adapters_and_larger_ones_do_not_fit() -> None:
@@ -106,9 +107,9 @@ def test_deeper_adapters_and_larger_ones_do_not_fit() -> None:
     deep = misfit(adapter_of("sql", rows=3), facts_of())
     large = misfit(adapter_of("sql", rank=64, rows=2), facts_of(host_pages=1))
     assert deep is not None
-    assert "layers" in deep.short
+    assert "layers" in label(deep)
     assert large is not None
-    assert "pages" in large.short
+    assert "pages" in label(large)
 
 
 def test_the_message_cap() -> None:
@@ -116,7 +117,7 @@ def test_the_message_cap() -> None:
     rows = tuple(Row("attn_q", 1, layer, 64, 100_000, 100_000) for layer in range(100))
     found = misfit(Adapter("d", "m", rows, "bfloat16"), EngineFacts(message_bytes_max=MESSAGE_BYTES_MAX))
     assert found is not None
-    assert "2 GiB" in found.short
+    assert "2 GiB" in label(found)
 
 
 def test_padded_ranks_count() -> None:

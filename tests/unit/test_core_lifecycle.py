@@ -6,8 +6,8 @@ from sidecar.core import effects as fx
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
 from sidecar.core.eligibility import why_waiting
-from sidecar.core.enums import Fate, Fault, Why
-from sidecar.core.facts import Placed
+from sidecar.core.enums import Fate, Fault, Voided, Why
+from sidecar.core.misfits import Placed
 from sidecar.errors import Reason
 from sidecar.telling.endings import message_of
 from sidecar.telling.pool import backend_message
@@ -190,7 +190,7 @@ def test_promises_that_rest_on_the_host_store_are_void_when_it_is_shared_with_on
     promised = [request for request in waiting if world.core.state.requests[request].promise is not None]
     assert promised
     world.add_engine("b1", facts_of(), fresh=True)
-    assert [world.core.state.requests[request].voided for request in promised] == ["backend added"] * len(promised)
+    assert [world.core.state.requests[request].voided for request in promised] == [Voided.BACKEND_ADDED] * len(promised)
 
 
 def test_one_that_is_taken_out_serves_what_no_other_can() -> None:

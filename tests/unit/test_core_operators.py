@@ -10,8 +10,8 @@ from sidecar.core import effects as fx
 from sidecar.core import events as ev
 from sidecar.core.admission import for_client
 from sidecar.core.config import ClassLimit, CoreConfig
-from sidecar.core.enums import Fate, Outcome, Tier
-from sidecar.core.facts import Placed
+from sidecar.core.enums import Fate, Outcome, Tier, Voided
+from sidecar.core.misfits import Placed
 from sidecar.errors import Reason
 from sidecar.telling.endings import Voice, message_of
 from sidecar.telling.weights import told_at
@@ -49,7 +49,7 @@ def test_drain_of_the_only_backend_refuses_what_waits() -> None:
     assert world.settled[request].reason is Reason.NO_BACKEND
     assert "1 drained" in message_of(world.settled[request])
     told = message_of(for_client(world.core.state, world.settled[request]), Voice.CLIENT)
-    assert told == "base model: 0 of 1 backends can serve it: 1 drained. b0: it is drained."
+    assert told == "base model: 0 of 1 backends can serve it: 1 drained. b0: it is drained; ask your operator."
 
 
 def test_an_engine_that_comes_back_smaller_refuses_what_it_cannot_serve() -> None:
@@ -363,7 +363,7 @@ def test_a_promise_is_void_where_weights_change_the_share_on_which_it_rests() ->
     assert promised() == [True] * 4
     world.feed(ev.ConfigChanged(replace(before, tenant_weights={"b": 3.0})))
     assert promised() == [False] * 4
-    assert world.core.state.voided == {"shares changed": 4}
+    assert world.core.state.voided == {Voided.SHARES_CHANGED: 4}
     assert world.core.state.backends["b0"].outstanding.share_of("b") == 3 / 4
     world.run()
     world.assert_all_ok()

@@ -15,12 +15,13 @@ from sidecar.core.facts import (
     EngineFacts,
     Row,
     is_files,
-    misfit,
     packed_for,
     version_of_key,
 )
+from sidecar.core.misfits import misfit
 from sidecar.errors import Reason
 from sidecar.telling.endings import message_of
+from sidecar.telling.misfits import sentence
 from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, adapter_of, facts_of, with_facts
 
 
@@ -325,7 +326,7 @@ def test_the_message_cap_is_that_of_messages() -> None:
     facts = EngineFacts(dtype="float16", message_bytes_max=MESSAGE_BYTES_MAX)
     unfit = misfit(huge, facts)
     assert unfit is not None
-    assert "weights_transport: shared_memory" in unfit.sentence
+    assert "weights_transport: shared_memory" in sentence(unfit)
     assert misfit(huge, replace(facts, message_bytes_max=None)) is None
     assert misfit(huge, EngineFacts(kind="triton_llmapi", reads_files=True)) is None
 

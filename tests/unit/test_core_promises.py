@@ -8,7 +8,7 @@ import pytest
 
 from sidecar.core import events as ev
 from sidecar.core.config import ClassLimit, CoreConfig
-from sidecar.core.enums import Fault, Outcome
+from sidecar.core.enums import Fault, Outcome, Voided
 from sidecar.core.lengths import LEARNED
 from sidecar.core.pace import Pace
 from sidecar.core.promising import FETCH_ALLOWANCE_NS
@@ -63,7 +63,7 @@ def test_a_promise_is_made_once_and_told_at_the_end() -> None:
     assert [promised_ns(world, request) for request in requests] == bounds
     world.run()
     assert [world.settled[request].bound_ns for request in requests] == bounds
-    assert {world.settled[request].voided for request in requests} == {""}
+    assert {world.settled[request].voided for request in requests} == {None}
 
 
 def test_who_comes_later_is_promised_more() -> None:
@@ -121,7 +121,7 @@ def test_other_orders_promise_nothing(order: str) -> None:
     request = world.send()
     assert promised_ns(world, request) is None
     world.run()
-    assert (world.settled[request].bound_ns, world.settled[request].voided) == (None, "")
+    assert (world.settled[request].bound_ns, world.settled[request].voided) == (None, None)
 
 
 # What makes it void.
@@ -132,11 +132,11 @@ def test_a_lost_backend_voids_what_was_outstanding() -> None:
     world, (first, second, *waiting) = busy_world(spare=True)
     world.lose("b0")
     world.run()
-    assert (world.settled[first].reason, world.settled[first].voided) == (Reason.BACKEND_FAILED, "")
+    assert (world.settled[first].reason, world.settled[first].voided) == (Reason.BACKEND_FAILED, None)
     for request in (second, *waiting):
         settle = world.settled[request]
-        assert (settle.outcome, settle.bound_ns, settle.voided) == (Outcome.OK, None, "backend lost")
-    assert world.core.state.voided == {"backend lost": 4}
+        assert (settle.outcome, settle.bound_ns, settle.voided) == (Outcome.OK, None, Voided.BACKEND_LOST)
+    assert world.core.state.voided == {Voided.BACKEND_LOST: 4}
 
 
 def test_a_void_promise_stays_void_on_the_next_backend() -> None:
@@ -146,7 +146,7 @@ def test_a_void_promise_stays_void_on_the_next_backend() -> None:
     assert world.core.state.requests[second].backend == "b1"
     assert promised_ns(world, second) is None
     world.lose("b1")
-    assert world.core.state.voided == {"backend lost": 4}
+    assert world.core.state.voided == {Voided.BACKEND_LOST: 4}
 
 
 def test_a_drain_moves_and_voids() -> None:
@@ -154,9 +154,9 @@ def test_a_drain_moves_and_voids() -> None:
     world, (first, second, *waiting) = busy_world(spare=True)
     world.feed(ev.DrainSet("b0", True))
     world.run()
-    assert [world.settled[request].voided for request in waiting] == ["moved"] * 3
-    assert [world.settled[request].voided for request in (first, second)] == ["", ""]
-    assert world.core.state.voided == {"moved": 3}
+    assert [world.settled[request].voided for request in waiting] == [Voided.MOVED] * 3
+    assert [world.settled[request].voided for request in (first, second)] == [None, None]
+    assert world.core.state.voided == {Voided.MOVED: 3}
 
 
 def test_nobody_to_go_to_voids() -> None:
@@ -167,12 +167,12 @@ def test_nobody_to_go_to_voids() -> None:
     assert promised_ns(world, request) is None
     world.bring_up("b0")
     world.run()
-    assert (world.settled[request].bound_ns, world.settled[request].voided) == (None, "")
+    assert (world.settled[request].bound_ns, world.settled[request].voided) == (None, None)
     moved, requests = busy_world()
     moved.feed(ev.DrainSet("b0", True))
     moved.run(for_ns=SECOND)
     assert [moved.settled[request].reason for request in requests[2:]] == [Reason.NO_BACKEND] * 3
-    assert moved.core.state.voided == {"no backend": 3}
+    assert moved.core.state.voided == {Voided.NO_BACKEND: 3}
 
 
 def test_a_rejected_load_moves_and_voids() -> None:
@@ -182,7 +182,7 @@ def test_a_rejected_load_moves_and_voids() -> None:
     world.engines["b0"].reject_load[world.digest("sql")] = "bad rank"
     request = world.send("sql")
     world.run()
-    assert (world.settled[request].outcome, world.settled[request].voided) == (Outcome.OK, "moved")
+    assert (world.settled[request].outcome, world.settled[request].voided) == (Outcome.OK, Voided.MOVED)
 
 
 def test_a_run_that_the_engine_gives_back_has_no_promise() -> None:
@@ -194,7 +194,7 @@ def test_a_run_that_the_engine_gives_back_has_no_promise() -> None:
     world.engines["b0"].lie()
     request = world.send("sql")
     world.run()
-    assert (world.settled[request].outcome, world.settled[request].voided) == (Outcome.OK, "run again")
+    assert (world.settled[request].outcome, world.settled[request].voided) == (Outcome.OK, Voided.RUN_AGAIN)
 
 
 def test_an_engine_whose_queue_is_full_voids() -> None:
@@ -206,9 +206,9 @@ def test_an_engine_whose_queue_is_full_voids() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fetch_ns", "voided"), [(FETCH_ALLOWANCE_NS - SECOND, ""), (FETCH_ALLOWANCE_NS + SECOND, "adapter late")]
+    ("fetch_ns", "voided"), [(FETCH_ALLOWANCE_NS - SECOND, None), (FETCH_ALLOWANCE_NS + SECOND, Voided.ADAPTER_LATE)]
 )
-def test_a_fetch_that_takes_longer_than_allowed_voids(fetch_ns: int, voided: str) -> None:
+def test_a_fetch_that_takes_longer_than_allowed_voids(fetch_ns: int, voided: Voided | None) -> None:
     """The allowance for an adapter's way is part of the promise; an origin that takes longer breaks it."""
     world = World()
     world.register("slow", "quick")
@@ -218,7 +218,7 @@ def test_a_fetch_that_takes_longer_than_allowed_voids(fetch_ns: int, voided: str
     late = world.send("slow")
     world.run()
     assert (world.settled[slow].outcome, world.settled[slow].voided) == (Outcome.OK, voided)
-    assert world.settled[late].voided == ""  # it came when the adapter was nearly there
+    assert world.settled[late].voided is None  # it came when the adapter was nearly there
 
 
 def test_a_late_origin_voids_nobody_elses_promise() -> None:
@@ -231,7 +231,7 @@ def test_a_late_origin_voids_nobody_elses_promise() -> None:
     world.fetch_ns = 2 * FETCH_ALLOWANCE_NS
     slow, quick = world.send("slow"), world.send("quick")
     world.run()
-    assert (world.settled[slow].voided, world.settled[quick].voided) == ("adapter late", "")
+    assert (world.settled[slow].voided, world.settled[quick].voided) == (Voided.ADAPTER_LATE, None)
 
 
 # Deadlines.
@@ -391,8 +391,8 @@ def test_answers_that_become_longer_void_the_promises_that_counted_on_short_ones
     requests = [world.send("sql", output_tokens=640) for _ in range(100)]
     world.run()
     voided = [world.settled[request].voided for request in requests]
-    assert set(voided) == {"", "answers longer"}
-    assert voided == sorted(voided)
+    assert set(voided) == {None, Voided.ANSWERS_LONGER}
+    assert voided == sorted(voided, key=lambda why: why is not None)
     more = [world.send("sql", output_tokens=640) for _ in range(100)]
     world.run()
     assert not any(world.settled[request].voided for request in more)

@@ -8,6 +8,7 @@ import pytest
 
 from sidecar.core import events as ev
 from sidecar.core.config import ClassLimit, CoreConfig
+from sidecar.core.enums import Voided
 from sidecar.core.pace import Pace
 from sidecar.core.state import Backend
 from sidecar.lab.engine.engine import Engine
@@ -78,7 +79,7 @@ def test_an_engine_that_takes_three_times_as_long_voids_what_is_outstanding() ->
     before = world.core.state.requests[1].promise
     world.decode(300, 3 * STEP_MS)
     assert not any(world.standing())
-    assert world.core.state.voided == {"backend slowed": 4}
+    assert world.core.state.voided == {Voided.BACKEND_SLOWED: 4}
     view = queue_message(world.core.state, world.now_ns)
     assert "(bound void: backend slower than assumed, " in view.verdict
     assert {each.voided for each in view.requests} == {"backend slower than assumed"}
@@ -94,7 +95,7 @@ def test_who_had_a_token_keeps_the_promise() -> None:
     world = Stepping()
     world.feed(ev.FirstToken(1, 1))
     world.decode(300, 4 * STEP_MS)
-    assert world.core.state.voided == {"backend slowed": 3}
+    assert world.core.state.voided == {Voided.BACKEND_SLOWED: 3}
     assert world.core.state.requests[1].promise is not None
 
 
@@ -164,7 +165,7 @@ def slow_client(held_up: Callable[[Stepping], None]) -> Stepping:
 def test_a_client_that_holds_its_stream_up_is_no_slow_engine() -> None:
     """A run that is not read from is reported with 0 tokens, and its next report does not count; unsaid, it would."""
     assert slow_client(lambda world: world.report(0, 1)).core.state.voided == {}
-    assert slow_client(lambda world: None).core.state.voided == {"backend slowed": 4}
+    assert slow_client(lambda world: None).core.state.voided == {Voided.BACKEND_SLOWED: 4}
 
 
 def test_what_comes_in_a_burst_after_that_is_no_fast_engine() -> None:
@@ -192,10 +193,10 @@ def test_a_pace_that_is_learned_voids_what_rested_on_a_guess() -> None:
     """An engine much slower than the usual one says so in its first half minute; from then on it is steady."""
     world = Stepping(pace=None)
     world.decode(60, 50)
-    assert world.core.state.voided == {"backend slowed": 4}
+    assert world.core.state.voided == {Voided.BACKEND_SLOWED: 4}
     world.send(output_tokens=LONG)
     world.decode(600, 50)
-    assert world.core.state.voided == {"backend slowed": 4}
+    assert world.core.state.voided == {Voided.BACKEND_SLOWED: 4}
     assert world.backend().slowness == pytest.approx(50e6 / Pace().step_ns(SEATS, SEATS * LONG), rel=0.05)
 
 
@@ -205,7 +206,7 @@ def test_a_learned_pace_that_changes_voids_too() -> None:
     world.decode(300, 20)
     assert world.core.state.voided == {}
     world.decode(300, 60)
-    assert world.core.state.voided == {"backend slowed": 4}
+    assert world.core.state.voided == {Voided.BACKEND_SLOWED: 4}
 
 
 def test_what_nobody_waits_for_is_learned_in_silence() -> None:

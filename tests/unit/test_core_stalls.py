@@ -205,7 +205,7 @@ def test_an_engine_that_stalls_in_a_first_load_keeps_nobody_else_waiting() -> No
     assert not any(world.dispatches.get(request) for request in (held, *others))
     reporting(world, 4 * SECOND)
     assert all(world.dispatches[request] for request in others)
-    assert world.core.state.requests[held].voided == Voided.BACKEND_STALLED.value
+    assert world.core.state.requests[held].voided == Voided.BACKEND_STALLED
     world.thaw("b0")
     world.run()
     world.assert_all_ok()

@@ -18,8 +18,8 @@ from sidecar.core.pace import Pace
 from sidecar.incident import story
 from sidecar.incident.explain import explain
 from sidecar.journal.segments import segment_paths
-from sidecar.telling.obstacles import in_the_way
 from sidecar.telling.timeline import AT_AN_ENGINE, Moment, Timeline
+from sidecar.telling.waits import in_the_way
 from sidecar.telling.wording import lines_of, record_of
 from tests.kit.cases import first
 from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, facts_of, with_facts

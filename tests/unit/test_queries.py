@@ -342,12 +342,6 @@ def test_all_that_wait_are_counted_by_the_first_of_each_version() -> None:
     assert counts.keys() == set(Why)
 
 
-@pytest.mark.parametrize("why", list(Why))
-def test_every_why_has_words(why: Why) -> None:
-    """The verdict can say each reason."""
-    assert "{" not in why.because.format(places="b0", names="sql")
-
-
 @pytest.mark.parametrize(("engines", "places"), [(2, "b0 and b1"), (3, "3 backends")])
 def test_a_reason_on_several_backends_is_counted_once(engines: int, places: str) -> None:
     """Seats that are full on two backends are one reason, and both are named; more are counted."""

@@ -15,7 +15,7 @@ from typing import Any
 from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.core import Core
-from sidecar.core.enums import Outcome
+from sidecar.core.enums import Outcome, Voided
 from sidecar.errors import Reason
 from sidecar.lab.sim.setup import SECOND_NS
 from sidecar.telling.endings import message_of
@@ -30,20 +30,20 @@ HISTORY = 60
 LONG_AGO_NS = 120 * SECOND_NS
 """Longer than any run takes: if nothing has moved for so long in peace, nothing will."""
 
-VOIDED_BY: dict[str, tuple[str, ...]] = {
-    "backend lost": ("loss", "small", "stalls"),
-    "backend stalled": ("loss", "small", "stalls"),
-    "moved": ("loss", "drain", "operators", "small", "stalls"),
-    "no backend": ("loss", "drain", "operators", "small", "stalls"),
-    "run again": ("loss", "step", "lies", "small", "queue", "stalls"),
-    "adapter late": ("fetch", "operators", "store"),
-    "engine queue full": ("queue",),
-    "backend slowed": ("slow", "stalls"),
-    "shares changed": ("config",),
-    "end untold": ("log",),
+VOIDED_BY: dict[Voided, tuple[str, ...]] = {
+    Voided.BACKEND_LOST: ("loss", "small", "stalls"),
+    Voided.BACKEND_STALLED: ("loss", "small", "stalls"),
+    Voided.MOVED: ("loss", "drain", "operators", "small", "stalls"),
+    Voided.NO_BACKEND: ("loss", "drain", "operators", "small", "stalls"),
+    Voided.RUN_AGAIN: ("loss", "step", "lies", "small", "queue", "stalls"),
+    Voided.ADAPTER_LATE: ("fetch", "operators", "store"),
+    Voided.ENGINE_QUEUE_FULL: ("queue",),
+    Voided.BACKEND_SLOWED: ("slow", "stalls"),
+    Voided.SHARES_CHANGED: ("config",),
+    Voided.UNTOLD: ("log",),
 }
 """Why a promise may become void, and the kinds of fault that are a cause of it."""
-WITHOUT_A_FAULT = "answers longer"
+WITHOUT_A_FAULT = Voided.ANSWERS_LONGER
 """A reason that needs none: lengths are random, and where bounds are shrunk two answers are enough to learn them by."""
 ENDED_BY: dict[Reason, tuple[str, ...]] = {
     Reason.BACKEND_FAILED: ("loss", "step", "lies", "small", "stalls"),
@@ -94,7 +94,7 @@ class Checks:
     """The time at which the faults stopped, or 0 before."""
     served_ns: int = 0
     """The time from which every new request must be answered."""
-    voided: dict[str, int] = field(default_factory=dict)
+    voided: dict[Voided, int] = field(default_factory=dict)
     reasons: dict[str, int] = field(default_factory=dict)
     nearest_to_bound: float = 0.0
     bounded: int = 0
@@ -268,10 +268,10 @@ class Checks:
         hold(not due_ns or late_s <= 0, f"request {event.request} ends {late_s:.3f} s after it had to")
 
     def _check_bound(self, client: Client, effect: do.Settle) -> None:
-        if effect.voided:
+        if effect.voided is not None:
             self.voided[effect.voided] = self.voided.get(effect.voided, 0) + 1
             if effect.voided != WITHOUT_A_FAULT:
-                self._has_cause(effect, f"a promise is void: {effect.voided}", VOIDED_BY.get(effect.voided, ()))
+                self._has_cause(effect, f"a promise is void: {effect.voided.value}", VOIDED_BY.get(effect.voided, ()))
             return
         promised = effect.bound_ns == client.bound_ns or client.bound_ns is None
         hold(promised, f"request {effect.request} was promised {client.bound_ns} ns and then {effect.bound_ns}")

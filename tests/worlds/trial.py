@@ -84,7 +84,7 @@ def _run(scenario: Scenario, bounds: Bounds, books: Books, idle: Books) -> Verdi
         digest=checks.digest,
         requests=len(checks.clients),
         reasons=checks.reasons,
-        voided=checks.voided,
+        voided={why.value: count for why, count in checks.voided.items()},
         bounded=checks.bounded,
         nearest_to_bound=checks.nearest_to_bound,
         unnoticed=len(checks.unnoticed),

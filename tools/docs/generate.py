@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from sidecar.core.enums import VOID_BECAUSE, Voided, Why
+from sidecar.core.enums import Voided, Why
 from sidecar.errors import TABLE, Family, Reason
 from sidecar.fronts.openai.errors import STATUSES
 from sidecar.shell.metric_table import GROUPS as METRIC_GROUPS
 from sidecar.shell.metric_table import MODEL_SERVER, Metric
+from sidecar.telling.waits import VOID_BECAUSE, because
 from tools.docs import configuration, protocols
 from tools.docs.pages import ROOT, named
 
@@ -159,7 +160,7 @@ allows, within its deadline:
 
 
 def waiting_page() -> str:
-    told = {why.value: why.because.format(places="the backend", names="the adapter") for why in Why}
+    told = {why.value: because(why, "the backend", "the adapter") for why in Why}
     rows = (f"| {reason} | {because[0].upper()}{because[1:]}. |\n" for reason, because in told.items())
     return (
         WAITING_PAGE

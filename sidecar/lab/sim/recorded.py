@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from sidecar.core.facts import DTYPE_BYTES, Adapter, EngineFacts, misfit, pages_of
+from sidecar.core.facts import DTYPE_BYTES, Adapter, EngineFacts, pages_of
+from sidecar.core.misfits import misfit
 from sidecar.errors import Misused, Reason
 from sidecar.lab.engine.shape import SHAPES, ModelShape, module_dims
 from sidecar.lab.engine.spec import EngineSpec

@@ -284,8 +284,8 @@ class Recorder:
         limits["most"] = max(seconds, limits.get("most", seconds))
 
     def _check_bound(self, effect: Settle, request: Open) -> None:
-        if effect.voided:
-            self.voided[effect.voided] = self.voided.get(effect.voided, 0) + 1
+        if effect.voided is not None:
+            self.voided[effect.voided.value] = self.voided.get(effect.voided.value, 0) + 1
             return
         if effect.bound_ns is None or not request.started_ns:
             return

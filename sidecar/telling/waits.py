@@ -1,4 +1,4 @@
-"""Describe the obstacle of a waiting request, in one sentence for each reason to wait.
+"""Why a request waits, and why its promise is void, in words: a clause for all that wait, a sentence for one of them.
 
 Call these functions between steps; they change nothing.
 """
@@ -11,17 +11,25 @@ from operator import itemgetter
 
 from policies.views import BASE
 from sidecar.core import eligibility
-from sidecar.core.enums import Phase, Why
+from sidecar.core.enums import Phase, Voided, Why
 from sidecar.core.state import Backend, Request, State
 from sidecar.telling.durations import readable
+from sidecar.telling.misfits import label
 from sidecar.telling.naming import called
-from sidecar.telling.verdict import FLOOD_MIN, FLOOD_SHARE, HOLDER_MIN
 
 NAMED_MAX = 6
 """The most adapters or backends that a sentence names; it counts the rest."""
 
+FLOOD_MIN, HOLDER_MIN, FLOOD_SHARE = 10, 4, 0.8
+"""A tenant, or an adapter, is named that has this share of so many waiting requests, or of so many that run."""
+
 CONTENDED = (Why.SLOTS_BUSY, Why.SEATS_FULL, Why.KV_FULL, Why.GATED, Why.TENANT_CAP, Why.NEXT)
 """The reasons that other requests are."""
+
+
+def because(why: Why, backends: str, adapters: str) -> str:
+    """Return a reason to wait as a clause about the backends and the adapters for which it holds."""
+    return _PHRASES[why][0].format(places=backends, names=adapters)
 
 
 def in_the_way(state: State, request: Request, why: Why, now_ns: int) -> str:
@@ -29,7 +37,7 @@ def in_the_way(state: State, request: Request, why: Why, now_ns: int) -> str:
     if request.backend is None:
         return _no_backend(state, request)
     backend = state.backends[request.backend]
-    return _SENTENCES[why](state, backend, request, now_ns) + (
+    return _PHRASES[why][1](state, backend, request, now_ns) + (
         _flood(state, backend, request) if why in CONTENDED else ""
     )
 
@@ -60,7 +68,7 @@ def _no_backend(state: State, request: Request) -> str:
 def _why_not_there(state: State, backend: Backend, request: Request) -> str:
     unfit = eligibility.cannot_serve(state, backend, request.version)
     if unfit is not None:
-        return f": {unfit.short}"
+        return f": {label(unfit)}"
     if backend.phase is Phase.DOWN:
         return " is down"
     if backend.leaving:
@@ -184,20 +192,51 @@ def _next(state: State, backend: Backend, request: Request, now_ns: int) -> str:
     return "nothing but the policy's choice of another"
 
 
-_SENTENCES: dict[Why, Callable[[State, Backend, Request, int], str]] = {
-    Why.BACKEND_DOWN: _down,
-    Why.STALLED: _stalled,
-    Why.BACKING_OFF: _backing_off,
-    Why.FETCHING: _fetching,
-    Why.STORE_FULL: _store_full,
-    Why.LOADING: _loading,
-    Why.HOST_CACHE_FULL: _host_cache_full,
-    Why.SLOTS_BUSY: _slots_busy,
-    Why.SEATS_FULL: _seats_full,
-    Why.KV_FULL: _kv_full,
-    Why.PROBATION: _probation,
-    Why.APART: _apart,
-    Why.GATED: _gated,
-    Why.TENANT_CAP: _tenant_cap,
-    Why.NEXT: _next,
+_Sentence = Callable[[State, Backend, Request, int], str]
+_PHRASES: dict[Why, tuple[str, _Sentence]] = {
+    Why.BACKEND_DOWN: ("no backend that could serve is up", _down),
+    Why.STALLED: ("nothing comes from {places}", _stalled),
+    Why.BACKING_OFF: ("a pause is kept after a refusal by {places}", _backing_off),
+    Why.FETCHING: ("weights of {names} are being fetched", _fetching),
+    Why.STORE_FULL: ("the host store has no room for {names}", _store_full),
+    Why.LOADING: ("weights of {names} are being loaded on {places}", _loading),
+    Why.HOST_CACHE_FULL: ("the adapter host cache of {places} is full", _host_cache_full),
+    Why.SLOTS_BUSY: ("all slots are busy on {places}", _slots_busy),
+    Why.SEATS_FULL: ("all seats are taken on {places}", _seats_full),
+    Why.KV_FULL: ("the KV cache is full on {places}", _kv_full),
+    Why.PROBATION: ("a first load of {names} is under way elsewhere", _probation),
+    Why.APART: ("a suspect load of {names} on {places} is kept apart", _apart),
+    Why.GATED: ("the ordering policy holds back on {places}", _gated),
+    Why.TENANT_CAP: ("a tenant has its share of {places}", _tenant_cap),
+    Why.NEXT: ("the turn on {places} has just come", _next),
+}
+"""By reason: the clause of all that wait for it, and what makes the sentence of one."""
+
+
+def void_label(voided: Voided | None) -> str:
+    """Return why a promise is void, as views tell it; journals and metrics have the plain label. "" if it holds."""
+    return "backend slower than assumed" if voided is Voided.BACKEND_SLOWED else "" if voided is None else voided.value
+
+
+VOID_BECAUSE = {
+    Voided.ADAPTER_LATE: "The adapter's weights came later than assumed.",
+    Voided.ANSWERS_LONGER: "Answers have become longer than those before, by which the bound was reckoned.",
+    Voided.BACKEND_ADDED: "A backend was added, and the host store no longer holds an adapter for every slot.",
+    Voided.BACKEND_LOST: "The engine was lost.",
+    Voided.BACKEND_SLOWED: (
+        "The engine's steps take longer than the bound assumed: *backend slower than assumed* in `sidecar queue` and "
+        "`sidecar top`. Until a pace is calibrated or learned it is a guess, so a first burst may show this although "
+        "nothing is wrong; later bounds rest on what was measured."
+    ),
+    Voided.BACKEND_STALLED: "Nothing came from the engine for a while.",
+    Voided.ENGINE_QUEUE_FULL: "The engine refused a request because its own queue was full.",
+    Voided.KEPT_APART: "The engine can't run base and adapter requests in one batch, and both kinds came.",
+    Voided.MOVED: "The request was moved to another backend.",
+    Voided.NO_BACKEND: "No backend that could serve was up.",
+    Voided.RUN_AGAIN: "The request was sent and had to be sent again.",
+    Voided.SHARES_CHANGED: "Tenants' weights were changed.",
+    Voided.UNTOLD: (
+        "A proxy carried an answer whose end was never reported, so it kept its seat until the sidecar asked the "
+        "engine. Or the engine got requests that this process did not send."
+    ),
 }

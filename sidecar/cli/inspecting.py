@@ -12,8 +12,10 @@ from sidecar.adapters.packed import Layout, measure, plan
 from sidecar.adapters.peft import AdapterSource, Target, read_adapter
 from sidecar.adapters.registration import adapter_of
 from sidecar.adapters.values import check_values
-from sidecar.core.facts import Adapter, EngineFacts, misfit, packed_for, packed_key, task_id_of
+from sidecar.core.facts import Adapter, EngineFacts, packed_for, packed_key, task_id_of
+from sidecar.core.misfits import misfit
 from sidecar.errors import Invalid
+from sidecar.telling.misfits import label, sentence
 
 DEFAULT_LAYOUTS = (Layout("float16"), Layout("bfloat16"))
 
@@ -69,7 +71,7 @@ def _module(name: str, targets: Sequence[Target], largest: Mapping[str, float]) 
 def _backend(source: AdapterSource, adapter: Adapter, name: str, facts: EngineFacts) -> dict[str, Any]:
     found = misfit(adapter, facts)
     if found is not None:
-        return {"backend": name, "serves": False, "short": found.short, "why": found.sentence}
+        return {"backend": name, "serves": False, "short": label(found), "why": sentence(found)}
     packed = packed_for(adapter, facts, 0)
     loss = _layout(source, facts.layout)
     if "refused" in loss:
