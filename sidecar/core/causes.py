@@ -11,7 +11,7 @@ import msgspec
 from sidecar.core.facts import Suspicion
 from sidecar.core.misfits import Misfit
 from sidecar.errors import Reason
-from sidecar.model.quote import Quote
+from sidecar.model.quote import EngineId, Quote
 
 
 class _Cause(msgspec.Struct, frozen=True, tag=True, tag_field="!"):
@@ -89,7 +89,7 @@ class QueueFull(_Cause, frozen=True):
 class WaitTooLong(_Cause, frozen=True):
     """The bound of its wait is above what its class allows."""
 
-    backend: str
+    backend: EngineId
     wait_ns: int
     klass: str
     limit_ns: int
@@ -98,7 +98,7 @@ class WaitTooLong(_Cause, frozen=True):
 class DeadlineTooSoon(_Cause, frozen=True):
     """Its answer might not begin before its deadline, which is in `left_ns`."""
 
-    backend: str
+    backend: EngineId
     first_token_ns: int
     left_ns: int
 
@@ -121,8 +121,8 @@ class NoBackend(_Cause, frozen=True):
     """No backend can serve the adapter: why not, by backend; `pools` are those in which none has been found."""
 
     backends: int
-    unfit: tuple[tuple[str, Misfit], ...]
-    pools: tuple[str, ...]
+    unfit: tuple[tuple[EngineId, Misfit], ...]
+    pools: tuple[EngineId, ...]
 
 
 # Another replica's.
@@ -131,19 +131,19 @@ class NoBackend(_Cause, frozen=True):
 class Gone(_Cause, frozen=True):
     """None of the backends that it may go to is known here."""
 
-    only: tuple[str, ...]
+    only: tuple[EngineId, ...]
 
 
 class NotOwned(_Cause, frozen=True):
     """Other replicas own the backends that it may go to."""
 
-    backends: tuple[str, ...]
+    backends: tuple[EngineId, ...]
 
 
 class OwnerChanged(_Cause, frozen=True):
     """Another replica has taken the backend over; `why` is a label of `ownership.enums.Why`."""
 
-    backend: str
+    backend: EngineId
     why: str
 
 
@@ -154,7 +154,7 @@ class Moved(_Cause, frozen=True):
 class LeaseEnded(_Cause, frozen=True):
     """It was not sent: this replica's lease on the engine had ended."""
 
-    backend: str
+    backend: EngineId
 
 
 class NoOwner(_Cause, frozen=True):
@@ -170,7 +170,7 @@ class NoMember(_Cause, frozen=True):
 class BackendDown(_Cause, frozen=True):
     """Its backend at another replica is down."""
 
-    backend: str
+    backend: EngineId
 
 
 class ReplicaAway(_Cause, frozen=True):
@@ -183,7 +183,7 @@ class ReplicaAway(_Cause, frozen=True):
 class Unowned(_Cause, frozen=True):
     """No owner took it in time; `last` is why the last one gave it back."""
 
-    backend: str
+    backend: EngineId
     last: Cause
 
 
@@ -191,14 +191,14 @@ class ReplicaLost(_Cause, frozen=True):
     """The replica that answered it was lost in the middle of the answer."""
 
     replica: str
-    backend: str
+    backend: EngineId
     text: Quote
 
 
 class BrokeOff(_Cause, frozen=True):
     """The answer, which went past the sidecar, broke off on its way to the client."""
 
-    backend: str
+    backend: EngineId
     text: Quote
 
 
@@ -261,7 +261,7 @@ class ReachedTooLate(_Cause, frozen=True):
 
     waited_ns: int
     left_ns: int
-    backend: str
+    backend: EngineId
     reading_ns: int
     tokens: int
 
@@ -275,7 +275,7 @@ class NotFetched(_Cause, frozen=True):
 class NotLoaded(_Cause, frozen=True):
     """The engine refused its adapter's weights, and no other takes them."""
 
-    backend: str
+    backend: EngineId
     text: Quote
 
 
@@ -317,21 +317,21 @@ class GivenUp(_Cause, frozen=True):
     """It was sent so many times, and met the same fault the last time on a backend."""
 
     tries: int
-    backend: str
+    backend: EngineId
     fault: str
 
 
 class FailedTwice(_Cause, frozen=True):
     """Its engine failed twice before the first token."""
 
-    backend: str
+    backend: EngineId
     text: Quote
 
 
 class Failed(_Cause, frozen=True):
     """Its engine failed after it had sent so many tokens."""
 
-    backend: str
+    backend: EngineId
     tokens: int
     text: Quote
 
@@ -339,7 +339,7 @@ class Failed(_Cause, frozen=True):
 class Lost(_Cause, frozen=True):
     """It lost its backends one after the other before the first token, as many as a request visits."""
 
-    backends: tuple[str, ...]
+    backends: tuple[EngineId, ...]
     text: Quote
     visits_max: int
 
@@ -347,7 +347,7 @@ class Lost(_Cause, frozen=True):
 class LostMidway(_Cause, frozen=True):
     """Its backend was lost after the first token."""
 
-    backend: str
+    backend: EngineId
     text: Quote
 
 

@@ -17,7 +17,7 @@ from sidecar.core.layout import FILES_LABEL, FUSED, Heads, fused_of, packed_rows
 from sidecar.core.layout import Layout as Layout
 from sidecar.core.layout import Row as Row
 from sidecar.core.pace import Pace
-from sidecar.model.quote import Quote
+from sidecar.model.quote import EngineId, Quote
 
 PACKER_REVISION = 1
 """Raise it whenever the same source and layout would give other packed bytes."""
@@ -244,6 +244,6 @@ class Suspicion:
     `text` is what was said of the last loss.
     """
 
-    lost: tuple[str, ...]
+    lost: tuple[EngineId, ...]
     text: Quote
     has_ended: bool = False

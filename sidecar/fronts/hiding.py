@@ -1,10 +1,8 @@
-"""Keep engines out of all that clients are told, where `hide_backend` says so.
+"""Keep engines' ids and addresses out of what clients are told, where `hide_backend` says so.
 
-It stands where texts leave, behind every front, so that it holds for whatever is said there and no text has to know
-who reads it. The log, the journal and the admin listener keep the names.
-
-What an engine says of its own failure is left out, too. What it says of a request goes to the request's sender, and
-what it says of an adapter to whoever loads it.
+Why a request ended has its own voice for that (`telling.endings`). This is for what engines themselves say of a
+request or an adapter, and for errors before a request: it stands where texts leave, behind every front. The log, the
+journal and the admin listener keep the names.
 """
 
 from __future__ import annotations
@@ -19,23 +17,13 @@ from starlette.types import Message, Send
 
 from sidecar.fronts.status import DETAILS, packed
 from sidecar.shell.gateway import Gateway
-from sidecar.telling.endings import NEVER_REPEATED
+from sidecar.telling.endings import AN_ENGINE
 
-ENGINE, OPERATOR = "an engine", "ask your operator"
 ERROR_EVENT = b'data: {"error":'
 _FOR_PROGRAMS = frozenset(("code", "object", "param", "reason", "type"))
 """Members of an error that are words for programs, none of them an engine's."""
 _ADDRESSES = r"(?:\d{1,3}\.){3}\d{1,3}(?::\d+)?|(?:\[|%5B)[\da-fA-F:.]*:[\da-fA-F:.]*(?:%\w+)?(?:\]|%5D)(?::\d+)?"
 """What a name was resolved to is in no configuration."""
-_KEYS = re.compile(r"(; |, or )(?:(?!, or )[^;])*?(?:\b(?:backends|discover)\[\]|\bengine\.[a-z])[^;]*")
-"""The way out, or the last of several, that is a key of an engine: for operators only."""
-_SAID = re.compile(
-    r"(tokens had been sent|(?:before|after) the first token|refused to load it|its engine rejected the load): "
-    rf".*?(; (?:{NEVER_REPEATED}|a request visits at most \d+ backends))?\Z",
-    re.DOTALL,
-)
-_DIED = re.compile(rf"((?:it has ended|with the loss of) {ENGINE}(?: and {ENGINE})?) \(.*\)", re.DOTALL)
-"""The core's words before and behind those of an engine."""
 
 
 class Hiding:
@@ -46,16 +34,14 @@ class Hiding:
         self._on = on
 
     def text(self, text: str) -> str:
-        """Return a text without ids, addresses and last words of engines, and without keys that configure them."""
+        """Return a text without ids and addresses of engines."""
         if not self._on:
             return text
         names = {*self._gateway.fleet.names(), *self._gateway.state.config.pools}
         told = sorted((name for name in names if name in text), key=len, reverse=True)
         found = "|".join((*map(re.escape, told), _ADDRESSES))
         one = rf"(?:\w+:(?://)?)?(?<![\w-])(?:{found})(?![\w-])"
-        text = re.sub(rf"(?:\bbackend )?{one}(?:, {one})*", ENGINE, text)
-        text = _SAID.sub(lambda said: said[1] + (said[2] or f"; {OPERATOR}"), _DIED.sub(r"\1", text))
-        return _KEYS.sub(rf"\1{OPERATOR}", text)
+        return re.sub(rf"(?:\bbackend )?{one}(?:, {one})*", AN_ENGINE, text)
 
     def context(self, context: Any) -> Any:
         """Return a gRPC call's context whose errors name no engine."""

@@ -33,7 +33,7 @@ def status_of(
     code: grpc.StatusCode | None = None,
     request_id: str = "",
 ) -> tuple[grpc.StatusCode, str, Metadata]:
-    """Return code, message and trailing metadata of an ending; `code` overrides the reason's own code."""
+    """Return code, message and trailing metadata of an ending; `code` is in place of the reason's own."""
     details = details | {"request_id": request_id}
     code = code or grpc.StatusCode[reason.row.code]
     message = _short(message)
@@ -86,15 +86,16 @@ def status_of_error(error: SidecarError, request_id: str = "") -> tuple[grpc.Sta
 
 
 def status_of_ending(
-    settle: Settle, request_id: str, code: grpc.StatusCode | None = None
+    settle: Settle, request_id: str, code: grpc.StatusCode | None, voice: Voice
 ) -> tuple[grpc.StatusCode, str, Metadata]:
-    """Return the status of a request that was not answered in full; `code` overrides the reason's own code."""
+    """Return the status of a request that was not answered in full; `code` is in place of the reason's own."""
     assert settle.reason is not None
     retry_ms = None if settle.retry_after_ns is None else settle.retry_after_ns // 1_000_000
     if retry_ms is None and settle.reason.row.retryable:
         retry_ms = 1000
-    details = {"adapter": settle.name, "version": settle.version, "backend": settle.backend}
-    return status_of(settle.reason, message_of(settle, Voice.CLIENT), details, retry_ms, code, request_id)
+    backend = "" if voice is Voice.STRANGER else settle.backend
+    details = {"adapter": settle.name, "version": settle.version, "backend": backend}
+    return status_of(settle.reason, message_of(settle, voice), details, retry_ms, code, request_id)
 
 
 async def abort(context: Any, error: SidecarError, request_id: str = "") -> NoReturn:

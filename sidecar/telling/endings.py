@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from enum import Enum
-from typing import Any
+from functools import cache
+from typing import Any, get_args, get_type_hints
 
 import msgspec
 
@@ -14,18 +15,27 @@ from sidecar.core.causes import Cause
 from sidecar.core.effects import Settle
 from sidecar.core.facts import Suspicion
 from sidecar.errors import Reason, Refused
+from sidecar.model.quote import EngineId, Quote
 from sidecar.telling.durations import readable
 from sidecar.telling.misfits import label, reason, sentence
 
 ADD_BACKEND = 'name one under "backends" or with --backend triton://HOST:PORT, or add it with "sidecar backends add"'
 NEVER_REPEATED = "an answer that has begun is never repeated, so send the request again if you want a new one"
+AN_ENGINE, ASK = "an engine", "ask your operator"
 
 
 class Voice(Enum):
-    """Whom the words are for. A client is not told commands that only operators have."""
+    """Whom the words are for."""
 
-    CLIENT = "client"
     OPERATOR = "operator"
+    CLIENT = "client"
+    """A client is told no commands and no configuration keys, which only operators have."""
+    STRANGER = "stranger"
+    """A client who may not know which engines there are (`hide_backend`), nor what they say when they fail."""
+
+    @classmethod
+    def of_clients(cls, hide_backend: bool) -> Voice:
+        return cls.STRANGER if hide_backend else cls.CLIENT
 
 
 def message_of(settle: Settle, voice: Voice = Voice.OPERATOR) -> str:
@@ -34,12 +44,41 @@ def message_of(settle: Settle, voice: Voice = Voice.OPERATOR) -> str:
 
 
 def told(cause: Cause, name: str = "", voice: Voice = Voice.OPERATOR) -> str:
-    """Return a cause in words; `name` is the adapter's. A phrase has the cause's fields in braces."""
+    """Return a cause in words; `name` is the adapter's."""
+    if voice is Voice.STRANGER and not isinstance(cause, _QUOTED):
+        cause = _masked(Cause, cause)
     phrase = _PHRASES[type(cause)]
-    if not isinstance(phrase, str):
+    if isinstance(phrase, tuple):
+        phrase = "".join(phrase) if voice is Voice.OPERATOR else phrase[0]
+    elif not isinstance(phrase, str):
         phrase = phrase(cause, voice)
-    shown = {field: _shown(field, value) for field, value in msgspec.structs.asdict(cause).items()}
-    return phrase.format(name=name, **shown)
+    fields = msgspec.structs.asdict(cause)
+    if not fields.get("text", " "):
+        phrase = phrase.replace(": {text}", "")
+    return phrase.format(name=name, **{field: _shown(field, value) for field, value in fields.items()})
+
+
+def _masked(hint: Any, value: Any) -> Any:
+    """Return a value without engines' ids and quotes, by the types of its fields."""
+    if hint == EngineId:
+        return AN_ENGINE
+    if hint == Quote:
+        return ""
+    if isinstance(value, tuple):
+        hints = get_args(hint)
+        if hints[0] == EngineId and Ellipsis in hints:
+            return (AN_ENGINE,) if value else ()
+        of = [hints[0]] * len(value) if Ellipsis in hints else hints
+        return tuple(map(_masked, of, value))
+    if isinstance(value, msgspec.Struct | Suspicion):
+        kind: Any = type(value)
+        return kind(*(_masked(of, getattr(value, name)) for name, of in _hints(kind).items()))
+    return value
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
 
 
 def unknown(cause: causes.UnknownAdapter) -> Refused:
@@ -51,10 +90,10 @@ def quarantined(suspicion: Suspicion | None) -> str:
     """Return why a version is quarantined; "" if it is not."""
     if suspicion is None:
         return ""
-    lost = " and ".join(suspicion.lost)
+    lost, text = " and ".join(suspicion.lost), suspicion.text
     if suspicion.has_ended:
-        return f"it has ended {lost} ({suspicion.text})"
-    return f"its first loads coincided with the loss of {lost} (last: {suspicion.text})"
+        return f"it has ended {lost}" + (f" ({text})" if text else "")
+    return f"its first loads coincided with the loss of {lost}" + (f" (last: {text})" if text else "")
 
 
 class _Duration(int):
@@ -96,34 +135,36 @@ def _not_allowed(cause: causes.NotAllowed, voice: Voice) -> str:
 
 
 def _quarantined(cause: causes.Quarantined, voice: Voice) -> str:
-    way_out = 'find out why the engine dies of it, then lift it with "sidecar adapters release {name}"'
-    if voice is Voice.CLIENT:
-        way_out = "name another model of /v1/models, or ask your operator to release it"
+    way_out = "name another model of /v1/models, or ask your operator to release it"
+    if voice is Voice.OPERATOR:
+        way_out = 'find out why the engine dies of it, then lift it with "sidecar adapters release {name}"'
     return "{name} is quarantined: " + _literal(quarantined(cause.suspicion)) + "; " + way_out
 
 
 def _queue_full(cause: causes.QueueFull, voice: Voice) -> str:
     whose, prefix = ("", "") if cause.tenant is None else (' of tenant "{tenant}"', "tenant_")
     key = f"queue.{prefix}queued_{'' if cause.what == 'requests' else f'{cause.what}_'}max"
-    return f"the queue is full: {{held}} {{what}}{whose} wait (limit {{limit}}); try again later, or raise {key}"
+    way_out = f", or raise {key}" if voice is Voice.OPERATOR else ""
+    return f"the queue is full: {{held}} {{what}}{whose} wait (limit {{limit}}); try again later{way_out}"
 
 
 def _no_backend(cause: causes.NoBackend, voice: Voice) -> str:
     """Count the reasons: "0 of 7 backends can serve it: 5 max rank 32 < 64, 2 other base. b0: its rank is 64 …"."""
-    is_client = voice is Voice.CLIENT
+    is_client = voice is not Voice.OPERATOR
     if cause.unfit:
         counts = Counter(label(unfit) for _, unfit in cause.unfit)
         reasons = ", ".join(f"{count} {short}" for short, count in counts.items())
         backend, first = cause.unfit[0]
-        what = f"{reason(first)}; ask your operator" if is_client else sentence(first)
+        what = f"{reason(first)}; {ASK}" if is_client else sentence(first)
         return "{name}: 0 of {backends} backends can serve it: " + _literal(f"{reasons}. {backend}: {what}.")
     if cause.backends:
-        way_out = "ask your operator which take it" if is_client else '"sidecar backends list" shows them'
+        way_out = f"{ASK} which take it" if is_client else '"sidecar backends list" shows them'
         return "{name}: no backend that the request may go to is configured; " + way_out
     if cause.pools:
-        return "{name}: no engine has been found yet, and none of {pools} could serve it"
+        found_yet = "that could serve it has been found yet; try again later"
+        return f"{{name}}: no engine {found_yet}" + ("" if is_client else ", or see what is discovered for {pools}")
     return "{name}: no engine is configured at the moment; " + (
-        "try again later, or ask your operator" if is_client else ADD_BACKEND
+        f"try again later, or {ASK}" if is_client else ADD_BACKEND
     )
 
 
@@ -138,17 +179,23 @@ def _deadline_passed(cause: causes.DeadlinePassed, voice: Voice) -> str:
 
 def _lost(cause: causes.Lost, voice: Voice) -> str:
     lost = _literal(" and then ".join(cause.backends))
-    return f"{{name}}: lost {lost} before the first token: {{text}}; a request visits at most {{visits_max}} backends"
+    visits = "a request visits at most {visits_max} backends, so send it again"
+    return f"{{name}}: lost {lost} before the first token: {{text}}; {visits}"
 
 
 def _stopped(cause: causes.Stopped, voice: Voice) -> str:
     if cause.answering:
-        return f"the sidecar stops, and waits no longer for the rest of the answer; {NEVER_REPEATED}"
-    return "the sidecar stops, and waits no longer for the answer; send the request again"
+        return f"the sidecar is shutting down and has cut the answer off; {NEVER_REPEATED}"
+    return "the sidecar is shutting down and has cut the request off; send it again"
+
+
+def _not_loaded(cause: causes.NotLoaded, voice: Voice) -> str:
+    way_out = "see the engine's log" if voice is Voice.OPERATOR else ASK
+    return "{name}: {backend} refused to load it: {text}; " + way_out
 
 
 def _owner_changed(cause: causes.OwnerChanged, voice: Voice) -> str:
-    return f"{{backend}} is another replica's now ({_GIVEN_UP[cause.why]}); send the request again"
+    return f"another replica has taken {{backend}} over ({_GIVEN_UP[cause.why]}); send the request again"
 
 
 def _unowned(cause: causes.Unowned, voice: Voice) -> str:
@@ -194,7 +241,10 @@ def _literal(text: str) -> str:
     return text.replace("{", "{{").replace("}", "}}")
 
 
-_PHRASES: dict[type[Cause], str | Callable[[Any, Voice], str]] = {
+_QUOTED = (causes.Said, causes.Rejected, causes.NotFetched, causes.Broken)
+"""Causes whose quote is about the request or its adapter, and goes to every client."""
+
+_PHRASES: dict[type[Cause], str | tuple[str, str] | Callable[[Any, Voice], str]] = {
     causes.Said: "{text}",
     causes.NoAdapterNamed: (
         "the request names no adapter and this sidecar serves adapters only (base_requests: refuse); "
@@ -206,37 +256,38 @@ _PHRASES: dict[type[Cause], str | Callable[[Any, Voice], str]] = {
     causes.ShuttingDown: "the sidecar is shutting down; send the request to another replica",
     causes.Quarantined: _quarantined,
     causes.UnknownClass: 'unknown class "{asked}"; the configuration has {known}',
-    causes.DeadlineBefore: "the request's deadline had passed when it arrived",
+    causes.DeadlineBefore: "the request's deadline had passed when it arrived; send it with a longer one",
     causes.QueueFull: _queue_full,
     causes.WaitTooLong: (
-        '{backend} might not come to it for {wait_ns:.0f} s and class "{klass}" waits at most {limit_ns:.0f} s; '
-        "try again later, or raise the class's queue_wait_s_max"
+        'the expected wait on {backend} is {wait_ns:.0f} s and class "{klass}" allows {limit_ns:.0f} s; retry later',
+        ", or raise queue.classes.{klass}.queue_wait_s_max",
     ),
     causes.DeadlineTooSoon: (
-        "{backend} might not begin to answer it for {first_token_ns:.1f} s and its deadline is in {left_ns:.1f} s; "
-        "give it more time or try again later"
+        "the first token is expected from {backend} in {first_token_ns:.1f} s and the deadline is in {left_ns:.1f} s; "
+        "allow more time, or retry later"
     ),
     causes.PromptTooLong: "the prompt has {tokens} tokens and the engine takes at most {longest}; shorten it",
     causes.TooManySequences: (
-        "the request makes the engine run {sequences} sequences at once and it has seats for {seats}; "
-        "ask for fewer answers in one request, or raise engine.seats if the engine has more"
+        "the request makes the engine run {sequences} sequences at once and it has seats for {seats}; ask for fewer "
+        "answers in one request",
+        ", or raise engine.seats if the engine has more",
     ),
     causes.NoBackend: _no_backend,
-    causes.Gone: "{only}: not known here, or not any more; send the request again",
-    causes.NotOwned: "{backends}: another replica's; send the request there",
+    causes.Gone: "{only}: no such backend is known here any more; send the request again",
+    causes.NotOwned: "{backends}: another replica owns it; send the request there",
     causes.OwnerChanged: _owner_changed,
-    causes.Moved: "another replica sees to the request",
+    causes.Moved: "another replica has taken the request over",
     causes.LeaseEnded: "{backend}: this replica's lease had ended before the request was sent; send it again",
     causes.NoOwner: "no replica owns it at the moment",
-    causes.NoMember: "it is no member any more",
+    causes.NoMember: "replica {replica} is no member any more",
     causes.BackendDown: "{backend} is down",
-    causes.ReplicaAway: "replica {replica}: {text}",
+    causes.ReplicaAway: "replica {replica} went away: {text}",
     causes.Unowned: _unowned,
     causes.ReplicaLost: (
         "{name}: the replica {replica} that answered for {backend} was lost in the middle: {text}; " + NEVER_REPEATED
     ),
-    causes.BrokeOff: "{name}: the answer of {backend} broke off on its way to the client: {text}",
-    causes.Broken: "the sidecar failed: {text}",
+    causes.BrokeOff: ("{name}: the answer of {backend} broke off on its way to the client: {text}; " + NEVER_REPEATED),
+    causes.Broken: "the sidecar failed: {text}; its log says more",
     causes.SidecarFailed: _sidecar_failed,
     causes.Crashed: _crashed,
     causes.Poisonous: _poisonous,
@@ -245,32 +296,36 @@ _PHRASES: dict[type[Cause], str | Callable[[Any, Voice], str]] = {
         "{name}: the request waited {waited_ns} and no backend that could serve it was up; send it again later"
     ),
     causes.WaitedTooLong: (
-        '{name}: the request waited {waited_ns} and class "{klass}" waits at most {limit_ns}; '
-        "send it again later, or raise queue.classes.{klass}.queue_wait_s_max"
+        '{name}: the request waited {waited_ns} and class "{klass}" waits at most {limit_ns}; send it again later',
+        ", or raise queue.classes.{klass}.queue_wait_s_max",
     ),
     causes.ReachedTooLate: (
-        "{name}: its turn came after {waited_ns:.1f} s and its deadline is in {left_ns:.3f} s, "
-        "while {backend} needs {reading_ns:.3f} s to read its prompt of {tokens} tokens; give it more time"
+        "{name}: after {waited_ns:.1f} s in the queue {left_ns:.3f} s of its deadline are left, and {backend} needs "
+        "{reading_ns:.3f} s to read its prompt of {tokens} tokens; allow more time"
     ),
     causes.NotFetched: "{name}: {text}",
-    causes.NotLoaded: "{name}: {backend} refused to load it: {text}",
+    causes.NotLoaded: _not_loaded,
     causes.CancelledByClient: "the client cancelled the request or went away",
     causes.Revoked: "the credential of the request was revoked or has expired; get a new one",
-    causes.CancelledByOperator: "an operator cancelled the request",
+    causes.CancelledByOperator: "an operator cancelled the request; ask your operator before you send it again",
     causes.ReadTooSlowly: (
-        "for longer than client_stall_s more of the answer waited for the client than is kept; read it as it comes"
+        "the client read too slowly: the buffer was full for more than client_stall_s; read the stream as it arrives"
     ),
     causes.Stopped: _stopped,
     causes.Rejected: "{text}",
     causes.GivenUp: (
-        "{name}: given up after {tries} tries, the last on {backend} ({fault}); "
-        "the engine's adapter cache may be too small for its load"
+        "{name}: given up after {tries} tries, the last on {backend} ({fault}); retry later",
+        ", and see whether the engine's adapter cache is too small for its load",
     ),
-    causes.FailedTwice: "{name}: {backend} failed twice before the first token: {text}; see the engine's log",
+    causes.FailedTwice: (
+        "{name}: {backend} failed twice before the first token: {text}; retry later",
+        ", and see the engine's log",
+    ),
     causes.Failed: f"{{name}}: {{backend}} failed after {{tokens}} tokens had been sent: {{text}}; {NEVER_REPEATED}",
     causes.Lost: _lost,
     causes.LostMidway: f"{{name}}: {{backend}} was lost after the first token: {{text}}; {NEVER_REPEATED}",
     causes.Unobserved: (
-        "no access log has told how the answer ended, which the client has got from a proxy; see its own record"
+        "Envoy delivered the answer, but its access log never reported how it ended; check Envoy's log"
     ),
 }
+"""The words of each cause, with its fields in braces. The second of two parts is for operators only."""

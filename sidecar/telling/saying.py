@@ -29,7 +29,7 @@ def arrived(state: State, request: Request | None) -> str:
     if request is None:
         return "arrived"
     if request.running:
-        return "arrived, and nobody stood before it"
+        return "arrived; the queue was empty"
     if request.backend is None:
         return f"arrived; no backend can take it, as {len(state.unrouted) - 1} others"
     backend = state.backends[request.backend]

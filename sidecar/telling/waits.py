@@ -189,7 +189,7 @@ def _tenant_cap(state: State, backend: Backend, request: Request, now_ns: int) -
 
 
 def _next(state: State, backend: Backend, request: Request, now_ns: int) -> str:
-    return "nothing but the policy's choice of another"
+    return "it can be sent now; the ordering policy chose another request first"
 
 
 _Sentence = Callable[[State, Backend, Request, int], str]
@@ -208,7 +208,7 @@ _PHRASES: dict[Why, tuple[str, _Sentence]] = {
     Why.APART: ("a suspect load of {names} on {places} is kept apart", _apart),
     Why.GATED: ("the ordering policy holds back on {places}", _gated),
     Why.TENANT_CAP: ("a tenant has its share of {places}", _tenant_cap),
-    Why.NEXT: ("the turn on {places} has just come", _next),
+    Why.NEXT: ("the ordering policy chose others first on {places}", _next),
 }
 """By reason: the clause of all that wait for it, and what makes the sentence of one."""
 
@@ -220,7 +220,7 @@ def void_label(voided: Voided | None) -> str:
 
 VOID_BECAUSE = {
     Voided.ADAPTER_LATE: "The adapter's weights came later than assumed.",
-    Voided.ANSWERS_LONGER: "Answers have become longer than those before, by which the bound was reckoned.",
+    Voided.ANSWERS_LONGER: "Answers are now longer than those from which the bound was computed.",
     Voided.BACKEND_ADDED: "A backend was added, and the host store no longer holds an adapter for every slot.",
     Voided.BACKEND_LOST: "The engine was lost.",
     Voided.BACKEND_SLOWED: (

@@ -1,16 +1,18 @@
-"""`python -m tests.golden.make_words` writes what each voice says of each cause of an ending, for a person to read."""
+"""`python -m tests.golden.make_words` writes each voice's words of every cause, misfit and wait, for a person to read."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from sidecar.core import causes
+from sidecar.core import causes, enums, misfits
 from sidecar.core.causes import Cause
 from sidecar.core.facts import Suspicion
-from sidecar.core.misfits import Drained, RankTooLarge
+from sidecar.core.misfits import Misfit
 from sidecar.ownership.enums import Why
 from sidecar.telling.endings import Voice, told
+from sidecar.telling.misfits import label, reason, sentence
+from sidecar.telling.waits import VOID_BECAUSE, because
 
 WORDS = Path(__file__).parent / "words.json"
 S = 1_000_000_000
@@ -42,7 +44,7 @@ SAMPLES: tuple[Cause, ...] = (
     causes.NoBackend(0, (), ()),
     causes.NoBackend(0, (), ("blue", "green")),
     causes.NoBackend(2, (), ()),
-    causes.NoBackend(3, (("gpu-1", RankTooLarge(64, 32)), ("gpu-2", Drained(runs=False))), ()),
+    causes.NoBackend(3, (("gpu-1", misfits.RankTooLarge(64, 32)), ("gpu-2", misfits.Drained(runs=False))), ()),
     causes.Gone(("gpu-1",)),
     causes.NotOwned(("gpu-1", "gpu-2")),
     *(causes.OwnerChanged("gpu-1", why.value) for why in Why),
@@ -84,14 +86,41 @@ SAMPLES: tuple[Cause, ...] = (
 )
 
 
+MISFITS: tuple[Misfit, ...] = (
+    misfits.NoLora(),
+    misfits.NoFolder(),
+    misfits.NoBaseNamed("meta-llama/Llama-3.1-8B"),
+    misfits.OtherBase("mistralai/Mistral-7B-v0.3", "meta-llama/Llama-3.1-8B"),
+    misfits.RankTooLarge(64, 32),
+    misfits.OtherHeads(6144, (4096, 512, 512)),
+    misfits.PartsUnknown("attn_qkv", "heads"),
+    misfits.UnevenHeads(8, 3),
+    misfits.NoModule("mlp_gate_up"),
+    misfits.OtherDims("attn_q", (4096, 4096), (5120, 5120)),
+    misfits.TooFewLayers(39, 32),
+    misfits.MessageTooLarge(3_000_000_000, 2_147_483_647),
+    misfits.TooFewPages(48, 32),
+    misfits.StoreTooSmall(3_000_000_000, 1_000_000_000),
+    misfits.LoadRejected("rank must be one of 8, 16"),
+    misfits.Drained(runs=True),
+    misfits.Drained(runs=False),
+)
+
+
 def written() -> str:
-    """Return the samples' words as JSON; a client's only where they differ."""
+    """Return the samples' words as JSON; a client's and a stranger's only where they differ."""
     rows = []
     for cause in SAMPLES:
-        operator, client = (told(cause, "sql", voice) for voice in (Voice.OPERATOR, Voice.CLIENT))
-        rows.append(
-            {"cause": type(cause).__name__, "operator": operator} | ({"client": client} if client != operator else {})
-        )
+        operator, client, stranger = (told(cause, "sql", voice) for voice in Voice)
+        row = {"cause": type(cause).__name__, "operator": operator}
+        row |= {"client": client} if client != operator else {}
+        rows.append(row | ({"stranger": stranger} if stranger != client else {}))
+    rows += [
+        {"misfit": type(each).__name__, "label": label(each), "operator": sentence(each), "client": reason(each)}
+        for each in MISFITS
+    ]
+    rows += [{"why": why.value, "clause": because(why, "gpu-1", "sql")} for why in enums.Why]
+    rows += [{"voided": voided.value, "sentence": VOID_BECAUSE[voided]} for voided in enums.Voided]
     return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import pytest
 
+from sidecar.core import causes
 from sidecar.core.causes import Cause, UnknownAdapter
+from sidecar.core.misfits import Misfit
+from sidecar.model.quote import EngineId, Quote
 from sidecar.telling.endings import Voice, told
-from tests.golden.make_words import SAMPLES, WORDS, written
+from tests.golden.make_words import MISFITS, SAMPLES, WORDS, written
 
 
 def test_the_words_are_those_that_were_read() -> None:
@@ -24,6 +27,37 @@ FOR_CLIENTS = [cause for cause in SAMPLES if not isinstance(cause, UnknownAdapte
 """All but what operators are told of an unknown name: they have no tenant."""
 
 
+PARTS = (causes.NoOwner, causes.NoMember, causes.BackendDown, causes.ReplicaAway)
+"""Causes that stand in another's words, which have the way out."""
+WITHOUT_A_WAY_OUT = (
+    causes.Said, causes.Rejected, causes.NotFetched,  # they quote whoever knows it
+    causes.UnknownAdapter,  # near names are a question
+    causes.Moved, causes.CancelledByClient,  # nobody reads them
+    *PARTS,
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("cause", FOR_CLIENTS, ids=lambda cause: type(cause).__name__)
-def test_clients_are_told_no_command_of_operators(cause: Cause) -> None:
-    assert '"sidecar ' not in told(cause, "sql", Voice.CLIENT)
+def test_clients_are_told_a_reason_and_a_way_out_and_no_key_or_command_of_operators(cause: Cause) -> None:
+    words = told(cause, "sql", Voice.CLIENT)
+    assert not [each for each in ('"sidecar ', "backends[]", "engine.seats", "queue.") if each in words]
+    assert "; " in words or isinstance(cause, WITHOUT_A_WAY_OUT)
+
+
+@pytest.mark.parametrize("cause", SAMPLES, ids=lambda cause: type(cause).__name__)
+def test_strangers_are_told_no_engine_and_nothing_that_engines_say(cause: Cause) -> None:
+    words = told(cause, "sql", Voice.STRANGER)
+    assert not [each for each in ("gpu-", "CUDA", "connection", "Socket", "wrong shape", "blue") if each in words]
+
+
+@pytest.mark.parametrize("kind", get_args(Cause), ids=lambda kind: kind.__name__)
+def test_what_strangers_are_told_is_decided_by_types(kind: type) -> None:
+    """Each field that may hold a backend's id, or a quote, has the type by which it is masked."""
+    of = get_type_hints(kind, include_extras=True)
+    assert {"backend", "text"} & of.keys() <= {name for name, hint in of.items() if hint in (EngineId, Quote)}
+    for name in {"backends", "only", "pools"} & of.keys():
+        assert of[name] in (tuple[EngineId, ...], int)
+
+
+def test_every_misfit_is_told() -> None:
+    assert {type(each) for each in MISFITS} == set(get_args(Misfit))

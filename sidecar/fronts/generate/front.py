@@ -23,6 +23,7 @@ from sidecar.fronts.status import abort, status_of_ending
 from sidecar.proto import gateway_pb2, gateway_pb2_grpc
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.requests import RequestFacts, TraceOrigin
+from sidecar.telling.endings import Voice
 
 FIELDS = {"lora_name": "adapter", "lora_tenant": "tenant", "lora_class": "class", "lora_session": "session"}
 """Fields that mean the same as our parameters in the other APIs."""
@@ -34,6 +35,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
     def __init__(self, gateway: Gateway, hide_backend: bool) -> None:
         self._gateway = gateway
         self._hide_backend = hide_backend
+        self._voice = Voice.of_clients(hide_backend)
 
     async def Generate(self, request: Any, context: Any) -> None:  # noqa: N802 — gRPC's name
         request_id = ""
@@ -50,7 +52,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
         finally:
             self._gateway.close(ticket)
         if ending is not None and ending.reason is not None:
-            await context.abort(*status_of_ending(ending, request_id, _code_of(ending, ticket)))
+            await context.abort(*status_of_ending(ending, request_id, _code_of(ending, ticket), self._voice))
 
     def _submit(self, request: Any, context: Any, metadata: Mapping[str, str], request_id: str) -> Ticket:
         facts, access, caller = fields_of(request, metadata), self._gateway.access, callers.CALLER.get()

@@ -40,6 +40,7 @@ from sidecar.fronts.kserve.structure import Structure, id_in, structure_of
 from sidecar.fronts.lengths import text_tokens_max
 from sidecar.fronts.status import Metadata, abort, status_of_ending
 from sidecar.shell.gateway import Gateway
+from sidecar.telling.endings import Voice
 
 
 class KServe:
@@ -49,6 +50,7 @@ class KServe:
         self.gateway = gateway
         self.hide_backend = config.hide_backend
         self.hiding = Hiding(gateway, config.hide_backend)
+        self.voice = Voice.of_clients(config.hide_backend)
         self.client_stall_s = config.client_stall_s
         self.live = LiveRequests()
         self._open_max = config.listeners.data.requests_per_connection_max
@@ -183,7 +185,7 @@ class KServe:
         """Return the status of a bad ending. An engine's rejection keeps the engine's code and message."""
         rejected = ending.reason is Reason.BACKEND_REJECTED
         code = live.ticket.rejected_with if rejected else None
-        return status_of_ending(for_client(live, ending), live.ticket.client_id, code)
+        return status_of_ending(for_client(live, ending, self.voice), live.ticket.client_id, code, self.voice)
 
     @contextmanager
     def in_streams(self, peer: str) -> Iterator[OpenInStreams]:

@@ -92,9 +92,9 @@ def stopped_answer(asked: KServeRequest) -> Any:
     return response
 
 
-def for_client(live: Live, ending: Settle) -> Settle:
+def for_client(live: Live, ending: Settle, voice: Voice) -> Settle:
     """Return an ending in its client's words: its ids and regions stand where the engine's message has ours."""
-    asked, message, dispatch = live.asked, message_of(ending, Voice.CLIENT), live.ticket.dispatch
+    asked, message, dispatch = live.asked, message_of(ending, voice), live.ticket.dispatch
     if asked.task and ending.reason is Reason.UNKNOWN_ADAPTER:
         error = unknown(asked.task, asked.request_id)
         return replace(ending, cause=Said(error.message), name=asked.task)

@@ -162,7 +162,7 @@ class InferStream:
             return _Message(_final(stopped_answer(live.asked)) + wire.in_stream_response(origin))
         if ending.reason is None:
             return None
-        message = self._front.hiding.text(message_of(for_client(live, ending)))
+        message = self._front.hiding.text(message_of(for_client(live, ending, self._front.voice)))
         status = self._front.status_of(live, ending)
         return _refusal(live.asked.client_id, live.asked.request_id, ending.reason, status, message)
 

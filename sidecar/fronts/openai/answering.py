@@ -247,7 +247,7 @@ class Answering:
         if ending.reason is None:
             await self._write(send, b"", True)
             return
-        failed = failure_of_ending(ending, ticket)
+        failed = failure_of_ending(ending, ticket, Voice.of_clients(self._hide_backend))
         if not self._has_begun:
             if any(other.dispatch is not None for other in self._tickets if other is not ticket):
                 failed = without_retry(failed)

@@ -101,12 +101,12 @@ def failure_of_error(error: SidecarError, param: str | None = None) -> Failure:
     return replace(failed, headers=(*(pair for pair in failed.headers if pair[0] not in names), *headers))
 
 
-def failure_of_ending(ending: Settle, ticket: Ticket) -> Failure:
+def failure_of_ending(ending: Settle, ticket: Ticket, voice: Voice) -> Failure:
     """Return the response to a request that was not answered in full; an HTTP engine's own JSON error is passed on."""
     reason = ending.reason
     assert reason is not None
     rejection: Any = ticket.rejected_with if reason is Reason.BACKEND_REJECTED else None
-    message = _without_our_id(message_of(ending, Voice.CLIENT))
+    message = _without_our_id(message_of(ending, voice))
     if isinstance(rejection, HttpRejection):
         if not _is_object(rejection.body):
             return failure(rejection.status, message, reason.value.lower())
