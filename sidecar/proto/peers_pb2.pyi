@@ -123,125 +123,24 @@ class ForwardReplies(_message.Message):
     def __init__(self, replies: _Optional[_Iterable[_Union[ForwardReply, _Mapping]]] = ..., dispatched: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
-    __slots__ = ("member", "backend", "adapter", "tenant", "klass", "input_tokens", "output_tokens_max", "deadline_s", "session", "size_bytes", "client_id", "payload", "number", "sequences", "versions", "is_estimated", "peer", "traceparent", "tracestate", "waited_ns", "is_carried", "answer_id", "is_chat")
-    MEMBER_FIELD_NUMBER: _ClassVar[int]
-    BACKEND_FIELD_NUMBER: _ClassVar[int]
-    ADAPTER_FIELD_NUMBER: _ClassVar[int]
-    TENANT_FIELD_NUMBER: _ClassVar[int]
-    KLASS_FIELD_NUMBER: _ClassVar[int]
-    INPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    OUTPUT_TOKENS_MAX_FIELD_NUMBER: _ClassVar[int]
-    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
-    SESSION_FIELD_NUMBER: _ClassVar[int]
-    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
-    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
-    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("number", "member", "facts", "payload", "client_id", "peer", "is_carried", "answer_id")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
-    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
-    VERSIONS_FIELD_NUMBER: _ClassVar[int]
-    IS_ESTIMATED_FIELD_NUMBER: _ClassVar[int]
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    FACTS_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     PEER_FIELD_NUMBER: _ClassVar[int]
-    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
-    TRACESTATE_FIELD_NUMBER: _ClassVar[int]
-    WAITED_NS_FIELD_NUMBER: _ClassVar[int]
     IS_CARRIED_FIELD_NUMBER: _ClassVar[int]
     ANSWER_ID_FIELD_NUMBER: _ClassVar[int]
-    IS_CHAT_FIELD_NUMBER: _ClassVar[int]
-    member: str
-    backend: str
-    adapter: str
-    tenant: str
-    klass: str
-    input_tokens: int
-    output_tokens_max: int
-    deadline_s: float
-    session: str
-    size_bytes: int
-    client_id: str
-    payload: ForwardedPayload
     number: int
-    sequences: int
-    versions: Ordinals
-    is_estimated: bool
+    member: str
+    facts: bytes
+    payload: bytes
+    client_id: str
     peer: str
-    traceparent: str
-    tracestate: str
-    waited_ns: int
     is_carried: bool
     answer_id: str
-    is_chat: bool
-    def __init__(self, member: _Optional[str] = ..., backend: _Optional[str] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., klass: _Optional[str] = ..., input_tokens: _Optional[int] = ..., output_tokens_max: _Optional[int] = ..., deadline_s: _Optional[float] = ..., session: _Optional[str] = ..., size_bytes: _Optional[int] = ..., client_id: _Optional[str] = ..., payload: _Optional[_Union[ForwardedPayload, _Mapping]] = ..., number: _Optional[int] = ..., sequences: _Optional[int] = ..., versions: _Optional[_Union[Ordinals, _Mapping]] = ..., is_estimated: _Optional[bool] = ..., peer: _Optional[str] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., waited_ns: _Optional[int] = ..., is_carried: _Optional[bool] = ..., answer_id: _Optional[str] = ..., is_chat: _Optional[bool] = ...) -> None: ...
-
-class Ordinals(_message.Message):
-    __slots__ = ("ordinals",)
-    ORDINALS_FIELD_NUMBER: _ClassVar[int]
-    ordinals: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, ordinals: _Optional[_Iterable[int]] = ...) -> None: ...
-
-class ForwardedPayload(_message.Message):
-    __slots__ = ("model", "kind", "head", "forms", "raw", "unary", "metadata", "prompt", "whole", "outputs")
-    class FormsEntry(_message.Message):
-        __slots__ = ("key", "value")
-        KEY_FIELD_NUMBER: _ClassVar[int]
-        VALUE_FIELD_NUMBER: _ClassVar[int]
-        key: str
-        value: ForwardedForm
-        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[ForwardedForm, _Mapping]] = ...) -> None: ...
-    MODEL_FIELD_NUMBER: _ClassVar[int]
-    KIND_FIELD_NUMBER: _ClassVar[int]
-    HEAD_FIELD_NUMBER: _ClassVar[int]
-    FORMS_FIELD_NUMBER: _ClassVar[int]
-    RAW_FIELD_NUMBER: _ClassVar[int]
-    UNARY_FIELD_NUMBER: _ClassVar[int]
-    METADATA_FIELD_NUMBER: _ClassVar[int]
-    PROMPT_FIELD_NUMBER: _ClassVar[int]
-    WHOLE_FIELD_NUMBER: _ClassVar[int]
-    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
-    model: str
-    kind: str
-    head: ForwardedForm
-    forms: _containers.MessageMap[str, ForwardedForm]
-    raw: bool
-    unary: bool
-    metadata: _containers.RepeatedCompositeFieldContainer[ForwardedMetadata]
-    prompt: str
-    whole: ForwardedWhole
-    outputs: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, model: _Optional[str] = ..., kind: _Optional[str] = ..., head: _Optional[_Union[ForwardedForm, _Mapping]] = ..., forms: _Optional[_Mapping[str, ForwardedForm]] = ..., raw: _Optional[bool] = ..., unary: _Optional[bool] = ..., metadata: _Optional[_Iterable[_Union[ForwardedMetadata, _Mapping]]] = ..., prompt: _Optional[str] = ..., whole: _Optional[_Union[ForwardedWhole, _Mapping]] = ..., outputs: _Optional[_Iterable[str]] = ...) -> None: ...
-
-class ForwardedWhole(_message.Message):
-    __slots__ = ("excludes", "prompt_tokens", "rows", "may_ask")
-    EXCLUDES_FIELD_NUMBER: _ClassVar[int]
-    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    ROWS_FIELD_NUMBER: _ClassVar[int]
-    MAY_ASK_FIELD_NUMBER: _ClassVar[int]
-    excludes: bool
-    prompt_tokens: int
-    rows: int
-    may_ask: bool
-    def __init__(self, excludes: _Optional[bool] = ..., prompt_tokens: _Optional[int] = ..., rows: _Optional[int] = ..., may_ask: _Optional[bool] = ...) -> None: ...
-
-class ForwardedForm(_message.Message):
-    __slots__ = ("grpc", "http")
-    GRPC_FIELD_NUMBER: _ClassVar[int]
-    HTTP_FIELD_NUMBER: _ClassVar[int]
-    grpc: bytes
-    http: ForwardedHttp
-    def __init__(self, grpc: _Optional[bytes] = ..., http: _Optional[_Union[ForwardedHttp, _Mapping]] = ...) -> None: ...
-
-class ForwardedHttp(_message.Message):
-    __slots__ = ("path", "before", "after", "model", "streams")
-    PATH_FIELD_NUMBER: _ClassVar[int]
-    BEFORE_FIELD_NUMBER: _ClassVar[int]
-    AFTER_FIELD_NUMBER: _ClassVar[int]
-    MODEL_FIELD_NUMBER: _ClassVar[int]
-    STREAMS_FIELD_NUMBER: _ClassVar[int]
-    path: str
-    before: bytes
-    after: bytes
-    model: str
-    streams: bool
-    def __init__(self, path: _Optional[str] = ..., before: _Optional[bytes] = ..., after: _Optional[bytes] = ..., model: _Optional[str] = ..., streams: _Optional[bool] = ...) -> None: ...
+    def __init__(self, number: _Optional[int] = ..., member: _Optional[str] = ..., facts: _Optional[bytes] = ..., payload: _Optional[bytes] = ..., client_id: _Optional[str] = ..., peer: _Optional[str] = ..., is_carried: _Optional[bool] = ..., answer_id: _Optional[str] = ...) -> None: ...
 
 class ForwardedMetadata(_message.Message):
     __slots__ = ("key", "value")
@@ -260,62 +159,28 @@ class ForwardReply(_message.Message):
     CARRIAGE_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
-    origin: ForwardedOrigin
+    origin: bytes
     part: bytes
     last: bytes
     ending: ForwardedEnding
     carriage: Carriage
     number: int
     tokens: int
-    def __init__(self, origin: _Optional[_Union[ForwardedOrigin, _Mapping]] = ..., part: _Optional[bytes] = ..., last: _Optional[bytes] = ..., ending: _Optional[_Union[ForwardedEnding, _Mapping]] = ..., carriage: _Optional[_Union[Carriage, _Mapping]] = ..., number: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
-
-class ForwardedOrigin(_message.Message):
-    __slots__ = ("backend", "name", "ordinal", "digest", "cache", "queue_ns", "load_ns", "heals")
-    BACKEND_FIELD_NUMBER: _ClassVar[int]
-    NAME_FIELD_NUMBER: _ClassVar[int]
-    ORDINAL_FIELD_NUMBER: _ClassVar[int]
-    DIGEST_FIELD_NUMBER: _ClassVar[int]
-    CACHE_FIELD_NUMBER: _ClassVar[int]
-    QUEUE_NS_FIELD_NUMBER: _ClassVar[int]
-    LOAD_NS_FIELD_NUMBER: _ClassVar[int]
-    HEALS_FIELD_NUMBER: _ClassVar[int]
-    backend: str
-    name: str
-    ordinal: int
-    digest: str
-    cache: str
-    queue_ns: int
-    load_ns: int
-    heals: int
-    def __init__(self, backend: _Optional[str] = ..., name: _Optional[str] = ..., ordinal: _Optional[int] = ..., digest: _Optional[str] = ..., cache: _Optional[str] = ..., queue_ns: _Optional[int] = ..., load_ns: _Optional[int] = ..., heals: _Optional[int] = ...) -> None: ...
+    def __init__(self, origin: _Optional[bytes] = ..., part: _Optional[bytes] = ..., last: _Optional[bytes] = ..., ending: _Optional[_Union[ForwardedEnding, _Mapping]] = ..., carriage: _Optional[_Union[Carriage, _Mapping]] = ..., number: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class ForwardedEnding(_message.Message):
-    __slots__ = ("reason", "cause", "retry_after_ns", "name", "version", "output_tokens", "grpc_code", "http_status", "http_body", "is_bystander", "queue_ns", "is_estimated")
-    REASON_FIELD_NUMBER: _ClassVar[int]
-    CAUSE_FIELD_NUMBER: _ClassVar[int]
-    RETRY_AFTER_NS_FIELD_NUMBER: _ClassVar[int]
-    NAME_FIELD_NUMBER: _ClassVar[int]
-    VERSION_FIELD_NUMBER: _ClassVar[int]
-    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("settle", "grpc_code", "http_status", "http_body", "is_bystander")
+    SETTLE_FIELD_NUMBER: _ClassVar[int]
     GRPC_CODE_FIELD_NUMBER: _ClassVar[int]
     HTTP_STATUS_FIELD_NUMBER: _ClassVar[int]
     HTTP_BODY_FIELD_NUMBER: _ClassVar[int]
     IS_BYSTANDER_FIELD_NUMBER: _ClassVar[int]
-    QUEUE_NS_FIELD_NUMBER: _ClassVar[int]
-    IS_ESTIMATED_FIELD_NUMBER: _ClassVar[int]
-    reason: str
-    cause: bytes
-    retry_after_ns: int
-    name: str
-    version: str
-    output_tokens: int
+    settle: bytes
     grpc_code: int
     http_status: int
     http_body: bytes
     is_bystander: bool
-    queue_ns: int
-    is_estimated: bool
-    def __init__(self, reason: _Optional[str] = ..., cause: _Optional[bytes] = ..., retry_after_ns: _Optional[int] = ..., name: _Optional[str] = ..., version: _Optional[str] = ..., output_tokens: _Optional[int] = ..., grpc_code: _Optional[int] = ..., http_status: _Optional[int] = ..., http_body: _Optional[bytes] = ..., is_bystander: _Optional[bool] = ..., queue_ns: _Optional[int] = ..., is_estimated: _Optional[bool] = ...) -> None: ...
+    def __init__(self, settle: _Optional[bytes] = ..., grpc_code: _Optional[int] = ..., http_status: _Optional[int] = ..., http_body: _Optional[bytes] = ..., is_bystander: _Optional[bool] = ...) -> None: ...
 
 class AskRequest(_message.Message):
     __slots__ = ("member", "backend", "purpose", "epoch")

@@ -22,6 +22,7 @@ from sidecar.replicas import forms
 from sidecar.replicas.carrying import RemoteCarrier
 from sidecar.replicas.forwarding import ended
 from sidecar.shell.gateway import Gateway
+from sidecar.shell.requests import RequestFacts
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ class PassedOn(Ticket):
         """Add the answer's origin to a reply, once it is known."""
         if self.dispatch is not None:
             self._has_sent_origin = True
-            sent.origin.CopyFrom(forms.origin(self.dispatch))
+            sent.origin = forms.origin(self.dispatch)
 
 
 class Answers:
@@ -186,23 +187,21 @@ class Answers:
         self._outbox_changed.set()
 
     def _begin(self, request: Any) -> None:
-        facts = forms.facts_of(request)
-        if self._gateway.state.draining:  # the core would count a refusal, but another owner may still answer it
-            ending = ended(0, facts, Reason.DRAINING, causes.ShuttingDown(), request.backend)
-            self._refuse(request.number, ending)
-            return
+        facts = RequestFacts("", only=("",))
         try:
-            payload = forms.payload_of(request)
+            facts, payload = forms.facts_of(request), forms.payload_of(request)
+            if self._gateway.state.draining:  # the core would count a refusal, but another owner may still answer it
+                self._refuse(request.number, ended(0, facts, Reason.DRAINING, causes.ShuttingDown(), facts.only[0]))
+                return
             self._gateway.submit_here(facts, lambda number: self._ticket(number, payload, request))
         except Refused as refused:
-            ending = ended(
-                0, facts, refused.reason, causes.Said(refused.message), request.backend, refused.retry_after_s
-            )
+            cause = causes.Said(refused.message)
+            ending = ended(0, facts, refused.reason, cause, facts.only[0], refused.retry_after_s)
             self._refuse(request.number, ending)
         except Exception as error:  # a malformed request must not end the others on this call
             called = request.client_id if is_fit(REQUEST_ID, request.client_id) else ""
             logger.exception("a request (id %s) that another replica passed on cannot be read", called)
-            ending = ended(0, facts, Reason.BACKEND_FAILED, causes.Broken(str(error)), request.backend)
+            ending = ended(0, facts, Reason.BACKEND_FAILED, causes.Broken(str(error)), facts.only[0])
             self._refuse(request.number, ending)
             named = replace(ending, name=name_in(self._gateway.state, facts.adapter))
             self._gateway.driver.show_endings([named])

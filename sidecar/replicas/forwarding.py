@@ -10,6 +10,7 @@ from time import monotonic
 from typing import Any
 
 from google.protobuf.message import DecodeError
+from msgspec import MsgspecError
 
 from sidecar.backends.api import Ending, Sighting, Ticket, Unseen
 from sidecar.backends.openai.events import DONE, END_OF_EVENT, EVENT, prompt_bytes, prompt_tokens
@@ -134,7 +135,7 @@ class Forward:
             return False
         try:
             return self._take(reply)
-        except (ValueError, KeyError, DecodeError) as error:  # must not end the other requests of this call
+        except (ValueError, DecodeError, MsgspecError) as error:  # must not end the other requests of this call
             self._end.set_exception(error)
             return False
 
@@ -259,7 +260,7 @@ class Forward:
 
     def _take_ending(self, sent: Any) -> GivenBack | None:
         ticket = self._ticket
-        settled = forms.settle_of(ticket.request, self._facts, self.backend, sent)
+        settled = forms.settle_of(ticket.request, self._facts, sent)
         if settled.reason in AGAIN and not self._has_begun:
             return GivenBack(settled.cause or causes.NoOwner(), _owner_that(settled.reason, sent.is_bystander))
         ticket.rejected_with = forms.rejection_of(sent)

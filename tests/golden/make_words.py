@@ -1,4 +1,4 @@
-"""`python -m tests.golden.make_words` writes each voice's words of every cause, misfit and wait, for a person to read."""
+"""`python -m tests.golden.make_words` writes each voice's words of every cause, misfit and wait, for people to read."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from time import monotonic
 from typing import Any
 
 import grpc
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -318,7 +319,9 @@ async def test_an_ending_that_is_not_understood_is_an_ending_all_the_same(adapte
         async def Forward(self, messages: Any, context: Any) -> AsyncIterator[Any]:
             async for message in messages:
                 for request in message.requests:
-                    ending = peers_pb2.ForwardedEnding(reason="NEVER_HEARD_OF")
+                    settle = {"request": 1, "outcome": "failed", "name": "", "tenant": "", "klass": "", "queue_ns": 0}
+                    settle |= {"input_tokens": 0, "reason": "NEVER_HEARD_OF"}
+                    ending = peers_pb2.ForwardedEnding(settle=msgspec.msgpack.encode(settle))
                     reply = peers_pb2.ForwardReply(number=request.number, ending=ending)
                     yield peers_pb2.ForwardReplies(replies=[reply])
 
