@@ -8,37 +8,52 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from policies.views import BASE
 from sidecar.core.state import NEVER_NS, Request, State
 from sidecar.telling.pool import state_of
 
 Row = TypeVar("Row")
-FINE = ("", "up", "joining")
+FINE = ("up", "joining")
 SORTS = ("", "name", "waiting", "running", "oldest", "tokens")
 
 
 @dataclass
 class Group:
-    """The requests of one adapter and tenant at one backend, counted; `backend` is "" where no backend can take them.
+    """The open requests of one adapter and tenant at one backend, or of all with one of these names, counted.
 
-    `tokens` is what the waiting ones ask for, prompts included. `oldest` is the waiting one that arrived first, None if
-    all run.
+    `backend` is "" where no backend can take them. `tokens` is what the waiting ones ask for, prompts included;
+    `oldest` is the waiting one that arrived first, None if all run.
     """
 
-    adapter: str
-    tenant: str
-    backend: str
+    adapter: str = ""
+    tenant: str = ""
+    backend: str = ""
     waiting: int = 0
     running: int = 0
     tokens: int = 0
     oldest: Request | None = None
 
-    def place(self) -> tuple[int, int, str, str, str]:
-        """Return what groups are sorted by. Requests are numbered in order of arrival."""
-        first = NEVER_NS if self.oldest is None else self.oldest.id
-        return first, -self.running, self.adapter, self.tenant, self.backend
+    @property
+    def names(self) -> tuple[str, str, str]:
+        return self.adapter, self.tenant, self.backend
+
+    @property
+    def name(self) -> str:
+        """The name of a group that has only one."""
+        return self.adapter or self.tenant or self.backend
+
+    def age(self) -> tuple[int, int, tuple[str, str, str]]:
+        """Return what groups are sorted by, the longest wait first. Requests are numbered in order of arrival."""
+        return NEVER_NS if self.oldest is None else self.oldest.id, -self.running, self.names
+
+    def add(self, group: Group) -> None:
+        self.waiting += group.waiting
+        self.running += group.running
+        self.tokens += group.tokens
+        if group.oldest is not None and (self.oldest is None or group.oldest.id < self.oldest.id):
+            self.oldest = group.oldest
 
 
 def matching(
@@ -100,102 +115,59 @@ class Page:
         return not self.filter or self.filter.lower() in "\n".join(names).lower()
 
 
-@dataclass
-class Activity:
-    """The open requests of one adapter, tenant or backend."""
-
-    name: str
-    waiting: int = 0
-    running: int = 0
-    tokens: int = 0
-    oldest: Request | None = None
-    state: str = ""
-    """Of a backend."""
-
-    def add(self, group: Group) -> None:
-        self.waiting += group.waiting
-        self.running += group.running
-        self.tokens += group.tokens
-        if group.oldest is not None and (self.oldest is None or group.oldest.id < self.oldest.id):
-            self.oldest = group.oldest
-
-
-def activities(groups: Iterable[Group], name_of: Callable[[Group], str]) -> dict[str, Activity]:
-    """Return the open requests by adapter, tenant or backend."""
-    found: dict[str, Activity] = {}
+def by_adapter(groups: Iterable[Group], state: State) -> list[Group]:
+    """Return the open requests of every registered name, and those of the base model while it has some."""
+    found: dict[str, Group] = {}
     for group in groups:
-        name = name_of(group)
-        found.setdefault(name, Activity(name)).add(group)
-    return found
+        found.setdefault(group.adapter, Group(adapter=group.adapter)).add(group)
+    return [*found.values(), *(Group(adapter=name) for name in state.names if name not in found)]
 
 
-def in_order(rows: Iterable[Activity], page: Page, rates: Mapping[str, float | None]) -> list[Activity]:
-    """Return the rows that the page's filter takes, sorted; backends that are not up precede, unless one asks else."""
-    keys: dict[str, Callable[[Activity], float | str]] = {
-        "": _by_age,
-        "name": lambda row: row.name,
-        "waiting": lambda row: -row.waiting,
-        "running": lambda row: -row.running,
-        "oldest": _by_age,
-        "tokens": lambda row: -(rates.get(row.name) or 0.0),
+def by_tenant(groups: Iterable[Group]) -> list[Group]:
+    found: dict[str, Group] = {}
+    for group in groups:
+        found.setdefault(group.tenant, Group(tenant=group.tenant)).add(group)
+    return list(found.values())
+
+
+def by_backend(groups: Iterable[Group], state: State) -> list[Group]:
+    """Return the open requests of every backend."""
+    found = {backend: Group(backend=backend) for backend in state.backends}
+    for group in groups:
+        if group.backend in found:
+            found[group.backend].add(group)
+    return list(found.values())
+
+
+def in_order(
+    groups: Iterable[Group], page: Page, tokens: Mapping[str, float | None] | None = None, state: State | None = None
+) -> list[Group]:
+    """Return the groups that the page's filter takes, sorted; without an order those of backends that are not up first.
+
+    `tokens` has the rates of groups with one name; without it the tokens that are asked for count. With `state` the
+    groups are those of backends.
+    """
+    keys: dict[str, Callable[[Group], Any]] = {
+        "name": lambda group: group.names,
+        "waiting": lambda group: -group.waiting,
+        "running": lambda group: -group.running,
+        "tokens": lambda group: -(group.tokens if tokens is None else tokens.get(group.name) or 0.0),
     }
-    key = keys[page.sort]
-    taken = [row for row in rows if page.takes(row.name, row.state)]
-    taken.sort(key=lambda row: (key(row), -row.running, row.name))
-    if not page.sort:
-        taken.sort(key=lambda row: row.state in FINE)
+    key = keys.get(page.sort, Group.age)
+    stands = {} if state is None else {name: state_of(state, backend) for name, backend in state.backends.items()}
+    taken = [group for group in groups if page.takes(*_shown(group, tokens is None), stands.get(group.name, ""))]
+    taken.sort(key=lambda group: (key(group), -group.running, group.names))
+    if not page.sort and stands:
+        taken.sort(key=lambda group: stands[group.name] in FINE)
     return taken
 
 
-def _by_age(row: Activity | Group) -> float:
-    """Requests are numbered in order of arrival."""
-    return NEVER_NS if row.oldest is None else row.oldest.id
+def _shown(group: Group, has_all_names: bool) -> tuple[str, ...]:
+    return (group.adapter or "base model", group.tenant, group.backend) if has_all_names else (group.name,)
 
 
-def groups_in_order(groups: Iterable[Group], page: Page) -> list[Group]:
-    """Return the groups that the page's filter takes, sorted; all groups of a name have the same rate."""
-    keys: dict[str, Callable[[Group], float | tuple[str, ...]]] = {
-        "name": _names_of,
-        "waiting": lambda group: -group.waiting,
-        "running": lambda group: -group.running,
-        "tokens": lambda group: -group.tokens,
-    }
-    key = keys.get(page.sort, _by_age)
-    taken = [group for group in groups if page.takes(group.adapter or "base model", group.tenant, group.backend)]
-    return sorted(taken, key=lambda group: (key(group), -group.running, *_names_of(group)))
-
-
-def _names_of(group: Group) -> tuple[str, ...]:
-    return group.adapter, group.tenant, group.backend
-
-
-def adapter_activities(state: State, groups: Iterable[Group]) -> list[Activity]:
-    """Return every registered name, and the base model while it has requests."""
-    active = activities(groups, lambda group: group.adapter)
-    return [*active.values(), *(Activity(name) for name in state.names if name not in active)]
-
-
-def backend_activities(state: State, groups: Iterable[Group]) -> list[Activity]:
-    """Return every backend."""
-    active = activities(groups, lambda group: group.backend)
-    rows = [active.get(backend) or Activity(backend) for backend in state.backends]
-    for row in rows:
-        row.state = state_of(state, state.backends[row.name])
-    return rows
-
-
-@dataclass(frozen=True)
-class Copies:
-    """Where a version is: on how many backends, and in the host store ("memory", "disk", "fetching" or "")."""
-
-    on_gpu: int = 0
-    in_engine_host: int = 0
-    loading: int = 0
-    store: str = ""
-
-
-def copies_of(state: State, digests: Iterable[str]) -> dict[str, Copies]:
-    """Return where some versions are. The store is walked once for all of them."""
+def copies_of(state: State, digests: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return where some versions are, as fields of an AdapterRow. The store is walked once for all of them."""
     stored: dict[str, str] = {}
     for tier, store in (("disk", state.disk), ("memory", state.store)):
         for entry in store.entries.values():
@@ -203,12 +175,12 @@ def copies_of(state: State, digests: Iterable[str]) -> dict[str, Copies]:
     return {digest: _copies(state, digest, stored.get(digest, "")) for digest in digests if digest != BASE}
 
 
-def _copies(state: State, digest: str, store: str) -> Copies:
+def _copies(state: State, digest: str, store: str) -> dict[str, Any]:
     tiers = [backend.shadow.tier(digest) for backend in state.backends.values()]
-    version = state.versions.get(digest)
-    return Copies(
-        on_gpu=tiers.count("gpu"),
-        in_engine_host=tiers.count("engine_host"),
-        loading=0 if version is None else len(version.loads),
-        store=store,
-    )
+    loading = len(state.versions[digest].loads) if digest in state.versions else 0
+    return {
+        "on_gpu": tiers.count("gpu"),
+        "in_engine_host": tiers.count("engine_host"),
+        "loading": loading,
+        "store": store,
+    }

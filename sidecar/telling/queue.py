@@ -42,7 +42,7 @@ def queue_message(
     groups = groups_of(state, adapter, backend, tenant)
     oldest = _oldest(state, now_ns, EXAMINED_MAX, adapter, backend, tenant)
     counts = Counter(why for _, why in oldest)
-    groups.sort(key=Group.place)
+    groups.sort(key=Group.age)
     return admin_pb2.QueueResponse(
         verdict=verdict_of(state, now_ns, groups, oldest, tenant, beyond),
         waiting=sum(group.waiting for group in groups),

@@ -24,7 +24,7 @@ from sidecar.shell.open_requests import Chosen, beyond, names_in, passed_on, sho
 from sidecar.state.records import paused_for
 from sidecar.telling import groups as grouped
 from sidecar.telling.endings import quarantined
-from sidecar.telling.groups import Activity, Group, Page
+from sidecar.telling.groups import Group, Page
 from sidecar.telling.naming import called
 from sidecar.telling.pool import backend_messages
 from sidecar.telling.queue import group_message, oldest_message, verdict
@@ -163,7 +163,7 @@ class PoolService(admin_pb2_grpc.PoolServicer):
     # Pages.
 
     def _queue(self, message: Any, groups: list[Group], page: Page, rates: Rates | None, now_ns: int) -> None:
-        taken = grouped.groups_in_order(groups, page)
+        taken = grouped.in_order(groups, page)
         message.rows_total = len(taken)
         for group in page.cut(taken):
             message.groups.append(group_message(self._gateway.state, group, now_ns))
@@ -171,8 +171,9 @@ class PoolService(admin_pb2_grpc.PoolServicer):
     def _backends(self, message: Any, groups: list[Group], page: Page, rates: Rates | None, now_ns: int) -> None:
         state = self._gateway.state
         by_name = {} if rates is None else rates.backends
-        rows = self._cut(message, grouped.backend_activities(state, groups), page, by_name)
-        for row in backend_messages(state, now_ns, [row.name for row in rows]):
+        taken = grouped.in_order(grouped.by_backend(groups, state), page, by_name, state)
+        message.rows_total = len(taken)
+        for row in backend_messages(state, now_ns, [group.backend for group in page.cut(taken)]):
             made = message.backend_rows.add()
             made.backend.CopyFrom(row)
             for field in NOT_IN_ROWS:
@@ -185,7 +186,7 @@ class PoolService(admin_pb2_grpc.PoolServicer):
     def _adapters(self, message: Any, groups: list[Group], page: Page, rates: Rates | None, now_ns: int) -> None:
         state = self._gateway.state
         by_name = {} if rates is None else rates.adapters
-        rows = self._cut(message, grouped.adapter_activities(state, groups), page, by_name)
+        rows = self._cut(message, grouped.by_adapter(groups, state), page, by_name)
         digests = {row.name: state.names[row.name].digest for row in rows if row.name in state.names}
         copies = grouped.copies_of(state, digests.values())
         for row in rows:
@@ -194,9 +195,8 @@ class PoolService(admin_pb2_grpc.PoolServicer):
             _set_rate(made, row.name, rates, by_name)
             digest = digests.get(row.name, BASE)
             if digest in copies:
-                where, name = copies[digest], state.names[row.name]
-                made.on_gpu, made.in_engine_host, made.loading = where.on_gpu, where.in_engine_host, where.loading
-                made.store, made.pinned, made.version = where.store, name.pinned, f"v{name.ordinal}"
+                name = state.names[row.name]
+                made.MergeFrom(admin_pb2.AdapterRow(pinned=name.pinned, version=f"v{name.ordinal}", **copies[digest]))
                 made.quarantined = quarantined(state.versions[digest].quarantined)
             record = self._gateway.catalogue.registry.get(row.name)
             if record is not None:
@@ -204,8 +204,7 @@ class PoolService(admin_pb2_grpc.PoolServicer):
 
     def _tenants(self, message: Any, groups: list[Group], page: Page, rates: Rates | None, now_ns: int) -> None:
         by_name = {} if rates is None else rates.tenants
-        rows = grouped.activities(groups, lambda group: group.tenant)
-        for row in self._cut(message, list(rows.values()), page, by_name):
+        for row in self._cut(message, grouped.by_tenant(groups), page, by_name):
             weight = self._gateway.state.config.tenant_weights.get(row.name, 1.0)
             made = message.tenant_rows.add(
                 tenant=row.name, waiting=row.waiting, running=row.running, tokens=row.tokens, weight=weight
@@ -228,14 +227,12 @@ class PoolService(admin_pb2_grpc.PoolServicer):
             message.request_rows.append(each)
 
     @staticmethod
-    def _cut(
-        message: Any, rows: Sequence[Activity], page: Page, rates: Mapping[str, float | None]
-    ) -> Sequence[Activity]:
+    def _cut(message: Any, rows: Sequence[Group], page: Page, rates: Mapping[str, float | None]) -> Sequence[Group]:
         taken = grouped.in_order(rows, page, rates)
         message.rows_total = len(taken)
         return page.cut(taken)
 
-    def _set_oldest(self, message: Any, row: Activity, now_ns: int) -> None:
+    def _set_oldest(self, message: Any, row: Group, now_ns: int) -> None:
         if row.oldest is not None:
             message.oldest.CopyFrom(oldest_message(self._gateway.state, row.oldest, now_ns))
 
