@@ -13,14 +13,8 @@ from sidecar.lab.sim.bounds import (
     all_resident,
     closed_form,
     fluid,
-    makespan_by_slots_s,
-    makespan_by_tokens_s,
-    mod_s_relabel,
-    pool_depth,
-    work_of,
 )
 from sidecar.lab.sim.popularity import two_hot, uniform, zipf
-from sidecar.lab.sim.workloads import Arrival, LoadParameters, workload
 
 LINEAR = StepTimes(step_ms=lambda batch, context: 11 + 0.13 * batch, prefill_ms=lambda tokens: 95.0)
 """A step of 11 ms and 0.13 ms for each request in it; a prompt of 95 ms."""
@@ -120,60 +114,6 @@ def test_skew_lets_more_run() -> None:
     )
     assert fluid(LINEAR, LONG, engines, [], 200).batch == 200
     assert fluid(LINEAR, LONG, engines, [1.0, 0.0], 200).batch == 200
-
-
-def test_the_depth_of_the_pool_that_fills_the_batch() -> None:
-    """256 seats, 64 adapters, 2 slots: 256 · 66 / 4 = 4224; the closed form then has its full batch, and not before."""
-    assert pool_depth(256, 64, 2) == 4224
-    assert closed_form(LINEAR, LONG, Engines(256, 2), 64, 4224).batch == 256
-    assert closed_form(LINEAR, LONG, Engines(256, 2), 64, 4223).batch < 256
-    assert pool_depth(256, 8, 64) == pool_depth(256, 0, 64) == 256
-
-
-def arrivals(*requests: tuple[str, int]) -> list[Arrival]:
-    return [Arrival(None, adapter, 10, output) for adapter, output in requests]
-
-
-def test_the_least_makespan_by_tokens() -> None:
-    """600 tokens in answers of 200 with batches of 4.
-
-    t(4) = 11.52 ms: 200 · 11.52 / 4 + 95 = 671 ms for each of 3 requests, 2.013 s in all; half of it on two engines.
-    """
-    work = work_of(arrivals(("a", 100), ("b", 200), ("b", 300)))
-    assert makespan_by_tokens_s(work, LINEAR, Engines(4, 1)) == pytest.approx(2.013)
-    assert makespan_by_tokens_s(work, LINEAR, Engines(4, 1, count=2)) == pytest.approx(2.013 / 2)
-
-
-def test_the_least_makespan_by_slots() -> None:
-    """Adapter a holds its slot for its longest answer, b for its tokens, the base model holds none.
-
-    Alone in a batch a step is 11.13 ms: a's 300 tokens take 3.339 s, more than 330 · 11.52 / 4 = 0.9504 s in batches of
-    4. b's 20 answers of 100 take 2000 · 2.88 ms = 5.76 s, more than one of them alone, 1.113 s. Over 2 slots: 4.5495 s.
-    """
-    work = work_of(arrivals(("a", 300), ("a", 30), ("", 10_000), *[("b", 100)] * 20))
-    assert makespan_by_slots_s(work, LINEAR, Engines(4, 2)) == pytest.approx((3.339 + 5.76) / 2)
-
-
-def test_the_oracle_has_a_slot_for_every_adapter() -> None:
-    """Adapter i is called i mod S; whom, when and how much stays as it was, and shares add up."""
-    load = workload(
-        "two_hot", LoadParameters(adapters=8, requests=200, rate_per_s=5, output_variation=1, ranks=(8, 64))
-    )
-    oracle = mod_s_relabel(load, 2)
-    assert oracle.adapters == ("a000", "a001")
-    assert oracle.shares == pytest.approx({"a000": 0.5, "a001": 0.5})
-    for before, after in zip(load, oracle, strict=True):
-        assert after.adapter == f"a{int(before.adapter[1:]) % 2:03d}"
-        assert (after.at_ns, after.input_tokens, after.output_tokens) == (
-            before.at_ns, before.input_tokens, before.output_tokens,
-        )  # fmt: skip
-    assert mod_s_relabel(load, 8) is load
-
-
-def test_the_oracle_leaves_the_base_model_alone() -> None:
-    """Requests for no adapter need no slot."""
-    load = workload("base", LoadParameters(requests=3))
-    assert [arrival.adapter for arrival in mod_s_relabel(load, 2)] == [""] * 3
 
 
 def test_an_endless_backlog_fills_the_batch() -> None:

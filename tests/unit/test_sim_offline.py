@@ -8,7 +8,8 @@ from random import Random
 
 import pytest
 
-from sidecar.lab.sim.offline import Request, belady_by_size, least_loads, least_miss_cost, next_uses, total_cost
+from sidecar.lab.sim.offline import Request, least_miss_cost, next_uses, total_cost
+from tests.kit.belady import belady_by_size
 from tests.kit.cases import first
 
 
@@ -89,20 +90,6 @@ def test_what_is_larger_than_the_cache_passes_through() -> None:
     assert belady_by_size(trace("aba", {"a": 9}), 5) == 3
 
 
-def test_loads_in_order() -> None:
-    """Two adapters in turn with one slot: 6 loads at least by the account of room, 5 steps of which each reuse takes 2.
-
-    4 reuses of 2 steps want 8, so 2.5 of them are saved at most. Requests for the base model load nothing.
-    """
-    assert least_loads(["a", "", "b", "a", "b", "", "a", "b"], 1) == pytest.approx(6 - 2.5)
-    assert least_loads("ababab", 2) == 2
-
-
-def test_loads_where_the_order_may_change() -> None:
-    """If each may move one place, both reuses are counted as next to each other: only first loads remain."""
-    assert least_loads("ababab", 1, moved_places=1) == 2
-
-
 def test_an_empty_trace_costs_nothing() -> None:
     """Nor does it break anything."""
-    assert least_miss_cost([], 10) == belady_by_size([], 10) == least_loads([], 1) == 0
+    assert least_miss_cost([], 10) == belady_by_size([], 10) == 0

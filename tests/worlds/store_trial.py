@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from policies.views import Eviction
 from sidecar.config.plugins import known, resolve
 from sidecar.core.store import StoreIndex
-from sidecar.lab.sim.offline import Request, belady_by_size, least_miss_cost, next_uses
+from sidecar.lab.sim.offline import Request, least_miss_cost, next_uses
+from tests.kit.belady import belady_by_size
 
 
 def miss_cost(policy: Eviction, trace: Sequence[Request], capacity_bytes: int, look_ahead: int = 0) -> float:

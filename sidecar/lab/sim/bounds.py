@@ -14,10 +14,8 @@ adapters on each engine moves it. Seats and KV memory cap b besides.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-
-from sidecar.lab.sim.workloads import Arrival, Workload
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -104,92 +102,6 @@ def fluid(times: StepTimes, lengths: Lengths, engines: Engines, shares: Sequence
     open_parts = _open_parts(asked, engines.slots)
     pool_of_one = sum(share * (1 + 1 / part) / 2 for share, part in zip(asked, open_parts, strict=True))
     return _reached(times, lengths, engines, in_flight / engines.count / pool_of_one if asked else in_flight)
-
-
-def pool_depth(batch: float, adapters: int, slots: int) -> float:
-    """Return C*, how many requests must be outstanding for grouping to fill a batch: B · (N + S) / (2 · S)."""
-    slots = min(slots, adapters)
-    return batch * (adapters + slots) / (2 * slots) if slots else batch
-
-
-@dataclass
-class AdapterWork:
-    """A load's totals for one adapter."""
-
-    requests: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
-    longest_output_tokens: int = 0
-
-
-@dataclass
-class Work:
-    """A load's totals."""
-
-    adapters: dict[str, AdapterWork] = field(default_factory=dict)
-    total: AdapterWork = field(default_factory=AdapterWork)
-
-    @property
-    def lengths(self) -> Lengths:
-        """The mean request."""
-        return Lengths(self.total.input_tokens / self.total.requests, self.total.output_tokens / self.total.requests)
-
-
-def work_of(arrivals: Iterable[Arrival]) -> Work:
-    """Return the totals of a load."""
-    work = Work()
-    for arrival in arrivals:
-        for sum_ in (work.total, work.adapters.setdefault(arrival.adapter, AdapterWork())):
-            sum_.requests += 1
-            sum_.input_tokens += arrival.input_tokens
-            sum_.output_tokens += arrival.output_tokens
-            sum_.longest_output_tokens = max(sum_.longest_output_tokens, arrival.output_tokens)
-    return work
-
-
-def makespan_by_tokens_s(work: Work, times: StepTimes, engines: Engines) -> float:
-    """Return a lower bound of the time for a load: its tokens at the rate of full batches, as if all were resident."""
-    lengths = work.lengths
-    rate = tokens_per_s(times, lengths, full_batch(lengths, engines)) * engines.count
-    return work.total.output_tokens / rate
-
-
-def makespan_by_slots_s(work: Work, times: StepTimes, engines: Engines) -> float:
-    """Return a lower bound of the time for a load: the time that its adapters hold slots, over the slots.
-
-    An adapter holds one for at least its longest answer, alone in the batch, and for its tokens in full batches.
-    """
-    lengths = work.lengths
-    batch = full_batch(lengths, engines)
-    token_ms = times.step_ms(batch, lengths.context) / batch
-    held_ms = sum(
-        max(of_one.longest_output_tokens * times.step_ms(1, 0), of_one.output_tokens * token_ms)
-        for name, of_one in work.adapters.items()
-        if name
-    )
-    return held_ms / 1000 / (engines.slots * engines.count)
-
-
-def mod_s_relabel(workload: Workload, slots: int) -> Workload:
-    """Return the same arrivals with adapter i renamed to i mod S, so that every adapter has a slot: the oracle.
-
-    The fraction of the oracle's throughput that a policy reaches is its score.
-    """
-    kept = workload.adapters[:slots]
-    if len(kept) == len(workload.adapters):
-        return workload
-    renamed = {name: kept[number % slots] for number, name in enumerate(workload.adapters)}
-    shares = dict.fromkeys(kept, 0.0)
-    for name, share in workload.shares.items():
-        shares[renamed[name]] += share
-    return replace(
-        workload,
-        name=f"{workload.name} mod {slots}",
-        adapters=kept,
-        ranks={name: workload.ranks[name] for name in kept},
-        arrivals=lambda: (replace(one, adapter=renamed.get(one.adapter, one.adapter)) for one in workload),
-        shares=shares,
-    )
 
 
 def _reached(times: StepTimes, lengths: Lengths, engines: Engines, ceiling: float) -> Reachable:
