@@ -16,36 +16,46 @@ from sidecar.incident.surroundings import Surroundings, may_concern
 from sidecar.incident.witness import Routed
 from sidecar.journal.replay import Replayed
 from sidecar.telling import saying
-from sidecar.telling.endings import message_of
-from sidecar.telling.timeline import AT_AN_ENGINE, NOT_JOURNALED, SENT, Timeline, Waits
+from sidecar.telling.life import Life
+from sidecar.telling.timeline import NOT_JOURNALED, SENT, Timeline
 from sidecar.telling.waits import in_the_way
+
+NOT_ARRIVED = ev.Received(0, "", "", "", 0, 0)
 
 
 class Story:
     """Builds a timeline from the steps of a replay that concern one request."""
 
     def __init__(self, request: int) -> None:
-        self.timeline = Timeline(request)
         self.over = False
         self.known = False
         """True once the request has arrived."""
         self._request = request
-        self._waits = Waits(self.timeline)
+        self._life = Life(NOT_ARRIVED)
         self._surroundings = Surroundings(request)
         self._sent_ns: int | None = None
         self._attempt = 0
         self._last_ns = 0
+
+    @property
+    def timeline(self) -> Timeline:
+        return self._life.timeline
 
     # The journal's begin, gaps and end.
 
     def arrived_before(self, state: State) -> None:
         """Begin with a request that arrived before the first segment."""
         request = state.requests[self._request]
-        self._know(request)
-        self.timeline.adapter = request.view.name
-        at_ns = request.view.arrived_ns
-        self._waits.moment(at_ns, "arrived", "arrived before what is kept of the journal begins")
-        self._waits.begin(NOT_JOURNALED, at_ns, request.backend or "", "the journal begins later")
+        view, at_ns = request.view, request.view.arrived_ns
+        received = ev.Received(
+            request.id, view.name, view.tenant, view.klass, view.input_tokens, view.output_tokens_max,
+            request.deadline_ns, client_id=request.client_id,
+        )  # fmt: skip
+        self._life, self.known = Life(received, at_ns), True
+        self._life.admitted(request)
+        self._promised(request, at_ns)
+        self._life.moment(at_ns, "arrived", "arrived before what is kept of the journal begins")
+        self._life.begin(NOT_JOURNALED, at_ns, request.backend or "", "the journal begins later")
         self.resumed(state)
 
     def resumed(self, state: State) -> None:
@@ -56,7 +66,9 @@ class Story:
             return
         if request.running and request.attempt != self._attempt:
             self._not_seen(request)
-            self._sent(request.dispatched_ns, request.attempt, f"sent to {request.backend}")
+            self._life.end(request.dispatched_ns)
+            self._life.moment(request.dispatched_ns, SENT, f"sent to {request.backend}")
+            self._sent_ns, self._attempt = request.dispatched_ns, request.attempt
         elif not request.running:
             self._not_seen(request)
             self._sent_ns = None
@@ -65,8 +77,8 @@ class Story:
 
     def _not_seen(self, request: Request) -> None:
         since_ns = self._last_ns if self._sent_ns is None else self._sent_ns
-        if self._waits.reason != NOT_JOURNALED:
-            self._waits.begin(NOT_JOURNALED, since_ns, request.backend or "", "the journal left steps out")
+        if self._life.reason != NOT_JOURNALED:
+            self._life.begin(NOT_JOURNALED, since_ns, request.backend or "", "the journal left steps out")
 
     def process_ended(self) -> None:
         """End the story: the next segment belongs to another life of the process, which does not know the request."""
@@ -78,11 +90,11 @@ class Story:
 
     def finished(self) -> Timeline:
         """Return the timeline; a period that still lasts ends with the last step."""
-        self._waits.end(self._last_ns)
+        self._life.end(self._last_ns)
         if self.known and not self.over:
             doing = "waits" if self._sent_ns is None else "runs"
             self.timeline.notes.append(f"the journal ends while it {doing}")
-        self._waits.put_in_order()
+        self._life.put_in_order()
         return self.timeline
 
     # Steps.
@@ -99,7 +111,7 @@ class Story:
             if self._was_queued_again(step, request):
                 self._queued_again(step.at_ns)
         for choice in routed:
-            self._waits.moment(step.at_ns, "routed", saying.routed(choice.choice, choice.candidates))
+            self._life.moment(step.at_ns, "routed", saying.routed(choice.choice, choice.candidates))
         was_at = self._surroundings.backend
         if request is not None:
             self._surroundings.settle_in(state, request)
@@ -110,42 +122,24 @@ class Story:
         self._last_ns = step.at_ns
 
     def _arrives(self, event: ev.Received, now_ns: int, state: State, request: Request | None) -> None:
-        line = self.timeline
-        line.adapter, line.tenant, line.klass = event.adapter, event.tenant, event.klass
-        line.client_id = event.client_id
-        line.input_tokens, line.output_tokens_max = event.input_tokens, event.output_tokens_max
-        line.arrived_ns, line.deadline_ns = now_ns, event.deadline_ns
-        self.known = True
+        self._life, self.known = Life(event, now_ns), True
         if request is not None:
-            self._know(request)
-        self._waits.moment(now_ns, "arrived", saying.arrived(state, request))
-
-    def _know(self, request: Request) -> None:
-        line, view = self.timeline, request.view
-        line.version, line.ordinal = view.version, request.ordinal
-        line.tenant, line.klass, line.client_id = view.tenant, view.klass, request.client_id
-        line.input_tokens, line.output_tokens_max = view.input_tokens, view.output_tokens_max
-        line.arrived_ns, line.deadline_ns = view.arrived_ns, request.deadline_ns
-        line.expires_after_ns = request.expires_ns - view.arrived_ns
-        self.known = True
-        self._promised(request, view.arrived_ns)
+            self._life.admitted(request)
+            self._promised(request, request.view.arrived_ns)
+        self._life.moment(now_ns, "arrived", saying.arrived(state, request))
 
     def _promised(self, request: Request, now_ns: int) -> None:
         """Keep the request's promise, and add a moment when it becomes void."""
-        line = self.timeline
         if request.promise is not None:
-            line.promised_ns = request.promise.bound_ns
-        if request.voided is not None and not line.voided:
-            line.voided = request.voided.value
-            self._waits.moment(now_ns, *saying.voided(request.voided))
+            self.timeline.promised_ns = request.promise.bound_ns
+        self._life.voided(request.voided, now_ns)
 
     def _own_event(self, event: ev.Event, now_ns: int) -> None:
-        moment = saying.own_event(event, self._request, self._attempt)
-        if moment is not None:
-            self._waits.moment(now_ns, *moment)
-        elif self._waits.reason or isinstance(event, saying.Standing):
+        if self._life.own_event(event, now_ns, self._attempt):
+            return
+        if self._life.reason or isinstance(event, saying.Standing):
             for what, text in self._surroundings.of_event(event):
-                self._waits.moment(now_ns, what, text)
+                self._life.moment(now_ns, what, text)
 
     def _was_queued_again(self, step: Replayed, request: Request | None) -> bool:
         """Return True if a dispatched request went back to the queue in this step, even if it left again at once."""
@@ -161,45 +155,31 @@ class Story:
 
     def _queued_again(self, now_ns: int) -> None:
         assert self._sent_ns is not None
-        self._waits.begin(AT_AN_ENGINE, self._sent_ns, self._surroundings.backend, saying.IN_VAIN)
-        self._waits.end(now_ns)
-        self._waits.moment(now_ns, *saying.QUEUED_AGAIN)
+        self._life.failed(self._surroundings.backend, self._sent_ns, now_ns)
+        self._life.moment(now_ns, *saying.QUEUED_AGAIN)
         self._sent_ns = None
 
     def _add_moments(self, step: Replayed, state: State, was_at: str) -> None:
         """Add moments for the step's effects, in order: effects before the request's own dispatch preceded it."""
         for effect in step.effects:
             if isinstance(effect, do.Settle) and effect.request == self._request:
-                self._settled(effect, step.at_ns)
+                self._life.ended(effect, step.at_ns)
+                self.over = True
                 return
             if isinstance(effect, do.Dispatch) and effect.request == self._request:
-                if self._waits.reason and was_at not in ("", effect.backend):
-                    self._waits.moment(step.at_ns, *saying.taken_over(was_at, effect))
-                self._sent(step.at_ns, effect.attempt, saying.sent(effect))
+                came_from = was_at if self._life.reason else ""
+                self._life.end(step.at_ns)
+                self._life.sent(effect, step.at_ns, came_from)
+                self._sent_ns, self._attempt = step.at_ns, effect.attempt
             elif self._sent_ns is None:
-                self._surroundings.count_effect(effect, state, self._waits.tally)
+                self._surroundings.count_effect(effect, state, self._life.tally)
                 for what, text in self._surroundings.of_effect(effect, step):
-                    self._waits.moment(step.at_ns, what, text)
-
-    def _sent(self, at_ns: int, attempt: int, text: str) -> None:
-        self._waits.end(at_ns)
-        self._waits.moment(at_ns, SENT, text)
-        self._sent_ns, self._attempt = at_ns, attempt
-
-    def _settled(self, settle: do.Settle, now_ns: int) -> None:
-        self._waits.end(now_ns)
-        message = message_of(settle)
-        self._waits.moment(now_ns, "ended", saying.ended(settle, message))
-        line = self.timeline
-        line.ended_ns, line.output_tokens, line.outcome = now_ns, settle.output_tokens, settle.outcome.value
-        line.reason = settle.reason.value if settle.reason is not None else ""
-        line.message = message
-        self.over = True
+                    self._life.moment(step.at_ns, what, text)
 
     def _ask_core(self, step: Replayed, state: State, request: Request) -> None:
         """Ask the core why the request waits, unless the step cannot have changed that."""
         backend = request.backend or ""
-        waits = self._waits
+        waits = self._life
         if waits.reason and waits.backend == backend and not may_concern(step, state, backend):
             return
         for what, text in self._surroundings.look(step, state, waits.tally):

@@ -183,7 +183,7 @@ class Chronicle:
         if request is None:
             return
         record.version, record.ordinal = request.version, request.ordinal
-        record.output_tokens_max = request.view.output_tokens_max
+        record.reserved_tokens = request.view.output_tokens_max
         record.expires_after_ns = request.expires_ns - record.arrived_ns
         earlier_ns = request.view.arrived_ns - record.arrived_ns
         record.promised_ns = None if request.promise is None else request.promise.bound_ns + earlier_ns

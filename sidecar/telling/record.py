@@ -17,10 +17,10 @@ from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.causes import Cause
 from sidecar.core.enums import Voided, Why
-from sidecar.model.reference import Reference
 from sidecar.telling import saying
-from sidecar.telling.endings import message_of, told
-from sidecar.telling.timeline import AT_AN_ENGINE, FIRST_TOKEN, SENT, Timeline, Waits
+from sidecar.telling.endings import told
+from sidecar.telling.life import Life
+from sidecar.telling.timeline import FIRST_TOKEN, Timeline
 from sidecar.telling.waits import because
 
 NOT_LOOKED_AT = "not looked at"
@@ -162,7 +162,7 @@ class Record:
     """How long it had waited at other replicas before it came to this one."""
     version: str = ""
     ordinal: int = 0
-    output_tokens_max: int | None = None
+    reserved_tokens: int | None = None
     """What is reserved for it, which is less than it asked for if no engine can generate as much; None if unknown."""
     expires_after_ns: int | None = None
     promised_ns: int | None = None
@@ -221,39 +221,24 @@ class _Telling:
         self._record = record
         self._hides_others = hides_others
         self._until_ns = now_ns if record.ended_ns is None else record.ended_ns
-        received = record.received
-        name = Reference.of(received.adapter).name
-        self.timeline = Timeline(
-            received.request,
-            client_id=received.client_id,
-            adapter=name if record.ordinal else received.adapter,
-            version=record.version,
-            ordinal=record.ordinal,
-            tenant=received.tenant,
-            klass=received.klass,
-            input_tokens=received.input_tokens,
-            output_tokens_max=(
-                received.output_tokens_max if record.output_tokens_max is None else record.output_tokens_max
-            ),
-            arrived_ns=record.arrived_ns,
-            arrived_utc=_utc(record.utc_ns),
-            expires_after_ns=record.expires_after_ns,
-            promised_ns=record.promised_ns,
-            deadline_ns=received.deadline_ns,
-        )
-        self._waits = Waits(self.timeline)
+        self._life = Life(record.received, record.arrived_ns)
+        line = self._life.timeline
+        line.arrived_utc, line.version, line.ordinal = _utc(record.utc_ns), record.version, record.ordinal
+        line.expires_after_ns, line.promised_ns = record.expires_after_ns, record.promised_ns
+        if record.reserved_tokens is not None:
+            line.reserved_tokens = record.reserved_tokens
         self._since_ns = record.arrived_ns
         self._has_it: Queued | Unowned | do.Dispatch | PassedOn | None = Queued("")
 
     def tell(self) -> Timeline:
         record = self._record
-        self._waits.moment(record.arrived_ns, "arrived", "arrived" if self._hides_others else record.arrival)
+        self._life.moment(record.arrived_ns, "arrived", "arrived" if self._hides_others else record.arrival)
         for _, at_ns, what in record.entries():
             _TOLD.get(type(what), _Telling._own)(self, at_ns, what)
         if record.settle is None:
             self._hand_over(self._until_ns, None)
-        self._waits.put_in_order()
-        return self.timeline
+        self._life.put_in_order()
+        return self._life.timeline
 
     @property
     def _attempt(self) -> int:
@@ -265,46 +250,42 @@ class _Telling:
         if isinstance(had, Queued):
             self._waited(had, self._since_ns, at_ns)
         elif isinstance(had, PassedOn):
-            self._waits.begin(PASSED_ON, self._since_ns, had.backend, f"replica {had.replica} had it")
+            self._life.begin(PASSED_ON, self._since_ns, had.backend, f"replica {had.replica} had it")
             if self._record.is_elsewhere:
-                self.timeline.notes = [f"replica {had.replica} has the rest of the story: ask it"]
+                self._life.timeline.notes = [f"replica {had.replica} has the rest of the story: ask it"]
         elif isinstance(had, Unowned):
-            self._waits.begin(NO_OWNER, self._since_ns, "", "a replica is looked for that owns its backend")
+            self._life.begin(NO_OWNER, self._since_ns, "", "a replica is looked for that owns its backend")
         elif isinstance(had, do.Dispatch) and isinstance(to, Queued):
-            self._waits.begin(AT_AN_ENGINE, self._since_ns, had.backend, saying.IN_VAIN)
-        self._waits.end(at_ns)
+            self._life.failed(had.backend, self._since_ns, at_ns)
+        self._life.end(at_ns)
         self._has_it, self._since_ns = to, at_ns
 
     def _own(self, at_ns: int, what: ev.Event) -> None:
-        told = saying.own_event(what, self._record.request, self._attempt)
-        if told is not None:
-            self._waits.moment(at_ns, *told)
+        self._life.own_event(what, at_ns, self._attempt)
 
     def _sent(self, at_ns: int, what: do.Dispatch) -> None:
         had = self._has_it
         self._hand_over(at_ns, what)
         waited_in = had.backend if isinstance(had, Queued) and had.note is not None else ""  # else it went at once
-        if waited_in not in ("", what.backend) and not self._hides_others:
-            self._waits.moment(at_ns, *saying.taken_over(waited_in, what))
-        self._waits.moment(at_ns, SENT, saying.sent(what))
+        self._life.sent(what, at_ns, "" if self._hides_others else waited_in)
 
     def _queued(self, at_ns: int, what: Queued) -> None:
         self._hand_over(at_ns, what)
         if what.backend and not self._hides_others:
-            self._waits.moment(at_ns, "routed", saying.queued(what.backend))
+            self._life.moment(at_ns, "routed", saying.queued(what.backend))
 
     def _queued_again(self, at_ns: int, what: QueuedAgain) -> None:
         had = self._has_it
         self._hand_over(at_ns, Queued(had.backend if had is not None else ""))
-        self._waits.moment(at_ns, *saying.QUEUED_AGAIN)
+        self._life.moment(at_ns, *saying.QUEUED_AGAIN)
 
     def _passed_on(self, at_ns: int, what: PassedOn) -> None:
         self._hand_over(at_ns, what)
-        self._waits.moment(at_ns, "passed_on", f"passed on to replica {what.replica}, which owns {what.backend}")
+        self._life.moment(at_ns, "passed_on", f"passed on to replica {what.replica}, which owns {what.backend}")
 
     def _begun(self, at_ns: int, what: AnswerBegun) -> None:
         self._hand_over(at_ns, None)
-        self._waits.moment(at_ns, FIRST_TOKEN, "first token")
+        self._life.moment(at_ns, FIRST_TOKEN, "first token")
 
     def _unowned(self, at_ns: int, what: Unowned) -> None:
         self._hand_over(at_ns, what)
@@ -312,15 +293,14 @@ class _Telling:
     def _came_back(self, at_ns: int, what: CameBack) -> None:
         self._hand_over(at_ns, Queued(""))
         text = "" if self._hides_others else f", and {what.text}"
-        self._waits.moment(at_ns, "came_back", f"came back to this replica{text}")
+        self._life.moment(at_ns, "came_back", f"came back to this replica{text}")
 
     def _given_back(self, at_ns: int, what: GivenBack) -> None:
         self._hand_over(at_ns, Unowned())
-        self._waits.moment(at_ns, "given_back", f"given back: {told(what.why)}")
+        self._life.moment(at_ns, "given_back", f"given back: {told(what.why)}")
 
     def _voided(self, at_ns: int, what: PromiseVoided) -> None:
-        self.timeline.voided = what.why.value
-        self._waits.moment(at_ns, *saying.voided(what.why))
+        self._life.voided(what.why, at_ns)
 
     def _news(self, at_ns: int, what: News) -> None:
         had = self._has_it
@@ -330,16 +310,11 @@ class _Telling:
         else:
             concerns = isinstance(had, do.Dispatch) and is_standing and what.backend == had.backend
         if concerns and not (self._hides_others and is_standing):
-            self._waits.moment(at_ns, what.what, what.text)
+            self._life.moment(at_ns, what.what, what.text)
 
     def _ended(self, at_ns: int, what: do.Settle) -> None:
         self._hand_over(at_ns, None)
-        line = self.timeline
-        message = "its client has the message" if self._hides_others and what.reason is not None else message_of(what)
-        self._waits.moment(at_ns, "ended", saying.ended(what, message))
-        line.ended_ns, line.output_tokens, line.outcome = at_ns, what.output_tokens, what.outcome.value
-        line.reason, line.message = "" if what.reason is None else what.reason.value, message
-        line.voided = "" if what.voided is None else what.voided.value
+        self._life.ended(what, at_ns, is_told=not self._hides_others)
 
     def _waited(self, queued: Queued, since_ns: int, until_ns: int) -> None:
         """Add the periods of a wait at one backend. Its own note is the reason at its begin, else the last one before.
@@ -358,12 +333,12 @@ class _Telling:
         if first is None and rest and rest[0].at_ns - since_ns <= LOOK_LATE_NS:
             first, rest = rest[0], rest[1:]
         reason, because = self._said(first)
-        if (reason, backend) != (self._waits.reason, self._waits.backend):
-            self._waits.begin(reason, since_ns, backend, because)
+        if (reason, backend) != (self._life.reason, self._life.backend):
+            self._life.begin(reason, since_ns, backend, because)
         for note in rest:
             reason, because = self._said(note)
-            if reason != self._waits.reason:
-                self._waits.begin(reason, note.at_ns, backend, because)
+            if reason != self._life.reason:
+                self._life.begin(reason, note.at_ns, backend, because)
 
     def _said(self, note: Note | None) -> tuple[str, str]:
         if note is None:

@@ -12,6 +12,8 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 
 from sidecar.core.enums import Outcome
+from sidecar.core.events import Received
+from sidecar.model.reference import Reference
 
 AT_AN_ENGINE = "at an engine, in vain"
 """The reason of a period at an engine that failed before the first token, after which the request was queued again."""
@@ -113,25 +115,20 @@ Entry = Moment | Period
 class Timeline:
     """One request's life, as far as the journal has it."""
 
-    request: int
-    client_id: str = ""
-    adapter: str = ""
-    version: str = ""
-    ordinal: int = 0
-    tenant: str = ""
-    klass: str = ""
-    input_tokens: int = 0
-    output_tokens_max: int = 0
-    output_tokens: int = 0
+    received: Received
     arrived_ns: int = 0
     arrived_utc: str = ""
+    version: str = ""
+    ordinal: int = 0
+    reserved_tokens: int = 0
+    """What is reserved for its answer, which is less than it asked for if no engine can generate as much."""
+    output_tokens: int = 0
     expires_after_ns: int | None = None
     """The longest wait, after which it expires."""
     promised_ns: int | None = None
     """The longest time to the first token that the ordering policy promised at admission."""
     voided: str = ""
     """Why the promise became void."""
-    deadline_ns: int | None = None
     ended_ns: int | None = None
     waited_ns: int = 0
     outcome: str = ""
@@ -140,6 +137,11 @@ class Timeline:
     message: str = ""
     entries: list[Entry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def adapter(self) -> str:
+        """The adapter's name, or what the client named if that is none."""
+        return Reference.of(self.received.adapter).name if self.ordinal else self.received.adapter
 
     @property
     def late_ns(self) -> int:
@@ -203,7 +205,7 @@ class Waits:
     """Adds moments and periods to a timeline. A period without duration is dropped; its tally goes to the next one."""
 
     def __init__(self, timeline: Timeline) -> None:
-        self._timeline = timeline
+        self.timeline = timeline
         self._open: Period | None = None
         self._periods = 0
         self.tally = Tally()
@@ -219,7 +221,7 @@ class Waits:
         return "" if self._open is None else self._open.backend
 
     def moment(self, at_ns: int, what: str, text: str) -> None:
-        self._timeline.entries.append(Moment(at_ns, what, text))
+        self.timeline.entries.append(Moment(at_ns, what, text))
 
     def begin(self, reason: str, at_ns: int, backend: str, because: str) -> None:
         """End the current period and begin a new one."""
@@ -234,17 +236,17 @@ class Waits:
         period.ended_ns = at_ns
         period.durations_ns = {period.main_reason: period.duration_ns}
         self.tally = Tally()
-        self._timeline.entries.append(period)
-        self._timeline.waited_ns += period.duration_ns
+        self.timeline.entries.append(period)
+        self.timeline.waited_ns += period.duration_ns
         self._periods += 1
         if self._periods > PERIODS_HELD_MAX:
             self.put_in_order()
-            self._timeline.entries = folded(self._timeline.entries, PERIODS_KEPT_MAX)
-            self._periods = sum(isinstance(entry, Period) for entry in self._timeline.entries)
+            self.timeline.entries = folded(self.timeline.entries, PERIODS_KEPT_MAX)
+            self._periods = sum(isinstance(entry, Period) for entry in self.timeline.entries)
 
     def put_in_order(self) -> None:
         """Sort the entries by time. The sort is stable, so a cause stays before its consequence."""
-        self._timeline.entries.sort(key=_begun_ns)
+        self.timeline.entries.sort(key=_begun_ns)
 
 
 def _begun_ns(entry: Entry) -> int:

@@ -10,6 +10,7 @@ from sidecar.telling.saying import duration
 from sidecar.telling.timeline import SLOW_NS, Entry, Moment, Period, Tally, Timeline, folded
 from sidecar.telling.waits import listed
 
+OF_REQUEST = ("tenant", "klass", "input_tokens")
 PERIODS_SHOWN_MAX = 24
 """Short neighbouring periods are folded until at most about twice as many are left."""
 
@@ -28,9 +29,13 @@ def lines_of(timeline: Timeline) -> Iterator[str]:
 
 def record_of(timeline: Timeline) -> dict[str, Any]:
     """Return the timeline as JSON values: times in nanoseconds since the arrival, entries in order."""
-    left_out = ("entries", "deadline_ns", "arrived_ns", "ended_ns")
-    record = {name: value for name, value in asdict(timeline).items() if name not in left_out}
-    record["deadline_after_ns"] = _since(timeline, timeline.deadline_ns)
+    left_out = ("received", "reserved_tokens", "entries", "arrived_ns", "ended_ns")
+    received = timeline.received
+    record: dict[str, Any] = {name: getattr(received, name) for name in ("request", "client_id")}
+    record |= {"adapter": timeline.adapter} | {name: getattr(received, name) for name in OF_REQUEST}
+    record["output_tokens_max"] = timeline.reserved_tokens
+    record |= {name: value for name, value in asdict(timeline).items() if name not in left_out}
+    record["deadline_after_ns"] = _since(timeline, received.deadline_ns)
     record["ended_after_ns"] = _since(timeline, timeline.ended_ns)
     record["late_ns"] = timeline.late_ns
     record["reasons_ns"] = timeline.reasons_ns()
@@ -60,13 +65,14 @@ def _entry_record(entry: Entry, arrived_ns: int) -> dict[str, Any]:
 
 def _head(timeline: Timeline) -> Iterator[str]:
     version = f"@v{timeline.ordinal}" if timeline.ordinal else ""
-    called = f" (id {timeline.client_id})" if timeline.client_id else ""
+    received = timeline.received
+    called = f" (id {received.client_id})" if received.client_id else ""
     parts = [
-        f"request {timeline.request}{called}: {timeline.adapter or 'base model'}"
+        f"request {received.request}{called}: {timeline.adapter or 'base model'}"
         f"{'' if '@' in timeline.adapter else version}",
-        f'tenant "{timeline.tenant}"',
-        f"class {timeline.klass}",
-        f"{timeline.input_tokens} tokens in, at most {timeline.output_tokens_max} out",
+        f'tenant "{received.tenant}"',
+        f"class {received.klass}",
+        f"{received.input_tokens} tokens in, at most {timeline.reserved_tokens} out",
     ]
     yield ", ".join(parts)
     bounds = [f"arrived {timeline.arrived_utc}"]
@@ -76,8 +82,8 @@ def _head(timeline: Timeline) -> Iterator[str]:
     if promised_ns is not None:
         promised = f"promised its first token within {duration(promised_ns)}"
         bounds.append(f"{promised} unless it expires" if limit_ns and limit_ns < promised_ns else promised)
-    if timeline.deadline_ns is not None:
-        bounds.append(f"deadline after {duration(timeline.deadline_ns - timeline.arrived_ns)}")
+    if received.deadline_ns is not None:
+        bounds.append(f"deadline after {duration(received.deadline_ns - timeline.arrived_ns)}")
     yield ", ".join(bounds)
 
 

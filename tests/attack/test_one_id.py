@@ -267,5 +267,5 @@ async def test_the_journal_has_it(served: Serving) -> None:
     assert served.sidecar._journal is not None
     served.sidecar._journal.flush()
     timeline = explain(Path(served.sidecar.config.data_directory or ""), origin.request_id)
-    assert (timeline.client_id, timeline.outcome, timeline.adapter) == ("auth0|me:17", "ok", "a00")
+    assert (timeline.received.client_id, timeline.outcome, timeline.adapter) == ("auth0|me:17", "ok", "a00")
     assert '2 requests have the id "auth0|me:17"' in timeline.notes[0]

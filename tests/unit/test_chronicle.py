@@ -172,12 +172,12 @@ def test_of_several_requests_with_an_id_the_last_is_told() -> None:
     world.run()
     chronicle = lived(world)
     timeline = story(chronicle, "mine", 0)
-    assert timeline.request == last
+    assert timeline.received.request == last
     assert timeline.notes == [
         f'2 requests have the id "mine", the last ones {first_of_all}, {last}: the last is told; '
         "request=NUMBER asks for another"
     ]
-    assert story(chronicle, str(first_of_all), 0).request == first_of_all
+    assert story(chronicle, str(first_of_all), 0).received.request == first_of_all
 
 
 def test_an_id_hides_no_request_of_that_number() -> None:
@@ -189,13 +189,13 @@ def test_an_id_hides_no_request_of_that_number() -> None:
     world.run()
     chronicle = lived(world)
     told = story(chronicle, str(numbered), 0)
-    assert (told.request, told.client_id) == (numbered, "first")
+    assert (told.received.request, told.received.client_id) == (numbered, "first")
     assert told.notes == [
         f"{numbered} is also an id that clients have given, lastly to {last - 1}, {last}: id={numbered} asks for the "
         "last of them"
     ]
-    assert story(chronicle, f"request={numbered}", 0).request == numbered
-    assert story(chronicle, f"id={numbered}", 0).request == last
+    assert story(chronicle, f"request={numbered}", 0).received.request == numbered
+    assert story(chronicle, f"id={numbered}", 0).received.request == last
     assert story(chronicle, str(numbered), 0, "acme").notes == []
     assert story(chronicle, str(numbered), 0, "rival").request == last
     for text in (f"request={numbered}", "id=first"):

@@ -56,7 +56,7 @@ def told(timeline: Timeline) -> list[str]:
 
 def assert_covers(timeline: Timeline, world: World) -> None:
     """Assert that the periods lie end to end from the arrival on, and add up to what the ending says."""
-    settle = world.settled[timeline.request]
+    settle = world.settled[timeline.received.request]
     periods = list(timeline.periods())
     assert sum(period.duration_ns for period in periods) == timeline.waited_ns == settle.queue_ns
     assert sum(timeline.reasons_ns().values()) == settle.queue_ns
@@ -317,9 +317,14 @@ def test_a_request_that_had_to_wait_for_a_slot(tmp_path: Path) -> None:
     world.send("sql")
     world.run()
     timeline = explained(world, request, tmp_path)
-    assert (timeline.adapter, timeline.ordinal, timeline.tenant, timeline.klass) == ("haiku", 1, "acme", "default")
+    assert (timeline.adapter, timeline.ordinal, timeline.received.tenant, timeline.received.klass) == (
+        "haiku",
+        1,
+        "acme",
+        "default",
+    )
     assert timeline.expires_after_ns == 9 * SECOND
-    assert timeline.deadline_ns == timeline.arrived_ns + 9 * SECOND
+    assert timeline.received.deadline_ns == timeline.arrived_ns + 9 * SECOND
     assert told(timeline) == [
         "arrived", "routed", "fetch", "fetched", "load", "opened", "loaded", "sent", "first_token", "ended",
     ]  # fmt: skip

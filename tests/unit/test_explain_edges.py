@@ -9,6 +9,7 @@ from random import Random
 
 import pytest
 
+from sidecar.core.events import Received
 from sidecar.errors import Misused, Reason
 from sidecar.incident.explain import explain
 from sidecar.journal.replay import SegmentFile
@@ -21,6 +22,8 @@ from tests.kit.journals import write_journal
 from tests.unit.test_explain import SMALL, assert_covers, busy_world, explained, told
 
 # Long waits.
+
+ONE = Received(1, "", "", "default", 0, 0)
 
 
 def flickering_world(requests: int = 300) -> World:
@@ -51,7 +54,7 @@ def test_folding_while_reading_loses_no_time(monkeypatch: pytest.MonkeyPatch, se
     """With room for a few periods only, all reasons keep their time and all counts, in a bounded number of periods."""
     monkeypatch.setattr("sidecar.telling.timeline.PERIODS_HELD_MAX", 50)
     monkeypatch.setattr("sidecar.telling.timeline.PERIODS_KEPT_MAX", 10)
-    random, timeline = Random(seed), Timeline(1)
+    random, timeline = Random(seed), Timeline(ONE)
     made, expected, at_ns = Waits(timeline), {}, 0
     for number in range(2_000):
         reason = random.choice(["seats full", "next", "slots busy"])
@@ -73,7 +76,7 @@ def test_folding_while_reading_loses_no_time(monkeypatch: pytest.MonkeyPatch, se
 
 def test_long_periods_are_not_folded() -> None:
     """A period that is long beside the whole stands alone however many short ones surround it."""
-    timeline = Timeline(1)
+    timeline = Timeline(ONE)
     made, at_ns = Waits(timeline), 0
     for number in range(101):
         took_ns = 10_000 if number == 50 else 10
@@ -153,9 +156,9 @@ def test_the_same_number_in_two_lives(tmp_path: Path) -> None:
         world.run()
         write_journal(world, tmp_path)
     timeline = explain(tmp_path, request)
-    assert timeline.tenant == "after"
+    assert timeline.received.tenant == "after"
     assert "segment-000000001.jsonl" in timeline.notes[0]
-    assert explain(tmp_path / "segment-000000001.jsonl", request).tenant == "before"
+    assert explain(tmp_path / "segment-000000001.jsonl", request).received.tenant == "before"
 
 
 def test_a_process_that_ended_first(tmp_path: Path) -> None:
@@ -220,7 +223,7 @@ def test_the_forms_of_a_number(text: str, tmp_path: Path) -> None:
     world.run()
     write_journal(world, tmp_path)
     timeline = explain(tmp_path, text)
-    assert (timeline.request, timeline.client_id, timeline.notes) == (2, "b", [])
+    assert (timeline.received.request, timeline.received.client_id, timeline.notes) == (2, "b", [])
     assert "request 2 (id b): " in next(iter(lines_of(timeline)))
 
 
@@ -232,7 +235,7 @@ def test_a_request_is_found_by_its_clients_id(text: str, tmp_path: Path) -> None
     world.run()
     write_journal(world, tmp_path)
     timeline = explain(tmp_path, text)
-    assert (timeline.request, timeline.client_id, timeline.outcome) == (mine, text, "ok")
+    assert (timeline.received.request, timeline.received.client_id, timeline.outcome) == (mine, text, "ok")
     assert timeline.notes == []
 
 
@@ -244,9 +247,9 @@ def test_of_requests_with_one_id_the_last_is_explained(tmp_path: Path) -> None:
     write_journal(world, tmp_path)
     timeline = explain(tmp_path, "mine")
     (note,) = timeline.notes
-    assert timeline.request == last
+    assert timeline.received.request == last
     assert f'2 requests have the id "mine", the last ones {first} (base model' in note
-    assert explain(tmp_path, first).request == first
+    assert explain(tmp_path, first).received.request == first
 
 
 def test_a_number_is_a_number_also_where_clients_count(tmp_path: Path) -> None:
@@ -257,11 +260,11 @@ def test_a_number_is_a_number_also_where_clients_count(tmp_path: Path) -> None:
     write_journal(world, tmp_path)
     timeline = explain(tmp_path, "2")
     (note,) = timeline.notes
-    assert (timeline.request, timeline.client_id) == (2, "other")
+    assert (timeline.received.request, timeline.received.client_id) == (2, "other")
     assert "2 is also an id that clients have given, lastly to 1 (base model" in note
     assert note.endswith("id=2 asks for the last of them")
-    assert (explain(tmp_path, "id=2").request, explain(tmp_path, "request=2").request) == (1, 2)
-    assert explain(tmp_path, "40").request == 3
+    assert (explain(tmp_path, "id=2").received.request, explain(tmp_path, "request=2").received.request) == (1, 2)
+    assert explain(tmp_path, "40").received.request == 3
     with pytest.raises(Misused, match="has no request 40"):
         explain(tmp_path, "request=40")
 
@@ -272,7 +275,7 @@ def test_an_id_that_looks_like_how_one_is_asked_for(tmp_path: Path) -> None:
     world.run()
     write_journal(world, tmp_path)
     asked = ("id=request=2", "request=2", "id=id=2", "id=2", "2")
-    assert [explain(tmp_path, text).request for text in asked] == [1, 2, 2, 3, 2]
+    assert [explain(tmp_path, text).received.request for text in asked] == [1, 2, 2, 3, 2]
 
 
 def test_an_id_is_found_that_came_before_what_is_kept(tmp_path: Path) -> None:
@@ -287,7 +290,7 @@ def test_an_id_is_found_that_came_before_what_is_kept(tmp_path: Path) -> None:
     for path in segment_paths(tmp_path)[: at + 1]:
         path.unlink()
     timeline = explain(tmp_path, waiting.client_id)
-    assert (timeline.request, timeline.client_id) == (waiting.id, waiting.client_id)
+    assert (timeline.received.request, timeline.received.client_id) == (waiting.id, waiting.client_id)
 
 
 def test_an_id_that_is_not_there(tmp_path: Path) -> None:
@@ -339,7 +342,7 @@ def test_an_answer_that_began_later_than_promised_is_told(
     first_ms: int | None, voided: str, late_ms: int, late: str
 ) -> None:
     """Unless the promise is void. An answer that came all at once began when it was sent, as far as is known."""
-    timeline = Timeline(1, promised_ns=2000 * MS, voided=voided, outcome="ok")
+    timeline = Timeline(ONE, promised_ns=2000 * MS, voided=voided, outcome="ok")
     waits = Waits(timeline)
     waits.begin("seats full", 0, "b0", "")
     waits.end(2900 * MS)
