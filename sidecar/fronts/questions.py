@@ -41,7 +41,7 @@ async def ask(gateway: Gateway, question: Question, client_id: str, caller: Call
         deadline_s=question.timeout_s,
         size_bytes=request.ByteSize(),
         only=(question.backend,),
-        versions=(question.ordinal,) if question.adapter else None,
+        versions=None if question.version is None else question.version[1:],
         is_estimated=bool(request.text),
     )
     try:
@@ -58,7 +58,7 @@ def _generate_request(question: Question) -> Any:
     """Return the question as a GenerateRequest. It does not stream: only a whole answer is cut in no character."""
     prompt = question.prompt
     asked = {"text": prompt.text} if prompt.text else {"tokens": gateway_pb2.TokenIds(ids=prompt.token_ids)}
-    adapter = f"{question.adapter}@v{question.ordinal}" if question.adapter else ""
+    adapter = "" if question.version is None else "{}@v{}".format(*question.version)
     # top_k 1 is the form of "greedy" that every engine takes; some refuse a temperature of 0.
     return gateway_pb2.GenerateRequest(adapter=adapter, max_tokens=question.tokens_max, stream=False, top_k=1, **asked)
 

@@ -40,14 +40,13 @@ class Order:
 
 @dataclass(frozen=True)
 class Question:
-    """One request. `ordinal` is the adapter's version; the base model has neither."""
+    """One request, of a version by its name and ordinal; None for the base model."""
 
     backend: str
     prompt: Prompt
     tokens_max: int
     timeout_s: float
-    adapter: str = ""
-    ordinal: int = 0
+    version: tuple[str, int] | None = None
     klass: str = "default"
 
 

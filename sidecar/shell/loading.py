@@ -235,7 +235,7 @@ class Loading:
         kind = model_kind(engine.facts.kind)
         takes_tokens = kind.asking is None or PromptKind.TOKENS in kind.asking.prompts
         prompt = PROMPTS[PromptKind.TOKENS if takes_tokens else PromptKind.TEXT]
-        question = Question(backend, prompt, 1, LOAD_WAIT_S_MAX, loaded.name, loaded.ordinal, LOADS)
+        question = Question(backend, prompt, 1, LOAD_WAIT_S_MAX, (loaded.name, loaded.ordinal), LOADS)
         asking = asyncio.ensure_future(self._ask(question))
         try:
             while not asking.done():

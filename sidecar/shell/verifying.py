@@ -175,7 +175,7 @@ class Verification:
     async def _ask_prompt(self, name: str, ordinal: int, backend: str, prompt: Prompt) -> Answers:
         tokens = max(self._order.tokens_max, min(len(prompt.expect.encode()), EXPECT_TOKENS_MAX))
         as_base = Question(backend, prompt, tokens, self._order.timeout_s)
-        as_adapter = replace(as_base, adapter=name, ordinal=ordinal)
+        as_adapter = replace(as_base, version=(name, ordinal))
         base = await self._ask(as_base) if self._asks_base else Reply(error=NO_BASE)
         if base.error and not self._is_up(backend):
             return Answers(backend, prompt, base, Reply(error=base.error), tokens)
