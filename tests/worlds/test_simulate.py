@@ -237,7 +237,7 @@ def test_refusals_are_explained(sidecar: Callable[..., Ended]) -> None:
     small = (*SMALL, "--requests", "400", "--ordering", "skip", "--load", "5")
     out = sidecar("simulate", *small, "--wait-limit", "0.5").out
     assert re.search(r"skip had \d+ QUEUE_FULL.*; refused ones were told to come back after", out)
-    assert "QUEUE_FULL, for example: b0 might not come to it for" in out
+    assert "QUEUE_FULL, for example: the expected wait on b0 is" in out
 
 
 @needs("matplotlib", "lab")
