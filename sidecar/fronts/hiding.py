@@ -17,13 +17,15 @@ from starlette.types import Message, Send
 
 from sidecar.fronts.status import DETAILS, packed
 from sidecar.shell.gateway import Gateway
-from sidecar.telling.endings import AN_ENGINE
+from sidecar.telling.endings import AN_ENGINE, ASK
 
 ERROR_EVENT = b'data: {"error":'
 _FOR_PROGRAMS = frozenset(("code", "object", "param", "reason", "type"))
 """Members of an error that are words for programs, none of them an engine's."""
 _ADDRESSES = r"(?:\d{1,3}\.){3}\d{1,3}(?::\d+)?|(?:\[|%5B)[\da-fA-F:.]*:[\da-fA-F:.]*(?:%\w+)?(?:\]|%5D)(?::\d+)?"
 """What a name was resolved to is in no configuration."""
+_KEYS = re.compile(r"(; |, or )(?:(?!, or )[^;])*?(?:\b(?:backends|discover)\[\]|\bengine\.[a-z])[^;]*")
+"""The way out, or the last of several, that is a key of an engine: for operators only."""
 
 
 class Hiding:
@@ -34,14 +36,14 @@ class Hiding:
         self._on = on
 
     def text(self, text: str) -> str:
-        """Return a text without ids and addresses of engines."""
+        """Return a text without ids and addresses of engines, and without keys that configure them."""
         if not self._on:
             return text
         names = {*self._gateway.fleet.names(), *self._gateway.state.config.pools}
         told = sorted((name for name in names if name in text), key=len, reverse=True)
         found = "|".join((*map(re.escape, told), _ADDRESSES))
         one = rf"(?:\w+:(?://)?)?(?<![\w-])(?:{found})(?![\w-])"
-        return re.sub(rf"(?:\bbackend )?{one}(?:, {one})*", AN_ENGINE, text)
+        return _KEYS.sub(rf"\1{ASK}", re.sub(rf"(?:\bbackend )?{one}(?:, {one})*", AN_ENGINE, text))
 
     def context(self, context: Any) -> Any:
         """Return a gRPC call's context whose errors name no engine."""

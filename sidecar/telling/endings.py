@@ -155,7 +155,7 @@ def _no_backend(cause: causes.NoBackend, voice: Voice) -> str:
         counts = Counter(label(unfit) for _, unfit in cause.unfit)
         reasons = ", ".join(f"{count} {short}" for short, count in counts.items())
         backend, first = cause.unfit[0]
-        what = f"{reason(first)}; {ASK}" if is_client else sentence(first)
+        what = f"{reason(first)}; {ASK}" if voice is Voice.STRANGER else sentence(first)
         return "{name}: 0 of {backends} backends can serve it: " + _literal(f"{reasons}. {backend}: {what}.")
     if cause.backends:
         way_out = f"{ASK} which take it" if is_client else '"sidecar backends list" shows them'
@@ -183,6 +183,11 @@ def _lost(cause: causes.Lost, voice: Voice) -> str:
     return f"{{name}}: lost {lost} before the first token: {{text}}; {visits}"
 
 
+def _cancelled(cause: causes.CancelledByOperator, voice: Voice) -> str:
+    way_out = "" if voice is Voice.OPERATOR else f"; {ASK} before you send it again"
+    return f"an operator cancelled the request{way_out}"
+
+
 def _stopped(cause: causes.Stopped, voice: Voice) -> str:
     if cause.answering:
         return f"the sidecar is shutting down and has cut the answer off; {NEVER_REPEATED}"
@@ -190,8 +195,9 @@ def _stopped(cause: causes.Stopped, voice: Voice) -> str:
 
 
 def _not_loaded(cause: causes.NotLoaded, voice: Voice) -> str:
-    way_out = "see the engine's log" if voice is Voice.OPERATOR else ASK
-    return "{name}: {backend} refused to load it: {text}; " + way_out
+    """Leave a client with the engine's own text, which load calls answer with."""
+    way_out = {Voice.OPERATOR: "; see the engine's log", Voice.CLIENT: "", Voice.STRANGER: f"; {ASK}"}[voice]
+    return "{name}: {backend} refused to load it: {text}" + way_out
 
 
 def _owner_changed(cause: causes.OwnerChanged, voice: Voice) -> str:
@@ -307,7 +313,7 @@ _PHRASES: dict[type[Cause], str | tuple[str, str] | Callable[[Any, Voice], str]]
     causes.NotLoaded: _not_loaded,
     causes.CancelledByClient: "the client cancelled the request or went away",
     causes.Revoked: "the credential of the request was revoked or has expired; get a new one",
-    causes.CancelledByOperator: "an operator cancelled the request; ask your operator before you send it again",
+    causes.CancelledByOperator: _cancelled,
     causes.ReadTooSlowly: (
         "the client read too slowly: the buffer was full for more than client_stall_s; read the stream as it arrives"
     ),

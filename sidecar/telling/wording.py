@@ -10,7 +10,6 @@ from sidecar.telling.saying import duration
 from sidecar.telling.timeline import SLOW_NS, Entry, Moment, Period, Tally, Timeline, folded
 from sidecar.telling.waits import listed
 
-OF_REQUEST = ("tenant", "klass", "input_tokens")
 PERIODS_SHOWN_MAX = 24
 """Short neighbouring periods are folded until at most about twice as many are left."""
 
@@ -31,8 +30,9 @@ def record_of(timeline: Timeline) -> dict[str, Any]:
     """Return the timeline as JSON values: times in nanoseconds since the arrival, entries in order."""
     left_out = ("received", "reserved_tokens", "entries", "arrived_ns", "ended_ns")
     received = timeline.received
-    record: dict[str, Any] = {name: getattr(received, name) for name in ("request", "client_id")}
-    record |= {"adapter": timeline.adapter} | {name: getattr(received, name) for name in OF_REQUEST}
+    record: dict[str, Any] = {"request": received.request, "client_id": received.client_id}
+    record |= {"adapter": timeline.adapter, "version": timeline.version, "ordinal": timeline.ordinal}
+    record |= {"tenant": received.tenant, "klass": received.klass, "input_tokens": received.input_tokens}
     record["output_tokens_max"] = timeline.reserved_tokens
     record |= {name: value for name, value in asdict(timeline).items() if name not in left_out}
     record["deadline_after_ns"] = _since(timeline, received.deadline_ns)

@@ -30,7 +30,7 @@ FOR_CLIENTS = [cause for cause in SAMPLES if not isinstance(cause, UnknownAdapte
 PARTS = (causes.NoOwner, causes.NoMember, causes.BackendDown, causes.ReplicaAway)
 """Causes that stand in another's words, which have the way out."""
 WITHOUT_A_WAY_OUT = (
-    causes.Said, causes.Rejected, causes.NotFetched,  # they quote whoever knows it
+    causes.Said, causes.Rejected, causes.NotFetched, causes.NotLoaded,  # they quote whoever knows it
     causes.UnknownAdapter,  # near names are a question
     causes.Moved, causes.CancelledByClient,  # nobody reads them
     *PARTS,

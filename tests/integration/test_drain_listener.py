@@ -84,7 +84,7 @@ async def rest_of(call: Any) -> None:
 async def test_what_is_still_open_is_cut_off_in_words(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, by: str
 ) -> None:
-    """Clients of every protocol read that the sidecar stops, and so does the log: none of them has left.
+    """Clients of every protocol read that the sidecar is shutting down, and so does the log: none of them has left.
 
     What has got nothing may be sent again; of an answer that has begun the rest is lost.
     """
@@ -127,14 +127,16 @@ async def test_what_is_still_open_is_cut_off_in_words(
         answers = {name: await answer for name, answer in asks.items()}
         await ending
     assert lost.value.code() is grpc.StatusCode.UNAVAILABLE
-    assert "the sidecar stops" in str(lost.value.details())
+    assert "the sidecar is shutting down" in str(lost.value.details())
     assert "grpc-status-details-bin" in dict(lost.value.trailing_metadata() or ())  # else it reads as unreachable
     for name in ("whole", "waiting"):
         error = answers[name].json()["error"]
         assert (answers[name].status_code, answers[name].headers["x-request-id"]) == (503, name)
-        assert (error["reason"], error["message"].startswith("the sidecar stops")) == ("draining", True)
+        assert (error["reason"], error["message"].startswith("the sidecar is shutting down")) == ("draining", True)
     last = answers["streamed"].text.strip().rsplit("\n\n", 1)[-1]
-    assert "the sidecar stops" in json.loads(last.removeprefix("data: "))["error"]["message"]
+    assert "the sidecar is shutting down" in json.loads(last.removeprefix("data: "))["error"]["message"]
     ended = [record for record in caplog.records if record.name == "sidecar.requests"]
     assert len(ended) == 4
-    assert all(record.levelname == "WARNING" and "the sidecar stops" in record.getMessage() for record in ended)
+    assert all(
+        record.levelname == "WARNING" and "the sidecar is shutting down" in record.getMessage() for record in ended
+    )

@@ -62,7 +62,7 @@ async def ending(call: Any) -> str:
     return "OK"
 
 
-BY_OPERATOR = "CANCELLED: an operator cancelled the request"
+BY_OPERATOR = "CANCELLED: an operator cancelled the request; ask your operator before you send it again"
 
 
 @pytest.fixture
@@ -288,7 +288,7 @@ async def test_clients_of_every_front_hear_that_an_operator_did(tmp_path: Path) 
         calls = [asyncio.create_task(streamed()), asyncio.create_task(openai.post("/v1/completions", json=body))]
         await until(lambda: sum(each.first_token for each in served.state.requests.values()) == 3)
         assert (await served.queues.Cancel(pb.CancelRequest(adapter="a00"))).cancelled == 3
-        said = "an operator cancelled the request"
+        said = "an operator cancelled the request; ask your operator before you send it again"
         assert said in (await reading).errors[-1]
         first, whole = await asyncio.gather(*calls)
         assert first.startswith("200 ")

@@ -158,7 +158,7 @@ async def test_a_replica_that_stops_counts_what_it_cuts_off(adapters: Path, tmp_
         left.cancel()
         await until(lambda: len(owner.state.requests) == 1)
         await other.sidecar.gateway.cut_off()
-        with pytest.raises(grpc.aio.AioRpcError, match="the sidecar stops"):
+        with pytest.raises(grpc.aio.AioRpcError, match="the sidecar is shutting down"):
             await cut
         await until(lambda: not owner.state.requests)
         assert await counted_endings([owner]) == Counter(cancelled=1)
@@ -174,7 +174,7 @@ async def test_an_owner_that_stops_leaves_what_waits_to_the_next_one(adapters: P
         waits = asyncio.create_task(other.ask("a01"))
         await until(lambda: len(owner.state.requests) == 2)
         await owner.sidecar.gateway.cut_off()
-        with pytest.raises(grpc.aio.AioRpcError, match="the sidecar stops"):
+        with pytest.raises(grpc.aio.AioRpcError, match="the sidecar is shutting down"):
             await begun
         assert (await waits).tokens == other.expected("a01", 4)
         assert await counted_endings(pool) == Counter(failed=1, ok=1)

@@ -123,7 +123,7 @@ async def test_one_request_that_cannot_be_read_ends_alone(
         read = answering.forms.payload_of
 
         def refuses(request: object) -> object:
-            if request.adapter == "a01":  # type: ignore[attr-defined]
+            if answering.forms.facts_of(request).adapter == "a01":
                 raise ValueError("'song' is not a valid Prompt")
             return read(request)
 

@@ -197,7 +197,7 @@ def test_an_id_hides_no_request_of_that_number() -> None:
     assert story(chronicle, f"request={numbered}", 0).received.request == numbered
     assert story(chronicle, f"id={numbered}", 0).received.request == last
     assert story(chronicle, str(numbered), 0, "acme").notes == []
-    assert story(chronicle, str(numbered), 0, "rival").request == last
+    assert story(chronicle, str(numbered), 0, "rival").received.request == last
     for text in (f"request={numbered}", "id=first"):
         with pytest.raises(Misused):
             story(chronicle, text, 0, "rival")

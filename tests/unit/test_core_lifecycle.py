@@ -124,7 +124,7 @@ def test_requests_wait_for_a_pool_that_is_empty() -> None:
     world.remove("p-0")
     later, base, foreign = world.send("b"), world.send(), world.send("foreign")
     assert settled(world, foreign).reason is Reason.NO_BACKEND
-    assert "none of p could serve it" in message_of(settled(world, foreign))
+    assert "no engine that could serve it has been found yet" in message_of(settled(world, foreign))
     world.run(SECOND)
     assert not {waiting, later, base} & world.settled.keys()
     world.add_engine("p-7", facts_of(), pool="p", fresh=True)

@@ -49,7 +49,7 @@ def test_drain_of_the_only_backend_refuses_what_waits() -> None:
     assert world.settled[request].reason is Reason.NO_BACKEND
     assert "1 drained" in message_of(world.settled[request])
     told = message_of(for_client(world.core.state, world.settled[request]), Voice.CLIENT)
-    assert told == "base model: 0 of 1 backends can serve it: 1 drained. b0: it is drained; ask your operator."
+    assert told == "base model: 0 of 1 backends can serve it: 1 drained. b0: it is drained."
 
 
 def test_an_engine_that_comes_back_smaller_refuses_what_it_cannot_serve() -> None:

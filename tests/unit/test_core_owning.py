@@ -26,7 +26,7 @@ def test_what_has_no_token_is_given_back_and_what_has_one_ends_here() -> None:
     world.run()
     assert settled(world, answering).reason is None
     assert settled(world, waiting).reason is Reason.NOT_OWNER
-    assert "another replica's now (another member is preferred)" in message_of(settled(world, waiting))
+    assert "another replica has taken b0 over (another member is preferred)" in message_of(settled(world, waiting))
 
 
 def test_what_runs_without_a_token_is_cancelled() -> None:

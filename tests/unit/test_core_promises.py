@@ -243,7 +243,7 @@ def test_a_deadline_that_leaves_no_time_for_the_prompt_is_refused() -> None:
     late = world.send(input_tokens=2000, deadline_ns=SECOND)
     assert world.settled[late].reason is Reason.DEADLINE_UNMEETABLE
     assert world.settled[late].retry_after_ns is None
-    assert "2.0 s and its deadline is in 1.0 s" in message_of(world.settled[late])
+    assert "2.0 s and the deadline is in 1.0 s" in message_of(world.settled[late])
     assert world.send(input_tokens=900, deadline_ns=SECOND) not in world.settled
 
 
@@ -311,7 +311,7 @@ def test_a_predicted_wait_over_the_limit_is_refused_with_the_difference() -> Non
     refused = world.settled[request]
     assert 1 <= taken <= 3
     assert (refused.reason, refused.outcome) == (Reason.QUEUE_FULL, Outcome.REFUSED)
-    told = re.search(r"for (\d+) s and class \"default\" waits at most 10 s", message_of(refused))
+    told = re.search(r"is (\d+) s and class \"default\" allows 10 s", message_of(refused))
     assert told is not None
     assert refused.retry_after_ns == pytest.approx((int(told[1]) - 10) * SECOND, abs=SECOND / 2)
     assert world.core.state.backends["b0"].outstanding.requests == 1 + taken

@@ -36,10 +36,9 @@ LABELS = {"cause", "error", "fault", "kind", "missing", "reason", "unloads", "wh
 """Fields that hold a word of a closed set, or the name of a class."""
 CONFIGURED = {"classes", "disk_eviction", "eviction", "ordering", "prefetch", "raise_on", "routing", "tenant_weights"}
 OF_MESSAGES = {
-    "answer_id", "cache", "ending", "exchange", "member", "outputs", "path", "peer", "prompt", "purpose", "resident",
-    "restarting", "state", "traceparent", "tracestate", "url", "value",
+    "answer_id", "ending", "exchange", "member", "peer", "purpose", "resident", "restarting", "state", "url", "value",
 }  # fmt: skip
-"""More of these in messages between replicas; a prompt and a value of metadata are the client's."""
+"""More of these in messages between replicas; a value of metadata is the client's."""
 QUOTES = {"failed"}
 """What a proxy said of an answer."""
 
