@@ -45,7 +45,7 @@ def message_of(settle: Settle, voice: Voice = Voice.OPERATOR) -> str:
 
 def told(cause: Cause, name: str = "", voice: Voice = Voice.OPERATOR) -> str:
     """Return a cause in words; `name` is the adapter's."""
-    if voice is Voice.STRANGER and not isinstance(cause, _QUOTED):
+    if voice is Voice.STRANGER:
         cause = _masked(Cause, cause)
     phrase = _PHRASES[type(cause)]
     if isinstance(phrase, tuple):
@@ -64,6 +64,8 @@ def _masked(hint: Any, value: Any) -> Any:
         return AN_ENGINE
     if hint == Quote:
         return ""
+    if isinstance(value, _QUOTED):
+        return value
     if isinstance(value, tuple):
         hints = get_args(hint)
         if hints[0] == EngineId and Ellipsis in hints:
@@ -201,7 +203,7 @@ def _not_loaded(cause: causes.NotLoaded, voice: Voice) -> str:
 
 
 def _owner_changed(cause: causes.OwnerChanged, voice: Voice) -> str:
-    return f"another replica has taken {{backend}} over ({_GIVEN_UP[cause.why]}); send the request again"
+    return f"another replica has taken {{backend}} over ({_GIVEN_UP.get(cause.why, cause.why)}); send the request again"
 
 
 def _unowned(cause: causes.Unowned, voice: Voice) -> str:

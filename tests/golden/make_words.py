@@ -55,6 +55,7 @@ SAMPLES: tuple[Cause, ...] = (
     causes.BackendDown("gpu-1"),
     causes.ReplicaAway("rep-2", "Socket closed"),
     causes.Unowned("gpu-1", causes.ReplicaAway("rep-2", "Socket closed")),
+    causes.Unowned("gpu-1", causes.Said("the inbox is full")),
     causes.ReplicaLost("rep-2", "gpu-1", "Socket closed"),
     causes.BrokeOff("gpu-1", "connection reset"),
     causes.Broken("'NoneType' object is not iterable"),

@@ -200,7 +200,7 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "docs/configuration-keys.md": ("sidecar.config", configuration.page),
     "docs/metrics.md": ("sidecar/shell/metric_table.py", metrics_page),
     "docs/protocols.md": ("the records of backend kinds", protocols.page),
-    "docs/waiting.md": ("sidecar/core/enums.py", waiting_page),
+    "docs/waiting.md": ("sidecar/telling/waits.py", waiting_page),
     "docs/errors.md": ("sidecar/errors.py", errors_page),
 }
 
