@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from time import monotonic, monotonic_ns
 from typing import Any
 
+import grpc
 import grpc.aio
 
 from policies.views import BASE, Routing
@@ -18,20 +19,80 @@ from sidecar.core.enums import Phase
 from sidecar.core.events import BackendLeaving, BackendLost, BackendRemoved, BackendUp, Event
 from sidecar.core.routing_view import candidate
 from sidecar.core.state import Backend, State
+from sidecar.errors import SidecarError
 from sidecar.ownership.facts import LEADER, Bounds, Member
 from sidecar.ownership.ownership import Ownership
 from sidecar.proto import peers_pb2, peers_pb2_grpc
 from sidecar.proto.filling import filled
+from sidecar.replicas.answering import Answers
 from sidecar.replicas.board import DOWN, DRAINING, JOINING, SERVING, STALLED, Board
-from sidecar.replicas.carrying import sighting_sent
-from sidecar.replicas.files import PeerFiles
+from sidecar.replicas.carrying import sighting_of, sighting_sent
+from sidecar.replicas.files import FilesHere, PeerFiles
 from sidecar.replicas.keeper import Keeper, Leases
 from sidecar.replicas.peers import Peers
 from sidecar.replicas.planner import Arrivals, Newcomers, Planner
 from sidecar.replicas.router import Router
-from sidecar.replicas.service import PeersService
 from sidecar.shell.gateway import Gateway
 from sidecar.tasks import Tasks
+
+Boards = Callable[[], AsyncIterator[Any]]
+Answer = Callable[[Any], Awaitable[Any]]
+
+
+class PeersService(peers_pb2_grpc.PeersServicer):
+    """Serves other replicas. `boards` yields this replica's boards, `answer` answers a question about a backend."""
+
+    def __init__(self, gateway: Gateway, boards: Boards, answer: Answer) -> None:
+        self._gateway = gateway
+        self._boards = boards
+        self._answer = answer
+        self._files = FilesHere(gateway)
+        self._answers: set[Answers] = set()
+        self.told: Callable[[str, Sighting], None] = lambda exchange, sighting: None
+        """Takes what another replica's proxy tells of an exchange of ours."""
+
+    async def Forward(self, messages: AsyncIterator[Any], context: Any) -> None:  # noqa: N802
+        """Answer requests until they end; cancelling the call cancels them."""
+        answers = Answers(self._gateway, context)
+        self._answers.add(answers)
+        try:
+            await answers.run(messages)
+        finally:
+            self._answers.discard(answers)
+
+    def leave(self) -> None:
+        """End the open calls once their pending replies are sent."""
+        for answers in self._answers:
+            answers.leave()
+
+    async def Ask(self, request: Any, context: Any) -> Any:  # noqa: N802
+        try:
+            return await self._answer(request)
+        except SidecarError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, error.message)
+
+    async def Tell(self, request: Any, context: Any) -> Any:  # noqa: N802
+        for sent in request.sightings:
+            try:
+                self.told(sent.exchange, sighting_of(sent))
+            except Exception:  # the others are of other requests
+                logger.exception("what another replica's proxy tells of exchange %s cannot be read", sent.exchange)
+        return peers_pb2.TellReply()
+
+    async def Source(self, request: Any, context: Any) -> None:  # noqa: N802
+        await self._files.send(request.digest, context)
+
+    async def Keep(self, request: Any, context: Any) -> Any:  # noqa: N802
+        try:
+            await self._files.keep(request.digest)
+        except SidecarError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, error.message)
+        return peers_pb2.KeepReply()
+
+    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
+        async for board in self._boards():
+            await context.write(board)
+
 
 logger = logging.getLogger(__name__)
 

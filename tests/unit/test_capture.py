@@ -17,7 +17,7 @@ from sidecar.core.events import Received
 from sidecar.errors import Misused
 from sidecar.incident import capture, parts
 from sidecar.incident.capture import Wanted
-from sidecar.incident.redaction import CUT, is_secret, redacted, redacted_text
+from sidecar.incident.parts import CUT, is_secret, redacted, redacted_text
 from sidecar.journal import replay
 from sidecar.journal.segments import segment_paths
 from tests.kit.cli_runs import Ended, runner

@@ -8,7 +8,7 @@ from sidecar.proto import peers_pb2
 from sidecar.replicas import board as board_module
 from sidecar.replicas.board import Board
 from sidecar.replicas.forwarding import GivenBack, Owner
-from sidecar.replicas.suspicion import Suspicion, Verdict
+from sidecar.replicas.router import Suspicion, Verdict
 
 
 class Pool:

@@ -13,7 +13,6 @@ from policies.at_most import at_most
 from sidecar.access.access import Caller
 from sidecar.access.principal import Action
 from sidecar.fronts import callers
-from sidecar.fronts.admin.access import AccessService
 from sidecar.fronts.admin.adapters import AdaptersService
 from sidecar.fronts.admin.configuration import Changes, ConfigurationService, checked
 from sidecar.fronts.admin.own_tenant import confined_to
@@ -30,6 +29,22 @@ from sidecar.shell.open_requests import Chosen, beyond, cancel, check_chosen, na
 from sidecar.telling.pool import backend_message, backend_messages
 from sidecar.telling.queue import EXAMINED_MAX, queue_message
 from sidecar.telling.wording import lines_of, record_of
+
+RPCS = tuple(method.name for method in admin_pb2.DESCRIPTOR.services_by_name["Access"].methods)
+
+
+class AccessService(admin_pb2_grpc.AccessServicer):
+    """Gives each RPC to the part that has a method of its name; the others answer UNIMPLEMENTED.
+
+    A part is an object with methods as a servicer has them: `async def SetLimit(self, request, context)`.
+    """
+
+    def __init__(self, *parts: object) -> None:
+        for part in parts:
+            for name in RPCS:
+                if hasattr(part, name):
+                    setattr(self, name, getattr(part, name))
+
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@
     copy      one replica's copy in memory, and the rule for which of two entries wins
     history   detect that Redis lost data that this replica has read, and restore it
     feed      follow the stream of changes
-    kept      a copy of the registry on disk; keeper writes it
+    kept      a copy of the registry on disk; the registry writes it
     registry  the registry on top of these
     times     times by name, of which the latest stays
     contents  read or write a whole registry
