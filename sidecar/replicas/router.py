@@ -37,11 +37,11 @@ class Verdict(Enum):
 class Suspicion:
     """The owners that one request may have crashed, in order, and those that crashed on other requests.
 
-    A request that may have crashed two replicas is not sent to a third. A replica whose core raises reports the request,
-    so that all others are cleared. If a replica is killed, neither the cause nor, at first, the death is known: only
-    requests that it had just worked on (`forwarding.SUSPECT_S`) are suspected. It counts as dead if its connection
-    broke off, it is no longer a member, and it has reported nothing since. A replica that was only cut off reports
-    again or stays a member; one that drains says so.
+    A request that may have crashed two replicas is not sent to a third. A replica whose core raises reports the
+    request, so that all others are cleared. If a replica is killed, neither the cause nor, at first, the death is
+    known: only requests that it had just worked on (`forwarding.SUSPECT_S`) are suspected. It counts as dead if its
+    connection broke off, it is no longer a member, and it has reported nothing since. A replica that was only cut off
+    reports again or stays a member; one that drains says so.
 
     `silent` maps owners that broke off to the time; `failed` lists those that reported a crash.
     """
