@@ -262,7 +262,7 @@ async def test_a_broken_backend_is_found(
     """Each check with an engine fails."""
     kind = replace(TOY, models=(model_read_by(broken),)) if broken is Stammering else TOY
     monkeypatch.setattr(registry, "_from_elsewhere", {"toy": kind})
-    monkeypatch.setattr(stage, "PATIENCE_S", 1.5)
+    monkeypatch.setattr(stage, "PATIENCE_S", 4)  # what is sound comes by then on a busy machine, too
     if broken is not Stammering:
         monkeypatch.setattr(backend, "ToyBackend", broken)
     adapters = [write_adapter(tmp_path / "adapters" / f"a{seed}", seed=seed) for seed in range(Engine.slots + 2)]

@@ -7,7 +7,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from sidecar.core.enums import Phase
 from tests.integration.test_restarting import ASKING, LIMIT, Pool
 from tests.kit.redis_servers import running
 from tests.kit.replica_pool import CALM_S, owned, replicas
@@ -91,9 +90,9 @@ async def test_the_next_owner_of_an_engine_counts_on(tmp_path: Path) -> None:
         )
         await first.sidecar.drain()
         await until(lambda: any("b0" in owned(served) for served in left))
-        gateway = owner(left, "b0").sidecar.gateway
-        await until(lambda: gateway.state.backends["b0"].phase is Phase.UP)  # a load goes to no engine that is down
-        backend = gateway.backends["b0"]
+        # A load goes to no engine that is down by what the replica has heard that is asked for it.
+        await until(lambda: all(served.sidecar.gateway.serves("b0") for served in left))
+        backend = owner(left, "b0").sidecar.gateway.backends["b0"]
         assert made.ids["b0"][0] <= backend.wear.versions < 2 * made.ids["b0"][0]
         await made.load(5)
         await made.note("b0")
