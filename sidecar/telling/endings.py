@@ -128,7 +128,7 @@ def _unknown_adapter(cause: causes.UnknownAdapter, voice: Voice) -> str:
 
 def _unknown_version(cause: causes.UnknownVersion, voice: Voice) -> str:
     has = ", ".join(f"v{ordinal} ({digest[:12]})" for ordinal, digest in cause.known) or "none that you may use"
-    return 'adapter "{adapter}" has no version "{asked}"; it has ' + has
+    return 'adapter "{adapter}" has no version "{asked}"; it has ' + _literal(has)
 
 
 def _not_allowed(cause: causes.NotAllowed, voice: Voice) -> str:
@@ -207,7 +207,8 @@ def _owner_changed(cause: causes.OwnerChanged, voice: Voice) -> str:
 
 
 def _unowned(cause: causes.Unowned, voice: Voice) -> str:
-    return f"{{backend}}: {_literal(told(cause.last, voice=voice))}; send the request again"
+    last = _literal(told(cause.last, _NAME, voice)).replace(_NAME, "{name}")
+    return f"{{backend}}: {last}; send the request again"
 
 
 def _sidecar_failed(cause: causes.SidecarFailed, voice: Voice) -> str:
@@ -234,6 +235,8 @@ def _id(client_id: str) -> str:
     return f" ({_literal(client_id)})" if client_id else ""
 
 
+_NAME = "\0"
+"""Stands for the adapter's name in the words of a cause that another one quotes; no name has it."""
 _GIVEN_UP = {
     "lease ended": "the lease ended and could not be renewed",
     "taken": "another member holds the lease",

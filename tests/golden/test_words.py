@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import get_args, get_type_hints
+from random import Random
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -10,7 +12,7 @@ from sidecar.core import causes
 from sidecar.core.causes import Cause, UnknownAdapter
 from sidecar.core.misfits import Misfit
 from sidecar.model.quote import EngineId, Quote
-from sidecar.telling.endings import Voice, told
+from sidecar.telling.endings import _QUOTED, Voice, told
 from tests.golden.make_words import MISFITS, SAMPLES, WORDS, written
 
 
@@ -61,3 +63,36 @@ def test_what_strangers_are_told_is_decided_by_types(kind: type) -> None:
 
 def test_every_misfit_is_told() -> None:
     assert {type(each) for each in MISFITS} == set(get_args(Misfit))
+
+
+ODD = ("", "{0}", "}{", "%s", "a{b}", "é", "x" * 300)
+
+
+def any_of(hint: Any, rng: Random, name: str = "") -> Any:
+    """Return an odd value of a field's type; engines' ids and quotes say that they are some."""
+    if hint == EngineId:
+        return "gpu-{secret}"
+    if hint == Quote:
+        return rng.choice(("", "CUDA {secret} %s"))
+    if name in ("why", "what"):  # words of closed sets
+        return "moved" if name == "why" else "tokens"
+    if hint in (str, int, bool, NoneType):
+        return {str: rng.choice(ODD), int: rng.choice((0, 1, 10**9, 2**63)), bool: rng.random() < 0.5}.get(hint)
+    if get_origin(hint) is tuple:
+        inner = get_args(hint)
+        return tuple(any_of(each, rng) for each in (inner[:1] * rng.randrange(4) if Ellipsis in inner else inner))
+    if get_args(hint):
+        return any_of(rng.choice(get_args(hint)), rng, name)
+    return hint(*(any_of(each, rng, field) for field, each in get_type_hints(hint, include_extras=True).items()))
+
+
+@pytest.mark.parametrize("kind", get_args(Cause), ids=lambda kind: kind.__name__)
+def test_whatever_names_and_engines_say_has_words(kind: type) -> None:
+    """Braces and percent signs of others are no part of a phrase, and strangers hear nothing of engines."""
+    rng = Random(kind.__name__)
+    for _ in range(300):
+        cause = any_of(kind, rng)
+        for voice in Voice:
+            assert "None" not in told(cause, "a{b}", voice)
+        if not isinstance(cause, (*_QUOTED, causes.Unowned)):
+            assert "secret" not in told(cause, "a{b}", Voice.STRANGER)

@@ -61,7 +61,7 @@ async def test_an_answer_longer_than_its_buffer_is_cancelled_in_the_end(tmp_path
         await until(lambda: served.recorder.count(Settle) == 1)
         (ending,) = served.recorder.of(Settle)
         assert ending.reason.value == "CLIENT_STALLED"
-        assert "waited for the client" in message_of(ending)
+        assert "the client read too slowly" in message_of(ending)
         await until(lambda: not gateway.tickets)
         assert gateway.answers.held_bytes == 0
 
