@@ -19,7 +19,8 @@ from sidecar.fronts.status import DETAILS, packed
 from sidecar.shell.gateway import Gateway
 from sidecar.telling.endings import AN_ENGINE, ASK
 
-ERROR_EVENT = b'data: {"error":'
+EVENT, ERRORS = b"data: {", (b'"error"', b'"object":"error"', b'"object": "error"')
+"""How an event begins, and what one that is an error has in it: ours, or an engine's, however it is spaced."""
 _FOR_PROGRAMS = frozenset(("code", "object", "param", "reason", "type"))
 """Members of an error that are words for programs, none of them an engine's."""
 _ADDRESSES = r"(?:\d{1,3}\.){3}\d{1,3}(?::\d+)?|(?:\[|%5B)[\da-fA-F:.]*:[\da-fA-F:.]*(?:%\w+)?(?:\]|%5D)(?::\d+)?"
@@ -67,7 +68,7 @@ class Hiding:
                 headers = [(key, length if key == b"content-length" else value) for key, value in head["headers"]]
                 await send({**head, "headers": headers})
                 head, message = None, {**message, "body": body}
-            elif message["body"].startswith(ERROR_EVENT):
+            elif message["body"].startswith(EVENT) and any(each in message["body"] for each in ERRORS):
                 event = self._body(message["body"].removeprefix(b"data: "))
                 message = {**message, "body": b"data: " + event + b"\n\n"}
             await send(message)

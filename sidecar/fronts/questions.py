@@ -11,6 +11,7 @@ from sidecar.access.access import Caller
 from sidecar.backends.api import Reply as EngineReply
 from sidecar.backends.api import Ticket
 from sidecar.backends.kind import Reader
+from sidecar.core.causes import NotLoaded
 from sidecar.errors import SidecarError
 from sidecar.fronts import relay
 from sidecar.fronts.generate.forms import payload_of
@@ -23,7 +24,9 @@ from sidecar.shell.requests import RequestFacts
 from sidecar.telling.endings import Voice, message_of
 
 
-async def ask(gateway: Gateway, question: Question, client_id: str, caller: Caller, tenant: str) -> Reply:
+async def ask(
+    gateway: Gateway, question: Question, client_id: str, caller: Caller, tenant: str, voice: Voice = Voice.CLIENT
+) -> Reply:
     """Return the answer to one request, or the reason for none.
 
     Its version is named: where no policy decides, no allow list keeps operators from it.
@@ -49,7 +52,7 @@ async def ask(gateway: Gateway, question: Question, client_id: str, caller: Call
     except SidecarError as error:
         return Reply(error=error.message, reason=error.reason)
     try:
-        return await _answer(gateway, ticket, bool(question.prompt.text))
+        return await _answer(gateway, ticket, bool(question.prompt.text), voice)
     finally:
         gateway.close(ticket)
 
@@ -63,7 +66,7 @@ def _generate_request(question: Question) -> Any:
     return gateway_pb2.GenerateRequest(adapter=adapter, max_tokens=question.tokens_max, stream=False, top_k=1, **asked)
 
 
-async def _answer(gateway: Gateway, ticket: Ticket, is_text: bool) -> Reply:
+async def _answer(gateway: Gateway, ticket: Ticket, is_text: bool, voice: Voice) -> Reply:
     texts: list[str] = []
     token_ids: list[int] = []
     reader: Reader | None = None
@@ -77,5 +80,7 @@ async def _answer(gateway: Gateway, ticket: Ticket, is_text: bool) -> Reply:
 
     ending = await relay.relay(ticket, take)
     if ending is not None and ending.reason is not None:
-        return Reply(error=f"{message_of(ending, Voice.CLIENT)} [{ending.reason.value}]", reason=ending.reason)
+        if isinstance(ending.cause, NotLoaded):  # whoever loads an adapter hears what an engine says of it
+            voice = Voice.CLIENT
+        return Reply(error=f"{message_of(ending, voice)} [{ending.reason.value}]", reason=ending.reason)
     return Reply("".join(texts), tuple(token_ids))

@@ -40,9 +40,11 @@ def forwarded(member: str, backend: str, facts: RequestFacts, ticket: Ticket, le
 def facts_of(request: Any) -> RequestFacts:
     """Return the facts of a forwarded request for the owner's core; the request may go to that backend only.
 
-    Raises msgspec.DecodeError for what is none.
+    Raises msgspec.DecodeError or ValueError for what is none.
     """
     facts = _FACTS.decode(request.facts)
+    if len(facts.only) != 1:
+        raise ValueError(f"a request for {len(facts.only)} backends; its owner is that of one")
     facts.trace = facts.trace._replace(began_ns=monotonic_ns())
     return facts
 

@@ -135,7 +135,13 @@ class Forward:
             return False
         try:
             return self._take(reply)
-        except (ValueError, DecodeError, MsgspecError) as error:  # must not end the other requests of this call
+        except (
+            ValueError,
+            KeyError,
+            RecursionError,
+            DecodeError,
+            MsgspecError,
+        ) as error:  # must not end the other requests of this call
             self._end.set_exception(error)
             return False
 

@@ -15,12 +15,12 @@ def label(misfit: Misfit) -> str:
 
 def sentence(misfit: Misfit) -> str:
     """Return what is wrong, and what an operator or a trainer can do about it."""
-    return _PHRASES[type(misfit)][1].format(**_fields(misfit))
+    return _PHRASES[type(misfit)][1].format(**_fields(misfit)).removesuffix(": ")
 
 
 def reason(misfit: Misfit) -> str:
     """Return what is wrong without the ways out, which only operators have."""
-    return _PHRASES[type(misfit)][1].partition("; ")[0].format(**_fields(misfit))
+    return _PHRASES[type(misfit)][1].partition("; ")[0].format(**_fields(misfit)).removesuffix(": ")
 
 
 def _fields(misfit: Misfit) -> dict[str, object]:

@@ -71,6 +71,10 @@ def ended(settle: do.Settle, message: str) -> str:
     return f"ended: {settle.outcome.value}{tokens}{because}"
 
 
+def _quoted(text: str) -> str:
+    return f": {text}" if text else ""
+
+
 LEFT = "its client cancelled it or went away"
 
 
@@ -89,7 +93,7 @@ def own_event(event: ev.Event, request: int, attempt: int) -> Told | None:
     if isinstance(event, ev.FirstToken) and (event.request, event.attempt) == (request, attempt):
         return FIRST_TOKEN, "first token; the rest goes past the sidecar" if event.unseen else "first token"
     if isinstance(event, ev.RunFailed) and (event.request, event.attempt) == (request, attempt):
-        return "run_failed", f"the engine failed ({event.fault.value}): {event.text}"
+        return "run_failed", f"the engine failed ({event.fault.value}){_quoted(event.text)}"
     return None
 
 
@@ -118,7 +122,7 @@ def loaded(event: ev.LoadDone, backend: str) -> Told:
 
 
 def load_failed(event: ev.LoadFailed) -> Told:
-    return "load_failed", f"load {event.load} failed ({event.fault.value}): {event.text}"
+    return "load_failed", f"load {event.load} failed ({event.fault.value}){_quoted(event.text)}"
 
 
 def heal(effect: do.Heal) -> Told:

@@ -35,6 +35,7 @@ from sidecar.shell.gateway import Gateway
 from sidecar.shell.loading import AlreadyLoaded, Loaded, Loading, RefusedByEngines
 from sidecar.shell.managing import CONFIRM
 from sidecar.state.records import Record
+from sidecar.telling.endings import Voice
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +86,11 @@ class LoadCalls:
     def __init__(self, gateway: Gateway, config: Config) -> None:
         self._gateway = gateway
         self._hide_backend = config.hide_backend
+        voice = Voice.of_clients(config.hide_backend)
         self._loading = Loading(
-            gateway, lambda question: ask(gateway, question, CLIENT_ID, OURSELVES, LOADS), config.openai.versions_kept
+            gateway,
+            lambda question: ask(gateway, question, CLIENT_ID, OURSELVES, LOADS, voice),
+            config.openai.versions_kept,
         )
         self._under_way = 0
         self._is_idle = asyncio.Event()
