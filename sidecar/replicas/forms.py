@@ -84,12 +84,12 @@ def ending(settled: Settle, rejection: Any, is_bystander: bool = False) -> Any:
     )
 
 
-def settle_of(request: int, facts: RequestFacts, sent: Any) -> Settle:
-    """Return an ending as this replica's clients are told: it knows what they asked for."""
+def settle_of(request: int, facts: RequestFacts, backend: str, sent: Any) -> Settle:
+    """Return an ending as this replica's clients are told: it knows what they asked for, and where it went."""
     told = _SETTLE.decode(sent.settle)
     return replace(
-        told, request=request, tenant=facts.tenant, klass=facts.klass, input_tokens=facts.input_tokens, bound_ns=None,
-        voided=None,
+        told, request=request, tenant=facts.tenant, klass=facts.klass, input_tokens=facts.input_tokens, backend=backend,
+        bound_ns=None, voided=None,
     )  # fmt: skip
 
 

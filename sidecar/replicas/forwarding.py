@@ -266,7 +266,7 @@ class Forward:
 
     def _take_ending(self, sent: Any) -> GivenBack | None:
         ticket = self._ticket
-        settled = forms.settle_of(ticket.request, self._facts, sent)
+        settled = forms.settle_of(ticket.request, self._facts, self.backend, sent)
         if settled.reason in AGAIN and not self._has_begun:
             return GivenBack(settled.cause or causes.NoOwner(), _owner_that(settled.reason, sent.is_bystander))
         ticket.rejected_with = forms.rejection_of(sent)

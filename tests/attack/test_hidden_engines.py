@@ -21,7 +21,8 @@ from sidecar.core.enums import Fault, Phase
 from sidecar.core.events import LoadFailed
 from sidecar.proto import admin_pb2, gateway_pb2
 from tests.kit.emulated import EngineProcess, core_request
-from tests.kit.openai_house import ScriptedVllm, house
+from tests.kit.openai_house import ScriptedVllm, event, house
+from tests.kit.peft_files import write_adapter
 from tests.kit.ports import free_port
 from tests.kit.serving import Serving, serving, until, write_adapters
 
@@ -249,3 +250,47 @@ async def test_what_a_client_reads_of_readiness_without_a_credential(tmp_path: P
             told[path] = (await http.get(f"http://{served.sidecar.http_address}{path}")).text
             assert kept == "nothing" or ENGINES[0] not in told[path]
         assert (ENGINES[0] in told["/metrics"]) is (kept == "nothing")
+
+
+@pytest.mark.parametrize("fault", [Fault.WHOLE_ENGINE, Fault.LOST, Fault.DEADLY])
+async def test_load_calls_tell_nothing_of_an_engine_that_fails(tmp_path: Path, fault: Fault) -> None:
+    """Whoever loads an adapter hears what an engine says of the adapter, and not how it died."""
+    engine = ScriptedVllm(ENGINES[0])
+    loads = {"openai": {"load_calls": True}, "adapters": {"roots": [str(tmp_path)]}}
+    async with house(tmp_path, [engine], hide_backend=True, **loads) as served:
+        path = write_adapter(tmp_path / "new", seed=1)
+        body = {"lora_name": "new", "lora_path": str(path)}
+        asking = asyncio.ensure_future(served.client.post("/v1/load_lora_adapter", json=body))
+        while not asking.done():
+            await until(lambda: bool(engine.running) or asking.done())
+            if engine.running:
+                engine.fail(fault, f"{ENGINES[0]}: Worker 3 (/opt/run.py) met a CUDA error; a request visits at most 9")
+        told = (await asking).text
+    assert '"error"' in told
+    assert not [word for word in (*ENGINES, "Worker 3", "/opt", "CUDA") if word in told], told
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        b'{"object":"error","message":"CUDA at gpu-secret-1 10.1.2.3:8000","code":400}',
+        b'{ "error": {"message": "CUDA at gpu-secret-1 10.1.2.3:8000"}}',
+        b'{"error": {"message": "CUDA at gpu-secret-1 10.1.2.3:8000"}}',
+        b"CUDA at gpu-secret-1 10.1.2.3",
+    ],
+)
+async def test_the_error_that_ends_a_stream_names_no_engine_in_any_form(tmp_path: Path, error: bytes) -> None:
+    """Of two prompts one has begun to answer, and the engine rejects the other in words of its own."""
+    engine = ScriptedVllm(ENGINES[0])
+    async with house(tmp_path, [engine], hide_backend=True) as served:
+        body = {"model": "base", "prompt": ["x", "y"], "stream": True}
+        asking = asyncio.ensure_future(served.client.post("/v1/completions", json=body))
+        await engine.running_are(2)
+        engine.deliver(event("x"))
+        begun = next(iter(engine.running))
+        await until(lambda: served.gateway.tickets[begun].tokens > 0)
+        engine.running[begun] = engine.running.pop(begun)  # the other one is failed next
+        engine.fail(Fault.REJECTED, "CUDA at gpu-secret-1", HttpRejection(400, error))
+        told = (await asking).text
+    assert "error" in told
+    assert not [word for word in (ENGINES[0], "10.1.2.3") if word in told], told

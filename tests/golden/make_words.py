@@ -103,6 +103,7 @@ MISFITS: tuple[Misfit, ...] = (
     misfits.TooFewPages(48, 32),
     misfits.StoreTooSmall(3_000_000_000, 1_000_000_000),
     misfits.LoadRejected("rank must be one of 8, 16"),
+    misfits.LoadRejected(""),
     misfits.Drained(runs=True),
     misfits.Drained(runs=False),
 )

@@ -20,6 +20,7 @@ from sidecar.core.events import FirstToken, RunEnded, RunFailed
 from sidecar.fronts.http.app import HttpFront
 from sidecar.fronts.intake import Intake
 from sidecar.fronts.openai.front import OpenAiFront
+from sidecar.fronts.openai.load_calls import LoadCalls
 from sidecar.shell.catalogue import Wanted
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.metrics import Metrics
@@ -104,9 +105,9 @@ async def house(folder: Path, backends: Sequence[ScriptedBackend], **record: Any
         stagings=[Staging(folder / "staged")],
     )
     await gateway.start([(backend, backend.facts) for backend in backends])
-    front = HttpFront(
-        gateway, Metrics(gateway), "127.0.0.1:0", "127.0.0.1:1", OpenAiFront(gateway, config, {}, Intake())
-    )
+    loads = LoadCalls(gateway, config) if config.openai.load_calls else None
+    openai = OpenAiFront(gateway, config, {}, Intake(), loads)
+    front = HttpFront(gateway, Metrics(gateway), "127.0.0.1:0", "127.0.0.1:1", openai)
     await front.start()
     client = httpx.AsyncClient(base_url=f"http://{front.address}", trust_env=False, timeout=60, headers=JSON)
     try:

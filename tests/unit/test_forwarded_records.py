@@ -62,7 +62,7 @@ def test_an_ending_for_the_client(settle: Settle) -> None:
     """The receiving replica knows what was asked for, and has its own number of the request."""
     facts = RequestFacts("sql", "acme", "batch", 2)
     sent = forms.ending(settle, HttpRejection(400, b"{}"), is_bystander=True)
-    assert forms.settle_of(9, facts, sent) == replace(settle, request=9)
+    assert forms.settle_of(9, facts, "gpu-7", sent) == replace(settle, request=9, backend="gpu-7")
     assert forms.rejection_of(sent) == HttpRejection(400, b"{}")
     assert sent.is_bystander
 
@@ -70,6 +70,15 @@ def test_an_ending_for_the_client(settle: Settle) -> None:
 def test_the_origin_of_an_answer() -> None:
     dispatch = Dispatch(7, 2, "gpu-1", "sql", "d", 8, 99, Cache.HOST, 1, 2, 3, "key", True, 4)
     assert forms.dispatch_of(9, forms.origin(dispatch)) == replace(dispatch, request=9, attempt=1)
+
+
+@pytest.mark.parametrize("only", [(), ("gpu-1", "gpu-2")])
+def test_a_request_for_no_one_backend_is_refused(only: tuple[str, ...]) -> None:
+    """An owner would send it to any of its engines."""
+    sent = forms.forwarded("rep-1", "gpu-1", FACTS[0], Ticket(1, PAYLOADS[0], "", AnswerBuffers()), -1)
+    sent.facts = msgspec.msgpack.encode(replace(FACTS[0], only=only))
+    with pytest.raises(ValueError, match=f"{len(only)} backends"):
+        forms.facts_of(sent)
 
 
 def test_what_is_none_is_refused() -> None:
