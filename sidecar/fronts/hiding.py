@@ -19,8 +19,8 @@ from sidecar.fronts.status import DETAILS, packed
 from sidecar.shell.gateway import Gateway
 from sidecar.telling.endings import AN_ENGINE, ASK
 
-EVENT, ERRORS = b"data: {", (b'"error"', b'"object":"error"', b'"object": "error"')
-"""How an event begins, and what one that is an error has in it: ours, or an engine's, however it is spaced."""
+EVENT, ERROR = b"data: {", b'"error"'
+"""How an event begins, and what one has in it that is an error: ours, or an engine's in a form of its own."""
 _FOR_PROGRAMS = frozenset(("code", "object", "param", "reason", "type"))
 """Members of an error that are words for programs, none of them an engine's."""
 _ADDRESSES = r"(?:\d{1,3}\.){3}\d{1,3}(?::\d+)?|(?:\[|%5B)[\da-fA-F:.]*:[\da-fA-F:.]*(?:%\w+)?(?:\]|%5D)(?::\d+)?"
@@ -68,7 +68,7 @@ class Hiding:
                 headers = [(key, length if key == b"content-length" else value) for key, value in head["headers"]]
                 await send({**head, "headers": headers})
                 head, message = None, {**message, "body": body}
-            elif message["body"].startswith(EVENT) and any(each in message["body"] for each in ERRORS):
+            elif message["body"].startswith(EVENT) and ERROR in message["body"]:
                 event = self._body(message["body"].removeprefix(b"data: "))
                 message = {**message, "body": b"data: " + event + b"\n\n"}
             await send(message)

@@ -77,12 +77,8 @@ class Surroundings:
             yield saying.loaded(event, self._backend)
         elif isinstance(event, ev.LoadFailed) and event.load in self._loads:
             yield saying.load_failed(event)
-        elif isinstance(event, saying.Standing) and event.backend in self._backends(event):
+        elif isinstance(event, saying.Standing) and self._backend in ("", event.backend):  # "" is any
             yield saying.standing(event)
-
-    def _backends(self, event: saying.Standing) -> tuple[str, ...]:
-        """Return the backends whose events concern the request: its own, or all while it has none."""
-        return (self._backend,) if self._backend else (event.backend,)
 
     def of_effect(self, effect: do.Effect, step: Replayed) -> Iterator[Told]:
         """Yield the moments of an effect that concerns the request."""
