@@ -38,6 +38,14 @@ async def sidecar(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Sid
         yield process
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def patient(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SidecarProcess]:
+    """With the default times: on a busy machine half a second may pass between a client's connection and request."""
+    listeners = {"http": {"connections_max": CONNECTIONS}}
+    async with attacked(tmp_path_factory.mktemp("adapters"), listeners) as process:
+        yield process
+
+
 async def say_nothing(sidecar: SidecarProcess) -> None:
     await send(sidecar, b"")
 
@@ -142,9 +150,9 @@ async def test_who_asks_no_call_leaves_its_place_by_itself(tmp_path: Path) -> No
     ],
     ids=["nothing", "a request", "half a body"],
 )
-async def test_connections_to_http_keep_nobody_out(sidecar: SidecarProcess, said: bytes) -> None:
+async def test_connections_to_http_keep_nobody_out(patient: SidecarProcess, said: bytes) -> None:
     """However many there are: those that ask nothing leave their places to newcomers, the oldest first."""
-    host, _, port = sidecar.http.rpartition(":")
+    host, _, port = patient.http.rpartition(":")
     connected = [await asyncio.open_connection(host, int(port)) for _ in range(CONNECTIONS + 2 * SPARE_CONNECTIONS)]
     try:
         for _, writer in connected:
@@ -152,7 +160,7 @@ async def test_connections_to_http_keep_nobody_out(sidecar: SidecarProcess, said
                 writer.write(said)
                 await writer.drain()
         for _ in range(2 * CONNECTIONS):  # each as a client that is new here
-            async with httpx.AsyncClient(base_url=f"http://{sidecar.http}", timeout=PATIENCE_S) as client:
+            async with httpx.AsyncClient(base_url=f"http://{patient.http}", timeout=PATIENCE_S) as client:
                 answer = await client.post("/v1/completions", json={"model": "sql", "prompt": "hello", "max_tokens": 4})
                 assert answer.status_code == 200, answer.text
         ended, _ = await asyncio.wait([asyncio.create_task(reader.read()) for reader, _ in connected[:CONNECTIONS]])
