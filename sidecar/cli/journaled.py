@@ -105,14 +105,13 @@ class _Load:
         registered = self._setting.adapters.get(name)
         if registered is None:
             return "" if reference in BASE_NAMES else None
-        if not selector:
-            self.adapters[name] = registered.adapter
-            return name
-        versions = {registered.ordinal: registered.adapter, **{old.ordinal: old.adapter for old in registered.others}}
-        ordinal = selected(selector, ((number, adapter.digest) for number, adapter in versions.items()))
+        versions = {version.ordinal: version.adapter for version in registered.versions}
+        ordinal: int | None = registered.current
+        if selector:
+            ordinal = selected(selector, ((number, adapter.digest) for number, adapter in versions.items()))
         if ordinal is None:
             return None
-        label = name if ordinal == registered.ordinal else f"{name}/v{ordinal}"
+        label = name if ordinal == registered.current else f"{name}/v{ordinal}"
         self.adapters[label] = versions[ordinal]
         return label
 

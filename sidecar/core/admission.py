@@ -142,13 +142,13 @@ def _share(name: Name, event: Received) -> int:
     All requests of a session get the same version while the share stays; a request without a session is drawn alone.
     """
     if name.canary is None:
-        return name.ordinal
+        return name.current
     ordinal, percent = name.canary
     if not _may_answer(event, ordinal):
-        return name.ordinal
+        return name.current
     text = f"{name.name}\0{event.tenant}\0{event.session or event.request}"
     place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 100
-    return ordinal if place < percent else name.ordinal
+    return ordinal if place < percent else name.current
 
 
 def unknown_adapter(state: State, text: str, tenant: str | None = None) -> causes.UnknownAdapter:

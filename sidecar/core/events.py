@@ -6,11 +6,14 @@ bounded by what is in flight, never refused, and taken first.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from policies.record import record
 from sidecar.core.config import CoreConfig
 from sidecar.core.enums import Fault, Seen
-from sidecar.core.facts import Adapter, EngineFacts
+from sidecar.core.facts import EngineFacts, NamedVersion
 from sidecar.errors import Reason
+from sidecar.model.definition import Definition
 from sidecar.model.quote import Quote
 
 
@@ -59,36 +62,15 @@ class ClientStalled:
     request: int
 
 
-@record(frozen=True, slots=True)
-class OtherVersion:
-    """A version of a name besides the current one; clients select it by ordinal or digest.
+@dataclass(frozen=True, slots=True)
+class AdapterRegistered(Definition):
+    """The new definition of a name, and its versions, the current one first.
 
-    A `kept` version stays in the store, so that a rollback never waits for an origin.
+    The versions whose ordinals are `kept` stay in the store, so that a rollback never waits for an origin.
     """
 
-    ordinal: int
-    adapter: Adapter
-    origin: str
-    generation: int = 0
-    kept: bool = False
-
-
-@record(frozen=True, slots=True)
-class AdapterRegistered:
-    """The new definition of a name: its current version, its other versions and its canary.
-
-    `canary` is (ordinal, percent): that percentage of (tenant, session) pairs gets that version.
-    """
-
-    name: str
-    adapter: Adapter
-    origin: str
-    ordinal: int = 1
-    generation: int = 0
-    allow: tuple[str, ...] | None = None
-    pinned: bool = False
-    others: tuple[OtherVersion, ...] = ()
-    canary: tuple[int, int] | None = None
+    versions: tuple[NamedVersion, ...] = field(kw_only=True)
+    kept: tuple[int, ...] = ()
 
 
 @record(frozen=True, slots=True)

@@ -198,6 +198,16 @@ class Adapter:
         return max((row.rank for row in self.rows), default=0)
 
 
+@dataclass(frozen=True, slots=True)
+class NamedVersion:
+    """A version of a name; clients select it by ordinal or digest. A refresh raises `generation`."""
+
+    ordinal: int
+    adapter: Adapter
+    origin: str
+    generation: int = 0
+
+
 def packed_key(digest: str, layout: Layout, generation: int = 0) -> str:
     """Return the key of a packed blob: equal on every replica, new for a new content, layout or generation."""
     return f"{digest}.{layout.label}.p{PACKER_REVISION}.g{generation}"

@@ -19,7 +19,7 @@ from sidecar.core.events import (
     PrefetchAsked,
     ReleaseAsked,
 )
-from sidecar.core.facts import Adapter, version_id
+from sidecar.core.facts import NamedVersion, version_id
 from sidecar.core.misfits import Placed
 from sidecar.core.state import Backend, Name, State, Version
 from sidecar.core.step import Step
@@ -28,14 +28,9 @@ from sidecar.core.step import Step
 def registered(step: Step, event: AdapterRegistered) -> None:
     """Handle AdapterRegistered: redefine a name. Queued and running requests keep their version."""
     state = step.state
-    current = _version(state, event.name, event.adapter, event.origin, event.generation)
-    versions = {event.ordinal: current}
-    for other in event.others:
-        versions[other.ordinal] = _version(state, event.name, other.adapter, other.origin, other.generation)
-    kept = tuple(versions[other.ordinal] for other in event.others if other.kept)
+    versions = {version.ordinal: _version(state, event.name, version) for version in event.versions}
     before = state.names.get(event.name)
-    name = Name(event.name, current, event.ordinal, event.allow, event.pinned, versions, kept, event.canary)
-    state.names[event.name] = name
+    name = state.names[event.name] = Name(**event.defined(), versions=versions, kept=event.kept)
     if before is not None:
         _refresh_queued(step, before, name)
         _unname(step, event.name, [v for v in before.versions.values() if v not in versions.values()])
@@ -47,12 +42,12 @@ def registered(step: Step, event: AdapterRegistered) -> None:
     step.hungry = True  # what is no longer kept may make space for waiting requests
 
 
-def _version(state: State, name: str, adapter: Adapter, origin: str, generation: int) -> str:
+def _version(state: State, name: str, version: NamedVersion) -> str:
     """Add a version to a name and return its id."""
-    identity = version_id(adapter.digest, generation)
+    identity = version_id(version.adapter.digest, version.generation)
     if identity not in state.versions:
-        state.versions[identity] = Version(adapter, origin, generation)
-    state.versions[identity].origin = origin  # the latest origin is the likeliest to still exist
+        state.versions[identity] = Version(version.adapter, version.origin, version.generation)
+    state.versions[identity].origin = version.origin  # the latest origin is the likeliest to still exist
     state.versions[identity].names[name] = None
     return identity
 

@@ -20,34 +20,27 @@ from sidecar.core.prefetch_accounting import Guesses, PrefetchCounts, Prefetched
 from sidecar.core.shadow import EngineShadow
 from sidecar.core.silence import Silence
 from sidecar.core.store import StoreIndex
+from sidecar.model.definition import Definition
 from sidecar.model.quote import Quote
 
 NEVER_NS = 1 << 62
 
 
-@dataclass(slots=True)
-class Name:
-    """A name that clients use, with its current version and all its versions.
+@dataclass(frozen=True, slots=True)
+class Name(Definition):
+    """A name that clients use, with the ids of all its versions by ordinal; `kept` as in `AdapterRegistered`."""
 
-    `digest` and `versions` (by ordinal, the current one included) hold version ids.
-    """
+    versions: dict[int, str] = field(kw_only=True)
+    kept: tuple[int, ...] = ()
 
-    name: str
-    digest: str
-    ordinal: int = 1
-    allow: tuple[str, ...] | None = None
-    pinned: bool = False
-    versions: dict[int, str] = field(default_factory=dict)
-    kept: tuple[str, ...] = ()
-    canary: tuple[int, int] | None = None
-
-    def is_for(self, tenant: str) -> bool:
-        """Return True if a tenant may use the name."""
-        return self.allow is None or tenant in self.allow
+    @property
+    def digest(self) -> str:
+        """The id of its current version."""
+        return self.versions[self.current]
 
     def holds(self, version: str) -> bool:
         """Return True if the name keeps a version in the store whatever the policies say."""
-        return version in self.kept or self.pins(version)
+        return self.pins(version) or any(self.versions.get(ordinal) == version for ordinal in self.kept)
 
     def pins(self, version: str) -> bool:
         """Return True if an operator wants the version in memory."""

@@ -20,11 +20,10 @@ from sidecar.core.events import (
     BackendUp,
     ConfigChanged,
     Event,
-    OtherVersion,
     Received,
     RunEnded,
 )
-from sidecar.core.facts import EngineFacts
+from sidecar.core.facts import EngineFacts, NamedVersion
 from sidecar.core.state import Name, State
 from sidecar.errors import Misused, Reason
 from sidecar.journal import checked
@@ -123,23 +122,11 @@ def _take_in(setting: Setting, event: Any) -> None:
 
 def _registration(state: State, name: Name) -> AdapterRegistered:
     """Return the event that registers a name as the state has it."""
-    current = state.versions[name.digest]
-    others = []
-    for ordinal, digest in sorted(name.versions.items()):
-        if ordinal != name.ordinal:
-            other = state.versions[digest]
-            others.append(OtherVersion(ordinal, other.adapter, other.origin, other.generation, digest in name.kept))
-    return AdapterRegistered(
-        name=name.name,
-        adapter=current.adapter,
-        origin=current.origin,
-        ordinal=name.ordinal,
-        generation=current.generation,
-        allow=name.allow,
-        pinned=name.pinned,
-        others=tuple(others),
-        canary=name.canary,
-    )
+    versions = []
+    for ordinal in sorted(name.versions, key=lambda each: (each != name.current, each)):
+        version = state.versions[name.versions[ordinal]]
+        versions.append(NamedVersion(ordinal, version.adapter, version.origin, version.generation))
+    return AdapterRegistered(**name.defined(), versions=tuple(versions), kept=name.kept)
 
 
 def lines_of(segments: list[Path], events: tuple[str, ...]) -> Iterator[JournalEntry]:

@@ -7,13 +7,14 @@ core is told of each change.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from sidecar.config.openai import LOADS
-from sidecar.core.events import AdapterRegistered, OtherVersion
-from sidecar.core.facts import Adapter
+from sidecar.core.events import AdapterRegistered
+from sidecar.core.facts import Adapter, NamedVersion
 from sidecar.errors import Invalid, Reason, Refused
+from sidecar.model.definition import Definition
 from sidecar.model.reference import selected
 
 VERSIONS_MAX = 10
@@ -28,14 +29,10 @@ UNSEEN = (LOADS,)
 """The allow list of a new name that is not to be seen yet: no client is this tenant."""
 
 
-@dataclass(frozen=True)
-class Version:
-    """One version of a name. `labels` are free text of the operator; a refresh raises `generation`."""
+@dataclass(frozen=True, slots=True)
+class Version(NamedVersion):
+    """A version as it was registered, at a Unix time. `labels` are free text of the operator."""
 
-    ordinal: int
-    adapter: Adapter
-    origin: str
-    generation: int = 0
     labels: tuple[tuple[str, str], ...] = ()
     registered_at: float = 0.0
 
@@ -57,33 +54,23 @@ class Declared:
     gone_at: float = 0.0
 
 
-@dataclass(frozen=True)
-class Record:
+@dataclass(frozen=True, slots=True)
+class Record(Definition):
     """A registered name.
 
-    `current` and `previous` are ordinals; `canary` is (ordinal, percent); `withdrawn` has the ordinals that a rollback
-    left and nobody has promoted since. `managed_by` is the name's owner: "cli",
-    "config", "push", or a cluster object, whose declaration is `declared`. Until `held_until` (Unix seconds), a change
-    made by somebody else overrides the owner. Until `paused_until` (Unix seconds, infinite until it is resumed),
-    requests for the name are refused.
+    `previous` is an ordinal; `withdrawn` has the ordinals that a rollback left and nobody has promoted since.
+    `managed_by` is the name's owner: "cli", "config", "push", or a cluster object, whose declaration is `declared`.
+    Until `held_until` (Unix seconds), a change made by somebody else overrides the owner. Until `paused_until` (Unix
+    seconds, infinite until it is resumed), requests for the name are refused.
     """
 
-    name: str
-    versions: tuple[Version, ...]
-    current: int
+    versions: tuple[Version, ...] = field(kw_only=True)
     previous: int | None = None
-    canary: tuple[int, int] | None = None
-    allow: tuple[str, ...] | None = None
-    pinned: bool = False
     managed_by: str = "cli"
     held_until: float = 0.0
     declared: Declared | None = None
     paused_until: float = 0.0
     withdrawn: frozenset[int] = frozenset()
-
-    def is_for(self, tenant: str) -> bool:
-        """Return True if the allow list admits a tenant."""
-        return self.allow is None or tenant in self.allow
 
     @property
     def is_unseen(self) -> bool:
@@ -124,22 +111,10 @@ class Record:
 
     def event(self) -> AdapterRegistered:
         """Return the event that tells the core of the record."""
-        current = self.version
-        return AdapterRegistered(
-            name=self.name,
-            adapter=current.adapter,
-            origin=current.origin,
-            ordinal=current.ordinal,
-            generation=current.generation,
-            allow=self.allow,
-            pinned=self.pinned,
-            others=tuple(
-                OtherVersion(v.ordinal, v.adapter, v.origin, v.generation, v.ordinal == self.previous)
-                for v in self.versions
-                if v.ordinal != self.current
-            ),
-            canary=self.canary,
-        )
+        in_order = sorted(self.versions, key=lambda version: version.ordinal != self.current)
+        versions = tuple(NamedVersion(v.ordinal, v.adapter, v.origin, v.generation) for v in in_order)
+        kept = () if self.previous is None else (self.previous,)
+        return AdapterRegistered(**self.defined(), versions=versions, kept=kept)
 
 
 def paused_for(record: Record, now: float) -> float | None:
@@ -182,7 +157,7 @@ def added(
     """
     if record is None:
         first = Version(1, adapter, origin, labels=tuple(labels), registered_at=now)
-        return Record(name, (first,), current=1), False
+        return Record(name, current=1, versions=(first,)), False
     known = record.with_content(adapter.digest)
     if known is not None:
         relabelled = replace(known, labels=tuple(labels) or known.labels, origin=origin)

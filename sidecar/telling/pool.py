@@ -75,7 +75,7 @@ def _adapter(
     adapter = version.adapter
     return admin_pb2.Adapter(
         name=name.name,
-        version=f"{name.name}@v{name.ordinal}",
+        version=f"{name.name}@v{name.current}",
         digest=adapter.digest,
         path=version.origin,
         base_model=adapter.base_model,

@@ -132,7 +132,7 @@ async def test_a_record_that_makes_the_core_fail_is_set_aside(
 
         def failing(turn: Any, event: Any) -> None:
             handler(turn, event)
-            if event.name == "poison" and event.generation == 0:
+            if event.name == "poison" and event.versions[0].generation == 0:
                 raise ZeroDivisionError("its facts")
 
         monkeypatch.setitem(core_module.HANDLERS, ev.AdapterRegistered, failing)

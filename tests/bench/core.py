@@ -14,6 +14,7 @@ from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
 from sidecar.core.core import Core
+from sidecar.core.facts import NamedVersion
 from tests.bench.figures import Figure, middle
 from tests.kit.corekit import adapter_of, facts_of
 
@@ -42,7 +43,7 @@ class Pool:
             self._take(ev.BackendUp(f"b{number:02}", facts))
         for number in range(adapters):
             name = f"a{number:04}"
-            self._take(ev.AdapterRegistered(name, adapter_of(name), f"/{name}"))
+            self._take(ev.AdapterRegistered(name, 1, versions=(NamedVersion(1, adapter_of(name), f"/{name}"),)))
 
     def arrive(self) -> None:
         self._request += 1

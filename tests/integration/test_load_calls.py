@@ -133,12 +133,12 @@ async def test_requests_before_a_step_are_answered_by_the_version_that_they_foun
 
         async def ask() -> None:
             while not done.is_set():
-                before = names["grpo"].ordinal
+                before = names["grpo"].current
                 answer = await trainer.served.ask("grpo", tokens=6)
                 (origin,) = answer.origins
                 seen.add(origin.backend)
-                if not before <= int(origin.version.removeprefix("grpo@v")) <= names["grpo"].ordinal:
-                    wrong.append(f"{origin.version} between v{before} and v{names['grpo'].ordinal}")
+                if not before <= int(origin.version.removeprefix("grpo@v")) <= names["grpo"].current:
+                    wrong.append(f"{origin.version} between v{before} and v{names['grpo'].current}")
                 if answer.tokens != tokens_of(trainer, origin):
                     wrong.append(f"{origin.version} on {origin.backend}: {answer.tokens}")
 

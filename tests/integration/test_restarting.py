@@ -150,13 +150,13 @@ async def trained(pool: Pool, steps: int) -> int:
         nonlocal asked
         while not done.is_set():
             name = pool.served.state.names["grpo"]
-            before = name.ordinal
+            before = name.current
             selected = None if number % 2 else max(1, before - number % KEPT // 2)
             try:
                 answer = await pool.served.ask("grpo" if selected is None else f"grpo@v{selected}")
             except grpc.aio.AioRpcError as error:
                 # The steps that were made while the request was on its way to the sidecar have taken its version away.
-                is_gone = selected is not None and pool.served.state.names["grpo"].ordinal >= selected + KEPT
+                is_gone = selected is not None and pool.served.state.names["grpo"].current >= selected + KEPT
                 if not is_gone or error.code() is not grpc.StatusCode.NOT_FOUND:
                     raise
                 continue
@@ -165,7 +165,7 @@ async def trained(pool: Pool, steps: int) -> int:
             version = int(origin.version.removeprefix("grpo@v"))
             if answer.tokens != expected(pool.folder / "steps" / str(version), 4):
                 failed.append(f"{origin.version} on {origin.backend}: {answer.tokens}")
-            if version > pool.served.state.names["grpo"].ordinal:
+            if version > pool.served.state.names["grpo"].current:
                 failed.append(f"{origin.version} before it was the name's own")
 
     assert await pool.load(1) == "grpo@v1"

@@ -50,7 +50,7 @@ async def test_a_name_of_one_is_a_name_of_both(server: Server, tmp_path: Path) -
         assert (await two.ask("sql", 4)).tokens == two.expected("sql", 4)
         assert await register(two, paths[1]) == "v2"
         assert (await watching.read()).adapter.version == "sql@v2"
-        await until(lambda: one.state.names["sql"].ordinal == 2)
+        await until(lambda: one.state.names["sql"].current == 2)
         await one.adapters.Promote(pb.PromoteRequest(name="sql", version="v1"))
         await one.adapters.Pin(pb.AdapterRequest(name="sql"))
         assert (await watching.read()).adapter.version == "sql@v1"
@@ -95,5 +95,5 @@ async def test_without_redis_names_are_served_and_not_changed(server: Server, tm
         assert "needs Redis at" in (caught.value.details() or "")
         await register(two, paths[1])
         await proxy.mend()
-        await until(lambda: one.state.names["sql"].ordinal == 2)
+        await until(lambda: one.state.names["sql"].current == 2)
         assert (await one.ask("sql", 4)).tokens == two.expected("sql", 4)

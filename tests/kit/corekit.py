@@ -21,7 +21,7 @@ from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
 from sidecar.core.core import Core
 from sidecar.core.enums import Fault, Outcome, Phase, Voided
-from sidecar.core.facts import Adapter, EngineFacts, Row
+from sidecar.core.facts import Adapter, EngineFacts, NamedVersion, Row
 from sidecar.core.outstanding import Outstanding
 from sidecar.core.state import Backend, Queued
 from sidecar.errors import Reason
@@ -260,9 +260,13 @@ class World:
         for name in names:
             self.register_as(name, adapter_of(name), **options)
 
-    def register_as(self, name: str, adapter: Adapter, **options: object) -> None:
+    def register_as(
+        self, name: str, adapter: Adapter, *others: NamedVersion, ordinal: int = 1, generation: int = 0,
+        **options: object,
+    ) -> None:  # fmt: skip
         self.adapters[name] = adapter
-        self.feed(ev.AdapterRegistered(name, adapter, f"origin/{name}", **options))  # type: ignore[arg-type]
+        current = NamedVersion(ordinal, adapter, f"origin/{name}", generation)
+        self.feed(ev.AdapterRegistered(name, ordinal, versions=(current, *others), **options))  # type: ignore[arg-type]
 
     def pin(self, name: str, pinned: bool) -> None:
         """Pin or unpin a registered name, as an operator does."""

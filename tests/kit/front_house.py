@@ -127,10 +127,9 @@ class House:
         return await self._calls(STREAM, asked)
 
     async def _calls(self, path: str, asked: Asked) -> Told:
-        call: Any = self.served.channel.stream_stream(path)(metadata=asked.metadata, timeout=60)
-        with suppress(grpc.aio.AioRpcError):  # it may have been refused for its head alone
-            await call.write(self.kserve(asked).SerializeToString())
-            await call.done_writing()
+        # Not by `write`: if the call is refused for its head alone, a write that fails hides the status.
+        message = self.kserve(asked).SerializeToString()
+        call = self.served.channel.unary_stream(path)(message, metadata=asked.metadata, timeout=60)
         return await _told(call, path == STREAM)
 
     async def openai(self, asked: Asked) -> Told:

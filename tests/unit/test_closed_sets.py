@@ -32,7 +32,7 @@ from sidecar.ownership import ownership, slots
 from sidecar.replicas import keeper
 from sidecar.shell import gateway, metrics
 from sidecar.telling import endings, waits
-from tests.kit.closed_sets import cases_of, classes_in, differences, made_in, members_of, named_in, without
+from tests.kit.closed_sets import cases_of, classes_in, differences, made_in, members_of, named_in
 from tests.kit.corekit import World
 from tests.unit.test_explain import SCENES
 from tests.worlds.ownership import process
@@ -52,7 +52,7 @@ NOT_IN_WORLDS = ("ShutdownBegun", "DiskHolds")
 """The first and the last that a process tells its core: what comes between is random."""
 OF_A_BACKEND = [cls for cls in get_args(events.Event) if "backend" in {each.name for each in fields(cls)}]
 CORE = [
-    Closed(events.Event, without(classes_in(events), events.OtherVersion), "the events of core/events.py"),
+    Closed(events.Event, classes_in(events), "the events of core/events.py"),
     Closed(events.Event, [events.BackendAdded, *core.HANDLERS], "HANDLERS of core/core.py"),
     Closed(OF_A_BACKEND, [events.BackendAdded, *core.OF_A_BACKEND], "OF_A_BACKEND of core/core.py"),
     Closed(causes.Cause, endings._PHRASES, "_PHRASES of telling/endings.py"),

@@ -8,7 +8,7 @@ from sidecar.config import parse
 from sidecar.config.openai import LOADS
 from sidecar.core import effects as fx
 from sidecar.core.config import CoreConfig
-from sidecar.core.events import OtherVersion
+from sidecar.core.facts import NamedVersion
 from tests.kit.cases import first
 from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, adapter_of
 
@@ -110,9 +110,8 @@ def test_a_step_takes_the_first_load_and_the_slowest_of_the_others(steps: int) -
     for step in range(1, steps + 1):
         began_ns, before = world.now_ns, len(world.effects)
         version = adapter_of(f"step-{step}")
-        world.register_as(
-            "policy", adapter_of(f"step-{step - 1}"), ordinal=step, others=(OtherVersion(step + 1, version, "here"),)
-        )
+        former = adapter_of(f"step-{step - 1}")
+        world.register_as("policy", former, NamedVersion(step + 1, version, "here"), ordinal=step)
         sent = [
             world.send(f"policy@v{step + 1}", tenant=LOADS, klass=LOADS, output_tokens=1, only=(engine,))
             for engine in world.engines
@@ -124,12 +123,7 @@ def test_a_step_takes_the_first_load_and_the_slowest_of_the_others(steps: int) -
         assert [effect.backend for effect in loads[1:]] == [each for each in world.engines if each != loads[0].backend]
         assert len(loads) == 4
         assert world.now_ns - began_ns <= 1.2 * (200 * MS + 200 * MS)
-        world.register_as(
-            "policy",
-            version,
-            ordinal=step + 1,
-            others=(OtherVersion(step, adapter_of(f"step-{step - 1}"), "here", kept=True),),
-        )
+        world.register_as("policy", version, NamedVersion(step, former, "here"), ordinal=step + 1, kept=(step,))
     ended = True
     world.run()
     world.assert_all_ok()

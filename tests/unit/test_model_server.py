@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from sidecar.core import events as ev
-from sidecar.core.facts import EngineFacts
+from sidecar.core.facts import EngineFacts, NamedVersion
 from sidecar.fronts.http.probes import IDLE_SHARE, Kept
 from sidecar.shell.metric_table import MODEL_SERVER
 from tests.kit.corekit import adapter_of, facts_of, with_facts
@@ -162,8 +162,8 @@ async def test_the_rank_is_the_largest_of_the_version_that_is_nearest() -> None:
     world = Measured(engines=0)
     world.add_engine("b0", facts_of(host_pages=2, device_pages=1))
     small, large = adapter_of("one", rank=4), adapter_of("two", rank=16)
-    for ordinal, adapter, others in ((1, small, ()), (2, large, (ev.OtherVersion(1, small, "file:///sql"),))):
-        world.register_as("sql", adapter, ordinal=ordinal, others=others)
+    for ordinal, adapter, others in ((1, small, ()), (2, large, (NamedVersion(1, small, "file:///sql"),))):
+        world.register_as("sql", adapter, *others, ordinal=ordinal)
         world.send("sql")
         world.run()
         [sample] = (await scrape(world))["vllm:lora_adapter_loaded"].samples
@@ -175,15 +175,15 @@ async def test_a_name_has_one_series_however_many_of_its_versions_are_there() ->
     world = Measured(engines=0)
     world.add_engine("b0", facts_of(host_pages=4, device_pages=2))
     adapters = [adapter_of(name) for name in ("one", "two", "three")]
-    others = tuple(ev.OtherVersion(ordinal, each, "file:///sql") for ordinal, each in enumerate(adapters, 1))
+    others = tuple(NamedVersion(ordinal, each, "file:///sql") for ordinal, each in enumerate(adapters, 1))
     world.register_as("alias", adapters[2])
     for ordinal, adapter in enumerate(adapters, 1):
-        world.register_as("sql", adapter, ordinal=ordinal, others=others[: ordinal - 1])
+        world.register_as("sql", adapter, *others[: ordinal - 1], ordinal=ordinal)
         world.send("sql")
         world.run()
     assert values(await scrape(world), "vllm:num_cpu_loaded_lora_adapters") == {"b0": 3}
     assert loaded(await scrape(world)) == {("sql", "gpu", "false"), ("alias", "gpu", "false")}
-    world.register_as("sql", adapters[2], ordinal=3, others=others[:2], pinned=True)
+    world.register_as("sql", adapters[2], *others[:2], ordinal=3, pinned=True)
     assert world.metrics is not None
     for page in (world.metrics, world.metrics.model_server):
         _, body = await page.render()

@@ -10,7 +10,7 @@ from sidecar.core import eligibility
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
 from sidecar.core.enums import Why
-from sidecar.core.facts import Adapter, Row
+from sidecar.core.facts import Adapter, NamedVersion, Row
 from sidecar.errors import Reason
 from sidecar.telling import queue as telling_queue
 from sidecar.telling.durations import readable
@@ -567,11 +567,10 @@ def shown(world: World) -> list[str]:
 def test_an_older_version_has_its_ordinal() -> None:
     world = World()
     before, now = adapter_of("before"), adapter_of("now")
-    others = (ev.OtherVersion(1, before, "file:///sql"),)
     world.register_as("sql", before)
     world.send("sql")
     world.run()
-    world.register_as("sql", now, ordinal=2, others=others)
+    world.register_as("sql", now, NamedVersion(1, before, "file:///sql"), ordinal=2)
     world.send("sql")
     world.run()
     assert backend_message(world.core.state, "b0", world.now_ns).resident == ["sql@v1", "sql"]

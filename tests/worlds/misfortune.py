@@ -134,7 +134,7 @@ class Misfortune:
             return ""
         if isinstance(event, ev.AdapterRegistered):
             self._product.register(event)
-            return f"{event.name} is {event.adapter.digest}, pinned: {event.pinned}"
+            return f"{event.name} is {event.versions[0].adapter.digest}, pinned: {event.pinned}"
         self._product.feed(event)
         return f"{event}"
 

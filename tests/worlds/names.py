@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from sidecar.core import events as ev
-from sidecar.core.facts import Adapter
+from sidecar.core.facts import Adapter, NamedVersion
 
 Make = Callable[[str, int], Adapter]
 """Takes a name and an ordinal, returns the version."""
@@ -97,16 +97,13 @@ class Names:
         return f"{name}@v{random.choice(list(held.versions))}"
 
     def _registration(self, name: str, held: Named) -> ev.AdapterRegistered:
-        others = tuple(
-            ev.OtherVersion(ordinal, adapter, f"origin/{name}", held.generations.get(ordinal, 0), ordinal % 2 == 0)
-            for ordinal, adapter in held.versions.items()
-            if ordinal != held.ordinal
+        others = [ordinal for ordinal in held.versions if ordinal != held.ordinal]
+        versions = tuple(
+            NamedVersion(ordinal, held.versions[ordinal], f"origin/{name}", held.generations.get(ordinal, 0))
+            for ordinal in (held.ordinal, *others)
         )
-        generation = held.generations.get(held.ordinal, 0)
-        adapter = held.versions[held.ordinal]
-        return ev.AdapterRegistered(
-            name, adapter, f"origin/{name}", held.ordinal, generation, None, held.pinned, others, held.canary
-        )
+        kept = tuple(ordinal for ordinal in others if ordinal % 2 == 0)
+        return ev.AdapterRegistered(name, held.ordinal, held.canary, None, held.pinned, versions=versions, kept=kept)
 
     def _ask(self) -> int:
         self._asks += 1

@@ -134,11 +134,10 @@ class FaultyProduct(Product):
 
     def register(self, event: ev.AdapterRegistered) -> None:
         """Register a name, and keep its versions' rows for their loads."""
-        versions = ((event.adapter, event.generation), *((other.adapter, other.generation) for other in event.others))
-        for adapter, generation in versions:
-            version = version_id(adapter.digest, generation)
-            self._engine_rows[version] = self._engine_rows_of(adapter.rows[0].rank)
-            self._names[adapter.digest] = self._names[version] = event.name
+        for each in event.versions:
+            version = version_id(each.adapter.digest, each.generation)
+            self._engine_rows[version] = self._engine_rows_of(each.adapter.rows[0].rank)
+            self._names[each.adapter.digest] = self._names[version] = event.name
         self.feed(event)
 
     # Faults.

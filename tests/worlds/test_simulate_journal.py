@@ -12,7 +12,7 @@ import pytest
 from sidecar.cli.journaled import journaled
 from sidecar.core import events as ev
 from sidecar.core.config import ClassLimit, CoreConfig
-from sidecar.core.facts import EngineFacts
+from sidecar.core.facts import EngineFacts, NamedVersion
 from sidecar.errors import Misused
 from sidecar.incident.capture import Wanted, capture
 from sidecar.lab.engine.shape import SHAPES, TINY
@@ -76,7 +76,7 @@ def test_versions_names_and_the_base_model(tmp_path: Path) -> None:
     """A version in use is an adapter; the current one goes by its name; unknown ones are left out."""
     world = World()
     old, new = adapter_of("sql-old"), adapter_of("sql-new")
-    world.register_as("sql", new, ordinal=2, others=(ev.OtherVersion(1, old, "origin/old", 0, True),))
+    world.register_as("sql", new, NamedVersion(1, old, "origin/old"), ordinal=2, kept=(1,))
     for name in ("sql", "sql@v2", "sql@v1", f"sql@{old.digest}", "sql@v9", "nobody", "", "base"):
         world.send(name)
     world.run()

@@ -226,7 +226,7 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
             version.ordinal for version in record.versions if access.may_see_version(caller, record, version.ordinal)
         }
         _add_record(message, record, shown)
-        if self._gateway.state.names[message.name].ordinal not in shown:
+        if self._gateway.state.names[message.name].current not in shown:
             for field in OF_VERSION:
                 message.ClearField(field)
         if not access.may_change(caller, record):

@@ -196,7 +196,7 @@ class PoolService(admin_pb2_grpc.PoolServicer):
             digest = digests.get(row.name, BASE)
             if digest in copies:
                 name = state.names[row.name]
-                made.MergeFrom(admin_pb2.AdapterRow(pinned=name.pinned, version=f"v{name.ordinal}", **copies[digest]))
+                made.MergeFrom(admin_pb2.AdapterRow(pinned=name.pinned, version=f"v{name.current}", **copies[digest]))
                 made.quarantined = quarantined(state.versions[digest].quarantined)
             record = self._gateway.catalogue.registry.get(row.name)
             if record is not None:

@@ -13,6 +13,7 @@ from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.core import Core
 from sidecar.core.enums import Fault
+from sidecar.core.facts import NamedVersion
 from sidecar.lab.engine.messages import Event, QueueFull, Request
 from sidecar.lab.engine.pages import Row
 from sidecar.lab.sim.loads import OneAtATime
@@ -121,7 +122,7 @@ class Product:
         self._registered[name] = None
         self._engine_rows[adapter.digest] = engine_rows(known.rows) if known else self._engine_rows_of(rank)
         self._names[adapter.digest] = name
-        self.feed(ev.AdapterRegistered(name, adapter, f"origin/{name}"))
+        self.feed(ev.AdapterRegistered(name, 1, versions=(NamedVersion(1, adapter, f"origin/{name}"),)))
 
     def _failed(self, engine_id: int, fault: Fault, text: str, cancelled: bool) -> None:
         if engine_id >= LOADS_FROM:

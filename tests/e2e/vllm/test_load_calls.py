@@ -64,10 +64,10 @@ async def test_each_step_answers_as_peft_does_and_what_was_asked_before_by_the_s
 async def keep_asking(front: Front, done: asyncio.Event, right: dict[str, list[int]], wrong: list[Any]) -> None:
     names = front.served.state.names
     while not done.is_set():
-        before = names["policy"].ordinal
+        before = names["policy"].current
         told = await ask(front.client, "policy", PROMPT, TOKENS, stream=True)
         ordinal = int(told.version.removeprefix("policy@v") or -1)
-        if told.tokens != right.get(told.version) or not before <= ordinal <= names["policy"].ordinal:
+        if told.tokens != right.get(told.version) or not before <= ordinal <= names["policy"].current:
             wrong.append((before, told))
 
 
