@@ -238,6 +238,9 @@ def _serve(path: str) -> dict[str, Any] | None:
         os.write(1, b"ready\n")
     os.dup2(2, 1)
     links: dict[int, socket.socket] = {}
+    asking: set[socket.socket] = set()
+    """Links that have brought no order yet. Whoever connects may first wait for the end of another process: collected
+    garbage may have one."""
     with selectors.DefaultSelector() as selector:
         for source in (server, woken, sys.stdin):
             selector.register(source, selectors.EVENT_READ)
@@ -253,7 +256,15 @@ def _serve(path: str) -> dict[str, Any] | None:
                 _reap(links)
             if server in sources:
                 link, _ = server.accept()
+                asking.add(link)
+                selector.register(link, selectors.EVENT_READ)
+            elif link := next((each for each in asking if each in sources), None):
+                asking.remove(link)
+                selector.unregister(link)
                 order, streams = _read(link)
+                if not order:
+                    link.close()
+                    continue
                 pid = os.fork()
                 if pid == 0:
                     break
@@ -267,16 +278,17 @@ def _serve(path: str) -> dict[str, Any] | None:
     for number, end in enumerate(streams):
         os.dup2(end, number)
         os.close(end)
-    for each in (server, woken, wake, link, *links.values()):
+    for each in (server, woken, wake, link, *links.values(), *asking):
         each.close()
     return order
 
 
 def _read(link: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """Return an order and the streams that came with it; an empty one if its sender is gone."""
     text, streams, _, _ = socket.recv_fds(link, ORDER_BYTES_MAX, 3)
-    while not text.endswith(b"\n"):
+    while text and not text.endswith(b"\n"):
         text += link.recv(ORDER_BYTES_MAX)
-    return json.loads(text), streams
+    return json.loads(text or "{}"), streams
 
 
 def _reap(links: dict[int, socket.socket]) -> None:

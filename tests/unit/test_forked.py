@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from asyncio.subprocess import PIPE
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit.forked import Popen, python
+from tests.kit.forked import Popen, _address, python
 
 
 async def test_streams_arguments_and_status() -> None:
@@ -96,3 +97,12 @@ def test_it_starts_whatever_started_this_process() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
     ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
+
+
+def test_who_connects_and_asks_later_keeps_nobody_waiting() -> None:
+    """Garbage may be collected between the two, and wait for the end of another process."""
+    with socket.socket(socket.AF_UNIX) as late, socket.socket(socket.AF_UNIX) as gone:
+        for link in (late, gone):
+            link.connect(_address())
+        gone.close()
+        assert Popen([sys.executable, "-c", "pass"]).wait(60) == 0
