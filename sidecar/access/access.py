@@ -302,15 +302,14 @@ class Access:
             claims_another = (
                 caller.is_believed and caller.proven is not None and tenant not in ("", caller.proven.tenant)
             )
-            if not (caller.is_recorded or claims_another):
+            if not claims_another:
                 self._observe(caller, reference, request_id, is_base)
             return ANY_VERSION
         self.check(caller)
         permit, why = self._judge(caller.principal, reference, is_base)
         if permit is None:
             self.refuse(caller, Action.INFER, reference, why, request_id)
-        if not caller.is_recorded:
-            self._record_version(caller, caller.principal, reference, permit, request_id)
+        self._record_version(caller, caller.principal, reference, permit, request_id)
         return permit
 
     def _observe(self, caller: Caller, reference: str, request_id: str, is_base: bool) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sidecar.access.access import Caller
+from sidecar.access.access import Caller, Permit
 from sidecar.backends.api import Reply as EngineReply
 from sidecar.backends.api import Ticket
 from sidecar.backends.kind import Reader
@@ -25,9 +25,15 @@ from sidecar.telling.endings import Voice, message_of
 
 
 async def ask(
-    gateway: Gateway, question: Question, client_id: str, caller: Caller, tenant: str, voice: Voice = Voice.CLIENT
+    gateway: Gateway,
+    question: Question,
+    client_id: str,
+    caller: Caller,
+    tenant: str,
+    voice: Voice = Voice.CLIENT,
+    permit: Permit | None = None,
 ) -> Reply:
-    """Return the answer to one request, or the reason for none.
+    """Return the answer to one request, or the reason for none. Without a permit the caller is asked for one.
 
     Its version is named: where no policy decides, no allow list keeps operators from it.
     """
@@ -48,7 +54,7 @@ async def ask(
         is_estimated=bool(request.text),
     )
     try:
-        ticket = gateway.submit(facts, payload, client_id, caller, request.text or None)
+        ticket = gateway.submit(facts, payload, client_id, caller, request.text or None, permit)
     except SidecarError as error:
         return Reply(error=error.message, reason=error.reason)
     try:

@@ -16,7 +16,7 @@ from pathlib import Path
 from time import monotonic, monotonic_ns, time
 from typing import Any
 
-from sidecar.access.access import Access, Caller
+from sidecar.access.access import Access, Caller, Permit
 from sidecar.access.budgets.counting import PromptCounter
 from sidecar.access.usage.meter import UNKNOWN
 from sidecar.adapters.base_model import BaseModel
@@ -274,17 +274,24 @@ class Gateway:
     # Requests.
 
     def submit(
-        self, facts: RequestFacts, payload: Payload, client_id: str, caller: Caller, text: str | None = None
+        self,
+        facts: RequestFacts,
+        payload: Payload,
+        client_id: str,
+        caller: Caller,
+        text: str | None = None,
+        permit: Permit | None = None,
     ) -> Ticket:
         """Submit a caller's request under its client's id, and return its ticket.
 
-        `text` is the prompt, if it is one text that its engine may not count for us.
+        `text` is the prompt, if it is one text that its engine may not count for us; `permit` what `permit` returned,
+        if the front has asked.
         Raises Refused if the queue is full, a name is malformed or the caller may not use it, and
         Misused(UNAUTHENTICATED) if its credential has ended. Every other ending comes through the ticket.
         """
         facts.check()
         try:
-            self._permit(facts, client_id, caller)
+            self._complete(facts, client_id, caller, permit)
         except SidecarError as error:
             name = UNKNOWN if admission.name_in(self.state, facts.adapter) else ""
             self.show_refused(name, facts.tenant, facts.klass, facts.input_tokens, error)
@@ -320,12 +327,13 @@ class Gateway:
             facts.sequences, client_id,
         )  # fmt: skip
 
-    def _permit(self, facts: RequestFacts, client_id: str, caller: Caller) -> None:
+    def _complete(self, facts: RequestFacts, client_id: str, caller: Caller, permit: Permit | None) -> None:
         """Complete a request as the caller may make it. Raises Refused, Misused(UNAUTHENTICATED)."""
         access, name = self.access, facts.adapter
         klass = access.class_of(caller, facts.klass)
-        is_base = name in BASE_NAMES and name not in self.state.names
-        permit = access.permit(caller, name, client_id, is_base, facts.tenant)
+        if permit is None:
+            is_base = name in BASE_NAMES and name not in self.state.names
+            permit = access.permit(caller, name, client_id, is_base, facts.tenant)
         record = self.catalogue.registry.get(Reference.of(name).name)
         is_visible = record is not None and (permit.versions is not None or record.is_for(facts.tenant))
         if record is not None and is_visible and facts.versions is None:  # else it is a question of our own
@@ -336,10 +344,13 @@ class Gateway:
         """Return the salt of a request's prefix blocks, `own` being the client's; None to leave them as they are."""
         return None if self.access.salts is None else self.access.salts.of(tenant, own)
 
-    def permit(self, caller: Caller, reference: str, request_id: str, is_base: bool, tenant: str) -> None:
-        """Raise as `access.permit` does, and show the refusal, for a request that is submitted by another reference."""
+    def permit(self, caller: Caller, reference: str, request_id: str, is_base: bool, tenant: str) -> Permit:
+        """Return what `access.permit` does, or raise as it does and show the refusal.
+
+        Fronts ask before they look for engines: what these can answer would tell that a name is there.
+        """
         try:
-            self.access.permit(caller, reference, request_id, is_base, tenant)
+            return self.access.permit(caller, reference, request_id, is_base, tenant)
         except SidecarError as error:
             name = "" if is_base else UNKNOWN
             self.show_refused(name, caller.principal.tenant, caller.principal.klass, 0, error)

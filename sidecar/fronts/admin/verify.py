@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import grpc
 from tritonclient.grpc import service_pb2
 
+from sidecar.access.access import ANY_VERSION
 from sidecar.backends.api import Prompt as PromptKind
 from sidecar.backends.registry import model_kind
 from sidecar.config.identities import clipped
@@ -42,7 +42,8 @@ class Verifier:
     async def verify(self, request: Any, context: Any) -> None:
         """Write a message for each finding. Raises SidecarError if nothing can be asked, or too much is under way."""
         access, claims = self._gateway.access, callers.claimed_tenants(callers.metadata_of(context), "")
-        caller = replace(callers.CALLER.get(), is_recorded=access.mode == "observe")  # it is one call
+        caller = callers.CALLER.get()
+        permit = ANY_VERSION if access.mode == "observe" else None  # it is one call, and recorded once
         tenant = access.tenant_of(caller, claims, callers.id_of_call(context)) or asking.TENANT
 
         unknown = next((each for each in request.backends if each not in self._gateway.state.backends), "")
@@ -53,7 +54,7 @@ class Verifier:
             await context.write(message_of(finding))
 
         async def ask_as_caller(question: Question) -> Reply:
-            return await ask(self._gateway, question, CLIENT_ID, caller, tenant)
+            return await ask(self._gateway, question, CLIENT_ID, caller, tenant, permit=permit)
 
         if self._under_way[tenant] >= VERIFICATIONS_MAX:
             raise Refused(

@@ -58,7 +58,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
         facts, access, caller = fields_of(request, metadata), self._gateway.access, callers.CALLER.get()
         tenant = access.tenant_of(caller, callers.claimed_tenants(metadata, facts.tenant), request_id)
         klass = access.class_of(caller, facts.klass)
-        adapter, base = facts.adapter, ""
+        adapter, base, permit = facts.adapter, "", None
         if is_base(self._gateway.state, adapter):
             adapter, base = "", adapter
         limited = access.default_max_tokens(tenant, klass, adapter)
@@ -67,8 +67,8 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
         payload, input_tokens = payload_of(request, self._may_stream, self._kinds, self._gateway.salt(tenant))
         only = self._eligible(request, payload.kinds)
         if base:  # only now: until here a name that means nothing is answered alike
-            self._gateway.permit(caller, base, request_id, True, tenant)
-            caller, only = replace(caller, is_recorded=True), self._eligible(request, payload.kinds, base)
+            permit = self._gateway.permit(caller, base, request_id, True, tenant)
+            only = self._eligible(request, payload.kinds, base)
         if request.WhichOneof("prompt") == "text":
             input_tokens = text_tokens_max(self._gateway.state, input_tokens)
         facts = replace(
@@ -84,7 +84,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
             has_length=request.max_tokens > 0,
             is_estimated=request.WhichOneof("prompt") == "text",
         )
-        return self._gateway.submit(facts, payload, request_id, caller, request.text or None)
+        return self._gateway.submit(facts, payload, request_id, caller, request.text or None, permit)
 
     def _eligible(self, request: Any, kinds: tuple[str, ...], base: str = "") -> tuple[str, ...]:
         """Return the backends that a request may go to, () for any. Raises Refused(INVALID_REQUEST)."""

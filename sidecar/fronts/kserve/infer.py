@@ -15,13 +15,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import grpc
 import grpc.aio
 
-from sidecar.access.access import Caller, unknown
+from sidecar.access.access import Permit, unknown
 from sidecar.backends import wire
 from sidecar.backends.api import Carrier, Reply, Ticket
 from sidecar.config import Config
@@ -100,14 +99,15 @@ class KServe:
             metadata = callers.metadata_of(context) if stream is None else stream.metadata
             request_id = callers.request_id_of(structure.message.id, metadata)
             client_id = structure.message.id
-            asked, caller = self._read(structure, context, metadata, request_id, unary=stream is None)
+            asked, permit = self._read(structure, context, metadata, request_id, unary=stream is None)
             task = asked.task
             if asked.stop:
                 self._stop(asked, context.peer(), call)
                 return asked
             if stream is not None:
                 stream.lifetime.check()
-            ticket = self.gateway.submit(asked.facts, asked.payload, request_id, caller, asked.text)
+            caller = callers.CALLER.get()
+            ticket = self.gateway.submit(asked.facts, asked.payload, request_id, caller, asked.text, permit)
             carrier: Carrier | None = getattr(context, "carrier", None)
             if carrier is not None:  # its run may have been started, and sends nothing before the loop runs again
                 carrier.answer_id, ticket.carrier = client_id, carrier
@@ -128,8 +128,8 @@ class KServe:
 
     def _read(
         self, structure: Structure, context: Any, metadata: Mapping[str, str], request_id: str, unary: bool
-    ) -> tuple[KServeRequest, Caller]:
-        """Return a request with its tenant, deadline and eligible backends, and its sender.
+    ) -> tuple[KServeRequest, Permit | None]:
+        """Return a request with its tenant, deadline and eligible backends, and the permit of one for a base model.
 
         Raises Refused(INVALID_REQUEST), or for a base model that the sender may not use.
         """
@@ -142,10 +142,10 @@ class KServe:
         facts, tokens, caller = asked.facts, asked.facts.input_tokens, callers.CALLER.get()
         tenant = self.gateway.access.tenant_of(caller, callers.claimed_tenants(metadata, facts.tenant), request_id)
         base = facts.adapter if is_base(self.gateway.state, facts.adapter) else ""
+        permit = None
         payload, only = self._eligibility.of(self.gateway.state, asked.payload)
         if base and not asked.stop:  # only now: until here a name that means nothing is answered alike
-            self.gateway.permit(caller, base, request_id, True, tenant)
-            caller = replace(caller, is_recorded=True)
+            permit = self.gateway.permit(caller, base, request_id, True, tenant)
             payload, only = self._eligibility.of(self.gateway.state, asked.payload, base)
         facts.adapter = "" if base else facts.adapter
         facts.tenant = tenant
@@ -155,7 +155,7 @@ class KServe:
         facts.has_length = facts.output_tokens_max > 0
         facts.is_estimated = asked.is_text
         asked.payload, asked.hidden_regions = payload, hidden
-        return asked, caller
+        return asked, permit
 
     def _head(self, ticket: Ticket) -> list[tuple[bytes, bytes]]:
         """Return the headers of an answer of which the trailers may not be ours."""

@@ -172,8 +172,7 @@ class OpenAiFront:
                 async with self._intake.body(declared_bytes) as arrival:
                     pieces, size_bytes = await body_of(receive, self._body_bytes_max, arrival)
                     place = self._placing(tenant, head.klass)
-                    requests = await self._read(path, pieces, size_bytes, place, sender, tenant, request_id)
-                    sender = replace(sender, is_recorded=True)
+                    permit, requests = await self._read(path, pieces, size_bytes, place, sender, tenant, request_id)
                 if (subset := scope["state"].get(SUBSET)) is not None:
                     requests = [(asked, self._within(destination, subset)) for asked, destination in requests]
                 carrier: Carrier | None = scope["state"].get(CARRIER)
@@ -190,7 +189,7 @@ class OpenAiFront:
                 self._check_together(facts, sender, request_id)
                 for (asked, destination), each in zip(requests, facts, strict=True):
                     text = _text(asked, destination)
-                    tickets.append(self._gateway.submit(each, destination.payload, request_id, sender, text))
+                    tickets.append(self._gateway.submit(each, destination.payload, request_id, sender, text, permit))
             except ClientLeft:
                 return
             except SidecarError as error:
@@ -219,16 +218,16 @@ class OpenAiFront:
         sender: access.Caller,
         tenant: str,
         request_id: str,
-    ) -> list[tuple[OpenAiRequest, Destination]]:
-        """Return the requests of a body, one for each prompt of a list, and where each goes."""
+    ) -> tuple[access.Permit, list[tuple[OpenAiRequest, Destination]]]:
+        """Return the requests of a body, one for each prompt of a list, where each goes, and the permit of them all."""
         bounds = self._prompts_max, self._body_bytes_max
         if size_bytes <= LARGE_BYTES:
             parts = parts_of(read_request(path, read_body(b"".join(pieces))), *bounds)
-            self._permit(sender, parts[0].model, tenant, request_id)
-            return [each for asked in parts for each in self._placed(asked, place, len(parts))]
+            permit = self._permit(sender, parts[0].model, tenant, request_id)
+            return permit, [each for asked in parts for each in self._placed(asked, place, len(parts))]
         found = await self.large_bodies.read(pieces, self._destinations.order(path, size_bytes, *bounds))
-        self._permit(sender, found[0].asked.model, tenant, request_id)
-        return [(each.asked, place(each.asked, each.texts)) for each in found]
+        permit = self._permit(sender, found[0].asked.model, tenant, request_id)
+        return permit, [(each.asked, place(each.asked, each.texts)) for each in found]
 
     def _placed(self, asked: OpenAiRequest, place: Place, prompts: int) -> list[tuple[OpenAiRequest, Destination]]:
         """Return a request and where it goes; several if its engines give one answer to a request and it wants more."""
@@ -240,12 +239,8 @@ class OpenAiFront:
         choices = choices_of(asked, prompts, self._prompts_max, self._body_bytes_max)
         return [(each, place(each, None)) for each in choices]
 
-    def _permit(self, sender: access.Caller, model: str, tenant: str, request_id: str) -> None:
-        """Ask before engines are looked for: what they can answer would tell that a name is there.
-
-        The gateway asks again, for each prompt of a list.
-        """
-        self._gateway.permit(sender, model, request_id, self._destinations.is_base(model), tenant)
+    def _permit(self, sender: access.Caller, model: str, tenant: str, request_id: str) -> access.Permit:
+        return self._gateway.permit(sender, model, request_id, self._destinations.is_base(model), tenant)
 
     def _check_together(self, facts: Sequence[RequestFacts], sender: access.Caller, request_id: str) -> None:
         """Refuse a list that limits never let in: each of its requests alone would be told to come again."""
