@@ -19,7 +19,8 @@ from sidecar.errors import Misused, Reason
 from sidecar.incident.explain import explain
 from sidecar.shell import chronicle as module
 from sidecar.shell.chronicle import Chronicle, story
-from sidecar.telling.timeline import Moment, Timeline
+from sidecar.telling.queue import queue_message
+from sidecar.telling.timeline import AT_AN_ENGINE, Moment, Timeline
 from sidecar.telling.wording import lines_of
 from tests.kit.cases import first
 from tests.kit.corekit import MS, SECOND, World, facts_of
@@ -79,6 +80,15 @@ def test_the_same_words_as_a_replay(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert agreed_ns >= 0.97 * waited_ns  # the first of a version stands for all of it
 
 
+def shown_by_the_queue(world: World, request: int) -> set[str]:
+    """Return the reasons that `queue` shows of a request, asked after each step."""
+    core, shown = Core(world.config, policies_of(world.config)), set()
+    for now_ns, event in world.events:
+        core.step(event, now_ns)
+        shown |= {row.why for row in queue_message(core.state, now_ns).requests if row.request == request}
+    return shown
+
+
 @pytest.mark.parametrize("why", list(SCENES))
 def test_each_reason_is_told_live(why: Why, tmp_path: Path) -> None:
     """While a request waits and after its end: the reason, and the same sentence as in a replay."""
@@ -94,6 +104,7 @@ def test_each_reason_is_told_live(why: Why, tmp_path: Path) -> None:
         assert told[why.value] in {period.because for period in exact.periods()}
     assert "it has not ended" in waiting.notes
     assert ended.reasons_ns() == exact.reasons_ns()
+    assert {why.value, *exact.reasons_ns()} <= {*shown_by_the_queue(world, request), AT_AN_ENGINE}
 
 
 def test_a_silent_engine_is_told_while_the_request_is_open() -> None:
