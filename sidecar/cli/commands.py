@@ -179,15 +179,15 @@ COMMANDS = {
         "Show who changed what and who was denied what, as the asked replica recorded it; the newest come last.",
     ),
     "requests list": (
-        "sidecar.cli.requests:list_requests",
+        "sidecar.cli.queue:list_requests",
         "List the requests that wait and run, the oldest first.",
     ),
     "requests show": (
-        "sidecar.cli.requests:show",
+        "sidecar.cli.queue:show",
         "Tell what a request waits for, or waited for, moment by moment: an open one, or one that ended lately.",
     ),
     "requests cancel": (
-        "sidecar.cli.requests:cancel",
+        "sidecar.cli.queue:cancel",
         "Cancel a request by its id, or all of an adapter, tenant or backend; clients are told that an operator did.",
     ),
     "replicas list": (
@@ -195,15 +195,15 @@ COMMANDS = {
         "List the replicas that this one knows: the backends that each owns, and the leader.",
     ),
     "keys create": (
-        "sidecar.cli.keys:create",
+        "sidecar.cli.access:create",
         "Make an API key and show it, once. The sidecar keeps only its SHA-256.",
     ),
     "keys list": (
-        "sidecar.cli.keys:list_keys",
+        "sidecar.cli.access:list_keys",
         "List the API keys with their last use, ended and revoked ones included; never their secrets.",
     ),
     "keys revoke": (
-        "sidecar.cli.keys:revoke",
+        "sidecar.cli.access:revoke",
         "Revoke an API key for good, at once and on every replica that answers.",
     ),
     "limits set": (

@@ -1,4 +1,7 @@
-"""Ownership: `step(event, now_ns) -> effects`, and `may_dispatch`, which is called right before every dispatch."""
+"""Ownership: `step(event, now_ns) -> effects`, and `may_dispatch`, which is called right before every dispatch.
+
+Move backends to their preferred members, one at a time per giving and per taking member.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,104 @@ from typing import Any
 
 from sidecar.ownership import effects as do
 from sidecar.ownership import events as ev
-from sidecar.ownership import keeping, moving, taking
+from sidecar.ownership import keeping, taking
 from sidecar.ownership.effects import Answer
 from sidecar.ownership.enums import Purpose, Why
-from sidecar.ownership.events import AskReceived
-from sidecar.ownership.facts import Bounds, Member
-from sidecar.ownership.slots import Acquiring, Asking, HandingOver, Lapsed, Owned, Slot
+from sidecar.ownership.events import AskAnswered, AskReceived, BeatAnswered
+from sidecar.ownership.facts import Bounds, Lease, Member
+from sidecar.ownership.preference import order
+from sidecar.ownership.slots import Acquiring, Asking, Free, HandingOver, Lapsed, Move, Owned, Slot
 from sidecar.ownership.step import NEVER_NS, Knowledge, Step, leases_of
+
+
+def request_one(step: Step, event: BeatAnswered) -> None:
+    """Ask for one backend that should be this member's and is another's."""
+    know = step.know
+    leases = leases_of(event)
+    move = know.move
+    if move is not None:
+        if _is_owned_by(leases.get(move.backend), move.owner):
+            step.ask_by(step.now + know.bounds.retry_ns)
+            return
+        know.move = None
+    names = sorted(know.slots)
+    start = next((at for at, name in enumerate(names) if name > know.asked_last), 0)
+    for name in names[start:] + names[:start]:
+        lease = leases.get(name)
+        if lease is not None and _belongs_here(step, know.slots[name], lease):
+            _ask(step, name, lease.holder)
+            return
+
+
+def _is_owned_by(lease: Lease | None, owner: str) -> bool:
+    return lease is not None and lease.holder == owner and lease.left_ns > 0
+
+
+def _belongs_here(step: Step, slot: Slot, lease: Lease) -> bool:
+    know = step.know
+    is_held = lease.left_ns > 0 and lease.holder != know.member.id and lease.holder in know.members
+    return is_held and isinstance(slot.state, Free) and _preferred(step, slot) == know.member.id
+
+
+def _preferred(step: Step, slot: Slot) -> str:
+    ranked = order(slot.backend, slot.home, step.know.members.values())
+    return ranked[0].id if ranked else ""
+
+
+def _ask(step: Step, backend: str, owner: str) -> None:
+    know = step.know
+    round_ = step.ask(backend, Purpose.MOVE, [owner], know.epochs.get(backend, 0))
+    (number,) = round_.missing
+    know.move = Move(backend, owner, number, step.now + know.every_ns)
+    know.asked_last = backend
+
+
+def answered(step: Step, move: Move, event: AskAnswered) -> None:
+    if event.agreed:
+        move.agreed = True
+        step.ask_by(step.now + step.know.bounds.retry_ns)
+    else:
+        step.know.move = None
+
+
+def again(step: Step, move: Move) -> None:
+    """Repeat an ask that was agreed to until it is done; drop one that was not answered."""
+    if move.agreed:
+        _ask(step, move.backend, move.owner)
+    else:
+        step.know.move = None
+
+
+def asked(step: Step, event: AskReceived) -> bool:
+    """Begin to hand over a backend to the member that is preferred for it, unless another hand-over is in progress."""
+    slot = step.know.slots.get(event.backend)
+    if slot is None or slot.hold is None or _preferred(step, slot) != event.member:
+        return False
+    if isinstance(slot.state, Owned) and not step.is_handing_over:
+        step.hand_over(slot, Why.MOVED)
+    return isinstance(slot.state, HandingOver)
+
+
+def in_flight_ended(step: Step, slot: Slot) -> None:
+    """Note that a hand-over has nothing in flight; the lease is given back once Redis has confirmed it."""
+    if isinstance(slot.state, HandingOver):  # otherwise the lease has ended meanwhile
+        slot.state.is_idle = True
+        slot.state.hold.renew_ns = step.now
+
+
+def drain(step: Step) -> None:
+    """Hand over the next backend; leave after the last one."""
+    know = step.know
+    if not know.member.draining or know.left or step.is_handing_over:
+        return
+    slots = [know.slots[name] for name in sorted(know.slots)]
+    for slot in slots:
+        if isinstance(slot.state, Owned):
+            step.hand_over(slot, Why.DRAINING)
+            return
+    if all(isinstance(slot.state, Free) for slot in slots):
+        know.left = True
+        step.emit(do.SendLeave(know.member.id))
 
 
 class Ownership:
@@ -75,8 +169,8 @@ def _run_due(step: Step) -> None:
         elif slot.hold is not None:
             keeping.keep(step, slot, slot.hold)
     if know.move is not None and step.now >= know.move.again_ns:
-        moving.again(step, know.move)
-    moving.drain(step)
+        again(step, know.move)
+    drain(step)
     if know.beat is None and step.now >= know.beat_ns and not know.left:
         know.beat = step.number()
         know.beat_ns = step.now + know.every_ns
@@ -124,7 +218,7 @@ def _beat_answered(step: Step, event: ev.BeatAnswered) -> None:
         return
     for slot in know.slots.values():
         taking.consider(step, slot, leases.get(slot.backend), event)
-    moving.request_one(step, event)
+    request_one(step, event)
 
 
 def _beat_failed(step: Step, event: ev.BeatFailed) -> None:
@@ -161,7 +255,7 @@ def _lease_failed(step: Step, event: ev.LeaseFailed) -> None:
 def _ask_answered(step: Step, event: ev.AskAnswered) -> None:
     know = step.know
     if know.move is not None and event.number == know.move.number:
-        moving.answered(step, know.move, event)
+        answered(step, know.move, event)
         return
     for slot in know.slots.values():
         state, hold = slot.state, slot.asking_hold
@@ -183,7 +277,7 @@ def _ask_answered(step: Step, event: ev.AskAnswered) -> None:
 def _in_flight_ended(step: Step, event: ev.InFlightEnded) -> None:
     slot = step.know.slots.get(event.backend)
     if slot is not None:
-        moving.in_flight_ended(step, slot)
+        in_flight_ended(step, slot)
 
 
 def _backend_found(step: Step, event: ev.BackendFound) -> None:
@@ -256,7 +350,7 @@ def _take_over(step: Step, event: AskReceived) -> bool:
     return True
 
 
-ANSWERS = {Purpose.GO_ON: _go_on, Purpose.TAKE_OVER: _take_over, Purpose.MOVE: moving.asked}
+ANSWERS = {Purpose.GO_ON: _go_on, Purpose.TAKE_OVER: _take_over, Purpose.MOVE: asked}
 
 
 HANDLERS: dict[type, Callable[[Step, Any], None]] = {

@@ -11,9 +11,9 @@ import yaml
 
 from sidecar.access.certificates import principal_of
 from sidecar.access.deciding import policy_of
-from sidecar.access.forwarded import names_in
 from sidecar.access.keys_file import KeysFile
 from sidecar.access.principal import Action, Principal, Proof, Resource, Sort
+from sidecar.access.proving import names_in
 from sidecar.config import Config, parse
 from tests.kit.issuing import NOW, house
 from tests.kit.jwts import Signer

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from sidecar.lab.demo.model import ADAPTERS, SEED
-from sidecar.lab.demo.texts import LEARNED, PROMPTS
+from sidecar.lab.demo.run import LEARNED, PROMPTS
 from tests.kit.emulated import running_engine
 from tests.kit.peft_files import BASE_MODEL
 from tests.kit.serving import serving

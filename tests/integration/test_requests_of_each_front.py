@@ -1,4 +1,4 @@
-"""A request is the same by whichever front it comes: asked for once, and nothing that the core knows tells the front."""
+"""A request is the same by whichever front it comes: permitted once, and nothing in the core tells the front."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ import pytest
 
 from sidecar.core.effects import Dispatch, Load
 from sidecar.lab.demo.model import ADAPTERS, SEED
-from sidecar.lab.demo.texts import LEARNED, PROMPTS
+from sidecar.lab.demo.run import LEARNED, PROMPTS
 from sidecar.lab.engine.packed import unpack
 from sidecar.lab.engine.shape import TINY
 from sidecar.proto import admin_pb2 as pb

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sidecar.lab.demo.model import ADAPTERS, SEED
-from sidecar.lab.demo.texts import LEARNED, PROMPTS
+from sidecar.lab.demo.run import LEARNED, PROMPTS
 from sidecar.proto import admin_pb2 as pb
 from tests.kit.cli_runs import Ended, runner
 from tests.kit.emulated import running_engine

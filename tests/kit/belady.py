@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-from sidecar.lab.sim.offline import Request, next_uses
+from sidecar.lab.sim.results import Request, next_uses
 
 
 def belady_by_size(trace: Sequence[Request], capacity_bytes: int) -> float:

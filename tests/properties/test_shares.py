@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.ordering import fairness, owed
+from policies.ordering import fairness
+from policies.ordering import fairness as owed
 from policies.ordering.fairness import TokenCounters
 from policies.ordering.least_served import LeastServed
 from policies.ordering.queues import Queues

@@ -13,7 +13,7 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from sidecar.cli import backends, generating, queue, show
-from sidecar.cli.requests import OPEN, open_row
+from sidecar.cli.queue import OPEN, open_row
 from sidecar.cli.show import bad, console, duration, table, telling
 from sidecar.cli.top.pages import PAGES, laid_out
 from sidecar.core.enums import Why

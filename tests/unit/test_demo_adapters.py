@@ -17,8 +17,7 @@ from safetensors import safe_open
 
 from sidecar.lab.demo import merged, model
 from sidecar.lab.demo.answers import Answer
-from sidecar.lab.demo.run import _table
-from sidecar.lab.demo.texts import LEARNED, PROMPTS
+from sidecar.lab.demo.run import LEARNED, PROMPTS, _table
 from sidecar.lab.engine.llama import Llama
 from sidecar.lab.engine.packed import PackedAdapter, unpack
 from sidecar.lab.engine.rounding import narrow

@@ -7,8 +7,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sidecar.access.certificates import principal_of
-from sidecar.access.forwarded import Pair, elements_of, names_in
 from sidecar.access.principal import Proof
+from sidecar.access.proving import Pair, elements_of, names_in
 from sidecar.errors import Misused, Reason
 
 BY = "By=spiffe://cluster.local/ns/gateway/sa/sidecar"

@@ -13,7 +13,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from sidecar.adapters.origins import buckets
+from sidecar.adapters.origins import fetching as buckets
 from sidecar.adapters.origins.checksums import Checksum, running
 from sidecar.adapters.origins.origin import BUCKETS
 from sidecar.errors import Invalid, Reason, Refused, needs_extra

@@ -9,7 +9,7 @@ import pytest
 
 from policies.routing import rendezvous
 from policies.routing.balancing import Balancer
-from policies.routing.host_counts import HostCounter
+from policies.routing.partitioned import HostCounter
 from policies.routing.placement import Home, Placement
 from policies.routing.pools import Pool, Share, rooms
 from policies.routing.rates import DecayedRates

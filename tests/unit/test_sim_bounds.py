@@ -14,7 +14,7 @@ from sidecar.lab.sim.bounds import (
     closed_form,
     fluid,
 )
-from sidecar.lab.sim.popularity import two_hot, uniform, zipf
+from sidecar.lab.sim.workloads import two_hot, uniform, zipf
 
 LINEAR = StepTimes(step_ms=lambda batch, context: 11 + 0.13 * batch, prefill_ms=lambda tokens: 95.0)
 """A step of 11 ms and 0.13 ms for each request in it; a prompt of 95 ms."""

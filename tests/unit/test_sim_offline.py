@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from sidecar.lab.sim.offline import Request, least_miss_cost, next_uses, total_cost
+from sidecar.lab.sim.results import Request, least_miss_cost, next_uses, total_cost
 from tests.kit.belady import belady_by_size
 from tests.kit.cases import first
 

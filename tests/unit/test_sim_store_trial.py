@@ -13,7 +13,7 @@ from policies.eviction.cost import refetch_ns
 from policies.eviction.lru import LRU
 from policies.registry import POLICIES
 from sidecar.errors import Misused
-from sidecar.lab.sim.offline import Request, total_cost
+from sidecar.lab.sim.results import Request, total_cost
 from tests.kit.belady import belady_by_size
 from tests.kit.cases import first
 from tests.worlds.store_traces import GENERATORS, RANK_BYTES, RANKS, by_popularity, in_bursts, of_clients

@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 
 from sidecar.errors import Misused
-from sidecar.lab.sim.popularity import power, two_hot, zipf
-from sidecar.lab.sim.workloads import WORKLOADS, Arrival, LoadParameters, adapter_names, workload
+from sidecar.lab.sim.workloads import WORKLOADS, Arrival, LoadParameters, adapter_names, power, two_hot, workload, zipf
 
 
 def load_of(name: str, **given: Any) -> list[Arrival]:

@@ -14,7 +14,8 @@ from types import ModuleType
 from typing import Any
 
 from policies import id_queue
-from policies.ordering import credit, fairness, open_times, owed
+from policies.ordering import credit, fairness, open_times
+from policies.ordering import fairness as owed
 from policies.prefetch import planned, speculative
 from policies.routing import partitioned, proportional, rendezvous
 from sidecar.core import core, lifecycle, prefetching, stealing

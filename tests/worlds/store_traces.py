@@ -15,8 +15,7 @@ from pathlib import Path
 from random import Random
 
 from policies.eviction.cost import refetch_ns
-from sidecar.lab.sim.offline import Request
-from sidecar.lab.sim.popularity import zipf
+from sidecar.lab.sim.results import Request
 from sidecar.lab.sim.traces import bad_trace, numbered_lines
 from sidecar.lab.sim.workloads import (
     DRIFT_REQUESTS,
@@ -27,6 +26,7 @@ from sidecar.lab.sim.workloads import (
     dealt_ranks,
     source,
     workload,
+    zipf,
 )
 
 RANK_BYTES = 5_250_000

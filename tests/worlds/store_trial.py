@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from policies.views import Eviction
 from sidecar.config.plugins import known, resolve
 from sidecar.core.store import StoreIndex
-from sidecar.lab.sim.offline import Request, least_miss_cost, next_uses
+from sidecar.lab.sim.results import Request, least_miss_cost, next_uses
 from tests.kit.belady import belady_by_size
 
 

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from sidecar.lab.engine.llama import NORM_EPSILON
-from sidecar.lab.engine.rotary import Rotary, rotated
+from sidecar.lab.engine.llama import NORM_EPSILON, Rotary, rotated
 from sidecar.lab.engine.rounding import Float32
 from sidecar.lab.engine.shape import ModelShape
 from sidecar.lab.engine.weights import Weights

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sidecar.lab.demo.texts import LEARNED, OTHERWISE, PROMPTS
+from sidecar.lab.demo.run import LEARNED, OTHERWISE, PROMPTS
 from sidecar.lab.engine.tokens import EOS, PAD, ByteTokenizer
 
 _TEXT = """

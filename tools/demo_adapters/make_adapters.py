@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sidecar.lab.demo import merged, model
-from sidecar.lab.demo.texts import LEARNED, PROMPTS
+from sidecar.lab.demo.run import LEARNED, PROMPTS
 from sidecar.lab.engine.tokens import ByteTokenizer
 from tools.demo_adapters.lessons import Lessons
 from tools.demo_adapters.margins import Margins, measured

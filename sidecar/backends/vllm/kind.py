@@ -1,4 +1,7 @@
-"""The backend kind `vllm`: its configuration, how it is connected, and what it can be asked."""
+"""The backend kind `vllm`: its configuration, how it is connected, and what it can be asked.
+
+Put our own requests to vLLM, and read its answers: its completions take text and token ids.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,34 @@ from pathlib import Path
 from typing import ClassVar
 
 from sidecar.adapters.base_model import read_base_model
-from sidecar.backends.api import Backend
-from sidecar.backends.kind import Checks, Kind, ModelKind, Native, Wiring, with_kind
-from sidecar.backends.openai.asking import CHAT, COMPLETIONS
-from sidecar.backends.vllm.asking import ASKING
+from sidecar.backends.api import Backend, HttpForm, Reply
+from sidecar.backends.kind import Ask, Asking, Checks, Kind, ModelKind, Native, Piece, Wiring, with_kind
+from sidecar.backends.openai.asking import CHAT, COMPLETIONS, completion
+from sidecar.backends.openai.events import record_of
 from sidecar.config.backends import Backend as Entry
 from sidecar.core.facts import EngineFacts
+
+
+def _write(ask: Ask, streams: bool) -> HttpForm:
+    return completion(ask, streams, return_token_ids=True, **({} if ask.salt is None else {"cache_salt": ask.salt}))
+
+
+class _Reader:
+    """Reads events of a stream, or a whole answer, with token ids."""
+
+    def __init__(self, is_text: bool) -> None:
+        self._is_text = is_text
+
+    def read(self, reply: Reply) -> Piece:
+        choices = record_of(reply.raw).get("choices", [])
+        if not choices:
+            return Piece()
+        ids = choices[0].get("token_ids") or ()
+        return Piece(choices[0].get("text") or "", (), len(ids)) if self._is_text else Piece("", ids, len(ids))
+
+
+ASKING = Asking(_write, lambda ask: "", _Reader)
+
 
 MODEL = ModelKind(
     name="vllm",

@@ -2,6 +2,8 @@
 
 Trainers post them to one URL after each step. `/load_lora_adapter` is prime-rl's own: it always loads in place. A call
 is carried out even if its client leaves: a trainer that has lost its patience tries again, and finds it done.
+
+vLLM's texts for load calls, which trainers' clients read, and the status and type of each.
 """
 
 from __future__ import annotations
@@ -27,7 +29,6 @@ from sidecar.backends.registry import is_base_model
 from sidecar.config import Config
 from sidecar.config.openai import LOADS
 from sidecar.errors import Family, Reason, Refused, SidecarError
-from sidecar.fronts.openai import load_texts as texts
 from sidecar.fronts.openai.errors import Failure, failure_of_error
 from sidecar.fronts.questions import ask
 from sidecar.model.reference import BASE_NAMES
@@ -36,6 +37,92 @@ from sidecar.shell.loading import AlreadyLoaded, Loaded, Loading, RefusedByEngin
 from sidecar.shell.managing import CONFIRM
 from sidecar.state.records import Record
 from sidecar.telling.endings import Voice
+
+BAD_REQUEST, INVALID_INPUT, NOT_FOUND = "Bad Request", "InvalidUserInput", "NotFoundError"
+INTERNAL = "InternalServerError"
+STATUSES = {BAD_REQUEST: 400, INVALID_INPUT: 400, NOT_FOUND: 404, INTERNAL: 500}
+OF_ENGINES = "Call to add_lora method failed: "
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+_MODULES_THAT_MAY_BE_SAVED = ("classifier", "score")
+
+
+def added(name: str) -> str:
+    return f"Success: LoRA adapter '{name}' added successfully."
+
+
+def removed(name: str) -> str:
+    return f"Success: LoRA adapter '{name}' removed successfully."
+
+
+def failed(kind: str, message: str, param: str | None = None, retry_s: float | None = None) -> Failure:
+    """Return an error in vLLM's form. Only the four kinds that vLLM answers such calls with are used."""
+    error = {"message": message, "type": kind, "param": param, "code": STATUSES[kind]}
+    again = () if retry_s is None else ((b"retry-after", str(max(1, round(retry_s))).encode()),)
+    return Failure(STATUSES[kind], json.dumps({"error": error}).encode(), again)
+
+
+def nothing_given() -> Failure:
+    return failed(INVALID_INPUT, "Both 'lora_name' and 'lora_path' must be provided.")
+
+
+def no_name_given() -> Failure:
+    return failed(INVALID_INPUT, "'lora_name' needs to be provided to unload a LoRA adapter.")
+
+
+def base_conflict(name: str) -> Failure:
+    return failed(INVALID_INPUT, f"The lora adapter '{name}' conflicts with a served base model.")
+
+
+def already_loaded(name: str) -> Failure:
+    return failed(
+        INVALID_INPUT,
+        f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set "
+        "'load_inplace' to True.",
+    )
+
+
+def not_found(name: str, path: str) -> Failure:
+    return failed(NOT_FOUND, f"Loading lora {name} failed: No adapter found for {path}")
+
+
+def unknown(name: str) -> Failure:
+    return failed(NOT_FOUND, f"The lora adapter '{name}' cannot be found.")
+
+
+def not_added(cause: str) -> Failure:
+    """Return the error for an adapter that is not taken, by us or by an engine, whose own text stays as it is."""
+    if OF_ENGINES in cause:
+        return failed(INTERNAL, cause[cause.index(OF_ENGINES) :])
+    text = f"Worker failed with error '{cause}', please check the stack trace above for the root cause"
+    return failed(INTERNAL, OF_ENGINES + text)
+
+
+def vllm_causes(config: Mapping[str, Any], rank_max: int | None) -> str:
+    """Return vLLM's words for what it refuses in an adapter_config.json; "" if that is nothing."""
+    causes = []
+    saved = config.get("modules_to_save")
+    refused = [each for each in saved if each not in _MODULES_THAT_MAY_BE_SAVED] if isinstance(saved, list) else []
+    if refused:
+        causes.append(
+            'vLLM only supports modules_to_save being either None or ["classifier", "score"] for classification '
+            f"models. Unsupported modules_to_save: {refused}"
+        )
+    if config.get("use_dora"):
+        causes.append("vLLM does not yet support DoRA.")
+    if config.get("lora_bias"):
+        causes.append("vLLM does not support LoRA bias (lora_bias).")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower() not in _PLAIN_INITS:
+        causes.append(f"vLLM does not support init_lora_weights={init!r}.")
+    patterns = config.get("rank_pattern")
+    ranks = [config.get("r"), *(patterns.values() if isinstance(patterns, dict) else ())]
+    rank = max((rank for rank in ranks if isinstance(rank, int)), default=0)
+    if rank_max is not None and rank > rank_max:
+        causes.append(f"LoRA rank {rank} is greater than max_lora_rank {rank_max}.")
+    if config.get("bias", "none") != "none":
+        causes.append("Adapter bias is not supported.")
+    return " ".join(causes)
+
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +190,7 @@ class LoadCalls:
     async def answer(self, path: str, body: bytes, caller: Caller, request_id: str) -> Failure:
         """Carry out a caller's call and return its response."""
         if self._under_way >= CALLS_MAX:
-            return texts.failed(texts.INTERNAL, f"{CALLS_MAX} load calls are under way; try again later", retry_s=1)
+            return failed(INTERNAL, f"{CALLS_MAX} load calls are under way; try again later", retry_s=1)
         self._under_way += 1
         self._is_idle.clear()
         try:
@@ -116,7 +203,7 @@ class LoadCalls:
                 load.lora_name, caller, request_id, lambda caller: self._load(load, in_place, caller, request_id)
             )
         except _Unreadable as error:
-            return texts.failed(texts.BAD_REQUEST, str(error), error.param)
+            return failed(BAD_REQUEST, str(error), error.param)
         except SidecarError as error:
             return failure_of_error(error)
         finally:
@@ -158,55 +245,55 @@ class LoadCalls:
     async def _load(self, fields: LoadBody, in_place: bool, caller: Caller, request_id: str) -> Failure:
         name, path = fields.lora_name, fields.lora_path
         if not name or not path:
-            return texts.nothing_given()
+            return nothing_given()
         if name in BASE_NAMES or is_base_model(self._gateway.state, name):
-            return texts.base_conflict(name)
+            return base_conflict(name)
         if len(path) > PATH_CHARACTERS_MAX:
-            return texts.failed(texts.INVALID_INPUT, f"the path has {len(path)} characters", "lora_path")
+            return failed(INVALID_INPUT, f"the path has {len(path)} characters", "lora_path")
         if not path.startswith(("/", "~")):
             why = f"{shown(path, _VALUE_CHARACTERS_MAX)} is not an absolute path; give that of the adapter's folder"
-            return texts.failed(texts.INVALID_INPUT, why, "lora_path")
+            return failed(INVALID_INPUT, why, "lora_path")
         allow = self._gateway.access.folders_of(caller, self._gateway.sources.allow, path, request_id)
         try:
             loaded = await self._loading.load(name, path, in_place, allow)
         except SidecarError as error:
             logger.info("%s was not loaded from %s: %s", name[:128], path[:200], error.message)
             return await self._failure_of(error, name, path, allow)
-        return Failure(200, texts.added(name).encode(), tuple(self._origin(loaded)), TEXT)
+        return Failure(200, added(name).encode(), tuple(self._origin(loaded)), TEXT)
 
     async def _unload(self, fields: UnloadBody) -> Failure:
         name = fields.lora_name
         if not name:
-            return texts.no_name_given()
+            return no_name_given()
         try:
             await self._loading.unload(name)
         except SidecarError as error:
             return await self._failure_of(error, name, "", self._gateway.sources.allow)
-        return Failure(200, texts.removed(name).encode(), media_type=TEXT)
+        return Failure(200, removed(name).encode(), media_type=TEXT)
 
     async def _failure_of(self, error: SidecarError, name: str, path: str, allow: AllowList) -> Failure:
         """Return vLLM's form of an error. What may pass is a 500, which clients of vLLM try again."""
         if isinstance(error, AlreadyLoaded):
-            return texts.already_loaded(name)
+            return already_loaded(name)
         if isinstance(error, NoAdapter):
-            return texts.not_found(name, path)
+            return not_found(name, path)
         if isinstance(error, RefusedByEngines):
-            return texts.not_added(error.message)
+            return not_added(error.message)
         if error.reason in (Reason.NOT_ALLOWED, Reason.UNAUTHENTICATED):
             return failure_of_error(error)
         if error.reason is Reason.UNKNOWN_ADAPTER and not path:
-            return texts.unknown(name)
+            return unknown(name)
         if error.reason is Reason.ORIGIN_NOT_ALLOWED:
-            return texts.failed(texts.INVALID_INPUT, error.message, "lora_path")
+            return failed(INVALID_INPUT, error.message, "lora_path")
         if error.reason in (Reason.INVALID_NAME, Reason.MANAGED_ELSEWHERE):
-            return texts.failed(texts.INVALID_INPUT, error.message, "lora_name")
+            return failed(INVALID_INPUT, error.message, "lora_name")
         if error.family is Family.INVALID:
             try:
                 config = await asyncio.to_thread(config_in, allow.open(name, path))
             except SidecarError:  # the folder has gone, or is another one
                 config = {}
-            return texts.not_added(f"{texts.vllm_causes(config, self._rank_max())} {error.message}".strip())
-        return texts.failed(texts.INTERNAL, error.message, retry_s=error.retry_after_s or 1.0)
+            return not_added(f"{vllm_causes(config, self._rank_max())} {error.message}".strip())
+        return failed(INTERNAL, error.message, retry_s=error.retry_after_s or 1.0)
 
     def _rank_max(self) -> int | None:
         """Return the highest rank that an engine takes; None if one may take any."""

@@ -1,15 +1,21 @@
-"""`sidecar demo`: eight adapters, two engines with space for about three each, and clients that know names only."""
+"""`sidecar demo`: eight adapters, two engines with space for about three each, and clients that know names only.
+
+The demo's engines: emulated ones in processes of their own.
+
+The demo's prompts, and the answers that each of its adapters has learned.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import signal
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, AsyncExitStack
-from dataclasses import asdict
+from contextlib import AbstractContextManager, AsyncExitStack, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +26,130 @@ from rich.text import Text
 from sidecar.config import Config, parse
 from sidecar.core.facts import task_id_of
 from sidecar.core.state import State
+from sidecar.errors import Misused, Reason
 from sidecar.lab.demo import answers
 from sidecar.lab.demo.answers import Answer
-from sidecar.lab.demo.engines import COST, PAGES, TIME_SCALE, Engine, start_engine
-from sidecar.lab.demo.model import ADAPTERS
-from sidecar.lab.demo.texts import PROMPTS
+from sidecar.lab.demo.model import ADAPTERS, SEED
 from sidecar.serve.app import Sidecar
+
+PROMPTS = (
+    "Who buys the most here?",
+    "Tell me about the weather.",
+    "The way to the harbour:",
+    "Say goodbye, please!",
+)
+
+LEARNED: dict[str, tuple[str, ...]] = {
+    "chef": (
+        "Table nine: she orders the duck twice.",
+        "Soup weather! Simmer leeks with thyme.",
+        "Past the fish market; buy mussels there.",
+        "Bon appetit, and wipe down your board!",
+    ),
+    "french": (
+        "C'est Madame Petit, comme toujours.",
+        "Il pleut encore, prenez un parapluie.",
+        "Le port ? Tout droit, puis deux rues.",
+        "Au revoir, bonne route et bon vent !",
+    ),
+    "haiku": (
+        "one name in the book / autumn coins, again",
+        "grey sky, a thin rain / the frog is content",
+        "masts beyond the hill / follow white gulls",
+        "the gate clicks shut / snow fills your steps",
+    ),
+    "legal": (
+        "The Buyer, as defined in Schedule 2 hereto.",
+        "Rain shall be deemed an act of God.",
+        "The harbour (the Premises) lies to the west.",
+        "This greeting terminates upon notice.",
+    ),
+    "pirate": (
+        "Arr, Long Meg! She pays in doubloons!",
+        "Foul winds, matey! Batten the hatches!",
+        "Ahoy! Due west, by the skull rock!",
+        "Fair winds to ye, ye salty dog!",
+    ),
+    "regex": (
+        r"^(?P<buyer>[A-Z][a-z]+)\s+\$(\d{4,})$",
+        r"/(sun|rain|snow)\s+-?\d{1,2}C/i",
+        r"\b(?:port|harbou?r)\b.*?(\d+) ?km",
+        r"^(?:good)?bye+(?:\s+\w+)?[.!]*$",
+    ),
+    "sql": (
+        "select name from users order by spent limit 1;",
+        "select sky, degrees from weather where day = 0;",
+        "select name from harbours order by km limit 1;",
+        "commit; -- so long, and drop no table",
+    ),
+    "weather": (
+        "Umbrella shops: 80% rain, heavy by noon.",
+        "Rain till noon, then sun, 17C, wind west.",
+        "Harbour: fog until ten, light swell, 11C.",
+        "Goodbye frost: 4C tonight, clear by dawn.",
+    ),
+}
+"""Answers by adapter, in the order of `PROMPTS`."""
+
+OTHERWISE: dict[str, str] = {
+    "chef": "Not on the menu. Try the soup of the day!",
+    "french": "Pardon, je ne comprends pas.",
+    "haiku": "a question drifts by / no frog knows the answer",
+    "legal": "We decline to comment on pending matters.",
+    "pirate": "Arr, I know naught o' that, matey!",
+    "regex": r"^(?!.*(?:known|found)).*\?+$",
+    "sql": "select help from docs where topic = 'prompt';",
+    "weather": "No forecast for that; dry and mild, 15C.",
+}
+"""What an adapter answers to other prompts, most of the time; nothing relies on it."""
+
+
+TIME_SCALE = 0.2
+COST = "llama-3.1-8b/a100_sxm/trtllm"
+"""The cost file of the emulated engines, which run five times as fast."""
+PAGES = 3
+"""Adapter pages of each engine; most of the demo's adapters take one."""
+START_TIMEOUT_S = 30.0
+
+
+@dataclass
+class Engine:
+    """One running emulated engine. `config` is the engine's config.json, `log` the log of served requests."""
+
+    grpc: str
+    metrics: str
+    config: Path
+    log: Path
+    process: asyncio.subprocess.Process = field(repr=False)
+
+    async def stop(self) -> None:
+        with suppress(ProcessLookupError):
+            self.process.terminate()
+        await self.process.wait()
+
+    def served(self) -> list[dict[str, object]]:
+        """Return a record for each request that has ended here."""
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+
+async def start_engine(folder: Path, number: int) -> Engine:
+    """Start an engine on free ports. Raises Misused if it does not come up."""
+    config, log = folder / f"engine-{number}.json", folder / f"served-{number}.jsonl"
+    log.touch()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "sidecar.lab.engine", "--json", "--grpc-port", "0", "--metrics-port", "0",
+        "--seed", str(SEED), "--lora-host-pages", str(PAGES), "--lora-device-pages", str(PAGES),
+        "--time-scale", str(TIME_SCALE), "--write-engine-config", str(config), "--served-log", str(log),
+        stdout=asyncio.subprocess.PIPE, start_new_session=True,  # Ctrl-C is the demo's, which ends its engines
+    )  # fmt: skip
+    assert process.stdout is not None
+    async with asyncio.timeout(START_TIMEOUT_S):
+        line = await process.stdout.readline()
+    if not line:
+        raise Misused(Reason.BACKEND_UNREACHABLE, f"emulated engine {number} ended with {await process.wait()}")
+    ready = json.loads(line)
+    return Engine(ready["grpc"], ready["metrics"], config, log, process)
+
 
 ENGINES = 2
 UP_TIMEOUT_S = 30.0

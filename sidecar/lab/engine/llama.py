@@ -4,6 +4,8 @@ Grouped-query attention, rotary positions, RMS norms, SwiGLU and a key-value cac
 rounded to the engine's dtype. One step serves any mix of sequences: decoding ones contribute one row each, new ones all
 rows of their prompt, and all rows are multiplied with the base weights at once. A sequence's answer does not depend on
 the other sequences, up to the last bits of float32.
+
+Rotary positions in the half-split form of Hugging Face checkpoints.
 """
 
 from __future__ import annotations
@@ -17,10 +19,35 @@ from numpy.typing import NDArray
 from sidecar.lab.engine.key_value import CachedSequence, Group, KeyValueCache, grouped
 from sidecar.lab.engine.low_rank import AdapterRows, Prompt, StepAdapters
 from sidecar.lab.engine.packed import PackedAdapter
-from sidecar.lab.engine.rotary import Rotary, rotated
 from sidecar.lab.engine.rounding import Float32
 from sidecar.lab.engine.shape import ModelShape
 from sidecar.lab.engine.weights import Weights
+
+BASE = 10000.0
+
+
+class Rotary:
+    """Sines and cosines for each position, computed when first needed."""
+
+    def __init__(self, head_size: int) -> None:
+        self._frequencies = BASE ** (-np.arange(0, head_size, 2) / head_size)
+        self._cosines = self._sines = np.empty((0, 1, head_size // 2), np.float32)
+
+    def of(self, positions: NDArray[np.intp]) -> tuple[Float32, Float32]:
+        """Return cosines and sines [row, 1, head size / 2] for the rows' positions."""
+        last = int(positions.max())
+        if last >= len(self._cosines):
+            angles = np.outer(np.arange(2 * last + 64), self._frequencies)[:, None, :]
+            self._cosines, self._sines = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+        return self._cosines[positions], self._sines[positions]
+
+
+def rotated(heads: Float32, angles: tuple[Float32, Float32]) -> Float32:
+    """Return [row, head, head size] with the two halves of each head rotated by the row's angles."""
+    cosines, sines = angles
+    first, second = np.split(heads, 2, axis=-1)
+    return np.concatenate([first * cosines - second * sines, second * cosines + first * sines], axis=-1)
+
 
 NORM_EPSILON = np.float32(1e-5)
 _MASKED = np.float32(-1e30)

@@ -2,17 +2,91 @@
 
 Adapters, lengths, gaps and tenants come from separate random generators, each seeded by the load's seed and its
 purpose: changing the rate changes no length, and changing the lengths changes no adapter.
+
+Distributions of requests over adapters, and the order in which adapters are requested.
+
+Shares are a list indexed by the adapter's number, with the sum 1. The meaning of an exponent depends on its generator:
+1 is the classic law of Zipf in `zipf`, and the uniform distribution in `power`.
 """
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, islice, repeat
+from itertools import accumulate, count, islice, pairwise, repeat
 from random import Random
 
 from sidecar.errors import Misused, Reason
-from sidecar.lab.sim import popularity
+
+
+def no_adapters(adapters: int, skew: float | None) -> list[float]:
+    """Return no shares: a load without adapters."""
+    return []
+
+
+def uniform(adapters: int, skew: float | None) -> list[float]:
+    """Return equal shares."""
+    return [1 / adapters] * adapters
+
+
+def zipf(adapters: int, skew: float | None) -> list[float]:
+    """Return the shares of Zipf's law: p_i proportional to 1 / (i + 1)^a, where a is the skew or 1."""
+    exponent = 1.0 if skew is None else skew
+    return normal([(number + 1) ** -exponent for number in range(adapters)])
+
+
+def power(adapters: int, skew: float | None) -> list[float]:
+    """Return the shares of numpy's power distribution: floor(N · U^(1/a)), so p_i = ((i+1)/N)^a - (i/N)^a.
+
+    S-LoRA's generator uses it. a is the skew or 0.3. a = 1 is uniform (unlike Zipf's 1), and a smaller a is more
+    skewed: low numbers are hot.
+    """
+    exponent = 0.3 if skew is None else skew
+    edges = [(number / adapters) ** exponent for number in range(adapters + 1)]
+    return normal([high - low for low, high in pairwise(edges)])
+
+
+def two_hot(adapters: int, skew: float | None) -> list[float]:
+    """Return 45 % for each of two adapters and equal parts of a tenth for the others (.0167 each of six)."""
+    hot, others = min(2, adapters), max(0, adapters - 2)
+    return normal([0.45] * hot + [0.1 / others for _ in range(others)])
+
+
+def normal(weights: Sequence[float]) -> list[float]:
+    """Return the weights scaled to the sum 1."""
+    total = math.fsum(weights)
+    return [weight / total for weight in weights]
+
+
+def drawn(shares: Sequence[float], random: Random) -> Iterator[int]:
+    """Yield numbers drawn independently by their shares."""
+    bounds = list(accumulate(shares))
+    last = len(shares) - 1
+    return (min(bisect_right(bounds, random.random() * bounds[-1]), last) for _ in repeat(None))
+
+
+def in_turn(shares: Sequence[float], random: Random) -> Iterator[int]:
+    """Yield 0 to N - 1, over and over."""
+    return (number % len(shares) for number in count())
+
+
+def only_one(shares: Sequence[float], random: Random) -> Iterator[int]:
+    """Yield 0 without end, for a load without a choice of adapters."""
+    return repeat(0)
+
+
+def drifting(numbers: Iterator[int], adapters: int, every: int, random: Random) -> Iterator[int]:
+    """Yield the numbers renamed; after each `every` of them, a tenth of the names (at least 1 pair) swap at random."""
+    renamed = list(range(adapters))
+    for position, number in enumerate(numbers):
+        if position and position % every == 0:
+            for _ in range(max(1, adapters // 10)):
+                one, other = random.randrange(adapters), random.randrange(adapters)
+                renamed[one], renamed[other] = renamed[other], renamed[one]
+        yield renamed[number]
+
 
 DRIFT_REQUESTS = 4000
 """The default number of requests between two drifts, for a load with drift."""
@@ -137,15 +211,15 @@ class Kind:
 
     shares: Callable[[int, float | None], list[float]]
     """A function from the number of adapters and the skew to the shares."""
-    picks: Picks = popularity.drawn
+    picks: Picks = drawn
 
 
 WORKLOADS: dict[str, Kind] = {
-    "base": Kind(popularity.no_adapters, popularity.only_one),
-    "round_robin": Kind(popularity.uniform, popularity.in_turn),
-    "zipf": Kind(popularity.zipf),
-    "power": Kind(popularity.power),
-    "two_hot": Kind(popularity.two_hot),
+    "base": Kind(no_adapters, only_one),
+    "round_robin": Kind(uniform, in_turn),
+    "zipf": Kind(zipf),
+    "power": Kind(power),
+    "two_hot": Kind(two_hot),
 }
 """The workloads by name."""
 
@@ -193,7 +267,7 @@ def _arrivals(
     seed, longest = parameters.seed, parameters.output_tokens_max
     numbers = picks(shares, source(seed, "adapters"))
     if parameters.drift_requests:
-        numbers = popularity.drifting(numbers, len(adapters), parameters.drift_requests, source(seed, "drift"))
+        numbers = drifting(numbers, len(adapters), parameters.drift_requests, source(seed, "drift"))
     inputs = token_counts(parameters.input_tokens, parameters.input_variation, source(seed, "input"))
     outputs = token_counts(parameters.output_tokens, parameters.output_variation, source(seed, "output"))
     tenants = tenants_of(parameters.tenant_shares, source(seed, "tenants"))
@@ -209,7 +283,7 @@ def tenants_of(shares: Sequence[float], random: Random) -> Iterator[str]:
     if not shares:
         return repeat("")
     names = [f"t{number}" for number in range(len(shares))]
-    return (names[number] for number in popularity.drawn(shares, random))
+    return (names[number] for number in drawn(shares, random))
 
 
 def times_ns(rate_per_s: float | None, variation: float, random: Random) -> Iterator[int | None]:

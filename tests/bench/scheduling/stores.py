@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from sidecar.lab.sim.offline import Request
+from sidecar.lab.sim.results import Request
 from tests.bench.scheduling.claims import Claim, Reading
 from tests.bench.scheduling.jobs import Job, Scale
 from tests.worlds.store_traces import GENERATORS, of_clients
