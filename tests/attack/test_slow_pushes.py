@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from sidecar.errors import Refused
-from sidecar.fronts.admin import push
+from sidecar.fronts.admin import adapters as push
 from sidecar.proto import admin_pb2 as pb
 from sidecar.proto import admin_pb2_grpc
 from tests.integration.test_push import chunks_of, messages, start_of

@@ -14,13 +14,13 @@ from time import perf_counter, process_time_ns
 import psutil
 
 from sidecar.access.access import Access
-from sidecar.access.cedar import SCHEMA, CedarPolicy
 from sidecar.access.cedar_text import statements_of
 from sidecar.access.deciding import CachedPolicy, policy_of
 from sidecar.access.entries import Key
 from sidecar.access.external import ExternalCheck
 from sidecar.access.keys import KeyBook, new_secret
 from sidecar.access.policy import READY, Roles
+from sidecar.access.policy_file import SCHEMA, CedarPolicy
 from sidecar.access.principal import INFERENCE, Action, Head, Policy, Presented, Principal, Proof, Resource, Sort
 from sidecar.access.resources import adapter_resource
 from sidecar.access.store import AccessStore

@@ -17,9 +17,9 @@ from sidecar.adapters.spool import Spool
 from sidecar.config.plugins import policies_of
 from sidecar.core.config import CoreConfig
 from sidecar.core.facts import EngineFacts
-from sidecar.fronts.admin import push as push_front
+from sidecar.fronts.admin import adapters as push_front
+from sidecar.fronts.admin.adapters import Pushes
 from sidecar.fronts.admin.front import add_admin
-from sidecar.fronts.admin.push import Pushes
 from sidecar.proto import admin_pb2 as pb
 from sidecar.proto import admin_pb2_grpc
 from sidecar.shell.gateway import Gateway

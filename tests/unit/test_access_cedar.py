@@ -13,10 +13,10 @@ import cedarpy
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sidecar.access.cedar import APPLIES, SCHEMA, TYPES, CedarPolicy
 from sidecar.access.cedar_text import DEPTH_MAX, OPERATORS_MAX, Faulty, statements_of
 from sidecar.access.deciding import CachedPolicy
 from sidecar.access.policy import CHANGE, READY, USE, Roles
+from sidecar.access.policy_file import APPLIES, SCHEMA, TYPES, CedarPolicy
 from sidecar.access.principal import SYSTEM, Action, Decision, Principal, Proof, Resource, Sort
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "access"

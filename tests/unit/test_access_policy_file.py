@@ -241,7 +241,7 @@ async def test_a_ready_set_needs_no_watch() -> None:
 
 
 def test_without_the_extra_it_says_what_to_install(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("sidecar.access.policy_file", "sidecar.access.cedar", "sidecar.access.cedar_text"):
+    for module in ("sidecar.access.policy_file", "sidecar.access.policy_file", "sidecar.access.cedar_text"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "cedarpy", None)
     with pytest.raises(Misused, match=re.escape(needs_extra("access.policies.cedar", "cedar"))):

@@ -4,6 +4,10 @@ A watcher task reaches the server, reads what it is, and looks at it once a seco
 breaks has it looked at once. The pulse finds an engine that hangs while its server stays live and ready. A backend that
 was lost is trusted again once it has answered a token. A server that unloads or replaces its model lets its requests
 finish, and so does the backend: it sends nothing new meanwhile.
+
+Remember the shared-memory regions that clients registered at a server, to register them again.
+
+A restarted server has forgotten them, and its clients do not notice the restart: the sidecar is between.
 """
 
 from __future__ import annotations
@@ -29,7 +33,6 @@ from sidecar.backends.triton.dialects import LlmApi
 from sidecar.backends.triton.kind import TritonEntry
 from sidecar.backends.triton.loads import Target
 from sidecar.backends.triton.probe import answer_of, is_late
-from sidecar.backends.triton.regions import Regions
 from sidecar.backends.triton.server import CHANGED, Server
 from sidecar.backends.triton.streams import Run, StreamPool
 from sidecar.backends.triton.transport import Transport
@@ -38,6 +41,51 @@ from sidecar.core.enums import Fault
 from sidecar.core.events import BackendMeasured
 from sidecar.core.facts import EngineFacts
 from sidecar.errors import Misused
+from sidecar.tasks import ended
+
+REGISTER_TIMEOUT_S = 2.0
+
+
+class Regions:
+    """The clients' regions at one server. `stub` is its KServe stub."""
+
+    def __init__(self, backend: str, stub: Any) -> None:
+        self._backend = backend
+        self._stub = stub
+        self._requests: dict[str, Any] = {}
+        self._restoring: asyncio.Task[None] | None = None
+
+    def note(self, verb: str, request: Any) -> None:
+        """Note a verb that the server has carried out."""
+        if verb == "SystemSharedMemoryRegister":
+            self._requests[request.name] = request
+        elif verb == "SystemSharedMemoryUnregister" and request.name:
+            self._requests.pop(request.name, None)
+        elif verb == "SystemSharedMemoryUnregister":
+            self._requests.clear()
+
+    def restore(self) -> None:
+        """Begin to register all regions again."""
+        self._restoring = asyncio.create_task(self._restore(self._restoring))
+
+    async def restored(self) -> None:
+        """Wait until a restoring that has begun is done."""
+        if self._restoring is not None and not self._restoring.done():
+            await asyncio.shield(self._restoring)
+
+    async def close(self) -> None:
+        await ended(self._restoring)
+
+    async def _restore(self, earlier: asyncio.Task[None] | None) -> None:
+        if earlier is not None:
+            await earlier
+        for name, request in list(self._requests.items()):
+            try:
+                await self._stub.SystemSharedMemoryRegister(request, timeout=REGISTER_TIMEOUT_S)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.ALREADY_EXISTS:
+                    logger.warning("%s did not take the region %s again: %s", self._backend, name, error.details())
+
 
 logger = logging.getLogger(__name__)
 

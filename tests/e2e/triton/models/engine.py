@@ -11,10 +11,9 @@ from typing import Any
 from sidecar.lab.engine.kserve.faults import Faults
 from sidecar.lab.engine.kserve.inference import Answer, Inference, Query
 from sidecar.lab.engine.kserve.llmapi import inference_of
-from sidecar.lab.engine.kserve.metrics import EngineGauges
 from sidecar.lab.engine.kserve.options import Options, spec_of
 from sidecar.lab.engine.kserve.served import ServedLog
-from sidecar.lab.engine.kserve.server import driver_of
+from sidecar.lab.engine.kserve.server import EngineGauges, driver_of
 from tests.e2e.triton.models.gauges import Gauges
 from tests.e2e.triton.models.outbox import Outbox, Reply
 
