@@ -78,7 +78,7 @@ def reason_of(client: Client, admin: str, request_id: str) -> str:
 
 
 def _because(waiting: Any) -> str:
-    from sidecar.core.enums import Why
+    from sidecar.core.eligibility import Why
     from sidecar.telling.waits import because
 
     backend, adapter = waiting.backend or "any backend", waiting.adapter or "the base model"

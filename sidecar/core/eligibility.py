@@ -8,19 +8,40 @@ from __future__ import annotations
 import difflib
 from bisect import bisect_left
 from collections.abc import Collection, Iterable
+from enum import Enum
 
 from policies.record import record
 from policies.views import BASE, Hold, Waiting
 from sidecar.core.causes import NoBackend
-from sidecar.core.enums import Phase, Why
-from sidecar.core.misfits import Drained, LoadRejected, Misfit, StoreTooSmall, misfit
+from sidecar.core.enums import Phase
+from sidecar.core.misfits import Drained, Draining, LoadRejected, Misfit, StoreTooSmall, misfit
 from sidecar.core.state import NEVER_NS, Backend, Request, State, Version
+
+
+class Why(Enum):
+    """Why a queued request is not running; the label in the queue command, the log and the metrics."""
+
+    BACKEND_DOWN = "backend down"
+    STALLED = "stalled?"
+    BACKING_OFF = "backing off"
+    FETCHING = "fetching"
+    STORE_FULL = "host store full"
+    LOADING = "loading"
+    HOST_CACHE_FULL = "engine host cache full"
+    SLOTS_BUSY = "slots busy"
+    SEATS_FULL = "seats full"
+    KV_FULL = "KV cache full"
+    PROBATION = "first load under way elsewhere"
+    APART = "kept apart from a suspect load"
+    GATED = "gated"
+    TENANT_CAP = "tenant cap"
+    NEXT = "next"
 
 
 def cannot_serve(state: State, backend: Backend, digest: str) -> Misfit | None:
     """Return why a backend can never serve a version as configured, drained or learned; None if it can."""
     if backend.draining:
-        return Drained(runs=bool(backend.running))
+        return Draining() if backend.running else Drained()
     return unfit_for(state, backend, digest)
 
 

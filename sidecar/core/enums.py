@@ -7,26 +7,6 @@ from enum import Enum
 from sidecar.errors import Family, Reason
 
 
-class Why(Enum):
-    """Why a queued request is not running; the label in the queue command, the log and the metrics."""
-
-    BACKEND_DOWN = "backend down"
-    STALLED = "stalled?"
-    BACKING_OFF = "backing off"
-    FETCHING = "fetching"
-    STORE_FULL = "host store full"
-    LOADING = "loading"
-    HOST_CACHE_FULL = "engine host cache full"
-    SLOTS_BUSY = "slots busy"
-    SEATS_FULL = "seats full"
-    KV_FULL = "KV cache full"
-    PROBATION = "first load under way elsewhere"
-    APART = "kept apart from a suspect load"
-    GATED = "gated"
-    TENANT_CAP = "tenant cap"
-    NEXT = "next"
-
-
 class Tier(Enum):
     """Where weights are kept on this host."""
 

@@ -115,15 +115,17 @@ class LoadRejected(_Misfit, frozen=True):
     text: Quote
 
 
-class Drained(_Misfit, frozen=True):
-    """It takes nothing new; with `runs` it still has requests to finish."""
+class Draining(_Misfit, frozen=True):
+    """It takes nothing new, and has requests to finish."""
 
-    runs: bool
+
+class Drained(_Misfit, frozen=True):
+    """It takes nothing new, and has finished its requests."""
 
 
 Misfit = (
     NoLora | NoFolder | NoBaseNamed | OtherBase | RankTooLarge | OtherHeads | PartsUnknown | UnevenHeads | NoModule
-    | OtherDims | TooFewLayers | MessageTooLarge | TooFewPages | StoreTooSmall | LoadRejected | Drained
+    | OtherDims | TooFewLayers | MessageTooLarge | TooFewPages | StoreTooSmall | LoadRejected | Draining | Drained
 )  # fmt: skip
 
 

@@ -25,7 +25,8 @@ from sidecar.core import eligibility
 from sidecar.core import events as ev
 from sidecar.core.admission import with_name
 from sidecar.core.causes import Cause
-from sidecar.core.enums import Phase, Voided, Why
+from sidecar.core.eligibility import Why
+from sidecar.core.enums import Phase, Voided
 from sidecar.core.facts import version_of_key
 from sidecar.core.state import Request, State
 from sidecar.errors import Misused, Reason

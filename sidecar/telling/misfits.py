@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import msgspec
+from msgspec.structs import asdict
 
 from sidecar.core import misfits
 from sidecar.core.misfits import Misfit
@@ -10,22 +10,17 @@ from sidecar.core.misfits import Misfit
 
 def label(misfit: Misfit) -> str:
     """Return a misfit in a few words: "max rank 32 < 64"."""
-    return _PHRASES[type(misfit)][0].format(**_fields(misfit))
+    return _PHRASES[type(misfit)][0].format(**asdict(misfit))
 
 
 def sentence(misfit: Misfit) -> str:
     """Return what is wrong, and what an operator or a trainer can do about it."""
-    return _PHRASES[type(misfit)][1].format(**_fields(misfit)).removesuffix(": ")
+    return _PHRASES[type(misfit)][1].format(**asdict(misfit)).removesuffix(": ")
 
 
 def reason(misfit: Misfit) -> str:
     """Return what is wrong without the ways out, which only operators have."""
-    return _PHRASES[type(misfit)][1].partition("; ")[0].format(**_fields(misfit)).removesuffix(": ")
-
-
-def _fields(misfit: Misfit) -> dict[str, object]:
-    fields = msgspec.structs.asdict(misfit)
-    return fields | ({"now": "draining" if fields["runs"] else "drained"} if "runs" in fields else {})
+    return _PHRASES[type(misfit)][1].partition("; ")[0].format(**asdict(misfit)).removesuffix(": ")
 
 
 _PHRASES: dict[type[Misfit], tuple[str, str]] = {
@@ -98,5 +93,6 @@ _PHRASES: dict[type[Misfit], tuple[str, str]] = {
         "packed it takes {size_bytes} bytes and the host store holds {store_bytes}; raise store.memory_bytes",
     ),
     misfits.LoadRejected: ("rejected the load", "its engine rejected the load: {text}"),
-    misfits.Drained: ("{now}", "it is {now}"),
+    misfits.Draining: ("draining", "it is draining"),
+    misfits.Drained: ("drained", "it is drained"),
 }

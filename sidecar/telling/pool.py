@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from sidecar.core import eligibility, promising
-from sidecar.core.enums import Phase, Why
+from sidecar.core.eligibility import Why
+from sidecar.core.enums import Phase
 from sidecar.core.facts import task_id_of
 from sidecar.core.layout import WHOLE_MLP
 from sidecar.core.state import Backend, Name, State

@@ -11,7 +11,7 @@ from typing import Any
 
 from policies.at_most import at_most
 from sidecar.core import eligibility
-from sidecar.core.enums import Why
+from sidecar.core.eligibility import Why
 from sidecar.core.state import Request, State
 from sidecar.proto import admin_pb2
 from sidecar.telling.groups import Group, groups_of, matching

@@ -16,7 +16,8 @@ from policies.record import record
 from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.causes import Cause
-from sidecar.core.enums import Voided, Why
+from sidecar.core.eligibility import Why
+from sidecar.core.enums import Voided
 from sidecar.telling import saying
 from sidecar.telling.endings import told
 from sidecar.telling.life import Life

@@ -9,7 +9,8 @@ from operator import itemgetter
 
 from policies.views import BASE
 from sidecar.core import eligibility
-from sidecar.core.enums import Fault, Phase, Why
+from sidecar.core.eligibility import Why
+from sidecar.core.enums import Fault, Phase
 from sidecar.core.state import Backend, Request, State
 from sidecar.telling.durations import readable
 from sidecar.telling.groups import Group

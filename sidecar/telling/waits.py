@@ -11,7 +11,8 @@ from operator import itemgetter
 
 from policies.views import BASE
 from sidecar.core import eligibility
-from sidecar.core.enums import Phase, Voided, Why
+from sidecar.core.eligibility import Why
+from sidecar.core.enums import Phase, Voided
 from sidecar.core.state import Backend, Request, State
 from sidecar.telling.durations import readable
 from sidecar.telling.misfits import label

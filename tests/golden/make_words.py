@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from sidecar.core import causes, enums, misfits
+from sidecar.core import causes, eligibility, enums, misfits
 from sidecar.core.causes import Cause
 from sidecar.core.facts import Suspicion
 from sidecar.core.misfits import Misfit
@@ -44,7 +44,7 @@ SAMPLES: tuple[Cause, ...] = (
     causes.NoBackend(0, (), ()),
     causes.NoBackend(0, (), ("blue", "green")),
     causes.NoBackend(2, (), ()),
-    causes.NoBackend(3, (("gpu-1", misfits.RankTooLarge(64, 32)), ("gpu-2", misfits.Drained(runs=False))), ()),
+    causes.NoBackend(3, (("gpu-1", misfits.RankTooLarge(64, 32)), ("gpu-2", misfits.Drained())), ()),
     causes.Gone(("gpu-1",)),
     causes.NotOwned(("gpu-1", "gpu-2")),
     *(causes.OwnerChanged("gpu-1", why.value) for why in Why),
@@ -104,8 +104,8 @@ MISFITS: tuple[Misfit, ...] = (
     misfits.StoreTooSmall(3_000_000_000, 1_000_000_000),
     misfits.LoadRejected("rank must be one of 8, 16"),
     misfits.LoadRejected(""),
-    misfits.Drained(runs=True),
-    misfits.Drained(runs=False),
+    misfits.Draining(),
+    misfits.Drained(),
 )
 
 
@@ -121,7 +121,7 @@ def written() -> str:
         {"misfit": type(each).__name__, "label": label(each), "operator": sentence(each), "client": reason(each)}
         for each in MISFITS
     ]
-    rows += [{"why": why.value, "clause": because(why, "gpu-1", "sql")} for why in enums.Why]
+    rows += [{"why": why.value, "clause": because(why, "gpu-1", "sql")} for why in eligibility.Why]
     rows += [{"voided": voided.value, "sentence": VOID_BECAUSE[voided]} for voided in enums.Voided]
     return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
 

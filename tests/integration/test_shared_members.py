@@ -151,7 +151,7 @@ async def test_while_redis_is_away_nothing_is_granted(server: Server) -> None:
     await link.close()
 
 
-@pytest.mark.parametrize("report", ['[4, "new", 1.0, false, "pod-1:9003"]', '["old", 1.0, false, "pod-1:9003"]'])
+@pytest.mark.parametrize("report", ['[5, "new", 1.0, false, "pod-1:9003"]', '["old", 1.0, false, "pod-1:9003"]'])
 async def test_a_replica_of_another_wire_format_is_refused_by_name(server: Server, report: str) -> None:
     """The one that comes later does not start; one that has started leaves a later one out of the pool."""
     link = link_to(server.url)
@@ -163,7 +163,7 @@ async def test_a_replica_of_another_wire_format_is_refused_by_name(server: Serve
         seconds, micros = await client.time()
         await client.hset(link.key("members"), "id-x", report)
         await client.zadd(link.key("beats"), {"id-x": seconds * 1_000_000 + micros})
-    with pytest.raises(Misused, match=r'replica "(new|old)" has wire format [04], and this version has 3') as caught:
+    with pytest.raises(Misused, match=r'replica "(new|old)" has wire format [05], and this version has 4') as caught:
         await members.refuse_other_wires()
     assert caught.value.reason is Reason.STATE_INCOMPATIBLE
     beat = await members.beat(do.SendBeat(2, MEMBERS[0]), "here", 0)

@@ -56,8 +56,8 @@ def made_in(*folders: Path) -> set[str]:
 
 
 def named_in(closed: type[Enum], folder: Path) -> set[str]:
-    """Return the members of an enum that Python files below a folder name, as in `Fault.MISS`, but its definition."""
-    texts = (path.read_text() for path in folder.rglob("*.py") if path != Path(inspect.getfile(closed)))
+    """Return the members of an enum that Python files below a folder name, as in `Fault.MISS`."""
+    texts = (path.read_text() for path in folder.rglob("*.py"))
     return {name for text in texts for name in re.findall(rf"\b{closed.__name__}\.([A-Z_]+)\b", text)}
 
 

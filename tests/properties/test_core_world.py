@@ -14,7 +14,8 @@ import pytest
 from sidecar.core import eligibility
 from sidecar.core import events as ev
 from sidecar.core.config import ClassLimit, CoreConfig
-from sidecar.core.enums import Outcome, Why
+from sidecar.core.eligibility import Why
+from sidecar.core.enums import Outcome
 from sidecar.errors import Reason
 from tests.kit.cases import first
 from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, adapter_of, assert_idle, facts_of, two_pages, with_facts

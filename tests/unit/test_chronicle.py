@@ -13,7 +13,7 @@ from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
 from sidecar.core.core import Core
 from sidecar.core.effects import Settle
-from sidecar.core.enums import Why
+from sidecar.core.eligibility import Why
 from sidecar.core.state import State
 from sidecar.errors import Misused, Reason
 from sidecar.incident.explain import explain

@@ -16,7 +16,7 @@ from sidecar.cli import backends, generating, queue, show
 from sidecar.cli.queue import OPEN, open_row
 from sidecar.cli.show import bad, console, duration, table, telling
 from sidecar.cli.top.pages import PAGES, laid_out
-from sidecar.core.enums import Why
+from sidecar.core.eligibility import Why
 from sidecar.proto import admin_pb2
 from tests.kit.serving import until
 

@@ -62,8 +62,12 @@ CORE = [
     Closed(effects.Effect, cases_of(World._act), "the cases of tests/kit/corekit.py"),
     Closed(Decision, cases_of(dispatching.pump), "the decisions in core/dispatching.py"),
     Closed(Hold, eligibility._HOLDS, "_HOLDS of core/eligibility.py"),
-    Closed(enums.Why, waits._PHRASES, "_PHRASES of telling/waits.py"),
-    Closed(enums.Why, [*SCENES, enums.Why.NEXT, enums.Why.TENANT_CAP], "SCENES of tests/unit/test_explain.py"),
+    Closed(eligibility.Why, waits._PHRASES, "_PHRASES of telling/waits.py"),
+    Closed(
+        eligibility.Why,
+        [*SCENES, eligibility.Why.NEXT, eligibility.Why.TENANT_CAP],
+        "SCENES of tests/unit/test_explain.py",
+    ),
     Closed(enums.Fault, healing._TOKENLESS, "_TOKENLESS of core/healing.py"),
     Closed(enums.Fault, healing._LOADS, "_LOADS of core/healing.py"),
     Closed(enums.Outcome, records._COUNTED, "_COUNTED of lab/sim/records.py"),
@@ -165,7 +169,7 @@ def test_what_observers_and_stories_pick_out_is_there() -> None:
 @pytest.mark.parametrize(
     ("closed", "folder"),
     [
-        (enums.Why, "sidecar/core"), (enums.Voided, "sidecar/core"), (enums.Cache, "sidecar/core"),
+        (eligibility.Why, "sidecar/core"), (enums.Voided, "sidecar/core"), (enums.Cache, "sidecar/core"),
         (enums.Phase, "sidecar/core"), (enums.Fault, "sidecar/backends"),
         (ownership_enums.Why, "sidecar/ownership"), (Hold, "policies"),
         (Reason, "sidecar"),
@@ -199,9 +203,9 @@ def test_only_what_never_ran_can_be_sent_again() -> None:
 
 def test_every_reason_to_wait_has_words() -> None:
     """A label of its own, and a clause that names nothing but places."""
-    labels = [why.value for why in enums.Why]
-    assert len({*labels}) == len(labels) == len({waits.because(why, "b0", "sql") for why in enums.Why})
-    assert all("{" not in waits.because(why, "b0", "sql") for why in enums.Why)
+    labels = [why.value for why in eligibility.Why]
+    assert len({*labels}) == len(labels) == len({waits.because(why, "b0", "sql") for why in eligibility.Why})
+    assert all("{" not in waits.because(why, "b0", "sql") for why in eligibility.Why)
 
 
 def test_what_members_ask_each_other_keeps_its_names() -> None:
@@ -212,7 +216,7 @@ def test_what_members_ask_each_other_keeps_its_names() -> None:
 LABELS = {
     "outcome": {outcome.value for outcome in enums.Outcome},
     "cache": {cache.value for cache in enums.Cache},
-    "why": {why.value for why in enums.Why},
+    "why": {why.value for why in eligibility.Why},
     "phase": {phase.value for phase in standings.Phase},
     "reason": {f"{load}{fault.value}" for fault in enums.Fault for load in ("", "load_")}
     | {why.value for why in enums.Voided},

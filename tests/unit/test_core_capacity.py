@@ -8,7 +8,8 @@ from sidecar.core import effects as fx
 from sidecar.core import eligibility
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
-from sidecar.core.enums import Voided, Why
+from sidecar.core.eligibility import Why
+from sidecar.core.enums import Voided
 from sidecar.core.state import SlotEstimate
 from sidecar.errors import Reason
 from sidecar.telling.endings import message_of

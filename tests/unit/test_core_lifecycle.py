@@ -5,8 +5,8 @@ from __future__ import annotations
 from sidecar.core import effects as fx
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
-from sidecar.core.eligibility import why_waiting
-from sidecar.core.enums import Fate, Fault, Voided, Why
+from sidecar.core.eligibility import Why, why_waiting
+from sidecar.core.enums import Fate, Fault, Voided
 from sidecar.core.misfits import Placed
 from sidecar.errors import Reason
 from sidecar.telling.endings import message_of

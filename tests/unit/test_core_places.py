@@ -8,7 +8,8 @@ from sidecar.core import effects as fx
 from sidecar.core import eligibility
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
-from sidecar.core.enums import Fault, Why
+from sidecar.core.eligibility import Why
+from sidecar.core.enums import Fault
 from sidecar.core.facts import (
     MESSAGE_BYTES_MAX,
     Adapter,

@@ -7,7 +7,8 @@ from sidecar.core import effects as fx
 from sidecar.core import eligibility
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
-from sidecar.core.enums import Cache, Fault, Outcome, Why
+from sidecar.core.eligibility import Why
+from sidecar.core.enums import Cache, Fault, Outcome
 from sidecar.errors import Reason
 from sidecar.telling.endings import message_of
 from tests.kit.corekit import BLOB_BYTES, MS, World, assert_idle, facts_of, two_pages, with_facts

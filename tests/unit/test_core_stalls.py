@@ -9,7 +9,8 @@ from sidecar.core import effects as fx
 from sidecar.core import eligibility, stalls
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
-from sidecar.core.enums import Voided, Why
+from sidecar.core.eligibility import Why
+from sidecar.core.enums import Voided
 from sidecar.core.pace import Pace
 from sidecar.telling.pool import backend_message
 from sidecar.telling.queue import queue_message

@@ -13,7 +13,8 @@ from policies.views import Decision, Hold, OrderingView
 from sidecar.core import eligibility
 from sidecar.core import events as ev
 from sidecar.core.config import ClassLimit, CoreConfig
-from sidecar.core.enums import Fault, Why
+from sidecar.core.eligibility import Why
+from sidecar.core.enums import Fault
 from sidecar.core.pace import Pace
 from sidecar.incident import story
 from sidecar.incident.explain import explain

@@ -11,7 +11,8 @@ from sidecar.adapters.packed import PackReport
 from sidecar.backends.api import Wear
 from sidecar.core import events as ev
 from sidecar.core.config import ClassLimit, CoreConfig
-from sidecar.core.enums import Outcome, Why
+from sidecar.core.eligibility import Why
+from sidecar.core.enums import Outcome
 from sidecar.core.pace import Pace
 from sidecar.shell.metric_table import LabelValues
 from sidecar.shell.metrics import METRICS, TENANT_LABELS_MAX, Metrics

@@ -9,7 +9,7 @@ import pytest
 from sidecar.core import eligibility
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
-from sidecar.core.enums import Why
+from sidecar.core.eligibility import Why
 from sidecar.core.facts import Adapter, NamedVersion, Row
 from sidecar.errors import Reason
 from sidecar.telling import queue as telling_queue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sidecar.core.enums import Fate, Tier
-from sidecar.core.misfits import Drained, Placed
+from sidecar.core.misfits import Draining, Placed
 from sidecar.telling.weights import told_at, told_of_store
 
 WORDS = {
@@ -27,7 +27,7 @@ WORDS = {
     Placed(Fate.HELD, backend="b0"): "loading from the host store",
     Placed(Fate.RESIDENT, backend="b0"): "resident already",
     Placed(Fate.FETCHING, backend="b0"): "fetching, to be loaded",
-    Placed(Fate.UNFIT, backend="b0", misfit=Drained(runs=True)): "cannot serve it: it is draining",
+    Placed(Fate.UNFIT, backend="b0", misfit=Draining()): "cannot serve it: it is draining",
     Placed(Fate.LEAVING, backend="b0"): "it is about to go, or gone",
 }
 

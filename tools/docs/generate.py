@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from sidecar.core.enums import Voided, Why
+from sidecar.core.eligibility import Why
+from sidecar.core.enums import Voided
 from sidecar.errors import TABLE, Family, Reason
 from sidecar.fronts.openai.errors import STATUSES
 from sidecar.shell.metric_table import GROUPS as METRIC_GROUPS

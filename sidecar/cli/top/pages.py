@@ -11,7 +11,7 @@ from rich.text import Text
 
 from sidecar.cli.backends import seats_of, state_of
 from sidecar.cli.show import count, duration
-from sidecar.core.enums import Why
+from sidecar.core.eligibility import Why
 
 GAP = "  "
 LAST_WIDTH_MIN = 12

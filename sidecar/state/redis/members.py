@@ -15,7 +15,7 @@ from sidecar.state.redis.link import FAULTS, Link
 from sidecar.state.redis.member_scripts import ACQUIRE, BEAT, LEAVE, LIVE, RELEASE, RENEW
 from sidecar.state.redis.scripts import Script
 
-WIRE = 3
+WIRE = 4
 """The number of the format of what replicas send to each other, and keep in Redis for each other."""
 MEMBER_TTL_S = Bounds().ttl_ns / 1e9
 """How long a member counts as live after its last beat."""
