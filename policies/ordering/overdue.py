@@ -1,13 +1,14 @@
-"""When queued requests become overdue and urgent, in heaps: a request that becomes due costs O(log n)."""
+"""When queued requests become ripe, overdue and urgent, in heaps: a request that becomes due costs O(log n)."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Collection
+from bisect import bisect_left, insort
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from policies.id_queue import is_mostly_stale
-from policies.ordering.queues import Queues
+from policies.ordering.queues import Head, Queues
 from policies.views import Promise, Waiting
 
 NEVER_NS = 1 << 62
@@ -22,9 +23,13 @@ class Overdue:
     def __init__(self, queues: Queues) -> None:
         self.versions: dict[str, None] = {}
         """The versions whose oldest request is overdue."""
+        self.ripe: list[Head] = []
+        """The oldest requests of versions that are half-way to being overdue, in order of arrival."""
         self._queues = queues
         self._times: dict[int, tuple[int, int]] = {}
         self._overdue: list[tuple[int, int]] = []
+        self._ripening: list[tuple[int, int]] = []
+        self._ripe_heads: dict[str, int] = {}
         self._urgent: list[tuple[int, int]] = []
 
     def queued(self, request: Waiting, promise: Promise | None) -> None:
@@ -43,7 +48,7 @@ class Overdue:
             return
         version = self._queues.versions.get(request.version)
         if version is None:
-            self.versions.pop(request.version, None)
+            self._is_not_due(request.version)
         else:
             self._has_head(request.version, version.head())
 
@@ -55,17 +60,21 @@ class Overdue:
         heapq.heapify(self._urgent)
 
     def pass_time(self, now_ns: int) -> None:
-        """Add the versions whose oldest request has become overdue by `now_ns`."""
-        while self._overdue and self._overdue[0][0] <= now_ns:
-            _, head = heapq.heappop(self._overdue)
+        """Add the versions whose oldest request has become ripe or overdue by `now_ns`."""
+        for head, version in self._due(self._ripening, now_ns):
+            if version not in self._ripe_heads:
+                self._ripe_heads[version] = head
+                insort(self.ripe, (head, version))
+        for _, version in self._due(self._overdue, now_ns):
+            self.versions[version] = None
+
+    def _due(self, heap: list[tuple[int, int]], now_ns: int) -> Iterator[Head]:
+        """Yield the oldest requests of versions that are due by now, and remove them from a heap."""
+        while heap and heap[0][0] <= now_ns:
+            _, head = heapq.heappop(heap)
             request = self._queues.requests.get(head)
             if request is not None and self._queues.versions[request.version].head() == head:
-                self.versions[request.version] = None
-
-    def is_ripe(self, request: Waiting, now_ns: int) -> bool:
-        """Return True if a queued request is half-way to being overdue."""
-        overdue_ns, _ = self._times[request.id]
-        return now_ns - request.arrived_ns > RIPE_SHARE * (overdue_ns - request.arrived_ns)
+                yield head, request.version
 
     def most_urgent(self, now_ns: int, is_ready: Callable[[str], bool]) -> int:
         """Return the urgent request, before which only older ones may be sent; NOBODY if there is none.
@@ -104,8 +113,17 @@ class Overdue:
             self._push(self._urgent, urgent_ns, request_id)
 
     def _has_head(self, version: str, head: int) -> None:
+        self._is_not_due(version)
+        overdue_ns, arrived_ns = self._times[head][0], self._queues.requests[head].arrived_ns
+        self._push(self._overdue, overdue_ns, head)
+        self._push(self._ripening, arrived_ns + int(RIPE_SHARE * (overdue_ns - arrived_ns)) + 1, head)
+
+    def _is_not_due(self, version: str) -> None:
+        """Forget what was known of a version's oldest request."""
         self.versions.pop(version, None)
-        self._push(self._overdue, self._times[head][0], head)
+        head = self._ripe_heads.pop(version, None)
+        if head is not None:
+            del self.ripe[bisect_left(self.ripe, (head, version))]
 
     def _push(self, heap: list[tuple[int, int]], at_ns: int, request_id: int) -> None:
         """Add to a heap. Entries of requests that left stay until their time comes or they are the majority."""

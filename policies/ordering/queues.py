@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 from bisect import bisect_left, insort
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -30,10 +31,6 @@ class Version:
         """Return the oldest request. There must be one."""
         return self.heads.first()
 
-    def ages_s(self, now_ns: int) -> float:
-        """Return the sum of the ages of all queued requests, in seconds."""
-        return (self.count * now_ns - self.arrived_sum_ns) / 1e9
-
 
 class Queues:
     """Every queued request, and the oldest of each version in order of arrival."""
@@ -42,6 +39,8 @@ class Queues:
         self.requests: dict[int, Waiting] = {}
         self.versions: dict[str, Version] = {}
         self.heads: list[Head] = []
+        self._by_count: dict[int, list[tuple[int, str]]] = {}
+        """The versions with so many requests, in order of the sum of their arrivals: (sum, version)."""
         self.newest = 0
         """The largest id that was ever queued."""
 
@@ -52,8 +51,7 @@ class Queues:
         version = self.versions.get(request.version)
         if version is None:
             version = self.versions[request.version] = Version()
-        version.count += 1
-        version.arrived_sum_ns += request.arrived_ns
+        self._count(request.version, version, 1, request.arrived_ns)
         line = queue_of(version.lines, request.tenant)
         before = line.head()
         line.add(request.id)
@@ -66,8 +64,7 @@ class Queues:
         """Remove a request; return it, and whether it was the oldest of its version and tenant, and of its version."""
         request = self.requests.pop(request_id)
         version = self.versions[request.version]
-        version.count -= 1
-        version.arrived_sum_ns -= request.arrived_ns
+        self._count(request.version, version, -1, -request.arrived_ns)
         line = version.lines[request.tenant]
         was_head = line.head() == request_id
         was_oldest = was_head and version.head() == request_id
@@ -85,6 +82,23 @@ class Queues:
         waiting = self.versions.get(version)
         return {} if waiting is None else waiting.lines
 
+    def by_age(self, now_ns: int) -> Iterator[str]:
+        """Yield the versions by the sum of their requests' ages in seconds plus their number, the largest first.
+
+        The order of two versions with equally many requests never changes, so only the first of each number are
+        compared: a version costs O(log n), with n different numbers.
+        """
+
+        def ranked(count: int) -> Iterator[tuple[float, str]]:
+            return ((-((count * now_ns - arrived) / 1e9 + count), name) for arrived, name in self._by_count[count])
+
+        return (name for _, name in heapq.merge(*map(ranked, self._by_count)))
+
+    def by_count(self) -> Iterator[tuple[int, Iterator[str]]]:
+        """Yield how many requests versions have, the most first, and the versions with so many."""
+        for count in sorted(self._by_count, reverse=True):
+            yield count, (name for _, name in self._by_count[count])
+
     def snapshot(self) -> Any:
         return [self.newest, [[getattr(request, name) for name in FIELDS] for request in self.requests.values()]]
 
@@ -96,6 +110,18 @@ class Queues:
             queues.add(Waiting(*values))
         queues.newest = newest
         return queues
+
+    def _count(self, name: str, version: Version, more: int, arrived_ns: int) -> None:
+        """Count one request more or less."""
+        if version.count:
+            same = self._by_count[version.count]
+            del same[bisect_left(same, (version.arrived_sum_ns, name))]
+            if not same:
+                del self._by_count[version.count]
+        version.count += more
+        version.arrived_sum_ns += arrived_ns
+        if version.count:
+            insort(self._by_count.setdefault(version.count, []), (version.arrived_sum_ns, name))
 
     def _note_head(self, name: str, version: Version, before: int | None, after: int | None) -> None:
         """Update the heads after a change of the oldest request of a tenant's queue."""

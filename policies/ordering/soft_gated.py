@@ -35,13 +35,14 @@ with few slots. Exhaustive and gated service are those of polling systems (Takag
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from policies.ordering.fairness import TokenCounters
 from policies.ordering.least_served import LeastServed
 from policies.ordering.open_times import OpenTimes
 from policies.ordering.overdue import NOBODY, Overdue
-from policies.ordering.queues import Queues
+from policies.ordering.queues import Head, Queues
 from policies.record import record
 from policies.views import BASE, Backlog, Close, Decision, Hold, Open, OrderingView, Promise, Send, Waiting
 
@@ -242,17 +243,23 @@ class SoftGated:
 
     def _gate_sparse(self, room: OrderingView, now_ns: int) -> bool:
         """Gate the open versions whose slots would serve more requests of another; return True if there were any."""
-        times, open_versions, waiting = self._open_times, room.open, self._queues.versions
-        going_on = [v for v in open_versions if v not in self._gates and not times.has_time(v, now_ns)]
-        if not going_on or not times.run_ns:
+        times = self._open_times
+        deepest = self._deepest_blocked(room) if times.run_ns else 0
+        if not deepest:
             return False
-        blocked = waiting.keys() - open_versions.keys() - {BASE}
-        deepest = max((waiting[version].count for version in blocked if room.is_ready(version)), default=0)
-        if deepest <= LONE:
-            return False
+        going_on = [v for v in room.open if v not in self._gates and not times.has_time(v, now_ns)]
         over = [version for version in going_on if times.newcomers(version, now_ns) < FEW * deepest]
         self._gates.update(dict.fromkeys(over, self._queues.newest))
         return bool(over)
+
+    def _deepest_blocked(self, room: OrderingView) -> int:
+        """Return the most requests that wait for one version without a slot; 0 if none has more than `LONE`."""
+        for count, versions in self._queues.by_count():
+            if count <= LONE:
+                break
+            if any(name not in room.open and name != BASE and room.is_ready(name) for name in versions):
+                return count
+        return 0
 
     # Decisions.
 
@@ -265,8 +272,8 @@ class SoftGated:
         return None
 
     def _opening(self, room: OrderingView, rule: Rule, first: list[str], now_ns: int) -> Decision | None:
-        waiting, open_versions = self._queues.versions.keys(), room.open.keys()
-        if waiting <= open_versions or not waiting - open_versions - {BASE}:
+        waiting, has_slot = self._queues.versions.keys(), {*room.open, BASE}
+        if len(waiting) <= len(has_slot) and waiting <= has_slot:
             return None
         free = room.pages_free
         if free is not None and free <= 0:
@@ -279,19 +286,11 @@ class SoftGated:
 
     def _openable(self, room: OrderingView, rule: Rule, first: list[str], now_ns: int) -> Iterator[str]:
         yield from first
-        others = [
-            name for name in self._queues.versions if name not in room.open and name not in first and name != BASE
-        ]
-        for _, _, name in sorted((*self._opening_rank(name, now_ns), name) for name in others):
-            if self._has_next(name, rule):
+        yielded = {*first, *room.open, BASE}
+        for name in chain((name for _, name in self._overdue.ripe), self._queues.by_age(now_ns)):
+            if name not in yielded and self._has_next(name, rule):
                 yield name
-
-    def _opening_rank(self, name: str, now_ns: int) -> tuple[int, float]:
-        version = self._queues.versions[name]
-        head = self._queues.requests[version.head()]
-        if self._overdue.is_ripe(head, now_ns):
-            return (0, head.id)
-        return (1, -(version.ages_s(now_ns) + version.count))
+            yielded.add(name)
 
     def _next(self, room: OrderingView, rule: Rule) -> int | None:
         """Return the request to send next, seats and KV space aside.
@@ -303,15 +302,21 @@ class SoftGated:
         """
         if rule.urgent != NOBODY and self._is_sendable(self._queues.requests[rule.urgent].version, room):
             return rule.urgent
-        for head, version in self._queues.heads:
+        for head, version in self._open_heads(room):
             if head > rule.urgent:
                 return None
-            if not self._is_sendable(version, room):
-                continue
             found = self._first_of(version, rule)
             if found is not None:
                 return found if rule.urgent != NOBODY else self._of_least_served(found, room)
         return None
+
+    def _open_heads(self, room: OrderingView) -> list[Head]:
+        """Return the oldest requests of the versions that may be sent, slots aside, in order of arrival."""
+        heads, versions = self._queues.heads, self._queues.versions
+        if len(heads) <= len(room.open):
+            return [head for head in heads if self._is_sendable(head[1], room)]
+        names = (name for name in (BASE, *room.open) if name in versions and self._is_sendable(name, room))
+        return sorted((versions[name].head(), name) for name in names)
 
     def _of_least_served(self, found: int, room: OrderingView) -> int:
         tenant = self._queues.requests[found].tenant

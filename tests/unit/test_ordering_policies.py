@@ -356,8 +356,12 @@ def test_a_request_is_ripe_half_way_to_being_overdue() -> None:
     request = waiting(1, "v", 2 * SECOND_NS)
     queues.add(request)
     overdue.queued(request, Promise(0, 100 * SECOND_NS, 10 * SECOND_NS, 20 * SECOND_NS))
-    assert not overdue.is_ripe(request, 7 * SECOND_NS)
-    assert overdue.is_ripe(request, 7 * SECOND_NS + 1)
+    overdue.pass_time(7 * SECOND_NS)
+    assert overdue.ripe == []
+    overdue.pass_time(7 * SECOND_NS + 1)
+    assert overdue.ripe == [(1, "v")]
+    overdue.left(queues.remove(1)[0], was_head=True)
+    assert overdue.ripe == []
 
 
 def test_newcomers_and_the_time_that_a_slot_stays_taken() -> None:
