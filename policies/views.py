@@ -284,6 +284,12 @@ class Candidates(Protocol):
     def __getitem__(self, backend: str) -> Candidate:
         """Return one of `backends` as it is now. Raises KeyError for any other."""
 
+    def loads(self) -> Iterator[tuple[str, bool, int]]:
+        """Yield (backend, is resident, in flight) of every candidate, in the order of `backends`, without building it.
+
+        Both are as in `Candidate`. A policy that looks for a place among hundreds needs no more.
+        """
+
     def __iter__(self) -> Iterator[Candidate]:
         """Build and yield every candidate, in the order of `backends`."""
 

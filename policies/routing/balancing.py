@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from policies.routing.placement import Placement
-from policies.routing.pools import Share, rooms
+from policies.routing.pools import Rooms, Share
 from policies.routing.rendezvous import Rankings
 
 GAIN_MIN = 0.02
@@ -67,8 +67,8 @@ class Balancer:
 
     def _room(self) -> dict[str, int]:
         pages = {backend: self.placement.pages.get(backend, 0) for backend in self.shares}
-        allowed = rooms(self.shares, sum(pages.values()))
-        return {backend: allowed[backend] - pages[backend] for backend in self.shares}
+        wanted, rooms = sum(pages.values()), Rooms(self.shares)
+        return {backend: rooms.of(backend, wanted) - pages[backend] for backend in self.shares}
 
     def _departures(self, crowded: str, room: dict[str, int]) -> list[tuple[bool, int, float, str, str]]:
         """Return (ranks lower there, minus space there, rate, version, target) for all possible moves off a backend."""

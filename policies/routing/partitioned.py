@@ -180,15 +180,16 @@ class Partitioned:
 
     def _host_for(self, version: str, pages: int, candidates: Candidates, pool: Pool) -> str:
         """Return a backend for a version without hosts: where it is already resident, else by load."""
-        offered = {one.backend: one for one in candidates}
-
-        def rank(backend: str) -> tuple[bool, float]:
-            one = offered[backend]
-            known = one.resident and one.in_flight < pool.cap(backend, candidates.in_flight)
-            return (not known, one.in_flight / pool.shares[backend].weight)
-
+        all_in_flight = candidates.in_flight
+        ranks = {
+            backend: (
+                not (is_resident and in_flight < pool.cap(backend, all_in_flight)),
+                in_flight / pool.shares[backend].weight,
+            )
+            for backend, is_resident, in_flight in candidates.loads()
+        }
         order = self._rankings.of(version, candidates.backends)
-        return pool.first_with_room(sorted(order, key=rank), pages, self._placement)
+        return pool.first_with_room(sorted(order, key=ranks.__getitem__), pages, self._placement)
 
     def _forget_the_oldest(self, count: int) -> None:
         oldest = sorted(self._placement.homes, key=lambda version: (self._rates.last_ns(version), version))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from policies.routing.placement import Placement
 from policies.views import Candidate, Candidates
@@ -23,19 +24,26 @@ class Share:
     """Pages that may be open at once; None while unknown."""
 
 
-def rooms(shares: dict[str, Share], pages_wanted: int) -> dict[str, int]:
-    """Return the pages that may be placed on each backend so that `pages_wanted` fit in all.
+class Rooms:
+    """The pages that may be placed on each backend so that all that are wanted fit.
 
     That is what each can have open, if it suffices. If not, or if it is unknown, the excess is spread in proportion, so
     that waiting for slots is the same everywhere.
     """
-    known = {backend: share.pages for backend, share in shares.items() if share.pages is not None}
-    usual = max(1, sum(known.values()) // len(known)) if known else 1
-    sizes = {backend: known.get(backend, usual) for backend in shares}
-    total = max(1, sum(sizes.values()))
-    if len(known) == len(shares) and pages_wanted <= total:
-        return sizes
-    return {backend: -(-size * pages_wanted // total) for backend, size in sizes.items()}
+
+    def __init__(self, shares: dict[str, Share]) -> None:
+        known = {backend: share.pages for backend, share in shares.items() if share.pages is not None}
+        usual = max(1, sum(known.values()) // len(known)) if known else 1
+        self._all_known = len(known) == len(shares)
+        self._sizes = {backend: known.get(backend, usual) for backend in shares}
+        self._total = max(1, sum(self._sizes.values()))
+
+    def of(self, backend: str, pages_wanted: int) -> int:
+        """Return the pages that a backend may have when all of them are to have `pages_wanted`."""
+        size = self._sizes[backend]
+        if self._all_known and pages_wanted <= self._total:
+            return size
+        return -(-size * pages_wanted // self._total)
 
 
 @dataclass
@@ -60,6 +68,11 @@ class Pool:
             one.backend: Share(size / sum(sizes), None if one.slots is None else one.slots * max(1, one.pages))
             for one, size in zip(offered, sizes, strict=True)
         }
+        self.__dict__.pop("rooms", None)
+
+    @cached_property
+    def rooms(self) -> Rooms:
+        return Rooms(self.shares)
 
     def cap(self, backend: str, in_flight: int) -> int:
         """Return how many requests a backend may have before its versions may go elsewhere."""
@@ -77,6 +90,7 @@ class Pool:
     def first_with_room(self, order: Iterable[str], pages: int, placement: Placement) -> str:
         """Return the first backend in `order` that may be given the pages; the very first if none may."""
         ranked = list(order)
-        held = {backend: placement.pages.get(backend, 0) for backend in self.shares}
-        room = rooms(self.shares, sum(held.values()) + pages)
-        return next((backend for backend in ranked if held[backend] + pages <= room[backend]), ranked[0])
+        held = placement.pages
+        wanted = sum(held.get(backend, 0) for backend in self.shares) + pages
+        fitting = (backend for backend in ranked if held.get(backend, 0) + pages <= self.rooms.of(backend, wanted))
+        return next(fitting, ranked[0])

@@ -9,7 +9,7 @@ only the versions that ranked it first, and one that comes back takes exactly th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from hashlib import blake2b
 
 KEPT_MAX = 8192
@@ -26,6 +26,17 @@ def score(version: str, backend: str, weight: float = 1.0) -> float:
     digest = blake2b(f"{len(version)}:{version}:{backend}".encode(), digest_size=8).digest()
     uniform = ((int.from_bytes(digest, "big") >> (64 - HASH_BITS)) + 0.5) / 2**HASH_BITS
     return -weight / math.log(uniform)
+
+
+def ranked_equally(version: str, backends: Collection[str]) -> tuple[str, ...]:
+    """Return what `ranked` does of backends of equal weights: then the score grows with the hash."""
+    begun = blake2b(f"{len(version)}:{version}:".encode(), digest_size=8)
+    hashes = {}
+    for backend in backends:
+        hashed = begun.copy()
+        hashed.update(backend.encode())
+        hashes[backend] = -(int.from_bytes(hashed.digest(), "big") >> (64 - HASH_BITS))
+    return tuple(sorted(hashes, key=lambda backend: (hashes[backend], backend)))
 
 
 def ranked(version: str, weights: Mapping[str, float]) -> tuple[str, ...]:
@@ -45,6 +56,6 @@ class Rankings:
             return known[1]
         if len(self._known) >= KEPT_MAX:
             self._known.clear()
-        order = ranked(version, dict.fromkeys(backends, 1.0))
+        order = ranked_equally(version, backends)
         self._known[version] = (backends, order)
         return order

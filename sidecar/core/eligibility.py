@@ -53,6 +53,13 @@ def unfit_for(state: State, backend: Backend, digest: str) -> Misfit | None:
     refused = version.refused_by.get(backend.id)
     if refused is not None:
         return LoadRejected(refused)
+    return _unfit_by_facts(state, backend, digest)
+
+
+def _unfit_by_facts(state: State, backend: Backend, digest: str) -> Misfit | None:
+    """Return why an engine cannot serve a version by its facts and the store's size alone, or None."""
+    if digest == BASE:
+        return None
     packed = state.packed_for(digest, backend)
     if packed.size_bytes > state.config.store_bytes:
         return StoreTooSmall(packed.size_bytes, state.config.store_bytes)
@@ -63,20 +70,31 @@ def servers_of(state: State, digest: str) -> tuple[Backend, ...]:
     """Return the backends that can serve a version, up or down, in configured order."""
     servers = state.servers.get(digest)
     if servers is None:
+        servers = state.servers[digest] = _servers_of_groups(state, digest)
+    return servers
+
+
+def _servers_of_groups(state: State, digest: str) -> tuple[Backend, ...]:
+    """Return what `servers_of` does; versions that the same groups of engines can serve share one tuple."""
+    refused = () if digest == BASE else tuple(state.versions[digest].refused_by)
+    fit = tuple(state.group_of(b) for b in state.one_of_each_group() if _unfit_by_facts(state, b, digest) is None)
+    servers = state.servers_of_groups.get((fit, refused))
+    if servers is None:
         servers = tuple(b for b in state.backends.values() if cannot_serve(state, b, digest) is None)
-        state.servers[digest] = servers
+        state.servers_of_groups[fit, refused] = servers
     return servers
 
 
 def longest_sequence(state: State, digest: str, only: tuple[str, ...]) -> int:
     """Return the tokens of the longest sequence, prompt included, that a backend which can serve a version runs."""
-    longest = None if only else state.longest.get(digest)
+    all_servers = servers_of(state, digest)
+    longest = None if only else state.longest.get(id(all_servers))
     if longest is None:
         assumed = state.config.sequence_tokens_assumed
-        servers = among(servers_of(state, digest), only)
+        servers = among(all_servers, only)
         longest = max((backend.facts.sequence_tokens_max or assumed for backend in servers), default=assumed)
         if not only:
-            state.longest[digest] = longest
+            state.longest[id(all_servers)] = longest
     return longest
 
 
@@ -100,11 +118,12 @@ def takers_of(state: State, digest: str, request: Waiting, only: tuple[str, ...]
 
     Joining backends are left out unless there is no other; those suspected of a stall unless there is none at all.
     """
-    takers = state.takers.get(digest)
+    servers = servers_of(state, digest)
+    takers = state.takers.get(id(servers))
     if takers is None:
-        up = [backend for backend in servers_of(state, digest) if backend.takes_requests]
+        up = [backend for backend in servers if backend.takes_requests]
         longest = min((backend.facts.input_tokens_max or NEVER_NS for backend in up), default=0)
-        takers = state.takers[digest] = (tuple(backend.id for backend in up), longest)
+        takers = state.takers[id(servers)] = (tuple(backend.id for backend in up), longest)
     ids, longest = takers
     if only:
         ids = tuple(backend for backend in ids if _is_among(state.backends[backend], only))

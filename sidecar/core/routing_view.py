@@ -36,8 +36,17 @@ class RoutingView:
             raise KeyError(backend)
         return candidate(self._state, self._state.backends[backend], self._version)
 
+    def loads(self) -> Iterator[tuple[str, bool, int]]:
+        backends, version = self._state.backends, self._version
+        known = self._state.versions.get(version)
+        somewhere = known is None or known.answered or bool(known.loads)  # else no engine has it
+        for id_ in self.backends:
+            backend = backends[id_]
+            yield id_, somewhere and _is_resident(backend, version), backend.in_flight + len(backend.queued)
+
     def __iter__(self) -> Iterator[Candidate]:
-        return (self[backend] for backend in self.backends)
+        backends = self._state.backends
+        return (candidate(self._state, backends[backend], self._version) for backend in self.backends)
 
     def __len__(self) -> int:
         return len(self.backends)
@@ -50,7 +59,7 @@ def candidate(state: State, backend: Backend, version: str) -> Candidate:
     slots, slots_free = _slots(backend, pages)
     return Candidate(
         backend=backend.id,
-        resident=eligibility.resident(backend, version) or (slot is not None and slot.load is not None),
+        resident=_is_resident(backend, version),
         open=slot is not None,
         awaited=slot is not None or version in backend.queued_by_version,
         held=len(backend.shadow.host.held),
@@ -63,6 +72,13 @@ def candidate(state: State, backend: Backend, version: str) -> Candidate:
         work_tokens=backend.outstanding.expected_tokens,
         tokens_per_s=_tokens_per_s(state, backend),
     )
+
+
+def _is_resident(backend: Backend, version: str) -> bool:
+    if eligibility.resident(backend, version):
+        return True
+    slot = backend.slots.get(version)
+    return slot is not None and slot.load is not None
 
 
 def _slots(backend: Backend, pages: int) -> tuple[int | None, int | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 from policies.id_queue import IdQueue
@@ -447,18 +448,30 @@ class State:
     """The request for which each running fetch was begun; others joined it."""
     prefetches: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Packed keys that an operator wants here: key → (digest, backend with that layout)."""
-    packed: dict[tuple[str, str], Packed] = field(default_factory=dict, metadata={"derived": True})
-    fits: dict[tuple[str, str], Misfit | None] = field(default_factory=dict, metadata={"derived": True})
+    groups: list[EngineFacts] = field(default_factory=list, metadata={"derived": True})
+    """The facts that differ among backends, as far as they decide what an engine can serve."""
+    alike: dict[str, int] = field(default_factory=dict, metadata={"derived": True})
+    """The place in `groups` of each backend's facts."""
+    examples: dict[int, Backend] = field(default_factory=dict, metadata={"derived": True})
+    """A backend for each of them."""
+    packed: dict[str, dict[int, Packed]] = field(default_factory=dict, metadata={"derived": True})
+    """The packed form of each version, by group."""
+    fits: dict[str, dict[int, Misfit | None]] = field(default_factory=dict, metadata={"derived": True})
+    """Why engines cannot serve each version, by group."""
     pool_changed: bool = field(default=False, metadata={"derived": True})
     """A backend's eligibility has changed in this step."""
     full: dict[str, None] = field(default_factory=dict, metadata={"derived": True})
     """Backends that had no free seat at the last look and where nothing has ended since."""
     servers: dict[str, tuple[Backend, ...]] = field(default_factory=dict, metadata={"derived": True})
     """The backends that can serve each version."""
-    takers: dict[str, tuple[tuple[str, ...], int]] = field(default_factory=dict, metadata={"derived": True})
-    """Those of them that are up, and the longest prompt that all of them take."""
-    longest: dict[str, int] = field(default_factory=dict, metadata={"derived": True})
-    """The longest sequence that any of them runs."""
+    servers_of_groups: dict[tuple[tuple[int, ...], tuple[str, ...]], tuple[Backend, ...]] = field(
+        default_factory=dict, metadata={"derived": True}
+    )
+    """The same by the groups that fit, and the backends that have refused to load a version."""
+    takers: dict[int, tuple[tuple[str, ...], int]] = field(default_factory=dict, metadata={"derived": True})
+    """By the identity of such a tuple: those that are up, and the longest prompt that all of them take."""
+    longest: dict[int, int] = field(default_factory=dict, metadata={"derived": True})
+    """By the same: the longest sequence that any of them runs."""
     pool_version: int = field(default=0, metadata={"derived": True})
     """Counts the changes of backends and of what they can serve, for those who keep what follows from these."""
 
@@ -471,12 +484,30 @@ class State:
         """Return the packed form of a version that this backend takes."""
         if version == BASE:
             return BASE_PACKED
-        known = self.packed.get((version, backend.id))
-        if known is None:
-            held = self.versions[version]
-            known = packed_for(held.adapter, backend.facts, held.generation)
-            self.packed[version, backend.id] = known
-        return known
+        try:
+            return self.packed[version][self.alike[backend.id]]
+        except KeyError:
+            group, held = self.group_of(backend), self.versions[version]
+            known = packed_for(held.adapter, self.groups[group], held.generation)
+            self.packed.setdefault(version, {})[group] = known
+            return known
+
+    def group_of(self, backend: Backend) -> int:
+        """Return the place in `groups` of a backend's facts."""
+        group = self.alike.get(backend.id)
+        if group is None:
+            facts = replace(backend.facts, seats=None, kv_tokens=None, pace=None, queue_max=None)
+            if facts not in self.groups:
+                self.groups.append(facts)
+            group = self.alike[backend.id] = self.groups.index(facts)
+        return group
+
+    def one_of_each_group(self) -> Collection[Backend]:
+        """Return a backend for each of the facts that differ."""
+        if not self.examples:
+            for backend in self.backends.values():
+                self.examples.setdefault(self.group_of(backend), backend)
+        return self.examples.values()
 
     def operator_holds(self, digest: str) -> bool:
         """Return True if a name keeps the version in the store, at least in its lowest tier."""
@@ -492,35 +523,37 @@ class State:
 
     def forget_derived(self, digest: str = "", backend: str = "") -> None:
         """Forget values derived for a removed version, or for a backend with new facts."""
-        for pair in [pair for pair in self.packed if pair[0] == digest or pair[1] == backend]:
-            del self.packed[pair]
-        for pair in [pair for pair in self.fits if pair[0] == digest or pair[1] == backend]:
-            del self.fits[pair]
         if backend:
+            self.alike.pop(backend, None)
             self.forget_servers()
         else:
+            self.packed.pop(digest, None)
+            self.fits.pop(digest, None)
             self.forget_servers_of(digest)
 
     def forget_servers(self) -> None:
         """Forget which backends serve what: a backend came, went, drains, is suspected or has new facts."""
         self.pool_changed = True
         self.full.clear()
+        self.examples.clear()
         self.servers.clear()
+        self.servers_of_groups.clear()
         self.takers.clear()
         self.longest.clear()
         self.pool_version += 1
 
     def forget_servers_of(self, version: str) -> None:
         self.servers.pop(version, None)
-        self.takers.pop(version, None)
-        self.longest.pop(version, None)
 
     def misfit_of(self, version: str, backend: Backend) -> Misfit | None:
         """Return why an engine cannot serve a version by its facts alone, or None."""
-        pair = (version, backend.id)
-        if pair not in self.fits:
-            self.fits[pair] = misfit(self.versions[version].adapter, backend.facts)
-        return self.fits[pair]
+        try:
+            return self.fits[version][self.alike[backend.id]]
+        except KeyError:
+            group = self.group_of(backend)
+            found = misfit(self.versions[version].adapter, self.groups[group])
+            self.fits.setdefault(version, {})[group] = found
+            return found
 
     def next_position(self, key: str) -> int | None:
         """Return the id of the first queued request that needs a blob, or None."""

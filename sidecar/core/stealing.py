@@ -21,7 +21,7 @@ from itertools import islice
 from policies.at_most import at_most
 from policies.views import BASE
 from sidecar.core import dispatching, eligibility, queueing
-from sidecar.core.state import NEVER_NS, Backend, Request, State
+from sidecar.core.state import NEVER_NS, Backend, Request, State, Version
 from sidecar.core.step import Step
 
 HEADS_LOOKED_AT = 4
@@ -43,12 +43,45 @@ def steal(step: Step) -> bool:
         last, request = step.taken_over
         if request in last.queued:
             step.stuck[last.id] = None
+    with_queue = None
     for backend in state.backends.values():
         if backend.id not in state.full and backend.id not in step.stuck and _has_to_spare(state, backend):
-            others = [other for other in state.backends.values() if other.queued and other is not backend]
+            if with_queue is None:
+                with_queue = [other for other in state.backends.values() if other.queued]
+                if not _may_be_taken(step, with_queue):
+                    return False
+            others = [other for other in with_queue if other is not backend]
             if _take_over(step, backend, others) or _load_for(step, backend, others):
                 return True
     return False
+
+
+def _may_be_taken(step: Step, with_queue: list[Backend]) -> bool:
+    """Return False if no backend can take over any queued version, so that none need be asked.
+
+    A version may be taken by an engine that has it, or by one that may load it. That a version has never answered shows
+    that none has it.
+    """
+    state = step.state
+    if sum(len(each.queued_by_version) for each in with_queue) > VERSIONS_LOOKED_AT:
+        return True
+    attaches = any(backend.facts.attaches for backend in state.one_of_each_group())
+    for digest in {version: None for each in with_queue for version in each.queued_by_version}:
+        if digest == BASE or attaches:
+            return True
+        version = state.versions[digest]
+        waits_elsewhere = version.suspect or _loads_somewhere(state, version)
+        if version.answered or (not waits_elsewhere and _is_stored(state, digest)):
+            return True
+    return False
+
+
+def _loads_somewhere(state: State, version: Version) -> bool:
+    return len(version.loads) > 1 or any(not state.backends[each].silence.found for each in version.loads)
+
+
+def _is_stored(state: State, digest: str) -> bool:
+    return any(state.store.has(state.packed_for(digest, backend).key) for backend in state.one_of_each_group())
 
 
 def _has_to_spare(state: State, backend: Backend) -> bool:

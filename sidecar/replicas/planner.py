@@ -113,6 +113,9 @@ class _PoolCandidates:
             tokens_per_s=known.report.tokens_per_s,
         )
 
+    def loads(self) -> Iterator[tuple[str, bool, int]]:
+        return ((one.backend, one.resident, one.in_flight) for one in self)
+
     def __iter__(self) -> Iterator[Candidate]:
         return (self[backend] for backend in self.backends)
 

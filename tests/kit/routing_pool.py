@@ -95,6 +95,9 @@ class Offered:
         self.looked += 1
         return self.pool.engines[backend].candidate(self.version)
 
+    def loads(self) -> Iterator[tuple[str, bool, int]]:
+        return ((one.backend, one.resident, one.in_flight) for one in self)
+
     def __iter__(self) -> Iterator[Candidate]:
         return (self[backend] for backend in self.backends)
 

@@ -11,7 +11,7 @@ from policies.routing import rendezvous
 from policies.routing.balancing import Balancer
 from policies.routing.partitioned import HostCounter
 from policies.routing.placement import Home, Placement
-from policies.routing.pools import Pool, Share, rooms
+from policies.routing.pools import Pool, Rooms, Share
 from policies.routing.rates import DecayedRates
 from policies.routing.rendezvous import KEPT_MAX, Rankings, ranked, score
 from sidecar.lab.conformance import is_pure
@@ -122,24 +122,29 @@ def test_rates_survive_json() -> None:
 # Room.
 
 
+def rooms_of(shares: dict[str, Share], pages_wanted: int) -> dict[str, int]:
+    rooms = Rooms(shares)
+    return {backend: rooms.of(backend, pages_wanted) for backend in shares}
+
+
 def share(pages: int | None, weight: float = 0.25) -> Share:
     return Share(weight, pages)
 
 
 def test_room_is_what_can_be_open_while_that_suffices() -> None:
     """40 pages wanted, 16 + 32 there."""
-    assert rooms({"a": share(16), "b": share(32)}, 40) == {"a": 16, "b": 32}
+    assert rooms_of({"a": share(16), "b": share(32)}, 40) == {"a": 16, "b": 32}
 
 
 def test_what_exceeds_the_slots_is_spread_in_proportion() -> None:
     """96 pages on 16 + 32 slots: each backend gets twice what it can have open."""
-    assert rooms({"a": share(16), "b": share(32)}, 96) == {"a": 32, "b": 64}
+    assert rooms_of({"a": share(16), "b": share(32)}, 96) == {"a": 32, "b": 64}
 
 
 def test_an_unknown_size_is_taken_to_be_as_the_others() -> None:
     """One of two sizes is not known: both get the same; none is known: the same again."""
-    assert rooms({"a": share(16), "b": share(None)}, 20) == {"a": 10, "b": 10}
-    assert rooms({"a": share(None), "b": share(None)}, 20) == {"a": 10, "b": 10}
+    assert rooms_of({"a": share(16), "b": share(None)}, 20) == {"a": 10, "b": 10}
+    assert rooms_of({"a": share(None), "b": share(None)}, 20) == {"a": 10, "b": 10}
 
 
 # Balancing.

@@ -95,6 +95,9 @@ class Listed:
     def __getitem__(self, backend: str) -> Candidate:
         return self._by_id[backend]
 
+    def loads(self) -> Iterator[tuple[str, bool, int]]:
+        return ((one.backend, one.resident, one.in_flight) for one in self)
+
     def __iter__(self) -> Iterator[Candidate]:
         return iter(self._by_id.values())
 
