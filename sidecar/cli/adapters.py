@@ -26,11 +26,17 @@ TIERS = {"gpu": "gpu", "engine_host": "host", "loading": "loading"}
 
 
 @admin_command
-def list_adapters(client: Client, as_json: AsJson = False) -> None:
+def list_adapters(
+    client: Client,
+    tenant: Annotated[str, typer.Option(help="Only adapters that this tenant may use.", show_default=False)] = "",
+    as_json: AsJson = False,
+) -> None:
     """List the registered adapters: version, shape, and where each is."""
-    adapters = client.ask(client.adapters.List, pb.ListAdaptersRequest()).adapters
+    adapters = list(client.list_adapters(tenant=tenant))
     if as_json:
-        print_json(list(adapters))
+        print_json(adapters)
+    elif not adapters and tenant:
+        say(f'tenant "{tenant}" may use no adapter')
     elif not adapters:
         say('no adapter is registered; register one with "sidecar adapters register NAME PATH"')
     else:

@@ -15,7 +15,7 @@ from sidecar.cli import credentials
 from sidecar.cli.endpoint import ADMIN_DEFAULT, SERVER_DEFAULT, Endpoint
 from sidecar.cli.exits import CommandError, Exit, harmless
 from sidecar.errors import Reason
-from sidecar.proto import admin_pb2_grpc, gateway_pb2_grpc
+from sidecar.proto import admin_pb2, admin_pb2_grpc, gateway_pb2_grpc
 
 ANSWER_TIMEOUT_S = 30.0
 
@@ -44,6 +44,16 @@ class Client:
 
     def ask(self, method: Any, request: Any, timeout_s: float | None = ANSWER_TIMEOUT_S) -> Any:
         return method(request, timeout=timeout_s, metadata=self._metadata)
+
+    def list_adapters(self, timeout_s: float = ANSWER_TIMEOUT_S, **asked: Any) -> Iterator[Any]:
+        """Yield the registered adapters by name, page by page; `asked` are fields of `ListAdaptersRequest`."""
+        request = admin_pb2.ListAdaptersRequest(**asked)
+        while True:
+            page = self.ask(self.adapters.List, request, timeout_s)
+            yield from page.adapters
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
 
     @cached_property
     def _metadata(self) -> tuple[tuple[str, str], ...]:

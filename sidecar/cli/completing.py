@@ -53,8 +53,7 @@ def backend_ids(ctx: typer.Context, incomplete: str) -> list[Offer]:
 
 
 def _adapters(ctx: typer.Context) -> Iterable[Any]:
-    answer = _asked(ctx, lambda client: client.ask(client.adapters.List, pb.ListAdaptersRequest(), ANSWER_TIMEOUT_S))
-    return () if answer is None else answer.adapters
+    return _asked(ctx, lambda client: list(client.list_adapters(ANSWER_TIMEOUT_S))) or ()
 
 
 def _asked(ctx: typer.Context, ask: Callable[[Client], Any]) -> Any:

@@ -82,8 +82,7 @@ def set_limit(
     limit = client.ask(client.access.SetLimit, request)
     if adapter not in (None, "*", "base"):
         with suppress(CommandError):  # who sets limits need not see adapters
-            known = client.ask(client.adapters.List, pb.ListAdaptersRequest()).adapters
-            if adapter not in {each.name for each in known}:
+            if all(adapter != each.name for each in client.list_adapters()):
                 say(f"warning: you see no adapter called {adapter}; the limit waits for one", error=True)
     if as_json:
         print_json(limit)

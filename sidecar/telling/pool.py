@@ -48,10 +48,10 @@ def adapter_message(state: State, name: str, now_ns: int) -> Any:
     return _adapter(state, state.names[name], _copies_by_version(state), _asked(state), now_ns)
 
 
-def adapter_messages(state: State, now_ns: int) -> Iterator[Any]:
-    """Yield every adapter, by name. Steps may run in between; a name unregistered meanwhile is left out."""
+def adapter_messages(state: State, now_ns: int, names: Iterable[str] | None = None) -> Iterator[Any]:
+    """Yield some adapters, or all by name. Steps may run in between; a name unregistered meanwhile is left out."""
     copies, asked = _copies_by_version(state), _asked(state)
-    for name in sorted(state.names):
+    for name in sorted(state.names) if names is None else names:
         if name in state.names:
             yield _adapter(state, state.names[name], copies, asked, now_ns)
 

@@ -106,6 +106,36 @@ async def test_register_list_show_unregister(admin: Admin, tmp_path: Path) -> No
     assert not (await admin.adapters.List(pb.ListAdaptersRequest())).adapters
 
 
+async def test_adapters_are_listed_in_pages(admin: Admin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name; a page ends with as many as are asked for, or with its bytes. One that goes meanwhile is left out."""
+    path = str(write_adapter(tmp_path / "sql"))
+    names = [f"a{number}" for number in range(7)]
+    for number, name in enumerate(reversed(names)):
+        allow = ["acme"] if number % 2 else []
+        await admin.adapters.Register(pb.RegisterRequest(name=name, path=path, allow=allow))
+
+    async def pages(**asked: Any) -> list[list[str]]:
+        request, found = pb.ListAdaptersRequest(**asked), []
+        while not found or request.page_token:
+            page = await admin.adapters.List(request)
+            found.append([adapter.name for adapter in page.adapters])
+            request.page_token = page.next_page_token
+        return found
+
+    assert await pages() == [names]
+    assert await pages(page_size=3) == [names[:3], names[3:6], names[6:]]
+    assert await pages(page_size=7) == [names]
+    assert await pages(page_token="a4x") == [names[5:]]
+    assert await pages(tenant="beta", page_size=3) == [["a0", "a2", "a4"], ["a6"]]
+    assert await pages(tenant="acme") == [names]
+    monkeypatch.setattr("sidecar.fronts.admin.adapters.PAGE_BYTES_MAX", 1)
+    assert await pages() == [[name] for name in names]
+    first = await admin.adapters.List(pb.ListAdaptersRequest(page_size=1))
+    await admin.adapters.Unregister(pb.UnregisterRequest(name="a0"))
+    await admin.adapters.Unregister(pb.UnregisterRequest(name="a1"))
+    assert await pages(page_token=first.next_page_token) == [[name] for name in names[2:]]
+
+
 async def test_the_same_content_again_is_unchanged(admin: Admin, tmp_path: Path) -> None:
     """Registering the same files under the same name twice says so and changes nothing."""
     request = pb.RegisterRequest(name="sql", path=str(write_adapter(tmp_path / "sql")))

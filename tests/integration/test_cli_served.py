@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -64,6 +65,22 @@ async def test_an_adapters_life(served: Served, tmp_path: Path) -> None:
     assert forgotten == "sql is forgotten"
     assert re.search(r"^trt-0 +resident; TensorRT-LLM has no unload", places, re.M)
     assert "no adapter is registered" in (await served.cli("adapters", "list")).out
+
+
+async def test_all_adapters_are_listed_however_many_pages_they_take(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sidecar.fronts.admin.adapters.PAGE_MAX", 2)
+    source = str(write_adapter(tmp_path / "sql"))
+    for name in "abcde":
+        await served.cli("adapters", "register", name, source, *(["--allow", "acme"] if name < "c" else []))
+    listed = json.loads((await served.cli("adapters", "list", "--json")).out)
+    assert [adapter["name"] for adapter in listed] == list("abcde")
+    listed = json.loads((await served.cli("adapters", "list", "--tenant", "beta", "--json")).out)
+    assert [adapter["name"] for adapter in listed] == list("cde")
+    for name in "cde":
+        await served.cli("adapters", "unregister", name)
+    assert (await served.cli("adapters", "list", "--tenant", "beta")).out == 'tenant "beta" may use no adapter\n'
 
 
 async def test_80_columns_are_enough(tmp_path: Path, sidecar: Callable[..., Ended]) -> None:

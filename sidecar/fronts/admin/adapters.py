@@ -143,6 +143,8 @@ def _wanted(start: Any) -> Wanted:
 
 
 LISTED_A_STEP = 50
+PAGE_MAX, PAGE_BYTES_MAX = 1_000, 2 << 20
+"""The most adapters of one page of a list, and the bytes with which a page ends: clients take 4 MiB at most."""
 """Adapters added to a list before the event loop may do something else."""
 _TOKEN = re.compile(r"[0-9]{1,18}\Z")
 OF_VERSION = ("version", "digest", "base_model", "path", "rank", "modules", "dtype", "quarantined", "store", "backends")
@@ -185,11 +187,21 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
     @answers_errors
     async def List(self, request: Any, context: Any) -> Any:  # noqa: N802
         response, shown = admin_pb2.ListAdaptersResponse(), await self._shown()
-        for number, adapter in enumerate(adapter_messages(self._gateway.state, monotonic_ns()), 1):
-            if adapter.name in shown:
-                response.adapters.append(self._completed(adapter))
+        state, size = self._gateway.state, min(request.page_size or PAGE_MAX, PAGE_MAX)
+        tenant, after, size_bytes = request.tenant, request.page_token, 0
+        names = sorted(
+            name
+            for name, known in state.names.items()
+            if name > after and name in shown and (not tenant or known.is_for(tenant))
+        )
+        for number, adapter in enumerate(adapter_messages(state, monotonic_ns(), names), 1):
+            response.adapters.append(self._completed(adapter))
+            size_bytes += response.adapters[-1].ByteSize()
+            if (number >= size or size_bytes >= PAGE_BYTES_MAX) and adapter.name != names[-1]:
+                response.next_page_token = adapter.name
+                break
             if number % LISTED_A_STEP == 0:
-                await asyncio.sleep(0)  # thousands of adapters must not delay the tokens of running requests
+                await asyncio.sleep(0)  # a thousand adapters must not delay the tokens of running requests
         return response
 
     async def _shown(self) -> Collection[str]:
