@@ -24,6 +24,13 @@ REQUESTS, ROUNDS = 1_000, 5
 TENANTS, TENANT_ADAPTERS, TENANT_BACKENDS, TENANT_QUEUED, TENANTS_GOAL = (10, 10_000), 32, 2, 20_000, 1.5
 PAGES = 64
 """Host pages of each engine: together they hold about the adapters that there are."""
+MISS_ADAPTERS, MISS_BACKENDS, MISS_QUEUED = 5_000, 4, (20, 300, 1_000, 3_000)
+"""Many more adapters than pages, each asked for in turn; so many distinct ones wait."""
+MISS_GOAL, MISS_GROWTH_GOAL = 4.5, 1.3
+ENGINES = {64: 1.5, 128: 1.5, 256: 2.0}
+"""How many engines, and how much more a request may cost than with `ENGINES_FEW`."""
+ENGINES_FEW, ENGINES_ADAPTERS, ENGINES_QUEUED, FIRST_GOAL = 4, 100, 20, 1.5
+FIRST_REQUESTS = 200
 
 
 class Pool:
@@ -89,7 +96,55 @@ async def bench(folder: Path) -> list[Figure]:
             Figure(f"core: {queued:,} queued", cost, "µs/request", reference, "1,000 queued" if reference else "")
         )
         reference = reference or cost
-    return [*figures, *_tenants()]
+    return [*figures, *_tenants(), *_misses(), *_engines()]
+
+
+def _misses() -> list[Figure]:
+    """Compare requests of adapters that are in no engine with those of adapters that all fit, by how many wait."""
+    fitting = Pool(MISS_BACKENDS * PAGES // 2, MISS_BACKENDS)
+    pools = [Pool(MISS_ADAPTERS, MISS_BACKENDS) for _ in MISS_QUEUED]
+    for pool, queued in zip((fitting, *pools), (MISS_QUEUED[0], *MISS_QUEUED), strict=True):
+        pool.fill(queued)
+    rounds = [[_round_us(pool, FIRST_REQUESTS) for pool in (fitting, *pools)] for _ in range(ROUNDS)]
+    hit, few, *more = map(middle, zip(*rounds, strict=True))
+    figures = [Figure("core: 20 cold adapters wait", few, "µs/request", hit, "all fit", "ratio", MISS_GOAL)]
+    for queued, cost in zip(MISS_QUEUED[1:], more, strict=True):
+        name = f"core: {queued:,} cold adapters wait"
+        figures.append(Figure(name, cost, "µs/request", few, "20 wait", "ratio", MISS_GROWTH_GOAL))
+    return figures
+
+
+def _engines() -> list[Figure]:
+    """Compare pools of many engines with one of few: all of them run requests, and a few wait."""
+    sizes = (ENGINES_FEW, *ENGINES)
+    full = [Pool(ENGINES_ADAPTERS, engines) for engines in sizes]
+    for pool in full:
+        pool.fill(ENGINES_QUEUED)
+    rounds = [[_round_us(pool, FIRST_REQUESTS) for pool in full] for _ in range(ROUNDS)]
+    few, *more = map(middle, zip(*rounds, strict=True))
+    firsts = [[_first_us(engines) for engines in sizes] for _ in range(ROUNDS)]
+    first_few, *first = map(middle, zip(*firsts, strict=True))
+    figures, name = [], f"{ENGINES_FEW} engines"
+    for (engines, goal), cost, first_cost in zip(ENGINES.items(), more, first, strict=True):
+        figures += [
+            Figure(f"core: {engines} engines, {ENGINES_QUEUED} wait", cost, "µs/request", few, name, "ratio", goal),
+            Figure(
+                f"core: an adapter's first, {engines} engines", first_cost, "µs/request", first_few, name, "ratio",
+                FIRST_GOAL,
+            ),
+        ]  # fmt: skip
+    return figures
+
+
+def _first_us(engines: int) -> float:
+    """Return the microseconds of a request of an adapter that has never been asked for, in an idle pool."""
+    pool = Pool(FIRST_REQUESTS, engines)
+    gc.collect()
+    began = process_time_ns()
+    for _ in range(FIRST_REQUESTS):
+        pool.arrive()
+        pool.end_one()
+    return (process_time_ns() - began) / FIRST_REQUESTS / 1e3
 
 
 def _tenants() -> list[Figure]:
@@ -138,11 +193,11 @@ class Decisions:
         return timed
 
 
-def _round_us(pool: Pool) -> float:
+def _round_us(pool: Pool, requests: int = REQUESTS) -> float:
     """Return the microseconds of a request while as many arrive as end."""
     gc.collect()
     began = process_time_ns()
-    for _ in range(REQUESTS):
+    for _ in range(requests):
         pool.end_one()
         pool.arrive()
-    return (process_time_ns() - began) / REQUESTS / 1e3
+    return (process_time_ns() - began) / requests / 1e3
