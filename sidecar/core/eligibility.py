@@ -76,7 +76,8 @@ def servers_of(state: State, digest: str) -> tuple[Backend, ...]:
 
 def _servers_of_groups(state: State, digest: str) -> tuple[Backend, ...]:
     """Return what `servers_of` does; versions that the same groups of engines can serve share one tuple."""
-    refused = () if digest == BASE else tuple(state.versions[digest].refused_by)
+    known = state.versions.get(digest)
+    refused = () if known is None else tuple(known.refused_by)
     fit = tuple(state.group_of(b) for b in state.one_of_each_group() if _unfit_by_facts(state, b, digest) is None)
     servers = state.servers_of_groups.get((fit, refused))
     if servers is None:

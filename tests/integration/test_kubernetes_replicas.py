@@ -39,7 +39,7 @@ async def pool_of(
     """Run replicas that follow a cluster; each has a stack of its own, which ends it as if it were killed."""
     folder = tmp_path / "adapters"
     write_adapter(folder / "served", seed=99)
-    for part in ("reconciler.LOOK_S", "prefetching.LOOK_S", "reporting.COUNTS_EVERY_S"):
+    for part in ("reconciler.LOOK_S", "declared.LOOK_S", "reporting.COUNTS_EVERY_S"):
         monkeypatch.setattr(f"sidecar.kubernetes.{part}", 0.2)
     monkeypatch.setattr("sidecar.kubernetes.mirror.Pauses", partial(Pauses, 0.02, 0.2))
     async with (

@@ -68,7 +68,7 @@ async def house(
     """Serve from a cluster; `record` is configuration."""
     folder = tmp_path / "loras"
     folder.mkdir()
-    for part in ("reconciler.LOOK_S", "prefetching.LOOK_S", "reporting.COUNTS_EVERY_S"):
+    for part in ("reconciler.LOOK_S", "declared.LOOK_S", "reporting.COUNTS_EVERY_S"):
         monkeypatch.setattr(f"sidecar.kubernetes.{part}", 0.2)
     monkeypatch.setattr("sidecar.kubernetes.mirror.Pauses", partial(Pauses, 0.02, 0.2))
     async with cluster(kind) as home, running_engine(**DUMMY) as engine:
