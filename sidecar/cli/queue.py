@@ -111,7 +111,8 @@ def cancel(
         request.only.backend = backend
     answer = client.ask(client.queues.Cancel, request)
     if not answer.cancelled:
-        raise CommandError("no open request matches; it may have ended already (sidecar requests list)")
+        asked = " ".join(filter(None, (request_id, adapter, tenant, backend)))
+        raise CommandError(f"no open request matches {asked}; it may have ended already (sidecar requests list)")
     if as_json:
         print_json(answer)
     else:

@@ -14,6 +14,7 @@ from sidecar.core import causes
 from sidecar.core.causes import Cause
 from sidecar.core.effects import Settle
 from sidecar.core.facts import Suspicion
+from sidecar.core.misfits import Drained, Draining
 from sidecar.errors import Reason, Refused
 from sidecar.model.quote import EngineId, Quote
 from sidecar.telling.durations import readable
@@ -153,12 +154,16 @@ def _queue_full(cause: causes.QueueFull, voice: Voice) -> str:
 def _no_backend(cause: causes.NoBackend, voice: Voice) -> str:
     """Count the reasons: "0 of 7 backends can serve it: 5 max rank 32 < 64, 2 other base. b0: its rank is 64 …"."""
     is_client = voice is not Voice.OPERATOR
+    if cause.unfit and voice is Voice.STRANGER:
+        lasting = [each for _, each in cause.unfit if not isinstance(each, Draining | Drained)]
+        if not lasting:
+            return "{name}: all engines that could serve it are drained; " + f"try again later, or {ASK}"
+        return "{name}: no engine can serve it: " + _literal(f"{'; '.join(dict.fromkeys(map(reason, lasting)))}; {ASK}")
     if cause.unfit:
         counts = Counter(label(unfit) for _, unfit in cause.unfit)
         reasons = ", ".join(f"{count} {short}" for short, count in counts.items())
         backend, first = cause.unfit[0]
-        what = f"{reason(first)}; {ASK}" if voice is Voice.STRANGER else sentence(first)
-        return "{name}: 0 of {backends} backends can serve it: " + _literal(f"{reasons}. {backend}: {what}.")
+        return "{name}: 0 of {backends} backends can serve it: " + _literal(f"{reasons}. {backend}: {sentence(first)}.")
     if cause.backends:
         way_out = f"{ASK} which take it" if is_client else '"sidecar backends list" shows them'
         return "{name}: no backend that the request may go to is configured; " + way_out
@@ -304,7 +309,8 @@ _PHRASES: dict[type[Cause], str | tuple[str, str] | Callable[[Any, Voice], str]]
     causes.Poisonous: _poisonous,
     causes.DeadlinePassed: _deadline_passed,
     causes.NoneUp: (
-        "{name}: the request waited {waited_ns} and no backend that could serve it was up; send it again later"
+        "{name}: the request waited {waited_ns} and every engine that could serve it was down or drained; send it "
+        "again later"
     ),
     causes.WaitedTooLong: (
         '{name}: the request waited {waited_ns} and class "{klass}" waits at most {limit_ns}; send it again later',

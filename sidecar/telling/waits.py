@@ -13,6 +13,7 @@ from policies.views import BASE
 from sidecar.core import eligibility
 from sidecar.core.eligibility import Why
 from sidecar.core.enums import Phase, Voided
+from sidecar.core.misfits import Drained, Draining
 from sidecar.core.state import Backend, Request, State
 from sidecar.telling.durations import readable
 from sidecar.telling.misfits import label
@@ -63,24 +64,24 @@ def listed(names: Iterable[str], most: int = NAMED_MAX) -> str:
 
 
 def _no_backend(state: State, request: Request) -> str:
-    return listed(f"{backend.id}{_why_not_there(state, backend, request)}" for backend in state.backends.values())
+    return listed(f"{backend.id} {_why_not_there(state, backend, request)}" for backend in state.backends.values())
 
 
 def _why_not_there(state: State, backend: Backend, request: Request) -> str:
     unfit = eligibility.cannot_serve(state, backend, request.version)
     if unfit is not None:
-        return f": {label(unfit)}"
+        return f"is {label(unfit)}" if isinstance(unfit, Draining | Drained) else f"does not fit ({label(unfit)})"
     if backend.phase is Phase.DOWN:
-        return " is down"
+        return "is down"
     if backend.leaving:
-        return " is leaving"
+        return "is leaving"
     if not backend.owned:
-        return " is another replica's"
+        return "is another replica's"
     if backend not in eligibility.among((backend,), request.only):
-        return ": the request may not go there"
+        return "is not among those that the request may go to"
     if not eligibility.long_enough(backend, request.view.input_tokens):
-        return ": the prompt is too long"
-    return f": it has no seats for {request.view.sequences} sequences at once"
+        return "takes no prompt of this length"
+    return f"has no seats for {request.view.sequences} sequences at once"
 
 
 def _down(state: State, backend: Backend, request: Request, now_ns: int) -> str:
@@ -195,7 +196,7 @@ def _next(state: State, backend: Backend, request: Request, now_ns: int) -> str:
 
 _Sentence = Callable[[State, Backend, Request, int], str]
 _PHRASES: dict[Why, tuple[str, _Sentence]] = {
-    Why.BACKEND_DOWN: ("no backend that could serve is up", _down),
+    Why.BACKEND_DOWN: ("every engine that could serve is down or drained", _down),
     Why.STALLED: ("nothing comes from {places}", _stalled),
     Why.BACKING_OFF: ("a pause is kept after a refusal by {places}", _backing_off),
     Why.FETCHING: ("weights of {names} are being fetched", _fetching),

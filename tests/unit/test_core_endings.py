@@ -66,7 +66,7 @@ def test_what_expires_without_a_backend_says_so() -> None:
     world.run(3 * SECOND)
     assert world.settled[late].outcome is Outcome.EXPIRED
     assert message_of(world.settled[late]).endswith(
-        "waited 2 s and no backend that could serve it was up; send it again later"
+        "waited 2 s and every engine that could serve it was down or drained; send it again later"
     )
 
 

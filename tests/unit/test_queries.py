@@ -311,7 +311,7 @@ def test_without_a_backend_that_is_up() -> None:
     world = World(engines=0)
     world.add_engine("b0", facts_of(), up=False)
     world.send()
-    assert view(world).verdict.endswith("because no backend that could serve is up")
+    assert view(world).verdict.endswith("because every engine that could serve is down or drained")
 
 
 def test_the_verdict_names_the_backend_that_goes_and_whether_another_follows() -> None:

@@ -61,7 +61,8 @@ repository:
 ERRORS_PAGE = """# Errors
 
 Every error names the thing, the reason and the way out. Its machine-readable part is `google.rpc.ErrorInfo` in gRPC's
-details, `reason` in an OpenAI error body, and `[REASON]` at the beginning of the message on a KServe stream.
+details, and `[REASON]` at the beginning of the message on a KServe stream. An OpenAI error body has it as `reason`, in
+small letters, and `model_not_found` for `UNKNOWN_ADAPTER`: see [the OpenAI API](clients.md#the-openai-api).
 
 The family answers the first question, whether the request may have run:
 
