@@ -314,7 +314,7 @@ def test_where_a_request_goes_when_backends_leave(tmp_path: Path) -> None:
     world.run(for_ns=5 * MS)
     write_journal(world, tmp_path)
     told = story(lived(world), str(request), 0)
-    assert list(waiting.periods())[-1].because == ", ".join(sorted((f"{home} is leaving", f"{other}: draining")))
+    assert list(waiting.periods())[-1].because == ", ".join(sorted((f"{home} is leaving", f"{other} is draining")))
     texts = [entry.text for entry in told.entries if isinstance(entry, Moment)]
     assert f"{home} is leaving: it finishes what runs, and gets nothing new" in texts
     assert f"{other} is being drained" in texts
