@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 from policies.routing.placement import Placement
 from policies.views import Candidate, Candidates
@@ -56,6 +55,10 @@ class Pool:
     review_ns: int
     count_ns: int
     turn: int = 0
+    rooms: Rooms = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rooms = Rooms(self.shares)
 
     def measure(self, candidates: Candidates) -> None:
         """Measure every candidate: the pages that it can have open, and its share of the work by speed or by seats."""
@@ -68,11 +71,7 @@ class Pool:
             one.backend: Share(size / sum(sizes), None if one.slots is None else one.slots * max(1, one.pages))
             for one, size in zip(offered, sizes, strict=True)
         }
-        self.__dict__.pop("rooms", None)
-
-    @cached_property
-    def rooms(self) -> Rooms:
-        return Rooms(self.shares)
+        self.rooms = Rooms(self.shares)
 
     def cap(self, backend: str, in_flight: int) -> int:
         """Return how many requests a backend may have before its versions may go elsewhere."""

@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from policies.routing.rendezvous import ranked
+from policies.routing.rendezvous import ranked_equally
 from policies.views import BASE, Candidates, Choice, Waiting
 
 TICK_NS = 3_000_000_000
@@ -51,7 +51,7 @@ class Proportional:
             return _fewest(candidates, tuple(loaded or replicas), "replica")
         loaded = [one.backend for one in candidates if one.resident]
         if request.version in self._replicas and not loaded:
-            return Choice(ranked(request.version, dict.fromkeys(candidates.backends, 1.0))[0], "first in rank")
+            return Choice(ranked_equally(request.version, candidates.backends)[0], "first in rank")
         return _fewest(candidates, tuple(loaded) or candidates.backends, "loaded" if loaded else "not placed")
 
     def _count(self, version: str, tick: int) -> None:
@@ -81,7 +81,7 @@ class Proportional:
         for replica in prior:
             used[replica] -= 1
         count = self._cooled(version, wanted, len(prior))
-        chosen = _sticky(ranked(version, dict.fromkeys(slots, 1.0)), count, prior, used, slots)
+        chosen = _sticky(ranked_equally(version, slots), count, prior, used, slots)
         for replica in chosen:
             used[replica] += 1
         self._replicas[version] = chosen

@@ -13,7 +13,7 @@ from policies.routing.partitioned import HostCounter
 from policies.routing.placement import Home, Placement
 from policies.routing.pools import Pool, Rooms, Share
 from policies.routing.rates import DecayedRates
-from policies.routing.rendezvous import KEPT_MAX, Rankings, ranked, score
+from policies.routing.rendezvous import KEPT_MAX, Rankings, ranked, ranked_equally, score
 from sidecar.lab.conformance import is_pure
 from sidecar.lab.conformance.seeds import through_json
 
@@ -66,6 +66,13 @@ def test_the_ends_of_the_hash_have_scores(byte: bytes, monkeypatch: pytest.Monke
     """The least hash and the greatest are worth something finite: no logarithm of 0 or 1."""
     monkeypatch.setattr(rendezvous, "blake2b", lambda data, digest_size: SimpleNamespace(digest=lambda: 8 * byte))
     assert 0 < score("sql", "b0") < math.inf
+
+
+def test_equal_weights_rank_as_their_hashes() -> None:
+    """Without a logarithm each."""
+    backends = [f"gpu-{number}" for number in range(64)]
+    for version in ("", "sql", "a:b", "é" * 40, *(f"v{number}" for number in range(200))):
+        assert ranked_equally(version, backends) == ranked(version, dict.fromkeys(backends, 1.0))
 
 
 def test_rankings_are_remembered_per_set_and_bounded() -> None:
