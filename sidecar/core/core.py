@@ -316,7 +316,7 @@ def _backend_up(step: Step, event: ev.BackendUp) -> None:
     state.forget_derived(backend=backend.id)
     backend.phase = Phase.UP
     state.forget_servers()
-    healing.reset_beliefs(backend)
+    healing.reset_beliefs(state, backend)
     backend.ahead.clear()
     backend.shadow = EngineShadow(CacheShadow(event.facts.host_pages_total), CacheShadow(event.facts.device_pages))
     for version in state.versions.values():

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import assert_never
 
 from policies.views import BASE, Close, Open, Send
-from sidecar.core import eligibility, promising, queueing, stalls, storing, suspects
+from sidecar.core import eligibility, promising, queueing, stalls, storing, suspects, whereabouts
 from sidecar.core.causes import ReachedTooLate
 from sidecar.core.effects import Dispatch, Load
 from sidecar.core.enums import Cache
@@ -191,7 +191,10 @@ def load_done(step: Step, event: LoadDone) -> None:
     backend.full_until_ns = backend.full_backoff_ns = 0
     packed = step.state.packed_for(load.digest, backend)
     slot = backend.slots.get(load.digest)
-    for evicted in backend.shadow.loaded(load.digest, packed.pages, step.now_ns, slot.running if slot else 0):
+    evictions = backend.shadow.loaded(load.digest, packed.pages, step.now_ns, slot.running if slot else 0)
+    whereabouts.note(step.state.where.held, load.digest, backend)
+    step.state.where.lost(backend, evictions)
+    for evicted in evictions:
         _left_the_engine(step, backend, evicted)
     open_pages = sum(slot.pages for slot in backend.slots.values())
     backend.estimate.learn(step.now_ns - load.begun_ns, open_pages, packed.pages, step.now_ns)

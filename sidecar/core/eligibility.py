@@ -204,12 +204,8 @@ def is_needed(state: State, key: str) -> bool:
     first = state.wanted[key].head()
     assert first is not None
     digest = state.requests[first].version
-    return any(
-        digest in backend.queued_by_version
-        and state.packed_for(digest, backend).key == key
-        and not resident(backend, digest)
-        for backend in state.backends.values()
-    )
+    waits_at = (state.backends[each] for each in state.where.queued.get(digest, ()))
+    return any(state.packed_for(digest, each).key == key and not resident(each, digest) for each in waits_at)
 
 
 @record(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from sidecar.core.events import BackendLost, LoadFailed, RunFailed
 from sidecar.core.facts import Suspicion
 from sidecar.core.shadow import Belief
 from sidecar.core.silence import Silence
-from sidecar.core.state import Backend, LoadRun, Request, Version
+from sidecar.core.state import Backend, LoadRun, Request, State, Version
 from sidecar.core.step import Step
 from sidecar.core.suspects import quarantine, suspect
 from sidecar.errors import Reason
@@ -111,6 +111,7 @@ def _learn_from_full(backend: Backend, digest: str) -> None:
 
 def _forget(step: Step, backend: Backend, digest: str) -> None:
     backend.shadow.forget(digest)
+    step.state.where.lost(backend, (digest,))
     _reload(step, backend, digest)
 
 
@@ -150,7 +151,7 @@ def _page_claim(step: Step, request: Request, backend: Backend, text: str) -> No
 
 def forget_idle(step: Step, backend: Backend) -> None:
     """Believe that nothing idle is left in the engine: it evicted all it could before it failed."""
-    backend.shadow.forget_idle()
+    step.state.where.lost(backend, backend.shadow.forget_idle())
     for version, slot in list(backend.slots.items()):
         if not backend.slot_in_use(slot) and not eligibility.resident(backend, version):
             backend.close_slot(version)
@@ -381,7 +382,7 @@ def lose(step: Step, backend: Backend, cause: str) -> None:
     runs = [step.state.requests[request_id] for request_id in list(backend.running)]
     for request in runs:
         running.end_run(step, request, request.tokens)
-    reset_beliefs(backend)
+    reset_beliefs(step.state, backend)
     queueing.reroute_queue(step, backend)
     for request in runs:
         _lose_run(step, request, backend, cause)
@@ -407,8 +408,9 @@ def _lose_run(step: Step, request: Request, backend: Backend, cause: str) -> Non
         _lost(step, request, backend, cause)
 
 
-def reset_beliefs(backend: Backend) -> None:
+def reset_beliefs(state: State, backend: Backend) -> None:
     """Forget all beliefs about an engine that is gone or has restarted."""
+    state.where.lost(backend, backend.shadow.host.held)
     backend.shadow.clear()
     for version in list(backend.slots):
         backend.close_slot(version)

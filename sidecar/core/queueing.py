@@ -7,7 +7,7 @@ from itertools import islice
 
 from policies.id_queue import queue_of
 from policies.views import BASE, HearsOfVoids
-from sidecar.core import eligibility, promising, storing
+from sidecar.core import eligibility, promising, storing, whereabouts
 from sidecar.core.causes import Cause, Gone, NotOwned
 from sidecar.core.effects import Settle
 from sidecar.core.enums import Voided, outcome_of
@@ -101,6 +101,7 @@ def enqueue(step: Step, request: Request, backend: Backend) -> None:
     request.backend = backend.id
     backend.queued[request.id] = None
     queue_of(backend.queued_by_version, request.version).add(request.id)
+    whereabouts.note(step.state.where.queued, request.version, backend)
     backend.recount(request.version)
     if not request.counted:
         _count_outstanding(step, request, backend)
@@ -192,6 +193,7 @@ def dequeue(step: Step, request: Request, to_run: bool = False) -> None:
     queue.discard(request.id)
     if not queue:
         del backend.queued_by_version[request.version]
+        whereabouts.strike(step.state.where.queued, request.version, backend)
         backend.recount(request.version)
     backend.ordering.left(request.id, step.now_ns)
     _left_queue(request, backend)

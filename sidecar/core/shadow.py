@@ -118,9 +118,10 @@ class EngineShadow:
         self.host.forget(version)
         self.device.forget(version)
 
-    def forget_idle(self) -> None:
-        self.host.forget_idle()
+    def forget_idle(self) -> list[str]:
+        """Forget all versions without running requests; return those that the host cache held."""
         self.device.forget_idle()
+        return self.host.forget_idle()
 
     def clear(self) -> None:
         self.host.clear()

@@ -21,6 +21,7 @@ from sidecar.core.prefetch_accounting import Guesses, PrefetchCounts, Prefetched
 from sidecar.core.shadow import EngineShadow
 from sidecar.core.silence import Silence
 from sidecar.core.store import StoreIndex
+from sidecar.core.whereabouts import Whereabouts
 from sidecar.model.definition import Definition
 from sidecar.model.quote import Quote
 
@@ -284,8 +285,6 @@ class Backend:
     warmups: dict[str, None] = field(default_factory=dict)
     """Versions that an operator wants loaded here."""
     ahead: PrefetchedLoads = field(default_factory=PrefetchedLoads)
-    steal_from: int = 0
-    """Where the next search for a version worth a load begins among those queued elsewhere."""
     heals: deque[HealNote] = field(default_factory=lambda: deque(maxlen=16))
 
     def seats(self, config: CoreConfig) -> int:
@@ -436,6 +435,8 @@ class State:
     wake_ns: int = NEVER_NS
     listen_ns: int = NEVER_NS
     """When engines are next checked for silence."""
+    steal_from: int = 0
+    """Where the next search for a version worth a load begins among those that are queued."""
     steal_ns: int = 0
     """When idle engines next look for a version worth a load; in the past if none is due."""
     wanted: dict[str, IdQueue] = field(default_factory=dict)
@@ -460,6 +461,10 @@ class State:
     """Why engines cannot serve each version, by group."""
     pool_changed: bool = field(default=False, metadata={"derived": True})
     """A backend's eligibility has changed in this step."""
+    where: Whereabouts = field(default_factory=Whereabouts, metadata={"derived": True})
+    """The backends at which each version is queued or held."""
+    places: dict[str, int] = field(default_factory=dict, metadata={"derived": True})
+    """The place of each backend among all."""
     full: dict[str, None] = field(default_factory=dict, metadata={"derived": True})
     """Backends that had no free seat at the last look and where nothing has ended since."""
     servers: dict[str, tuple[Backend, ...]] = field(default_factory=dict, metadata={"derived": True})
@@ -509,6 +514,14 @@ class State:
                 self.examples.setdefault(self.group_of(backend), backend)
         return self.examples.values()
 
+    def in_order(self, backends: Collection[str]) -> list[Backend]:
+        """Return backends by id, in configured order."""
+        if len(backends) > 1:
+            if not self.places:
+                self.places = {backend: place for place, backend in enumerate(self.backends)}
+            backends = sorted(backends, key=self.places.__getitem__)
+        return [self.backends[each] for each in backends]
+
     def operator_holds(self, digest: str) -> bool:
         """Return True if a name keeps the version in the store, at least in its lowest tier."""
         version = self.versions.get(digest)
@@ -536,6 +549,7 @@ class State:
         self.pool_changed = True
         self.full.clear()
         self.examples.clear()
+        self.places.clear()
         self.servers.clear()
         self.servers_of_groups.clear()
         self.takers.clear()

@@ -15,19 +15,21 @@ waiting request only ever moves to where its adapter is. The load is the whole p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import islice
 
 from policies.at_most import at_most
 from policies.views import BASE
 from sidecar.core import dispatching, eligibility, queueing
-from sidecar.core.state import NEVER_NS, Backend, Request, State, Version
+from sidecar.core.state import NEVER_NS, Backend, Request, State
 from sidecar.core.step import Step
 
 HEADS_LOOKED_AT = 4
 """How many of each version's oldest requests are considered: some may not be allowed on other backends."""
 VERSIONS_LOOKED_AT = 256
 """How many versions are considered for a load at once; the next look continues behind them."""
+VERSIONS_A_BACKEND = 4
+"""With more queued versions than this for each backend, it costs less to ask the backends one by one."""
 NEXT_LOOK_NS = 50_000_000
 PATIENCE_NS = 1_000_000_000
 """The time that a request must have waited before an idle engine loads for it, and that a Load must have taken before
@@ -35,53 +37,93 @@ its requests are taken over. Most waits are shorter."""
 
 
 def steal(step: Step) -> bool:
-    """Let one idle backend take over one request or begin one load; return True if one did."""
+    """Let one idle backend take over one request or begin one load; return True if one did.
+
+    Only backends that have a queued version are asked, and, if one is worth a load, those that run nothing.
+    """
     state = step.state
-    if state.queued == len(state.unrouted):
+    if not state.where.queued or len(state.full) == len(state.backends):
         return False
     if step.taken_over is not None:
         last, request = step.taken_over
         if request in last.queued:
             step.stuck[last.id] = None
-    with_queue = None
-    for backend in state.backends.values():
-        if backend.id not in state.full and backend.id not in step.stuck and _has_to_spare(state, backend):
-            if with_queue is None:
-                with_queue = [other for other in state.backends.values() if other.queued]
-                if not _may_be_taken(step, with_queue):
-                    return False
-            others = [other for other in with_queue if other is not backend]
-            if _take_over(step, backend, others) or _load_for(step, backend, others):
-                return True
+    holders, worth_a_load = _holders(state), _worth_a_load(step)
+    for backend in state.backends.values() if worth_a_load else state.in_order(holders):
+        if backend.id in state.full or backend.id in step.stuck or not _has_to_spare(state, backend):
+            continue
+        if backend.id in holders and _take_over(step, backend):
+            return True
+        if worth_a_load and _load_for(step, backend, worth_a_load):
+            return True
     return False
 
 
-def _may_be_taken(step: Step, with_queue: list[Backend]) -> bool:
-    """Return False if no backend can take over any queued version, so that none need be asked.
+def _holders(state: State) -> Collection[str]:
+    """Return the ids of the backends that may serve a version queued elsewhere without a load."""
+    queued, held = state.where.queued, state.where.held
+    if BASE in queued or len(queued) > VERSIONS_A_BACKEND * len(state.backends):
+        return state.backends
+    if any(backend.facts.attaches for backend in state.one_of_each_group()):
+        return state.backends
+    found: dict[str, None] = {}
+    for version, waits_at in queued.items():
+        holders = held.get(version)
+        if holders is not None and (len(waits_at) > 1 or holders != waits_at):
+            found.update(holders)
+    return found
 
-    A version may be taken by an engine that has it, or by one that may load it. That a version has never answered shows
-    that none has it.
+
+def _worth_a_load(step: Step) -> list[tuple[Backend, str]]:
+    """Return the queued versions, with the backend, that an idle engine may load because a request waited for long.
+
+    For the next that will have waited so long, the core is woken.
     """
-    state = step.state
-    if sum(len(each.queued_by_version) for each in with_queue) > VERSIONS_LOOKED_AT:
-        return True
-    attaches = any(backend.facts.attaches for backend in state.one_of_each_group())
-    for digest in {version: None for each in with_queue for version in each.queued_by_version}:
-        if digest == BASE or attaches:
-            return True
-        version = state.versions[digest]
-        waits_elsewhere = version.suspect or _loads_somewhere(state, version)
-        if version.answered or (not waits_elsewhere and _is_stored(state, digest)):
-            return True
-    return False
+    state, found, due_ns = step.state, list[tuple[Backend, str]](), NEVER_NS
+    for backend, version in _queued(step):
+        oldest = state.requests[backend.queued_by_version[version].first()]
+        ripe_ns = oldest.view.arrived_ns + PATIENCE_NS
+        is_ripe = ripe_ns <= step.now_ns
+        if (is_ripe or (ripe_ns < due_ns and not _wakes_by(step, ripe_ns))) and _is_loadable(state, version):
+            if is_ripe:
+                found.append((backend, version))
+            else:
+                due_ns = ripe_ns
+    if (found or due_ns < NEVER_NS) and not _any_idle(state):
+        return []
+    if due_ns < NEVER_NS:
+        _look_again(step, due_ns)
+    return found
 
 
-def _loads_somewhere(state: State, version: Version) -> bool:
-    return len(version.loads) > 1 or any(not state.backends[each].silence.found for each in version.loads)
+def _queued(step: Step) -> Iterator[tuple[Backend, str]]:
+    """Yield up to VERSIONS_LOOKED_AT queued versions; if there are more, schedule a look at the next ones."""
+    state, queued = step.state, step.state.where.queued
+    pairs = ((state.backends[backend], version) for version, at in queued.items() for backend in at)
+    if len(queued) <= VERSIONS_LOOKED_AT and not state.steal_from:
+        yield from pairs
+    elif _any_idle(state):
+        first = state.steal_from
+        yield from at_most(VERSIONS_LOOKED_AT, islice(pairs, first, None))
+        is_more = next(pairs, None) is not None
+        state.steal_from = first + VERSIONS_LOOKED_AT if is_more else 0
+        _look_again(step, step.now_ns + NEXT_LOOK_NS)
 
 
-def _is_stored(state: State, digest: str) -> bool:
-    return any(state.store.has(state.packed_for(digest, backend).key) for backend in state.one_of_each_group())
+def _any_idle(state: State) -> bool:
+    return any(not each.in_flight and each.takes_requests for each in state.backends.values())
+
+
+def _is_loadable(state: State, digest: str) -> bool:
+    """Return True if a version may be loaded at an idle engine: in the store, no suspect, not being loaded."""
+    if digest == BASE:
+        return False
+    version = state.versions[digest]
+    if version.suspect or len(version.loads) > 1:
+        return False
+    if any(not state.backends[each].silence.found for each in version.loads):
+        return False
+    return any(state.store.has(state.packed_for(digest, each).key) for each in state.one_of_each_group())
 
 
 def _has_to_spare(state: State, backend: Backend) -> bool:
@@ -96,14 +138,16 @@ def _has_to_spare(state: State, backend: Backend) -> bool:
     )
 
 
-def _take_over(step: Step, backend: Backend, others: list[Backend]) -> bool:
+def _take_over(step: Step, backend: Backend) -> bool:
     """Move the first request in rank to a backend that can send it at once."""
     state, tenants = step.state, backend.outstanding.tenants
     best, best_rank = None, (0.0, 0)
-    for other in others:
-        for version in _resident_here(backend, other):
-            request = _first_that_may_come(state, backend, other, version)
-            if request is None or _has_its_load_under_way(step, other, version):
+    for version in _queued_and_held(state, backend):
+        for other in state.where.queued[version]:
+            if other == backend.id:
+                continue
+            request = _first_that_may_come(state, backend, state.backends[other], version)
+            if request is None or _has_its_load_under_way(step, state.backends[other], version):
                 continue
             if eligibility.why_not_take_over(state, backend, request, step.now_ns) is not None:
                 continue
@@ -116,15 +160,15 @@ def _take_over(step: Step, backend: Backend, others: list[Backend]) -> bool:
     return True
 
 
-def _resident_here(backend: Backend, other: Backend) -> Iterator[str]:
-    """Yield the versions queued at another backend that this one can serve without a load."""
-    held, waiting = backend.shadow.host.held, other.queued_by_version
+def _queued_and_held(state: State, backend: Backend) -> Iterator[str]:
+    """Yield the queued versions that a backend can serve without a load."""
+    held, queued = backend.shadow.host.held, state.where.queued
     if backend.facts.attaches:
-        yield from waiting
+        yield from queued
         return
-    if BASE in waiting:
+    if BASE in queued:
         yield BASE
-    few, many = (held, waiting) if len(held) < len(waiting) else (waiting, held)
+    few, many = (held, queued) if len(held) < len(queued) else (queued, held)
     yield from (version for version in few if version in many)
 
 
@@ -154,16 +198,16 @@ def _has_its_load_under_way(step: Step, other: Backend, version: str) -> bool:
     return due_ns > step.now_ns
 
 
-def _load_for(step: Step, backend: Backend, others: list[Backend]) -> bool:
+def _load_for(step: Step, backend: Backend, worth_a_load: list[tuple[Backend, str]]) -> bool:
     """Let an engine that runs nothing load the version that most requests elsewhere have waited for."""
     if backend.in_flight or backend.facts.attaches:
         return False
     best, best_rank, due_ns = None, (0, 0), NEVER_NS
-    for other, version in _queued_elsewhere(step, backend, others):
-        if eligibility.resident(backend, version) or not eligibility.ready(step.state, backend, version):
+    for other, version in worth_a_load:
+        if other is backend or eligibility.resident(backend, version):
             continue
         request = _first_that_may_come(step.state, backend, other, version)
-        if request is None or not _may_be_loaded(step, backend, version):
+        if request is None or eligibility.why_not_open(step.state, backend, version, step.now_ns) is not None:
             continue
         rank = -len(other.queued_by_version[version]), request.id
         if request.view.arrived_ns + PATIENCE_NS > step.now_ns:
@@ -178,27 +222,13 @@ def _load_for(step: Step, backend: Backend, others: list[Backend]) -> bool:
     return False
 
 
-def _queued_elsewhere(step: Step, backend: Backend, others: list[Backend]) -> Iterator[tuple[Backend, str]]:
-    """Yield up to VERSIONS_LOOKED_AT versions queued elsewhere; if there are more, schedule a look at the next ones."""
-    first = backend.steal_from
-    pairs = ((other, version) for other in others for version in other.queued_by_version)
-    yield from at_most(VERSIONS_LOOKED_AT, islice(pairs, first, None))
-    is_more = next(pairs, None) is not None
-    backend.steal_from = first + VERSIONS_LOOKED_AT if is_more else 0
-    if is_more or first:
-        _look_again(step, step.now_ns + NEXT_LOOK_NS)
-
-
 def _look_again(step: Step, due_ns: int) -> None:
     """Have the core woken at `due_ns`, unless it will be before."""
-    if not step.now_ns < step.state.steal_ns <= due_ns:
+    if not _wakes_by(step, due_ns):
         step.state.steal_ns = due_ns
         step.state.set_timer(due_ns)
 
 
-def _may_be_loaded(step: Step, backend: Backend, digest: str) -> bool:
-    """Return True if a version may be loaded now: no suspect, and not being loaded elsewhere."""
-    version = step.state.versions[digest]
-    if version.suspect or eligibility.loaded_elsewhere(step.state, backend, version):
-        return False
-    return eligibility.why_not_open(step.state, backend, digest, step.now_ns) is None
+def _wakes_by(step: Step, due_ns: int) -> bool:
+    """Return True if idle engines look again by then already."""
+    return step.now_ns < step.state.steal_ns <= due_ns

@@ -48,9 +48,10 @@ def drop_blob(step: Step, key: str) -> None:
 
 def _forget_readers(step: Step, key: str, version: str) -> None:
     """Believe that engines which read a version's files no longer hold it: the files go, and it is unloaded."""
-    for backend in step.state.backends.values():
-        if version in backend.shadow.host and step.state.packed_for(version, backend).key == key:
+    for backend in step.state.in_order(step.state.where.held.get(version, ())):
+        if step.state.packed_for(version, backend).key == key:
             backend.shadow.forget(version)
+            step.state.where.lost(backend, (version,))
             slot = backend.slots.get(version)
             if slot is not None and not backend.slot_in_use(slot):
                 backend.close_slot(version)

@@ -24,6 +24,7 @@ from sidecar.core.enums import Fault, Outcome, Phase, Voided
 from sidecar.core.facts import Adapter, EngineFacts, NamedVersion, Row
 from sidecar.core.outstanding import Outstanding
 from sidecar.core.state import Backend, Queued
+from sidecar.core.whereabouts import Whereabouts
 from sidecar.errors import Reason
 
 MS = 1_000_000
@@ -643,6 +644,9 @@ def check_books(core: Core) -> None:
     assert state.joining.keys() <= state.backends.keys()
     assert all(backend in state.backends for _, backend in state.prefetches.values())
     assert all(request.backend is None or request.backend in state.backends for request in state.requests.values())
+    where = Whereabouts()
+    where.find(state.backends.values())
+    assert state.where == where
     for backend in state.backends.values():
         _check_outstanding(core, backend)
         running = [state.requests[request] for request in backend.running]
