@@ -284,11 +284,11 @@ class Candidates(Protocol):
     def __getitem__(self, backend: str) -> Candidate:
         """Return one of `backends` as it is now. Raises KeyError for any other."""
 
-    def loads(self) -> Iterator[tuple[str, bool, int]]:
-        """Yield (backend, is resident, in flight) of every candidate, in the order of `backends`, without building it.
+    def in_flights(self) -> list[int]:
+        """Return `in_flight` of every candidate, in the order of `backends`, without building one."""
 
-        Both are as in `Candidate`. A policy that looks for a place among hundreds needs no more.
-        """
+    def residents(self) -> Collection[str]:
+        """Return those of `backends` whose candidate is `resident`, without building one."""
 
     def __iter__(self) -> Iterator[Candidate]:
         """Build and yield every candidate, in the order of `backends`."""

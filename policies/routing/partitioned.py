@@ -22,6 +22,7 @@ The number of hosts of each version: as many as its rate needs, changed by one a
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ from policies.routing.balancing import Balancer
 from policies.routing.placement import Home, Placement
 from policies.routing.pools import Pool, Share
 from policies.routing.rates import DecayedRates
-from policies.routing.rendezvous import Rankings
+from policies.routing.rendezvous import Rankings, first_equally, ranked_equally
 from policies.views import BASE, Candidate, Candidates, Choice, Waiting
 
 BUSY = 0.6
@@ -180,16 +181,16 @@ class Partitioned:
 
     def _host_for(self, version: str, pages: int, candidates: Candidates, pool: Pool) -> str:
         """Return a backend for a version without hosts: where it is already resident, else by load."""
-        all_in_flight = candidates.in_flight
-        ranks = {
-            backend: (
-                not (is_resident and in_flight < pool.cap(backend, all_in_flight)),
-                in_flight / pool.shares[backend].weight,
-            )
-            for backend, is_resident, in_flight in candidates.loads()
+        in_flights = candidates.in_flights()
+        ranks = [held / share.weight for held, share in zip(in_flights, pool.shares.values(), strict=True)]
+        far = dict(zip(candidates.backends, ranks, strict=True))
+        near = {
+            backend: far.pop(backend)
+            for backend in candidates.residents()
+            if candidates[backend].in_flight < pool.cap(backend, candidates.in_flight)
         }
-        order = self._rankings.of(version, candidates.backends)
-        return pool.first_with_room(sorted(order, key=ranks.__getitem__), pages, self._placement)
+        order = (backend for ranked in (near, far) if ranked for backend in _least_first(version, ranked))
+        return pool.first_with_room(order, pages, self._placement)
 
     def _forget_the_oldest(self, count: int) -> None:
         oldest = sorted(self._placement.homes, key=lambda version: (self._rates.last_ns(version), version))
@@ -264,6 +265,15 @@ class Partitioned:
             tuple(backends): Pool({one: Share(weight, pages) for one, weight, pages in shares}, *rest)
             for backends, shares, rest in pools
         }
+
+
+def _least_first(version: str, ranks: dict[str, float]) -> Iterator[str]:
+    """Yield backends by ascending rank, ties by rendezvous hashing. Mostly the first is taken: it is found at once."""
+    least = min(ranks.values())
+    first = first_equally(version, [backend for backend, rank in ranks.items() if rank == least])
+    yield first
+    rest = [backend for backend in ranked_equally(version, ranks) if backend != first]
+    yield from sorted(rest, key=ranks.__getitem__)
 
 
 def _score(candidate: Candidate) -> float:

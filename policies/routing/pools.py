@@ -88,8 +88,10 @@ class Pool:
 
     def first_with_room(self, order: Iterable[str], pages: int, placement: Placement) -> str:
         """Return the first backend in `order` that may be given the pages; the very first if none may."""
-        ranked = list(order)
-        held = placement.pages
-        wanted = sum(held.get(backend, 0) for backend in self.shares) + pages
-        fitting = (backend for backend in ranked if held.get(backend, 0) + pages <= self.rooms.of(backend, wanted))
-        return next(fitting, ranked[0])
+        held, passed = placement.pages, list[str]()
+        wanted = sum(count for backend, count in held.items() if backend in self.shares) + pages
+        for backend in order:
+            if held.get(backend, 0) + pages <= self.rooms.of(backend, wanted):
+                return backend
+            passed.append(backend)
+        return passed[0]

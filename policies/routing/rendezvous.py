@@ -30,13 +30,21 @@ def score(version: str, backend: str, weight: float = 1.0) -> float:
 
 def ranked_equally(version: str, backends: Collection[str]) -> tuple[str, ...]:
     """Return what `ranked` does of backends of equal weights: then the score grows with the hash."""
-    begun = blake2b(f"{len(version)}:{version}:".encode(), digest_size=8)
-    hashes = {}
+    return tuple(backend for _, backend in sorted(_hashed(version, backends), reverse=True))
+
+
+def first_equally(version: str, backends: Collection[str]) -> str:
+    """Return the first of `ranked_equally`."""
+    return max(_hashed(version, backends))[1] if len(backends) > 1 else next(iter(backends))
+
+
+def _hashed(version: str, backends: Collection[str]) -> list[tuple[bytes, str]]:
+    copy, hashes = blake2b(f"{len(version)}:{version}:".encode(), digest_size=8).copy, []
     for backend in backends:
-        hashed = begun.copy()
+        hashed = copy()
         hashed.update(backend.encode())
-        hashes[backend] = -(int.from_bytes(hashed.digest(), "big") >> (64 - HASH_BITS))
-    return tuple(sorted(hashes, key=lambda backend: (hashes[backend], backend)))
+        hashes.append((hashed.digest(), backend))
+    return hashes
 
 
 def ranked(version: str, weights: Mapping[str, float]) -> tuple[str, ...]:

@@ -229,12 +229,8 @@ def end_load(step: Step, load: LoadRun) -> Backend:
     storing.unpin(step, load.key)
     step.dirty[backend.id] = None
     if not state.versions[load.digest].answered:  # its probation may have held it back on any backend
-        step.dirty.update((each.id, None) for each in state.backends.values() if _wants(each, load.digest))
+        step.dirty.update((each.id, None) for each in state.wanting(load.digest))
     return backend
-
-
-def _wants(backend: Backend, digest: str) -> bool:
-    return digest in backend.queued_by_version or digest in backend.warmups or digest in backend.stale
 
 
 def _send_or_expire(step: Step, backend: Backend, request: Request) -> None:

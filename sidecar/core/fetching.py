@@ -113,10 +113,9 @@ def fetched(step: Step, event: Fetched) -> None:
         state.guesses.gone(event.key)
         storing.drop_blob(step, event.key)
         return
-    for backend in state.backends.values():
-        if entry.digest in backend.queued_by_version or entry.digest in backend.warmups:
-            step.dirty[backend.id] = None
-            backend.ahead.rest = 0
+    for backend in state.wanting(entry.digest):
+        step.dirty[backend.id] = None
+        backend.ahead.rest = 0
 
 
 def _note_source(step: Step, key: str, from_disk: bool) -> None:

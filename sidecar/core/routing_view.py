@@ -36,13 +36,16 @@ class RoutingView:
             raise KeyError(backend)
         return candidate(self._state, self._state.backends[backend], self._version)
 
-    def loads(self) -> Iterator[tuple[str, bool, int]]:
-        backends, version = self._state.backends, self._version
-        known = self._state.versions.get(version)
-        somewhere = known is None or known.answered or bool(known.loads)  # else no engine has it
-        for id_ in self.backends:
-            backend = backends[id_]
-            yield id_, somewhere and _is_resident(backend, version), backend.in_flight + len(backend.queued)
+    def in_flights(self) -> list[int]:
+        offered = [self._state.backends[each] for each in self.backends]
+        return [len(one.running) + one.more_sequences + len(one.loads) + len(one.queued) for one in offered]
+
+    def residents(self) -> list[str]:
+        every, version, known = self._state.backends, self._version, self._state.versions.get(self._version)
+        if known is None:
+            return list(self.backends)  # the base model
+        near = {*self._state.where.held.get(version, ()), *known.loads}
+        return [each for each in self.backends if each in near and _is_resident(every[each], version)] if near else []
 
     def __iter__(self) -> Iterator[Candidate]:
         backends = self._state.backends

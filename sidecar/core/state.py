@@ -522,6 +522,12 @@ class State:
             backends = sorted(backends, key=self.places.__getitem__)
         return [self.backends[each] for each in backends]
 
+    def wanting(self, version: str) -> list[Backend]:
+        """Return the backends at which requests wait for a version, or an operator wants it loaded."""
+        found = dict.fromkeys(self.where.queued.get(version, ()))
+        found.update((each.id, None) for each in self.backends.values() if each.warmups and version in each.warmups)
+        return self.in_order(found)
+
     def operator_holds(self, digest: str) -> bool:
         """Return True if a name keeps the version in the store, at least in its lowest tier."""
         version = self.versions.get(digest)

@@ -113,8 +113,11 @@ class _PoolCandidates:
             tokens_per_s=known.report.tokens_per_s,
         )
 
-    def loads(self) -> Iterator[tuple[str, bool, int]]:
-        return ((one.backend, one.resident, one.in_flight) for one in self)
+    def in_flights(self) -> list[int]:
+        return [one.in_flight for one in self]
+
+    def residents(self) -> list[str]:
+        return [one.backend for one in self if one.resident]
 
     def __iter__(self) -> Iterator[Candidate]:
         return (self[backend] for backend in self.backends)

@@ -95,8 +95,14 @@ class Offered:
         self.looked += 1
         return self.pool.engines[backend].candidate(self.version)
 
-    def loads(self) -> Iterator[tuple[str, bool, int]]:
-        return ((one.backend, one.resident, one.in_flight) for one in self)
+    def in_flights(self) -> list[int]:
+        return [len(one.running) + len(one.queue) for one in self._up()]
+
+    def residents(self) -> list[str]:
+        return [one.id for one in self._up() if one.candidate(self.version).resident]
+
+    def _up(self) -> list[Engine]:
+        return [self.pool.engines[backend] for backend in self.backends]
 
     def __iter__(self) -> Iterator[Candidate]:
         return (self[backend] for backend in self.backends)

@@ -95,8 +95,11 @@ class Listed:
     def __getitem__(self, backend: str) -> Candidate:
         return self._by_id[backend]
 
-    def loads(self) -> Iterator[tuple[str, bool, int]]:
-        return ((one.backend, one.resident, one.in_flight) for one in self)
+    def in_flights(self) -> list[int]:
+        return [one.in_flight for one in self]
+
+    def residents(self) -> list[str]:
+        return [one.backend for one in self if one.resident]
 
     def __iter__(self) -> Iterator[Candidate]:
         return iter(self._by_id.values())
