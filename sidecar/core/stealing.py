@@ -42,7 +42,7 @@ def steal(step: Step) -> bool:
     Only backends that have a queued version are asked, and, if one is worth a load, those that run nothing.
     """
     state = step.state
-    if not state.where.queued or len(state.full) == len(state.backends):
+    if not state.where.queued or len(state.full) == len(state.backends) or len(state.backends) == 1:
         return False
     if step.taken_over is not None:
         last, request = step.taken_over
@@ -79,18 +79,22 @@ def _worth_a_load(step: Step) -> list[tuple[Backend, str]]:
 
     For the next that will have waited so long, the core is woken.
     """
-    state, found, due_ns = step.state, list[tuple[Backend, str]](), NEVER_NS
+    state, found, due_ns, may_load = step.state, list[tuple[Backend, str]](), NEVER_NS, False
     for backend, version in _queued(step):
         oldest = state.requests[backend.queued_by_version[version].first()]
         ripe_ns = oldest.view.arrived_ns + PATIENCE_NS
         is_ripe = ripe_ns <= step.now_ns
-        if (is_ripe or (ripe_ns < due_ns and not _wakes_by(step, ripe_ns))) and _is_loadable(state, version):
-            if is_ripe:
-                found.append((backend, version))
-            else:
-                due_ns = ripe_ns
-    if (found or due_ns < NEVER_NS) and not _any_idle(state):
-        return []
+        if not is_ripe and (ripe_ns >= due_ns or _wakes_by(step, ripe_ns)):
+            continue
+        may_load = may_load or _any_idle(state)
+        if not may_load:
+            return []
+        if not _is_loadable(state, version):
+            continue
+        if is_ripe:
+            found.append((backend, version))
+        else:
+            due_ns = ripe_ns
     if due_ns < NEVER_NS:
         _look_again(step, due_ns)
     return found

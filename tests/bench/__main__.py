@@ -15,6 +15,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else each process that ends 
 
 from tests.bench import (
     access,
+    cold,
     command_line,
     core,
     eviction,
@@ -41,6 +42,7 @@ from tests.bench.figures import Figure, machine, print_table
 
 BENCHES = {
     "access": access.bench,
+    "cold": cold.bench,
     "core": core.bench,
     "command-line": command_line.bench,
     "eviction": eviction.bench,
