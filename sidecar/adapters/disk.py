@@ -16,12 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sidecar.adapters.buffers import Blob
+from sidecar.adapters.buffers import PRIVATE, Blob, Regions
 from sidecar.adapters.builder import Built
 from sidecar.adapters.durable import DurableFiles
 from sidecar.adapters.layout import Layout
 from sidecar.adapters.packed import PackPlan, PackReport
-from sidecar.adapters.shared_memory import Mount
 from sidecar.errors import Reason, Refused
 
 SUFFIX = ".blob"
@@ -95,8 +94,8 @@ class DiskTier:
             raise
         self._files.sync_directory(self._directory)
 
-    def read(self, key: str, layout: Layout, mount: Mount | None = None) -> Built:
-        """Read a blob into memory (into a mount's if one is given) and verify its checksum.
+    def read(self, key: str, layout: Layout, regions: Regions = PRIVATE) -> Built:
+        """Read a blob into memory and verify its checksum.
 
         `layout` is the layout that the key stands for. Raises Refused(ADAPTER_UNAVAILABLE) if the blob is damaged or
         missing.
@@ -105,7 +104,7 @@ class DiskTier:
             with self._path(key).open("rb") as file:
                 size, footer = _read_footer(file.fileno())
                 plan = _plan_of(footer, layout)
-                blob = Blob(size, mount)
+                blob = Blob(size, regions)
                 try:
                     self._fill(blob, file.fileno(), footer["sha256"], key)
                 except BaseException:

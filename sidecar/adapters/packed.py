@@ -15,9 +15,10 @@ in parallel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import starmap
 from threading import local
 from typing import Any
 
@@ -31,7 +32,7 @@ from sidecar.adapters.peft import AdapterSource
 from sidecar.adapters.rows import PackedRow, rows_of
 from sidecar.adapters.targets import Pair
 from sidecar.adapters.tensors import NUMPY_DTYPES
-from sidecar.adapters.writing import Scratch, write_row
+from sidecar.adapters.writing import Scratch, Source, write_row
 
 Array = npt.NDArray[Any]
 
@@ -109,20 +110,28 @@ def pack(
     progress: Callable[[int, int], None] | None = None,
     *,
     threads: int = 1,
+    tensors: Source | None = None,
 ) -> PackReport:
     """Write the packed rows into every element of `out`, calling `progress(done_bytes, total_bytes)` after each row.
 
     `out` is C-contiguous [N, W] of the layout's dtype (bfloat16 also as uint16). The bytes do not depend on `threads`.
+    `tensors` reads in place of the source's file. Tensors are read in the order of their names, as they are hashed,
+    where no projection has several of them.
     Raises Invalid, with the tensor's name, for a NaN, an Inf or a value that does not fit the dtype; `out` is then
     half written.
     """
     rows, totals = _writable(plan, out), _Totals()
-    packer = _Packer(source, plan)
-    written = map(packer.write, plan.made_of, rows) if threads == 1 else _in_threads(packer, plan, rows, threads)
-    for index, row in enumerate(written):
-        totals.add(row)
+    packer = _Packer(plan, tensors or source.file)
+    order = sorted(range(len(rows)), key=lambda index: plan.made_of[index].target.a.name)
+    jobs = [(plan.made_of[index], rows[index]) for index in order]
+    written: dict[int, _Written] = {}
+    made = _in_threads(packer, jobs, threads) if threads > 1 else starmap(packer.write, jobs)
+    for index, row in zip(order, made, strict=True):
+        written[index] = row
         if progress is not None:
-            progress((index + 1) * rows[index].nbytes, plan.size_bytes)
+            progress(len(written) * rows[index].nbytes, plan.size_bytes)
+    for index in range(len(rows)):
+        totals.add(written[index])
     return totals.report()
 
 
@@ -130,7 +139,7 @@ def measure(source: AdapterSource, layout: Layout) -> PackReport:
     """Return the report of a packing, `relative_error` included, using the memory of one row only."""
     packing = plan(source, layout)
     out, totals = np.empty(packing.width, dtype=numpy_dtype(layout)), _Totals()
-    packer = _Packer(source, packing, with_error=True)
+    packer = _Packer(packing, source.file, with_error=True)
     for row in packing.made_of:
         totals.add(packer.write(row, out))
     return totals.report(totals.loss.relative_error)
@@ -146,8 +155,8 @@ class _Written:
 class _Packer:
     """Writes rows; each thread has its own buffers."""
 
-    def __init__(self, source: AdapterSource, plan: PackPlan, with_error: bool = False) -> None:
-        self._file, self._dtype, self._with_error = source.file, numpy_dtype(plan.layout), with_error
+    def __init__(self, plan: PackPlan, read_by: Source, with_error: bool = False) -> None:
+        self._file, self._dtype, self._with_error = read_by, numpy_dtype(plan.layout), with_error
         tensors = [tensor for row in plan.made_of for tensor in row.target.tensors]
         self._elements = max(tensor.elements for tensor in tensors)
         self._element_bytes = max(NUMPY_DTYPES[tensor.dtype].itemsize for tensor in tensors)
@@ -165,10 +174,10 @@ class _Packer:
         return _Written(row, losses, Rebalanced(row.module, row.target.layer, largest, per_rank))
 
 
-def _in_threads(packer: _Packer, plan: PackPlan, rows: Array, threads: int) -> Iterator[_Written]:
+def _in_threads(packer: _Packer, jobs: Sequence[tuple[PackedRow, Array]], threads: int) -> Iterator[_Written]:
     pool = ThreadPoolExecutor(threads, thread_name_prefix="pack")
     try:
-        yield from pool.map(packer.write, plan.made_of, rows)
+        yield from pool.map(packer.write, *zip(*jobs, strict=True))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -22,13 +23,14 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
+import numpy as np
 import numpy.typing as npt
 
 from sidecar.adapters import peft_config
 from sidecar.adapters.base_model import BaseModel, check_dims
 from sidecar.adapters.folder import Folder, opened
 from sidecar.adapters.names import shown
-from sidecar.adapters.peft_config import parse_config
+from sidecar.adapters.peft_config import PeftConfig, parse_config
 from sidecar.adapters.refusal import malformed, unsupported
 from sidecar.adapters.strict_json import parse_object
 from sidecar.adapters.targets import Target as Target
@@ -65,8 +67,8 @@ class Tensors:
     def read_into(self, tensor: TensorInfo, first: int, out: npt.NDArray[Any]) -> None:
         self.files[tensor.shard].read_into(tensor, first, out)
 
-    def raw_chunks(self, tensor: TensorInfo) -> Iterator[bytes]:
-        return self.files[tensor.shard].raw_chunks(tensor)
+    def raw_chunks(self, tensor: TensorInfo, first_byte: int = 0) -> Iterator[bytes]:
+        return self.files[tensor.shard].raw_chunks(tensor, first_byte)
 
     def check_unchanged(self) -> None:
         for file in self.files:
@@ -142,9 +144,12 @@ class AdapterSource:
     name: str
     base_model: str
     targets: tuple[Target, ...]
-    digest: str
     file: Tensors
     documents: Mapping[str, bytes]
+    claims: PeftConfig
+    """Its config. `base_model` may be another name."""
+    digest: str = ""
+    """Empty until it is computed."""
 
     @property
     def size_bytes(self) -> int:
@@ -166,16 +171,33 @@ def read_adapter(
     source: Path | Folder,
     *,
     name: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
     base_model: str | None = None,
     base: BaseModel | None = None,
 ) -> AdapterSource:
-    """Read and check a PEFT directory: adapter_config.json and safetensors, one file or sharded. Compute its digest.
+    """Open and check a PEFT directory as `open_adapter` does, and compute its digest.
 
-    Errors call the adapter `name` (default: the folder's name); `progress(done_bytes, total_bytes)` follows the
-    hashing. `base_model` replaces the name in the config, which is often a local path or a quantised twin; the digest
-    does not depend on it. Every tensor is checked against `base`, if given. Reads every byte once: call it in a thread.
-    Raises Invalid for a faulty adapter.
+    Reads every byte once: call it in a thread. Raises Invalid for a faulty adapter.
+    """
+    found = open_adapter(source, name=name, base_model=base_model, base=base)
+    try:
+        return replace(found, digest=Hashing(found).digest())
+    except BaseException:
+        found.close()
+        raise
+
+
+def open_adapter(
+    source: Path | Folder,
+    *,
+    name: str | None = None,
+    base_model: str | None = None,
+    base: BaseModel | None = None,
+) -> AdapterSource:
+    """Open and check a PEFT directory: adapter_config.json and safetensors, one file or sharded.
+
+    Errors call the adapter `name` (default: the folder's name). `base_model` replaces the name in the config, which is
+    often a local path or a quantised twin; the digest does not depend on it. Every tensor is checked against `base`, if
+    given. Raises Invalid for a faulty adapter.
     """
     adapter = name if name is not None else (source.path if isinstance(source, Folder) else source).name
     with opened(source, adapter) as folder:
@@ -186,12 +208,10 @@ def read_adapter(
         targets = targets_of(file.tensors, config, adapter)
         if base is not None:
             check_dims(base, targets, adapter)
-        digest = digest_of(file, config.base_model, config.identity(), progress)
-        file.check_unchanged()
     except BaseException:
         file.close()
         raise
-    return AdapterSource(adapter, base_model or config.base_model, targets, digest, file, documents)
+    return AdapterSource(adapter, base_model or config.base_model, targets, file, documents, config)
 
 
 def _read_config(folder: Folder, adapter: str) -> bytes:
@@ -224,29 +244,45 @@ def _open_weights(folder: Folder, adapter: str, documents: dict[str, bytes]) -> 
     raise malformed(adapter, f"{WEIGHTS_FILE_NAME} is missing; the folder is not a complete PEFT adapter")
 
 
-def digest_of(
-    file: Tensors,
-    base_model: str,
-    config_identity: Mapping[str, Any],
-    progress: Callable[[int, int], None] | None = None,
-) -> str:
-    """Return the SHA-256 (hex) over base model, config fields, and each tensor's name, dtype, shape and bytes.
+class Hashing:
+    """The tensors of an adapter, hashed while they are read by whoever packs them.
 
-    Tensors are hashed in the order of their names, not of the file. Calls `progress(done_bytes, total_bytes)`.
+    The digest is the SHA-256 over base model, config fields, and each tensor's name, dtype, shape and bytes, in the
+    order of the tensors' names. What is read in that order is hashed from the reader's own buffer; `digest` reads the
+    rest.
     """
-    tensors = [file.tensors[name] for name in sorted(file.tensors)]
-    head = {
-        "base_model": base_model,
-        "config": config_identity,
-        "tensors": [[tensor.name, tensor.dtype, tensor.shape] for tensor in tensors],
-    }
-    # The head gives the size of each tensor, so the bytes that follow cannot be split in two ways.
-    digest = hashlib.sha256(json.dumps(head, sort_keys=True, separators=(",", ":")).encode())
-    done, total = 0, sum(tensor.size_bytes for tensor in tensors)
-    for tensor in tensors:
-        for chunk in file.raw_chunks(tensor):
-            digest.update(chunk)
-        done += tensor.size_bytes
-        if progress is not None:
-            progress(done, total)
-    return digest.hexdigest()
+
+    def __init__(self, source: AdapterSource) -> None:
+        self.adapter, self._file = source.file.adapter, source.file
+        tensors = [source.file.tensors[name] for name in sorted(source.file.tensors)]
+        head = {
+            "base_model": source.claims.base_model,
+            "config": source.claims.identity(),
+            "tensors": [[tensor.name, tensor.dtype, tensor.shape] for tensor in tensors],
+        }
+        # The head gives the size of each tensor, so the bytes that follow cannot be split in two ways.
+        self._sha256 = hashlib.sha256(json.dumps(head, sort_keys=True, separators=(",", ":")).encode())
+        self._left = deque(tensor for tensor in tensors if tensor.size_bytes)
+        self._at = 0
+        """The bytes hashed of the first that is left."""
+
+    def elements(self, tensor: TensorInfo, first: int, count: int) -> npt.NDArray[Any]:
+        return self._file.elements(tensor, first, count)
+
+    def read_into(self, tensor: TensorInfo, first: int, out: npt.NDArray[Any]) -> None:
+        self._file.read_into(tensor, first, out)
+        if self._left and tensor is self._left[0] and first * out.itemsize == self._at:
+            self._sha256.update(out.view(np.uint8).data)
+            self._at += out.nbytes
+            if self._at == tensor.size_bytes:
+                self._left.popleft()
+                self._at = 0
+
+    def digest(self) -> str:
+        """Return the digest (hex). Raises Invalid if a file was changed since it was opened."""
+        while self._left:
+            for chunk in self._file.raw_chunks(self._left.popleft(), self._at):
+                self._sha256.update(chunk)
+            self._at = 0
+        self._file.check_unchanged()
+        return self._sha256.hexdigest()

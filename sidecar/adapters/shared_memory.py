@@ -55,6 +55,12 @@ class Mount:
         os.fchmod(descriptor, MODE)
         return descriptor, Path(name)
 
+    def renamed(self, path: Path) -> Path:
+        """Give a file of this instance another name; return it. Raises OSError."""
+        new = self.directory / f"{self.prefix}{secrets.token_hex(8)}"
+        path.rename(new)
+        return new
+
     def is_leftover(self, name: str) -> bool:
         """Return True if the name is that of a dead instance's file."""
         owned = _OWNED.fullmatch(name)

@@ -165,7 +165,7 @@ class Staging:
         work = Path(tempfile.mkdtemp(dir=self._claims.work))
         try:
             with opened(source, digest[:12]) as folder, read_adapter(folder, name=digest[:12]) as adapter:
-                check_digest(adapter, digest)
+                check_digest(adapter.name, adapter.digest, digest)
                 self._fill(work / key, layout, adapter, folder.path if link else None)
             # An engine may be about to read what is there, so equal files stay.
             if before is None or digest_of_folder(work / key) != digest_of_folder(self.path(key)):

@@ -109,9 +109,9 @@ class TensorFile:
                 raise self._malformed(f"it ends before byte {offset + len(view)}, so it was cut short; fetch it again")
             offset, view = offset + count, view[count:]
 
-    def raw_chunks(self, tensor: TensorInfo) -> Iterator[bytes]:
-        """Yield a tensor's bytes in pieces of at most `CHUNK_BYTES`."""
-        return self._pieces(tensor.offset, tensor.size_bytes)
+    def raw_chunks(self, tensor: TensorInfo, first_byte: int = 0) -> Iterator[bytes]:
+        """Yield a tensor's bytes from one on, in pieces of at most `CHUNK_BYTES`."""
+        return self._pieces(tensor.offset + first_byte, tensor.size_bytes - first_byte)
 
     def pieces(self) -> Iterator[bytes]:
         """Yield the bytes of the whole file, as it was when it was opened, in such pieces."""

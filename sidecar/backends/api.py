@@ -466,7 +466,8 @@ class Weights(Protocol):
     async def ready(self) -> None:
         """Return once the engine can read them. Raises SidecarError."""
 
-    def release(self) -> None: ...
+    def release(self, settled: bool = False) -> None:
+        """End the lease. With `settled` the engine has answered, so that nothing reads the bytes any more."""
 
 
 @dataclass(frozen=True)

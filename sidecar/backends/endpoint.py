@@ -102,7 +102,7 @@ class Endpoint(ABC):
         self._whole: set[tuple[int, int]] = set()
         """The runs whose answers come all at once."""
         self._tasks = Tasks()
-        self._loads: dict[int, asyncio.Task[None]] = {}
+        self._loads: dict[int, asyncio.Task[bool]] = {}
         self._sent: set[int] = set()
         self._progress: dict[int, int] = {}
         self._measured: BackendMeasured | None = None
@@ -330,19 +330,21 @@ class Endpoint(ABC):
             return
         task = self._tasks.spawn(self._load(effect, weights))
         self._loads[effect.load] = task
-        task.add_done_callback(lambda _: self._load_ended(effect.load, weights))
+        task.add_done_callback(lambda done: self._load_ended(effect.load, weights, done))
 
-    def _load_ended(self, load: int, weights: Weights) -> None:
+    def _load_ended(self, load: int, weights: Weights, done: asyncio.Task[bool]) -> None:
         del self._loads[load]
         self._sent.discard(load)
-        weights.release()  # here: a task that is cancelled before it begins never reaches a `finally`
+        # Here: a task that is cancelled before it begins never reaches a `finally`.
+        weights.release(not done.cancelled() and done.exception() is None and done.result())
 
     def _load_sent(self, load: int) -> None:
         """Note that a load has been sent: until then the silence was ours, since sending a large one takes time."""
         self._quiet_ends()
         self._sent.add(load)
 
-    async def _load(self, effect: Load, weights: Weights) -> None:
+    async def _load(self, effect: Load, weights: Weights) -> bool:
+        """Load, and post how it ended; return True if the engine has answered."""
         try:
             result = await self._perform(effect, weights)
         except SidecarError as refused:
@@ -355,6 +357,7 @@ class Endpoint(ABC):
             self._post(LoadDone(effect.load))
         elif not await self._explained(result):
             self._post(LoadFailed(effect.load, result.fault, result.error))
+        return not (result.unanswered or result.lost)
 
     def probe(self, within_s: float) -> None:
         if self._up and (self._probing is None or self._probing.done()):

@@ -35,7 +35,7 @@ class StagedWeights:
         """Return once the files are complete; missing ones are brought again. Raises SidecarError."""
         await self.renew()
 
-    def release(self) -> None:
+    def release(self, settled: bool = False) -> None:
         """Do nothing: there is no lease, since the core does not drop a version while it is being loaded."""
 
 

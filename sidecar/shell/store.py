@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic_ns
 
-from sidecar.adapters.buffers import Blob, NoRoom
+from sidecar.adapters.buffers import PRIVATE, Blob, NoRoom, Regions
 from sidecar.adapters.builder import Built, build
 from sidecar.adapters.disk import DiskTier
 from sidecar.adapters.folder import Folder
@@ -34,6 +34,10 @@ from sidecar.shell.sources import Sources
 from sidecar.shell.staged import StagedFolders, StagedWeights
 
 logger = logging.getLogger(__name__)
+
+SPARES_MAX = 4
+"""The regions of dropped blobs that are kept for the next ones, within the store's budget."""
+UNLIMITED = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,9 @@ class PackedWeights:
     async def ready(self) -> None:
         """Return at once: the lease keeps the blob."""
 
-    def release(self) -> None:
+    def release(self, settled: bool = False) -> None:
+        if not settled:
+            self.blob.is_reusable = False
         self.release_in_thread(self.blob.release)
 
 
@@ -82,9 +88,10 @@ class BlobStore:
         self._post = post
         self._sources = sources
         self._disk = disk
-        self._mount = mount
+        self._is_shared = mount is not None
         self._forget = forget
         self._room = Budget(budget_bytes)
+        self._regions = Regions(mount, SPARES_MAX, lambda: self._room.free)
         self._leaving: dict[str, asyncio.Task[None]] = {}
         self._built: dict[str, Built] = {}
         self._fetching: dict[str, asyncio.Task[Built | None]] = {}
@@ -161,20 +168,22 @@ class BlobStore:
     def _read(self, effect: Fetch) -> Built:
         assert self._disk is not None
         disk = self._disk
-        return self._make_blob(lambda mount: disk.read(effect.key, effect.layout, mount))
+        return self._make_blob(lambda regions: disk.read(effect.key, effect.layout, regions))
 
     def _build(self, folder: Folder, effect: Fetch) -> Built:
-        return self._make_blob(lambda mount: build(folder, effect.layout, expected_digest=effect.digest, mount=mount))
+        return self._make_blob(
+            lambda regions: build(folder, effect.layout, expected_digest=effect.digest, regions=regions)
+        )
 
-    def _make_blob(self, make: Callable[[Mount | None], Built]) -> Built:
+    def _make_blob(self, make: Callable[[Regions], Built]) -> Built:
         """Make a blob in shared memory, or in private memory if that is full: then it is sent over the wire."""
-        if self._mount is None:
-            return make(None)
         try:
-            return make(self._mount)
+            return make(self._regions)
         except NoRoom as error:
+            if not self._is_shared:
+                raise
             logger.warning("%s", error)
-            return make(None)
+            return make(PRIVATE)
 
     def spill(self, effect: Spill) -> None:
         """Write a blob to the disk tier in a thread; posts Spilled or SpillFailed."""
@@ -213,20 +222,21 @@ class BlobStore:
         task.add_done_callback(lambda _: self._leaving.pop(key))
 
     async def _leave(self, blob: Blob) -> None:
-        if self._mount is not None:
-            await self._forgotten(blob.path.name)
+        if self._is_shared:
+            blob.is_reusable = await self._forgotten(blob.path.name)
         # In a thread: unmapping a large blob takes time.
         await asyncio.get_running_loop().run_in_executor(self._threads, blob.release)
         self._room.give_back(blob.size_bytes)
 
-    async def _forgotten(self, name: str) -> None:
-        """Return when no engine refers to a blob; an error here must not keep its bytes for ever."""
-        if self._forget is None:
-            return
-        try:
-            await self._forget(name)
-        except Exception:
-            logger.exception("an engine may still refer to %s, which is being removed", name)
+    async def _forgotten(self, name: str) -> bool:
+        """Return True when no engine refers to a blob, False if one may; an error must not keep its bytes for ever."""
+        if self._forget is not None:
+            try:
+                await self._forget(name)
+            except Exception:
+                logger.exception("an engine may still refer to %s, which is being removed", name)
+                return False
+        return True
 
     async def _unstage(self, key: str) -> None:
         await self._forgotten(key)
@@ -253,6 +263,7 @@ class BlobStore:
         for built in self._built.values():
             built.blob.release()
         self._built.clear()
+        self._regions.close()
         self._staged.close(as_dead)
 
 
@@ -262,6 +273,11 @@ class Budget:
     def __init__(self, size_bytes: int | None) -> None:
         self._free = size_bytes
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    @property
+    def free(self) -> int:
+        """The bytes that nobody has taken."""
+        return UNLIMITED if self._free is None else self._free
 
     async def take(self, size_bytes: int) -> None:
         if self._free is None:

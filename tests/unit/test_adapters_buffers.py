@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from sidecar.adapters import buffers
-from sidecar.adapters.buffers import Blob, available_bytes
+from sidecar.adapters.buffers import Blob, Regions, available_bytes
 from sidecar.adapters.shared_memory import Mount
 from sidecar.errors import Reason, Refused
 from tests.kit.peft_files import open_files
@@ -33,9 +34,10 @@ def mount(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     mount.close()
 
 
-def filled(mount: Mount | None) -> Blob:
+def filled(mount: Mount | None, regions: Regions | None = None) -> Blob:
     """A sealed blob of 0, 1, 2, …"""
-    blob = Blob(1024, mount)
+    regions = regions or Regions(mount)
+    blob = Blob(1024, regions)
     blob.array(np.uint8, (1024,))[:] = np.arange(1024) % 256
     blob.seal()
     return blob
@@ -142,7 +144,7 @@ def test_no_room_is_refused_with_the_bytes_and_leaves_nothing(
     monkeypatch.setattr(os, "posix_fallocate", full)
     before = open_files()
     with pytest.raises(Refused) as caught:
-        Blob(4096, mount)
+        Blob(4096, Regions(mount))
     assert caught.value.reason is Reason.ADAPTER_UNAVAILABLE
     assert "no room for 4096 bytes of packed weights" in caught.value.message
     assert "No space left on device" in caught.value.message
@@ -182,6 +184,116 @@ def test_a_mount_that_has_gone_is_refused(tmp_path: Path) -> None:
     mount = Mount(tmp_path)
     mount.directory = tmp_path / "missing"
     with pytest.raises(Refused, match="missing"):
-        Blob(16, mount)
+        Blob(16, Regions(mount))
     mount.directory = tmp_path
     mount.close()
+
+
+def test_an_ended_blobs_memory_serves_the_next(mount: Mount | None) -> None:
+    """The next has its own name and bytes; nothing is left once the spares are closed."""
+    before = open_files()
+    regions = Regions(mount, 2)
+    first = filled(mount, regions)
+    path = first.path
+    first.release()
+    held = len(open_files())
+    assert held > len(before)
+    second = Blob(1024, regions)
+    assert len(open_files()) == held, "no other memory was taken"
+    second.array(np.uint8, (1024,))[:] = 7
+    second.seal()
+    assert set(second.path.read_bytes()) == {7}
+    if mount is not None:
+        assert second.path != path
+        assert not path.exists()
+    second.release()
+    assert regions.close()
+    assert not regions.close()
+    assert open_files() == before
+
+
+@pytest.mark.parametrize("size", [256, 1024, 9000])
+def test_memory_that_is_used_again_has_the_new_size(mount: Mount | None, size: int) -> None:
+    """Sealed memory keeps its size, so that of another size is new; a file in a mount is cut or grows."""
+    regions = Regions(mount, 2)
+    filled(mount, regions).release()
+    blob = Blob(size, regions)
+    blob.array(np.uint8, (size,))[:] = 3
+    blob.seal()
+    assert blob.path.read_bytes() == bytes([3]) * size
+    assert blob.array(np.uint8, (size,)).sum() == 3 * size
+    blob.release()
+    regions.close()
+
+
+def test_memory_that_is_still_read_serves_nobody_else(mount: Mount | None) -> None:
+    """An array that outlives its blob, and something outside that nobody knows of."""
+    regions = Regions(mount, 2)
+    first = filled(mount, regions)
+    values = first.array(np.uint8, (1024,))
+    first.release()
+    second = filled(mount, regions)
+    second.array(np.uint8, (1,))
+    assert values[255] == 255
+    second.is_reusable = False
+    held = second.path
+    second.release()
+    assert not held.exists()
+    third = Blob(1024, regions)
+    third.array(np.uint8, (1024,))[:] = 9
+    assert values[255] == 255
+    third.release()
+    regions.close()
+
+
+def test_spares_are_few_and_within_their_allowance(mount: Mount | None) -> None:
+    """Of three that end at once the two youngest stay; of these, what the store has free."""
+    before, allowance = len(open_files()), [10_000]
+    regions = Regions(mount, 2, lambda: allowance[0])
+    for blob in [filled(mount, regions) for _ in range(3)]:
+        blob.release()
+    two = len(open_files())
+    allowance[0] = 1500
+    filled(mount, regions).release()
+    assert before < len(open_files()) < two
+    allowance[0] = 0
+    Blob(16, regions).release()
+    assert len(open_files()) == before
+
+
+def test_spares_give_way_when_memory_is_short(mount: Mount | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A blob that finds no room is tried once more without them."""
+    regions = Regions(mount, 2)
+    filled(mount, regions).release()
+    tries: list[int] = []
+    reserve = os.posix_fallocate
+
+    def full_at_first(descriptor: int, offset: int, length: int) -> None:
+        tries.append(length)
+        if len(tries) < 2:
+            raise OSError(28, "No space left on device")
+        reserve(descriptor, offset, length)
+
+    monkeypatch.setattr(os, "posix_fallocate", full_at_first)
+    monkeypatch.setattr(buffers.Region, "may_hold", lambda self, size: False)
+    Blob(4096, regions).release()
+    assert tries == [4096, 4096]
+    regions.close()
+
+
+def test_many_threads_share_regions(mount: Mount | None) -> None:
+    """Each blob keeps its own bytes while it lives, whoever had the memory before."""
+    regions = Regions(mount, 3)
+
+    def live(number: int) -> bool:
+        size = (512, 1024, 5000)[number % 3]
+        blob = Blob(size, regions)
+        blob.array(np.uint8, (size,))[:] = number % 251
+        blob.seal()
+        same = blob.path.read_bytes() == bytes([number % 251]) * size
+        blob.release()
+        return same
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(live, range(600)))
+    regions.close()

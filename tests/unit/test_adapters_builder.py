@@ -6,14 +6,17 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from sidecar.adapters import builder
+from sidecar.adapters.buffers import Regions
 from sidecar.adapters.builder import build
 from sidecar.adapters.convert import convert
 from sidecar.adapters.layout import numpy_dtype
-from sidecar.adapters.packed import Layout, pack, plan
+from sidecar.adapters.packed import Layout, PackReport, pack, plan
 from sidecar.adapters.peft import read_adapter
 from sidecar.adapters.shared_memory import Mount
 from sidecar.cli.inspecting import inspect
@@ -36,10 +39,9 @@ def rows_of(path: Path, layout: Layout) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_build_gives_a_sealed_blob_of_the_packed_rows(tmp_path: Path, dtype: str) -> None:
-    """The bytes, the plan, the key, and the phases with their times."""
+    """The bytes, the plan, the key, and the times of the phases."""
     path, layout = write_adapter(tmp_path / "sql", modules=ALL_LINEAR), Layout(dtype, 8)
-    phases: list[str] = []
-    blob, packing, report = build(path, layout, 3, lambda phase, done, total: phases.append(phase))
+    blob, packing, report = build(path, layout, 3)
     assert blob.is_sealed
     assert blob.leases == 1
     assert blob.size_bytes == packing.size_bytes
@@ -47,7 +49,6 @@ def test_build_gives_a_sealed_blob_of_the_packed_rows(tmp_path: Path, dtype: str
     assert np.array_equal(got, rows_of(path, layout).view(np.uint16))
     with read_adapter(path) as source:
         assert report.packed_key == packed_key(source.digest, layout, 3)
-    assert list(dict.fromkeys(phases)) == ["fetch", "pack"]
     assert report.fetch_ns > 0
     assert report.pack_ns > 0
     blob.release()
@@ -64,40 +65,58 @@ def test_build_refuses_a_folder_whose_content_changed(tmp_path: Path) -> None:
         build(path, Layout("float16"), expected_digest=digest)
 
 
-@pytest.mark.parametrize("when", ["fetch", "pack"])
-def test_a_failed_or_stopped_build_leaves_nothing(tmp_path: Path, when: str) -> None:
-    """A progress callback that raises ends the build; descriptors and files are given back."""
+@pytest.mark.parametrize("step", ["plan", "pack", "check_digest"])
+def test_a_failed_build_leaves_nothing(tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever step fails, descriptors and files are given back."""
 
     class Stopped(Exception):
         pass
 
-    def stop(phase: str, done: int, total: int) -> None:
-        if phase == when:
-            raise Stopped
+    def stop(*_: object, **__: object) -> None:
+        raise Stopped
 
+    monkeypatch.setattr(builder, step, stop)
     blobs = tmp_path / "blobs"
     blobs.mkdir()
     mount = Mount(blobs)
     path = write_adapter(tmp_path / "sql")
     before = open_files()
     with pytest.raises(Stopped):
-        build(path, Layout("float16"), progress=stop, mount=mount)
+        build(path, Layout("float16"), regions=Regions(mount))
     assert [path for path in blobs.iterdir() if path.suffix != ".owner"] == []
     assert open_files() == before
     mount.close()
 
 
-def test_build_refuses_a_file_that_is_written_to_meanwhile(tmp_path: Path) -> None:
+def test_build_refuses_a_file_that_is_written_to_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of the old and half of the new content is never sent."""
     path = write_adapter(tmp_path / "sql")
     weights = path / "adapter_model.safetensors"
 
-    def overwrite(phase: str, done: int, total: int) -> None:
-        if phase == "pack":
-            os.utime(weights, ns=(1, 1))
+    def overwrite(*arguments: Any, **more: Any) -> PackReport:
+        os.utime(weights, ns=(1, 1))
+        return pack(*arguments, **more)
 
+    monkeypatch.setattr(builder, "pack", overwrite)
     with pytest.raises(Invalid, match="was changed while it was read"):
-        build(path, Layout("float16"), progress=overwrite)
+        build(path, Layout("float16"))
+
+
+def test_other_content_is_said_before_its_faults(tmp_path: Path) -> None:
+    """A folder with another adapter that has a NaN, too."""
+    path = write_adapter(tmp_path / "sql", seed=1)
+    with read_adapter(path) as source:
+        digest = source.digest
+    assert build(path, Layout("float16"), expected_digest=digest).report.packed_key.startswith(digest)
+    broken = next(iter(read_tensors(path).values())).copy()
+    broken[0, 0] = np.nan
+    write_adapter(path, seed=1, extra_tensors={next(iter(read_tensors(path))): broken})
+    before = open_files()
+    with pytest.raises(Invalid, match="now holds other content"):
+        build(path, Layout("float16"), expected_digest=digest)
+    with pytest.raises(Invalid, match="NaN"):
+        build(path, Layout("float16"))
+    assert open_files() == before
 
 
 def test_convert_writes_float16_as_nvidias_tool_does(tmp_path: Path) -> None:
@@ -184,6 +203,6 @@ def test_build_without_room_is_refused(tmp_path: Path) -> None:
     mount = Mount(tmp_path)
     mount.directory = tmp_path / "missing"
     with pytest.raises(Refused, match="no room"):
-        build(write_adapter(tmp_path / "sql"), Layout("float16"), mount=mount)
+        build(write_adapter(tmp_path / "sql"), Layout("float16"), regions=Regions(mount))
     mount.directory = tmp_path
     mount.close()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sidecar.adapters.folder import Folder, NoAdapter
-from sidecar.adapters.peft import AdapterSource, read_adapter
+from sidecar.adapters.packed import Layout, pack, plan
+from sidecar.adapters.peft import AdapterSource, Hashing, Tensors, open_adapter, read_adapter
 from sidecar.errors import Invalid, Reason
-from tests.kit.peft_files import Dims, open_files, read_tensors, write_adapter, write_safetensors
+from tests.kit.peft_files import ALL_LINEAR, Dims, open_files, read_tensors, write_adapter, write_safetensors
 
 
 def read(path: Path) -> AdapterSource:
@@ -159,10 +162,45 @@ def test_the_digest_changes_with_all_that_counts(tmp_path: Path, changed: Any) -
     assert first.digest != second.digest
 
 
-def test_progress_ends_at_the_whole(tmp_path: Path) -> None:
-    """Hashing reports bytes done of bytes in all."""
-    seen: list[tuple[int, int]] = []
-    path = write_adapter(tmp_path / "sql", shape=Dims(layers=3))
-    with read_adapter(path, progress=lambda done, total: seen.append((done, total))) as source:
-        assert seen[-1] == (source.size_bytes, source.size_bytes)
-    assert seen == sorted(seen)
+def test_what_is_hashed_while_it_is_packed_has_the_same_digest(tmp_path: Path) -> None:
+    """In the order of the names, in any other, in part, twice or not at all."""
+    path = write_adapter(tmp_path / "sql", shape=Dims(layers=3), modules=ALL_LINEAR, dtype="float32")
+    generator = random.Random(7)
+    with read_adapter(path) as source:
+        names, reads = sorted(source.file.tensors), 0
+        for how in range(40):
+            hashing = Hashing(source)
+            chosen = names if how < 8 else generator.sample(names, generator.randrange(len(names)))
+            for name in chosen:
+                tensor = source.file.tensors[name]
+                step = generator.choice([1000, 4096, tensor.elements])
+                for first in range(0, tensor.elements, step):
+                    out = np.empty(min(step, tensor.elements - first), np.float32)
+                    hashing.read_into(tensor, first, out)
+                    assert np.array_equal(out, source.file.elements(tensor, first, out.size))
+                    reads += 1
+                    if how % 4 == 1 and generator.random() < 0.3:
+                        hashing.read_into(tensor, first, out)
+            assert hashing.digest() == source.digest
+    assert reads > 1000
+
+
+def test_packing_hashes_all_that_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is left to be read for the digest alone, so a cold adapter is read once."""
+    path = write_adapter(tmp_path / "sql", shape=Dims(layers=12), modules=ALL_LINEAR)
+    again: list[str] = []
+    chunks = Tensors.raw_chunks
+
+    def counted(self: Tensors, tensor: Any, first: int = 0) -> Any:
+        again.append(tensor.name)
+        return chunks(self, tensor, first)
+
+    monkeypatch.setattr(Tensors, "raw_chunks", counted)
+    with open_adapter(path) as source:
+        packing, hashing = plan(source, Layout("float16")), Hashing(source)
+        pack(source, packing, np.empty(packing.shape, np.float16), tensors=hashing)
+        digest = hashing.digest()
+    assert not again
+    with read_adapter(path) as source:
+        assert source.digest == digest
+    assert again

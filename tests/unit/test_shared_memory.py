@@ -12,15 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
-from sidecar.adapters.buffers import Blob
+from sidecar.adapters.buffers import Blob, Regions
 from sidecar.adapters.shared_memory import Mount
 
 HOLDER = """
 import sys, pathlib
 from sidecar.adapters.shared_memory import Mount
-from sidecar.adapters.buffers import Blob
+from sidecar.adapters.buffers import Blob, Regions
 mount = Mount(pathlib.Path(sys.argv[1]))
-blob = Blob(4096, mount)
+blob = Blob(4096, Regions(mount))
 print(blob.path.name, flush=True)
 sys.stdin.read()
 """
@@ -86,7 +86,7 @@ def test_files_without_an_owner_and_files_of_others(tmp_path: Path) -> None:
 
 def test_own_files_are_no_leftovers(tmp_path: Path) -> None:
     mount = Mount(tmp_path)
-    blob = Blob(64, mount)
+    blob = Blob(64, Regions(mount))
     blob.array(np.uint8, (64,))[:] = 7
     blob.seal()
     assert blob.path.name.startswith(mount.prefix)
@@ -102,7 +102,7 @@ def test_starts_at_the_same_time_never_take_each_other_for_dead(tmp_path: Path) 
 
     def live(_: int) -> bool:
         mount = Mount(tmp_path)
-        blob = Blob(8, mount)
+        blob = Blob(8, Regions(mount))
         mount.sweep()
         there = blob.path.exists()
         blob.release()

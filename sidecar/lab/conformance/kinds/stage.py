@@ -287,6 +287,6 @@ class Counted:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._weights, name)
 
-    def release(self) -> None:
+    def release(self, settled: bool = False) -> None:
         self.released += 1
-        self._weights.release()
+        self._weights.release(settled)
