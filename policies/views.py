@@ -156,6 +156,10 @@ class OrderingView(Protocol):
     def is_ready(self, version: str) -> bool:
         """Return True if a version lacks only what open ones hold: a slot, or space in the host store."""
 
+    @property
+    def at_hand(self) -> Collection[str]:
+        """The queued versions whose weights the engine or the host store has. No other can be opened now."""
+
     def can_open(self, version: str) -> bool: ...
 
     def can_send(self, request_id: int) -> bool: ...

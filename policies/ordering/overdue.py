@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from policies.id_queue import is_mostly_stale
@@ -67,6 +67,10 @@ class Overdue:
                 insort(self.ripe, (head, version))
         for _, version in self._due(self._overdue, now_ns):
             self.versions[version] = None
+
+    def ripe_among(self, versions: Iterable[str]) -> Iterator[Head]:
+        """Yield those of `ripe` whose version is among these, in any order."""
+        return ((self._ripe_heads[version], version) for version in versions if version in self._ripe_heads)
 
     def _due(self, heap: list[tuple[int, int]], now_ns: int) -> Iterator[Head]:
         """Yield the oldest requests of versions that are due by now, and remove them from a heap."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -82,16 +82,22 @@ class Queues:
         waiting = self.versions.get(version)
         return {} if waiting is None else waiting.lines
 
-    def by_age(self, now_ns: int) -> Iterator[str]:
+    def by_age(self, now_ns: int, among: Collection[str] | None = None) -> Iterator[str]:
         """Yield the versions by the sum of their requests' ages in seconds plus their number, the largest first.
 
         The order of two versions with equally many requests never changes, so only the first of each number are
-        compared: a version costs O(log n), with n different numbers.
+        compared: a version costs O(log n), with n different numbers. With `among` it is those, all compared.
         """
 
-        def ranked(count: int) -> Iterator[tuple[float, str]]:
-            return ((-((count * now_ns - arrived) / 1e9 + count), name) for arrived, name in self._by_count[count])
+        def rank(count: int, arrived_ns: int) -> float:
+            return -((count * now_ns - arrived_ns) / 1e9 + count)
 
+        def ranked(count: int) -> Iterator[tuple[float, str]]:
+            return ((rank(count, arrived), name) for arrived, name in self._by_count[count])
+
+        if among is not None:
+            waiting = ((name, self.versions[name]) for name in among)
+            return (name for _, name in sorted((rank(v.count, v.arrived_sum_ns), name) for name, v in waiting))
         return (name for _, name in heapq.merge(*map(ranked, self._by_count)))
 
     def by_count(self) -> Iterator[tuple[int, Iterator[str]]]:

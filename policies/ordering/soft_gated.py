@@ -35,7 +35,6 @@ with few slots. Exhaustive and gated service are those of polling systems (Takag
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from itertools import chain
 from typing import Any
 
 from policies.ordering.fairness import TokenCounters
@@ -52,6 +51,8 @@ LIMIT_SHARE = 1 / 3
 QUEUE_MARGIN = 1.6
 FEW = 0.5
 """A version is gated if fewer arrivals are expected during a run than this part of the deepest blocked queue."""
+FEW_AT_HAND = 4
+"""The versions at hand are sorted where so many times as many wait; else all are walked through in order."""
 LONE = 1
 """No version is gated for a single blocked request: more may arrive for both."""
 SLACK_REQUESTS = 32
@@ -287,10 +288,20 @@ class SoftGated:
     def _openable(self, room: OrderingView, rule: Rule, first: list[str], now_ns: int) -> Iterator[str]:
         yield from first
         yielded = {*first, *room.open, BASE}
-        for name in chain((name for _, name in self._overdue.ripe), self._queues.by_age(now_ns)):
+        for name in self._by_rank(room.at_hand, now_ns):
             if name not in yielded and self._has_next(name, rule):
                 yield name
             yielded.add(name)
+
+    def _by_rank(self, at_hand: Collection[str], now_ns: int) -> Iterator[str]:
+        """Yield versions with ripe requests in order of arrival, then all by age; of those at hand if they are few."""
+        if FEW_AT_HAND * len(at_hand) >= len(self._queues.versions):
+            yield from (name for _, name in self._overdue.ripe)
+            yield from self._queues.by_age(now_ns)
+            return
+        known = [name for name in at_hand if name in self._queues.versions]
+        yield from (name for _, name in sorted(self._overdue.ripe_among(known)))
+        yield from self._queues.by_age(now_ns, known)
 
     def _next(self, room: OrderingView, rule: Rule) -> int | None:
         """Return the request to send next, seats and KV space aside.

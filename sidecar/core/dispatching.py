@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import assert_never
 
 from policies.views import BASE, Close, Open, Send
-from sidecar.core import eligibility, promising, queueing, stalls, storing, suspects, whereabouts
+from sidecar.core import eligibility, promising, queueing, stalls, storing, suspects
 from sidecar.core.causes import ReachedTooLate
 from sidecar.core.effects import Dispatch, Load
 from sidecar.core.enums import Cache
@@ -62,6 +62,10 @@ class LiveOrderingView:
     def can_send(self, request_id: int) -> bool:
         request = self._state.requests[request_id]
         return eligibility.why_not_send(self._state, self._backend, request, self._now_ns) is None
+
+    @property
+    def at_hand(self) -> Collection[str]:
+        return self._state.where.at_hand.get(self._backend.id, ())
 
     def changed(self) -> None:
         """Drop cached counts after a decision was carried out."""
@@ -192,8 +196,8 @@ def load_done(step: Step, event: LoadDone) -> None:
     packed = step.state.packed_for(load.digest, backend)
     slot = backend.slots.get(load.digest)
     evictions = backend.shadow.loaded(load.digest, packed.pages, step.now_ns, slot.running if slot else 0)
-    whereabouts.note(step.state.where.held, load.digest, backend)
-    step.state.where.lost(backend, evictions)
+    step.state.where.loaded(backend, load.digest)
+    step.state.where.lost(step.state, backend, evictions)
     for evicted in evictions:
         _left_the_engine(step, backend, evicted)
     open_pages = sum(slot.pages for slot in backend.slots.values())

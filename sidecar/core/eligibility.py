@@ -191,7 +191,7 @@ def resident(backend: Backend, digest: str) -> bool:
 
 def ready(state: State, backend: Backend, digest: str) -> bool:
     """Return True if a version can be opened without a fetch. This check is the cheapest, so it comes first."""
-    return digest in backend.shadow.host.held or state.store.has(state.packed_for(digest, backend).key)
+    return state.is_at_hand(digest, backend)
 
 
 def awaits_fetch(state: State, key: str) -> bool:

@@ -99,6 +99,7 @@ def fetched(step: Step, event: Fetched) -> None:
     state = step.state
     entry = state.store.entries[event.key]
     state.store.arrived(event.key, step.now_ns)
+    state.where.store_changed(state, entry.digest)
     state.guesses.arrived(event.key)
     entry.held_by_operator = state.memory_holds(entry.digest)
     from_disk = disk.is_reading(step, event.key)

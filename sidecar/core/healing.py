@@ -111,7 +111,7 @@ def _learn_from_full(backend: Backend, digest: str) -> None:
 
 def _forget(step: Step, backend: Backend, digest: str) -> None:
     backend.shadow.forget(digest)
-    step.state.where.lost(backend, (digest,))
+    step.state.where.lost(step.state, backend, (digest,))
     _reload(step, backend, digest)
 
 
@@ -151,7 +151,7 @@ def _page_claim(step: Step, request: Request, backend: Backend, text: str) -> No
 
 def forget_idle(step: Step, backend: Backend) -> None:
     """Believe that nothing idle is left in the engine: it evicted all it could before it failed."""
-    step.state.where.lost(backend, backend.shadow.forget_idle())
+    step.state.where.lost(step.state, backend, backend.shadow.forget_idle())
     for version, slot in list(backend.slots.items()):
         if not backend.slot_in_use(slot) and not eligibility.resident(backend, version):
             backend.close_slot(version)
@@ -410,8 +410,9 @@ def _lose_run(step: Step, request: Request, backend: Backend, cause: str) -> Non
 
 def reset_beliefs(state: State, backend: Backend) -> None:
     """Forget all beliefs about an engine that is gone or has restarted."""
-    state.where.lost(backend, backend.shadow.host.held)
+    held = list(backend.shadow.host.held)
     backend.shadow.clear()
+    state.where.lost(state, backend, held)
     for version in list(backend.slots):
         backend.close_slot(version)
     backend.silence = Silence()

@@ -7,7 +7,7 @@ from itertools import islice
 
 from policies.id_queue import queue_of
 from policies.views import BASE, HearsOfVoids
-from sidecar.core import eligibility, promising, storing, whereabouts
+from sidecar.core import eligibility, promising, storing
 from sidecar.core.causes import Cause, Gone, NotOwned
 from sidecar.core.effects import Settle
 from sidecar.core.enums import Voided, outcome_of
@@ -100,8 +100,9 @@ def enqueue(step: Step, request: Request, backend: Backend) -> None:
     _count_waiting(step, request, 1)
     request.backend = backend.id
     backend.queued[request.id] = None
+    if request.version not in backend.queued_by_version:
+        step.state.where.queue_begins(step.state, backend, request.version)
     queue_of(backend.queued_by_version, request.version).add(request.id)
-    whereabouts.note(step.state.where.queued, request.version, backend)
     backend.recount(request.version)
     if not request.counted:
         _count_outstanding(step, request, backend)
@@ -193,7 +194,7 @@ def dequeue(step: Step, request: Request, to_run: bool = False) -> None:
     queue.discard(request.id)
     if not queue:
         del backend.queued_by_version[request.version]
-        whereabouts.strike(step.state.where.queued, request.version, backend)
+        step.state.where.queue_ends(backend, request.version)
         backend.recount(request.version)
     backend.ordering.left(request.id, step.now_ns)
     _left_queue(request, backend)

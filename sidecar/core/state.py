@@ -462,7 +462,7 @@ class State:
     pool_changed: bool = field(default=False, metadata={"derived": True})
     """A backend's eligibility has changed in this step."""
     where: Whereabouts = field(default_factory=Whereabouts, metadata={"derived": True})
-    """The backends at which each version is queued or held."""
+    """Where versions are queued and held."""
     places: dict[str, int] = field(default_factory=dict, metadata={"derived": True})
     """The place of each backend among all."""
     full: dict[str, None] = field(default_factory=dict, metadata={"derived": True})
@@ -521,6 +521,10 @@ class State:
                 self.places = {backend: place for place, backend in enumerate(self.backends)}
             backends = sorted(backends, key=self.places.__getitem__)
         return [self.backends[each] for each in backends]
+
+    def is_at_hand(self, version: str, backend: Backend) -> bool:
+        """Return True if a backend's engine or the host store has a version."""
+        return version in backend.shadow.host.held or self.store.has(self.packed_for(version, backend).key)
 
     def wanting(self, version: str) -> list[Backend]:
         """Return the backends at which requests wait for a version, or an operator wants it loaded."""

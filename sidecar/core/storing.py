@@ -38,9 +38,11 @@ def unpin(step: Step, key: str) -> None:
 
 def drop_blob(step: Step, key: str) -> None:
     """Free an unused blob; fetch it again if a request waits for it."""
+    digest = step.state.store.entries[key].digest
     if is_files(key):
-        _forget_readers(step, key, step.state.store.entries[key].digest)
+        _forget_readers(step, key, digest)
     step.state.store.remove(key)
+    step.state.where.store_changed(step.state, digest)
     step.emit(Drop(key))
     handle_loss(step, key)
     step.hungry = True
@@ -51,7 +53,7 @@ def _forget_readers(step: Step, key: str, version: str) -> None:
     for backend in step.state.in_order(step.state.where.held.get(version, ())):
         if step.state.packed_for(version, backend).key == key:
             backend.shadow.forget(version)
-            step.state.where.lost(backend, (version,))
+            step.state.where.lost(step.state, backend, (version,))
             slot = backend.slots.get(version)
             if slot is not None and not backend.slot_in_use(slot):
                 backend.close_slot(version)
@@ -66,6 +68,7 @@ def doom_blob(step: Step, key: str) -> None:
         drop_blob(step, key)
     else:
         entry.doomed = True
+        step.state.where.store_changed(step.state, entry.digest)
 
 
 def doom_disk_blob(step: Step, key: str) -> None:

@@ -76,7 +76,7 @@ def restore(written: dict[str, Any], policies: Policies) -> Core:
     state = msgspec.convert(written | made, State, str_keys=True, dec_hook=_decoded)
     core = Core(state.config, policies)
     core.state = state
-    state.where.find(state.backends.values())
+    state.where.find(state)
     return core
 
 

@@ -645,7 +645,7 @@ def check_books(core: Core) -> None:
     assert all(backend in state.backends for _, backend in state.prefetches.values())
     assert all(request.backend is None or request.backend in state.backends for request in state.requests.values())
     where = Whereabouts()
-    where.find(state.backends.values())
+    where.find(state)
     assert state.where == where
     for backend in state.backends.values():
         _check_outstanding(core, backend)

@@ -75,6 +75,12 @@ class Engine:
     def is_ready(self, version: str) -> bool:
         return version == BASE or version in self.ready
 
+    @property
+    def at_hand(self) -> list[str]:
+        found = [version for version in dict.fromkeys(self.queued.values()) if version in self.ready]
+        self.draw.shuffle(found)
+        return found
+
     def can_open(self, version: str) -> bool:
         is_here = version in self.ready and (self.loads or version in self.resident)
         return is_here and version not in self.open and self.pages_free > 0

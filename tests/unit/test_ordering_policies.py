@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from random import Random
 
 import pytest
 
@@ -64,6 +65,11 @@ class Room:
     @property
     def pages_free(self) -> int:
         return self.slots - len(self.open)
+
+    @property
+    def at_hand(self) -> range:
+        """More than ever wait: policies then walk through all that wait."""
+        return range(1_000_000)
 
     def is_ready(self, version: str) -> bool:
         return version not in self.unready
@@ -380,3 +386,20 @@ def test_newcomers_and_the_time_that_a_slot_stays_taken() -> None:
     assert turns.last_end_ns("v") == 20 * SECOND_NS
     assert turns.has_time("v", 18 * SECOND_NS)
     assert not turns.has_time("v", 19 * SECOND_NS)
+
+
+def test_versions_at_hand_rank_as_among_all() -> None:
+    """The order of a few that are picked out is theirs in the order of all."""
+    draw = Random(5)
+    for _ in range(200):
+        queues = Queues()
+        overdue = Overdue(queues)
+        for number in range(1, draw.randrange(2, 60)):
+            request = waiting(number, f"v{draw.randrange(12)}", draw.randrange(3) * SECOND_NS)
+            queues.add(request)
+            overdue.queued(request, Promise(1, 1, draw.randrange(1, 9) * SECOND_NS, 10**12))
+        now_ns = draw.randrange(3, 9) * SECOND_NS
+        overdue.pass_time(now_ns)
+        few = draw.sample(sorted(queues.versions), draw.randrange(len(queues.versions) + 1))
+        assert list(queues.by_age(now_ns, few)) == [name for name in queues.by_age(now_ns) if name in few]
+        assert sorted(overdue.ripe_among(few)) == [head for head in overdue.ripe if head[1] in few]

@@ -77,6 +77,10 @@ class _Room:
     def is_ready(self, version: str) -> bool:
         return True
 
+    @property
+    def at_hand(self) -> set[str]:
+        return {request.version for request in self.bench.waiting.values()}
+
     def can_open(self, version: str) -> bool:
         return self.bench.can_open(version)
 
