@@ -35,7 +35,7 @@ async def unregister_all(engine: Any) -> None:
 
 def blobs_of(served: Serving) -> set[str]:
     """Return the names of the files that a sidecar keeps in shared memory."""
-    mount = served.sidecar.gateway.store._mount
+    mount = served.sidecar.gateway.store._regions.mount
     assert mount is not None
     return {path.name for path in DIRECTORY.glob(f"{mount.prefix}*")}
 
@@ -45,12 +45,12 @@ def detail_of(served: Serving) -> str:
 
 
 async def test_weights_are_named_and_regions_are_unregistered_before_their_files_go(tmp_path: Path) -> None:
-    """`auto` finds the shared mount. A dropped blob leaves the engine first, then its file goes; nothing is left."""
-    names = write_adapters(tmp_path, 3)
+    """`auto` finds the shared mount. A dropped blob leaves the engine first; its file serves the next, renamed."""
+    names = write_adapters(tmp_path, 4)
     async with running_engine(**DUMMY) as engine:
         async with serving([engine], tmp_path) as served:
             assert "weights by shared memory" in detail_of(served)
-            for name in names:
+            for name in names[:3]:
                 assert (await served.ask(name)).tokens == served.expected(name, 4)
             assert await regions_of(engine) == blobs_of(served)
             assert len(blobs_of(served)) == 3
@@ -63,10 +63,14 @@ async def test_weights_are_named_and_regions_are_unregistered_before_their_files
 
             served.sidecar.gateway.backends["trt-0"]._transport._shared._unregister = watched  # type: ignore[attr-defined]
             await served.adapters.Evict(admin_pb2.AdapterRequest(name=names[0]))
-            await until(lambda: len(blobs_of(served)) == 2)
+            await until(lambda: bool(with_files))
             assert with_files == [True]
-            assert await regions_of(engine) == blobs_of(served)
-            prefix = served.sidecar.gateway.store._mount.prefix  # type: ignore[union-attr]
+            before = blobs_of(served)
+            (spare,) = before - await regions_of(engine)
+            assert (await served.ask(names[3])).tokens == served.expected(names[3], 4)
+            assert len(blobs_of(served) - before) == 1
+            assert before - blobs_of(served) == {spare}
+            prefix = served.sidecar.gateway.store._regions.mount.prefix  # type: ignore[union-attr]
         assert await regions_of(engine) == set()
         assert not list(DIRECTORY.glob(f"{prefix[:-1]}*"))
 
@@ -78,7 +82,7 @@ async def test_grpc_is_used_where_it_is_configured(tmp_path: Path) -> None:
         assert (await served.ask(name)).tokens == served.expected(name, 4)
         assert "weights by gRPC, as configured" in detail_of(served)
         assert await regions_of(engine) == set()
-        assert served.sidecar.gateway.store._mount is None
+        assert served.sidecar.gateway.store._regions.mount is None
 
 
 async def test_an_engine_with_another_mount_is_sent_the_weights_and_the_reason_is_told(
