@@ -32,6 +32,8 @@ from sidecar.shell.background import BackgroundThreads
 from sidecar.tasks import undisturbed
 
 T = TypeVar("T")
+Opens = Callable[[], Folder]
+"""Opens the folder with a version's files; it blocks. Raises Invalid."""
 
 logger = logging.getLogger(__name__)
 
@@ -240,8 +242,8 @@ class Sources:
 
     # Misses.
 
-    async def use(self, origin: str, digest: str, make: Callable[[Folder], Awaitable[T]]) -> T:
-        """Return what `make` returns for the folder with a version's files.
+    async def use(self, origin: str, digest: str, make: Callable[[Opens], Awaitable[T]]) -> T:
+        """Return what `make` returns for the folder with a version's files, which it opens in a thread.
 
         If it raises Invalid, the spool's copy is checked, and `make` is called again with a fresh copy if that may
         help: the files were sound when they were registered. Raises Invalid if the origin now holds other content.
@@ -253,12 +255,14 @@ class Sources:
                 raise
         return await make(await self.opened(origin, digest))
 
-    async def opened(self, origin: str, digest: str) -> Folder:
-        """Return the folder that `locate` finds, opened, for threads that may outlast whoever asks for it."""
+    async def opened(self, origin: str, digest: str) -> Opens:
+        """Return what opens the folder that `locate` finds: for a thread, which may outlast whoever asks for it."""
         path = await self.locate(origin, digest)
-        if str(path) == origin:
-            return await asyncio.to_thread(self.allow.open_again, digest[:12], path)
-        return Folder(path, digest[:12])
+        return (
+            partial(self.allow.open_again, digest[:12], path)
+            if str(path) == origin
+            else partial(Folder, path, digest[:12])
+        )
 
     async def locate(self, origin: str, digest: str) -> Path:
         """Return the folder with a version's files, downloading them again if the spool has lost them.

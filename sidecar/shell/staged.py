@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from sidecar.adapters.folder import Folder
 from sidecar.adapters.staging import Staging
 from sidecar.core.effects import Fetch
 from sidecar.shell.background import Locks
-from sidecar.shell.sources import Sources
+from sidecar.shell.sources import Opens, Sources
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -107,7 +106,7 @@ class StagedFolders:
             return
         try:
             await self._sources.use(
-                effect.origin, effect.digest, lambda folder: self._in_thread(self._put_everywhere, folder, effect)
+                effect.origin, effect.digest, lambda opens: self._in_thread(self._put_everywhere, opens, effect)
             )
         except Exception:
             await self._in_thread(self._remove, effect.key)
@@ -118,7 +117,8 @@ class StagedFolders:
     def _is_whole(self, key: str) -> bool:
         return all(staging.is_whole(key) for staging in self._stagings)
 
-    def _put_everywhere(self, source: Folder, effect: Fetch) -> None:
+    def _put_everywhere(self, opens: Opens, effect: Fetch) -> None:
+        source = opens()
         # Files in the spool never change, so a link will do; an operator's own folder may change at any time.
         link = str(source.path) != effect.origin
         for staging in self._stagings:

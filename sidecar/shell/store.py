@@ -22,7 +22,6 @@ from time import monotonic_ns
 from sidecar.adapters.buffers import PRIVATE, Blob, NoRoom, Regions
 from sidecar.adapters.builder import Built, build
 from sidecar.adapters.disk import DiskTier
-from sidecar.adapters.folder import Folder
 from sidecar.adapters.packed import PackReport, lora_config
 from sidecar.adapters.shared_memory import Mount
 from sidecar.adapters.staging import Staging
@@ -30,7 +29,7 @@ from sidecar.core.effects import Drop, DropDisk, Fetch, Spill
 from sidecar.core.events import Event, Fetched, FetchFailed, Spilled, SpillFailed
 from sidecar.core.facts import is_files
 from sidecar.errors import Reason, SidecarError
-from sidecar.shell.sources import Sources
+from sidecar.shell.sources import Opens, Sources
 from sidecar.shell.staged import StagedFolders, StagedWeights
 
 logger = logging.getLogger(__name__)
@@ -64,7 +63,10 @@ class PackedWeights:
     def release(self, settled: bool = False) -> None:
         if not settled:
             self.blob.is_reusable = False
-        self.release_in_thread(self.blob.release)
+        if self.blob.leases > 1:  # mostly the store has one, too
+            self.blob.release()
+        else:
+            self.release_in_thread(self.blob.release)
 
 
 class BlobStore:
@@ -154,9 +156,9 @@ class BlobStore:
         begun_ns = monotonic_ns()
         found_ns: list[int] = []
 
-        def build_from(folder: Folder) -> asyncio.Future[Built]:
+        def build_from(opens: Opens) -> asyncio.Future[Built]:
             found_ns.append(monotonic_ns() - begun_ns)
-            return self._in_thread(self._build, folder, effect)
+            return self._in_thread(self._build, opens, effect)
 
         # A download has a thread of its own: the store's threads are for short work.
         built = await self._sources.use(effect.origin, effect.digest, build_from)
@@ -170,7 +172,8 @@ class BlobStore:
         disk = self._disk
         return self._make_blob(lambda regions: disk.read(effect.key, effect.layout, regions))
 
-    def _build(self, folder: Folder, effect: Fetch) -> Built:
+    def _build(self, opens: Opens, effect: Fetch) -> Built:
+        folder = opens()
         return self._make_blob(
             lambda regions: build(folder, effect.layout, expected_digest=effect.digest, regions=regions)
         )

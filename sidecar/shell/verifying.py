@@ -108,7 +108,8 @@ class Verification:
     async def _source(self, record: Record, version: Version) -> _Source:
         none = f"{record.name} ships no probe.jsonl, so no answer is known to be right"
         try:
-            folder = await self._gateway.sources.opened(version.origin, version.adapter.digest)
+            opens = await self._gateway.sources.opened(version.origin, version.adapter.digest)
+            folder = await asyncio.to_thread(opens)
         except NoAdapter:  # its folder has gone, which is no reason not to ask
             return _Source(trouble=none)
         except SidecarError as error:
