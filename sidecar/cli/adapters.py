@@ -29,12 +29,24 @@ TIERS = {"gpu": "gpu", "engine_host": "host", "loading": "loading"}
 def list_adapters(
     client: Client,
     tenant: Annotated[str, typer.Option(help="Only adapters that this tenant may use.", show_default=False)] = "",
+    state: Annotated[
+        str, typer.Option(help="Only those that are loaded, stored, cold or quarantined.", show_default=False)
+    ] = "",
+    unused: Annotated[
+        str,
+        typer.Option(
+            "--unused-for", help="Only those that no request has asked for that long, as in 7d.", show_default=False
+        ),
+    ] = "",
     as_json: AsJson = False,
 ) -> None:
     """List the registered adapters: version, shape, and where each is."""
-    adapters = list(client.list_adapters(tenant=tenant))
+    unused_s = positive_seconds_in(unused, "--unused-for") if unused else 0.0
+    adapters = list(client.list_adapters(tenant=tenant, state=state, unused_s=unused_s))
     if as_json:
         print_json(adapters)
+    elif not adapters and (state or unused):
+        say('no adapter matches; list all with "sidecar adapters list"')
     elif not adapters and tenant:
         say(f'tenant "{tenant}" may use no adapter')
     elif not adapters:

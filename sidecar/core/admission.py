@@ -44,6 +44,7 @@ def received(step: Step, event: Received) -> None:
     state.requests[request.id] = request
     if digest != BASE:
         state.versions[digest].requests += 1
+        state.versions[digest].used_ns = step.now_ns
     state.set_timer(request.expires_ns, request.id)
     if event.deadline_ns is not None and event.deadline_ns != request.expires_ns:
         state.set_timer(event.deadline_ns, request.id)

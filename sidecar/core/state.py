@@ -59,6 +59,8 @@ class Version:
     names: dict[str, None] = field(default_factory=dict)
     """The names that stand for it now."""
     requests: int = 0
+    used_ns: int = 0
+    """When a request last asked for it; 0 if none has."""
     lengths: Lengths = field(default_factory=Lengths)
     answered: bool = False
     """It has answered somewhere. Until then it is on probation: one Load at a time in the whole pool."""

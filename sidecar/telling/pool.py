@@ -48,6 +48,9 @@ def adapter_message(state: State, name: str, now_ns: int) -> Any:
     return _adapter(state, state.names[name], _copies_by_version(state), _asked(state), now_ns)
 
 
+ADAPTER_STATES = ("loaded", "stored", "cold", "quarantined")
+
+
 def adapter_messages(state: State, now_ns: int, names: Iterable[str] | None = None) -> Iterator[Any]:
     """Yield some adapters, or all by name. Steps may run in between; a name unregistered meanwhile is left out."""
     copies, asked = _copies_by_version(state), _asked(state)
@@ -74,6 +77,7 @@ def _adapter(
 ) -> Any:
     version = state.versions[name.digest]
     adapter = version.adapter
+    used_ns = max(state.versions[each].used_ns for each in name.versions.values() if each in state.versions)
     return admin_pb2.Adapter(
         name=name.name,
         version=f"{name.name}@v{name.current}",
@@ -89,7 +93,17 @@ def _adapter(
         requests=asked[name.name, name.digest],
         store=copies.get(name.digest, ()),
         backends=(_residency(state, backend, name.digest, now_ns) for backend in state.backends.values()),
+        unused_s=(now_ns - used_ns) / 1e9 if used_ns else None,
     )
+
+
+def adapter_state(adapter: Any) -> str:
+    """Return the state by which an adapter's message is found: one of `ADAPTER_STATES`."""
+    if adapter.quarantined:
+        return "quarantined"
+    if any(place.tier in ("gpu", "engine_host") for place in adapter.backends):
+        return "loaded"
+    return "stored" if any(copy.state == "held" for copy in adapter.store) else "cold"
 
 
 def _copy(tier: str, key: str, entry: Entry) -> Any:

@@ -128,6 +128,11 @@ async def test_adapters_are_listed_in_pages(admin: Admin, tmp_path: Path, monkey
     assert await pages(page_token="a4x") == [names[5:]]
     assert await pages(tenant="beta", page_size=3) == [["a0", "a2", "a4"], ["a6"]]
     assert await pages(tenant="acme") == [names]
+    assert await pages(state="cold", page_size=4) == [names[:4], names[4:]]
+    assert await pages(state="loaded") == [[]]
+    assert await pages(unused_s=3600) == [names]
+    with pytest.raises(grpc.RpcError, match=r'state is "warm"; it must be one of loaded, stored, cold, quarantined'):
+        await pages(state="warm")
     monkeypatch.setattr("sidecar.fronts.admin.adapters.PAGE_BYTES_MAX", 1)
     assert await pages() == [[name] for name in names]
     first = await admin.adapters.List(pb.ListAdaptersRequest(page_size=1))

@@ -30,7 +30,7 @@ from sidecar.shell.loading import PATH
 from sidecar.state.records import Record, paused_for
 from sidecar.state.registry import Change
 from sidecar.tasks import undisturbed
-from sidecar.telling.pool import adapter_message, adapter_messages, caveats
+from sidecar.telling.pool import ADAPTER_STATES, adapter_message, adapter_messages, adapter_state, caveats
 from sidecar.telling.weights import told_at, told_of_store
 
 PUSHES_MAX, PUSHES_OF_TENANT_MAX = 32, 4
@@ -186,6 +186,9 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
 
     @answers_errors
     async def List(self, request: Any, context: Any) -> Any:  # noqa: N802
+        if request.state not in ("", *ADAPTER_STATES):
+            states = ", ".join(ADAPTER_STATES)
+            raise Refused(Reason.INVALID_REQUEST, f'state is "{clipped(request.state)}"; it must be one of {states}')
         response, shown = admin_pb2.ListAdaptersResponse(), await self._shown()
         state, size = self._gateway.state, min(request.page_size or PAGE_MAX, PAGE_MAX)
         tenant, after, size_bytes = request.tenant, request.page_token, 0
@@ -195,11 +198,12 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
             if name > after and name in shown and (not tenant or known.is_for(tenant))
         )
         for number, adapter in enumerate(adapter_messages(state, monotonic_ns(), names), 1):
-            response.adapters.append(self._completed(adapter))
-            size_bytes += response.adapters[-1].ByteSize()
-            if (number >= size or size_bytes >= PAGE_BYTES_MAX) and adapter.name != names[-1]:
-                response.next_page_token = adapter.name
-                break
+            if _is_asked_for(adapter, request):
+                response.adapters.append(self._completed(adapter))
+                size_bytes += response.adapters[-1].ByteSize()
+                if (len(response.adapters) >= size or size_bytes >= PAGE_BYTES_MAX) and adapter.name != names[-1]:
+                    response.next_page_token = adapter.name
+                    break
             if number % LISTED_A_STEP == 0:
                 await asyncio.sleep(0)  # a thousand adapters must not delay the tokens of running requests
         return response
@@ -409,3 +413,10 @@ def _places_message(lines: Iterable[tuple[str, str]]) -> Any:
 
 def _places(lines: Iterable[tuple[str, str]]) -> list[Any]:
     return [admin_pb2.Place(place=place, result=result) for place, result in lines]
+
+
+def _is_asked_for(adapter: Any, request: Any) -> bool:
+    """Return True if an adapter has the state and the time without use that a list is to have."""
+    if request.unused_s and adapter.HasField("unused_s") and adapter.unused_s < request.unused_s:
+        return False
+    return request.state in ("", adapter_state(adapter))
