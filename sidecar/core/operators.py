@@ -99,9 +99,8 @@ def _let_go_unless_held(state: State, digest: str) -> None:
 
 def _mark_held(state: State, digest: str) -> None:
     for store, held in ((state.store, state.memory_holds(digest)), (state.disk, state.operator_holds(digest))):
-        for entry in store.entries.values():
-            if entry.digest == digest:
-                entry.held_by_operator = held
+        for key in store.keys_of(digest):
+            store.entries[key].held_by_operator = held
 
 
 def want(step: Step, digest: str, backends: list[Backend]) -> None:
@@ -125,10 +124,10 @@ def evict_asked(step: Step, event: EvictAsked) -> None:
     state = step.state
     digest = state.names[event.name].digest
     before = holders_of(state, (digest,))
-    for key in [key for key, entry in state.store.entries.items() if entry.digest == digest]:
+    for key in state.store.keys_of(digest):
         state.store.entries[key].held_by_operator = False
         storing.doom_blob(step, key)
-    for key in [key for key, entry in state.disk.entries.items() if entry.digest == digest]:
+    for key in state.disk.keys_of(digest):
         storing.doom_disk_blob(step, key)
     places = []
     for place, held in before.items():
@@ -145,8 +144,9 @@ def _at(place: Tier | str, fate: Fate, **more: Any) -> Placed:
 def holders_of(state: State, versions: Collection[str]) -> dict[Tier | str, list[str]]:
     """Return which of some versions are at each place: in memory, on disk if that is used, in each engine."""
     tiers = {Tier.MEMORY: state.store} | ({Tier.DISK: state.disk} if state.disk.budget_bytes else {})
-    held = {tier: {entry.digest for entry in store.entries.values()} for tier, store in tiers.items()}
-    found: dict[Tier | str, list[str]] = {tier: [v for v in versions if v in there] for tier, there in held.items()}
+    found: dict[Tier | str, list[str]] = {
+        tier: [version for version in versions if store.keys_of(version)] for tier, store in tiers.items()
+    }
     for backend in state.backends.values():
         found[backend.id] = [version for version in versions if eligibility.resident(backend, version)]
     return found
@@ -155,7 +155,7 @@ def holders_of(state: State, versions: Collection[str]) -> dict[Tier | str, list
 def left_at(state: State, place: Tier | str, version: str) -> Placed:
     """Return what becomes of a version that was at a place and is to go from there."""
     tier = state.disk if place is Tier.DISK else state.store
-    fate = Fate.IN_USE if any(entry.digest == version for entry in tier.entries.values()) else Fate.GONE
+    fate = Fate.IN_USE if tier.keys_of(version) else Fate.GONE
     if isinstance(place, Tier):
         return _at(place, fate)
     unloads = state.backends[place].facts.unloads

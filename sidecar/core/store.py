@@ -37,6 +37,14 @@ class StoreIndex:
     fetches: int = 0
     """How many entries are being fetched."""
     evictions: int = 0
+    _by_digest: dict[str, list[str]] = field(default_factory=dict, metadata={"derived": True})
+
+    def keys_of(self, digest: str) -> list[str]:
+        """Return the keys of a version's blobs, one for each layout, those being fetched included."""
+        if not self._by_digest:
+            for key, entry in self.entries.items():
+                self._by_digest.setdefault(entry.digest, []).append(key)
+        return list(self._by_digest.get(digest, ()))
 
     def has(self, key: str) -> bool:
         entry = self.entries.get(key)
@@ -84,6 +92,8 @@ class StoreIndex:
         assert key not in self.entries, f"{key} is held or being fetched already"
         assert self.bytes_used + size_bytes <= self.budget_bytes, "a reservation over the budget"
         self.entries[key] = Entry(size_bytes, digest)
+        if self._by_digest:
+            self._by_digest.setdefault(digest, []).append(key)
         self.bytes_used += size_bytes
         self.fetches += 1
 
@@ -101,6 +111,10 @@ class StoreIndex:
         """Free the bytes of a blob or of a failed fetch."""
         entry = self.entries.pop(key)
         assert not entry.pins, f"{key} is pinned"
+        if entry.digest in self._by_digest:
+            self._by_digest[entry.digest].remove(key)
+            if not self._by_digest[entry.digest]:
+                del self._by_digest[entry.digest]
         self.bytes_used -= entry.size_bytes
         if entry.ready:
             self.policy.on_remove(key, 0)

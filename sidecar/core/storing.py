@@ -93,12 +93,10 @@ def forget_version_if_unused(step: Step, digest: str) -> None:
     version = step.state.versions.get(digest)
     if version is None or version.names or version.requests or version.loads:
         return
-    for key, entry in list(step.state.store.entries.items()):
-        if entry.digest == digest:
-            doom_blob(step, key)
-    for key, entry in list(step.state.disk.entries.items()):
-        if entry.digest == digest:
-            doom_disk_blob(step, key)
+    for key in step.state.store.keys_of(digest):
+        doom_blob(step, key)
+    for key in step.state.disk.keys_of(digest):
+        doom_disk_blob(step, key)
     step.state.forget_derived(digest=digest)
     step.state.suspects.pop(digest, None)
     del step.state.versions[digest]

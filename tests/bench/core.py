@@ -31,6 +31,7 @@ ENGINES = {64: 1.5, 128: 1.5, 256: 2.0}
 """How many engines, and how much more a request may cost than with `ENGINES_FEW`."""
 ENGINES_FEW, ENGINES_ADAPTERS, ENGINES_QUEUED, FIRST_GOAL = 4, 100, 20, 1.5
 FIRST_REQUESTS = 200
+PUBLISHED, PUBLISHED_ENGINES, PUBLISHED_ADAPTERS, PUBLISHED_GOAL = 1_000, 8, 200, 1.2
 
 
 class Pool:
@@ -69,6 +70,18 @@ class Pool:
         self._take(ev.FirstToken(run.request, run.attempt))
         self._take(ev.RunEnded(run.request, run.attempt, 100))
 
+    def publish_us(self, step: int) -> float:
+        """Register a version of one name, have every engine load it and answer with it; return the microseconds."""
+        adapter = adapter_of(f"trained-{step}")
+        began = process_time_ns()
+        self._take(ev.AdapterRegistered("trained", step, versions=(NamedVersion(step, adapter, "/trained"),)))
+        self._take(ev.PrefetchAsked(step, "trained", tuple(self.core.state.backends)))
+        for backend in self.core.state.backends:
+            self._request += 1
+            self._take(ev.Received(self._request, "trained", "trainer", "default", 100, 100, only=(backend,)))
+            self.end_one()
+        return (process_time_ns() - began) / 1e3
+
     def _take(self, event: ev.Event) -> None:
         self._pending.append(event)
         while self._pending:
@@ -96,7 +109,7 @@ async def bench(folder: Path) -> list[Figure]:
             Figure(f"core: {queued:,} queued", cost, "µs/request", reference, "1,000 queued" if reference else "")
         )
         reference = reference or cost
-    return [*figures, *_tenants(), *_misses(), *_engines()]
+    return [*figures, *_tenants(), *_misses(), *_engines(), _publishing()]
 
 
 def _misses() -> list[Figure]:
@@ -150,6 +163,20 @@ def _first_us(engines: int) -> float:
         pool.arrive()
         pool.end_one()
     return (process_time_ns() - began) / (FIRST_REQUESTS - 1) / 1e3
+
+
+def _publishing() -> Figure:
+    """Compare late steps of a trainer with early ones: each publishes a version, which every engine loads."""
+    pool = Pool(PUBLISHED_ADAPTERS, PUBLISHED_ENGINES)
+    for _ in range(PUBLISHED_ADAPTERS):
+        pool.arrive()
+        pool.end_one()
+    costs = [pool.publish_us(step) for step in range(1, PUBLISHED + 1)]
+    tenth = PUBLISHED // 10
+    return Figure(
+        f"core: a version on {PUBLISHED_ENGINES} engines, the last of {PUBLISHED:,}", middle(costs[-tenth:]),
+        "µs/step", middle(costs[tenth : 2 * tenth]), "the second tenth", "ratio", PUBLISHED_GOAL,
+    )  # fmt: skip
 
 
 def _tenants() -> list[Figure]:

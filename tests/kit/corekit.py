@@ -632,6 +632,9 @@ def check_books(core: Core) -> None:
     assert store.bytes_used <= store.budget_bytes
     assert store.bytes_used == sum(entry.size_bytes for entry in store.entries.values())
     _check_pins(core)
+    for index in (store, state.disk):
+        for digest in {entry.digest for entry in index.entries.values()}:
+            assert sorted(index.keys_of(digest)) == sorted(k for k, e in index.entries.items() if e.digest == digest)
     waiting = [request for request in state.requests.values() if not request.running and not request.settled]
     assert state.queued == len(waiting)
     tenants: dict[str, Queued] = {}
