@@ -45,8 +45,10 @@ def p99_ns(seed: int, slots: int, rate: float, cold_rate: float) -> float:
         at_ns += int(draw.expovariate(rate) * SECOND_NS)
         number = draw.randrange(QUIET)
         arrivals.append(Arrival(at_ns, names[number], 100, 64, tenant=f"tenant-{number}"))
-    for number in range(COLD if cold_rate else 0):
-        arrivals.append(Arrival(int(number / cold_rate * SECOND_NS), names[QUIET + number], 100, 64, tenant=NOISY))
+    arrivals += [
+        Arrival(int(number / cold_rate * SECOND_NS), names[QUIET + number], 100, 64, tenant=NOISY)
+        for number in range(COLD if cold_rate else 0)
+    ]
     arrivals.sort(key=lambda arrival: arrival.at_ns or 0)
     load = Workload("quiet", names, dict.fromkeys(names, 8), len(arrivals), True, seed, lambda: iter(arrivals))
     recorder = Waits()
