@@ -86,7 +86,8 @@ class Queues:
         """Yield the versions by the sum of their requests' ages in seconds plus their number, the largest first.
 
         The order of two versions with equally many requests never changes, so only the first of each number are
-        compared: a version costs O(log n), with n different numbers. With `among` it is those, all compared.
+        compared: a version costs O(log n), with n different numbers. `among` names the only ones to yield, which must
+        be queued; they are sorted.
         """
 
         def rank(count: int, arrived_ns: int) -> float:

@@ -52,7 +52,7 @@ QUEUE_MARGIN = 1.6
 FEW = 0.5
 """A version is gated if fewer arrivals are expected during a run than this part of the deepest blocked queue."""
 FEW_AT_HAND = 4
-"""The versions at hand are sorted where so many times as many wait; else all are walked through in order."""
+"""If more than this many times as many versions wait as are at hand, only those at hand are looked at."""
 LONE = 1
 """No version is gated for a single blocked request: more may arrive for both."""
 SLACK_REQUESTS = 32
@@ -299,9 +299,8 @@ class SoftGated:
             yield from (name for _, name in self._overdue.ripe)
             yield from self._queues.by_age(now_ns)
             return
-        known = [name for name in at_hand if name in self._queues.versions]
-        yield from (name for _, name in sorted(self._overdue.ripe_among(known)))
-        yield from self._queues.by_age(now_ns, known)
+        yield from (name for _, name in sorted(self._overdue.ripe_among(at_hand)))
+        yield from self._queues.by_age(now_ns, at_hand)
 
     def _next(self, room: OrderingView, rule: Rule) -> int | None:
         """Return the request to send next, seats and KV space aside.

@@ -98,7 +98,8 @@ class Region:
 class Regions:
     """Memory for blobs, in `mount` or private. Up to `spares_max` regions of ended blobs are kept for the next ones.
 
-    `allowance` says how many bytes they may take in all. Every method may be called from any thread.
+    `allowance` returns how many bytes they may take in all beside a new blob. Every method may be called from any
+    thread.
     """
 
     def __init__(
@@ -129,28 +130,28 @@ class Regions:
             return Region(size_bytes, self.mount)
 
     def _picked(self, size_bytes: int) -> tuple[Region | None, list[Region]]:
-        """Take out the spare that is closest in size, and those that are too many beside it, oldest first."""
+        """Take out the spare that is closest in size, and the oldest of the others beyond the allowance."""
         with self._lock:
             able = [region for region in self._spares if region.may_hold(size_bytes)]
             spare = min(able, key=lambda region: abs(region.size_bytes - size_bytes), default=None)
             if spare is not None:
                 self._spares.remove(spare)
-            return spare, self._excess()
-
-    def _excess(self) -> list[Region]:
-        excess, allowance = [], self._allowance()
-        while self._spares and (
-            len(self._spares) > self._spares_max or sum(each.size_bytes for each in self._spares) > allowance
-        ):
-            excess.append(self._spares.pop(0))
-        return excess
+            excess, kept_bytes = [], sum(region.size_bytes for region in self._spares)
+            while kept_bytes > self._allowance():
+                excess.append(self._spares.pop(0))
+                kept_bytes -= excess[-1].size_bytes
+            return spare, excess
 
     def give_back(self, region: Region, is_reusable: bool) -> None:
-        """Keep the region of an ended blob, or free it."""
+        """Keep the region of an ended blob, or free it.
+
+        Its bytes count as free only afterwards, so it is `take` that compares the spares with the allowance.
+        """
         with self._lock:
             if is_reusable:
                 self._spares.append(region)
-            excess = self._excess()
+            excess = self._spares[: -self._spares_max] if self._spares_max else list(self._spares)
+            del self._spares[: len(excess)]
         for each in excess if is_reusable else (*excess, region):
             each.close()
 

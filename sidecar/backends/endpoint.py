@@ -326,7 +326,7 @@ class Endpoint(ABC):
 
     def load(self, effect: Load, weights: Weights) -> None:
         if not self._takes:
-            weights.release()
+            weights.release(settled=True)
             return
         task = self._tasks.spawn(self._load(effect, weights))
         self._loads[effect.load] = task

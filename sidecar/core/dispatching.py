@@ -48,14 +48,14 @@ class LiveOrderingView:
             return True
         if eligibility.on_probation_elsewhere(state, backend, state.versions[version]):
             return False
-        if eligibility.ready(state, backend, version):
+        if state.is_at_hand(version, backend):
             return True
         return not eligibility.awaits_fetch(state, state.packed_for(version, backend).key)
 
     def can_open(self, version: str) -> bool:
         return (
             version not in self._backend.slots
-            and eligibility.ready(self._state, self._backend, version)
+            and self._state.is_at_hand(version, self._backend)
             and eligibility.why_not_open(self._state, self._backend, version, self._now_ns, self._page_room) is None
         )
 

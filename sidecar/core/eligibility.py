@@ -189,11 +189,6 @@ def resident(backend: Backend, digest: str) -> bool:
     return digest == BASE or digest in backend.shadow.host.held
 
 
-def ready(state: State, backend: Backend, digest: str) -> bool:
-    """Return True if a version can be opened without a fetch. This check is the cheapest, so it comes first."""
-    return state.is_at_hand(digest, backend)
-
-
 def awaits_fetch(state: State, key: str) -> bool:
     """Return True if a missing blob is being fetched or waits for other fetches; False if the store is full."""
     return state.store.fetches >= state.config.fetches_max or state.store.fetching(key)

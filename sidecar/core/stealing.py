@@ -137,9 +137,7 @@ def _has_to_spare(state: State, backend: Backend) -> bool:
         return False
     if not backend.takes_requests or backend.id in state.joining:
         return False
-    return not backend.in_flight or not any(
-        eligibility.ready(state, backend, each) for each in backend.queued_by_version
-    )
+    return not backend.in_flight or not any(state.is_at_hand(each, backend) for each in backend.queued_by_version)
 
 
 def _take_over(step: Step, backend: Backend) -> bool:

@@ -1,8 +1,8 @@
-"""Where versions are: the backends at which each is queued, those whose engine is believed to have it, and what of the
-queue of each backend is at hand.
+"""Indexes over the pool: where each version is queued, which engines hold it, and what of each queue is at hand.
 
-Queues, shadows and blobs belong to others. This index turns them round, so that a step which looks for a version asks
-the few backends that matter and not the whole pool, and one that looks for what can be opened asks only what is here.
+Each backend knows its own queue and its engine's cache. Here the same is kept by version. A step that looks for a
+version asks the few backends that have it, not the whole pool. A step that looks for a version to open asks only for
+those whose weights are here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sidecar.core.state import Backend, State
 
 Places = dict[str, dict[str, None]]
-"""The ids of backends, by version, or the reverse."""
+"""The ids of backends by version, or versions by the id of a backend."""
 
 
 @dataclass(slots=True)
@@ -23,8 +23,10 @@ class Whereabouts:
     """The indexes. They follow what the state holds, and are built anew from it after a snapshot."""
 
     queued: Places = field(default_factory=dict)
+    """The backends at which requests of each version wait."""
     held: Places = field(default_factory=dict)
-    at_hand: dict[str, dict[str, None]] = field(default_factory=dict)
+    """The backends whose engine is believed to hold each version."""
+    at_hand: Places = field(default_factory=dict)
     """By backend, the queued versions that its engine or the host store has."""
 
     def find(self, state: State) -> None:

@@ -225,8 +225,8 @@ class BlobStore:
         task.add_done_callback(lambda _: self._leaving.pop(key))
 
     async def _leave(self, blob: Blob) -> None:
-        if self._is_shared:
-            blob.is_reusable = await self._forgotten(blob.path.name)
+        if self._is_shared and not await self._forgotten(blob.path.name):
+            blob.is_reusable = False
         # In a thread: unmapping a large blob takes time.
         await asyncio.get_running_loop().run_in_executor(self._threads, blob.release)
         self._room.give_back(blob.size_bytes)

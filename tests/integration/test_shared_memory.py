@@ -11,7 +11,7 @@ import grpc.aio
 import pytest
 from tritonclient.grpc import service_pb2
 
-from sidecar.adapters.shared_memory import DIRECTORY
+from sidecar.adapters.shared_memory import DIRECTORY, Mount
 from sidecar.backends.triton import kind, transport
 from sidecar.config import parse
 from sidecar.core.effects import Heal, Load
@@ -20,6 +20,7 @@ from sidecar.errors import Misused
 from sidecar.lab.engine.kserve import shared_memory
 from sidecar.proto import admin_pb2
 from sidecar.serve.app import Sidecar
+from sidecar.shell.store import PackedWeights
 from tests.kit.emulated import EngineProcess, channel_to, regions_of, running_engine
 from tests.kit.peft_files import write_adapter
 from tests.kit.serving import Serving, serving, until, write_adapters
@@ -190,6 +191,36 @@ async def test_the_budget_is_never_exceeded_however_slowly_engines_let_go(tmp_pa
                 for name, answer in zip(names, answers, strict=True):
                     assert answer.tokens == served.expected(name, 4)
             assert max(held) == 2 * size
+
+
+@pytest.mark.parametrize("settled", [True, False])
+async def test_in_a_full_store_the_next_adapter_gets_the_last_ones_memory(
+    tmp_path: Path, settled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless a load of the last one had no answer: then the engine may still read it, and its memory goes."""
+    names, made = write_adapters(tmp_path, 5), 0
+    create = Mount.create
+
+    def counted(self: Mount) -> tuple[int, Path]:
+        nonlocal made
+        made += 1
+        return create(self)
+
+    monkeypatch.setattr(Mount, "create", counted)
+    async with running_engine(**DUMMY) as engine:
+        async with serving([engine], tmp_path) as served:
+            await served.ask(names[0])
+            (blob,) = blobs_of(served)
+            size = (DIRECTORY / blob).stat().st_size
+        async with serving([engine], tmp_path, store={"memory_bytes": size}) as served:
+            if not settled:
+                release = PackedWeights.release
+                monkeypatch.setattr(PackedWeights, "release", lambda self, settled=False: release(self))
+            made = 0
+            for name in names:
+                assert (await served.ask(name)).tokens == served.expected(name, 4)
+            assert made == (1 if settled else len(names))
+            assert len(blobs_of(served)) == 1
 
 
 async def test_what_cannot_be_unregistered_goes_all_the_same(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

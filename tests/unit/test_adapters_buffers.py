@@ -247,17 +247,20 @@ def test_memory_that_is_still_read_serves_nobody_else(mount: Mount | None) -> No
 
 
 def test_spares_are_few_and_within_their_allowance(mount: Mount | None) -> None:
-    """Of three that end at once the two youngest stay; of these, what the store has free."""
+    """Of three that end at once the two youngest stay; beside a new blob, what the store has free."""
     before, allowance = len(open_files()), [10_000]
     regions = Regions(mount, 2, lambda: allowance[0])
-    for blob in [filled(mount, regions) for _ in range(3)]:
+    one = filled(mount, regions)
+    of_one = len(open_files()) - before
+    for blob in [one, filled(mount, regions), filled(mount, regions)]:
         blob.release()
-    two = len(open_files())
-    allowance[0] = 1500
-    filled(mount, regions).release()
-    assert before < len(open_files()) < two
+    assert len(open_files()) == before + 2 * of_one
     allowance[0] = 0
-    Blob(16, regions).release()
+    blob = Blob(1024, regions)
+    assert len(open_files()) == before + of_one, "the other spare went"
+    blob.release()
+    assert len(open_files()) == before + of_one, "a blob that ends in a full store leaves its memory to the next"
+    regions.close()
     assert len(open_files()) == before
 
 
