@@ -32,7 +32,7 @@ from sidecar.shell.background import BackgroundThreads
 from sidecar.tasks import undisturbed
 
 T = TypeVar("T")
-Opens = Callable[[], Folder]
+Opener = Callable[[], Folder]
 """Opens the folder with a version's files; it blocks. Raises Invalid."""
 
 logger = logging.getLogger(__name__)
@@ -242,7 +242,7 @@ class Sources:
 
     # Misses.
 
-    async def use(self, origin: str, digest: str, make: Callable[[Opens], Awaitable[T]]) -> T:
+    async def use(self, origin: str, digest: str, make: Callable[[Opener], Awaitable[T]]) -> T:
         """Return what `make` returns for the folder with a version's files, which it opens in a thread.
 
         If it raises Invalid, the spool's copy is checked, and `make` is called again with a fresh copy if that may
@@ -255,7 +255,7 @@ class Sources:
                 raise
         return await make(await self.opened(origin, digest))
 
-    async def opened(self, origin: str, digest: str) -> Opens:
+    async def opened(self, origin: str, digest: str) -> Opener:
         """Return what opens the folder that `locate` finds: for a thread, which may outlast whoever asks for it."""
         path = await self.locate(origin, digest)
         return (

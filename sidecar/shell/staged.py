@@ -13,7 +13,7 @@ from typing import TypeVar
 from sidecar.adapters.staging import Staging
 from sidecar.core.effects import Fetch
 from sidecar.shell.background import Locks
-from sidecar.shell.sources import Opens, Sources
+from sidecar.shell.sources import Opener, Sources
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -106,7 +106,9 @@ class StagedFolders:
             return
         try:
             await self._sources.use(
-                effect.origin, effect.digest, lambda opens: self._in_thread(self._put_everywhere, opens, effect)
+                effect.origin,
+                effect.digest,
+                lambda open_folder: self._in_thread(self._put_everywhere, open_folder, effect),
             )
         except Exception:
             await self._in_thread(self._remove, effect.key)
@@ -117,8 +119,8 @@ class StagedFolders:
     def _is_whole(self, key: str) -> bool:
         return all(staging.is_whole(key) for staging in self._stagings)
 
-    def _put_everywhere(self, opens: Opens, effect: Fetch) -> None:
-        source = opens()
+    def _put_everywhere(self, open_folder: Opener, effect: Fetch) -> None:
+        source = open_folder()
         # Files in the spool never change, so a link will do; an operator's own folder may change at any time.
         link = str(source.path) != effect.origin
         for staging in self._stagings:

@@ -29,7 +29,7 @@ from sidecar.core.effects import Drop, DropDisk, Fetch, Spill
 from sidecar.core.events import Event, Fetched, FetchFailed, Spilled, SpillFailed
 from sidecar.core.facts import is_files
 from sidecar.errors import Reason, SidecarError
-from sidecar.shell.sources import Opens, Sources
+from sidecar.shell.sources import Opener, Sources
 from sidecar.shell.staged import StagedFolders, StagedWeights
 
 logger = logging.getLogger(__name__)
@@ -156,9 +156,9 @@ class BlobStore:
         begun_ns = monotonic_ns()
         found_ns: list[int] = []
 
-        def build_from(opens: Opens) -> asyncio.Future[Built]:
+        def build_from(open_folder: Opener) -> asyncio.Future[Built]:
             found_ns.append(monotonic_ns() - begun_ns)
-            return self._in_thread(self._build, opens, effect)
+            return self._in_thread(self._build, open_folder, effect)
 
         # A download has a thread of its own: the store's threads are for short work.
         built = await self._sources.use(effect.origin, effect.digest, build_from)
@@ -172,8 +172,8 @@ class BlobStore:
         disk = self._disk
         return self._make_blob(lambda regions: disk.read(effect.key, effect.layout, regions))
 
-    def _build(self, opens: Opens, effect: Fetch) -> Built:
-        folder = opens()
+    def _build(self, open_folder: Opener, effect: Fetch) -> Built:
+        folder = open_folder()
         return self._make_blob(
             lambda regions: build(folder, effect.layout, expected_digest=effect.digest, regions=regions)
         )

@@ -108,8 +108,8 @@ class Verification:
     async def _source(self, record: Record, version: Version) -> _Source:
         none = f"{record.name} ships no probe.jsonl, so no answer is known to be right"
         try:
-            opens = await self._gateway.sources.opened(version.origin, version.adapter.digest)
-            folder = await asyncio.to_thread(opens)
+            open_folder = await self._gateway.sources.opened(version.origin, version.adapter.digest)
+            folder = await asyncio.to_thread(open_folder)
         except NoAdapter:  # its folder has gone, which is no reason not to ask
             return _Source(trouble=none)
         except SidecarError as error:
