@@ -3,7 +3,7 @@
 Which version opens when a slot is free: of the overdue versions the one with the oldest head; then the same of those
 half-way to overdue; then the one whose queued requests have the largest sum of ages, plus their number. Which request
 goes: among the open versions, the oldest one of the least served tenant. A tenant that was served much more than the
-least served waiting one is held back (`fairness.py`).
+least served waiting one is held back (`ranks.py`).
 
 A *gate* ends a version's service: requests queued at that moment are still sent, later ones wait until the version is
 opened again, and the slot is free when the last run has ended. Two things set gates.
@@ -16,7 +16,7 @@ opened again, and the slot is free when the last run has ended. Two things set g
   is below capacity; slots closed by age alone serve about one request per visit in overload.
 * Seats are free and nothing may be sent. Then a version is gated if far fewer of its requests are expected to arrive
   during a run than are queued for the deepest version without a slot, unless that is a single one, or the slot stays
-  taken for long anyway (`open_times.py`).
+  taken for long anyway (`gates.py`).
 
 The promise: the first token comes within
 
@@ -37,11 +37,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from policies.ordering.fairness import TokenCounters
-from policies.ordering.least_served import LeastServed
-from policies.ordering.open_times import OpenTimes
-from policies.ordering.overdue import NOBODY, Overdue
+from policies.ordering.gates import NOBODY, Gates, OpenTimes, Overdue
 from policies.ordering.queues import Head, Queues
+from policies.ordering.ranks import LeastServed, TokenCounters
 from policies.record import record
 from policies.views import BASE, Backlog, Close, Decision, Hold, Open, OrderingView, Promise, Send, Waiting
 
@@ -49,17 +47,12 @@ DRAIN_FACTOR = 2
 LIMIT_SHARE = 1 / 3
 """The fraction of its class's longest wait after which a request is overdue at the latest."""
 QUEUE_MARGIN = 1.6
-FEW = 0.5
-"""A version is gated if fewer arrivals are expected during a run than this part of the deepest blocked queue."""
 FEW_AT_HAND = 4
 """If more than this many times as many versions wait as are at hand, only those at hand are looked at."""
-LONE = 1
-"""No version is gated for a single blocked request: more may arrive for both."""
 SLACK_REQUESTS = 32
 SLACK_SHARE = 1 / 4
 """A tenant may be ahead of the least served one by this share of the seats in average requests: by one at least, by
 `SLACK_REQUESTS` at most. More groups better, and keeps the others waiting for longer."""
-NO_GATE = NOBODY
 
 
 @record(frozen=True, slots=True)
@@ -82,8 +75,7 @@ class SoftGated:
         self._tenants = TokenCounters()
         self._least_served = LeastServed(self._queues, self._tenants)
         self._open_times = OpenTimes()
-        self._gates: dict[str, int] = {}
-        """The newest request of each gated version that may still be sent."""
+        self._gates = Gates(self._queues, self._open_times)
         self._in_vain = False
         """Nothing was open while nothing ran, and nothing was sent since: closing helps nobody who cannot go."""
         self._slack = SLACK_REQUESTS
@@ -98,7 +90,7 @@ class SoftGated:
         rounds = -(-backlog.blocked // backlog.slots)
         urgent_ns = overdue_ns + rounds * backlog.turn_ns
         expected_ns = round(QUEUE_MARGIN * min(backlog.queue_ns, backlog.tenant_queue_ns + backlog.seat_ns))
-        if not backlog.open or request.version in self._gates:
+        if not backlog.open or request.version in self._gates.newest:
             expected_ns = max(expected_ns, overdue_ns - backlog.fetch_ns + rounds * backlog.run_ns)
         return Promise(expected_ns, urgent_ns + 2 * backlog.turn_ns, overdue_ns, urgent_ns)
 
@@ -132,7 +124,7 @@ class SoftGated:
 
     def holds(self, request_id: int) -> Hold | None:
         request = self._queues.requests[request_id]
-        if request_id > self._gates.get(request.version, NO_GATE):
+        if request_id > self._gates.of(request.version):
             return Hold.TURN
         served_most = self._tenants.served_most(self._slack)
         return None if self._tenants.may_go(request.tenant, served_most) else Hold.SHARE
@@ -144,7 +136,7 @@ class SoftGated:
         self._slack = self._slack_of(room.seats)
         rule = self._rule(room, now_ns)
         first = self._waiting_for_a_slot(room, rule)
-        self._gate_for(len(first), room)
+        self._gates.end_for(len(first), room)
         # While `_in_vain`, the rule depends on what is open: it could close a version and open it again for ever.
         closing = FREE if self._in_vain else rule
         decision = self._closing(room, closing) or self._opening(room, rule, first, now_ns)
@@ -152,7 +144,7 @@ class SoftGated:
             return decision
         head = self._next(room, rule)
         if head is None:
-            return self._closing(room, closing) if self._gate_sparse(room, now_ns) else None
+            return self._closing(room, closing) if self._gates.end_sparse(room, now_ns) else None
         if not room.can_send(head):
             return None  # it lacks a seat or KV space, which later requests must not take from it
         request = self._queues.requests[head]
@@ -167,7 +159,7 @@ class SoftGated:
             "overdue": self._overdue.snapshot(),
             "tenants": self._tenants.snapshot(),
             "turns": self._open_times.snapshot(),
-            "gates": list(self._gates.items()),
+            "gates": list(self._gates.newest.items()),
             "slack": self._slack,
             "in_vain": self._in_vain,
         }
@@ -179,7 +171,8 @@ class SoftGated:
         self._tenants.restore(state["tenants"])
         self._least_served = LeastServed(self._queues, self._tenants)
         self._open_times = OpenTimes.restored(state["turns"])
-        self._gates = dict(state["gates"])
+        self._gates = Gates(self._queues, self._open_times)
+        self._gates.newest.update(state["gates"])
         self._slack = state["slack"]
         self._in_vain = state["in_vain"]
 
@@ -227,46 +220,11 @@ class SoftGated:
         ]
         return sorted(blocked, key=lambda version: self._queues.versions[version].head())
 
-    def _gate_for(self, wanted: int, room: OrderingView) -> None:
-        """Gate `wanted` open versions, those whose runs are expected to end first."""
-        if not wanted and not self._gates:  # mostly
-            return
-        for version in [version for version in self._gates if version not in room.open]:
-            del self._gates[version]
-        for version in self._gates:
-            if room.open[version].loading:  # requests that arrive before the load ends do not prolong its service
-                self._gates[version] = self._queues.newest
-        if wanted <= len(self._gates):
-            return
-        ungated = [version for version in room.open if version not in self._gates]
-        for version in sorted(ungated, key=self._open_times.last_end_ns)[: wanted - len(self._gates)]:
-            self._gates[version] = self._queues.newest
-
-    def _gate_sparse(self, room: OrderingView, now_ns: int) -> bool:
-        """Gate the open versions whose slots would serve more requests of another; return True if there were any."""
-        times = self._open_times
-        deepest = self._deepest_blocked(room) if times.run_ns else 0
-        if not deepest:
-            return False
-        going_on = [v for v in room.open if v not in self._gates and not times.has_time(v, now_ns)]
-        over = [version for version in going_on if times.newcomers(version, now_ns) < FEW * deepest]
-        self._gates.update(dict.fromkeys(over, self._queues.newest))
-        return bool(over)
-
-    def _deepest_blocked(self, room: OrderingView) -> int:
-        """Return the most requests that wait for one version without a slot; 0 if none has more than `LONE`."""
-        for count, versions in self._queues.by_count():
-            if count <= LONE:
-                break
-            if any(name not in room.open and name != BASE and room.is_ready(name) for name in versions):
-                return count
-        return 0
-
     # Decisions.
 
     def _closing(self, room: OrderingView, rule: Rule) -> Decision | None:
         """Close a gated version that has no run and no request left to send."""
-        for version in self._gates:
+        for version in self._gates.newest:
             slot = room.open[version]
             if not slot.running and not slot.loading and not self._has_next(version, rule):
                 return Close(version)
@@ -281,7 +239,7 @@ class SoftGated:
             return None
         for version in self._openable(room, rule, first, now_ns):
             if room.can_open(version):
-                self._gates.pop(version, None)
+                self._gates.newest.pop(version, None)
                 return Open(version)
         return None
 
@@ -336,7 +294,7 @@ class SoftGated:
         for version in (BASE, *room.open):
             if version not in self._queues.versions or not self._is_sendable(version, room):
                 continue
-            other = self._least_served.first(version, self._gates.get(version, NO_GATE))
+            other = self._least_served.first(version, self._gates.of(version))
             if other is not None and other < best and room.can_send(other[1]):
                 best = other
         return best[1]
@@ -350,7 +308,7 @@ class SoftGated:
 
     def _first_of(self, version: str, rule: Rule) -> int | None:
         """Return the request of a queued version that may be sent first; None if none may."""
-        gate = min(rule.urgent, self._gates.get(version, NO_GATE))
+        gate = min(rule.urgent, self._gates.of(version))
         head = self._queues.versions[version].head()
         if head > gate:
             return None

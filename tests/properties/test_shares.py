@@ -9,11 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.ordering import fairness
-from policies.ordering import fairness as owed
-from policies.ordering.fairness import TokenCounters
-from policies.ordering.least_served import LeastServed
+from policies.ordering import ranks
 from policies.ordering.queues import Queues
+from policies.ordering.ranks import LeastServed, TokenCounters
 from policies.views import Waiting
 from tests.kit.cases import first
 
@@ -30,7 +28,7 @@ def least_of_all(rows: dict[str, tuple[float, float]]) -> float:
 def _small_blocks() -> Iterator[None]:
     """Have many blocks of few tenants."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owed, "BLOCK_MAX", 2)
+        patch.setattr(ranks, "BLOCK_MAX", 2)
         yield
 
 
@@ -41,7 +39,7 @@ changes = st.lists(st.tuples(st.sampled_from("abcdefghijkl"), counters, counters
 @given(changes)
 def test_the_least_and_the_most_of_all(changes: list[tuple[str, float, float, bool]]) -> None:
     """After any changes both are what a look at every tenant says, with blocks of two."""
-    held, rows = owed.Owed(), {}
+    held, rows = ranks.Owed(), {}
     for tenant, served, waiting, leaves in changes:
         if leaves:
             held.discard(tenant)
@@ -85,7 +83,7 @@ class Plain:
             return
         costs: dict[str, float] = {}
         for each in waiting:
-            costs[each.tenant] = costs.get(each.tenant, 0.0) + fairness.cost_of(each)
+            costs[each.tenant] = costs.get(each.tenant, 0.0) + ranks.cost_of(each)
         rows = {tenant: (self.counters.served(tenant), cost) for tenant, cost in costs.items()}
         most = self.counters.served_most(4)
         slack = 4 * self.counters._usual_cost
@@ -106,7 +104,7 @@ def test_whoever_was_served_least_is_found(seed: int, monkeypatch: pytest.Monkey
     """Random arrivals, departures, endings and gates of many tenants, a few of which ask for far more."""
     random = Random(seed)
     plain = Plain()
-    monkeypatch.setattr(fairness, "TENANTS_KEPT", random.choice((0, 3, 1000)))
+    monkeypatch.setattr(ranks, "TENANTS_KEPT", random.choice((0, 3, 1000)))
     tenants = random.randint(1, 30)
     for number in range(1, 250):
         deed = random.random()
@@ -130,7 +128,7 @@ def test_whoever_was_served_least_is_found(seed: int, monkeypatch: pytest.Monkey
 
 def test_a_tenant_that_has_just_come_is_never_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is kept of idle tenants, one that waits has a counter."""
-    monkeypatch.setattr(fairness, "TENANTS_KEPT", 2)
+    monkeypatch.setattr(ranks, "TENANTS_KEPT", 2)
     counters = TokenCounters()
     for number in range(20):
         request = Waiting(number, "v", "v", f"t{number}", "default", 0, 8, 8)

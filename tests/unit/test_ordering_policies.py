@@ -8,12 +8,10 @@ from random import Random
 import pytest
 
 from policies.ordering.credit import CREDIT_MAX, Credit
-from policies.ordering.fairness import TokenCounters
 from policies.ordering.fifo import Fifo
-from policies.ordering.least_served import LeastServed
-from policies.ordering.open_times import OpenTimes
-from policies.ordering.overdue import NOBODY, Overdue
+from policies.ordering.gates import NOBODY, OpenTimes, Overdue
 from policies.ordering.queues import Queues
+from policies.ordering.ranks import LeastServed, TokenCounters
 from policies.ordering.soft_gated import SoftGated
 from policies.views import Backlog, Close, Decision, Hold, Open, Promise, Send, Waiting
 from sidecar.lab.conformance.seeds import waiting

@@ -14,8 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from policies import id_queue
-from policies.ordering import credit, fairness, open_times
-from policies.ordering import fairness as owed
+from policies.ordering import credit, gates, ranks
 from policies.prefetch import planned, speculative
 from policies.routing import partitioned, proportional, rendezvous
 from sidecar.core import core, lifecycle, prefetching, stealing
@@ -76,10 +75,10 @@ class Counted(int):
 
 CONSTANTS: tuple[tuple[ModuleType, str], ...] = (
     (credit, "CREDIT_MAX"),
-    (fairness, "TENANTS_KEPT"),
+    (ranks, "TENANTS_KEPT"),
     (id_queue, "STALE_MAX"),
-    (owed, "BLOCK_MAX"),
-    (open_times, "VERSIONS_KEPT"),
+    (ranks, "BLOCK_MAX"),
+    (gates, "VERSIONS_KEPT"),
     (planned, "LOOKED_AT_MAX"),
     (speculative, "ADVICE_MAX"),
     (speculative, "KNOWN_MAX"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import permutations
 
-from policies.ordering.fairness import INPUT_COST, OUTPUT_COST
+from policies.ordering.ranks import INPUT_COST, OUTPUT_COST
 from policies.ordering.soft_gated import SLACK_REQUESTS
 from sidecar.core.effects import Settle
 from sidecar.lab.sim.options import BARE, Options
