@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import re
 import ssl
 from collections.abc import Awaitable, Callable
@@ -22,7 +23,6 @@ from typing import Any
 import httpx
 from joserfc.jwk import Key, import_key
 
-from sidecar.adapters.durable import DurableFiles
 from sidecar.adapters.strict_json import parse_object
 from sidecar.config.identities import clipped
 from sidecar.config.identity import Issuer
@@ -193,7 +193,6 @@ class Jwks:
     def _write_copy(self, text: bytes) -> None:
         if self._copy is None:
             return
-        files = DurableFiles()
         part = self._copy.with_suffix(".part")
         try:
             self._copy.parent.mkdir(parents=True, exist_ok=True)
@@ -201,8 +200,8 @@ class Jwks:
             with part.open("wb") as file:
                 file.write(json.dumps(record).encode())
                 file.flush()
-                files.sync(file.fileno())
-            files.rename(part, self._copy)
+                os.fsync(file.fileno())
+            part.rename(self._copy)
         except OSError as error:
             logger.warning("the keys of the issuer %s were not copied to %s: %s", self._named, self._copy, error)
 

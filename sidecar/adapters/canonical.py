@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from sidecar.adapters import peft_config
 from sidecar.adapters.balance import Exponents, Floats, exponents_for
+from sidecar.adapters.entries import Files
 from sidecar.adapters.names import shown
 from sidecar.adapters.peft import INDEX_FILE_NAME, WEIGHTS_FILE_NAME, AdapterSource
 from sidecar.adapters.peft_config import PeftConfig, parse_config
@@ -44,16 +45,6 @@ NAMES = {
 EXACT = 1e-9
 """A relative difference of two scales that comes from dividing and multiplying by a rank."""
 PIECE_ELEMENTS = 256 << 10
-
-
-class Files(Protocol):
-    """The file operations that the rewriting needs."""
-
-    def create(self, path: Path) -> int: ...
-
-    def write(self, descriptor: int, data: memoryview) -> None: ...
-
-    def sync(self, descriptor: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -209,7 +200,7 @@ def _write_config(
         "bias": "none",
         "inference_mode": True,
     }
-    _put(folder / peft_config.FILE_NAME, [json.dumps(content, indent=2).encode()], files)
+    files.put(folder / peft_config.FILE_NAME, [json.dumps(content, indent=2).encode()])
 
 
 def _write_weights(path: Path, source: AdapterSource, matrices: Sequence[_Matrix], files: Files) -> None:
@@ -221,16 +212,4 @@ def _write_weights(path: Path, source: AdapterSource, matrices: Sequence[_Matrix
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)  # tensors begin at a multiple of eight bytes, as safetensors writes them
     data = (piece.reshape(-1).view(np.uint8).data for matrix in matrices for piece in matrix.pieces(source))
-    _put(path, [len(head).to_bytes(8, "little"), head], files, data)
-
-
-def _put(path: Path, head: Sequence[bytes], files: Files, rest: Iterable[memoryview] = ()) -> None:
-    descriptor = files.create(path)
-    try:
-        for part in head:
-            files.write(descriptor, memoryview(part))
-        for piece in rest:
-            files.write(descriptor, piece)
-        files.sync(descriptor)
-    finally:
-        os.close(descriptor)
+    files.put(path, chain([len(head).to_bytes(8, "little"), head], data))

@@ -20,13 +20,12 @@ import logging
 import os
 import re
 import secrets
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic, sleep
 
+from sidecar.adapters.entries import Entries, Files
 from sidecar.adapters.owner import if_dead
 from sidecar.errors import Misused, Reason
 
@@ -39,8 +38,6 @@ LOCK_WAIT_S = 30.0
 LOCK_POLL_S = 0.01
 OURS = re.compile(r"[0-9a-f]{64}\.[A-Za-z0-9.+]+\.p\d+\.g\d+\Z")
 """Matches packed keys. Entries with other names are not ours and are never touched."""
-
-Rename = Callable[[Path, Path], object]
 
 
 def make_folder(path: Path) -> bool:
@@ -55,24 +52,19 @@ def make_folder(path: Path) -> bool:
 class Claims:
     """One process's claims in a shared folder. Every method blocks; those that change something raise OSError."""
 
-    def __init__(self, directory: Path, rename: Rename = Path.rename) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, files: Files | None = None) -> None:
         self._hidden = directory / HIDDEN
-        self._rename = rename
         self._own = self._hidden / secrets.token_hex(8)
+        self.entries = Entries(directory, self._own / "work", files)
         self._owner: int | None = None
         self._left: frozenset[str] = frozenset()
         """Entries that no living instance claimed at the start; they stay until `sweep`."""
 
-    @property
-    def work(self) -> Path:
-        """The directory, on the folder's file system, in which this process prepares entries before moving them in."""
-        return self._own / "work"
-
     def open(self) -> None:
         """Join the folder. Raises Misused if the folder cannot be used."""
+        folder = self.entries.directory
         try:
-            make_folder(self.directory)
+            make_folder(folder)
             make_folder(self._hidden)
             with self.alone():
                 self._owner = self._enter()
@@ -80,8 +72,8 @@ class Claims:
         except OSError as error:
             raise Misused(
                 Reason.CONFIG_INVALID,
-                f"adapters_dir {self.directory} cannot be used: {error.strerror or error}; it must be a folder, on a "
-                "file system with locks, that this process can write to",
+                f"adapters_dir {folder} cannot be used: {error.strerror or error}; it must be a folder, on a file "
+                "system with locks, that this process can write to",
             ) from error
 
     def sweep(self) -> None:
@@ -90,7 +82,7 @@ class Claims:
             self._left = frozenset()
             swept = list(self._sweep())
         for folder in swept:
-            self.discard(folder)
+            self.entries.discard(folder)
 
     def close(self, as_dead: bool = False) -> None:
         """Release every claim and leave the folder; `as_dead` leaves all of it to a later `sweep`, as a kill does."""
@@ -104,9 +96,9 @@ class Claims:
             for claim in list((self._own / "claims").iterdir()):
                 self.release(claim.name)
             with self.alone():
-                self.discard(self._own)
+                self.entries.discard(self._own)
         except OSError as error:
-            logger.warning("%s could not be left tidy: %s", self.directory, error)
+            logger.warning("%s could not be left tidy: %s", self.entries.directory, error)
         os.close(self._owner)
         self._owner = None
 
@@ -131,16 +123,9 @@ class Claims:
         """Give up a claim, and remove the entry unless another living instance claims it."""
         with self.alone():
             (self._own / "claims" / key).unlink(missing_ok=True)
-            gone = None if key in self._left or self._is_claimed(key) else self._take_out(key)
+            gone = None if key in self._left or self._is_claimed(key) else self.entries.take_out(key)
         if gone is not None:
-            self.discard(gone)
-
-    def discard(self, folder: Path) -> None:
-        """Remove a folder from the instance's directory; if that fails, the next start removes it."""
-        try:
-            shutil.rmtree(folder)
-        except OSError as error:
-            logger.warning("%s could not be removed: %s", folder, error.strerror)
+            self.entries.discard(gone)
 
     def _enter(self) -> int:
         for part in ("", "claims", "work"):
@@ -154,17 +139,17 @@ class Claims:
         """Move out of the folder what no living instance needs, and yield each moved folder for removal."""
         for instance in self._instances():
             if not _lives(instance):
-                gone = self._out_of_the_way()
+                gone = self.entries.make()
                 with suppress(PermissionError):  # another user's: it is that user's to clean up
-                    self._rename(instance, gone / instance.name)
+                    self.entries.files.rename(instance, gone / instance.name)
                 yield gone
         for path in self._unclaimed():
-            unneeded = self._take_out(path.name)
+            unneeded = self.entries.take_out(path.name)
             if unneeded is not None:
                 yield unneeded
 
     def _unclaimed(self) -> list[Path]:
-        ours = [path for path in sorted(self.directory.iterdir()) if OURS.match(path.name)]
+        ours = [path for path in sorted(self.entries.directory.iterdir()) if OURS.match(path.name)]
         own = self._own / "claims"
         return [path for path in ours if not ((own / path.name).exists() or self._is_claimed(path.name))]
 
@@ -173,19 +158,6 @@ class Claims:
 
     def _is_claimed(self, key: str) -> bool:
         return any((instance / "claims" / key).exists() and _lives(instance) for instance in self._instances())
-
-    def _take_out(self, key: str) -> Path | None:
-        """Move an entry into our work folder, which is quicker than removing it. Return None if it does not exist."""
-        gone = self._out_of_the_way()
-        try:
-            self._rename(self.directory / key, gone / key)
-        except FileNotFoundError:
-            gone.rmdir()
-            return None
-        return gone
-
-    def _out_of_the_way(self) -> Path:
-        return Path(tempfile.mkdtemp(dir=self.work))
 
 
 def _lock(descriptor: int, where: Path) -> None:

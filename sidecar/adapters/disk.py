@@ -1,9 +1,7 @@
 """The disk tier's files: packed blobs that survive a restart, complete or not at all.
 
 A blob is one file: the packed rows, a JSON footer with their layout and SHA-256, the footer's length, and a mark.
-It is written under another name, flushed, and renamed; then the folder is flushed. After a crash at any moment, a file
-with a blob's name is therefore complete, and the next start removes the others. The checksum is verified when a blob is
-first read, never at start: finding 500 blobs reads 500 file tails.
+The checksum is verified when a blob is first read, never at start: finding 500 blobs reads 500 file tails.
 """
 
 from __future__ import annotations
@@ -18,26 +16,17 @@ from typing import Any, NamedTuple
 
 from sidecar.adapters.buffers import PRIVATE, Blob, Regions
 from sidecar.adapters.builder import Built
-from sidecar.adapters.durable import DurableFiles
+from sidecar.adapters.entries import Entries, Files
 from sidecar.adapters.layout import Layout
 from sidecar.adapters.packed import PackPlan, PackReport
 from sidecar.errors import Reason, Refused
 
 SUFFIX = ".blob"
-UNFINISHED = ".part"
+WORK = "incoming"
+FILE_MODE = 0o600
 MARK = b"LSB1"
 CHUNK_BYTES = 1 << 20
 _TAIL = struct.Struct("<I4s")
-
-
-class Files(DurableFiles):
-    """The file operations of the tier."""
-
-    def create(self, path: Path) -> int:
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-
-    def unlink(self, path: Path) -> None:
-        path.unlink(missing_ok=True)
 
 
 class Found(NamedTuple):
@@ -51,48 +40,32 @@ class DiskTier:
     """Blobs in one folder. Every method blocks: call them in threads, and never two at a time for one key."""
 
     def __init__(self, directory: Path, files: Files | None = None) -> None:
-        self._directory = directory
-        self._files = files or Files()
+        self._entries = Entries(directory, directory / WORK, files)
 
     def scan(self) -> list[Found]:
-        """Remove files that a crash left unfinished and return the blobs, least recently written first."""
-        self._directory.mkdir(parents=True, exist_ok=True)
+        """Remove files that are no blobs and what a crash left unfinished; return the blobs, oldest first."""
+        self._entries.work.mkdir(parents=True, exist_ok=True)
+        self._entries.clear()
         found: list[tuple[int, Found]] = []
-        for path in sorted(self._directory.iterdir()):
-            if path.is_dir():
+        for path in sorted(self._entries.directory.iterdir()):
+            if path.is_dir() or not path.name.endswith(SUFFIX):
                 continue  # not ours, whatever its name
-            if path.name.endswith(UNFINISHED):
-                self._files.unlink(path)
-            elif path.name.endswith(SUFFIX):
-                held = self._found(path)
-                if held is None:
-                    self._files.unlink(path)
-                else:
-                    found.append((path.stat().st_mtime_ns, held))
+            held = self._found(path)
+            if held is None:
+                self._entries.remove(path.name)
+            else:
+                found.append((path.stat().st_mtime_ns, held))
         return [held for _, held in sorted(found)]
 
     def write(self, key: str, built: Built) -> None:
         """Write a blob, completely or not at all. Raises OSError if the disk is full, read-only or broken."""
-        place, part = self._path(key), self._path(key).with_suffix(UNFINISHED)
-        descriptor = self._files.create(part)
+        name = f"{key}{SUFFIX}"
+        work = self._entries.make()
         try:
-            digest = hashlib.sha256()
-            for chunk in _chunks(built.blob):
-                digest.update(chunk)
-                self._files.write(descriptor, chunk)
-            self._files.write(descriptor, memoryview(_footer(key, built.plan, digest.hexdigest())))
-            self._files.sync(descriptor)
-        except BaseException:
-            os.close(descriptor)
-            self._files.unlink(part)
-            raise
-        os.close(descriptor)
-        try:
-            self._files.rename(part, place)
-        except OSError:
-            self._files.unlink(part)
-            raise
-        self._files.sync_directory(self._directory)
+            self._entries.files.put(work / name, _with_footer(key, built), FILE_MODE)
+            self._entries.put(work / name, name)
+        finally:
+            self._entries.discard(work)
 
     def read(self, key: str, layout: Layout, regions: Regions = PRIVATE) -> Built:
         """Read a blob into memory and verify its checksum.
@@ -101,7 +74,7 @@ class DiskTier:
         missing.
         """
         try:
-            with self._path(key).open("rb") as file:
+            with self._entries.path(f"{key}{SUFFIX}").open("rb") as file:
                 size, footer = _read_footer(file.fileno())
                 plan = _plan_of(footer, layout)
                 blob = Blob(size, regions)
@@ -129,10 +102,7 @@ class DiskTier:
         blob.seal()
 
     def delete(self, key: str) -> None:
-        self._files.unlink(self._path(key))
-
-    def _path(self, key: str) -> Path:
-        return self._directory / f"{key}{SUFFIX}"
+        self._entries.remove(f"{key}{SUFFIX}")
 
     def _found(self, path: Path) -> Found | None:
         """Return the blob that a file's tail describes, or None if it is no blob."""
@@ -144,10 +114,14 @@ class DiskTier:
         return Found(path.name.removesuffix(SUFFIX), size)
 
 
-def _chunks(blob: Blob) -> Iterator[memoryview]:
-    data = memoryview(blob.array("u1", (blob.size_bytes,)).data)
-    for start in range(0, blob.size_bytes, CHUNK_BYTES):
+def _with_footer(key: str, built: Built) -> Iterator[memoryview]:
+    """Yield a blob in chunks, and then its footer."""
+    digest = hashlib.sha256()
+    data = memoryview(built.blob.array("u1", (built.blob.size_bytes,)).data)
+    for start in range(0, built.blob.size_bytes, CHUNK_BYTES):
+        digest.update(data[start : start + CHUNK_BYTES])
         yield data[start : start + CHUNK_BYTES]
+    yield memoryview(_footer(key, built.plan, digest.hexdigest()))
 
 
 def _footer(key: str, plan: PackPlan, digest: str) -> bytes:

@@ -1,61 +1,54 @@
 """The spool: fetched source folders by digest, and folders that are still being fetched.
 
-`sources/<digest>` holds complete, checked folders only: a folder is flushed to the disk before it is renamed to its
-digest. `incoming/<random>` holds fetches in progress and is emptied at start, so a crash leaves no incomplete folder
-behind. Without a data directory, the spool is in a private temporary one.
+`sources/<digest>` holds complete, checked folders only. `incoming/<random>` holds fetches in progress and is emptied at
+start. Without a data directory, the spool is in a private temporary one.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 import re
-import shutil
 import tempfile
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from sidecar.adapters.entries import Entries, Files
 from sidecar.adapters.origins.failures import no_room
 from sidecar.adapters.peft import read_adapter
 from sidecar.adapters.probes import FILE_NAME as PROBE_FILE_NAME
 from sidecar.errors import SidecarError
 
-logger = logging.getLogger(__name__)
-
 _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
-
-Point = Callable[[str], None]
-"""Takes the name of each point of the spool's work that must survive a kill; a test ends the process there."""
 
 
 class Spool:
     """Folders by digest, for one process; any thread may use it."""
 
-    def __init__(self, directory: Path | None, at: Point = lambda point: None) -> None:
+    def __init__(self, directory: Path | None, files: Files | None = None) -> None:
         """Open or make the folders. None stands for a temporary directory, made on first use and removed by `close`."""
-        self._directory = directory
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
-        self._at = at
+        self._files = files
         self._lock = threading.Lock()
-        if directory is not None:
-            self._open(directory)
+        self._opened = None if directory is None else self._open(directory)
 
-    def _open(self, directory: Path) -> None:
-        for folder in (directory / "sources", directory / "incoming"):
+    def _open(self, directory: Path) -> Entries:
+        entries = Entries(directory / "sources", directory / "incoming", self._files)
+        for folder in (entries.directory, entries.work):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for left in (directory / "incoming").iterdir():
-            _remove(left)
+        entries.clear()
+        return entries
+
+    @property
+    def entries(self) -> Entries:
+        with self._lock:
+            if self._opened is None:
+                self._temporary = tempfile.TemporaryDirectory(prefix="lora-sidecar-", ignore_cleanup_errors=True)
+                self._opened = self._open(Path(self._temporary.name))
+            return self._opened
 
     @property
     def directory(self) -> Path:
-        with self._lock:
-            if self._directory is None:
-                self._temporary = tempfile.TemporaryDirectory(prefix="lora-sidecar-", ignore_cleanup_errors=True)
-                self._directory = Path(self._temporary.name)
-                self._open(self._directory)
-            return self._directory
+        return self.entries.directory.parent
 
     def close(self) -> None:
         if self._temporary is not None:
@@ -63,21 +56,21 @@ class Spool:
 
     def folder(self, digest: str) -> Path:
         """Return the path of a version's source, which may not exist."""
-        return self.directory / "sources" / digest
+        return self.entries.path(digest)
 
     def holds(self, digest: str) -> bool:
-        return self._directory is not None and self.folder(digest).is_dir()
+        return self._opened is not None and self.folder(digest).is_dir()
 
     def digests(self) -> list[str]:
         """Return the digests that the spool holds, sorted."""
-        if self._directory is None:
+        if self._opened is None:
             return []
-        return sorted(path.name for path in (self._directory / "sources").iterdir() if _DIGEST.match(path.name))
+        return sorted(path.name for path in self._opened.directory.iterdir() if _DIGEST.match(path.name))
 
     def make_incoming(self) -> Path:
         """Return a new empty folder for a fetch; pass it to `adopt` or `remove` afterwards."""
         try:
-            return Path(tempfile.mkdtemp(dir=self.directory / "incoming"))
+            return self.entries.make()
         except OSError as error:
             raise no_room("a new folder", error) from error
 
@@ -93,33 +86,25 @@ class Spool:
                 if digest_of_folder(target) == digest:
                     with suppress(FileNotFoundError):
                         (folder / PROBE_FILE_NAME).replace(target / PROBE_FILE_NAME)
-                    _remove(folder)
+                    self.remove(folder)
                     return target
                 self.discard(digest)
-            self._at("before folder fsync")
-            _sync(folder)
-            self._at("before rename")
-            folder.rename(target)
-            self._at("after rename")
-            _sync(target.parent)
+            self.entries.files.sync_directory(folder)
+            return self.entries.put(folder, digest)
         except OSError as error:
             raise no_room(f"the source of {digest[:12]}", error) from error
-        return target
 
     def discard(self, digest: str) -> None:
-        """Remove a source, if it is there."""
-        self.remove(self.take_out(digest))
+        """Remove a source, if it is there. Raises OSError if it cannot be moved."""
+        self.entries.remove(digest)
 
-    def take_out(self, digest: str) -> Path:
+    def take_out(self, digest: str) -> Path | None:
         """Move a source, if it is there, into an incoming folder and return that: quicker than removing it."""
-        gone = self.make_incoming()
-        with suppress(FileNotFoundError):
-            self.folder(digest).rename(gone / digest)
-        return gone
+        return self.entries.take_out(digest)
 
     def remove(self, folder: Path) -> None:
         """Remove an incoming folder that will not be adopted."""
-        _remove(folder)
+        self.entries.discard(folder)
 
 
 def digest_of_folder(folder: Path) -> str:
@@ -129,22 +114,3 @@ def digest_of_folder(folder: Path) -> str:
             return source.digest
     except SidecarError:
         return ""
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(folder: Path) -> None:
-    try:
-        shutil.rmtree(folder)
-    except FileNotFoundError:
-        pass
-    except NotADirectoryError:
-        folder.unlink(missing_ok=True)
-    except OSError as error:  # a disk that has become read-only must not end the caller's work
-        logger.warning("%s could not be removed: %s", folder, error.strerror)

@@ -9,7 +9,6 @@ avoid removing each other's versions.
 from __future__ import annotations
 
 import os
-import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from sidecar.adapters import peft_config
 from sidecar.adapters.builder import check_digest
 from sidecar.adapters.canonical import rewrite
 from sidecar.adapters.claims import Claims
-from sidecar.adapters.durable import DurableFiles
+from sidecar.adapters.entries import Files
 from sidecar.adapters.folder import Folder, opened
 from sidecar.adapters.peft import INDEX_FILE_NAME, WEIGHTS_FILE_NAME, AdapterSource, read_adapter
 from sidecar.adapters.spool import digest_of_folder
@@ -29,8 +28,7 @@ from sidecar.core.layout import Layout
 from sidecar.errors import Reason, Refused
 
 AS_SAVED = Layout("float16", files=True)
-FOLDER_MODE, FILE_MODE, OTHERS_READ = 0o755, 0o644, 0o004
-"""The engine may run as another user."""
+OTHERS_READ = 0o004
 
 
 @dataclass(frozen=True)
@@ -57,22 +55,6 @@ class AdaptersDir:
         return None
 
 
-class Files(DurableFiles):
-    """The file operations of staging; a test puts a crash before, or a failure in place of, any of them."""
-
-    def make_directory(self, path: Path) -> None:
-        path.mkdir()
-        path.chmod(FOLDER_MODE)  # mkdir's mode is subject to the umask
-
-    def link(self, source: Path, target: Path) -> None:
-        target.hardlink_to(source)
-
-    def create(self, path: Path) -> int:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
-        os.fchmod(descriptor, FILE_MODE)
-        return descriptor
-
-
 @dataclass(frozen=True)
 class _Mark:
     """Identifies a staged file. The time counts too: a hard link shares its source's bytes, which may be rewritten."""
@@ -87,8 +69,9 @@ class Staging:
 
     def __init__(self, directory: Path, files: Files | None = None) -> None:
         self.directory = directory
-        self._files = files or Files()
-        self._claims = Claims(directory, self._files.rename)
+        self._claims = Claims(directory, files)
+        self._entries = self._claims.entries
+        self._files = self._entries.files
         self._marks: dict[str, Mapping[str, _Mark]] = {}
         self._lock = threading.Lock()
 
@@ -109,7 +92,7 @@ class Staging:
 
     def path(self, key: str) -> Path:
         """Return the path of a staged version, which may not exist."""
-        return self.directory / key
+        return self._entries.path(key)
 
     def is_whole(self, key: str) -> bool:
         """Return True if this process staged the version and its files are unchanged, by their metadata."""
@@ -162,7 +145,7 @@ class Staging:
     def _put(
         self, source: Path | Folder, key: str, digest: str, layout: Layout, link: bool, before: int | None
     ) -> None:
-        work = Path(tempfile.mkdtemp(dir=self._claims.work))
+        work = self._entries.make()
         try:
             with opened(source, digest[:12]) as folder, read_adapter(folder, name=digest[:12]) as adapter:
                 check_digest(adapter.name, adapter.digest, digest)
@@ -171,7 +154,7 @@ class Staging:
             if before is None or digest_of_folder(work / key) != digest_of_folder(self.path(key)):
                 self._move_in(work, key, before)
         finally:
-            self._claims.discard(work)
+            self._entries.discard(work)
 
     def _fill(self, made: Path, layout: Layout, adapter: AdapterSource, linked: Path | None) -> None:
         """Write what was hashed, from the files that are open; those in the folder `linked` may be linked to."""
@@ -180,7 +163,7 @@ class Staging:
             contents = {name: iter([data]) for name, data in adapter.documents.items()}
             for name, pieces in (contents | {file.name: file.pieces() for file in adapter.file.files}).items():
                 if linked is None or not self._linked((linked / name).resolve(), made / name):
-                    self._write(made / name, pieces)
+                    self._files.put(made / name, pieces)
         adapter.file.check_unchanged()
         self._files.sync_directory(made)
 
@@ -194,15 +177,6 @@ class Staging:
             return False
         return True
 
-    def _write(self, target: Path, pieces: Iterable[bytes]) -> None:
-        descriptor = self._files.create(target)
-        try:
-            for piece in pieces:
-                self._files.write(descriptor, memoryview(piece))
-            self._files.sync(descriptor)
-        finally:
-            os.close(descriptor)
-
     def _move_in(self, work: Path, key: str, before: int | None) -> None:
         """Rename a prepared version to its key. An inode seen `before` is damaged; a newer one is sound and stays."""
         with self._claims.alone():
@@ -211,8 +185,7 @@ class Staging:
                 return
             if now is not None:
                 self._files.rename(self.path(key), work / "damaged")
-            self._files.rename(work / key, self.path(key))
-            self._files.sync_directory(self.directory)
+            self._entries.put(work / key, key)
 
 
 def _file_names(folder: Path) -> list[str]:

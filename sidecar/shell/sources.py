@@ -233,7 +233,9 @@ class Sources:
         del self.doubted[digest]
         self._bringing.pop(digest, None)
         try:
-            self._remove(self.spool.take_out(digest))
+            gone = self.spool.take_out(digest)
+            if gone is not None:
+                self._remove(gone)
         except (OSError, SidecarError) as error:
             logger.warning("the source of %s could not be dropped: %s", digest[:12], error)
 

@@ -14,9 +14,10 @@ from typing import Any
 import grpc
 import pytest
 
+from sidecar.adapters.entries import Files
 from sidecar.adapters.folder import Folder
 from sidecar.adapters.spool import digest_of_folder
-from sidecar.adapters.staging import Files, Staging
+from sidecar.adapters.staging import Staging
 from sidecar.errors import Invalid
 from sidecar.proto import admin_pb2 as pb
 from tests.attack.test_asked_again_at_the_write import Publisher, enforced

@@ -92,26 +92,36 @@ def test_a_disk_that_cannot_be_written_to(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from sidecar.adapters.entries import Files
 from sidecar.adapters.spool import Spool
 from tests.unit.test_spool import arrived
-def at(point):
-    if point == sys.argv[2]:
-        os.kill(os.getpid(), signal.SIGKILL)
-spool = Spool(Path(sys.argv[1]), at)
+calls = 0
+class Dying(Files):
+    def __getattribute__(self, name):
+        global calls
+        if name in ("rename", "sync_directory"):
+            calls += 1
+            if calls == int(sys.argv[2]):
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getattribute__(name)
+spool = Spool(Path(sys.argv[1]), Dying())
 folder, digest = arrived(spool)
 print(digest, flush=True)
 spool.adopt(folder, digest)
 """
 
 
-@pytest.mark.parametrize("point", ["before folder fsync", "before rename", "after rename"])
-def test_a_kill_at_each_step(point: str, tmp_path: Path) -> None:
-    """After a restart the source is whole or not there, and no folder that was under way stays."""
-    command = [sys.executable, "-c", KILLED, str(tmp_path), point]
+@pytest.mark.parametrize(("call", "is_there"), [(1, False), (2, False), (3, True)])
+def test_a_kill_before_each_step(call: int, is_there: bool, tmp_path: Path) -> None:
+    """After a restart the source is whole or not there, and no folder that was under way stays.
+
+    The steps: flush the folder, rename it, flush the folder that holds it.
+    """
+    command = [sys.executable, "-c", KILLED, str(tmp_path), str(call)]
     ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert ended.returncode == -9, ended.stderr
     digest = ended.stdout.strip()
     spool = Spool(tmp_path)
-    assert spool.holds(digest) is (point == "after rename")
+    assert spool.holds(digest) is is_there
     assert not spool.holds(digest) or digest_of_folder(spool.folder(digest)) == digest
     assert names(tmp_path / "incoming") == []

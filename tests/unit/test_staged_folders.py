@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from sidecar.adapters.claims import HIDDEN
+from sidecar.adapters.entries import Files
 from sidecar.adapters.origins.allowing import AllowList
 from sidecar.adapters.origins.origin import PUSHED
 from sidecar.adapters.spool import Spool, digest_of_folder
-from sidecar.adapters.staging import Files, Staging
+from sidecar.adapters.staging import Staging
 from sidecar.core.effects import Fetch
 from sidecar.core.facts import Layout, packed_key
 from sidecar.errors import Invalid, Refused

@@ -18,8 +18,9 @@ import pytest
 
 from sidecar.adapters import claims
 from sidecar.adapters.claims import HIDDEN
+from sidecar.adapters.entries import Files
 from sidecar.adapters.spool import digest_of_folder
-from sidecar.adapters.staging import AdaptersDir, Files, Staging
+from sidecar.adapters.staging import AdaptersDir, Staging
 from sidecar.core.facts import Layout, packed_key
 from sidecar.errors import Invalid, Misused, Refused
 from tests.kit.peft_files import read_tensors, write_adapter, write_safetensors
@@ -226,9 +227,7 @@ def test_a_disk_that_fails(tmp_path: Path, step: str, number: int) -> None:
 
     source, digest, key = adapter(tmp_path / "sql")
     shared = tmp_path / "shared"
-    with opened(shared, Failing() if step != "rename" else None) as staging:
-        if step == "rename":
-            staging._files = Failing()
+    with opened(shared, Failing()) as staging:
         with pytest.raises(Refused, match=f"cannot be put into adapters_dir {shared}: {os.strerror(number)}") as caught:
             staging.stage(source, key, digest)
         assert caught.value.reason.value == "ADAPTER_UNAVAILABLE"
@@ -272,7 +271,8 @@ def run(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from sidecar.adapters.staging import Files, Staging
+from sidecar.adapters.entries import Files
+from sidecar.adapters.staging import Staging
 source, shared, key, digest, step, number, doing = sys.argv[1:]
 calls = 0
 armed = False
@@ -290,7 +290,6 @@ if doing == "remove":
     staging.stage(Path(source), key, digest)
 armed = True
 if doing == "remove":
-    staging._claims._rename = lambda source, target: staging._files.rename(source, target)
     staging.remove(key)
 else:
     staging.stage(Path(source), key, digest, link=doing == "link")

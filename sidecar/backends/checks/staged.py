@@ -23,9 +23,10 @@ from safetensors.numpy import save_file
 
 from sidecar.adapters.base_model import BaseModel
 from sidecar.adapters.claims import make_folder
+from sidecar.adapters.entries import FOLDER_MODE
 from sidecar.adapters.peft import WEIGHTS_FILE_NAME, read_adapter
 from sidecar.adapters.peft_config import FILE_NAME
-from sidecar.adapters.staging import FOLDER_MODE, AdaptersDir, Staging
+from sidecar.adapters.staging import AdaptersDir, Staging
 from sidecar.backends.checks.finding import Finding, failed, ok, skipped
 from sidecar.core.facts import Layout, packed_key
 

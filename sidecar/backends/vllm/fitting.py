@@ -28,9 +28,10 @@ import httpx
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from sidecar.adapters.entries import FOLDER_MODE
 from sidecar.adapters.modules import locate
 from sidecar.adapters.peft import WEIGHTS_FILE_NAME
-from sidecar.adapters.staging import FOLDER_MODE, AdaptersDir
+from sidecar.adapters.staging import AdaptersDir
 from sidecar.backends.checks.staged import PREFIX, write_peft
 from sidecar.backends.openai.run import message_of
 from sidecar.backends.vllm.api import VllmApi
