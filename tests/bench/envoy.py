@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 
@@ -28,7 +29,7 @@ from tests.kit.serving import write_adapters
 from tests.kit.trtllm_emulated import BASE_CONFIG
 
 STREAMS, ROUNDS, GAP_MS = 64, 3, 10.0
-WAVES = {16: 16, 64: 4, 256: 2, 1024: 1}
+WAVES = {4: 64, 16: 16, 64: 4, 256: 2, 1024: 1}
 """How often all streams ask for an answer of so many events in a round."""
 REQUESTS = 400
 """Of each lane, one after another, for the first byte."""
@@ -118,7 +119,7 @@ async def bench(folder: Path) -> list[Figure]:
         key: Spent(middle([each.envoy for each in found]), middle([each.sidecar for each in found]))
         for key, found in spent.items()
     }
-    return [*_costs(middles, lanes["duplex-streamed"]), *_others(middles), *_first_figures(first)]
+    return [*_costs(middles, lanes["duplex-streamed"]), *_others(middles), _pays(middles), *_first_figures(first)]
 
 
 async def _lanes(stack: AsyncExitStack, folder: Path) -> dict[str, Lane]:
@@ -191,6 +192,22 @@ def _others(spent: dict[tuple[str, int], Spent]) -> list[Figure]:
                 Figure(f"envoy: {name}, {events} events", whole, "ms of CPU", alone, "plain Envoy", note=parts)
             )
     return figures
+
+
+def _pays(spent: dict[tuple[str, int], Spent]) -> Figure:
+    """Return from how many events on an answer costs less by the lane, by lines between those that were measured."""
+
+    def more(events: int) -> float:
+        lane, in_path = spent["duplex-streamed", events], spent["in path", events].sidecar
+        return lane.envoy + lane.sidecar - in_path
+
+    for fewer, events in pairwise(WAVES):
+        if more(fewer) > 0 >= more(events):
+            found = fewer + (events - fewer) * more(fewer) / (more(fewer) - more(events))
+            return Figure("envoy: the lane costs less than in path from", round(found), "events")
+    return Figure(
+        "envoy: the lane costs less than in path from", float("nan"), "events", note="at no length, or at any"
+    )
 
 
 def _first_figures(times: dict[str, Sequence[float]] | dict[str, list[float]]) -> list[Figure]:

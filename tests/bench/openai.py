@@ -3,11 +3,15 @@
 The bare relay is aiohttp on both sides, in front of an emulated vLLM, in the same run and in turns with the sidecar.
 The engine takes its time for a token, so that each event comes by itself, as from a GPU; for latency it answers at
 once.
+
+A router in Rust stands beside them where one is installed: `pip install vllm-router`, or its path in VLLM_ROUTER.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -18,6 +22,7 @@ import httpx
 
 from tests.bench.figures import Figure, middle, percentile
 from tests.bench.processes import Measured, SidecarProcess
+from tests.kit.ports import free_port
 from tests.kit.serving import write_adapters
 from tests.kit.vllm_emulated import BASE, VllmProcess
 
@@ -38,6 +43,32 @@ class BareRelay(Measured):
     @property
     def http(self) -> str:
         return str(self.ready["http"])
+
+
+class RustRouter(Measured):
+    """A router in Rust that passes requests on to one engine and knows nothing of adapters."""
+
+    def __init__(self, program: str, engine: str) -> None:
+        self.http = f"127.0.0.1:{free_port()}"
+        arguments = ("--host", "127.0.0.1", "--port", self.http.rpartition(":")[2], "--policy", "round_robin")
+        quiet = ("--log-level", "error", "--prometheus-port", str(free_port()))
+        super().__init__(*arguments, *quiet, "--worker-urls", f"http://{engine}", program=program)
+
+    async def _become_ready(self, process: asyncio.subprocess.Process) -> None:
+        async with asyncio.timeout(60), httpx.AsyncClient(trust_env=False) as client:
+            while True:
+                try:
+                    if (await client.get(f"http://{self.http}/health")).status_code == 200:
+                        return
+                except httpx.TransportError:
+                    if process.returncode is not None:
+                        raise RuntimeError(f"{self._program} did not start: {self.errors()}") from None
+                await asyncio.sleep(0.1)
+
+
+def rust_router() -> str | None:
+    """Return the program of a router in Rust, if there is one."""
+    return os.environ.get("VLLM_ROUTER") or shutil.which("vllm-router")
 
 
 @dataclass(frozen=True)
@@ -95,7 +126,7 @@ async def bench(folder: Path) -> list[Figure]:
 async def with_engine(
     folder: Path, time_scale: float, compare: Callable[[Sequence[Subject]], Awaitable[list[Figure]]]
 ) -> list[Figure]:
-    """Compare a bare relay, the sidecar with the base model, and the sidecar with an adapter."""
+    """Compare a bare relay, the sidecar with the base model and with an adapter, and a router if there is one."""
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
         engine = await enter(VllmProcess("--compute", "none", "--served-model-name", BASE, time_scale=time_scale))
@@ -104,11 +135,12 @@ async def with_engine(
         served = {"serve": str(folder / "adapters")}
         sidecar = await enter(SidecarProcess(folder, [backend], adapters=served))
         subjects = []
-        for process, address, model in (
-            (relay, relay.http, BASE),
-            (sidecar, sidecar.http, BASE),
-            (sidecar, sidecar.http, "a00"),
-        ):
+        compared = [(relay, relay.http, BASE), (sidecar, sidecar.http, BASE), (sidecar, sidecar.http, "a00")]
+        program = rust_router()
+        if program is not None:
+            router = await enter(RustRouter(program, engine.http_address))
+            compared.append((router, router.http, BASE))
+        for process, address, model in compared:
             client = await enter(httpx.AsyncClient(base_url=f"http://{address}", timeout=120, trust_env=False))
             subjects.append(Subject(process, client, model))
         return await compare(subjects)
@@ -116,30 +148,33 @@ async def with_engine(
 
 async def compare_events(subjects: Sequence[Subject]) -> list[Figure]:
     rounds = [[await subject.event_us() for subject in subjects] for _ in range(ROUNDS + 1)]
-    bare, base, adapter = (middle(costs) for costs in zip(*rounds[1:], strict=True))
-    return [
-        Figure("openai: event, base model", base, "µs/event", bare, LABEL),
-        Figure("openai: event, adapter", adapter, "µs/event", bare, LABEL),
-    ]
+    return _costs("event", "µs/event", rounds)
 
 
 async def compare_requests(subjects: Sequence[Subject]) -> list[Figure]:
     shorts = [[await subject.short_us() for subject in subjects] for _ in range(ROUNDS + 1)]
-    bare, base, adapter = (middle(one) for one in zip(*shorts[1:], strict=True))
     rounds = [[await subject.requests() for subject in subjects] for _ in range(ROUNDS + 1)]
-    costs = [middle([cost for cost, _ in one]) for one in zip(*rounds[1:], strict=True)]
     times = [[s * 1e3 for _, seconds in one for s in seconds] for one in zip(*rounds[1:], strict=True)]
     p50, p99 = ([percentile(one, share) for one in times] for share in (0.5, 0.99))
     return [
-        Figure(
-            f"openai: streamed completion of {SHORT} tokens, adapter", adapter, "µs/request", bare, LABEL,
-            note=f"base model: {base:.0f} µs",
-        ),
-        Figure(
-            "openai: request, adapter", costs[2], "µs/request", costs[0], LABEL, note=f"base model: {costs[1]:.0f} µs"
-        ),
-        Figure(
-            "openai: p50 of a request, adapter", p50[2], "ms", p50[0], LABEL,
-            note=f"{p50[2] - p50[0]:+.2f} ms; base model {p50[1] - p50[0]:+.2f} ms; p99 {p99[2]:.2f} : {p99[0]:.2f} ms",
+        *_costs(f"streamed completion of {SHORT} tokens", "µs/request", shorts),
+        *_costs("request", "µs/request", [[cost for cost, _ in one] for one in rounds]),
+        *(
+            Figure(
+                f"openai: p50 of a request, {name}", p50[at], "ms", p50[0], LABEL,
+                note=f"{p50[at] - p50[0]:+.2f} ms; p99 {p99[at]:.2f} : {p99[0]:.2f} ms",
+            )
+            for at, name in _others(subjects)
         ),
     ]  # fmt: skip
+
+
+def _costs(what: str, unit: str, rounds: Sequence[Sequence[float]]) -> list[Figure]:
+    """Return each subject's median cost but the first's, beside the first's; the first round warms up."""
+    costs = [middle(one) for one in zip(*rounds[1:], strict=True)]
+    return [Figure(f"openai: {what}, {name}", costs[at], unit, costs[0], LABEL) for at, name in _others(costs)]
+
+
+def _others(subjects: Sequence[object]) -> list[tuple[int, str]]:
+    """Return the number and the name of each subject but the first, of which the router may be missing."""
+    return list(enumerate(("base model", "adapter", "a router in Rust")[: len(subjects) - 1], 1))

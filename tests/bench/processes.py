@@ -21,9 +21,10 @@ WITHOUT_UVLOOP = "import sys; sys.modules['uvloop'] = None; "
 
 
 class Measured:
-    """A child process that prints one JSON line when it is ready and ends on SIGTERM."""
+    """A child process, Python unless said otherwise, that prints one JSON line when ready and ends on SIGTERM."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, program: str = sys.executable) -> None:
+        self._program = program
         self._arguments = arguments
         self._process: asyncio.subprocess.Process | None = None
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 — it is closed when the process has ended
@@ -31,15 +32,18 @@ class Measured:
 
     async def __aenter__(self) -> Self:
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, *self._arguments, stdout=asyncio.subprocess.PIPE, stderr=self._errors
+            self._program, *self._arguments, stdout=asyncio.subprocess.PIPE, stderr=self._errors
         )
-        assert self._process.stdout is not None
-        line = await self._process.stdout.readline()
+        await self._become_ready(self._process)
+        return self
+
+    async def _become_ready(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdout is not None
+        line = await process.stdout.readline()
         if not line:
-            await self._process.wait()
+            await process.wait()
             raise RuntimeError(f"{self._arguments[:3]} did not start: {self.errors()}")
         self.ready = json.loads(line)
-        return self
 
     async def __aexit__(self, *_: object) -> None:
         assert self._process is not None
