@@ -1,7 +1,8 @@
 """The disk tier's files: packed blobs that survive a restart, complete or not at all.
 
-A blob is one file: the packed rows, a JSON footer with their layout and SHA-256, the footer's length, and a mark.
-The checksum is verified when a blob is first read, never at start: finding 500 blobs reads 500 file tails.
+A blob is one file: the packed rows, a JSON footer with their layout, the footer's length, and a mark. The footer's
+SHA-256 is that of the rows and of the rest of the footer. It is verified when a blob is first read, never at start:
+finding 500 blobs reads 500 file tails.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from sidecar.errors import Reason, Refused
 SUFFIX = ".blob"
 WORK = "incoming"
 FILE_MODE = 0o600
-MARK = b"LSB1"
+MARK = b"LSB2"
 CHUNK_BYTES = 1 << 20
 _TAIL = struct.Struct("<I4s")
 
@@ -44,15 +45,15 @@ class DiskTier:
 
     def scan(self) -> list[Found]:
         """Remove files that are no blobs and what a crash left unfinished; return the blobs, oldest first."""
-        self._entries.work.mkdir(parents=True, exist_ok=True)
+        self._entries.directory.mkdir(parents=True, exist_ok=True)
         self._entries.clear()
         found: list[tuple[int, Found]] = []
         for path in sorted(self._entries.directory.iterdir()):
-            if path.is_dir() or not path.name.endswith(SUFFIX):
+            if not path.is_file() or not path.name.endswith(SUFFIX):
                 continue  # not ours, whatever its name
             held = self._found(path)
             if held is None:
-                self._entries.remove(path.name)
+                self._entries.discard(path)
             else:
                 found.append((path.stat().st_mtime_ns, held))
         return [held for _, held in sorted(found)]
@@ -77,9 +78,11 @@ class DiskTier:
             with self._entries.path(f"{key}{SUFFIX}").open("rb") as file:
                 size, footer = _read_footer(file.fileno())
                 plan = _plan_of(footer, layout)
+                if footer["key"] != key or plan.size_bytes != size:
+                    raise ValueError("its footer describes another blob")
                 blob = Blob(size, regions)
                 try:
-                    self._fill(blob, file.fileno(), footer["sha256"], key)
+                    self._fill(blob, file.fileno(), footer, key)
                 except BaseException:
                     blob.release()
                     raise
@@ -87,7 +90,7 @@ class DiskTier:
             raise _damaged(key, str(error)) from error
         return Built(blob, plan, PackReport(packed_key=key))
 
-    def _fill(self, blob: Blob, descriptor: int, expected: str, key: str) -> None:
+    def _fill(self, blob: Blob, descriptor: int, footer: dict[str, Any], key: str) -> None:
         digest = hashlib.sha256()
         out = memoryview(blob.array("u1", (blob.size_bytes,)).data)
         for start in range(0, blob.size_bytes, CHUNK_BYTES):
@@ -97,6 +100,8 @@ class DiskTier:
             digest.update(chunk)
         chunk.release()
         out.release()
+        expected = footer.pop("sha256")
+        digest.update(_text(footer))
         if digest.hexdigest() != expected:
             raise _damaged(key, "its checksum is wrong")
         blob.seal()
@@ -121,18 +126,14 @@ def _with_footer(key: str, built: Built) -> Iterator[memoryview]:
     for start in range(0, built.blob.size_bytes, CHUNK_BYTES):
         digest.update(data[start : start + CHUNK_BYTES])
         yield data[start : start + CHUNK_BYTES]
-    yield memoryview(_footer(key, built.plan, digest.hexdigest()))
+    footer: dict[str, Any] = {"key": key, "rows": built.plan.rows, "width": built.plan.width}
+    digest.update(_text(footer))
+    text = _text(footer | {"sha256": digest.hexdigest()})
+    yield memoryview(text + _TAIL.pack(len(text), MARK))
 
 
-def _footer(key: str, plan: PackPlan, digest: str) -> bytes:
-    record = {
-        "key": key,
-        "rows": plan.rows,
-        "width": plan.width,
-        "sha256": digest,
-    }
-    text = json.dumps(record, separators=(",", ":")).encode()
-    return text + _TAIL.pack(len(text), MARK)
+def _text(footer: dict[str, Any]) -> bytes:
+    return json.dumps(footer, separators=(",", ":")).encode()
 
 
 def _read_footer(descriptor: int) -> tuple[int, dict[str, Any]]:

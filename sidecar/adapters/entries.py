@@ -52,6 +52,9 @@ class Files:
     def sync(self, descriptor: int) -> None:
         os.fsync(descriptor)
 
+    def unlink(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+
     def rename(self, source: Path, target: Path) -> None:
         source.rename(target)
 
@@ -77,7 +80,11 @@ class Entries:
 
     def make(self) -> Path:
         """Return a new empty folder for an entry that is being made; pass it to `discard` afterwards."""
-        return Path(tempfile.mkdtemp(dir=self.work))
+        try:
+            return Path(tempfile.mkdtemp(dir=self.work))
+        except FileNotFoundError:
+            self.work.mkdir()
+            return Path(tempfile.mkdtemp(dir=self.work))
 
     def put(self, made: Path, key: str) -> Path:
         """Move a flushed folder or file in as an entry, and return its path."""
@@ -98,7 +105,10 @@ class Entries:
         return gone
 
     def remove(self, key: str) -> None:
-        """Remove an entry, if it is there."""
+        """Remove an entry, if it is there. A file is unlinked where it is, which a full disk allows, too."""
+        if self.path(key).is_file():
+            self.files.unlink(self.path(key))
+            return
         gone = self.take_out(key)
         if gone is not None:
             self.discard(gone)
@@ -106,15 +116,14 @@ class Entries:
     def discard(self, path: Path) -> None:
         """Remove what is in the work folder, if it is still there; if that fails, it is logged and left for `clear`."""
         try:
-            shutil.rmtree(path)
-        except FileNotFoundError:
-            pass
-        except NotADirectoryError:
-            path.unlink(missing_ok=True)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
         except OSError as error:  # a disk that has become read-only must not end the caller's work
             logger.warning("%s could not be removed: %s", path, error.strerror)
 
     def clear(self) -> None:
         """Remove all that is in the work folder, which no other process may be using."""
-        for left in self.work.iterdir():
+        for left in list(self.work.iterdir()) if self.work.is_dir() else ():
             self.discard(left)

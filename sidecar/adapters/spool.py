@@ -6,6 +6,7 @@ start. Without a data directory, the spool is in a private temporary one.
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 import threading
@@ -82,7 +83,7 @@ class Spool:
         """
         target = self.folder(digest)
         try:
-            if target.exists():
+            if os.path.lexists(target):
                 if digest_of_folder(target) == digest:
                     with suppress(FileNotFoundError):
                         (folder / PROBE_FILE_NAME).replace(target / PROBE_FILE_NAME)

@@ -35,7 +35,9 @@ def list_adapters(
     unused: Annotated[
         str,
         typer.Option(
-            "--unused-for", help="Only those that no request has asked for that long, as in 7d.", show_default=False
+            "--unused-for",
+            help="Only those that no request has asked for that long at this replica, as in 7d, or since it started.",
+            show_default=False,
         ),
     ] = "",
     as_json: AsJson = False,

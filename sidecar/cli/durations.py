@@ -24,6 +24,6 @@ def positive_seconds_in(text: str, option: str) -> float:
     seconds = seconds_in(text, option)
     if not seconds:
         raise CommandError(
-            f'{option} wants more than 0, and it is "{text}"; without {option} there is no end', Exit.MISUSED
+            f'{option} wants more than 0, and it is "{text}"; leave {option} out for no limit', Exit.MISUSED
         )
     return seconds

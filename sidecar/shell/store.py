@@ -215,7 +215,12 @@ class BlobStore:
     def drop_disk(self, effect: DropDisk) -> None:
         """Delete a blob from the disk tier in a thread."""
         assert self._disk is not None
-        self._threads.submit(self._disk.delete, effect.key)
+        future = asyncio.get_running_loop().run_in_executor(self._threads, self._disk.delete, effect.key)
+        future.add_done_callback(lambda done: self._deleted(effect, done))
+
+    def _deleted(self, effect: DropDisk, done: asyncio.Future[None]) -> None:
+        if not done.cancelled() and (error := done.exception()) is not None:
+            logger.warning("%s stays on disk until the sidecar is started again: %s", effect.key, error)
 
     def drop(self, effect: Drop) -> None:
         """Give up a blob, engines first; it is unmapped when its last lease ends."""

@@ -581,6 +581,10 @@ async def test_a_shared_name_shows_no_folder_allow_list_or_hidden_version(tmp_pa
                 shown = await stub.Get(pb.AdapterRequest(name="shared"), metadata=metadata)
                 listed = await stub.List(pb.ListAdaptersRequest(), metadata=metadata)
                 assert shown in listed.adapters
+                for tenant in ("acme", "green", "blue"):  # a filter tells no more than what is shown
+                    found = await stub.List(pb.ListAdaptersRequest(tenant=tenant), metadata=metadata)
+                    is_told = tenant in shown.allow
+                    assert ("shared" in [adapter.name for adapter in found.adapters]) is is_told
                 watched = await read_until(
                     stub.Watch(pb.WatchRequest(), metadata=metadata), lambda change: change.name == "shared"
                 )
@@ -598,6 +602,15 @@ async def test_a_shared_name_shows_no_folder_allow_list_or_hidden_version(tmp_pa
         assert [version.version for version in shown.versions] == (["v1"] if policy == "cedar" else ["v1", "v2"])
         assert shown.version == ("" if policy == "cedar" else "shared@v2")
         assert root == ("shared" if policy == "cedar" else "shared@v2")
+        operator, tenant = [await credential("key of the file", role, served, maker) for role in ("operator", "tenant")]
+        stub = admin_pb2_grpc.AdaptersStub(served.admin_channel)  # type: ignore[no-untyped-call]
+        await stub.Prefetch(pb.PrefetchRequest(name="shared"), metadata=operator)
+        store, digest = served.state.store, served.state.names["shared"].digest
+        await until(lambda: any(store.entries[key].ready for key in store.keys_of(digest)))
+        for state in ("cold", "stored"):  # a hidden version moves no adapter from one list to another
+            found = await stub.List(pb.ListAdaptersRequest(state=state), metadata=tenant)
+            is_told = (state == "cold") is (policy == "cedar")
+            assert ("shared" in [adapter.name for adapter in found.adapters]) is is_told
 
 
 async def test_what_a_tenant_sees_of_limits_and_usage_is_its_own(tmp_path: Path) -> None:

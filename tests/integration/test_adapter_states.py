@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from pathlib import Path
 
+import grpc.aio
 import pytest
 
 from sidecar.proto import admin_pb2 as pb
@@ -34,6 +36,10 @@ async def test_adapters_by_state_and_by_their_last_use(tmp_path: Path, capfd: py
         assert [*await listed(unused_s=3600)] == [stored, cold]
         assert [*await listed(unused_s=3600, state="stored")] == [stored]
         assert [*await listed(unused_s=1e-6)] == [loaded, stored, cold]
+
+        for wrong in (math.nan, -1.0, -math.inf):
+            with pytest.raises(grpc.aio.AioRpcError, match="it must be a number of seconds"):
+                await listed(unused_s=wrong)
 
         sidecar = runner(capfd)
         options = ("--json", "--admin", str(served.sidecar.admin_address))

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import os
+import struct
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +129,60 @@ def test_a_folder_that_is_called_like_a_blob_is_let_be(tmp_path: Path) -> None:
     for name in ("d.blob", "other"):
         (tmp_path / name).mkdir()
     assert DiskTier(tmp_path).scan() == []
-    assert {path.name for path in tmp_path.iterdir()} == {"d.blob", "other", "incoming"}
+    assert {path.name for path in tmp_path.iterdir()} == {"d.blob", "other"}
+
+
+def test_a_full_disk_frees_room_and_lets_the_process_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing new can be made there, so what goes is unlinked where it is."""
+    tier = DiskTier(tmp_path)
+    tier.scan()
+    built = build(write_adapter(tmp_path / "adapter"), FP16)
+    tier.write("first", built)
+    (tmp_path / "broken.blob").touch()
+
+    def full(*_: object, **__: object) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    monkeypatch.setattr(Path, "mkdir", lambda path, **_: None if path.is_dir() else full())
+    assert [held.key for held in DiskTier(tmp_path).scan()] == ["first"]
+    with pytest.raises(OSError, match="No space left"):
+        tier.write("second", built)
+    tier.delete("first")
+    assert not list(tmp_path.glob("*.blob"))
+    built.blob.release()
+
+
+@pytest.mark.parametrize("strange", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("nowhere")])
+def test_what_only_has_a_blobs_name_is_let_be(strange: Callable[[Path], None], tmp_path: Path) -> None:
+    strange(tmp_path / "x.blob")
+    assert DiskTier(tmp_path).scan() == []
+    assert os.path.lexists(tmp_path / "x.blob")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("key", "other"), ("rows", [[0, 0, 8]]), ("width", 998), ("sha256", "0" * 64)]
+)
+def test_a_footer_that_was_changed_is_no_other_adapter(field: str, value: object, tmp_path: Path) -> None:
+    """The rows are as they were: the checksum is over what says how to read them, too."""
+    tier = DiskTier(tmp_path)
+    tier.scan()
+    built = build(write_adapter(tmp_path / "adapter"), FP16)
+    tier.write("key", built)
+    tier.write("other", built)
+    rows = built.blob.size_bytes
+    (tmp_path / "other.blob").rename(tmp_path / "moved.blob")
+    with pytest.raises(Refused, match="another blob"):
+        tier.read("moved", FP16)
+    content = (tmp_path / "key.blob").read_bytes()
+    footer = json.loads(content[rows:-8])
+    if field == "rows":
+        value = [[module, layer, 2 * rank] for module, layer, rank in footer["rows"]]
+    text = json.dumps(footer | {field: value}, separators=(",", ":")).encode()
+    (tmp_path / "key.blob").write_bytes(content[:rows] + text + struct.pack("<I4s", len(text), content[-4:]))
+    with pytest.raises(Refused, match=r"another blob|checksum"):
+        tier.read("key", FP16)
+    built.blob.release()
 
 
 async def test_500_blobs_are_found_without_reading_them(tmp_path: Path) -> None:
@@ -147,7 +204,7 @@ async def test_500_blobs_are_found_without_reading_them(tmp_path: Path) -> None:
     found = tier.scan()
     assert len(found) == 501
     assert sum(held.size_bytes for held in found) > 20_000_000_000
-    with pytest.raises(Refused, match="checksum"):
+    with pytest.raises(Refused, match="its footer describes another blob"):
         tier.read("sparse7", FP16)
     again = tier.read("first", FP16)
     assert again.blob.array("u1", (rows,)).tobytes() == content[:rows]

@@ -85,6 +85,7 @@ def test_a_disk_that_cannot_be_written_to(tmp_path: Path) -> None:
     """Nothing arrives and the reason is told."""
     spool = Spool(tmp_path)
     (tmp_path / "incoming").rmdir()
+    (tmp_path / "incoming").touch()
     with pytest.raises(Refused, match="no room for a new folder on the disk of the data directory"):
         spool.make_incoming()
 

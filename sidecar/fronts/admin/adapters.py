@@ -147,7 +147,10 @@ PAGE_MAX, PAGE_BYTES_MAX = 1_000, 2 << 20
 """The most adapters of one page of a list, and the bytes with which a page ends: clients take 4 MiB at most."""
 """Adapters added to a list before the event loop may do something else."""
 _TOKEN = re.compile(r"[0-9]{1,18}\Z")
-OF_VERSION = ("version", "digest", "base_model", "path", "rank", "modules", "dtype", "quarantined", "store", "backends")
+OF_VERSION = (
+    "version", "digest", "base_model", "path", "rank", "modules", "dtype", "quarantined", "store", "backends",
+    "unused_s",
+)  # fmt: skip
 """What a message says of the current version."""
 WATCHED_MAX = 1000
 """Changes that a watcher may be behind; beyond that its call ends and it resumes from its last token."""
@@ -189,6 +192,8 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
         if request.state not in ("", *ADAPTER_STATES):
             states = ", ".join(ADAPTER_STATES)
             raise Refused(Reason.INVALID_REQUEST, f'state is "{clipped(request.state)}"; it must be one of {states}')
+        if not request.unused_s >= 0:  # nan, too
+            raise Refused(Reason.INVALID_REQUEST, f"unused_s is {request.unused_s}; it must be a number of seconds")
         response, shown = admin_pb2.ListAdaptersResponse(), await self._shown()
         state, size = self._gateway.state, min(request.page_size or PAGE_MAX, PAGE_MAX)
         tenant, after, size_bytes = request.tenant, request.page_token, 0
@@ -198,8 +203,8 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
             if name > after and name in shown and (not tenant or known.is_for(tenant))
         )
         for number, adapter in enumerate(adapter_messages(state, monotonic_ns(), names), 1):
-            if _is_asked_for(adapter, request):
-                response.adapters.append(self._completed(adapter))
+            if _is_asked_for(self._completed(adapter), request):
+                response.adapters.append(adapter)
                 size_bytes += response.adapters[-1].ByteSize()
                 if (len(response.adapters) >= size or size_bytes >= PAGE_BYTES_MAX) and adapter.name != names[-1]:
                     response.next_page_token = adapter.name
@@ -416,7 +421,9 @@ def _places(lines: Iterable[tuple[str, str]]) -> list[Any]:
 
 
 def _is_asked_for(adapter: Any, request: Any) -> bool:
-    """Return True if an adapter has the state and the time without use that a list is to have."""
+    """Return True if a list is to have an adapter, by what its caller may see of it."""
+    if request.tenant and adapter.allow and request.tenant not in adapter.allow:
+        return False
     if request.unused_s and adapter.HasField("unused_s") and adapter.unused_s < request.unused_s:
         return False
     return request.state in ("", adapter_state(adapter))
