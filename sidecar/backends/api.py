@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from time import monotonic_ns
 from typing import Any, Protocol
 
-import httpx
-
 from policies.record import record
 from sidecar.backends import faults, wire
 from sidecar.backends.buffers import REPLY_BYTES, AnswerBuffers
+from sidecar.backends.http_client import Answer, Request
 from sidecar.core.effects import Dispatch, Load, Settle
 from sidecar.core.enums import Fault
 from sidecar.core.events import Event
@@ -171,23 +170,6 @@ class Traced(Protocol):
         """
 
 
-UNREAD, UNSEEN, TRAILERS = "unread", "unseen", "trailers"
-"""Extensions of an answer that a carrier hands over: True if its body cannot be read; what is seen of it from outside,
-an `Unseen`, if that may go past this process; the trailers of a gRPC call, once its body has been read.
-"""
-
-
-class Chunks(httpx.AsyncByteStream):
-    """The body of an answer as it comes."""
-
-    def __init__(self, chunks: AsyncIterator[bytes]) -> None:
-        self._chunks = chunks
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        async for chunk in self._chunks:
-            yield chunk
-
-
 class Ending(Enum):
     """How an answer ended that nobody here has read."""
 
@@ -250,10 +232,10 @@ class Carrier(Protocol):
     async def redirect(self, body: bytes) -> bool:
         """Send a client's request as it came to the http listener; return False if there is no way."""
 
-    async def carry(self, request: httpx.Request) -> httpx.Response | None:
+    async def carry(self, request: Request) -> Answer | None:
         """Have a request sent, and return the answer as far as it comes here; None if it is to be sent from here.
 
-        Raises httpx.HTTPError as a transport does.
+        Raises WireError.
         """
 
 

@@ -14,9 +14,9 @@ from dataclasses import replace
 from typing import Any
 
 import grpc.aio
-import httpx
 
 from sidecar.backends.checks.finding import Finding, State, Target, failed, skipped
+from sidecar.backends.http_client import WireError
 from sidecar.backends.kind import Checks, CheckStep
 from sidecar.backends.registry import kind_of
 from sidecar.backends.wire import describe
@@ -82,8 +82,8 @@ async def _within_limit(step: CheckStep, look: Any) -> Finding:
         return failed(f"it took longer than {step.limit_s:g} s", "check again when the engine is less busy")
     except grpc.aio.AioRpcError as error:
         return failed(f"the server does not answer it: {describe(error)}")
-    except httpx.HTTPError as error:
-        return failed(f"the server does not answer it: {str(error) or type(error).__name__}")
+    except WireError as error:
+        return failed(f"the server does not answer it: {error}")
     except SidecarError as error:
         return failed(error.message)
     except OSError as error:

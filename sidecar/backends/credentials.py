@@ -8,10 +8,9 @@ from pathlib import Path
 
 import grpc
 import grpc.aio
-import httpx
 
 from sidecar.backends import wire
-from sidecar.backends.http_transport import EngineTransport
+from sidecar.backends.http_client import HttpClient
 from sidecar.errors import Misused, Reason
 from sidecar.files import file_for_ssl, read_regular, read_regular_or_piped
 
@@ -54,16 +53,11 @@ def tls_context(tls: Mapping[str, str], protocol: str) -> ssl.SSLContext:
 
 
 def open_http_client(
-    address: str, tls: Mapping[str, str] | None, api_key_file: str | None, timeout: httpx.Timeout, kept_s: float
-) -> httpx.AsyncClient:
-    """Return a client of an HTTP/1.1 server with unlimited connections; idle ones are kept for `kept_s`."""
-    return httpx.AsyncClient(
-        base_url=f"{'http' if tls is None else 'https'}://{address}",
-        headers=_authorization(api_key_file),
-        timeout=timeout,
-        trust_env=False,
-        transport=EngineTransport(None if tls is None else tls_context(tls, "http/1.1"), kept_s),
-    )
+    address: str, tls: Mapping[str, str] | None, api_key_file: str | None, kept_s: float, connect_s: float
+) -> HttpClient:
+    """Return a client of an HTTP/1.1 server. Raises Misused for a file that cannot be used."""
+    context = None if tls is None else tls_context(tls, "http/1.1")
+    return HttpClient(address, context, _authorization(api_key_file), kept_s, connect_s)
 
 
 def _authorization(file: str | None) -> dict[str, str]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable
+from http import HTTPStatus
 from typing import Any
 
-import httpx
-
-from sidecar.backends.api import TRAILERS, UNREAD, UNSEEN, Carrier, Chunks, Ending, Sighting, Unseen
+from sidecar.backends.api import Carrier, Ending, Sighting, Unseen
+from sidecar.backends.http_client import Answer, NotReached, Request, WireError, chunks_of, joined
 from sidecar.backends.unseen import Sightings
 from sidecar.proto import peers_pb2
 
@@ -60,30 +60,28 @@ class RemoteCarrier:
     async def redirect(self, body: bytes) -> bool:
         return False
 
-    async def carry(self, request: httpx.Request) -> httpx.Response | None:
+    async def carry(self, request: Request) -> Answer | None:
         if self._has_carried:
             return None  # a proxy sends a request once, and the rest of that answer may still come
-        content = await request.aread()
         headers = [peers_pb2.ForwardedMetadata(key=key, value=value) for key, value in request.headers.items()]
-        self._send(peers_pb2.Carriage(url=str(request.url), headers=headers, body=content))
+        self._send(peers_pb2.Carriage(url=request.url, headers=headers, body=b"".join(request.body)))
         first = await self._brought.get()
         which = first.WhichOneof("brought")
         if which == "declined":
             return None
         self._has_carried = True
         if which == "failed":
-            raise httpx.ConnectError(first.failed, request=request)
-        fields = [(each.key, each.value) for each in first.head.headers]
-        extensions: dict[str, Any] = {UNREAD: True} if first.head.is_unread else {UNSEEN: self._unseen}
-        if not first.head.is_unread:
-            extensions[TRAILERS] = self._trailers
-        return httpx.Response(first.head.status, headers=fields, stream=Chunks(self._chunks()), extensions=extensions)
+            raise NotReached(first.failed)
+        told = joined((each.key, each.value) for each in first.head.headers)
+        if first.head.is_unread:
+            return Answer(first.head.status, told, chunks_of(), is_unread=True)
+        return Answer(first.head.status, told, self._chunks(), unseen=self._unseen, trailers=self._trailers)
 
     async def _chunks(self) -> AsyncIterator[bytes]:
         while (carried := await self._brought.get()).WhichOneof("brought") == "chunk":
             yield carried.chunk
         if carried.WhichOneof("brought") == "failed":
-            raise httpx.ReadError(carried.failed)
+            raise WireError(carried.failed)
         self._unseen.goes_on = carried.end.goes_on
         self._trailers |= {each.key: each.value for each in carried.end.trailers}
 
@@ -110,7 +108,7 @@ async def carry(
         return None
     try:
         return await _carry(carrier, carriage, number, tell, came)
-    except httpx.HTTPError as error:
+    except WireError as error:
         tell(peers_pb2.Carried(number=number, failed=str(error)))
     except Exception as error:
         logger.exception("an answer that a proxy brings for another replica cannot be read")
@@ -123,25 +121,24 @@ async def _carry(
     carrier: Carrier, carriage: Any, number: int, tell: Tell, came: Callable[[int], None]
 ) -> Unseen | None:
     headers = [(each.key, each.value) for each in carriage.headers]
-    answer = await carrier.carry(httpx.Request("POST", carriage.url, headers=headers, content=carriage.body))
+    answer = await carrier.carry(Request.to_url(carriage.url, joined(headers), carriage.body))
     if answer is None:
         tell(peers_pb2.Carried(number=number, declined=True))
         return None
-    is_unread = UNREAD in answer.extensions
-    head = peers_pb2.CarriedHead(status=answer.status_code, is_unread=is_unread)
+    head = peers_pb2.CarriedHead(status=answer.status, is_unread=answer.is_unread)
     for key, value in answer.headers.items():
         head.headers.add(key=key, value=value)
     tell(peers_pb2.Carried(number=number, head=head))
-    if is_unread:
+    if answer.is_unread:
         return None
-    async for chunk in answer.aiter_raw():
-        if answer.status_code == httpx.codes.OK:
+    async for chunk in answer.chunks:
+        if answer.status == HTTPStatus.OK:
             came(len(chunk))
         tell(peers_pb2.Carried(number=number, chunk=chunk))
-    unseen: Unseen | None = answer.extensions.get(UNSEEN)
+    unseen = answer.unseen
     goes_on = unseen is not None and unseen.goes_on
     end = peers_pb2.CarriedEnd(goes_on=goes_on)
-    for key, value in (answer.extensions.get(TRAILERS) or {}).items():
+    for key, value in answer.trailers.items():
         end.trailers.add(key=key, value=value)
     tell(peers_pb2.Carried(number=number, end=end))
     return unseen if goes_on else None

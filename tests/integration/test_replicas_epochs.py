@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-import httpx
 import pytest
 
+from sidecar.backends.http_client import HttpClient
 from sidecar.backends.vllm.api import VllmApi
 from tests.kit.emulated import running_engine
 from tests.kit.redis_servers import running
@@ -60,6 +60,6 @@ async def test_a_vllm_is_told_in_a_header(epoch: int, told: bool) -> None:
 
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    async with server, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+    async with server, HttpClient(f"127.0.0.1:{port}") as client:
         await VllmApi("b0", client).load("sql@1", "/adapters/sql", 30.0, epoch)
     assert (b"x-lora-epoch: 7\r\n" in heads[0]) is told

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
-import httpx
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
+from sidecar.backends.http_client import HttpClient
 from sidecar.backends.openai.run import message_of
 from sidecar.backends.trtllm.api import Lora, Measures, TrtllmApi, fault_of
 from sidecar.backends.trtllm.asking import why_not_client
@@ -116,12 +119,29 @@ def test_members_belong_to_a_path() -> None:
     assert why_not_client(COMPLETIONS, ["model", "messages"])[0] == "messages"
 
 
-# The server's own questions, over a transport that answers as its source does.
+# The server's own questions, to one that answers as its source does.
+
+Answers = Callable[[str, bytes], tuple[int, Any]]
+"""Returns the status and the record that answer a request, by its path and body."""
+T = TypeVar("T")
 
 
-def asked(answer: Callable[[httpx.Request], httpx.Response]) -> TrtllmApi:
-    client = httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://engine")
-    return TrtllmApi("e0", client)
+def asked(answer: Answers, question: Callable[[TrtllmApi], Coroutine[Any, Any, T]]) -> T:
+    async def handle(request: web.Request) -> web.Response:
+        status, record = answer(request.path, await request.read())
+        return web.Response(status=status, text=record if isinstance(record, str) else json.dumps(record))
+
+    async def ask() -> T:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", handle)
+        async with TestServer(app) as server, HttpClient(f"{server.host}:{server.port}") as client:
+            return await question(TrtllmApi("e0", client))
+
+    return asyncio.run(ask())
+
+
+def always(status: int, record: Any) -> Answers:
+    return lambda path, body: (status, record)
 
 
 def test_metrics_are_read_from_their_newest_record() -> None:
@@ -129,57 +149,53 @@ def test_metrics_are_read_from_their_newest_record() -> None:
         {"iter": number, "numActiveRequests": 2, "kvCacheStats": {"maxNumBlocks": 64, "usedNumBlocks": 3,
          "tokensPerBlock": 32}} for number in (7, 8)
     ]  # fmt: skip
-    api = asked(lambda request: httpx.Response(200, json=records))
-    assert asyncio.run(api.measures()) == Measures(steps=8, kv_tokens=2048, kv_used=96, active=2)
+    expected = Measures(steps=8, kv_tokens=2048, kv_used=96, active=2)
+    assert asked(always(200, records), TrtllmApi.measures) == expected
 
 
 @pytest.mark.parametrize("body", ["[]", "{}", "nothing", '[{"iter":"x"}]', "[3]"])
 def test_metrics_that_say_nothing_are_unknown(body: str) -> None:
-    assert asyncio.run(asked(lambda request: httpx.Response(200, text=body)).measures()) == Measures()
+    assert asked(always(200, body), TrtllmApi.measures) == Measures()
 
 
 def test_the_front_of_a_disaggregated_server_is_refused() -> None:
-    def answer(request: httpx.Request) -> httpx.Response:
-        known = request.url.path == "/cluster_info"
-        return (
-            httpx.Response(200, json={"is_ready": True}) if known else httpx.Response(404, json={"detail": "Not Found"})
-        )
+    def answer(path: str, body: bytes) -> tuple[int, Any]:
+        return (200, {"is_ready": True}) if path == "/cluster_info" else (404, {"detail": "Not Found"})
 
     with pytest.raises(Misused, match="the front of a disaggregated trtllm-serve, which is not served"):
-        asyncio.run(asked(answer).model())
+        asked(answer, TrtllmApi.model)
 
 
 def test_a_part_of_a_disaggregated_server_is_refused() -> None:
     record = {"disaggregated_params": {"ctx_dp_rank": 0}, "max_batch_size": 8}
     with pytest.raises(Misused, match="computes prompts or answers only"):
-        asyncio.run(asked(lambda request: httpx.Response(200, json=record)).seats())
+        asked(always(200, record), TrtllmApi.seats)
 
 
 def test_another_server_is_told_by_its_answer() -> None:
     record = {"object": "list", "data": [{"id": "llama", "owned_by": "vllm"}]}
 
-    def answer(request: httpx.Request) -> httpx.Response:
-        found = request.url.path == "/v1/models"
-        return httpx.Response(200, json=record) if found else httpx.Response(404)
+    def answer(path: str, body: bytes) -> tuple[int, Any]:
+        return (200, record) if path == "/v1/models" else (404, "")
 
     with pytest.raises(Misused, match="not as trtllm-serve does"):
-        asyncio.run(asked(answer).model())
+        asked(answer, TrtllmApi.model)
 
 
 def test_seats_are_unknown_to_older_servers() -> None:
-    assert asyncio.run(asked(lambda request: httpx.Response(404, json={"detail": "Not Found"})).seats()) is None
-    assert asyncio.run(asked(lambda request: httpx.Response(200, json={"max_batch_size": 16})).seats()) == 16
+    assert asked(always(404, {"detail": "Not Found"}), TrtllmApi.seats) is None
+    assert asked(always(200, {"max_batch_size": 16}), TrtllmApi.seats) == 16
 
 
 def test_a_question_names_the_adapter_as_the_server_wants_it() -> None:
     bodies = []
 
-    def answer(request: httpx.Request) -> httpx.Response:
-        bodies.append(json.loads(request.content))
-        return httpx.Response(200, json={"choices": [{"index": 0, "text": "", "token_ids": [4, 5]}]})
+    def answer(path: str, body: bytes) -> tuple[int, Any]:
+        bodies.append(json.loads(body))
+        return 200, {"choices": [{"index": 0, "text": "", "token_ids": [4, 5]}]}
 
-    api = asked(answer)
-    assert asyncio.run(api.ask((3, 4), 2, 1.0, Lora("a@0", 2**63 - 1, "/adapters/k"))) == (200, "[4, 5]")
+    lora = Lora("a@0", 2**63 - 1, "/adapters/k")
+    assert asked(answer, lambda api: api.ask((3, 4), 2, 1.0, lora)) == (200, "[4, 5]")
     assert bodies[0]["lora_request"] == {
         "lora_name": "a@0", "lora_int_id": 2**63 - 1, "lora_path": "/adapters/k",
     }  # fmt: skip

@@ -14,10 +14,9 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-import httpx
-
 from sidecar.backends.checks.finding import Finding, Target, ok, warning
 from sidecar.backends.credentials import tls_context
+from sidecar.backends.http_client import HttpClient, Reply, WireError
 
 CONNECT_S = 3.0
 EXPIRES_SOON_DAYS = 14
@@ -74,29 +73,29 @@ async def no_connection(address: str, protocol: str, listen: tuple[str, str] | N
 async def _without_tls(address: str) -> tuple[str, str] | None:
     host = address.rpartition(":")[0]
     right = f"config.yaml: url: triton://{host}:{GRPC_PORT}   (the port of --grpc-port, by default {GRPC_PORT})"
-    async with httpx.AsyncClient(timeout=CONNECT_S, trust_env=False, verify=False) as client:
-        server = await _get(client, f"http://{address}/v2")
+    async with HttpClient(address) as client:
+        server = await _get(client, "/v2")
         if server is not None and _is_triton(server):
             return f"{address} is Triton's HTTP port, and gRPC is spoken to the engine", right
-        metrics = None if server is None else await _get(client, f"http://{address}/metrics")
+        metrics = None if server is None else await _get(client, "/metrics")
         if metrics is not None and "# TYPE nv_" in metrics.text:
             return f"{address} is Triton's metrics port, and gRPC is spoken to the engine", right
         if metrics is not None and "vllm:" in metrics.text:
             return f"{address} is a vLLM's, and is looked at as a Triton", f"config.yaml: url: vllm://{address}"
     if server is not None:
-        return f"{address} is an HTTP server (it answers {server.status_code} to /v2), not Triton's gRPC port", right
+        return f"{address} is an HTTP server (it answers {server.status} to /v2), not Triton's gRPC port", right
     return await unasked_tls(address, GRPC)
 
 
-async def not_vllm(client: httpx.AsyncClient, address: str) -> tuple[str, str]:
-    """Describe an HTTP server that is no vLLM, with the line to change. Raises httpx.HTTPError."""
+async def not_vllm(client: HttpClient, address: str) -> tuple[str, str]:
+    """Describe an HTTP server that is no vLLM, with the line to change. Raises WireError."""
     host = address.rpartition(":")[0]
     triton = f"config.yaml: url: triton://{host}:{GRPC_PORT}   (the port of --grpc-port, by default {GRPC_PORT})"
-    if _is_triton(await client.get("/v2")):
+    if _is_triton(await client.get("/v2", CONNECT_S)):
         return f"{address} is Triton's HTTP port, and is looked at as a vLLM", triton
-    if "# TYPE nv_" in (await client.get("/metrics")).text:
+    if "# TYPE nv_" in (await client.get("/metrics", CONNECT_S)).text:
         return f"{address} is Triton's metrics port, and is looked at as a vLLM", triton
-    status = (await client.get("/version")).status_code
+    status = (await client.get("/version", CONNECT_S)).status
     return (
         f"{address} is an HTTP server that answers {status} to /version: no vLLM, or a proxy that does not pass it on",
         "config.yaml: url: vllm://HOST:PORT of vLLM's --port, by default 8000",
@@ -170,14 +169,14 @@ async def _handshake(address: str, context: ssl.SSLContext, waits: bool = True) 
     return None
 
 
-async def _get(client: httpx.AsyncClient, url: str) -> httpx.Response | None:
+async def _get(client: HttpClient, path: str) -> Reply | None:
     try:
-        return await client.get(url)
-    except (httpx.HTTPError, httpx.InvalidURL):
+        return await client.get(path, CONNECT_S)
+    except WireError:
         return None
 
 
-def _is_triton(reply: httpx.Response) -> bool:
+def _is_triton(reply: Reply) -> bool:
     try:
         record = reply.json()
     except ValueError:

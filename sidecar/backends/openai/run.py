@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from typing import Any
 
-import httpx
-
-from sidecar.backends.api import UNREAD, UNSEEN, HttpForm, HttpRejection, Reply, Ticket, Unseen
-from sidecar.backends.http_transport import CARRIER
+from sidecar.backends.api import HttpForm, HttpRejection, Reply, Ticket, Unseen
+from sidecar.backends.http_client import JSON, Answer, HttpClient, ProxyTimedOut, WireError
 from sidecar.backends.openai.events import (
     CHOICES,
     DONE,
@@ -28,11 +27,8 @@ from sidecar.core.effects import Dispatch
 from sidecar.core.enums import Fault
 from sidecar.core.events import Event, RunEnded, RunFailed
 
-HEADERS = {"content-type": "application/json"}
 INPUT = "'input':"
 """How a server that validates by pydantic quotes what it was sent."""
-PIECE_BYTES = 1 << 18
-"""Bytes that are copied and sent at once. A larger body is sent in pieces, between which other tasks run."""
 
 
 class OpenAiRun(ABC):
@@ -98,54 +94,59 @@ class OpenAiRun(ABC):
         if self._work is not None and not self.goes_past:
             self._work.cancel()
 
-    async def go(self, client: httpx.AsyncClient) -> None:
+    async def go(self, client: HttpClient) -> None:
         """Send the request and deliver the answer. Raises CancelledError if it is cancelled."""
         self._work = asyncio.current_task()
         if self.cancelled:
             raise asyncio.CancelledError
-        body = self._body()
-        size_bytes = sum(map(len, body))
-        content = b"".join(body) if size_bytes <= PIECE_BYTES else _in_pieces(body)
-        headers = HEADERS | {"content-length": str(size_bytes)} | epoch_header(self.effect.epoch)
+        headers = JSON | epoch_header(self.effect.epoch)
         if self.ticket.trace is not None:
             headers |= dict(self.ticket.trace.headers(self.effect.attempt))
+        request = client.request(self._form.path, headers, self._body())
+        carrier = self.ticket.carrier
         try:
-            extensions = {CARRIER: self.ticket.carrier}
-            path = self._form.path
-            async with client.stream("POST", path, content=content, headers=headers, extensions=extensions) as reply:
-                if UNREAD in reply.extensions:
-                    await self._unread(reply.status_code)
-                elif reply.status_code != httpx.codes.OK:
-                    await self._rejected(reply.status_code, await reply.aread())
-                elif self._form.streams:
-                    await self._events(reply)
-                else:
-                    self._whole(await reply.aread())
-        except httpx.ReadTimeout as error:
-            record = {"message": str(error), "type": "timeout_error", "code": httpx.codes.GATEWAY_TIMEOUT}
+            answer = None if carrier is None else await carrier.carry(request)
+            if answer is None:
+                answer = await client.send(request)
+            try:
+                await self._take_answer(answer)
+            finally:
+                answer.close()
+        except ProxyTimedOut as error:
+            record = {"message": str(error), "type": "timeout_error", "code": HTTPStatus.GATEWAY_TIMEOUT}
             told = json.dumps({"error": record}).encode()
-            self.ticket.rejected_with = HttpRejection(httpx.codes.GATEWAY_TIMEOUT, told)
+            self.ticket.rejected_with = HttpRejection(HTTPStatus.GATEWAY_TIMEOUT, told)
             await self._failed(Fault.REJECTED, str(error), in_doubt=False)
-        except httpx.HTTPError as error:
-            text = str(error) or type(error).__name__
+        except WireError as error:
+            text, size_bytes = str(error), request.size_bytes
             if self.body_bytes_max is not None and size_bytes > self.body_bytes_max and not self._has_begun:
                 text = f"it takes no body of {size_bytes} bytes, usually {self.body_bytes_max} at most: {text}"
                 await self._failed(Fault.REJECTED, text, in_doubt=True)
             else:
                 await self._wire_broke(text)
 
-    async def _events(self, reply: httpx.Response) -> None:
-        unseen = self._unseen = reply.extensions.get(UNSEEN)
+    async def _take_answer(self, answer: Answer) -> None:
+        if answer.is_unread:
+            await self._unread(answer.status)
+        elif answer.status != HTTPStatus.OK:
+            await self._rejected(answer.status, await answer.read())
+        elif self._form.streams:
+            await self._events(answer)
+        else:
+            self._whole(await answer.read())
+
+    async def _events(self, answer: Answer) -> None:
+        unseen = self._unseen = answer.unseen
         try:
-            await self._read_events(reply, unseen)
+            await self._read_events(answer, unseen)
         finally:
             if unseen is not None and not self.goes_past:
                 unseen.close()
 
-    async def _read_events(self, reply: httpx.Response, unseen: Unseen | None) -> None:
-        async for event in split(reply.aiter_raw()):
+    async def _read_events(self, answer: Answer, unseen: Unseen | None) -> None:
+        async for event in split(answer.chunks):
             if event.startswith(ERROR):
-                await self._refused(httpx.codes.INTERNAL_SERVER_ERROR, message_of(event.removeprefix(b"data: ")))
+                await self._refused(HTTPStatus.INTERNAL_SERVER_ERROR, message_of(event.removeprefix(b"data: ")))
                 return
             final = event.startswith(DONE)
             self._take(event, final)
@@ -211,8 +212,8 @@ class OpenAiRun(ABC):
         """End by an error whose text cannot be read. Engines know every path: what is not found is a model."""
         self._heard(self.effect.request, 0)
         text = f"it answers {status}; the gateway's mode keeps the text of its error from the sidecar"
-        fault = {httpx.codes.NOT_FOUND: Fault.MISS, httpx.codes.SERVICE_UNAVAILABLE: Fault.LOST}
-        await self._failed(fault.get(httpx.codes(status), Fault.REJECTED), text, in_doubt=status >= 500)
+        faults: dict[int, Fault] = {HTTPStatus.NOT_FOUND: Fault.MISS, HTTPStatus.SERVICE_UNAVAILABLE: Fault.LOST}
+        await self._failed(faults.get(status, Fault.REJECTED), text, in_doubt=status >= 500)
 
     async def _rejected(self, status: int, body: bytes) -> None:
         self._heard(self.effect.request, 0)
@@ -223,7 +224,7 @@ class OpenAiRun(ABC):
     async def _refused(self, status: int, text: str) -> None:
         """End by an error of the server's. One of its own making that is not known may be the engine's end."""
         fault = self._fault(status, text)
-        is_unknown = fault is Fault.REJECTED and status >= httpx.codes.INTERNAL_SERVER_ERROR
+        is_unknown = fault is Fault.REJECTED and status >= HTTPStatus.INTERNAL_SERVER_ERROR
         await self._failed(fault, without_input(text), in_doubt=is_unknown or fault is Fault.LOST)
 
     async def _wire_broke(self, text: str) -> None:
@@ -233,12 +234,6 @@ class OpenAiRun(ABC):
         if in_doubt and await self._broken(text, self._has_begun):
             return  # the backend's loss ends this run, too
         self._post(RunFailed(self.effect.request, self.effect.attempt, fault, text, self.tokens))
-
-
-async def _in_pieces(parts: Iterable[bytes]) -> AsyncIterator[bytes]:
-    for part in parts:
-        for begin in range(0, len(part), PIECE_BYTES):
-            yield part[begin : begin + PIECE_BYTES]
 
 
 def epoch_header(epoch: int) -> dict[str, str]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import httpx
-
+from sidecar.backends.http_client import HttpClient
 from sidecar.errors import Misused, Reason
 
 PROBE_TIMEOUT_S = 5.0
@@ -11,14 +10,14 @@ PROBE_TIMEOUT_S = 5.0
 
 
 class OpenAiServer:
-    """One server. Every question raises httpx.HTTPError if it is not answered."""
+    """One server. Every question raises WireError if it is not answered."""
 
-    def __init__(self, backend: str, client: httpx.AsyncClient) -> None:
+    def __init__(self, backend: str, client: HttpClient) -> None:
         self._backend = backend
         self._client = client
 
     async def healthy(self) -> None:
         """Raise Misused if the server reports that its engine is gone."""
-        reply = await self._client.get("/health", timeout=PROBE_TIMEOUT_S)
-        if reply.status_code != httpx.codes.OK:
-            raise Misused(Reason.BACKEND_UNREACHABLE, f"{self._backend}: /health answers {reply.status_code}")
+        reply = await self._client.get("/health", PROBE_TIMEOUT_S)
+        if not reply.is_ok:
+            raise Misused(Reason.BACKEND_UNREACHABLE, f"{self._backend}: /health answers {reply.status}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import ssl
 from dataclasses import dataclass
 
-import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from sidecar.backends.gauges import count_of, sum_of
-from sidecar.backends.http_transport import EngineTransport
+from sidecar.backends.http_client import HttpClient, WireError
 
 REQUESTS, BLOCKS, GENERAL = (
     "nv_trt_llm_request_metrics",
@@ -38,22 +38,23 @@ class Scraper:
     def __init__(self, url: str, model: str) -> None:
         self._url = url
         self._model = model
-        # Reading the certificates takes tens of milliseconds: do it only for https.
-        tls = httpx.create_ssl_context() if url.startswith("https:") else None
-        transport = EngineTransport(tls, KEEP_S)
-        self._client = httpx.AsyncClient(timeout=SCRAPE_TIMEOUT_S, trust_env=False, transport=transport)
+        self._client = client_of(url)
 
     async def scrape(self) -> Gauges | None:
         """Return the gauges; None if they cannot be read, which does not make the engine lost."""
         try:
-            reply = await self._client.get(self._url)
-            reply.raise_for_status()
-            return parse(reply.text, self._model)
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError):
+            reply = await self._client.get(self._url, SCRAPE_TIMEOUT_S)
+            return parse(reply.text, self._model) if reply.is_ok else None
+        except (WireError, ValueError):
             return None
 
     async def close(self) -> None:
-        await self._client.aclose()
+        await self._client.close()
+
+
+def client_of(url: str) -> HttpClient:
+    """Return a client for one URL. Reading the machine's certificates takes tens of milliseconds."""
+    return HttpClient("", ssl.create_default_context() if url.startswith("https:") else None, kept_s=KEEP_S)
 
 
 def parse(text: str, model: str) -> Gauges:

@@ -13,10 +13,10 @@ from typing import Any
 
 import grpc
 import grpc.aio
-import httpx
 
 from sidecar.backends import faults, wire
-from sidecar.backends.api import TRAILERS, UNREAD, UNSEEN, UNTOLD, WEIGHTS_ID, Reply, Ticket, Unseen
+from sidecar.backends.api import UNTOLD, WEIGHTS_ID, Reply, Ticket, Unseen
+from sidecar.backends.http_client import Answer, ProxyTimedOut, Request, WireError
 from sidecar.backends.quoting import wrote_in
 from sidecar.backends.triton.counting import Counter
 from sidecar.backends.triton.dialects import Dialect
@@ -236,37 +236,37 @@ class Run:
         method = "ModelInfer" if self._payload.unary else "ModelStreamInfer"
         headers = {"content-type": "application/grpc", "te": "trailers", **dict(self._trace_context())}
         body = framed(self.message(stream=False))
-        request = httpx.Request("POST", f"http://{address}{wire.SERVICE}/{method}", headers=headers, content=body)
+        request = Request(address, f"{wire.SERVICE}/{method}", headers, (body,))
         try:
             answer = await carrier.carry(request)
             if answer is None:
                 self._known_as(ours)
                 return False
             await self._carried(answer, follower)
-        except httpx.ReadTimeout as error:
+        except ProxyTimedOut as error:
             self._failed(Fault.REJECTED, str(error), grpc.StatusCode.DEADLINE_EXCEEDED)
-        except httpx.HTTPError as error:
+        except WireError as error:
             await self._ended_with(grpc.StatusCode.UNAVAILABLE, str(error))
         except EngineGone as gone:
             await self._ended_with(None, str(gone))
         return True
 
-    async def _carried(self, answer: httpx.Response, follower: Follower) -> None:
+    async def _carried(self, answer: Answer, follower: Follower) -> None:
         """Read an answer that a proxy brings, as far as it comes here."""
-        if UNREAD in answer.extensions:  # a status alone
+        if answer.is_unread:  # a status alone
             code, text = status_in(answer.headers)
-            await self._ended_with(code or grpc.StatusCode.UNAVAILABLE, text or f"it answers {answer.status_code}")
+            await self._ended_with(code or grpc.StatusCode.UNAVAILABLE, text or f"it answers {answer.status}")
             return
-        unseen = self._unseen = answer.extensions.get(UNSEEN)
+        unseen = self._unseen = answer.unseen
         try:
             await self._read_carried(answer, unseen, follower)
         finally:
             if unseen is not None and not self.goes_past:
                 unseen.close()
 
-    async def _read_carried(self, answer: httpx.Response, unseen: Unseen | None, follower: Follower) -> None:
+    async def _read_carried(self, answer: Answer, unseen: Unseen | None, follower: Follower) -> None:
         read = Read(0)
-        async for raw in messages_of(answer.aiter_raw()):
+        async for raw in messages_of(answer.chunks):
             if self._payload.unary:
                 self._take_whole(raw)
                 return
@@ -277,7 +277,7 @@ class Run:
         if unseen is not None and unseen.goes_on:
             await follower.follow(self, unseen, read, self._broke_off)
             return
-        code, text = status_in(answer.extensions.get(TRAILERS) or answer.headers)
+        code, text = status_in(answer.trailers or answer.headers)
         if code is grpc.StatusCode.OK and self.tokens:
             self.over()
         else:

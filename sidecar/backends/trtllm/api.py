@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
-import httpx
-
 from sidecar.backends.faults import Wrote, nobody_wrote
+from sidecar.backends.http_client import Reply, WireError
 from sidecar.backends.openai.run import epoch_header, message_of
 from sidecar.backends.openai.server import PROBE_TIMEOUT_S, OpenAiServer
 from sidecar.core.enums import Fault
@@ -49,7 +49,7 @@ def fault_of(status: int, text: str, wrote: Wrote = nobody_wrote) -> Fault:
     for parts, fault in _TEXTS:
         if all(part in text for part in parts) and not any(wrote(part) for part in parts):
             return fault
-    return Fault.LOST if status == httpx.codes.SERVICE_UNAVAILABLE else Fault.REJECTED
+    return Fault.LOST if status == HTTPStatus.SERVICE_UNAVAILABLE else Fault.REJECTED
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class TrtllmApi(OpenAiServer):
 
     async def version(self) -> str:
         """Return the server's version, "" if it does not say."""
-        reply = await self._client.get("/version", timeout=PROBE_TIMEOUT_S)
+        reply = await self._client.get("/version", PROBE_TIMEOUT_S)
         try:
             return str(reply.json()["version"])
         except (ValueError, KeyError, TypeError):
@@ -91,7 +91,7 @@ class TrtllmApi(OpenAiServer):
 
     async def model(self) -> str:
         """Return the served model's name. Raises Misused if this is no trtllm-serve, or a disaggregated one's front."""
-        reply = await self._client.get("/v1/models", timeout=PROBE_TIMEOUT_S)
+        reply = await self._client.get("/v1/models", PROBE_TIMEOUT_S)
         try:
             entry = reply.json()["data"][0]
             if entry["owned_by"] == OWNER:
@@ -106,19 +106,19 @@ class TrtllmApi(OpenAiServer):
             )
         raise Misused(
             Reason.BACKEND_UNREACHABLE,
-            f"{self._backend}: /v1/models answers {reply.status_code} and not as trtllm-serve does; "
+            f"{self._backend}: /v1/models answers {reply.status} and not as trtllm-serve does; "
             f"is another server there? ({reply.text[:120]})",
         )
 
     async def _is_front_of_others(self) -> bool:
-        reply = await self._client.get("/cluster_info", timeout=PROBE_TIMEOUT_S)
-        return reply.status_code == httpx.codes.OK
+        reply = await self._client.get("/cluster_info", PROBE_TIMEOUT_S)
+        return reply.is_ok
 
     async def seats(self) -> int | None:
         """Return max_batch_size, which newer servers tell; None otherwise. Raises Misused for a part of a disaggregated
         server.
         """
-        reply = await self._client.get("/server_info", timeout=PROBE_TIMEOUT_S)
+        reply = await self._client.get("/server_info", PROBE_TIMEOUT_S)
         record = _json(reply)
         if not isinstance(record, dict):
             return None
@@ -133,8 +133,8 @@ class TrtllmApi(OpenAiServer):
     async def measures(self) -> Measures:
         """Return the newest values of /metrics, which reading empties; all None if there are none."""
         try:
-            records = _json(await self._client.get("/metrics", timeout=PROBE_TIMEOUT_S))
-        except httpx.HTTPError:
+            records = _json(await self._client.get("/metrics", PROBE_TIMEOUT_S))
+        except WireError:
             return Measures()
         if not isinstance(records, list) or not records or not isinstance(records[-1], dict):
             return Measures()
@@ -163,17 +163,17 @@ class TrtllmApi(OpenAiServer):
         }
         if lora is not None:
             body["lora_request"] = lora.record
-        reply = await self._client.post("/v1/completions", json=body, headers=epoch_header(epoch), timeout=timeout_s)
-        if reply.status_code != httpx.codes.OK:
-            return reply.status_code, message_of(reply.content)
+        reply = await self._client.post("/v1/completions", body, timeout_s, epoch_header(epoch))
+        if not reply.is_ok:
+            return reply.status, message_of(reply.body)
         record = _json(reply)
         choices = record.get("choices") if isinstance(record, dict) else None
-        return reply.status_code, str(choices[0].get("token_ids") or choices[0].get("text")) if choices else ""
+        return reply.status, str(choices[0].get("token_ids") or choices[0].get("text")) if choices else ""
 
 
-def _json(reply: httpx.Response) -> Any:
+def _json(reply: Reply) -> Any:
     try:
-        return reply.json() if reply.status_code == httpx.codes.OK else None
+        return reply.json() if reply.is_ok else None
     except ValueError:
         return None
 

@@ -16,14 +16,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import replace
+from http import HTTPStatus
 from time import monotonic
-
-import httpx
 
 from sidecar.backends.api import HttpForm, LoadResult, Ticket, Wear, Weights
 from sidecar.backends.credentials import open_http_client
 from sidecar.backends.endpoint import Endpoint
 from sidecar.backends.engine_facts import unknown_phrase
+from sidecar.backends.http_client import NotReached, TimedOut, WireError
 from sidecar.backends.pulse import Pulse
 from sidecar.backends.trtllm.api import Lora, Measures, TrtllmApi, fault_of
 from sidecar.backends.trtllm.kind import EXPERIMENTAL, MODEL, TrtllmEntry
@@ -48,7 +48,7 @@ DIGEST_CHARACTERS = 12
 class TrtllmBackend(Endpoint):
     """One trtllm-serve. `owner` is this replica's id, "" if there is only one."""
 
-    WIRE_ERRORS = (httpx.HTTPError,)
+    WIRE_ERRORS = (WireError,)
     streams = True
 
     def __init__(self, entry: TrtllmEntry, declared: EngineFacts, owner: str = "") -> None:
@@ -57,8 +57,7 @@ class TrtllmBackend(Endpoint):
         self._entry = entry
         self._declared = declared
         self._owner = owner
-        timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
-        self._client = open_http_client(entry.address, entry.tls_files, None, timeout, KEEP_S)
+        self._client = open_http_client(entry.address, entry.tls_files, None, KEEP_S, CONNECT_TIMEOUT_S)
         self._api = TrtllmApi(entry.identity, self._client)
         self._version = ""
         self._unknown = ""
@@ -86,14 +85,14 @@ class TrtllmBackend(Endpoint):
     async def _reach(self) -> EngineFacts:
         try:
             await self._api.healthy()
-        except httpx.ConnectError:
+        except NotReached:
             self._count_anew()  # nothing listens there, so the engine has ended
             raise
         self._version = await self._api.version()
         model = await self._api.model()
         self._seats = await self._api.seats()
         status, text = await self._api.ask(PROMPTS[0], 1, self._patience_s)
-        if status != httpx.codes.OK:
+        if status != HTTPStatus.OK:
             raise Misused(Reason.BACKEND_UNREACHABLE, f"{self.id}: the engine answers no token: {text}")
         before, self._seen = self._seen, await self._api.measures()
         if self._seen.active or monotonic() - self._cut_at_s < NOTICED_S:
@@ -191,15 +190,15 @@ class TrtllmBackend(Endpoint):
     async def _answers(self, within_s: float) -> bool:
         try:
             status, _ = await self._api.ask(PROMPTS[0], 1, within_s)
-        except httpx.HTTPError:
+        except WireError:
             return False
-        return status == httpx.codes.OK
+        return status == HTTPStatus.OK
 
     async def _look_after(self, text: str) -> None:
         """Find out whether the engine lives. A server may be well, by its own word, while its engine is gone."""
         try:
             await self._api.healthy()
-        except (httpx.HTTPError, Misused):
+        except (WireError, Misused):
             is_there = False
         else:
             is_there = await self._answers(self._patience_s)
@@ -303,13 +302,13 @@ class TrtllmBackend(Endpoint):
             lora = self._lora(effect.name, effect.digest, packed.task_id, packed.key)
             try:
                 status, text = await self._api.ask(PROMPTS[0], 1, self._entry.load_timeout_s, lora, effect.epoch)
-            except httpx.TimeoutException:
+            except TimedOut:
                 await self._let_go()
                 text = f"the engine did not take the adapter within {self._entry.load_timeout_s:g} s"
                 return LoadResult(text, unanswered=True)
-            except httpx.HTTPError as error:
+            except WireError as error:
                 return LoadResult(self._error_text(error), lost=True)
-        if status == httpx.codes.OK:
+        if status == HTTPStatus.OK:
             return LoadResult(None)
         fault = fault_of(status, text)
         self._run_failed(fault)
@@ -319,8 +318,8 @@ class TrtllmBackend(Endpoint):
         self._cut_at_s = monotonic()
 
     async def _leave(self) -> None:
-        await self._client.aclose()
+        await self._client.close()
 
     @staticmethod
     def _is_late(error: Exception) -> bool:
-        return isinstance(error, httpx.TimeoutException)
+        return isinstance(error, TimedOut)

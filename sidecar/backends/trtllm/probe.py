@@ -11,11 +11,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
+from http import HTTPStatus
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import httpx
 import numpy as np
 
 from sidecar.adapters.base_model import BaseModel
@@ -23,6 +23,7 @@ from sidecar.adapters.canonical import NAMES
 from sidecar.adapters.staging import AdaptersDir
 from sidecar.backends.checks.finding import State
 from sidecar.backends.checks.staged import folder_at, staged, write_peft
+from sidecar.backends.http_client import WireError
 from sidecar.backends.trtllm.api import Lora, TrtllmApi
 from sidecar.core.facts import task_id_of
 from sidecar.errors import SidecarError
@@ -62,7 +63,7 @@ class Prober:
     async def problem(self, version: str) -> str:
         """Return what keeps an engine of this version from computing with adapters as declared, "" if nothing does.
 
-        Raises httpx.HTTPError if the engine does not answer.
+        Raises WireError if the engine does not answer.
         """
         folder = folder_at(self._shared)
         if folder.state is State.FAILED:
@@ -87,20 +88,20 @@ class Prober:
                 plain = await self._api.ask(prompt, TOKENS, self._patience_s) if changes else None
                 try:
                     answers.append((plain, await self._api.ask(prompt, TOKENS, self._patience_s, lora)))
-                except httpx.HTTPError as error:
+                except WireError as error:
                     return self._silenced(modules, error)
                 if plain != answers[-1][1]:
                     break
             probe.stays = False
         plain, (status, text) = answers[-1]
-        if status != httpx.codes.OK:
+        if status != HTTPStatus.OK:
             what = "an adapter" if changes else f"an adapter of {modules[0]}, which this entry declares"
             return f"it refuses {what}: {text}"
         if plain == (status, text):
             return "an adapter that must change its answers changes none, so LoRA is switched off there"
         return ""
 
-    def _silenced(self, modules: Sequence[str], error: httpx.HTTPError) -> str:
+    def _silenced(self, modules: Sequence[str], error: WireError) -> str:
         return (
             f"it fell silent when an adapter of rank {self._rank} of {', '.join(modules)} was tried "
             f"({type(error).__name__}); compare its max_lora_rank and modules with this entry's lora_config"

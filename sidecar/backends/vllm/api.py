@@ -6,13 +6,14 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
-import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from sidecar.backends.faults import Wrote, nobody_wrote
 from sidecar.backends.gauges import count_of, sum_of
+from sidecar.backends.http_client import Reply, WireError
 from sidecar.backends.openai.run import epoch_header, message_of
 from sidecar.backends.openai.server import PROBE_TIMEOUT_S, OpenAiServer
 from sidecar.core.enums import Fault
@@ -88,17 +89,17 @@ class VllmApi(OpenAiServer):
 
     async def version(self) -> Version:
         """Return the server's version. Raises Misused if it is no vLLM."""
-        reply = await self._client.get("/version", timeout=PROBE_TIMEOUT_S)
-        found = version_of(reply.content)
+        reply = await self._client.get("/version", PROBE_TIMEOUT_S)
+        found = version_of(reply.body)
         if found is None:
             raise Misused(
-                Reason.BACKEND_UNREACHABLE, f"{self._backend}: /version answers {reply.status_code}: this is no vLLM"
+                Reason.BACKEND_UNREACHABLE, f"{self._backend}: /version answers {reply.status}: this is no vLLM"
             )
         return found
 
     async def models(self) -> Served:
         """Return what is served. Raises Misused if the answer is not vLLM's."""
-        reply = await self._client.get("/v1/models", timeout=PROBE_TIMEOUT_S)
+        reply = await self._client.get("/v1/models", PROBE_TIMEOUT_S)
         try:
             entries = reply.json()["data"]
             bases = [entry for entry in entries if not entry.get("parent")]
@@ -107,16 +108,15 @@ class VllmApi(OpenAiServer):
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise Misused(
                 Reason.BACKEND_UNREACHABLE,
-                f"{self._backend}: /v1/models answers {reply.status_code}: {reply.text[:200]}",
+                f"{self._backend}: /v1/models answers {reply.status}: {reply.text[:200]}",
             ) from error
 
     async def measures(self) -> Measures:
         """Return the metrics' values; all None if there are no metrics, which does not make the engine lost."""
         try:
-            reply = await self._client.get("/metrics", timeout=PROBE_TIMEOUT_S)
-            reply.raise_for_status()
-            return parse(reply.text)
-        except (httpx.HTTPError, ValueError):
+            reply = await self._client.get("/metrics", PROBE_TIMEOUT_S)
+            return parse(reply.text) if reply.is_ok else Measures()
+        except (WireError, ValueError):
             return Measures()
 
     async def lora_config(self) -> Mapping[str, Any] | None:
@@ -125,36 +125,33 @@ class VllmApi(OpenAiServer):
         See VLLM_SERVER_DEV_MODE.
         """
         try:
-            reply = await self._client.get("/server_info?config_format=json", timeout=INFO_TIMEOUT_S)
+            reply = await self._client.get("/server_info?config_format=json", INFO_TIMEOUT_S)
             return reply.json()["vllm_config"]["lora_config"] or {}
-        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+        except (WireError, ValueError, KeyError, TypeError):
             return None
 
     async def why_no_adapters(self, folder: str, has_lora: bool) -> str:
         """Return why it takes no adapter at all, "" if nothing is known.
 
         It is asked for loads that must fail: of one without a name and, unless it is known that it `has_lora`, of a
-        folder without an adapter, about which the engine itself complains in its log. Raises httpx.HTTPError.
+        folder without an adapter, about which the engine itself complains in its log. Raises WireError.
         """
         reply = await self.load("", "", PROBE_TIMEOUT_S)
-        if reply.status_code in (httpx.codes.NOT_FOUND, httpx.codes.METHOD_NOT_ALLOWED):
+        if reply.status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
             return "it has no /v1/load_lora_adapter; start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
         if not has_lora:
             reply = await self.load(TRIAL, folder, PROBE_TIMEOUT_S)
-        is_without = NOT_ENABLED.search(message_of(reply.content)) is not None
+        is_without = NOT_ENABLED.search(message_of(reply.body)) is not None
         return "it was started without LoRA; start it with --enable-lora" if is_without else ""
 
-    async def load(
-        self, name: str, path: str, timeout_s: float, epoch: int = 0, *, in_place: bool = False
-    ) -> httpx.Response:
+    async def load(self, name: str, path: str, timeout_s: float, epoch: int = 0, *, in_place: bool = False) -> Reply:
         body: dict[str, Any] = {"lora_name": name, "lora_path": path}
         if in_place:
             body["load_inplace"] = True
-        headers = epoch_header(epoch)
-        return await self._client.post("/v1/load_lora_adapter", json=body, headers=headers, timeout=timeout_s)
+        return await self._client.post("/v1/load_lora_adapter", body, timeout_s, epoch_header(epoch))
 
-    async def unload(self, name: str, timeout_s: float) -> httpx.Response:
-        return await self._client.post("/v1/unload_lora_adapter", json={"lora_name": name}, timeout=timeout_s)
+    async def unload(self, name: str, timeout_s: float) -> Reply:
+        return await self._client.post("/v1/unload_lora_adapter", {"lora_name": name}, timeout_s)
 
     async def forget(self, name: str, path: str, timeout_s: float) -> bool:
         """Make the server forget an adapter that it has from `path`; return False if it keeps the name.
@@ -163,15 +160,15 @@ class VllmApi(OpenAiServer):
         is, it can be removed.
         """
         reply = await self.unload(name, timeout_s)
-        if REMOVAL_REFUSED in message_of(reply.content):
+        if REMOVAL_REFUSED in message_of(reply.body):
             await self.load(name, path, timeout_s, in_place=True)
             reply = await self.unload(name, timeout_s)
-        return reply.status_code in (httpx.codes.OK, httpx.codes.NOT_FOUND)  # not found: it is gone already
+        return reply.status in (HTTPStatus.OK, HTTPStatus.NOT_FOUND)  # not found: it is gone already
 
     async def answer_once(self, model: str, timeout_s: float) -> None:
-        """Make the engine answer one token; an error of its own is an answer, too. Raises httpx.HTTPError."""
+        """Make the engine answer one token; an error of its own is an answer, too. Raises WireError."""
         body = {"model": model, "prompt": "a", "max_tokens": 1}
-        await self._client.post("/v1/completions", json=body, timeout=timeout_s)
+        await self._client.post("/v1/completions", body, timeout_s)
 
 
 def version_of(body: bytes) -> Version | None:
@@ -241,9 +238,9 @@ def fault_of(status: int, text: str, wrote: Wrote = nobody_wrote) -> Fault:
 
     An unknown 5xx is REJECTED, which says nothing about the engine's health: ask `/health`. A 4xx never does.
     """
-    is_dead = status >= httpx.codes.INTERNAL_SERVER_ERROR and tells_of_death(text, wrote)
-    if is_dead or status == httpx.codes.SERVICE_UNAVAILABLE:
+    is_dead = status >= HTTPStatus.INTERNAL_SERVER_ERROR and tells_of_death(text, wrote)
+    if is_dead or status == HTTPStatus.SERVICE_UNAVAILABLE:
         return Fault.LOST
-    if status == httpx.codes.NOT_FOUND and NO_SUCH_MODEL.search(text):
+    if status == HTTPStatus.NOT_FOUND and NO_SUCH_MODEL.search(text):
         return Fault.MISS
     return Fault.REJECTED

@@ -12,15 +12,15 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from http import HTTPStatus
 from time import monotonic
 from typing import Any
-
-import httpx
 
 from sidecar.backends.api import HttpForm, LoadResult, Ticket, Weights
 from sidecar.backends.credentials import open_http_client
 from sidecar.backends.endpoint import Endpoint
 from sidecar.backends.engine_facts import unknown_phrase
+from sidecar.backends.http_client import TimedOut, WireError
 from sidecar.backends.openai.run import message_of
 from sidecar.backends.pulse import Pulse
 from sidecar.backends.vllm.api import ALREADY, Measures, Served, Version, VllmApi, fault_of, is_too_old
@@ -48,7 +48,7 @@ RUST_BODY_BYTES_MAX = 32 << 20
 class VllmBackend(Endpoint):
     """One vLLM server."""
 
-    WIRE_ERRORS = (httpx.HTTPError,)
+    WIRE_ERRORS = (WireError,)
     streams = True
 
     def __init__(self, entry: VllmEntry, declared: EngineFacts, *, tries_sizes: bool = False) -> None:
@@ -56,8 +56,7 @@ class VllmBackend(Endpoint):
         super().__init__(entry.identity, entry.address, entry.progress_timeout_s, pulse, entry.tls_files is not None)
         self._entry = entry
         self._declared = declared
-        timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
-        self._client = open_http_client(entry.address, entry.tls_files, entry.api_key_file, timeout, KEEP_S)
+        self._client = open_http_client(entry.address, entry.tls_files, entry.api_key_file, KEEP_S, CONNECT_TIMEOUT_S)
         self._api = VllmApi(entry.identity, self._client)
         shared_dir = entry.shared_dir
         self._fitting = None
@@ -155,7 +154,7 @@ class VllmBackend(Endpoint):
         try:
             if self._up:
                 await self._unload_gone((await self._api.models()).adapters)
-        except (httpx.HTTPError, Misused) as error:
+        except (WireError, Misused) as error:
             logger.info("%s keeps names whose files have gone: %s", self.id, self._error_text(error))
 
     async def _unload_gone(self, adapters: dict[str, str]) -> None:
@@ -202,14 +201,14 @@ class VllmBackend(Endpoint):
     async def _answers(self, within_s: float) -> bool:
         try:
             await self._api.answer_once(self._base, within_s)
-        except httpx.HTTPError:
+        except WireError:
             return False
         return True
 
     async def _look_after(self, text: str) -> None:
         try:
             await self._api.healthy()
-        except (httpx.HTTPError, Misused):
+        except (WireError, Misused):
             if self._up:
                 self._lose(text)
 
@@ -253,14 +252,14 @@ class VllmBackend(Endpoint):
             name = self._registered.setdefault(effect.packed.key, _name(effect))
             path = self._path(effect.packed.key)
             reply = await self._api.load(name, path, self._entry.load_timeout_s, effect.epoch)
-        except httpx.TimeoutException:
+        except TimedOut:
             text = f"the engine did not take the adapter within {self._entry.load_timeout_s:g} s"
             return LoadResult(text, unanswered=True)
-        except httpx.HTTPError as error:
+        except WireError as error:
             return LoadResult(self._error_text(error), lost=True)
-        text = message_of(reply.content)
-        status = reply.status_code
-        if status == httpx.codes.OK or (status == httpx.codes.BAD_REQUEST and ALREADY.search(text)):
+        text = message_of(reply.body)
+        status = reply.status
+        if reply.is_ok or (status == HTTPStatus.BAD_REQUEST and ALREADY.search(text)):
             return LoadResult(None)
         # A bad adapter is a 500 of a healthy engine; so is an engine's end.
         lost = fault_of(status, text) is Fault.LOST or (status >= 500 and await self._wire_broke(text))
@@ -286,7 +285,7 @@ class VllmBackend(Endpoint):
                     await self._read_no_more()
                     break
                 trouble = "it keeps the name"
-            except httpx.HTTPError as error:
+            except WireError as error:
                 trouble = self._error_text(error)
             logger.info("%s does not forget %s yet: %s", self.id, key, trouble)
             await asyncio.sleep(pause_s)
@@ -315,7 +314,7 @@ class VllmBackend(Endpoint):
         if self._client.is_closed:
             return  # a process that crashes stops its backends whatever was stopped already
         await self._unload_all()
-        await self._client.aclose()
+        await self._client.close()
 
     async def _unload_all(self) -> None:
         """Have the server forget what it would look for in vain: the files go with this process."""
@@ -323,7 +322,7 @@ class VllmBackend(Endpoint):
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 for key, name in list(self._registered.items()):  # a load may end meanwhile
                     await self._api.forget(name, self._path(key), CLOSE_TIMEOUT_S)
-        except (httpx.HTTPError, TimeoutError) as error:
+        except (WireError, TimeoutError) as error:
             logger.info("%s was not told to forget its adapters: %s", self.id, self._error_text(error))
 
     def _was_lost(self) -> None:
@@ -331,7 +330,7 @@ class VllmBackend(Endpoint):
 
     @staticmethod
     def _is_late(error: Exception) -> bool:
-        return isinstance(error, httpx.TimeoutException)
+        return isinstance(error, TimedOut)
 
 
 def _name(effect: Load | Dispatch) -> str:

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-import httpx
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -83,7 +82,7 @@ class Fitting:
     async def misfit(self, folder: Path) -> str | None:
         """Return why the engine would answer wrongly by the adapter in a folder; None if nothing is known against it.
 
-        Raises httpx.HTTPError if the engine does not answer, OSError if nothing can be written to the shared folder.
+        Raises WireError if the engine does not answer, OSError if nothing can be written to the shared folder.
         """
         pieces = await asyncio.to_thread(pieces_of, folder)
         async with self._lock:
@@ -124,10 +123,10 @@ class Fitting:
         try:
             name, path = f"{PREFIX}{secrets.token_hex(6)}", self._shared_dir.engine_path(own.name)
             reply = await self._api.load(name, path, self._timeout_s)
-            if reply.status_code == httpx.codes.OK:
+            if reply.is_ok:
                 await self._api.forget(name, path, self._timeout_s)
                 return Trial.TAKEN
-            return Trial.REFUSED if TOO_LARGE.search(message_of(reply.content)) else Trial.UNKNOWN
+            return Trial.REFUSED if TOO_LARGE.search(message_of(reply.body)) else Trial.UNKNOWN
         finally:
             await asyncio.to_thread(shutil.rmtree, own, ignore_errors=True)
 

@@ -8,12 +8,12 @@ a unary call as a stream of one request: then it tells an error by a message, wh
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
+from http import HTTPStatus
 from typing import Any
 
-import httpx
-
 from sidecar.backends import wire
-from sidecar.backends.api import TRAILERS, UNREAD, UNSEEN, Chunks
+from sidecar.backends.http_client import Answer, Request, chunks_of, joined
 from sidecar.backends.triton.framing import framed, messages_of
 from sidecar.fronts.extproc import heads, replies
 from sidecar.fronts.extproc.exchange import FULL_DUPLEX, Exchange, Phase
@@ -45,13 +45,11 @@ class CallExchange(Exchange):
         self._ending: list[tuple[bytes, bytes]] | None = None
         """The front's status and trailing metadata."""
 
-    async def carry(self, request: httpx.Request) -> httpx.Response | None:
+    async def carry(self, request: Request) -> Answer | None:
         if not self._is_unary or self._mode == envoy.NONE:  # without its body no message can be replaced
             return await super().carry(request)
-        url = request.url.copy_with(path=STREAM)
-        stream = httpx.Request(request.method, url, headers=request.headers, content=request.content)
-        answer = await super().carry(stream)
-        return answer if answer is None or UNREAD in answer.extensions else await _as_unary(answer)
+        answer = await super().carry(replace(request, path=STREAM))
+        return answer if answer is None or answer.is_unread else await _as_unary(answer)
 
     @property
     def is_answered(self) -> bool:
@@ -128,34 +126,34 @@ class CallExchange(Exchange):
 
     def _is_failure(self, message: envoy.ProcessingRequest) -> bool:
         status, headers = heads.answer_of(message)
-        return status != httpx.codes.OK or headers.get(STATUS, str(OK)) != str(OK)
+        return status != HTTPStatus.OK or headers.get(STATUS, str(OK)) != str(OK)
 
-    async def _answer_of(self, message: envoy.ProcessingRequest, request: httpx.Request) -> httpx.Response:
+    async def _answer_of(self, message: envoy.ProcessingRequest) -> Answer:
         status, headers = heads.answer_of(message)
         self._engines_own = heads.engines_own(headers)
         if self._is_local:
-            raise heads.not_reached(message, status, request)
-        if STATUS in headers or message.response_headers.end_of_stream or status != httpx.codes.OK:
+            raise heads.not_reached(message, status)
+        if STATUS in headers or message.response_headers.end_of_stream or status != HTTPStatus.OK:
             # A status alone: it is held, since the request may be sent again.
-            return httpx.Response(status, headers=headers, content=b"", extensions={UNREAD: True})
-        extensions: dict[str, Any] = {TRAILERS: self._trailers}
+            return Answer(status, headers, chunks_of(), is_unread=True)
+        unseen = None
         if self._mode != FULL_DUPLEX:
             self._gathers = self._is_unary and self._mode != envoy.NONE
             self._gone_status = status
             if not self._gathers:
-                extensions[UNSEEN] = self._watched
+                unseen = self._watched
             await self._write(replies.head(None, self._told(self.head()), self._engines_own))
             if self._mode == envoy.NONE:
                 self._let_go()
-        return httpx.Response(status, headers=headers, stream=Chunks(self._read()), extensions=extensions)
+        return Answer(status, headers, self._read(), unseen=unseen, trailers=self._trailers)
 
 
-async def _as_unary(stream: httpx.Response) -> httpx.Response:
+async def _as_unary(stream: Answer) -> Answer:
     """Return the answer to a unary call that an engine got as a stream. An error is a status alone, as of unary calls.
 
     The engine says no status with an error. Requests that no model saw are refused without a model's name.
     """
-    async for raw in messages_of(stream.aiter_raw()):
+    async for raw in messages_of(stream.chunks):
         message = wire.ModelStreamInferResponse.FromString(raw)
         response = message.infer_response
         if message.error_message:
@@ -164,17 +162,13 @@ async def _as_unary(stream: httpx.Response) -> httpx.Response:
             if not wire.is_final(response.parameters):
                 return _ended(UNIMPLEMENTED, SEVERAL)
             del response.parameters[wire.FINAL]
-        return _with(framed(response.SerializeToString()), stream)
-    return _with(b"", stream)
+        return replace(stream, chunks=chunks_of(framed(response.SerializeToString())))
+    return replace(stream, chunks=chunks_of())
 
 
-def _with(content: bytes, stream: httpx.Response) -> httpx.Response:
-    extensions, headers = dict(stream.extensions), stream.headers
-    return httpx.Response(stream.status_code, headers=headers, stream=httpx.ByteStream(content), extensions=extensions)
-
-
-def _ended(code: int, text: str) -> httpx.Response:
-    return httpx.Response(httpx.codes.OK, headers=_status(code, text), content=b"", extensions={UNREAD: True})
+def _ended(code: int, text: str) -> Answer:
+    status = joined((name.decode(), value.decode("latin-1")) for name, value in _status(code, text))
+    return Answer(HTTPStatus.OK, status, chunks_of(), is_unread=True)
 
 
 def _status(code: int, text: str) -> list[tuple[bytes, bytes]]:

@@ -23,15 +23,15 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from enum import Enum
+from http import HTTPStatus
 from time import monotonic
 from typing import Any
 
 import grpc
 import grpc.aio
-import httpx
 from starlette.types import Message
 
-from sidecar.backends.api import UNREAD, UNSEEN, Chunks
+from sidecar.backends.http_client import Answer, NotReached, Request, WireError, chunks_of
 from sidecar.config.listeners import EndpointPickerListener
 from sidecar.fronts.extproc import heads, replies
 from sidecar.fronts.extproc.access_log import AccessLog, Watched
@@ -127,7 +127,7 @@ class Exchange:
         """It is known what becomes of the head."""
         self._sent_to = ""
         """The engine that has got all of the request."""
-        self._chunks: asyncio.Queue[tuple[bytes | httpx.TransportError, bool]] = asyncio.Queue()
+        self._chunks: asyncio.Queue[tuple[bytes | WireError, bool]] = asyncio.Queue()
         """The engine's answer, each chunk with whether it is the last; an error breaks it off."""
         self._watched: Watched | None = None
         self._is_local = False
@@ -420,16 +420,16 @@ class Exchange:
         self._room.set()
         return b"".join(pieces)
 
-    async def carry(self, request: httpx.Request) -> httpx.Response | None:
+    async def carry(self, request: Request) -> Answer | None:
         """Have Envoy send a request, and return the engine's answer as far as it comes here.
 
         A request that has gone to the same engine already, whose owner gave it back since, is not sent again: the
         answer to the first is taken. Returns None if Envoy has been told otherwise, or speaks TLS to no engine: then
-        the request is to be sent from here. Raises httpx.HTTPError as a transport does.
+        the request is to be sent from here. Raises WireError.
         """
-        if request.url.scheme != "http":
+        if request.is_encrypted:
             return None
-        address, body = await heads.address_of(request.url), await heads.content_of(request)
+        address, body = await heads.resolved(request.address), b"".join(request.body)
         if self._phase is Phase.HELD:
             self._phase, self._head = Phase.SENT, asyncio.get_running_loop().create_future()
             self._watched = self._log.watch(self._id)
@@ -443,23 +443,23 @@ class Exchange:
         try:
             if self._elsewhere.note(address, served := heads.served_by(message)):
                 if self._is_failure(message):
-                    raise self._elsewhere_failed(served, request)
+                    raise self._elsewhere_failed(served)
                 self._served = served
-            return await self._answer_of(message, request)
+            return await self._answer_of(message)
         finally:
             self._is_judged.set()
 
     def _is_failure(self, message: envoy.ProcessingRequest) -> bool:
         """Return True for the head of an answer that the request may be sent again for."""
         status, _ = heads.answer_of(message)
-        return status == httpx.codes.NOT_FOUND or status >= httpx.codes.INTERNAL_SERVER_ERROR
+        return status == HTTPStatus.NOT_FOUND or status >= HTTPStatus.INTERNAL_SERVER_ERROR
 
     @staticmethod
-    def _elsewhere_failed(served: str, request: httpx.Request | None = None) -> httpx.TransportError:
+    def _elsewhere_failed(served: str) -> WireError:
         """Return the error for a failure at an engine that was not picked: it says nothing of the one that was."""
-        return httpx.ConnectError(f"the gateway sent it to {served}, which cannot answer it", request=request)
+        return NotReached(f"the gateway sent it to {served}, which cannot answer it")
 
-    async def _route(self, address: str, request: httpx.Request, body: bytes) -> None:
+    async def _route(self, address: str, request: Request, body: bytes) -> None:
         added, removed = heads.changes(self._first, request, self._began_s)
         if self._is_duplex:
             await self._write(replies.routed(address, self._mark, added, removed))
@@ -473,38 +473,38 @@ class Exchange:
         if self._has_trailers:
             await self._write(replies.request_trailers())
 
-    async def _answer_of(self, message: envoy.ProcessingRequest, request: httpx.Request) -> httpx.Response:
+    async def _answer_of(self, message: envoy.ProcessingRequest) -> Answer:
         """Return the engine's answer, and let its head go if it is what the client gets."""
         status, headers = heads.answer_of(message)
         self._engines_own = heads.engines_own(headers)
         if self._is_local:
-            raise heads.not_reached(message, status, request)
-        extensions: dict[str, Any] = {}
+            raise heads.not_reached(message, status)
+        unseen = None
         if self._mode != FULL_DUPLEX:
-            if status == httpx.codes.NOT_FOUND or status >= httpx.codes.INTERNAL_SERVER_ERROR:
+            if status == HTTPStatus.NOT_FOUND or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
                 # Its body comes only once the head has gone, and the head may have to be replaced.
-                return httpx.Response(status, headers=headers, content=b"", extensions={UNREAD: True})
-            if self._has_no_body and status == httpx.codes.OK:  # nothing is no answer: its head is held
-                return httpx.Response(status, headers=headers, stream=Chunks(self._read()))
-            is_stream = status == httpx.codes.OK and headers.get("content-type", "").startswith(EVENTS)
+                return Answer(status, headers, chunks_of(), is_unread=True)
+            if self._has_no_body and status == HTTPStatus.OK:  # nothing is no answer: its head is held
+                return Answer(status, headers, self._read())
+            is_stream = status == HTTPStatus.OK and headers.get("content-type", "").startswith(EVENTS)
             self._gathers = self._mode == envoy.BUFFERED or (self._mode == envoy.STREAMED and not is_stream)
             self._gone_status = status
             if not self._gathers:
-                extensions[UNSEEN] = self._watched
+                unseen = self._watched
             removed = [name for name in self._engines_own if self._gathers or name != "content-length"]
             await self._write(replies.head(None, self._told(self.head()), removed))
             if self._mode == envoy.NONE:
                 self._let_go()
             elif self._has_all:
                 self._close()
-        return httpx.Response(status, headers=headers, stream=Chunks(self._read()), extensions=extensions)
+        return Answer(status, headers, self._read(), unseen=unseen)
 
     async def _read(self) -> AsyncIterator[bytes]:
         """Yield the engine's chunks as far as they come here."""
         ended = False
         while not ended:
             chunk, ended = await self._chunks.get()
-            if isinstance(chunk, httpx.TransportError):
+            if isinstance(chunk, WireError):
                 raise chunk
             if chunk:
                 yield chunk

@@ -1,17 +1,18 @@
-"""Heads of requests and answers, between Envoy's form, ASGI's and httpx's."""
+"""Heads of requests and answers, between Envoy's form, ASGI's and ours."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from http import HTTPStatus
 from time import monotonic
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, urlsplit
 
-import httpx
 from starlette.types import Scope
 
+from sidecar.backends.http_client import NotReached, ProxyTimedOut, Request, WireError, joined
 from sidecar.fronts.extproc.replies import ENDPOINTS
 from sidecar.fronts.http.connection import CARRIER, CROWDED, PEER, SUBSET
 from sidecar.proto import envoy_pb2 as envoy
@@ -63,17 +64,17 @@ def scope_of(first: envoy.ProcessingRequest, peer: str, carrier: Any) -> Scope:
     }
 
 
-def engines_own(headers: httpx.Headers) -> tuple[str, ...]:
+def engines_own(headers: Mapping[str, str]) -> tuple[str, ...]:
     """Return the headers of an answer that are not for the engine's client, and the length of its body."""
     return (*(name for name in headers if name not in _OF_ANSWERS), "content-length")
 
 
-def not_reached(message: envoy.ProcessingRequest, status: int, request: httpx.Request) -> httpx.TransportError:
+def not_reached(message: envoy.ProcessingRequest, status: int) -> WireError:
     """Return the error for an answer that Envoy has made itself."""
     details = details_of(message)
     if details in _TIMEOUTS:
-        return httpx.ReadTimeout(f"the proxy's timeout ended it: {status} {details}", request=request)
-    return httpx.ConnectError(f"Envoy did not reach it: {status} {details}", request=request)
+        return ProxyTimedOut(f"the proxy's timeout ended it: {status} {details}")
+    return NotReached(f"Envoy did not reach it: {status} {details}")
 
 
 def client_of(first: envoy.ProcessingRequest) -> str:
@@ -111,7 +112,7 @@ def subset_of(first: envoy.ProcessingRequest) -> tuple[str, ...] | None:
 
 
 def changes(
-    first: envoy.ProcessingRequest, request: httpx.Request, began_s: float
+    first: envoy.ProcessingRequest, request: Request, began_s: float
 ) -> tuple[list[tuple[bytes, bytes]], list[str]]:
     """Return the headers to set and those to remove so that a client's request becomes the one for an engine.
 
@@ -119,8 +120,8 @@ def changes(
     """
     theirs = dict(pairs(first.request_headers.headers))
     added = [(name.encode(), value.encode()) for name, value in request.headers.items() if name not in _OF_HTTP]
-    if theirs.get(":path", b"") != request.url.raw_path:
-        added.append((b":path", request.url.raw_path))
+    if theirs.get(":path", b"") != (path := request.path.encode()):
+        added.append((b":path", path))
     if (deadline := theirs.get(DEADLINE_MS, b"")).isdigit() and len(deadline) <= _DEADLINE_DIGITS:
         left_ms = int(deadline) - round((monotonic() - began_s) * 1000)
         added.append((TIMEOUT_MS, str(max(1, left_ms)).encode()))
@@ -134,13 +135,15 @@ def changes(
     return added, removed
 
 
-def answer_of(message: envoy.ProcessingRequest) -> tuple[int, httpx.Headers]:
+def answer_of(message: envoy.ProcessingRequest) -> tuple[int, dict[str, str]]:
     """Return the status and the headers of an engine's answer."""
     found = list(pairs(message.response_headers.headers))
     told = next((value for name, value in found if name == ":status"), b"")
-    status = int(told) if told.isdigit() and len(told) == 3 else httpx.codes.BAD_GATEWAY
-    return status, httpx.Headers(
-        [(name.encode(), value) for name, value in found if not name.startswith(":") and name != "content-length"]
+    status = int(told) if told.isdigit() and len(told) == 3 else HTTPStatus.BAD_GATEWAY
+    return status, joined(
+        (name, value.decode("latin-1"))
+        for name, value in found
+        if not name.startswith(":") and name != "content-length"
     )
 
 
@@ -182,25 +185,18 @@ def is_unreached(message: envoy.ProcessingRequest) -> bool:
     return details_of(message).startswith(_UNREACHED)
 
 
-async def address_of(url: httpx.URL) -> str:
+async def resolved(address: str) -> str:
     """Return HOST:PORT of a server by its IP address, as Envoy's original-destination clusters need it.
 
-    Raises httpx.ConnectError if the name is unknown.
+    Raises NotReached if the name is unknown.
     """
+    parts = urlsplit(f"//{address}")
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(url.host, url.port or 80, type=socket.SOCK_STREAM)
+        found = await asyncio.get_running_loop().getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise httpx.ConnectError(f"{url.host}: {error}") from error
+        raise NotReached(f"{parts.hostname}: {error}") from error
     host, port = map(str, found[0][4][:2])
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-async def content_of(request: httpx.Request) -> bytes:
-    """Return a request's body, which may be given in pieces."""
-    try:
-        return request.content
-    except httpx.RequestNotRead:
-        return await request.aread()
 
 
 def mode_trouble(first: envoy.ProcessingRequest) -> str | None:

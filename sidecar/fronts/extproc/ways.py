@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 
-import httpx
-
+from sidecar.backends.http_client import NotReached
 from sidecar.fronts.extproc import heads
 from sidecar.proto import envoy_pb2 as envoy
 
@@ -25,8 +24,8 @@ class Way:
         if self.address is None:
             return None
         try:
-            return await heads.address_of(httpx.URL(f"http://{self.address}"))
-        except httpx.ConnectError as error:
+            return await heads.resolved(self.address)
+        except NotReached as error:
             self._warn_once(
                 "unknown", f"the sidecar cannot resolve {self._setting}, so requests are not sent there: {error}"
             )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import httpx
-
 from sidecar.backends.checks.finding import Finding, failed, ok, warning
 from sidecar.backends.checks.port import METRICS_PORT
+from sidecar.backends.http_client import WireError
 from sidecar.backends.triton import gauges
 from sidecar.backends.triton.checks.look import Look
 from sidecar.backends.triton.gauges import Gauges
@@ -24,10 +23,10 @@ async def metrics(look: Look) -> Finding:
         return await _not_configured(look)
     try:
         found = gauges.parse(await _read(url), target.model)
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+    except (WireError, ValueError) as error:
         judge = failed if target.metrics_url else warning
         return judge(
-            f"{url} cannot be read ({str(error) or type(error).__name__}): {UNKNOWN}",
+            f"{url} cannot be read ({error}): {UNKNOWN}",
             "config.yaml: metrics: http://HOST:PORT/metrics   (or --metrics)",
             f"tritonserver --metrics-address=0.0.0.0 --metrics-port={METRICS_PORT}",
         )
@@ -39,7 +38,7 @@ async def _not_configured(look: Look) -> Finding:
     usual = f"http://{look.target.host}:{METRICS_PORT}/metrics"
     try:
         found = gauges.parse(await _read(usual), look.target.model)
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError):
+    except (WireError, ValueError):
         found = Gauges()
     elsewhere = "" if found == Gauges() else f", and {usual} has them"
     return warning(f"none are configured{elsewhere}: {UNKNOWN}", f"config.yaml: metrics: {usual}   (or --metrics)")
@@ -74,8 +73,8 @@ def _take(look: Look, url: str, found: Gauges) -> Finding:
 
 
 async def _read(url: str) -> str:
-    verify = url.startswith("https:")
-    async with httpx.AsyncClient(timeout=gauges.SCRAPE_TIMEOUT_S, trust_env=False, verify=verify) as client:
-        reply = await client.get(url)
-        reply.raise_for_status()
-        return reply.text
+    async with gauges.client_of(url) as client:
+        reply = await client.get(url, gauges.SCRAPE_TIMEOUT_S)
+    if not reply.is_ok:
+        raise WireError(f"it answers {reply.status}")
+    return reply.text

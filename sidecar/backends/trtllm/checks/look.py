@@ -6,11 +6,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-import httpx
-
 from sidecar.backends.checks.finding import Target
 from sidecar.backends.checks.port import CONNECT_S
 from sidecar.backends.credentials import open_http_client
+from sidecar.backends.http_client import HttpClient
 from sidecar.backends.trtllm.api import TrtllmApi
 from sidecar.backends.trtllm.kind import TrtllmEntry
 from sidecar.core.facts import EngineFacts
@@ -24,7 +23,7 @@ class TrtllmLook:
     """A look at a target."""
 
     target: Target
-    client: httpx.AsyncClient
+    client: HttpClient
     api: TrtllmApi
     facts: EngineFacts
     has_statistics: bool = False
@@ -41,6 +40,5 @@ class TrtllmLook:
 @asynccontextmanager
 async def open_look(target: Target) -> AsyncIterator[TrtllmLook]:
     """Open a look at a target for the length of a block. Raises Misused for missing files."""
-    client = open_http_client(target.address, target.tls, None, httpx.Timeout(CONNECT_S), KEPT_S)
-    async with client:
+    async with open_http_client(target.address, target.tls, None, KEPT_S, CONNECT_S) as client:
         yield TrtllmLook(target, client, TrtllmApi(target.id, client), target.facts)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from time import monotonic
-
-import httpx
 
 from sidecar.backends.checks.finding import BUSY_FIX, RUN_S, Finding, failed, milliseconds, ok, warning
 from sidecar.backends.checks.port import HTTP, certificate_of, no_connection, unasked_tls, with_tls
+from sidecar.backends.http_client import TimedOut, WireError
 from sidecar.backends.trtllm.api import Measures
 from sidecar.backends.trtllm.checks.look import TrtllmLook
 from sidecar.backends.trtllm.probe import PROMPTS
@@ -26,11 +26,11 @@ async def reachable(look: TrtllmLook) -> Finding:
         model = await look.api.model()
     except Misused as other:
         return failed(other.message, URL_FIX)
-    except httpx.HTTPError as error:
+    except WireError as error:
         found = await no_connection(address, HTTP, LISTEN)
         if found is None:
             found = await (unasked_tls(address, HTTP) if tls is None else with_tls(address, tls, HTTP))
-        cause = str(error) or type(error).__name__
+        cause = str(error)
         return failed(*(found or (f"{address} takes connections and does not answer HTTP: {cause}", URL_FIX)))
     took_s = monotonic() - began
     version = await look.api.version()
@@ -65,9 +65,9 @@ async def base(look: TrtllmLook) -> Finding:
     began = monotonic()
     try:
         status, text = await look.api.ask(PROMPTS[0], 1, RUN_S)
-    except httpx.TimeoutException:
+    except TimedOut:
         return failed(f"no token within {RUN_S:g} s: its engine is dead, or all its seats are taken", BUSY_FIX, LOG_FIX)
-    if status != httpx.codes.OK:
+    if status != HTTPStatus.OK:
         return failed(f"it refuses a request of one token: {text}", LOG_FIX)
     return ok(f"one token in {milliseconds(monotonic() - began)}")
 

@@ -7,14 +7,14 @@ import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from time import monotonic
 from typing import Any
-
-import httpx
 
 from sidecar.backends.checks.finding import Target
 from sidecar.backends.checks.port import CONNECT_S
 from sidecar.backends.credentials import open_http_client
+from sidecar.backends.http_client import HttpClient
 from sidecar.backends.kind import with_kind
 from sidecar.backends.openai.run import message_of
 from sidecar.backends.vllm.api import Version, VllmApi
@@ -40,7 +40,7 @@ class Reply:
 
     @property
     def is_ok(self) -> bool:
-        return self.status == httpx.codes.OK
+        return self.status == HTTPStatus.OK
 
     @property
     def line(self) -> str:
@@ -54,7 +54,7 @@ class VllmLook:
     """A look at a target."""
 
     target: Target
-    client: httpx.AsyncClient
+    client: HttpClient
     api: VllmApi
     facts: EngineFacts
     """The declared facts."""
@@ -71,24 +71,23 @@ class VllmLook:
     """True while a request by our adapter's name is unanswered."""
 
     async def post(self, path: str, body: dict[str, Any], timeout_s: float) -> Reply:
-        """Post JSON. Raises httpx.HTTPError if it is not answered."""
+        """Post JSON. Raises WireError if it is not answered."""
         began = monotonic()
-        reply = await self.client.post(path, json=body, timeout=timeout_s)
+        reply = await self.client.post(path, body, timeout_s)
         took_s = monotonic() - began
-        if reply.status_code == httpx.codes.OK:
-            return Reply(reply.status_code, "", took_s)
-        return Reply(reply.status_code, message_of(reply.content), took_s, _has_error(reply.content))
+        if reply.is_ok:
+            return Reply(reply.status, "", took_s)
+        return Reply(reply.status, message_of(reply.body), took_s, _has_error(reply.body))
 
     async def answer(self, model: str, timeout_s: float) -> Reply:
-        """Make the engine answer one token. Raises httpx.HTTPError if it does not answer."""
+        """Make the engine answer one token. Raises WireError if it does not answer."""
         return await self.post("/v1/completions", {"model": model, "prompt": "a", "max_tokens": 1}, timeout_s)
 
 
 @asynccontextmanager
 async def open_look(target: Target) -> AsyncIterator[VllmLook]:
     """Open a look at a target for the length of a block. Raises Misused for missing files."""
-    client = open_http_client(target.address, target.tls, target.api_key_file, httpx.Timeout(CONNECT_S), KEPT_S)
-    async with client:
+    async with open_http_client(target.address, target.tls, target.api_key_file, KEPT_S, CONNECT_S) as client:
         facts = with_kind(target.facts, MODEL)
         yield VllmLook(target, client, VllmApi(target.id, client), facts)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-
-import httpx
+from http import HTTPStatus
 
 from sidecar.adapters.staging import AdaptersDir
 from sidecar.backends.checks.finding import Finding, Target, failed, ok
@@ -32,11 +31,11 @@ async def updating(look: VllmLook) -> Finding:
     folder: only the engine itself answers that, with a long complaint in its log.
     """
     reply = await look.post("/v1/load_lora_adapter", {"lora_name": "", "lora_path": ""}, LOAD_NOTHING_S)
-    if not reply.is_vllms and reply.status in (httpx.codes.NOT_FOUND, httpx.codes.METHOD_NOT_ALLOWED):
+    if not reply.is_vllms and reply.status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
         return failed("adapters cannot be loaded while it serves: it has no /v1/load_lora_adapter", ROUTES_FIX)
     if NOT_ENABLED.search(reply.text):
         return failed("the engine was started without LoRA", LORA_FIX)
-    if reply.status != httpx.codes.BAD_REQUEST:
+    if reply.status != HTTPStatus.BAD_REQUEST:
         return failed(f"it does not load adapters: {reply.line}", LOG_FIX)
     target = look.target
     if target.adapters_dir is None or not can_be_made(target.base):
@@ -121,4 +120,4 @@ def unload_line(look: VllmLook, name: str) -> str:
     """Return the command that makes the engine forget a name."""
     key = "" if look.target.api_key_file is None else f' -H "Authorization: Bearer $(cat {look.target.api_key_file})"'
     json = '-H "Content-Type: application/json"' + f""" -d '{{"lora_name": "{name}"}}'"""
-    return f"curl {look.client.base_url}/v1/unload_lora_adapter{key} {json}".replace("//v1", "/v1")
+    return f"curl {look.client.url}/v1/unload_lora_adapter{key} {json}"

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import httpx
-
 from sidecar.backends.checks.finding import BUSY_FIX, LOAD_S, RUN_S, Finding, failed, milliseconds, ok, skipped, warning
+from sidecar.backends.checks.port import CONNECT_S
 from sidecar.backends.checks.staged import FOLDER_FIX, RANK, Staged, can_be_made, folder_at, not_made, staged
+from sidecar.backends.http_client import TimedOut, WireError
 from sidecar.backends.vllm.api import NOT_ENABLED, tells_of_death
 from sidecar.backends.vllm.checks.declared import SIZES_FIX, SIZES_UNKNOWN
 from sidecar.backends.vllm.checks.look import Reply, VllmLook
@@ -47,7 +47,7 @@ async def base(look: VllmLook) -> Finding:
     """Check that the engine answers one token as the base model."""
     try:
         reply = await look.answer(look.base, RUN_S)
-    except httpx.TimeoutException:
+    except TimedOut:
         return failed(
             f"no token within {RUN_S:g} s, though the server says that it lives: the engine is overloaded or hangs",
             "vllm:num_requests_waiting and vllm:iteration_tokens_total tell which; restart vLLM if that stands still",
@@ -91,14 +91,14 @@ async def _loaded_and_answered(look: VllmLook, tiny: Staged) -> Finding:
     look.is_asking = True
     try:
         loaded = await look.post("/v1/load_lora_adapter", body, LOAD_S)
-    except httpx.TimeoutException:
+    except TimedOut:
         return failed(f"no answer to a load within {LOAD_S:g} s", BUSY_FIX)
     if not loaded.is_ok:
         look.is_asking = False
         return _not_loaded(look, loaded)
     try:
         reply = await look.answer(look.name, RUN_S)
-    except httpx.TimeoutException:
+    except TimedOut:
         return warning(
             f"loaded in {milliseconds(loaded.took_s)}, and no token within {RUN_S:g} s: its slots are all in use, or "
             "it hangs",
@@ -153,14 +153,14 @@ async def _forget(look: VllmLook, tiny: Staged) -> None:
             # The engine withdraws our unanswered request before it looks at anything that comes later.
             await look.post("/v1/load_lora_adapter", nowhere(look), LOAD_NOTHING_S)
         tiny.stays = not is_forgotten
-    except httpx.TimeoutException:
+    except TimedOut:
         tiny.stays = True
-    except httpx.HTTPError:
+    except WireError:
         tiny.stays = await _lives(look)  # a dead engine has forgotten everything
 
 
 async def _lives(look: VllmLook) -> bool:
     try:
-        return (await look.client.get("/version")).status_code == httpx.codes.OK
-    except httpx.HTTPError:
+        return (await look.client.get("/version", CONNECT_S)).is_ok
+    except WireError:
         return False

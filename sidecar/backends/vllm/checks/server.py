@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from time import monotonic
 from typing import Any
 
 import grpc.aio
-import httpx
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from sidecar.backends.checks.finding import Finding, failed, milliseconds, ok, warning
-from sidecar.backends.checks.port import GRPC_PORT, HTTP, certificate_of, no_connection, not_vllm, unasked_tls, with_tls
+from sidecar.backends.checks.port import (
+    CONNECT_S,
+    GRPC_PORT,
+    HTTP,
+    certificate_of,
+    no_connection,
+    not_vllm,
+    unasked_tls,
+    with_tls,
+)
 from sidecar.backends.credentials import open_channel
+from sidecar.backends.http_client import Reply, WireError
 from sidecar.backends.vllm.api import OLDEST, is_too_old, version_of
 from sidecar.backends.vllm.checks.look import VllmLook
 
@@ -24,13 +34,13 @@ async def reachable(look: VllmLook) -> Finding:
     began = monotonic()
     address = look.target.address
     try:
-        reply = await look.client.get("/version")
+        reply = await look.client.get("/version", CONNECT_S)
         took_s = monotonic() - began
-        version = version_of(reply.content)
+        version = version_of(reply.body)
         if version is None:
             return failed(*await not_vllm(look.client, address))
         look.version = version
-    except httpx.HTTPError as error:
+    except WireError as error:
         return failed(*(await _obstacle(look) or _mute(address, error)))
     return ok(f"{look.version} at {address}, {milliseconds(took_s)}")
 
@@ -52,7 +62,7 @@ async def _obstacle(look: VllmLook) -> tuple[str, str] | None:
 
 def _mute(address: str, error: Exception) -> tuple[str, str]:
     return (
-        f"{address} takes connections and does not answer HTTP: {str(error) or type(error).__name__}",
+        f"{address} takes connections and does not answer HTTP: {error}",
         "config.yaml: url: vllm://HOST:PORT of vLLM's --port, by default 8000",
     )
 
@@ -86,8 +96,8 @@ async def version(look: VllmLook) -> Finding:
 
 async def health(look: VllmLook) -> Finding:
     """Check that the engine behind the API server lives."""
-    status = (await look.client.get("/health")).status_code
-    if status == httpx.codes.OK:
+    status = (await look.client.get("/health", CONNECT_S)).status
+    if status == HTTPStatus.OK:
         return ok("the engine lives")
     return failed(
         f"/health answers {status}: the engine behind the API server is dead or still starts",
@@ -103,20 +113,20 @@ async def encrypted(look: VllmLook) -> Finding:
 async def api_key(look: VllmLook) -> Finding:
     """Check that our key is accepted, and that no one is let in without one."""
     has_one = look.target.api_key_file is not None
-    status = (await look.client.get("/v1/models")).status_code
-    if status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+    status = (await look.client.get("/v1/models", CONNECT_S)).status
+    if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
         text = f"the server does not accept the key in {look.target.api_key_file}" if has_one else "it wants an API key"
         return failed(
             f"{text}: /v1/models answers {status}",
             "config.yaml: api_key_file: a file with the key of vllm serve --api-key (or VLLM_API_KEY)"
             "   (or --api-key-file)",
         )
-    if status != httpx.codes.OK:
+    if status != HTTPStatus.OK:
         return failed(f"/v1/models answers {status}: a proxy in between, or no vLLM", "config.yaml: set url right")
     if not has_one:
         return ok("none is wanted, none is configured: whoever reaches the server can use it")
-    without = await look.client.get("/v1/models", headers={"authorization": ""})
-    if without.status_code == httpx.codes.OK:
+    without = await look.client.get("/v1/models", CONNECT_S, {"authorization": ""})
+    if without.is_ok:
         return warning(
             "one is configured, and the server answers without it",
             "vllm serve --api-key KEY   (or VLLM_API_KEY), or take api_key_file out of config.yaml",
@@ -128,7 +138,7 @@ async def model(look: VllmLook) -> Finding:
     """Check that the served base model is the declared one, and how long its sequences may be."""
     served = await look.api.models()
     look.base, look.adapters = served.base, served.adapters
-    names = _names(await look.client.get("/v1/models"))
+    names = _names(await look.client.get("/v1/models", CONNECT_S))
     longest, declared = served.sequence_tokens_max, look.facts.base_models
     text = f'"{served.base}"' + (f", at most {longest} tokens a sequence" if longest else "")
     if not declared:
@@ -152,7 +162,7 @@ async def model(look: VllmLook) -> Finding:
     return ok(f"{text}, as declared")
 
 
-def _names(reply: httpx.Response) -> list[str]:
+def _names(reply: Reply) -> list[str]:
     """Return the base model's names: those it is served by, and where it was read from."""
     bases = [entry for entry in reply.json()["data"] if not entry.get("parent")]
     found = [str(entry["id"]) for entry in bases] + [str(entry["root"]) for entry in bases if entry.get("root")]

@@ -1,4 +1,4 @@
-"""What becomes of a request at a server that misbehaves: the engines' transport tells it as httpx itself does."""
+"""What becomes of a request at a server that misbehaves: the engines' client tells it as httpx does."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import socket
 import ssl
 import struct
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 
 import httpx
 import pytest
 
-from sidecar.backends.http_transport import EngineTransport
+from sidecar.backends.http_client import HttpClient, NotReached, TimedOut, WireError
 from tests.kit.ports import free_port
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[None, None, None]]
@@ -47,30 +47,43 @@ SERVERS = {
 SILENT = ("says nothing", "falls silent in the body")
 
 
-async def outcome(
-    transport: httpx.AsyncBaseTransport, address: str, chunked: bool = False, patience_s: float = 30.0
-) -> object:
-    """Return the text of an answer, or the sort of the error: a timeout, no connection, or a broken one."""
+def sort_of(error: Exception) -> str:
+    """Return the sort of an error: a timeout, no connection, or a broken one."""
+    if isinstance(error, TimedOut | httpx.TimeoutException):
+        return "timeout"
+    return "no connection" if isinstance(error, NotReached | httpx.ConnectError) else "broken"
 
-    async def content() -> AsyncIterator[bytes]:
-        yield b"{}"
 
+async def by_httpx(address: str, patience_s: float = 30.0) -> object:
+    """Return the text of an answer, or the sort of the error."""
     timeout = httpx.Timeout(None, connect=30.0, read=patience_s)
-    async with httpx.AsyncClient(base_url=f"http://{address}", transport=transport, timeout=timeout) as client:
+    async with httpx.AsyncClient(base_url=f"http://{address}", timeout=timeout, trust_env=False) as client:
         try:
-            return (await client.post("/v1/completions", content=content() if chunked else b"{}")).text
-        except httpx.TimeoutException:
-            return "timeout"
-        except httpx.ConnectError:
-            return "no connection"
-        except httpx.HTTPError:
-            return "broken"
+            return (await client.post("/v1/completions", content=b"{}")).text
+        except httpx.HTTPError as error:
+            return sort_of(error)
+
+
+async def outcome(address: str, is_run: bool = False, patience_s: float = 30.0) -> object:
+    """Return the same by the engines' client, which asks a question, or sends what a run does."""
+    async with HttpClient(address) as client:
+        try:
+            if not is_run:
+                return (await client.post("/v1/completions", {}, patience_s)).text
+            answer = await client.send(client.request("/v1/completions", {}, (b"{", b"}")))
+            with closing(answer):
+                return (await answer.read()).decode()
+        except WireError as error:
+            return sort_of(error)
 
 
 @pytest.mark.parametrize("name", list(SERVERS))
-@pytest.mark.parametrize("chunked", [False, True])
-async def test_errors_are_those_of_httpx(name: str, chunked: bool) -> None:
-    """An engine that hangs up has ended, and one that says nothing hangs: what follows differs."""
+@pytest.mark.parametrize("is_run", [False, True])
+async def test_errors_are_those_of_httpx(name: str, is_run: bool) -> None:
+    """An engine that hangs up has ended, and one that says nothing hangs: what follows differs.
+
+    A run waits without a limit: the watch over the engine ends it.
+    """
     served: list[asyncio.Task[None]] = []
 
     def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -79,11 +92,15 @@ async def test_errors_are_those_of_httpx(name: str, chunked: bool) -> None:
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     host, port = server.sockets[0].getsockname()
     patience_s = 0.3 if name in SILENT else 30.0
-    theirs = await outcome(httpx.AsyncHTTPTransport(), f"{host}:{port}", chunked, patience_s)
-    ours = await outcome(EngineTransport(None, 5.0), f"{host}:{port}", chunked, patience_s)
+    theirs = await by_httpx(f"{host}:{port}", patience_s)
+    if is_run and name in SILENT:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await outcome(f"{host}:{port}", is_run)
+    else:
+        assert await outcome(f"{host}:{port}", is_run, patience_s) == theirs
     await asyncio.gather(*served)
     server.close()
-    assert ours == theirs
 
 
 WORDS = {
@@ -115,11 +132,11 @@ async def listening(serve: Serve) -> AsyncIterator[int]:
         await asyncio.gather(*served)
 
 
-async def words(url: str, transport: EngineTransport, timeout: httpx.Timeout | None = None) -> str:
+async def words(address: str, tls: ssl.SSLContext | None = None, patience_s: float = 30.0) -> str:
     """Return the error's text."""
-    async with httpx.AsyncClient(base_url=url, transport=transport, timeout=timeout) as client:
-        with pytest.raises(httpx.HTTPError) as told:
-            await client.post("/v1/completions", content=b"{}")
+    async with HttpClient(address, tls) as client:
+        with pytest.raises(WireError) as told:
+            await client.post("/v1/completions", {}, patience_s)
     return str(told.value)
 
 
@@ -132,9 +149,8 @@ async def resets(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
 
 @pytest.mark.parametrize("name", list(WORDS))
 async def test_it_is_told_in_our_words(name: str) -> None:
-    timeout = httpx.Timeout(None, connect=30.0, read=0.3 if name in SILENT else 30.0)
     async with listening(SERVERS.get(name, resets)) as port:
-        assert await words(f"http://127.0.0.1:{port}", EngineTransport(None, 5.0), timeout) == WORDS[name]
+        assert await words(f"127.0.0.1:{port}", patience_s=0.3 if name in SILENT else 30.0) == WORDS[name]
 
 
 async def greets(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -145,13 +161,13 @@ async def greets(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
 
 @pytest.mark.parametrize(("scheme", "why"), [("http", "Connection refused"), ("https", "it does not speak TLS")])
 async def test_why_there_is_no_connection(scheme: str, why: str) -> None:
-    transport = EngineTransport(None if scheme == "http" else ssl.create_default_context(), 5.0)
+    tls = None if scheme == "http" else ssl.create_default_context()
     async with listening(greets) as port:
         port = port if scheme == "https" else free_port()
-        assert await words(f"{scheme}://127.0.0.1:{port}", transport) == f"no connection: {why}"
+        assert await words(f"127.0.0.1:{port}", tls) == f"no connection: {why}"
 
 
 async def test_nothing_listens() -> None:
     address = f"127.0.0.1:{free_port()}"
-    assert await outcome(httpx.AsyncHTTPTransport(), address) == "no connection"
-    assert await outcome(EngineTransport(None, 5.0), address) == "no connection"
+    assert await by_httpx(address) == "no connection"
+    assert await outcome(address) == "no connection"
