@@ -32,6 +32,9 @@ LONG, SHORT = 256, 4
 REQUESTS = 320
 """In a round: in a row, of one token each, for latency and for what a request costs; or short streams, at once."""
 LABEL = "bare aiohttp relay"
+ADAPTER = 2
+"""The number of the subject that the goals are for."""
+EVENT_GOAL, PACED_GOAL, BURST_GOAL = 1.7, 3.0, 4.0
 
 
 class BareRelay(Measured):
@@ -148,7 +151,9 @@ async def with_engine(
 
 async def compare_events(subjects: Sequence[Subject]) -> list[Figure]:
     rounds = [[await subject.event_us() for subject in subjects] for _ in range(ROUNDS + 1)]
-    return _costs("event", "µs/event", rounds)
+    shorts = [[await subject.short_us() for subject in subjects] for _ in range(ROUNDS + 1)]
+    paced = f"streamed completion of {SHORT} tokens, paced"
+    return [*_costs("event", "µs/event", rounds, EVENT_GOAL), *_costs(paced, "µs/request", shorts, PACED_GOAL)]
 
 
 async def compare_requests(subjects: Sequence[Subject]) -> list[Figure]:
@@ -157,7 +162,7 @@ async def compare_requests(subjects: Sequence[Subject]) -> list[Figure]:
     times = [[s * 1e3 for _, seconds in one for s in seconds] for one in zip(*rounds[1:], strict=True)]
     p50, p99 = ([percentile(one, share) for one in times] for share in (0.5, 0.99))
     return [
-        *_costs(f"streamed completion of {SHORT} tokens", "µs/request", shorts),
+        *_costs(f"streamed completion of {SHORT} tokens, in a burst", "µs/request", shorts, BURST_GOAL),
         *_costs("request", "µs/request", [[cost for cost, _ in one] for one in rounds]),
         *(
             Figure(
@@ -169,10 +174,13 @@ async def compare_requests(subjects: Sequence[Subject]) -> list[Figure]:
     ]  # fmt: skip
 
 
-def _costs(what: str, unit: str, rounds: Sequence[Sequence[float]]) -> list[Figure]:
+def _costs(what: str, unit: str, rounds: Sequence[Sequence[float]], goal: float | None = None) -> list[Figure]:
     """Return each subject's median cost but the first's, beside the first's; the first round warms up."""
     costs = [middle(one) for one in zip(*rounds[1:], strict=True)]
-    return [Figure(f"openai: {what}, {name}", costs[at], unit, costs[0], LABEL) for at, name in _others(costs)]
+    return [
+        Figure(f"openai: {what}, {name}", costs[at], unit, costs[0], LABEL, "ratio", goal if at == ADAPTER else None)
+        for at, name in _others(costs)
+    ]
 
 
 def _others(subjects: Sequence[object]) -> list[tuple[int, str]]:

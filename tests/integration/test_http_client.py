@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import ssl
 import struct
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, closing
+from pathlib import Path
 
 import httpx
 import pytest
 
-from sidecar.backends.http_client import HttpClient, NotReached, TimedOut, WireError
+from sidecar.backends.credentials import open_http_client
+from sidecar.backends.http_client import JSON, PIECE_BYTES, HttpClient, NotReached, TimedOut, WireError
+from tests.kit.authority import NEEDS_OPENSSL, Authority
 from tests.kit.ports import free_port
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[None, None, None]]
@@ -171,3 +175,116 @@ async def test_nothing_listens() -> None:
     address = f"127.0.0.1:{free_port()}"
     assert await by_httpx(address) == "no connection"
     assert await outcome(address) == "no connection"
+
+
+class Engine:
+    """A server that answers every request with 200 and keeps its connections; what it got is in `heard`."""
+
+    def __init__(self) -> None:
+        self.connections = 0
+        self.heard = b""
+        self.hung_up = asyncio.Event()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        while head := await self._head_of(reader):
+            length = int(re.search(rb"content-length: (\d+)", head.lower())[1]) if b"POST" in head else 0  # type: ignore[index]
+            self.heard += head + await reader.readexactly(length)
+            if b"/silent" not in head:
+                writer.write(HEAD + b"content-length: 2\r\n\r\nok")
+        self.hung_up.set()
+        writer.close()
+
+    async def _head_of(self, reader: asyncio.StreamReader) -> bytes:
+        try:
+            return await reader.readuntil(b"\r\n\r\n")
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return b""
+
+
+@asynccontextmanager
+async def engine_at(host: str = "127.0.0.1", tls: ssl.SSLContext | None = None) -> AsyncIterator[tuple[Engine, str]]:
+    """Run an engine for the length of a block; yield it and its address."""
+    engine = Engine()
+    server = await asyncio.start_server(engine.serve, host, 0, ssl=tls)
+    port = server.sockets[0].getsockname()[1]
+    try:
+        yield engine, f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    finally:
+        server.close()
+
+
+async def sent(client: HttpClient, path: str, *body: bytes, headers: dict[str, str] | None = None) -> bytes:
+    answer = await client.send(client.request(path, headers or {}, body))
+    with closing(answer):
+        return await answer.read()
+
+
+async def test_what_an_engine_gets() -> None:
+    """The bytes of a run's request; a large body goes in pieces, of which the engine sees nothing."""
+    async with engine_at() as (engine, address), HttpClient(address, headers={"authorization": "Bearer k"}) as client:
+        assert await sent(client, "/v1/completions", b'{"model":', b'"a"', b"}", headers=JSON) == b"ok"
+        assert engine.heard == (
+            b"POST /v1/completions HTTP/1.1\r\nHost: %b\r\naccept: */*\r\nuser-agent: lora-sidecar\r\n"
+            b"authorization: Bearer k\r\ncontent-type: application/json\r\nContent-Length: 13\r\n\r\n"
+            b'{"model":"a"}' % address.encode()
+        )
+        engine.heard = b""
+        large = bytes(3 * PIECE_BYTES + 1)
+        assert await sent(client, "/v1/completions", b"{", large, b"}") == b"ok"
+        head, _, body = engine.heard.partition(b"\r\n\r\n")
+        assert body == b"{" + large + b"}"
+        assert b"content-length: %d" % len(body) in head.lower()
+        assert b"transfer-encoding" not in head.lower()
+        engine.heard = b""
+        await client.get("/metrics?a=b", 30.0)
+        assert engine.heard.startswith(b"GET /metrics?a=b HTTP/1.1\r\n")
+        assert b"accept-encoding" not in engine.heard.lower()
+
+
+async def test_an_address_of_ipv6() -> None:
+    async with engine_at("::1") as (_, address), HttpClient(address) as client:
+        assert (await client.get("/health", 30.0)).is_ok
+        assert await sent(client, "/v1/completions", b"{}") == b"ok"
+
+
+async def test_a_connection_is_kept_and_given_up_before_the_engine_closes_it() -> None:
+    async with engine_at() as (engine, address), HttpClient(address, kept_s=0.2) as client:
+        for _ in range(5):
+            await sent(client, "/v1/completions", b"{}")
+        assert engine.connections == 1
+        await asyncio.sleep(1.0)
+        await sent(client, "/v1/completions", b"{}")
+        assert engine.connections == 2
+
+
+async def test_who_cancels_hangs_up() -> None:
+    """An engine frees the seat of a request whose connection is closed."""
+    async with engine_at() as (engine, address), HttpClient(address) as client:
+        asking = asyncio.create_task(sent(client, "/silent", b"{}"))
+        async with asyncio.timeout(30):
+            while not engine.heard:
+                await asyncio.sleep(0.01)
+            asking.cancel()
+            await engine.hung_up.wait()
+
+
+@NEEDS_OPENSSL
+async def test_certificates_of_both_sides(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    await authority.found()
+    engine_key, engine_certificate = await authority.sign("engine", "IP:127.0.0.1")
+    key, certificate = await authority.sign("sidecar")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=authority.ca)
+    context.load_cert_chain(engine_certificate, engine_key)
+    context.verify_mode = ssl.CERT_REQUIRED
+    ours = {"ca": str(authority.ca), "key": str(key), "certificate": str(certificate)}
+    async with engine_at(tls=context) as (_, address):
+        async with open_http_client(address, ours, None, 2.0, 5.0) as client:
+            assert await sent(client, "/v1/completions", b"{}") == b"ok"
+        async with open_http_client(address, {}, None, 2.0, 5.0) as client:
+            with pytest.raises(NotReached, match="its certificate is not accepted"):
+                await client.get("/health", 30.0)
+        async with open_http_client(address, {"ca": str(authority.ca)}, None, 2.0, 5.0) as client:
+            with pytest.raises(WireError):
+                await client.get("/health", 30.0)
