@@ -4,7 +4,9 @@ It computes nothing and knows no time but the one it is told, so what is measure
 doing. A prompt is an `Order` as JSON; `answer_of` returns the same bytes to whoever has the order. As a program it
 serves one engine until SIGTERM:
 
-python -m tests.kit.quick_engine [HOST]
+python -m tests.kit.quick_engine [HOST [LINES]]
+
+with so many lines of histograms in its metrics.
 """
 
 from __future__ import annotations
@@ -82,8 +84,12 @@ def chunks_of(order: Order) -> Sequence[bytes]:
 class QuickEngine:
     """Its state: the adapters that were loaded, and what its metrics count. Answers tell its address."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, histogram_lines: int = 0) -> None:
         self.address = address
+        self._histograms = "".join(
+            f'vllm:time_to_first_token_seconds_bucket{{engine="0",le="{n}.0",model_name="base"}} {n}.0\n'
+            for n in range(histogram_lines)
+        )
         self.adapters: dict[str, str] = {}
         self.running = self.steps = self.tokens = 0
 
@@ -98,7 +104,7 @@ class QuickEngine:
             return 200, (
                 f"vllm:num_requests_running {self.running}\nvllm:num_requests_waiting 0\n"
                 f"vllm:iteration_tokens_total_count {self.steps}\nvllm:generation_tokens_total {self.tokens}\n"
-                f'vllm:lora_requests_info{{max_lora="{SLOTS}"}} 1\nprocess_start_time_seconds 1\n'
+                f'vllm:lora_requests_info{{max_lora="{SLOTS}"}} 1\nprocess_start_time_seconds 1\n' + self._histograms
             )
         if path == "/v1/load_lora_adapter":
             record = json.loads(body)
@@ -214,13 +220,13 @@ def unchunked(raw: bytes) -> tuple[bytes, bytes] | None:
         parts.append(raw[end + 2 : end + 2 + size])
 
 
-async def serve(host: str) -> None:
+async def serve(host: str = "127.0.0.1", histogram_lines: str = "0") -> None:
     """Serve on a free port until SIGTERM, and print where."""
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, ended.set)
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named: else Nagle stays on
     listening.bind((host, 0))
-    engine = QuickEngine(f"{host}:{listening.getsockname()[1]}")
+    engine = QuickEngine(f"{host}:{listening.getsockname()[1]}", int(histogram_lines))
     server = await loop.create_server(lambda: Connection(engine), sock=listening, backlog=4096)
     print(json.dumps({"http": engine.address}), flush=True)
     await ended.wait()
@@ -228,7 +234,7 @@ async def serve(host: str) -> None:
 
 
 if __name__ == "__main__":
-    serving = serve(*sys.argv[1:2] or ["127.0.0.1"])
+    serving = serve(*sys.argv[1:])
     try:
         import uvloop
     except ImportError:
