@@ -263,10 +263,10 @@ class SoftGated:
     def _next(self, room: OrderingView, rule: Rule) -> int | None:
         """Return the request to send next, seats and KV space aside.
 
-        It is the least served tenant's request of the open version with the oldest request; or a request of a tenant
-        that was served still less, of any open version, if it can be sent: a version's cost is its slot, which is paid
-        already. While a request is urgent, it is that one if its version is open, else the oldest; never one younger
-        than the urgent one.
+        It is the least served tenant's request of the open version with the oldest request. If another tenant was
+        served still less, its request for any open version goes first, if it can be sent: that version has its slot
+        already, so nothing more is paid for it. An urgent request goes before both if its version is open. If not, the
+        oldest request goes, and never one younger than the urgent one.
         """
         if rule.urgent != NOBODY and self._is_sendable(self._queues.requests[rule.urgent].version, room):
             return rule.urgent

@@ -136,8 +136,9 @@ class Regions:
             spare = min(able, key=lambda region: abs(region.size_bytes - size_bytes), default=None)
             if spare is not None:
                 self._spares.remove(spare)
-            excess, kept_bytes = [], sum(region.size_bytes for region in self._spares)
-            while kept_bytes > self._allowance():
+            excess, allowance = [], self._allowance()
+            kept_bytes = sum(region.size_bytes for region in self._spares)
+            while self._spares and kept_bytes > allowance:
                 excess.append(self._spares.pop(0))
                 kept_bytes -= excess[-1].size_bytes
             return spare, excess
@@ -150,7 +151,7 @@ class Regions:
         with self._lock:
             if is_reusable:
                 self._spares.append(region)
-            excess = self._spares[: -self._spares_max] if self._spares_max else list(self._spares)
+            excess = self._spares[: max(0, len(self._spares) - self._spares_max)]
             del self._spares[: len(excess)]
         for each in excess if is_reusable else (*excess, region):
             each.close()

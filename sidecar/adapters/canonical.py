@@ -200,7 +200,7 @@ def _write_config(
         "bias": "none",
         "inference_mode": True,
     }
-    files.put(folder / peft_config.FILE_NAME, [json.dumps(content, indent=2).encode()])
+    files.write_file(folder / peft_config.FILE_NAME, [json.dumps(content, indent=2).encode()])
 
 
 def _write_weights(path: Path, source: AdapterSource, matrices: Sequence[_Matrix], files: Files) -> None:
@@ -212,4 +212,4 @@ def _write_weights(path: Path, source: AdapterSource, matrices: Sequence[_Matrix
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)  # tensors begin at a multiple of eight bytes, as safetensors writes them
     data = (piece.reshape(-1).view(np.uint8).data for matrix in matrices for piece in matrix.pieces(source))
-    files.put(path, chain([len(head).to_bytes(8, "little"), head], data))
+    files.write_file(path, chain([len(head).to_bytes(8, "little"), head], data))

@@ -60,10 +60,9 @@ class DiskTier:
 
     def write(self, key: str, built: Built) -> None:
         """Write a blob, completely or not at all. Raises OSError if the disk is full, read-only or broken."""
-        name = f"{key}{SUFFIX}"
-        work = self._entries.make()
+        name, work = _name_of(key), self._entries.make()
         try:
-            self._entries.files.put(work / name, _with_footer(key, built), FILE_MODE)
+            self._entries.files.write_file(work / name, _with_footer(key, built), FILE_MODE)
             self._entries.put(work / name, name)
         finally:
             self._entries.discard(work)
@@ -75,7 +74,7 @@ class DiskTier:
         missing.
         """
         try:
-            with self._entries.path(f"{key}{SUFFIX}").open("rb") as file:
+            with self._entries.path(_name_of(key)).open("rb") as file:
                 size, footer = _read_footer(file.fileno())
                 plan = _plan_of(footer, layout)
                 if footer["key"] != key or plan.size_bytes != size:
@@ -107,7 +106,7 @@ class DiskTier:
         blob.seal()
 
     def delete(self, key: str) -> None:
-        self._entries.remove(f"{key}{SUFFIX}")
+        self._entries.remove(_name_of(key))
 
     def _found(self, path: Path) -> Found | None:
         """Return the blob that a file's tail describes, or None if it is no blob."""
@@ -117,6 +116,10 @@ class DiskTier:
         except (OSError, ValueError):
             return None
         return Found(path.name.removesuffix(SUFFIX), size)
+
+
+def _name_of(key: str) -> str:
+    return f"{key}{SUFFIX}"
 
 
 def _with_footer(key: str, built: Built) -> Iterator[memoryview]:

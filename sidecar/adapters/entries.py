@@ -23,7 +23,7 @@ FOLDER_MODE, FILE_MODE = 0o755, 0o644
 class Files:
     """The file operations that durability rests on; a test puts a crash before, or a failure in place of, any."""
 
-    def put(self, path: Path, pieces: Iterable[bytes | memoryview], mode: int = FILE_MODE) -> None:
+    def write_file(self, path: Path, pieces: Iterable[bytes | memoryview], mode: int = FILE_MODE) -> None:
         """Write a new file, flushed to the disk."""
         descriptor = self.create(path, mode)
         try:
@@ -83,7 +83,7 @@ class Entries:
         try:
             return Path(tempfile.mkdtemp(dir=self.work))
         except FileNotFoundError:
-            self.work.mkdir()
+            self.work.mkdir(exist_ok=True)
             return Path(tempfile.mkdtemp(dir=self.work))
 
     def put(self, made: Path, key: str) -> Path:
@@ -114,7 +114,7 @@ class Entries:
             self.discard(gone)
 
     def discard(self, path: Path) -> None:
-        """Remove what is in the work folder, if it is still there; if that fails, it is logged and left for `clear`."""
+        """Remove a folder or file for good, if it is still there. A failure is logged; the next start tries again."""
         try:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

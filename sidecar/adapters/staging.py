@@ -163,7 +163,7 @@ class Staging:
             contents = {name: iter([data]) for name, data in adapter.documents.items()}
             for name, pieces in (contents | {file.name: file.pieces() for file in adapter.file.files}).items():
                 if linked is None or not self._linked((linked / name).resolve(), made / name):
-                    self._files.put(made / name, pieces)
+                    self._files.write_file(made / name, pieces)
         adapter.file.check_unchanged()
         self._files.sync_directory(made)
 

@@ -83,11 +83,11 @@ class Request:
 
 @dataclass(slots=True)
 class Answer:
-    """An answer whose body comes in `chunks`, which raise WireError. Names of headers are in lower case.
+    """An answer whose body comes in `chunks`, which raise WireError.
 
-    What is carried by a proxy may have three things more. Its body cannot be read if it `is_unread`; `unseen` is what
-    is seen from outside of an answer that may go past this process; `trailers` are those of a gRPC call, once its body
-    has been read.
+    Three more things are known of an answer that a proxy carries. Nobody here can read its body if it `is_unread`.
+    `unseen` tells how an answer goes on that may go past this process. `trailers` are those of a gRPC call, once its
+    body has been read. Such an answer has its headers' names in lower case.
     """
 
     status: int
@@ -184,7 +184,7 @@ class HttpClient:
         answer = await self._asked(
             "POST", request.url, headers, b"".join(request.body) if whole else _in_pieces(request.body), self._patient
         )
-        return Answer(answer.status, _Headers(answer), _body_of(answer), source=answer)
+        return Answer(answer.status, answer.headers, _body_of(answer), source=answer)
 
     async def get(self, path: str, timeout_s: float, headers: Mapping[str, str] | None = None) -> Reply:
         return await self._whole("GET", path, headers or {}, None, timeout_s)
@@ -238,22 +238,6 @@ class HttpClient:
             headers={"accept": "*/*", "user-agent": "lora-sidecar"},
             skip_auto_headers=("content-type", "accept-encoding"),
         )
-
-
-class _Headers(Mapping[str, str]):
-    """An answer's headers, which mostly nobody reads."""
-
-    def __init__(self, answer: aiohttp.ClientResponse) -> None:
-        self._of = answer.headers
-
-    def __getitem__(self, name: str) -> str:
-        return ", ".join(self._of.getall(name))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys(name.lower() for name in self._of))
-
-    def __len__(self) -> int:
-        return len(set(self))
 
 
 async def _body_of(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

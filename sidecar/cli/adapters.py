@@ -36,7 +36,7 @@ def list_adapters(
         str,
         typer.Option(
             "--unused-for",
-            help="Only those that no request has asked for that long at this replica, as in 7d, or since it started.",
+            help="Only those without a request for that long, as in 7d, at this replica since its start.",
             show_default=False,
         ),
     ] = "",

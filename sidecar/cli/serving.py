@@ -208,7 +208,7 @@ async def _serve(file: Path | None, read: Callable[[], Config], as_json: bool) -
     crash, bound = Crash(), LastBound(logs.stop)
     crash.within = lambda seconds: bound.within(seconds, Exit.FAILED)
     crash.then(lambda _: bound.within(CRASH_S, Exit.CRASHED))
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every scrape of an engine's metrics
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request, URLs included
     open_files_for(config)
     try:
         sidecar = await Sidecar.start(config, crash=crash, source=source)

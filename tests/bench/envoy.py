@@ -29,6 +29,8 @@ from tests.kit.serving import write_adapters
 from tests.kit.trtllm_emulated import BASE_CONFIG
 
 STREAMS, ROUNDS, GAP_MS = 64, 3, 10.0
+SHORT = 16
+"""Events of the answer to which the growth of the sidecar's part is compared."""
 WAVES = {4: 64, 16: 16, 64: 4, 256: 2, 1024: 1}
 """How often all streams ask for an answer of so many events in a round."""
 REQUESTS = 400
@@ -163,7 +165,7 @@ def _costs(spent: dict[tuple[str, int], Spent], lane: Lane) -> list[Figure]:
         )
         for events in WAVES
     ]  # fmt: skip
-    first, *_, last = WAVES
+    first, last = SHORT, max(WAVES)
     figures.append(
         Figure(
             f"envoy: ours, {last} events", spent[name, last].sidecar, "ms of CPU", spent[name, first].sidecar,
@@ -201,13 +203,12 @@ def _pays(spent: dict[tuple[str, int], Spent]) -> Figure:
         lane, in_path = spent["duplex-streamed", events], spent["in path", events].sidecar
         return lane.envoy + lane.sidecar - in_path
 
+    name, found = "envoy: the lane costs less than in path from", 0.0 if more(min(WAVES)) <= 0 else float("inf")
     for fewer, events in pairwise(WAVES):
         if more(fewer) > 0 >= more(events):
             found = fewer + (events - fewer) * more(fewer) / (more(fewer) - more(events))
-            return Figure("envoy: the lane costs less than in path from", round(found), "events")
-    return Figure(
-        "envoy: the lane costs less than in path from", float("nan"), "events", note="at no length, or at any"
-    )
+            break
+    return Figure(name, found, "events")
 
 
 def _first_figures(times: dict[str, Sequence[float]] | dict[str, list[float]]) -> list[Figure]:

@@ -233,7 +233,7 @@ def before(method):
         return method(self, *arguments)
     return crash
 
-for name in ("create", "write", "sync", "rename", "sync_directory"):
+for name in ("create", "write", "sync", "rename", "sync_directory", "unlink"):
     setattr(Files, name, before(getattr(Files, name)))
 tier = disk.DiskTier(Path(sys.argv[2]))
 tier.scan()

@@ -41,6 +41,14 @@ def blobs_of(served: Serving) -> set[str]:
     return {path.name for path in DIRECTORY.glob(f"{mount.prefix}*")}
 
 
+async def size_of_a_blob(engine: Any, folder: Path, name: str) -> int:
+    """Return the bytes that one adapter takes in shared memory."""
+    async with serving([engine], folder) as served:
+        await served.ask(name)
+        (blob,) = blobs_of(served)
+        return (DIRECTORY / blob).stat().st_size
+
+
 def detail_of(served: Serving) -> str:
     return served.sidecar.gateway.backends["trt-0"].detail()
 
@@ -170,10 +178,7 @@ async def test_the_budget_is_never_exceeded_however_slowly_engines_let_go(tmp_pa
     """Room for two blobs, eight adapters in turn: a new one is not made before an old one's bytes are back."""
     names = write_adapters(tmp_path, 8)
     async with running_engine(**DUMMY) as engine:
-        async with serving([engine], tmp_path) as served:
-            await served.ask(names[0])
-            (blob,) = blobs_of(served)
-            size = (DIRECTORY / blob).stat().st_size
+        size = await size_of_a_blob(engine, tmp_path, names[0])
         store = {"memory_bytes": 2 * size}
         async with serving([engine], tmp_path, store=store) as served:
             shared: Any = served.sidecar.gateway.backends["trt-0"]._transport._shared  # type: ignore[attr-defined]
@@ -208,10 +213,7 @@ async def test_in_a_full_store_the_next_adapter_gets_the_last_ones_memory(
 
     monkeypatch.setattr(Mount, "create", counted)
     async with running_engine(**DUMMY) as engine:
-        async with serving([engine], tmp_path) as served:
-            await served.ask(names[0])
-            (blob,) = blobs_of(served)
-            size = (DIRECTORY / blob).stat().st_size
+        size = await size_of_a_blob(engine, tmp_path, names[0])
         async with serving([engine], tmp_path, store={"memory_bytes": size}) as served:
             if not settled:
                 release = PackedWeights.release
@@ -227,10 +229,7 @@ async def test_what_cannot_be_unregistered_goes_all_the_same(tmp_path: Path, cap
     """Its bytes are given back: else requests would wait for them for ever."""
     names = write_adapters(tmp_path, 4)
     async with running_engine(**DUMMY) as engine:
-        async with serving([engine], tmp_path) as served:
-            await served.ask(names[0])
-            (blob,) = blobs_of(served)
-            size = (DIRECTORY / blob).stat().st_size
+        size = await size_of_a_blob(engine, tmp_path, names[0])
         async with serving([engine], tmp_path, store={"memory_bytes": size}) as served:
 
             async def fails(name: str) -> None:
