@@ -30,13 +30,17 @@ def list_adapters(
     client: Client,
     tenant: Annotated[str, typer.Option(help="Only adapters that this tenant may use.", show_default=False)] = "",
     state: Annotated[
-        str, typer.Option(help="Only those that are loaded, stored, cold or quarantined.", show_default=False)
+        str,
+        typer.Option(
+            help="Only those that are loaded (an engine has it), stored (only the host store), cold or quarantined.",
+            show_default=False,
+        ),
     ] = "",
     unused: Annotated[
         str,
         typer.Option(
             "--unused-for",
-            help="Only those without a request for that long, as in 7d, at this replica since its start.",
+            help="Only those without a request for that long, as in 7d. After a restart none has had one yet.",
             show_default=False,
         ),
     ] = "",
@@ -156,7 +160,7 @@ def _belief(place: Any) -> tuple[str, str]:
 
 @admin_command
 def evict(client: Client, name: Name, as_json: AsJson = False) -> None:
-    """Drop an adapter's weights now and keep its name; print where that was not possible."""
+    """Drop an adapter's weights now and keep its name; print what became of them where."""
     _print_places(client.ask(client.adapters.Evict, pb.AdapterRequest(name=name)), as_json)
 
 

@@ -96,7 +96,7 @@ COMMANDS = {
     ),
     "adapters evict": (
         "sidecar.cli.adapters:evict",
-        "Drop an adapter's weights now and keep its name; print where that was not possible.",
+        "Drop an adapter's weights now and keep its name; print what became of them where.",
     ),
     "adapters prefetch": (
         "sidecar.cli.adapters:prefetch",

@@ -120,7 +120,11 @@ _ADAPTERS = (
     _gauge("adapters_set_aside", "Names that are not served because their stored records cannot be used."),
     _gauge("adapters_quarantined", "Versions that are refused until a person releases them."),
     _counter("quarantines_total", "Versions that were quarantined."),
-    _gauge("store_bytes", "Bytes that the host store holds or has reserved for fetches.", "tier"),
+    _gauge(
+        "store_bytes",
+        "Bytes that the host store holds or has reserved for fetches, without the memory kept of dropped adapters.",
+        "tier",
+    ),
     _gauge("store_budget_bytes", "Bytes that the host store may hold.", "tier"),
     _gauge("store_adapters", "Packed adapters that the host store holds.", "tier"),
     _counter("store_evictions_total", "Packed adapters that the host store evicted for others.", "tier"),
