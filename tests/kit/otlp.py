@@ -157,7 +157,9 @@ async def collector() -> AsyncIterator[Collector]:
     made.grpc_url = f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     app = Starlette(routes=[Route("/v1/traces", made.spans_over_http, methods=["POST"])])
-    http = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
+    # Triton sends spans every 5 s over one connection. Uvicorn's own limit of 5 idle seconds would close it just then,
+    # and what is on its way would be lost.
+    http = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off", timeout_keep_alive=3600))
     serving = asyncio.create_task(http.serve())
     await until(lambda: http.started)
     made.http_url = f"http://127.0.0.1:{http.servers[0].sockets[0].getsockname()[1]}"
