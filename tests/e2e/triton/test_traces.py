@@ -18,6 +18,8 @@ from tests.kit.serving import Serving, until, write_adapters
 
 ENGINE = {"compute": "none", "shape": "tiny", "lora_host_pages": 1, "lora_device_pages": 1, "claim_errors": 1}
 """Room for one adapter; the first load fails by the engine's own fault."""
+ROOT = "text_completion a00"
+"""The span of a request at each of the two replicas."""
 
 
 async def traced(received: Collector, asked: Serving) -> list[Received]:
@@ -34,16 +36,17 @@ async def traced(received: Collector, asked: Serving) -> list[Received]:
         return [each.name for each in received.of(trace)]
 
     def whole() -> bool:
-        came = names()
-        return came.count("text_completion a00") == 2 and came.count("compute") == came.count("lora.attempt") > 0
+        """Each attempt has been computed, and no parent is still to come: spans arrive in batches, in any order."""
+        came, found = names(), received.of(trace)
+        is_a_tree = {each.parent for each in found} <= {each.id for each in found} | {span}
+        return is_a_tree and came.count("compute") == came.count("lora.attempt") > 0 and came.count(ROOT) == 2
 
     try:
         await until(whole)
     except TimeoutError:
         pytest.fail(f"all that came of the trace: {sorted(names())}")
     found = received.of(trace)
-    (root,) = [each for each in found if each.name == "text_completion a00" and each.parent == span]
-    assert {each.parent for each in found} <= {each.id for each in found} | {span}
+    (root,) = [each for each in found if each.name == ROOT and each.parent == span]
     assert all(each.span.trace_state in ("vendor=1", "") for each in found)
     assert root.about["lora.outcome"] == "ok"
     return found
