@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGURATION = (
     ("", "sidecar.config:Config"),
     ("backends[]", "sidecar.backends.triton.kind:TritonEntry"),
-    ("backends[]", "sidecar.backends.vllm.kind:VllmEntry"),
+    ("backends[]", "sidecar.backends.openai.vllm:VllmEntry"),
 )
 """Models of the configuration, by the key that they stand below: "" for the whole, "backends[]" for an entry there."""
 WHERE = {

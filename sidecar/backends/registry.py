@@ -1,18 +1,19 @@
 """The kinds of backends, and a configuration's backends as their kinds read them.
 
-A kind is a folder and a line in `KINDS`. A kind of another package is named in the configuration as
-`kind: package.module:KIND`, or offered by the entry point group `lora_sidecar.plugins` as `backend.NAME`.
+A kind is a line in `KINDS`. Another package's dialect of the OpenAI family makes a kind, too: a configuration names it
+as `kind: package.module:DIALECT`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 from pydantic import ValidationError
 
 from sidecar.backends.kind import Kind, ModelKind, Native
+from sidecar.backends.openai.dialect import Dialect
 from sidecar.config import Config, plugins
 from sidecar.config.backends import Backend as Entry
 from sidecar.config.redis_address import without_users
@@ -21,107 +22,59 @@ from sidecar.core.facts import EngineFacts
 from sidecar.core.state import State
 from sidecar.errors import Misused, Reason
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
 KINDS = {
     "triton": "sidecar.backends.triton.kind:TRITON",
-    "vllm": "sidecar.backends.vllm.kind:VLLM",
-    "trtllm": "sidecar.backends.trtllm.kind:TRTLLM",
+    "vllm": "sidecar.backends.openai.vllm:KIND",
+    "trtllm": "sidecar.backends.openai.trtllm:KIND",
 }
 _from_elsewhere: dict[str, Kind] = {}
-"""Kinds of other packages that a configuration has named in this process."""
+"""The kinds of other packages' dialects that a configuration has named in this process."""
 
 
 def kinds() -> list[Kind]:
-    """Return our kinds and those of other packages that a configuration has named, each once."""
+    """Return our kinds, and those of other packages' dialects that a configuration has named, each once."""
     return list(dict.fromkeys((*map(kind_named, KINDS), *_from_elsewhere.values())))
 
 
 def elsewhere() -> tuple[str, ...]:
-    """Return the names of other packages' kinds in this process, for `kind_named` in another process."""
+    """Return the names of other packages' dialects in this process, for `kind_named` in another process."""
     return tuple(_from_elsewhere)
 
 
 def kind_named(name: str) -> Kind:
-    """Return a kind by its name or by `package.module:KIND`. Raises Misused naming those that exist.
+    """Return a kind by its name, or that of a dialect by `package.module:DIALECT`. Raises Misused.
 
-    A kind that was once named by its module is also known by its name.
+    A dialect that was once named by its module is also known by its name.
     """
     if name in KINDS:
         return _ours(name, KINDS[name])
-    if name not in _from_elsewhere:
-        named = next((kind for kind in _from_elsewhere.values() if kind.name == name), None)
-        _from_elsewhere[name] = named or _loaded(name, _target(name))
-    return _from_elsewhere[name]
+    known = _from_elsewhere.get(name) or next((kind for kind in _from_elsewhere.values() if kind.name == name), None)
+    if known is None:
+        if ":" not in name:
+            why = f'there is no kind of backend "{name}"; there are {", ".join(KINDS)}'
+            raise Misused(Reason.CONFIG_INVALID, f"{why}, or name a dialect as package.module:DIALECT")
+        known = _of_dialect(name)
+    _from_elsewhere[name] = known
+    return known
 
 
-def _target(name: str) -> str:
-    target = plugins.target_of("backend", name)
-    if target is None:
-        names = ", ".join(dict.fromkeys((*KINDS, *plugins.known("backend"))))
-        raise Misused(
-            Reason.CONFIG_INVALID,
-            f'there is no kind of backend "{name}"; there are {names}, or name one as package.module:KIND',
-        )
-    return target
-
-
-def _loaded(name: str, target: str) -> Kind:
-    found: Kind = plugins.imported(f'the backend kind "{name}"', target)
-    if found in _from_elsewhere.values():
-        return found  # by another of its names
-    wrong = _unusable(found) or _taken(found, name)
-    if wrong:
-        origin = "" if name == target else f" ({target})"
-        raise Misused(Reason.CONFIG_INVALID, f'the backend kind "{name}"{origin}: {wrong}')
-    return found
-
-
-def _unusable(kind: Any) -> str:
-    """Return why a record cannot be a kind; "" if it can. What is deeper is left to `lab.conformance`."""
-    if not isinstance(kind, Kind):
-        return "it is not a backends.kind.Kind"
-    section = kind.section
-    if not (isinstance(section, type) and issubclass(section, Entry)):
-        return "its section is not a subclass of config.backends.Backend"
-    if not (isinstance(section.SCHEMES, Mapping) and section.SCHEMES and next(iter(section.SCHEMES)) == kind.name):
-        return f"the first of {section.__name__}.SCHEMES must be its name ({kind.name!r})"
-    models = kind.models
-    if not (isinstance(models, tuple) and models and all(isinstance(model, ModelKind) for model in models)):
-        return "its models are not a tuple of ModelKinds, at least one"
-    wrong = [name for name in ("connect", "declare", "notes") if not callable(getattr(kind, name))]
-    return f"its {' and '.join(wrong)} cannot be called" if wrong else ""
-
-
-def _taken(kind: Kind, name: str) -> str:
-    """Return what of a kind another one has already; "" if nothing. Requests would go to the wrong engines."""
-    if ":" not in name and kind.name != name:
-        return f'its name is "{kind.name}", and its package offers it as "{name}"'
+def _of_dialect(name: str) -> Kind:
+    """Return the kind of another package's dialect. Raises Misused, also where requests would go to others' engines."""
+    dialect = plugins.imported(f'the dialect "{name}"', name)
+    if not isinstance(dialect, Dialect):
+        raise Misused(Reason.CONFIG_INVALID, f'the dialect "{name}" is not a sidecar.backends.openai.dialect.Dialect')
+    kind = dialect.kind()
     for other in kinds():
-        schemes = kind.section.SCHEMES.keys() & other.section.SCHEMES.keys()
-        models = {model.name for model in kind.models} & {model.name for model in other.models}
-        if schemes or models:
-            what = f"the scheme {min(schemes)}://" if schemes else f'the name "{min(models)}" of a kind of model'
-            return f'it has {what} in common with the kind "{other.name}"; one of them needs another'
-    return ""
+        if kind.section.SCHEMES.keys() & other.section.SCHEMES.keys() or kind.name == other.name:
+            taken = f'it has a scheme or its name in common with the kind "{other.name}"; one of them needs another'
+            raise Misused(Reason.CONFIG_INVALID, f'the dialect "{name}": {taken}')
+    return kind
 
 
 @cache
 def _ours(name: str, target: str) -> Kind:
     found: Kind = plugins.imported(f'the backend kind "{name}"', target)
     return found
-
-
-def called(kind: Kind | None, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call a kind's function. Raises Misused where one of another package fails, naming the kind and the place."""
-    try:
-        return function(*args, **kwargs)
-    except Exception as error:
-        if kind is None or kind.name in KINDS or isinstance(error, Misused | ValidationError):
-            raise
-        what = f'the backend kind "{kind.name}" has failed in {function.__name__}'
-        raise Misused(Reason.CONFIG_INVALID, f"{what}: {plugins.told(error)}") from error
 
 
 def models() -> Mapping[str, ModelKind]:
@@ -215,7 +168,7 @@ def entries_of(config: Config, source: str = "") -> tuple[Entry, ...]:
         try:
             kind = _kind_of_entry(record)
             section = Entry if kind is None else kind.section
-            found.append(called(kind, section.model_validate, _own(section, record)))
+            found.append(section.model_validate(_own(section, record)))
         except ValidationError as error:
             wrong += problems(error, section, within)
         except Misused as error:
@@ -249,8 +202,6 @@ def _kind_of_entry(record: Mapping[str, Any]) -> Kind | None:
     for kind in kinds() if separator else ():
         if scheme in kind.section.SCHEMES:
             return kind
-    if separator and scheme in plugins.known("backend"):
-        return kind_named(scheme)
     if url:
         raise ValueError(f".url: it must be of the form {urls()} (it is {without_users(url)!r:.80})")
     if record.get("discover") is not None:

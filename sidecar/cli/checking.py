@@ -17,7 +17,6 @@ from sidecar.cli.show import AsJson, print_json, working
 from sidecar.errors import Misused, Reason
 
 if TYPE_CHECKING:
-    from sidecar.backends.kind import Kind
     from sidecar.config import Config
     from sidecar.config.backends import Backend as Entry
 
@@ -97,16 +96,12 @@ def _paces(entries: Sequence[Entry]) -> Iterator[str]:
 
 def _undeclared(entries: Sequence[Entry]) -> Iterator[str]:
     """Return for each backend the settings that its kind needs and the configuration omits."""
-    from sidecar.backends.registry import called, kind_named
+    from sidecar.backends.registry import kind_named
     from sidecar.serve.pool import facts_of
-
-    def notes(kind: Kind, backend: Entry) -> list[str]:
-        return list(kind.notes(backend, facts[backend.identity]))
 
     facts = facts_of(entries)
     for backend in entries:
-        kind = kind_named(backend.kind_name)
-        for note in called(kind, notes, kind, backend):
+        for note in kind_named(backend.kind_name).notes(backend, facts[backend.identity]):
             yield f"{backend.identity}: {note}"
 
 
@@ -133,8 +128,6 @@ def _check_files(config: Config, entries: Sequence[Entry]) -> None:
 
 
 def _files(config: Config, entries: Sequence[Entry]) -> list[tuple[str, str]]:
-    from sidecar.backends.registry import called, kind_named
-
     listeners = config.listeners
     named: list[tuple[str, str | None]] = [("listeners.admin.token_file", listeners.admin.token_file)]
     named.append(("state.password_file", config.state.password_file))
@@ -147,8 +140,7 @@ def _files(config: Config, entries: Sequence[Entry]) -> list[tuple[str, str]]:
         ("listeners.probes.tls", listeners.probes.tls),
     ]
     for number, backend in enumerate(entries):
-        files = called(kind_named(backend.kind_name), backend.files)
-        named += [(f"backends.{number}.{key}", path) for key, path in files.items()]
+        named += [(f"backends.{number}.{key}", path) for key, path in backend.files().items()]
         secured.append((f"backends.{number}.tls", backend.tls))
     for key, tls in secured:
         if tls is not None:

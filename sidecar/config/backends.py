@@ -82,8 +82,8 @@ class SharedFolder(Section):
 
 
 class Backend(Section):
-    """`url` is `SCHEME://HOST:PORT`. Its scheme names the kind of engine; a plug-in's kind may be named by `kind`.
-    Keys of other kinds are refused.
+    """`url` is `SCHEME://HOST:PORT`. Its scheme names the kind of engine; another package's dialect of the OpenAI
+    family is named by `kind`. Keys of other kinds are refused.
 
     An engine that reads adapters from files needs `adapters_dir`, a folder that it shares with this process: one path
     if that is the same on both sides, else `ours` and `engine`.

@@ -1,4 +1,4 @@
-"""Resolve the name of a policy or backend kind: one of ours, a plug-in's, or `package.module:Class`.
+"""Resolve the name of a policy: one of ours, a plug-in's, or `package.module:Class`.
 
 Entry points of the group `lora_sidecar.plugins` are named `kind.name`, for example `eviction.mine`.
 """

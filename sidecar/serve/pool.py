@@ -14,7 +14,7 @@ from sidecar.adapters.staging import Staging
 from sidecar.backends.api import Backend
 from sidecar.backends.engine_facts import from_engine_config
 from sidecar.backends.kind import Wiring
-from sidecar.backends.registry import called, kind_named
+from sidecar.backends.registry import kind_named
 from sidecar.config.backends import Backend as Entry
 from sidecar.config.backends import declared_facts
 from sidecar.core.facts import EngineFacts
@@ -49,7 +49,7 @@ def make_backends(entries: Sequence[Entry], wiring: Wiring) -> list[tuple[Backen
 def make_backend(entry: Entry, declared: EngineFacts, wiring: Wiring) -> tuple[Backend, EngineFacts]:
     """Return the backend of an entry that has an address, with the known facts of its engine."""
     kind = kind_named(entry.kind_name)
-    return called(kind, kind.connect, entry, declared, wiring)
+    return kind.connect(entry, declared, wiring)
 
 
 def pools_of(entries: Sequence[Entry]) -> dict[str, EngineFacts]:
@@ -82,7 +82,7 @@ def _facts_of(entry: Entry, entries: Sequence[Entry]) -> EngineFacts:
         declared = replace(declared, pace=pace_from_cost(engine.cost, declared, engine.cost_scale))
     kind = kind_named(entry.kind_name)
     alike = [other for other in entries if kind_named(other.kind_name) is kind]
-    declared = called(kind, kind.declare, entry, declared, alike)
+    declared = kind.declare(entry, declared, alike)
     return with_base_model(declared, base_model_of(entry))
 
 

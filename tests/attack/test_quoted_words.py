@@ -15,8 +15,8 @@ import pytest_asyncio
 
 from sidecar.backends.api import HttpForm
 from sidecar.backends.faults import classify
+from sidecar.backends.openai.vllm import DEATHS, DIALECT
 from sidecar.backends.quoting import wrote_in
-from sidecar.backends.vllm.api import DEATHS, fault_of
 from sidecar.backends.wire import is_lost
 from sidecar.core.effects import Dispatch, Heal
 from sidecar.core.enums import Fault
@@ -107,7 +107,7 @@ def test_a_dead_vllm_is_told_by_its_own_words(death: str) -> None:
     """With a server's status, and where the body does not have them however they are written there."""
     after = f', "user": "\\u{ord(death[0]):04x}{death[1:]}"}}'
     escaped = HttpForm("/v1/completions", b'{"model": ', after.encode(), "a", False)
-    assert fault_of(500, death) is Fault.LOST
-    assert fault_of(400, death) is Fault.REJECTED
-    assert fault_of(500, death, wrote_in(escaped)) is Fault.REJECTED
-    assert fault_of(503, "anything", wrote_in(escaped)) is Fault.LOST
+    assert DIALECT.fault_of(500, death) is Fault.LOST
+    assert DIALECT.fault_of(400, death) is Fault.REJECTED
+    assert DIALECT.fault_of(500, death, wrote_in(escaped)) is Fault.REJECTED
+    assert DIALECT.fault_of(503, "anything", wrote_in(escaped)) is Fault.LOST

@@ -1,4 +1,4 @@
-"""One suite over every kind of backend in the registry, and over the toy kind beside them.
+"""One suite over every kind of backend in the registry.
 
 A kind that is added to the registry is picked up by its line; its engine is added to `ENGINES`.
 """
@@ -19,9 +19,8 @@ from sidecar.backends import registry
 from sidecar.backends.kind import Kind, Wiring
 from sidecar.backends.registry import KINDS, kind_named
 from sidecar.backends.triton.loads import LoaderProcess
-from sidecar.lab.conformance.kinds import LIVE, RECORD, Stage
 from sidecar.proto import admin_pb2
-from tests.conformance.toy.engine import ToyEngine
+from tests.conformance.kinds import LIVE, RECORD, Stage
 from tests.kit.emulated import start_engine
 from tests.kit.peft_files import BASE_MODEL, write_adapter
 from tests.kit.ports import free_port
@@ -29,16 +28,9 @@ from tests.kit.serving import serving, until
 from tests.kit.trtllm_emulated import BASE_CONFIG, start_trtllm
 from tests.kit.vllm_emulated import start_vllm
 
-TOY = "tests.conformance.toy.kind:TOY"
-NAMES = (*KINDS, "toy")
+NAMES = tuple(KINDS)
 SLOTS = 2
 SOON = {"progress_timeout_s": 2.0}
-
-
-@pytest.fixture(autouse=True)
-def toy_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Add the registry line of the toy kind."""
-    monkeypatch.setitem(registry.KINDS, "toy", TOY)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -72,25 +64,6 @@ class Emulated:
 
     def running(self) -> int:
         return 0 if self._server is None else self._server.engine.counters.active
-
-
-class Toy:
-    """A toy engine."""
-
-    slots = SLOTS
-
-    def __init__(self, speaks: str, shared: Path) -> None:
-        self._engine = ToyEngine(speaks, slots=SLOTS, seats=1, port=free_port())
-        self.record = {"url": f"toy://{self._engine.address}", "speaks": speaks, "adapters_dir": str(shared)} | SOON
-
-    async def start(self) -> None:
-        await self._engine.start()
-
-    async def kill(self) -> None:
-        await self._engine.kill()
-
-    def running(self) -> int:
-        return len(self._engine.running)
 
 
 def triton(shared: Path) -> Emulated:
@@ -129,8 +102,6 @@ ENGINES: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "triton_llmapi": ("triton", triton_llmapi),
     "trtllm": ("trtllm", trtllm),
     "vllm": ("vllm", vllm),
-    "toy": ("toy", lambda shared: Toy("toy", shared)),
-    "toy_kserve": ("toy", lambda shared: Toy("kserve", shared)),
 }
 """By the name of the model: its kind, and what makes its engine, given the folder that is shared with it."""
 

@@ -26,7 +26,7 @@ from sidecar.adapters.base_model import BaseModel, base_model_of, unlike
 from sidecar.adapters.registration import read_registration
 from sidecar.adapters.staging import Staging
 from sidecar.backends.kind import with_kind
-from sidecar.backends.trtllm.kind import MODEL, LoraConfig
+from sidecar.backends.openai.trtllm import MODEL, LoraConfig
 from sidecar.core.facts import EngineFacts, packed_for
 from sidecar.core.misfits import misfit
 from sidecar.errors import SidecarError

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,14 +62,14 @@ class Proxied:
 
 
 @asynccontextmanager
-async def proxied(engine: str, wire: Wire) -> AsyncIterator[Proxied]:
-    """Run a proxy in front of an engine that writes down what it passes on."""
+async def proxied(engine: str, wire: Wire, paths: Mapping[str, str] = {}) -> AsyncIterator[Proxied]:
+    """Run a proxy in front of an engine that writes down what it passes on; `paths` are the engine's by ours."""
 
     async def passed_on(request: web.Request) -> web.StreamResponse:
         body = await request.read()
         wire.heard(request, body)
         headers = {name: value for name, value in request.headers.items() if name.lower() != "host"}
-        url = f"http://{engine}{request.path_qs}"
+        url = f"http://{engine}{paths.get(request.path, request.path_qs)}"
         async with session.request(request.method, url, headers=headers, data=body) as answer:
             kept = {"content-type": answer.headers.get("content-type", "text/plain")}
             told = web.StreamResponse(status=answer.status, headers=kept)

@@ -10,8 +10,8 @@ import pytest
 
 from sidecar.backends.checking import check, names_of
 from sidecar.backends.checks.finding import Finding, State, Target
+from sidecar.backends.openai.trtllm import DIALECT
 from sidecar.backends.registry import entries_of
-from sidecar.backends.trtllm.checks import CHECKS
 from sidecar.config import parse
 from sidecar.serve.pool import base_model_of, facts_of
 from tests.kit.looking import worse
@@ -33,7 +33,7 @@ async def look_at(address: str, folder: Path, **keys: Any) -> dict[str, Finding]
         facts=facts_of([entry])["t0"],
         adapters_dir=entry.shared_dir,
         base=base_model_of(entry),
-        **CHECKS.target(entry),
+        **DIALECT.checks().target(entry),
     )
     found = [finding async for finding in check(target)]
     assert [finding.check for finding in found] == names_of("trtllm")

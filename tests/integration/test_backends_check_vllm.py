@@ -14,7 +14,7 @@ from sidecar.adapters.base_model import base_model_of
 from sidecar.adapters.staging import AdaptersDir
 from sidecar.backends.checks import staged
 from sidecar.backends.checks.finding import State
-from sidecar.backends.vllm.checks import runs
+from sidecar.backends.openai.checks import server, tried
 from sidecar.lab.engine.openai import adapters as emulated_adapters
 from tests.kit.looking import TINY_BASE, look_at_vllm, vllm_and_target, worse
 from tests.kit.peft_files import write_adapter
@@ -205,7 +205,7 @@ async def test_checks_side_by_side(tmp_path: Path) -> None:
 
 async def test_an_engine_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It says that it lives, and no token comes: found within the bound, no adapter is loaded."""
-    monkeypatch.setattr(runs, "RUN_S", 0.3)
+    monkeypatch.setattr(server, "RUN_S", 0.3)
     async with vllm_and_target(tmp_path, freeze_after=0) as engine:
         found = await look_at_vllm(engine.target)
         assert worse(found) == {"base model": State.FAILED, "adapter": State.SKIPPED}
@@ -224,7 +224,7 @@ async def test_a_load_that_the_engine_refuses(tmp_path: Path) -> None:
 
 async def test_an_adapter_that_is_never_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loaded, and no token comes: all slots may be taken, so nothing is proven; it is taken away all the same."""
-    monkeypatch.setattr(runs, "RUN_S", 0.5)
+    monkeypatch.setattr(tried, "RUN_S", 0.5)
     async with vllm_and_target(tmp_path, freeze_after=STEPS_TO_ADAPTER) as engine:
         found = await look_at_vllm(engine.target)
         assert worse(found) == {"adapter": State.WARNING}

@@ -12,8 +12,8 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
+from sidecar.backends.openai.vllm import OLDEST, is_too_old
 from sidecar.backends.registry import entries_of
-from sidecar.backends.vllm.api import OLDEST, is_too_old
 from sidecar.config import parse
 from sidecar.core.facts import EngineFacts
 from sidecar.pace.cost import A100_TABLE

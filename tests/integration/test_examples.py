@@ -14,13 +14,18 @@ import httpx
 import pytest
 import yaml
 
+from sidecar.backends import registry
+from sidecar.backends.registry import entries_of
+from sidecar.config import parse
+from sidecar.errors import Misused
 from sidecar.lab.demo.model import ADAPTERS, SEED
 from sidecar.lab.demo.run import LEARNED, PROMPTS
+from tests.golden.engine_wires import Wire, proxied
 from tests.kit.emulated import running_engine
 from tests.kit.peft_files import BASE_MODEL
-from tests.kit.serving import serving
+from tests.kit.serving import serving, write_adapters
 from tests.kit.trtllm_emulated import running_trtllm
-from tests.kit.vllm_emulated import running_vllm
+from tests.kit.vllm_emulated import expected, running_vllm
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -130,6 +135,50 @@ async def test_a_plug_in_policy_serves(monkeypatch: pytest.MonkeyPatch) -> None:
             assert (await served.ask(name)).tokens
         assert type(served.state.store.policy).__name__ == "LargestFirst"
         assert served.state.store.evictions > 0
+
+
+async def test_a_dialect_is_one_file_and_no_line_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example dialect loads and unloads adapters at its server's own paths; its file has at most 20 lines."""
+    folder = EXAMPLES / "custom-dialect"
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setattr(registry, "_from_elsewhere", {})
+    paths = {"/adapters/load": "/v1/load_lora_adapter", "/adapters/unload": "/v1/unload_lora_adapter"}
+    names, wire = write_adapters(tmp_path / "adapters", 2), Wire()
+    async with running_vllm(compute="none") as (engine, _), proxied(engine.http_address, wire, paths) as server:
+        url = f"acme://{server.http_address}"
+        backend = {"kind": "acme:DIALECT", "url": url, "id": "acme-0", "adapters_dir": str(tmp_path / "shared")}
+        async with serving([], tmp_path / "adapters", [tmp_path], backends=[backend]) as served:
+            for name in names:
+                version = f"{name}@{served.state.names[name].digest[:12]}"
+                assert (await served.ask(name)).tokens == expected(version, tmp_path / "adapters" / name, 4)
+            assert served.state.backends["acme-0"].facts.kind == "acme"
+        code, out, error = await run("-m", "sidecar", "backends", "check", url, PYTHONPATH=str(folder))
+        assert (code, "acme://" in error) == (2, True), out + error  # a dialect is known by the file that names it
+        file = tmp_path / "config.yaml"
+        file.write_text(yaml.safe_dump({"backends": [backend | {"base_model": "base"}]}))
+        code, out, error = await run(
+            "-m", "sidecar", "backends", "check", "acme-0", "--config", str(file), PYTHONPATH=str(folder)
+        )
+        assert code == 0, out + error
+    called = {json.loads(line)[1] for line in wire.calls}
+    assert called == {"/adapters/load", "/adapters/unload", "/v1/completions"}
+    assert len((folder / "acme.py").read_text().splitlines()) <= 20
+
+
+@pytest.mark.parametrize(
+    ("target", "why"),
+    [
+        ("largest_first:LargestFirst", "is not a sidecar.backends.openai.dialect.Dialect"),
+        ("sidecar.backends.openai.vllm:DIALECT", 'in common with the kind "vllm"'),
+        ("no_such_package:DIALECT", "cannot be loaded"),
+        ("acme", 'there is no kind of backend "acme"; there are triton, vllm, trtllm'),
+    ],
+)
+def test_what_is_no_dialect_is_refused(target: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES / "custom-policy"))
+    monkeypatch.setattr(registry, "_from_elsewhere", {})
+    with pytest.raises(Misused, match=re.escape(why)):
+        entries_of(parse({"backends": [{"kind": target, "url": "acme://127.0.0.1:1"}]}, "the test"))
 
 
 def test_every_example_has_a_readme_that_names_its_file() -> None:

@@ -189,7 +189,7 @@ main()
 @pytest.mark.parametrize(
     ("hangs", "said"),
     [
-        ("task", r"not ended: task \S+ in endless_kind\.py:\d+ EndlessBackend\.stop > \S+ sleep"),
+        ("task", r"not ended: task \S+ in endless_dialect\.py:\d+ EndlessBackend\.stop > \S+ sleep"),
         ("loop", r"not ended: thread MainThread in .* stop"),
         ("thread", r"not ended: thread endless in .* sleep_a_day"),
     ],
@@ -197,7 +197,7 @@ main()
 async def test_a_stop_that_does_not_end_is_ended(tmp_path: Path, hangs: str, said: str) -> None:
     """A task that takes no cancellation, a call that holds the event loop, a thread for which the interpreter waits."""
     file = tmp_path / "sidecar.yaml"
-    backend = f"{{kind: 'tests.kit.endless_kind:ENDLESS', url: 'endless://127.0.0.1:9', hangs: {hangs}}}"
+    backend = f"{{kind: 'tests.kit.endless_dialect:DIALECT', url: 'endless://127.0.0.1:9', hangs: {hangs}}}"
     file.write_text(f"backends: [{backend}]")
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", ENDS_SOON, "serve", "--json", *FREE, "--config", str(file),

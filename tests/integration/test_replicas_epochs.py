@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from sidecar.backends.http_client import HttpClient
-from sidecar.backends.vllm.api import VllmApi
+from sidecar.backends.openai.server import OpenAiServer
+from sidecar.backends.openai.vllm import DIALECT
 from tests.kit.emulated import running_engine
 from tests.kit.redis_servers import running
 from tests.kit.replica_pool import CALM_S, replicas
@@ -61,5 +62,5 @@ async def test_a_vllm_is_told_in_a_header(epoch: int, told: bool) -> None:
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     async with server, HttpClient(f"127.0.0.1:{port}") as client:
-        await VllmApi("b0", client).load("sql@1", "/adapters/sql", 30.0, epoch)
+        await DIALECT.load(OpenAiServer("b0", client), "sql@1", "/adapters/sql", 30.0, epoch)
     assert (b"x-lora-epoch: 7\r\n" in heads[0]) is told

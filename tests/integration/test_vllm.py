@@ -8,6 +8,7 @@ import logging
 import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from copy import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,13 +66,14 @@ async def test_adapters_answer_by_name_and_their_files_stay_while_they_are_regis
             assert {place.name for place in places} == staged(tmp_path)
             backend: Any = served.sidecar.gateway.backends["vllm-0"]
             seen: list[tuple[str, bool]] = []
-            unload = backend._api.unload
+            dialect = backend._dialect
 
-            async def watched(name: str, timeout_s: float) -> Any:
+            async def watched(server: Any, name: str, timeout_s: float) -> Any:
                 seen.append((name, all(map(Path.is_dir, places))))
-                return await unload(name, timeout_s)
+                return await dialect.unload(server, name, timeout_s)
 
-            backend._api.unload = watched
+            backend._dialect = copy(dialect)
+            backend._dialect.unload = watched
             await served.adapters.Evict(admin_pb2.AdapterRequest(name=names[0]))
             await until(lambda: len(staged(tmp_path)) == 2)
             assert seen == [(engine_name(served, names[0]), True)]
@@ -226,7 +228,7 @@ async def test_what_a_life_before_left_is_unloaded_if_its_files_have_gone(tmp_pa
 async def test_an_old_version_is_refused_unless_the_configuration_insists(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sidecar.backends.vllm.api.OLDEST", (9, 0))
+    monkeypatch.setattr("sidecar.backends.openai.vllm.OLDEST", (9, 0))
     (name,) = write_adapters(tmp_path / "adapters", 1)
     async with running_vllm(**DUMMY) as (engine, _):
         insisting = {"old_versions": True}

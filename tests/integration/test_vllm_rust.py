@@ -6,6 +6,7 @@ import asyncio
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -161,13 +162,14 @@ def _is_there(folder: Path) -> bool:
 def _watched(backend: Any) -> list[str]:
     """Return a list that gets the name of each unload call from now on."""
     seen: list[str] = []
-    unload = backend._api.unload
+    dialect = backend._dialect
 
-    async def watched(name: str, timeout_s: float) -> Any:
+    async def watched(server: Any, name: str, timeout_s: float) -> Any:
         seen.append(name)
-        return await unload(name, timeout_s)
+        return await dialect.unload(server, name, timeout_s)
 
-    backend._api.unload = watched
+    backend._dialect = copy(dialect)
+    backend._dialect.unload = watched
     return seen
 
 

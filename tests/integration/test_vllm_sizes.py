@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,13 +95,16 @@ def _watched(served: Serving) -> list[str]:
     """Return a list that gets the name of each load call from now on."""
     backend: Any = served.sidecar.gateway.backends["vllm-0"]
     calls: list[str] = []
-    load = backend._api.load
+    dialect = backend._dialect
 
-    async def watched(name: str, *arguments: Any, **more: Any) -> Any:
+    async def watched(server: Any, name: str, *arguments: Any) -> Any:
         calls.append(name)
-        return await load(name, *arguments, **more)
+        return await dialect.load(server, name, *arguments)
 
-    backend._api.load = watched
+    backend._dialect = copy(dialect)
+    backend._dialect.load = watched
+    if backend._fitting is not None:
+        backend._fitting._dialect = backend._dialect
     return calls
 
 

@@ -12,10 +12,12 @@ from sidecar.adapters.staging import AdaptersDir
 from sidecar.backends.checking import names_of
 from sidecar.backends.checks.finding import State
 from sidecar.backends.checks.staged import PREFIX, staged
+from sidecar.backends.kind import CheckStep
+from sidecar.backends.openai.checks import CARRYING, REGISTERING
+from sidecar.backends.openai.checks.declared import judged_memory, judged_rank, judged_slots, undeclared
+from sidecar.backends.openai.checks.look import TEXT_MAX, Answered
+from sidecar.backends.openai.vllm import DIALECT
 from sidecar.backends.triton.checks import STEPS
-from sidecar.backends.vllm.checks import STEPS as VLLM_STEPS
-from sidecar.backends.vllm.checks.declared import judged_memory, judged_rank, judged_slots, undeclared
-from sidecar.backends.vllm.checks.look import TEXT_MAX, Reply
 from sidecar.core.facts import Adapter, EngineFacts, Row
 from tests.kit.looking import TINY_BASE
 
@@ -45,7 +47,7 @@ def inside(folder: Path) -> list[str]:
 )
 def test_slots(declared: int | None, found: int | None, state: State, fix: str) -> None:
     """What is declared of max_loras against what is published, which nothing is before the first request."""
-    finding = judged_slots(declared, found)
+    finding = judged_slots(DIALECT, declared, found)
     assert finding.state is state
     assert fix in finding.fix
 
@@ -63,7 +65,7 @@ def test_slots(declared: int | None, found: int | None, state: State, fix: str) 
 )
 def test_adapters_in_memory(declared: int | None, slots: int | None, served: int, state: State, words: str) -> None:
     """What does not fit is read again when it is asked for; fewer than max_loras cannot be."""
-    finding = judged_memory(declared, slots, adapters(*[8] * served))
+    finding = judged_memory(DIALECT, declared, slots, adapters(*[8] * served))
     assert finding.state is state
     assert words in finding.text
 
@@ -80,7 +82,7 @@ def test_adapters_in_memory(declared: int | None, slots: int | None, served: int
 )
 def test_ranks(declared: int | None, ranks: tuple[int, ...], state: State, words: str) -> None:
     """vLLM knows certain ranks only; the smallest that is enough is proposed."""
-    finding = judged_rank(declared, adapters(*ranks))
+    finding = judged_rank(DIALECT, declared, adapters(*ranks))
     assert finding.state is state
     assert words in finding.text
     assert ("rank_max: 64" in finding.fix) is (state is State.FAILED)
@@ -89,28 +91,29 @@ def test_ranks(declared: int | None, ranks: tuple[int, ...], state: State, words
 def test_what_a_configuration_leaves_out() -> None:
     """Each key once, with what follows; nothing where all is said."""
     keys = ("adapters_dir", "device_pages", "host_pages", "seats", "rank_max")
-    notes = list(undeclared(EngineFacts(kind="vllm", reads_files=True), has_folder=False))
+    notes = list(undeclared(DIALECT, EngineFacts(kind="vllm", reads_files=True), has_folder=False))
     assert [[key for key in keys if f"{key}:" in note] for note in notes] == [[key] for key in keys]
     assert all("backends[]." in note for note in notes)
     declared = EngineFacts(kind="vllm", reads_files=True, device_pages=2, host_pages=4, seats=64, rank_max=16)
-    assert list(undeclared(declared, has_folder=True)) == []
+    assert list(undeclared(DIALECT, declared, has_folder=True)) == []
 
 
 def test_an_errors_words_are_one_line() -> None:
-    assert Reply(500, "a\n  b", 0.1).line == "a b"
-    assert Reply(502, "", 0.1).line == "status 502"
-    assert len(Reply(500, "x" * 1000, 0.1).line) == TEXT_MAX + 1
+    assert Answered(500, "a\n  b", 0.1).line == "a b"
+    assert Answered(502, "", 0.1).line == "status 502"
+    assert len(Answered(500, "x" * 1000, 0.1).line) == TEXT_MAX + 1
 
 
-def test_each_kind_has_its_checks() -> None:
+@pytest.mark.parametrize("steps", [REGISTERING, CARRYING], ids=["registering", "carrying"])
+def test_each_kind_has_its_checks(steps: tuple[CheckStep, ...]) -> None:
     """No check needs one that comes later, and each has a bound and a name of its own."""
     before: set[str] = set()
-    for step in VLLM_STEPS:
+    for step in steps:
         assert set(step.needs) <= before, step.name
         assert step.name not in before
         assert step.limit_s > 0
         before.add(step.name)
-    assert names_of("vllm") == [step.name for step in VLLM_STEPS]
+    assert names_of("vllm") == [step.name for step in REGISTERING]
     assert "shared folder" not in names_of("triton")
     assert len(names_of("triton")) < len(STEPS)
 

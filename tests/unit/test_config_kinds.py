@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from sidecar.backends.openai.vllm import VllmEntry
 from sidecar.backends.registry import entries_of, full_record
 from sidecar.backends.triton.kind import TritonEntry
-from sidecar.backends.vllm.kind import VllmEntry
 from sidecar.config import Config, parse
 from sidecar.config.backends import Backend, Engine
 from sidecar.errors import Misused

@@ -15,9 +15,11 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from sidecar.backends.http_client import HttpClient
-from sidecar.backends.openai.run import message_of
-from sidecar.backends.trtllm.api import Lora, Measures, TrtllmApi, fault_of
-from sidecar.backends.trtllm.asking import why_not_client
+from sidecar.backends.openai.dialect import Measures
+from sidecar.backends.openai.events import message_of
+from sidecar.backends.openai.naming import Lora
+from sidecar.backends.openai.server import OpenAiServer
+from sidecar.backends.openai.trtllm import DIALECT, why_not_client
 from sidecar.core.enums import Fault
 from sidecar.errors import Misused
 
@@ -60,18 +62,18 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
     ],
 )  # fmt: skip
 def test_an_error_is_classified_by_its_text(text: str, fault: Fault) -> None:
-    assert fault_of(400, text) is fault
-    assert fault_of(500, text) is fault
+    assert DIALECT.fault_of(400, text) is fault
+    assert DIALECT.fault_of(500, text) is fault
 
 
 def test_503_is_the_end_of_an_engine() -> None:
-    assert fault_of(503, "LLM is unavailable. Please check the server logs for more details.") is Fault.LOST
-    assert fault_of(503, "Service Unavailable") is Fault.LOST
+    assert DIALECT.fault_of(503, "LLM is unavailable. Please check the server logs for more details.") is Fault.LOST
+    assert DIALECT.fault_of(503, "Service Unavailable") is Fault.LOST
 
 
 @pytest.mark.parametrize("text", ["Invalid low_rank", "PEFT Cache is full", "lora_path does not exist", "Fatal error"])
 def test_what_the_client_wrote_itself_does_not_count(text: str) -> None:
-    assert fault_of(400, f"validation error: {text}", lambda part: part in text) is Fault.REJECTED
+    assert DIALECT.fault_of(400, f"validation error: {text}", lambda part: part in text) is Fault.REJECTED
 
 
 @pytest.mark.parametrize(
@@ -126,7 +128,7 @@ Answers = Callable[[str, bytes], tuple[int, Any]]
 T = TypeVar("T")
 
 
-def asked(answer: Answers, question: Callable[[TrtllmApi], Coroutine[Any, Any, T]]) -> T:
+def asked(answer: Answers, question: Callable[[OpenAiServer], Coroutine[Any, Any, T]]) -> T:
     async def handle(request: web.Request) -> web.Response:
         status, record = answer(request.path, await request.read())
         return web.Response(status=status, text=record if isinstance(record, str) else json.dumps(record))
@@ -135,7 +137,7 @@ def asked(answer: Answers, question: Callable[[TrtllmApi], Coroutine[Any, Any, T
         app = web.Application()
         app.router.add_route("*", "/{path:.*}", handle)
         async with TestServer(app) as server, HttpClient(f"{server.host}:{server.port}") as client:
-            return await question(TrtllmApi("e0", client))
+            return await question(OpenAiServer("e0", client))
 
     return asyncio.run(ask())
 
@@ -149,13 +151,13 @@ def test_metrics_are_read_from_their_newest_record() -> None:
         {"iter": number, "numActiveRequests": 2, "kvCacheStats": {"maxNumBlocks": 64, "usedNumBlocks": 3,
          "tokensPerBlock": 32}} for number in (7, 8)
     ]  # fmt: skip
-    expected = Measures(steps=8, kv_tokens=2048, kv_used=96, active=2)
-    assert asked(always(200, records), TrtllmApi.measures) == expected
+    expected = Measures(steps=8, kv_tokens=2048, kv_used=96, inside=2)
+    assert asked(always(200, records), DIALECT.measures) == expected
 
 
 @pytest.mark.parametrize("body", ["[]", "{}", "nothing", '[{"iter":"x"}]', "[3]"])
 def test_metrics_that_say_nothing_are_unknown(body: str) -> None:
-    assert asked(always(200, body), TrtllmApi.measures) == Measures()
+    assert asked(always(200, body), DIALECT.measures) == Measures()
 
 
 def test_the_front_of_a_disaggregated_server_is_refused() -> None:
@@ -163,13 +165,13 @@ def test_the_front_of_a_disaggregated_server_is_refused() -> None:
         return (200, {"is_ready": True}) if path == "/cluster_info" else (404, {"detail": "Not Found"})
 
     with pytest.raises(Misused, match="the front of a disaggregated trtllm-serve, which is not served"):
-        asked(answer, TrtllmApi.model)
+        asked(answer, DIALECT.served)
 
 
 def test_a_part_of_a_disaggregated_server_is_refused() -> None:
     record = {"disaggregated_params": {"ctx_dp_rank": 0}, "max_batch_size": 8}
     with pytest.raises(Misused, match="computes prompts or answers only"):
-        asked(always(200, record), TrtllmApi.seats)
+        asked(always(200, record), DIALECT.seats)
 
 
 def test_another_server_is_told_by_its_answer() -> None:
@@ -179,12 +181,12 @@ def test_another_server_is_told_by_its_answer() -> None:
         return (200, record) if path == "/v1/models" else (404, "")
 
     with pytest.raises(Misused, match="not as trtllm-serve does"):
-        asked(answer, TrtllmApi.model)
+        asked(answer, DIALECT.served)
 
 
 def test_seats_are_unknown_to_older_servers() -> None:
-    assert asked(always(404, {"detail": "Not Found"}), TrtllmApi.seats) is None
-    assert asked(always(200, {"max_batch_size": 16}), TrtllmApi.seats) == 16
+    assert asked(always(404, {"detail": "Not Found"}), DIALECT.seats) is None
+    assert asked(always(200, {"max_batch_size": 16}), DIALECT.seats) == 16
 
 
 def test_a_question_names_the_adapter_as_the_server_wants_it() -> None:
@@ -195,7 +197,8 @@ def test_a_question_names_the_adapter_as_the_server_wants_it() -> None:
         return 200, {"choices": [{"index": 0, "text": "", "token_ids": [4, 5]}]}
 
     lora = Lora("a@0", 2**63 - 1, "/adapters/k")
-    assert asked(answer, lambda api: api.ask((3, 4), 2, 1.0, lora)) == (200, "[4, 5]")
+    body = DIALECT.one_token("base") | {"prompt": [3, 4], "max_tokens": 2, DIALECT.lora_member: lora.record}
+    assert asked(answer, lambda server: server.ask(body, 1.0)) == (200, "[4, 5]")
     assert bodies[0]["lora_request"] == {
         "lora_name": "a@0", "lora_int_id": 2**63 - 1, "lora_path": "/adapters/k",
     }  # fmt: skip

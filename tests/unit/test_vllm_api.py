@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import pytest
 
-from sidecar.backends.openai.events import split
-from sidecar.backends.openai.run import message_of
-from sidecar.backends.vllm.api import ALREADY, Measures, fault_of, is_too_old, parse
+from sidecar.backends.openai.dialect import Measures
+from sidecar.backends.openai.events import message_of, split
+from sidecar.backends.openai.vllm import ALREADY, DIALECT, is_too_old, parse
 from sidecar.core.enums import Fault
 
 SCRAPE = """\
@@ -74,7 +74,7 @@ def test_a_scrape_that_says_nothing_of_it() -> None:
     ],
 )
 def test_what_an_error_means(status: int, text: str, fault: Fault) -> None:
-    assert fault_of(status, text) is fault
+    assert DIALECT.fault_of(status, text) is fault
 
 
 @pytest.mark.parametrize(

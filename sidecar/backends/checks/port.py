@@ -24,10 +24,7 @@ GRPC_PORT, METRICS_PORT = 8001, 8002
 """Triton's default ports."""
 GRPC, HTTP = "h2", "http/1.1"
 """Protocol names of TLS (ALPN)."""
-_LISTEN = {
-    GRPC: ("triton", "tritonserver --grpc-address=0.0.0.0 --grpc-port={port}   (docker run -p {port}:{port})"),
-    HTTP: ("vllm", "vllm serve … --host 0.0.0.0 --port {port}   (docker run -p {port}:{port})"),
-}
+TRITON = ("triton", "tritonserver --grpc-address=0.0.0.0 --grpc-port={port}   (docker run -p {port}:{port})")
 """The scheme of a URL, and the command that makes an engine listen there."""
 
 
@@ -38,19 +35,19 @@ def host_and_port(address: str) -> tuple[str, int]:
 
 async def what_answers(address: str, tls: Mapping[str, str] | None) -> tuple[str, str] | None:
     """Return what prevents gRPC at an address, and the line to change; None if nothing was found."""
-    found = await no_connection(address, GRPC)
+    found = await no_connection(address, TRITON)
     if found is not None:
         return found
-    return await (_without_tls(address) if tls is None else with_tls(address, tls, GRPC))
+    return await (_without_tls(address) if tls is None else with_tls(address, tls, GRPC, "triton"))
 
 
-async def no_connection(address: str, protocol: str, listen: tuple[str, str] | None = None) -> tuple[str, str] | None:
+async def no_connection(address: str, listen: tuple[str, str]) -> tuple[str, str] | None:
     """Return why no connection to an address can be opened, and the line to change; None if one can.
 
-    `listen` is the scheme of a URL and the command that makes an engine listen there, by default Triton's or vLLM's.
+    `listen` is the scheme of a URL, and the command that makes an engine listen there.
     """
     host, port = host_and_port(address)
-    scheme, command = listen or _LISTEN[protocol]
+    scheme, command = listen
     try:
         async with asyncio.timeout(CONNECT_S):
             _, writer = await asyncio.open_connection(host, port)
@@ -84,36 +81,33 @@ async def _without_tls(address: str) -> tuple[str, str] | None:
             return f"{address} is a vLLM's, and is looked at as a Triton", f"config.yaml: url: vllm://{address}"
     if server is not None:
         return f"{address} is an HTTP server (it answers {server.status} to /v2), not Triton's gRPC port", right
-    return await unasked_tls(address, GRPC)
+    return await unasked_tls(address, GRPC, "triton")
 
 
-async def not_vllm(client: HttpClient, address: str) -> tuple[str, str]:
-    """Describe an HTTP server that is no vLLM, with the line to change. Raises WireError."""
+async def triton_instead(client: HttpClient, address: str, title: str) -> tuple[str, str] | None:
+    """Describe a Triton where another server is expected, with the line to change; None if it is none."""
     host = address.rpartition(":")[0]
     triton = f"config.yaml: url: triton://{host}:{GRPC_PORT}   (the port of --grpc-port, by default {GRPC_PORT})"
-    if _is_triton(await client.get("/v2", CONNECT_S)):
-        return f"{address} is Triton's HTTP port, and is looked at as a vLLM", triton
-    if "# TYPE nv_" in (await client.get("/metrics", CONNECT_S)).text:
-        return f"{address} is Triton's metrics port, and is looked at as a vLLM", triton
-    status = (await client.get("/version", CONNECT_S)).status
-    return (
-        f"{address} is an HTTP server that answers {status} to /version: no vLLM, or a proxy that does not pass it on",
-        "config.yaml: url: vllm://HOST:PORT of vLLM's --port, by default 8000",
-    )
+    server, metrics = await _get(client, "/v2"), await _get(client, "/metrics")
+    if server is not None and _is_triton(server):
+        return f"{address} is Triton's HTTP port, and is looked at as a {title}", triton
+    if metrics is not None and "# TYPE nv_" in metrics.text:
+        return f"{address} is Triton's metrics port, and is looked at as a {title}", triton
+    return None
 
 
-async def unasked_tls(address: str, protocol: str) -> tuple[str, str] | None:
+async def unasked_tls(address: str, protocol: str, scheme: str) -> tuple[str, str] | None:
     """Describe a server that speaks TLS although none is configured; None if it does not."""
     if await _handshake(address, _unverified(protocol), waits=False) is not None:
         return None
-    scheme = "" if protocol == GRPC else f", or url: vllms://{address} where this machine knows that CA"
+    by_url = "" if protocol == GRPC else f", or url: {scheme}s://{address} where this machine knows that CA"
     return (
         f"{address} speaks TLS, and no TLS is configured for this backend",
-        f"config.yaml: tls: {{ca: PEM file of the CA that signed the server's certificate}}{scheme}",
+        f"config.yaml: tls: {{ca: PEM file of the CA that signed the server's certificate}}{by_url}",
     )
 
 
-async def with_tls(address: str, tls: Mapping[str, str], protocol: str) -> tuple[str, str] | None:
+async def with_tls(address: str, tls: Mapping[str, str], protocol: str, scheme: str) -> tuple[str, str] | None:
     """Return what is wrong with TLS at an address, and the line to change; None if nothing is."""
     problem = await _handshake(address, tls_context(tls, protocol))
     if isinstance(problem, ssl.SSLCertVerificationError):
@@ -132,7 +126,7 @@ async def with_tls(address: str, tls: Mapping[str, str], protocol: str) -> tuple
         )
     return (
         f"{address} does not speak TLS ({_describe(problem)})",
-        f"config.yaml: take tls out of this backend's entry{'' if protocol == GRPC else ', and url: vllm://'}",
+        f"config.yaml: take tls out of this backend's entry{'' if protocol == GRPC else f', and url: {scheme}://'}",
     )
 
 

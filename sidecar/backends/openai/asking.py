@@ -1,4 +1,4 @@
-"""Write a request of our own for an engine's `/v1/completions`."""
+"""Write a request of our own for an engine's `/v1/completions`, and read its answer."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from sidecar.backends.api import HttpForm
-from sidecar.backends.kind import Ask
+from sidecar.backends.api import HttpForm, Reply
+from sidecar.backends.kind import Ask, Piece
+from sidecar.backends.openai.events import record_of
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 _OPTIONAL = (
@@ -37,3 +38,17 @@ def completion(ask: Ask, streams: bool, **more: Any) -> HttpForm:
     if ask.stop_words:
         body["stop"] = list(ask.stop_words)
     return HttpForm(COMPLETIONS, b'{"model":', b"," + json.dumps(body).encode()[1:], ask.model, streams)
+
+
+class IdsReader:
+    """Reads events of a stream, or a whole answer, that have token ids."""
+
+    def __init__(self, is_text: bool) -> None:
+        self._is_text = is_text
+
+    def read(self, reply: Reply) -> Piece:
+        choices = record_of(reply.raw).get("choices", [])
+        if not choices:
+            return Piece()
+        ids = choices[0].get("token_ids") or ()
+        return Piece(choices[0].get("text") or "", (), len(ids)) if self._is_text else Piece("", ids, len(ids))

@@ -107,3 +107,13 @@ def prompt_tokens(body: bytes) -> int | None:
     begin = body.rfind(b'"usage"')
     found = _prompt(body, begin) if begin >= 0 else None
     return None if found is None else int(found[1])
+
+
+def message_of(body: bytes) -> str:
+    """Return the message in an error's body: vLLM's, nested, or TensorRT-LLM's, flat or for a validation one string."""
+    try:
+        record: Any = json.loads(body)
+        error = record.get("error", record)
+        return error if isinstance(error, str) else str(error["message"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return body[:500].decode(errors="replace")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
 
-from sidecar.backends.api import HttpForm, HttpRejection, Reply, Ticket, Unseen
+from sidecar.backends.api import HttpRejection, Reply, Ticket, Unseen
+from sidecar.backends.faults import Wrote
 from sidecar.backends.http_client import JSON, Answer, HttpClient, ProxyTimedOut, WireError
 from sidecar.backends.openai.events import (
     CHOICES,
@@ -18,10 +18,14 @@ from sidecar.backends.openai.events import (
     ERROR,
     StreamedTokens,
     completion_tokens,
+    message_of,
     prompt_bytes,
     prompt_tokens,
     split,
 )
+from sidecar.backends.openai.naming import Naming
+from sidecar.backends.openai.server import epoch_header
+from sidecar.backends.quoting import wrote_in
 from sidecar.backends.unseen import Follower, Read, first_token
 from sidecar.core.effects import Dispatch
 from sidecar.core.enums import Fault
@@ -31,59 +35,50 @@ INPUT = "'input':"
 """How a server that validates by pydantic quotes what it was sent."""
 
 
-class OpenAiRun(ABC):
-    """A run. It calls `heard(request, tokens)` for each reply.
+class OpenAiRun:
+    """A run. `naming` writes the adapter into the request, and takes it out of the answer.
 
-    `broken(text, begun)` returns True if the engine is gone, and `follower` follows an answer that goes past us.
+    It calls `heard(request, tokens)` for each reply. `broken(text, begun)` returns True if the engine is gone,
+    `fault_of(status, text, wrote)` tells what an error of the engine's means, and `failed` is told of it. `follower`
+    follows an answer that goes past us.
 
-    A subclass says how a body names the adapter, and what an engine's errors mean. A server that takes no body larger
-    than `body_bytes_max` may hang up under one: its refusal is lost then, and no other server is asked.
+    A server that takes no body larger than `body_bytes_max` may hang up under one: its refusal is lost then, and no
+    other server is asked.
     """
-
-    body_bytes_max: int | None = None
 
     def __init__(
         self,
         effect: Dispatch,
         ticket: Ticket,
-        form: HttpForm,
+        naming: Naming,
+        fault_of: Callable[[int, str, Wrote], Fault],
         post: Callable[[Event], None],
         heard: Callable[[int, int], None],
         broken: Callable[[str, bool], Awaitable[bool]],
+        failed: Callable[[Fault], None],
         follower: Follower,
+        body_bytes_max: int | None = None,
     ) -> None:
         self.effect = effect
         self.ticket = ticket
         self.tokens = 0
         self.cancelled = False
         self.waits_for_client = False
-        self._form = form
+        self.goes_past = False
+        self._naming = naming
+        self._form = naming.form
+        self._fault_of = fault_of
         self._post = post
         self._heard = heard
         self._broken = broken
+        self._told = failed
+        self._follower = follower
+        self._body_bytes_max = body_bytes_max
         self._work: asyncio.Task[Any] | None = None
         self._has_begun = False
         self._count = StreamedTokens()
-        self._follower = follower
         self._unseen: Unseen | None = None
-        self.goes_past = False
         self._read = Read(len(DONE + END_OF_EVENT))
-
-    @abstractmethod
-    def _body(self) -> tuple[bytes, ...]:
-        """Return the parts of the body to send."""
-
-    @abstractmethod
-    def _fault(self, status: int, text: str) -> Fault:
-        """Return the fault of an error of the engine's."""
-
-    def _shown(self, answer: bytes) -> bytes:
-        """Return an event or a whole answer as the client gets it."""
-        return answer
-
-    def _rejection(self, status: int, body: bytes) -> HttpRejection:
-        """Return an error of the engine's as the client gets it."""
-        return HttpRejection(status, body)
 
     def cancel(self) -> None:
         """Cancel the run: the engine frees its seat when the connection is closed.
@@ -102,7 +97,7 @@ class OpenAiRun(ABC):
         headers = JSON | epoch_header(self.effect.epoch)
         if self.ticket.trace is not None:
             headers |= dict(self.ticket.trace.headers(self.effect.attempt))
-        request = client.request(self._form.path, headers, self._body())
+        request = client.request(self._form.path, headers, self._naming.body())
         carrier = self.ticket.carrier
         try:
             answer = None if carrier is None else await carrier.carry(request)
@@ -119,8 +114,8 @@ class OpenAiRun(ABC):
             await self._failed(Fault.REJECTED, str(error), in_doubt=False)
         except WireError as error:
             text, size_bytes = str(error), request.size_bytes
-            if self.body_bytes_max is not None and size_bytes > self.body_bytes_max and not self._has_begun:
-                text = f"it takes no body of {size_bytes} bytes, usually {self.body_bytes_max} at most: {text}"
+            if self._body_bytes_max is not None and size_bytes > self._body_bytes_max and not self._has_begun:
+                text = f"it takes no body of {size_bytes} bytes, usually {self._body_bytes_max} at most: {text}"
                 await self._failed(Fault.REJECTED, text, in_doubt=True)
             else:
                 await self._wire_broke(text)
@@ -179,7 +174,7 @@ class OpenAiRun(ABC):
         else:
             tokens = self._corrected(event)
         self._heard(self.effect.request, tokens)
-        self.ticket.deliver(Reply(self._shown(event) + END_OF_EVENT, None, final), tokens)
+        self.ticket.deliver(Reply(self._naming.shown(event) + END_OF_EVENT, None, final), tokens)
         if is_first:
             self._post(first_token(self, self._unseen))
 
@@ -198,7 +193,7 @@ class OpenAiRun(ABC):
         self.ticket.prompt_tokens = prompt_tokens(body) or self.ticket.prompt_tokens
         self.tokens = 1 if found is None else found
         self._heard(self.effect.request, self.tokens)
-        self.ticket.deliver(Reply(self._shown(body), None, True), self.tokens)
+        self.ticket.deliver(Reply(self._naming.shown(body), None, True), self.tokens)
         self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
 
     async def _room(self) -> None:
@@ -218,12 +213,13 @@ class OpenAiRun(ABC):
     async def _rejected(self, status: int, body: bytes) -> None:
         self._heard(self.effect.request, 0)
         text = message_of(body)
-        self.ticket.rejected_with = self._rejection(status, body)
+        self.ticket.rejected_with = self._naming.rejection(status, body)
         await self._refused(status, text)
 
     async def _refused(self, status: int, text: str) -> None:
         """End by an error of the server's. One of its own making that is not known may be the engine's end."""
-        fault = self._fault(status, text)
+        fault = self._fault_of(status, text, wrote_in(self._form))
+        self._told(fault)
         is_unknown = fault is Fault.REJECTED and status >= HTTPStatus.INTERNAL_SERVER_ERROR
         await self._failed(fault, without_input(text), in_doubt=is_unknown or fault is Fault.LOST)
 
@@ -236,22 +232,7 @@ class OpenAiRun(ABC):
         self._post(RunFailed(self.effect.request, self.effect.attempt, fault, text, self.tokens))
 
 
-def epoch_header(epoch: int) -> dict[str, str]:
-    """Return a header for an engine's log with the epoch of the replica that sends; empty if there is only one."""
-    return {"x-lora-epoch": str(epoch)} if epoch else {}
-
-
 def without_input(text: str) -> str:
     """Return an error without the request that a failed validation quotes: prompts do not belong into logs."""
     kept, quoted, _ = text.partition(INPUT)
     return f"{kept.rstrip(', ')}…" if quoted else text
-
-
-def message_of(body: bytes) -> str:
-    """Return the message in an error's body: vLLM's, nested, or TensorRT-LLM's, flat or for a validation one string."""
-    try:
-        record: Any = json.loads(body)
-        error = record.get("error", record)
-        return error if isinstance(error, str) else str(error["message"])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return body[:500].decode(errors="replace")

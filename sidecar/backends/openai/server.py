@@ -1,23 +1,81 @@
-"""What any OpenAI server can be asked about itself, apart from completions."""
+"""Questions that every OpenAI server answers: its health, its models, and completions of our own."""
 
 from __future__ import annotations
 
-from sidecar.backends.http_client import HttpClient
+from collections.abc import Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from sidecar.backends.http_client import HttpClient, Reply
+from sidecar.backends.openai.asking import COMPLETIONS
+from sidecar.backends.openai.events import message_of
 from sidecar.errors import Misused, Reason
 
 PROBE_TIMEOUT_S = 5.0
 """Time for an answer to a question about the server; trtllm-serve's /metrics takes two seconds while it is idle."""
 
 
+@dataclass(frozen=True)
+class Served:
+    """The base model's name on the server, its longest sequence, and the adapters' names with their folders."""
+
+    base: str
+    sequence_tokens_max: int | None
+    adapters: dict[str, str]
+
+
 class OpenAiServer:
     """One server. Every question raises WireError if it is not answered."""
 
     def __init__(self, backend: str, client: HttpClient) -> None:
-        self._backend = backend
-        self._client = client
+        self.backend = backend
+        self.client = client
 
-    async def healthy(self) -> None:
+    def unusable(self, text: str) -> Misused:
+        """Return the error of an engine that cannot be used."""
+        return Misused(Reason.BACKEND_UNREACHABLE, f"{self.backend}: {text}")
+
+    async def get(self, path: str, timeout_s: float = PROBE_TIMEOUT_S) -> Reply:
+        return await self.client.get(path, timeout_s)
+
+    async def record(self, path: str, timeout_s: float = PROBE_TIMEOUT_S) -> Any:
+        """Return the JSON at a path; None if there is none."""
+        reply = await self.get(path, timeout_s)
+        try:
+            return reply.json() if reply.is_ok else None
+        except ValueError:
+            return None
+
+    async def healthy(self, path: str = "/health") -> None:
         """Raise Misused if the server reports that its engine is gone."""
-        reply = await self._client.get("/health", PROBE_TIMEOUT_S)
+        reply = await self.get(path)
         if not reply.is_ok:
-            raise Misused(Reason.BACKEND_UNREACHABLE, f"{self._backend}: /health answers {reply.status}")
+            raise self.unusable(f"{path} answers {reply.status}")
+
+    async def models(self) -> Served:
+        """Return what is served: an adapter is a model with a parent. Raises Misused if the answer is another one."""
+        reply = await self.get("/v1/models")
+        try:
+            entries = reply.json()["data"]
+            bases = [entry for entry in entries if not entry.get("parent")]
+            adapters = {entry["id"]: str(entry.get("root") or "") for entry in entries if entry.get("parent")}
+            return Served(bases[0]["id"], bases[0].get("max_model_len"), adapters)
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise self.unusable(f"/v1/models answers {reply.status}: {reply.text[:200]}") from error
+
+    async def ask(self, body: Mapping[str, Any], timeout_s: float, epoch: int = 0) -> tuple[int, str]:
+        """Ask for a completion; return the status, and the answer's token ids, or its text, or the error's."""
+        reply = await self.client.post(COMPLETIONS, body, timeout_s, epoch_header(epoch))
+        if not reply.is_ok:
+            return reply.status, message_of(reply.body)
+        try:
+            choices = reply.json()["choices"]
+            return HTTPStatus.OK, str(choices[0].get("token_ids") or choices[0].get("text"))
+        except (ValueError, KeyError, TypeError, IndexError):
+            return HTTPStatus.OK, ""
+
+
+def epoch_header(epoch: int) -> dict[str, str]:
+    """Return a header for an engine's log with the epoch of the replica that sends; empty if there is only one."""
+    return {"x-lora-epoch": str(epoch)} if epoch else {}

@@ -11,7 +11,7 @@ from enum import Enum
 from statistics import median
 from typing import Any
 
-from sidecar.backends.vllm.api import OLDEST, is_too_old
+from sidecar.backends.openai.vllm import OLDEST, is_too_old
 from sidecar.lab.calibrate.published import LORA, PUBLISHED_FOR
 from sidecar.lab.calibrate.table import DECODE_TOLERANCE, PREFILL_TOLERANCE, TITLES
 from sidecar.lab.engine.pages import pages_needed

@@ -1,0 +1,122 @@
+"""A look at a server of the OpenAI family: its connection, and what earlier checks have learned."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from time import monotonic
+from typing import Any
+
+from sidecar.backends.checks.finding import Target
+from sidecar.backends.checks.port import CONNECT_S
+from sidecar.backends.credentials import open_http_client
+from sidecar.backends.http_client import Reply
+from sidecar.backends.kind import with_kind
+from sidecar.backends.openai.asking import COMPLETIONS
+from sidecar.backends.openai.dialect import Dialect
+from sidecar.backends.openai.events import message_of
+from sidecar.backends.openai.server import OpenAiServer
+from sidecar.core.facts import EngineFacts
+
+CHECK_NAME = "lora-sidecar-check"
+"""Prefix of the names that checks load."""
+TEXT_MAX = 240
+KEPT_S = 1.0
+"""Servers close connections after five idle seconds, even if a request is just on its way."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The answer to a POST. `text` is the error's own, "" for a success."""
+
+    status: int
+    text: str
+    took_s: float
+    has_error: bool = True
+    """True if an error has the form of the API's; a missing route answers in another form."""
+
+    @property
+    def is_ok(self) -> bool:
+        return self.status == HTTPStatus.OK
+
+    @property
+    def line(self) -> str:
+        """The error as one line."""
+        line = " ".join(self.text.split()) or f"status {self.status}"
+        return line if len(line) <= TEXT_MAX else f"{line[:TEXT_MAX]}…"
+
+
+@dataclass
+class Look:
+    """A look at a target."""
+
+    target: Target
+    dialect: Dialect
+    server: OpenAiServer
+    facts: EngineFacts
+    """The declared facts."""
+    name: str = field(default_factory=lambda: f"{CHECK_NAME}-{secrets.token_hex(6)}")
+    """The name of this look's adapter, which no other look uses."""
+    version: Any = ""
+    """What the server was recognised as; its `str` is for people."""
+    base: str = ""
+    """The server's name for its base model."""
+    adapters: dict[str, str] = field(default_factory=dict)
+    """The registered names, each with the path that the engine was given."""
+    without_files: tuple[str, ...] = ()
+    """Registered names whose files are gone."""
+    is_asking: bool = False
+    """True while a request by our adapter's name is unanswered."""
+    has_statistics: bool = False
+    """True if the server publishes its steps."""
+    seats: int | None = None
+    """The seats that the server tells; None if it does not."""
+
+    @property
+    def title(self) -> str:
+        return self.dialect.model.title
+
+    @property
+    def entry(self) -> Any:
+        """Its section of the configuration."""
+        return self.target.own
+
+    async def answered(self, calling: Any) -> Answered:
+        """Return what a call for a `Reply` is answered, and how long that took. Raises WireError if it is not."""
+        began = monotonic()
+        reply: Reply = await calling
+        took_s = monotonic() - began
+        if reply.is_ok:
+            return Answered(reply.status, "", took_s)
+        return Answered(reply.status, message_of(reply.body), took_s, _has_error(reply.body))
+
+    async def load(self, name: str, path: str, timeout_s: float) -> Answered:
+        return await self.answered(self.dialect.load(self.server, name, path, timeout_s))
+
+    async def answer(self, model: str, timeout_s: float) -> Answered:
+        """Make the engine answer one token. Raises WireError if it does not answer."""
+        body = self.dialect.one_token(model)
+        return await self.answered(self.server.client.post(COMPLETIONS, body, timeout_s))
+
+
+def looks(dialect: Dialect) -> Callable[[Target], AbstractAsyncContextManager[Look]]:
+    """Return what opens a look for the length of a block. It raises Misused for missing files."""
+
+    @asynccontextmanager
+    async def opened(target: Target) -> AsyncIterator[Look]:
+        async with open_http_client(target.address, target.tls, target.api_key_file, KEPT_S, CONNECT_S) as client:
+            yield Look(target, dialect, OpenAiServer(target.id, client), with_kind(target.facts, dialect.model))
+
+    return opened
+
+
+def _has_error(body: bytes) -> bool:
+    try:
+        record = json.loads(body)
+    except ValueError:
+        return False
+    return isinstance(record, dict) and isinstance(record.get("error"), dict)

@@ -1,0 +1,235 @@
+"""What differs between servers of the OpenAI family: a dialect is one file, and `Dialect` says what is usual.
+
+A server names adapters in one of two ways. Most register an adapter by a call, and requests name it as their model
+(`registered.py`). TensorRT-LLM's has no such call: each request carries the adapter (`carried.py`).
+
+A dialect is a value: `kind: package.module:DIALECT` in a configuration takes one from another package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from sidecar.backends.api import Backend
+from sidecar.backends.faults import Wrote, nobody_wrote
+from sidecar.backends.http_client import Reply
+from sidecar.backends.kind import Checks, Kind, ModelKind, Wiring, with_kind
+from sidecar.backends.openai.events import message_of
+from sidecar.backends.openai.server import OpenAiServer, Served, epoch_header
+from sidecar.config.backends import Backend as Entry
+from sidecar.core.enums import Fault
+from sidecar.core.facts import EngineFacts
+
+if TYPE_CHECKING:
+    from sidecar.backends.openai.fitting import Fitting
+    from sidecar.backends.openai.probe import Prober
+
+
+SIZES_FIX = "base_model: {name: …, config: the folder of the model}"
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What a server says of its engine's work; None for what it does not say.
+
+    Steps and generated tokens so far, KV tokens in total and in use, adapter slots, the process's start time, and the
+    requests that run or wait in the engine.
+    """
+
+    steps: int | None = None
+    generated: int | None = None
+    kv_tokens: int | None = None
+    kv_used: int | None = None
+    slots: int | None = None
+    started_at: float | None = None
+    inside: int | None = None
+    has_lora: bool = False
+    """They have a family for adapters, so it was started with LoRA."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a server says of itself when it is reached; None for what it does not say."""
+
+    served: Served
+    version: str = ""
+    """Its kind and version, for people."""
+    measures: Measures = field(default_factory=Measures)
+    slots: int | None = None
+    host_pages: int | None = None
+    rank_max: int | None = None
+    seats: int | None = None
+    takes_none: str = ""
+    """Why it takes no adapters; "" if it does."""
+    body_bytes_max: int | None = None
+    """It may hang up under a larger body."""
+    unloads: str | None = None
+    """What an unload takes away (`EngineFacts.unloads`)."""
+
+
+class Dialect:
+    """The usual server. A subclass sets the attributes without a value, and overrides what its own does otherwise."""
+
+    model: ClassVar[ModelKind]
+    section: ClassVar[type[Entry]]
+    start: ClassVar[str]
+    """The command that starts such a server, for people."""
+    port = 8000
+    """Where it listens by default."""
+    load_path = "/v1/load_lora_adapter"
+    unload_path = "/v1/unload_lora_adapter"
+    health_path = "/health"
+    trusts_health = True
+    """False if the server may report itself healthy while its engine is gone: then only an answered token counts."""
+    carries = False
+    """True if requests carry their adapter instead of naming one that is registered."""
+    lora_member = ""
+    """The member of a request that carries the adapter."""
+    keeps_s = 2.0
+    """Our idle connections are given up after this time; the server closes them after 5 seconds."""
+    notices_closed_s: float | None = None
+    """How long the server takes to notice that a client has left; None if it does so at once."""
+    reading_empties = False
+    """True if reading the measures empties them: what is not told again is as before."""
+    host_is_slots = False
+    """True if the engine keeps as many adapters in memory as it has slots, unless it is told otherwise."""
+    options: ClassVar[Mapping[str, str]] = {}
+    """The server's options for `device_pages`, `host_pages`, `rank_max` and `seats`."""
+    ranks: tuple[int, ...] = ()
+    """The values that the server takes as its largest rank; none if it takes any."""
+    metrics_fix = ""
+    """How the server is made to publish its measures."""
+    enable = ""
+    """The options that let it take adapters."""
+    sizes_unknown = ""
+    """What follows if the base model's files are not named; "" if nothing does."""
+    warning = ""
+    """What the log and `config check` say of each such server."""
+    proof_remedy = ""
+    """What to do if the engine does not compute with adapters."""
+
+    # Reaching.
+
+    async def recognise(self, server: OpenAiServer) -> Any:
+        """Return the server's version, whose `str` is for people. Raises Misused if it is another server."""
+        return self.model.title
+
+    async def identify(self, server: OpenAiServer, entry: Any) -> Found:
+        """Find out who answers, and what it serves. Raises Misused if it cannot be used."""
+        return Found(await server.models(), str(await self.recognise(server)))
+
+    async def examine(
+        self,
+        server: OpenAiServer,
+        found: Found,
+        entry: Any,
+        declared: EngineFacts,
+        must_answer: bool,
+        patience_s: float,
+    ) -> Found:
+        """Add what else the server says; if it `must_answer`, let its engine answer a token first. Raises Misused."""
+        return found
+
+    async def measures(self, server: OpenAiServer) -> Measures:
+        """Return what the server says of its work; nothing if it says nothing, which does not make the engine lost."""
+        return Measures()
+
+    def one_token(self, base: str) -> dict[str, Any]:
+        """Return the request for one token by which the engine is tried."""
+        return {"model": base, "prompt": "a", "max_tokens": 1}
+
+    # Generating.
+
+    def model_name(self, base: str, name: str) -> str:
+        """Return how a request names the adapter that is registered as `name`."""
+        return name
+
+    def fault_of(self, status: int, text: str, wrote: Wrote = nobody_wrote) -> Fault:
+        """Return the fault of a generating request's error.
+
+        An unknown 5xx is REJECTED, which says nothing of the engine's health: it is looked at.
+        """
+        if status == HTTPStatus.NOT_FOUND:
+            return Fault.MISS
+        return Fault.LOST if status == HTTPStatus.SERVICE_UNAVAILABLE else Fault.REJECTED
+
+    # Registering.
+
+    async def load(self, server: OpenAiServer, name: str, path: str, timeout_s: float, epoch: int = 0) -> Reply:
+        body = {"lora_name": name, "lora_path": path}
+        return await server.client.post(self.load_path, body, timeout_s, epoch_header(epoch))
+
+    async def unload(self, server: OpenAiServer, name: str, timeout_s: float) -> Reply:
+        return await server.client.post(self.unload_path, {"lora_name": name}, timeout_s)
+
+    def is_loaded(self, reply: Reply) -> bool:
+        """Return True if a load's answer says that the adapter is there."""
+        return reply.is_ok or (reply.status == HTTPStatus.BAD_REQUEST and "already" in message_of(reply.body))
+
+    async def forget(self, server: OpenAiServer, name: str, path: str, timeout_s: float) -> bool:
+        """Make the server forget an adapter that it has from `path`; return False if it keeps the name."""
+        reply = await self.unload(server, name, timeout_s)
+        return reply.status in (HTTPStatus.OK, HTTPStatus.NOT_FOUND)  # not found: it is gone already
+
+    def fitting(self, server: OpenAiServer, entry: Any) -> Fitting | None:
+        """Return what finds out by trial whether an adapter fits; None if nothing has to be tried."""
+        return None
+
+    def setting(self, key: str, value: Any) -> str:
+        """Return how a fact of the configuration's `engine` section is set, at the engine and here."""
+        flag = f"--{self.options[key].replace('_', '-')}"
+        return f"{self.start.replace(' …', '')} {flag} {value}, and config.yaml: engine: {{{key}: {value}}}"
+
+    # Carrying.
+
+    def prober(self, server: OpenAiServer, entry: Any, patience_s: float) -> Prober | None:
+        """Return what finds out whether the engine computes with adapters at all; None if it cannot be found out."""
+        return None
+
+    # The configuration.
+
+    def checks(self) -> Checks:
+        """Return the checks of a live server."""
+        from sidecar.backends.openai.checks import CARRYING, REGISTERING
+        from sidecar.backends.openai.checks.look import looks
+
+        return Checks(CARRYING if self.carries else REGISTERING, looks(self), self._target)
+
+    def _target(self, entry: Any) -> dict[str, Any]:
+        found = {key: getattr(entry, key) for key in ("api_key_file", "old_versions") if hasattr(entry, key)}
+        return found | {"own": entry}
+
+    def declare(self, entry: Any, declared: EngineFacts) -> EngineFacts:
+        """Return the declared facts with those that follow from the rest of the entry."""
+        return declared
+
+    def notes(self, entry: Any, declared: EngineFacts) -> Iterator[str]:
+        """Yield what `config check` says of an entry: what it needs and lacks."""
+        return iter(())
+
+    def kind(self) -> Kind:
+        """Return the kind of backend whose servers speak this dialect."""
+        return Kind(
+            self.model.name,
+            self.section,
+            (self.model,),
+            connect=self._connect,
+            declare=lambda entry, declared, all_of_kind: self.declare(entry, with_kind(declared, self.model)),
+            checks=self.checks,
+            notes=self.notes,
+            unchecked=self._unchecked if self.sizes_unknown else None,
+        )
+
+    def _unchecked(self, backends: Sequence[str]) -> str:
+        return f"{', '.join(backends)}: {self.sizes_unknown}; backends[].{SIZES_FIX}"
+
+    def _connect(self, entry: Any, declared: EngineFacts, wiring: Wiring) -> tuple[Backend, EngineFacts]:
+        from sidecar.backends.openai.carried import CarryingBackend
+        from sidecar.backends.openai.registered import RegisteringBackend
+
+        if self.carries:
+            return CarryingBackend(self, entry, declared, wiring.owner), declared
+        return RegisteringBackend(self, entry, declared), declared

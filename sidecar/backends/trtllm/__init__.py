@@ -1,1 +1,0 @@
-"""Backends of trtllm-serve, TensorRT-LLM's OpenAI server on its PyTorch engine."""

@@ -1,1 +1,0 @@
-"""The backend kind `vllm`: vLLM's OpenAI server."""
