@@ -7,8 +7,9 @@ as `kind: package.module:DIALECT`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -22,11 +23,15 @@ from sidecar.core.facts import EngineFacts
 from sidecar.core.state import State
 from sidecar.errors import Misused, Reason
 
+T = TypeVar("T")
+
 KINDS = {
     "triton": "sidecar.backends.triton.kind:TRITON",
     "vllm": "sidecar.backends.openai.vllm:KIND",
     "trtllm": "sidecar.backends.openai.trtllm:KIND",
 }
+_dialects: dict[str, Dialect] = {}
+"""Other packages' dialects, by the names in `_from_elsewhere`."""
 _from_elsewhere: dict[str, Kind] = {}
 """The kinds of other packages' dialects that a configuration has named in this process."""
 
@@ -61,14 +66,63 @@ def kind_named(name: str) -> Kind:
 def _of_dialect(name: str) -> Kind:
     """Return the kind of another package's dialect. Raises Misused, also where requests would go to others' engines."""
     dialect = plugins.imported(f'the dialect "{name}"', name)
+    wrong = _unusable(dialect)
+    if not wrong and (known := _known(dialect)) is not None:
+        return known  # by another of its names
+    for other in () if wrong else kinds():
+        schemes = dialect.section.SCHEMES.keys() & other.section.SCHEMES.keys()
+        if schemes or dialect.model.name in {other.name, *(model.name for model in other.models)}:
+            wrong = f'it has a scheme or its name in common with the kind "{other.name}"; one of them needs another'
+    if wrong:
+        raise Misused(Reason.CONFIG_INVALID, f'the dialect "{name}": {wrong}')
+    kind: Kind = dialect.kind
+    _dialects[name] = dialect
+    return replace(
+        kind,
+        declare=_guarded(name, kind.declare),
+        connect=_guarded(name, kind.connect),
+        notes=_guarded(name, kind.notes),
+    )
+
+
+def _known(dialect: Dialect) -> Kind | None:
+    """Return the kind of a dialect that is known by another path; None if it is new."""
+    if dialect in _dialects.values():
+        return _from_elsewhere[next(name for name, known in _dialects.items() if known is dialect)]
+    return next((kind for kind in kinds() if kind is dialect.kind), None)
+
+
+def _unusable(dialect: Any) -> str:
+    """Return why a value cannot be a dialect; "" if it can."""
     if not isinstance(dialect, Dialect):
-        raise Misused(Reason.CONFIG_INVALID, f'the dialect "{name}" is not a sidecar.backends.openai.dialect.Dialect')
-    kind = dialect.kind()
-    for other in kinds():
-        if kind.section.SCHEMES.keys() & other.section.SCHEMES.keys() or kind.name == other.name:
-            taken = f'it has a scheme or its name in common with the kind "{other.name}"; one of them needs another'
-            raise Misused(Reason.CONFIG_INVALID, f'the dialect "{name}": {taken}')
-    return kind
+        return "it is not a sidecar.backends.openai.dialect.Dialect"
+    missing = [name for name in ("model", "section", "start") if not hasattr(dialect, name)]
+    if missing:
+        return f"it has no {' and no '.join(missing)}"
+    section = dialect.section
+    if not (isinstance(section, type) and issubclass(section, Entry)):
+        return "its section is not a subclass of config.backends.Backend"
+    if next(iter(section.SCHEMES), "") != dialect.model.name:
+        return f"the first of {section.__name__}.SCHEMES must be the name of its model ({dialect.model.name!r})"
+    if dialect.carries and "lora_config" not in section.model_fields:
+        return "it carries adapters, so its section must be a subclass of TrtllmEntry"
+    return ""
+
+
+def _guarded(name: str, function: Callable[..., T]) -> Callable[..., T]:
+    """Return a function of another package that raises Misused where it fails, naming the dialect and the place."""
+
+    def call(*given: Any) -> T:
+        try:
+            found = function(*given)
+            return iter([*found]) if isinstance(found, Iterator) else found  # type: ignore[return-value]
+        except (Misused, ValidationError):
+            raise
+        except Exception as error:
+            what = f'the dialect "{name}" has failed in {function.__name__.removeprefix("_")}'
+            raise Misused(Reason.CONFIG_INVALID, f"{what}: {plugins.told(error)}") from error
+
+    return call
 
 
 @cache

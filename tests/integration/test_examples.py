@@ -7,27 +7,63 @@ import json
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import pytest
 import yaml
 
 from sidecar.backends import registry
+from sidecar.backends.openai.dialect import Dialect
 from sidecar.backends.registry import entries_of
 from sidecar.config import parse
+from sidecar.core.facts import EngineFacts
 from sidecar.errors import Misused
 from sidecar.lab.demo.model import ADAPTERS, SEED
 from sidecar.lab.demo.run import LEARNED, PROMPTS
+from sidecar.serve.pool import facts_of
 from tests.golden.engine_wires import Wire, proxied
 from tests.kit.emulated import running_engine
 from tests.kit.peft_files import BASE_MODEL
+from tests.kit.quill import Quill, QuillEntry
 from tests.kit.serving import serving, write_adapters
 from tests.kit.trtllm_emulated import running_trtllm
 from tests.kit.vllm_emulated import expected, running_vllm
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+class OfVllm(QuillEntry):
+    SCHEMES: ClassVar = {"vllm": False}
+
+
+class OfTriton(QuillEntry):
+    SCHEMES: ClassVar = {"triton_llmapi": False}
+
+
+class TakesScheme(Quill):
+    model = replace(Quill.model, name="vllm")
+    section = OfVllm
+
+
+class TakesModel(Quill):
+    model = replace(Quill.model, name="triton_llmapi")
+    section = OfTriton
+
+
+class Carries(Quill):
+    carries = True
+
+
+class Fails(Quill):
+    def declare(self, entry: Any, declared: EngineFacts) -> EngineFacts:
+        raise KeyError("boom")
+
+
+TAKES_A_SCHEME, TAKES_A_MODEL, CARRIES, FAILS = TakesScheme(), TakesModel(), Carries(), Fails()
+LACKS_ALL = Dialect()
 
 
 async def run(*command: str, **environment: str) -> tuple[int, str, str]:
@@ -142,6 +178,7 @@ async def test_a_dialect_is_one_file_and_no_line_of_ours(tmp_path: Path, monkeyp
     folder = EXAMPLES / "custom-dialect"
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setattr(registry, "_from_elsewhere", {})
+    monkeypatch.setattr(registry, "_dialects", {})
     paths = {"/adapters/load": "/v1/load_lora_adapter", "/adapters/unload": "/v1/unload_lora_adapter"}
     names, wire = write_adapters(tmp_path / "adapters", 2), Wire()
     async with running_vllm(compute="none") as (engine, _), proxied(engine.http_address, wire, paths) as server:
@@ -169,7 +206,11 @@ async def test_a_dialect_is_one_file_and_no_line_of_ours(tmp_path: Path, monkeyp
     ("target", "why"),
     [
         ("largest_first:LargestFirst", "is not a sidecar.backends.openai.dialect.Dialect"),
-        ("sidecar.backends.openai.vllm:DIALECT", 'in common with the kind "vllm"'),
+        ("tests.integration.test_examples:TAKES_A_SCHEME", 'in common with the kind "vllm"'),
+        ("tests.integration.test_examples:TAKES_A_MODEL", 'in common with the kind "triton"'),
+        ("tests.integration.test_examples:LACKS_ALL", "it has no model and no section and no start"),
+        ("tests.integration.test_examples:CARRIES", "must be a subclass of TrtllmEntry"),
+        ("tests.integration.test_examples:FAILS", "has failed in declare: KeyError: 'boom', at "),
         ("no_such_package:DIALECT", "cannot be loaded"),
         ("acme", 'there is no kind of backend "acme"; there are triton, vllm, trtllm'),
     ],
@@ -177,8 +218,11 @@ async def test_a_dialect_is_one_file_and_no_line_of_ours(tmp_path: Path, monkeyp
 def test_what_is_no_dialect_is_refused(target: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES / "custom-policy"))
     monkeypatch.setattr(registry, "_from_elsewhere", {})
+    monkeypatch.setattr(registry, "_dialects", {})
+    scheme = {"TAKES_A_SCHEME": "vllm", "TAKES_A_MODEL": "triton_llmapi"}.get(target.partition(":")[2], "quill")
+    config = parse({"backends": [{"kind": target, "url": f"{scheme}://127.0.0.1:1"}]}, "the test")
     with pytest.raises(Misused, match=re.escape(why)):
-        entries_of(parse({"backends": [{"kind": target, "url": "acme://127.0.0.1:1"}]}, "the test"))
+        facts_of(entries_of(config))
 
 
 def test_every_example_has_a_readme_that_names_its_file() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sidecar.backends.openai.vllm import VllmEntry
-from sidecar.backends.registry import entries_of, full_record
+from sidecar.backends.registry import KINDS, entries_of, full_record
 from sidecar.backends.triton.kind import TritonEntry
 from sidecar.config import Config, parse
 from sidecar.config.backends import Backend, Engine
@@ -63,7 +63,7 @@ def test_keys_of_its_own_kind_are_taken(url: str, keys: dict[str, str]) -> None:
 def test_a_kind_that_nobody_knows_is_refused() -> None:
     with pytest.raises(Misused, match="must be of the form triton://HOST:PORT or vllm://HOST:PORT"):
         backend("mine://gpu:1")
-    with pytest.raises(Misused, match='no kind of backend "mine"; there are triton, vllm, trtllm, or'):
+    with pytest.raises(Misused, match=f'no kind of backend "mine"; there are {", ".join(KINDS)}, or'):
         backend("http://gpu:1", kind="mine")
 
 

@@ -51,7 +51,7 @@ class OpenAiBackend(Endpoint):
         key = getattr(entry, "api_key_file", None)
         self._client = open_http_client(entry.address, entry.tls_files, key, dialect.keeps_s, CONNECT_TIMEOUT_S)
         self._server = OpenAiServer(entry.identity, self._client)
-        self._found = Found(Served("", None, {}))
+        self._found = Found(Served(""))
         self._seen = Measures()
         self._unknown = ""
         self._distrusted = False
@@ -176,9 +176,9 @@ class OpenAiBackend(Endpoint):
             self._lose(text)
 
     def _measures(self) -> BackendMeasured | None:
-        kv_tokens = self._declared.kv_tokens or self._seen.kv_tokens
-        if kv_tokens is None:
+        if self._seen.kv_tokens is None:
             return None
+        kv_tokens = self._declared.kv_tokens or self._seen.kv_tokens
         return BackendMeasured(self.id, self._declared.seats or self._found.seats, kv_tokens, self._seen.kv_used)
 
     def _describe(self) -> str:

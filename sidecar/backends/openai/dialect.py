@@ -8,12 +8,15 @@ A dialect is a value: `kind: package.module:DIALECT` in a configuration takes on
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sidecar.backends.api import Backend
+from sidecar.backends.checks.finding import Finding, ok
 from sidecar.backends.faults import Wrote, nobody_wrote
 from sidecar.backends.http_client import Reply
 from sidecar.backends.kind import Checks, Kind, ModelKind, Wiring, with_kind
@@ -82,10 +85,14 @@ class Dialect:
     load_path = "/v1/load_lora_adapter"
     unload_path = "/v1/unload_lora_adapter"
     health_path = "/health"
+    models_path = "/v1/models"
+    """Where the server asks for a key and lists its models; "" if it has no such list."""
     trusts_health = True
     """False if the server may report itself healthy while its engine is gone: then only an answered token counts."""
     carries = False
-    """True if requests carry their adapter instead of naming one that is registered."""
+    """True if requests carry their adapter instead of naming one that is registered; `section` is then a subclass of
+    `TrtllmEntry`.
+    """
     lora_member = ""
     """The member of a request that carries the adapter."""
     keeps_s = 2.0
@@ -96,10 +103,19 @@ class Dialect:
     """True if reading the measures empties them: what is not told again is as before."""
     host_is_slots = False
     """True if the engine keeps as many adapters in memory as it has slots, unless it is told otherwise."""
-    options: ClassVar[Mapping[str, str]] = {}
-    """The server's options for `device_pages`, `host_pages`, `rank_max` and `seats`."""
+    options: ClassVar[Mapping[str, str]] = {
+        "device_pages": "max_loras",
+        "host_pages": "max_cpu_loras",
+        "rank_max": "max_lora_rank",
+        "seats": "max_num_seqs",
+    }
+    """The server's options for facts of the configuration's `engine` section."""
     ranks: tuple[int, ...] = ()
     """The values that the server takes as its largest rank; none if it takes any."""
+    no_files: ClassVar[re.Pattern[str] | None] = None
+    """The text of a load whose folder has no adapter; None if it is not known."""
+    refuses_nameless = False
+    """True if a load without a name is known to be refused, and so shows that there are loads."""
     metrics_fix = ""
     """How the server is made to publish its measures."""
     enable = ""
@@ -114,12 +130,24 @@ class Dialect:
     # Reaching.
 
     async def recognise(self, server: OpenAiServer) -> Any:
-        """Return the server's version, whose `str` is for people. Raises Misused if it is another server."""
+        """Return the server's version; its `str` is for people, and the dialect's own methods get it again.
+
+        Raises Misused if another server answers.
+        """
         return self.model.title
+
+    def judged_version(self, version: Any, is_used: bool) -> Finding:
+        """Judge what was recognised; `is_used` if the configuration wants an untrusted version all the same."""
+        return ok(str(version))
 
     async def identify(self, server: OpenAiServer, entry: Any) -> Found:
         """Find out who answers, and what it serves. Raises Misused if it cannot be used."""
-        return Found(await server.models(), str(await self.recognise(server)))
+        version = await self.recognise(server)
+        return Found(await self.served(server), str(version))
+
+    async def served(self, server: OpenAiServer) -> Served:
+        """Return the base model and the registered adapters. Raises Misused if they cannot be told."""
+        return await server.models()
 
     async def examine(
         self,
@@ -130,8 +158,13 @@ class Dialect:
         must_answer: bool,
         patience_s: float,
     ) -> Found:
-        """Add what else the server says; if it `must_answer`, let its engine answer a token first. Raises Misused."""
-        return found
+        """Add what else the server says, its measures at least. Raises Misused.
+
+        If it `must_answer`, the engine answers a token before: it was lost, and may not be well yet.
+        """
+        if must_answer:
+            await server.ask(self.one_token(found.served.base), patience_s)
+        return replace(found, measures=await self.measures(server))
 
     async def measures(self, server: OpenAiServer) -> Measures:
         """Return what the server says of its work; nothing if it says nothing, which does not make the engine lost."""
@@ -178,10 +211,14 @@ class Dialect:
         """Return what finds out by trial whether an adapter fits; None if nothing has to be tried."""
         return None
 
+    def flag(self, key: str) -> str:
+        """Return the server's flag for a fact of the configuration's `engine` section."""
+        return f"--{self.options[key].replace('_', '-')}"
+
     def setting(self, key: str, value: Any) -> str:
-        """Return how a fact of the configuration's `engine` section is set, at the engine and here."""
-        flag = f"--{self.options[key].replace('_', '-')}"
-        return f"{self.start.replace(' …', '')} {flag} {value}, and config.yaml: engine: {{{key}: {value}}}"
+        """Return how such a fact is set, at the engine and here."""
+        at_engine = f"{self.start.replace(' …', '')} {self.flag(key)} {value}"
+        return f"{at_engine}, and config.yaml: engine: {{{key}: {value}}}"
 
     # Carrying.
 
@@ -210,18 +247,23 @@ class Dialect:
         """Yield what `config check` says of an entry: what it needs and lacks."""
         return iter(())
 
+    @cached_property
     def kind(self) -> Kind:
-        """Return the kind of backend whose servers speak this dialect."""
+        """The kind of backend whose servers speak this dialect."""
         return Kind(
             self.model.name,
             self.section,
             (self.model,),
             connect=self._connect,
-            declare=lambda entry, declared, all_of_kind: self.declare(entry, with_kind(declared, self.model)),
+            declare=self._declare,
             checks=self.checks,
             notes=self.notes,
             unchecked=self._unchecked if self.sizes_unknown else None,
         )
+
+    def _declare(self, entry: Any, declared: EngineFacts, all_of_kind: Sequence[Any]) -> EngineFacts:
+        facts = with_kind(declared, self.model)
+        return self.declare(entry, replace(facts, base_only=facts.reads_files and entry.adapters_dir is None))
 
     def _unchecked(self, backends: Sequence[str]) -> str:
         return f"{', '.join(backends)}: {self.sizes_unknown}; backends[].{SIZES_FIX}"

@@ -31,20 +31,22 @@ class AsModel:
         self.form = form
         self._name = name
         self._fields = _named(name), _named(form.model)
+        self._spaced = _named(name, b" "), _named(form.model, b" ")
 
     def body(self) -> tuple[bytes, ...]:
         return self.form.before, json.dumps(self._name).encode(), self.form.after
 
     def shown(self, answer: bytes) -> bytes:
-        return answer.replace(*self._fields, 1)
+        shown = answer.replace(*self._fields, 1)
+        return answer.replace(*self._spaced, 1) if shown is answer else shown
 
     def rejection(self, status: int, body: bytes) -> HttpRejection:
         return HttpRejection(status, body.replace(self._name.encode(), self.form.model.encode()))
 
 
-def _named(model: str) -> bytes:
-    """Return the field with the answering model's name, as servers write it."""
-    return b'"model":' + json.dumps(model, ensure_ascii=False).encode()
+def _named(model: str, space: bytes = b"") -> bytes:
+    """Return the field with the answering model's name, as servers write it; some with a space in between."""
+    return b'"model":' + space + json.dumps(model, ensure_ascii=False).encode()
 
 
 @dataclass(frozen=True)

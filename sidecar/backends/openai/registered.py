@@ -40,8 +40,13 @@ class RegisteringBackend(OpenAiBackend):
         self._others = 0
 
     async def _identified(self, found: Found) -> None:
-        """Forget names that a restart has lost, and unload those whose files are gone."""
+        """Forget names that a restart has lost, and unload those whose files are gone.
+
+        A server without a list may still have all of them: then a name that it has lost is found by a miss.
+        """
         adapters = found.served.adapters
+        if adapters is None:
+            return
         self._registered = {key: name for key, name in self._registered.items() if name in adapters}
         await self._unload_gone(adapters)
 
@@ -52,7 +57,7 @@ class RegisteringBackend(OpenAiBackend):
     async def files_removed(self) -> None:
         try:
             if self._up:
-                await self._unload_gone((await self._server.models()).adapters)
+                await self._unload_gone((await self._dialect.served(self._server)).adapters or {})
         except (WireError, Misused) as error:
             logger.info("%s keeps names whose files have gone: %s", self.id, self._error_text(error))
 

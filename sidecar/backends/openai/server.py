@@ -18,11 +18,16 @@ PROBE_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True)
 class Served:
-    """The base model's name on the server, its longest sequence, and the adapters' names with their folders."""
+    """The base model's name on the server, its longest sequence, and the adapters' names with their folders.
+
+    `adapters` is None if the server does not list them. `names` are all names of the base model, and where it was read
+    from.
+    """
 
     base: str
-    sequence_tokens_max: int | None
-    adapters: dict[str, str]
+    sequence_tokens_max: int | None = None
+    adapters: dict[str, str] | None = None
+    names: tuple[str, ...] = ()
 
 
 class OpenAiServer:
@@ -60,7 +65,8 @@ class OpenAiServer:
             entries = reply.json()["data"]
             bases = [entry for entry in entries if not entry.get("parent")]
             adapters = {entry["id"]: str(entry.get("root") or "") for entry in entries if entry.get("parent")}
-            return Served(bases[0]["id"], bases[0].get("max_model_len"), adapters)
+            names = (*(str(each["id"]) for each in bases), *(str(each["root"]) for each in bases if each.get("root")))
+            return Served(bases[0]["id"], bases[0].get("max_model_len"), adapters, tuple(dict.fromkeys(names)))
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise self.unusable(f"/v1/models answers {reply.status}: {reply.text[:200]}") from error
 

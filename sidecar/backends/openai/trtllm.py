@@ -299,22 +299,24 @@ class Trtllm(Dialect):
 
     async def recognise(self, server: OpenAiServer) -> str:
         await self.served(server)
+        return await self._version(server)
+
+    async def _version(self, server: OpenAiServer) -> str:
         record = await server.record("/version")
         version = str(record["version"]) if isinstance(record, dict) and "version" in record else ""
         return f"trtllm-serve {version}".rstrip()
 
     async def identify(self, server: OpenAiServer, entry: TrtllmEntry) -> Found:
         """Refuses a part of a disaggregated server, too."""
-        served = Served(await self.served(server), None, {})
-        return Found(served, await self.recognise(server), seats=await self.seats(server))
+        return Found(await self.served(server), await self._version(server), seats=await self.seats(server))
 
-    async def served(self, server: OpenAiServer) -> str:
-        """Return the served model's name. Raises Misused if this is no trtllm-serve, or a disaggregated one's front."""
+    async def served(self, server: OpenAiServer) -> Served:
+        """Return the served model. Raises Misused if this is no trtllm-serve, or a disaggregated one's front."""
         reply = await server.get("/v1/models")
         try:
             entry = reply.json()["data"][0]
             if entry["owned_by"] == OWNER:
-                return str(entry["id"])
+                return Served(str(entry["id"]))
         except (ValueError, KeyError, TypeError, IndexError):
             pass
         if (await server.get("/cluster_info")).is_ok:
@@ -390,6 +392,9 @@ class Trtllm(Dialect):
                 return fault
         return Fault.LOST if status == HTTPStatus.SERVICE_UNAVAILABLE else Fault.REJECTED
 
+    def flag(self, key: str) -> str:
+        return f"--{self.options[key]}"
+
     def setting(self, key: str, value: Any) -> str:
         if key == "seats":
             return f"config.yaml: engine: {{seats: {value}}}"
@@ -404,7 +409,7 @@ class Trtllm(Dialect):
         return Prober(self, server, entry.shared_dir, base, entry.lora_config, patience_s)
 
     def declare(self, entry: TrtllmEntry, declared: EngineFacts) -> EngineFacts:
-        facts = replace(declared, base_only=entry.adapters_dir is None, unloads="nothing")
+        facts = replace(declared, unloads="nothing")
         lora, base = entry.lora_config, entry.base()
         if lora is None or base is None:
             return facts
@@ -449,4 +454,4 @@ def _whole(value: Any) -> int | None:
 
 
 DIALECT = Trtllm()
-KIND = DIALECT.kind()
+KIND = DIALECT.kind

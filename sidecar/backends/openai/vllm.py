@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sidecar.adapters.base_model import read_base_model
 from sidecar.backends.api import HttpForm
+from sidecar.backends.checks.finding import Finding, failed, ok, warning
 from sidecar.backends.faults import Wrote, nobody_wrote
 from sidecar.backends.gauges import count_of, sum_of
 from sidecar.backends.http_client import Reply, WireError
@@ -128,12 +129,8 @@ class Vllm(Dialect):
     start = "vllm serve …"
     host_is_slots = True
     sizes_unknown = SIZES_UNKNOWN
-    options: ClassVar = {
-        "device_pages": "max_loras",
-        "host_pages": "max_cpu_loras",
-        "rank_max": "max_lora_rank",
-        "seats": "max_num_seqs",
-    }
+    refuses_nameless = True
+    no_files = re.compile(r"No adapter found|path must exist and be accessible")
     ranks = (1, 8, 16, 32, 64, 128, 256, 320, 512)
     metrics_fix = "vllm serve without --disable-log-stats, and have a proxy pass /metrics on"
     enable = "vllm serve … --enable-lora --max-loras N --max-cpu-loras M --max-lora-rank R"
@@ -148,6 +145,20 @@ class Vllm(Dialect):
             pass
         raise server.unusable(f"it answers {reply.status} to /version: no vLLM, or a proxy that does not pass it on")
 
+    def judged_version(self, version: Version, is_used: bool) -> Finding:
+        number, oldest = version.number, ".".join(map(str, OLDEST))
+        if not is_too_old(number):
+            return ok(f"{number}, and {oldest} is needed")
+        text = (
+            f"{number} can answer with another adapter's weights while one is loaded (vllm#47724), and is "
+            f"{'used all the same' if is_used else 'refused'}"
+        )
+        upgrade = f"pip install -U 'vllm>={oldest}', or an image of vllm/vllm-openai:v{oldest}.0 or newer"
+        if is_used:
+            return warning(f"{text}: old_versions is true", upgrade)
+        instead = "or config.yaml: old_versions: true   (if adapters are never loaded under traffic)"
+        return failed(text, upgrade, instead)
+
     async def identify(self, server: OpenAiServer, entry: VllmEntry) -> Found:
         version = await self.recognise(server)
         if is_too_old(version.number) and not entry.old_versions:
@@ -157,7 +168,7 @@ class Vllm(Dialect):
                 "(vllm#47724); upgrade to 0.32 or newer, or set old_versions: true to use it all the same",
             )
         return Found(
-            await server.models(),
+            await self.served(server),
             str(version),
             body_bytes_max=RUST_BODY_BYTES_MAX if version.is_rust else None,
             unloads="weights" if version.is_rust else "name",
@@ -208,7 +219,7 @@ class Vllm(Dialect):
         """
         reply = await self.load(server, "", "", PROBE_TIMEOUT_S)
         if reply.status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
-            return "it has no /v1/load_lora_adapter; start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+            return f"it has no {self.load_path}; start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
         if not has_lora:
             reply = await self.load(server, TRIAL, folder, PROBE_TIMEOUT_S)
         is_without = NOT_ENABLED.search(message_of(reply.body)) is not None
@@ -254,9 +265,6 @@ class Vllm(Dialect):
         if shared_dir is None or is_known:
             return None
         return Fitting(self, server, shared_dir, entry.load_timeout_s)
-
-    def declare(self, entry: VllmEntry, declared: EngineFacts) -> EngineFacts:
-        return replace(declared, base_only=entry.adapters_dir is None)
 
     def notes(self, entry: VllmEntry, declared: EngineFacts) -> Iterator[str]:
         from sidecar.backends.openai.checks.declared import undeclared
@@ -318,4 +326,4 @@ def tells_of_death(text: str, wrote: Wrote = nobody_wrote) -> bool:
 
 
 DIALECT = Vllm()
-KIND = DIALECT.kind()
+KIND = DIALECT.kind

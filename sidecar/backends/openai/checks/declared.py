@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sidecar.backends.checks.finding import Finding, failed, ok, warning
+from sidecar.backends.checks.finding import Finding, failed, ok, skipped, warning
 from sidecar.backends.checks.staged import FOLDER_FIX, folder_at
 from sidecar.backends.openai.checks.look import Look
 from sidecar.backends.openai.dialect import Dialect, Measures
@@ -21,7 +21,7 @@ RUST_KV = "; its Rust front end publishes neither this nor the KV size, ever: de
 
 
 def _fix(dialect: Dialect, key: str) -> str:
-    return f"config.yaml: engine: {{{key}: the engine's --{dialect.options[key].replace('_', '-')}}}"
+    return f"config.yaml: engine: {{{key}: the engine's {dialect.flag(key)}}}"
 
 
 def undeclared(dialect: Dialect, facts: EngineFacts, has_folder: bool) -> Iterator[str]:
@@ -73,6 +73,8 @@ def _rank_unknown(dialect: Dialect) -> str:
 async def folder(look: Look) -> Finding:
     """Check that there is a folder to stage adapters in; without one only the base model is served."""
     shared_dir = look.target.adapters_dir
+    if shared_dir is None and look.dialect.carries:
+        return skipped("no folder is named that both see, so it serves its base model only", ADAPTERS_FIX)
     if shared_dir is None:
         return warning(
             "no folder is named that the sidecar and the engine both see, so that no adapter can be loaded",
@@ -88,7 +90,7 @@ async def metrics(look: Look) -> Finding:
     if found == Measures():
         return warning(
             f"/metrics has none of {look.title}'s: KV size is not known, and an engine that hangs or restarts is "
-            "noticed late",
+            "noticed by its silence alone (progress_timeout_s)",
             fix,
         )
     kv_tokens = look.facts.kv_tokens or found.kv_tokens
@@ -96,7 +98,7 @@ async def metrics(look: Look) -> Finding:
         return warning("steps are not counted, so an engine that hangs is noticed late", fix)
     look.has_statistics = True
     if kv_tokens is None:
-        by = " by its Rust front end" if _is_rust(look) else ""
+        by = " by its Rust front end" if look.is_rust else ""
         return warning(
             f"{found.steps} steps so far; KV size is not published{by}, so it is not bounded what is sent", KV_FIX
         )
@@ -104,15 +106,11 @@ async def metrics(look: Look) -> Finding:
     return ok(f"{kv_tokens} KV tokens, {found.steps} steps so far{only}")
 
 
-def _is_rust(look: Look) -> bool:
-    return bool(getattr(look.version, "is_rust", False))
-
-
 async def slots(look: Look) -> Finding:
     """Check that the declared slots are right; the metrics have them after the first request."""
     declared, option = look.facts.device_pages, look.dialect.options["device_pages"]
-    if not _is_rust(look):
-        return judged_slots(look.dialect, declared, (await look.dialect.measures(look.server)).slots)
+    if not look.is_rust:
+        return judged_slots(look.dialect, declared, await _slots(look))
     if declared is None:
         return warning(
             f"{option} is not declared, and its Rust front end does not publish it: it is learned, from one adapter at "
@@ -120,6 +118,10 @@ async def slots(look: Look) -> Finding:
             _fix(look.dialect, "device_pages"),
         )
     return ok(f"{declared} declared ({option}); its Rust front end does not say it")
+
+
+async def _slots(look: Look) -> int | None:
+    return look.found.slots or (await look.dialect.measures(look.server)).slots
 
 
 def judged_slots(dialect: Dialect, declared: int | None, found: int | None) -> Finding:
@@ -138,7 +140,7 @@ def judged_slots(dialect: Dialect, declared: int | None, found: int | None) -> F
     if declared > found:
         return failed(
             f"{option} is {found} and {declared} are declared: a sidecar that serves uses the smaller number",
-            f"{right}, or {dialect.setting('device_pages', declared)}",
+            f"{right}, or {dialect.start.replace(' …', '')} {dialect.flag('device_pages')} {declared}",
         )
     if declared < found:
         return warning(
@@ -149,8 +151,9 @@ def judged_slots(dialect: Dialect, declared: int | None, found: int | None) -> F
 
 async def memory(look: Look) -> Finding:
     """Check how many adapters are kept in memory, and whether that is enough for those to be served."""
-    found = look.facts.device_pages or (await look.dialect.measures(look.server)).slots
-    return judged_memory(look.dialect, look.facts.host_pages, found, look.target.served)
+    slots = look.facts.device_pages or await _slots(look)
+    declared = look.facts.host_pages or look.found.host_pages
+    return judged_memory(look.dialect, declared, slots, look.target.served)
 
 
 def judged_memory(dialect: Dialect, declared: int | None, slots: int | None, served: tuple[Adapter, ...]) -> Finding:
@@ -174,7 +177,7 @@ def judged_memory(dialect: Dialect, declared: int | None, slots: int | None, ser
 
 async def seats(look: Look) -> Finding:
     """Check that it is known how many requests run at once."""
-    declared, told, option = look.facts.seats, look.seats, look.dialect.options["seats"]
+    declared, told, option = look.facts.seats, look.found.seats, look.dialect.options["seats"]
     if declared is None and told is None:
         return warning(_seats_unknown(look.dialect), _fix(look.dialect, "seats"))
     if declared is not None and told is not None and declared > told:
@@ -184,7 +187,7 @@ async def seats(look: Look) -> Finding:
 
 async def rank(look: Look) -> Finding:
     """Check that the largest rank is known, and that the adapters to be served do not exceed it."""
-    return judged_rank(look.dialect, look.facts.rank_max, look.target.served)
+    return judged_rank(look.dialect, look.facts.rank_max or look.found.rank_max, look.target.served)
 
 
 def judged_rank(dialect: Dialect, declared: int | None, served: tuple[Adapter, ...]) -> Finding:

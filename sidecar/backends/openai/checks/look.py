@@ -17,9 +17,9 @@ from sidecar.backends.credentials import open_http_client
 from sidecar.backends.http_client import Reply
 from sidecar.backends.kind import with_kind
 from sidecar.backends.openai.asking import COMPLETIONS
-from sidecar.backends.openai.dialect import Dialect
+from sidecar.backends.openai.dialect import Dialect, Found
 from sidecar.backends.openai.events import message_of
-from sidecar.backends.openai.server import OpenAiServer
+from sidecar.backends.openai.server import OpenAiServer, Served
 from sidecar.core.facts import EngineFacts
 
 CHECK_NAME = "lora-sidecar-check"
@@ -73,12 +73,17 @@ class Look:
     """True while a request by our adapter's name is unanswered."""
     has_statistics: bool = False
     """True if the server publishes its steps."""
-    seats: int | None = None
-    """The seats that the server tells; None if it does not."""
+    found: Found = field(default_factory=lambda: Found(Served("")))
+    """What the server says of itself."""
 
     @property
     def title(self) -> str:
         return self.dialect.model.title
+
+    @property
+    def is_rust(self) -> bool:
+        """True if vLLM's Rust front end answers."""
+        return bool(getattr(self.version, "is_rust", False))
 
     @property
     def entry(self) -> Any:
@@ -101,6 +106,10 @@ class Look:
         """Make the engine answer one token. Raises WireError if it does not answer."""
         body = self.dialect.one_token(model)
         return await self.answered(self.server.client.post(COMPLETIONS, body, timeout_s))
+
+
+def log_fix(look: Look) -> str:
+    return f"read the end of {look.title}'s log for what ended the engine, and start it again"
 
 
 def looks(dialect: Dialect) -> Callable[[Target], AbstractAsyncContextManager[Look]]:

@@ -9,14 +9,12 @@ from http import HTTPStatus
 from sidecar.adapters.staging import AdaptersDir
 from sidecar.backends.checks.finding import Finding, Target, failed, ok
 from sidecar.backends.checks.staged import can_be_made, is_forgotten
-from sidecar.backends.openai.checks.look import CHECK_NAME, Answered, Look
+from sidecar.backends.openai.checks.look import CHECK_NAME, Answered, Look, log_fix
 from sidecar.backends.openai.vllm import NOT_ENABLED
 
 LOAD_NOTHING_S = 10.0
 LISTED = 4
-LOG_FIX = "read the end of vLLM's log"
 ROUTES_FIX = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve …   (forbids --api-server-count above 1)"
-NOT_FOUND = re.compile(r"No adapter found|path must exist and be accessible")
 PREFIXES = "VLLM_RUNTIME_LORA_ALLOWED_PATH_PREFIXES"
 OUTSIDE = re.compile(rf"{PREFIXES}|outside the configured allowed prefixes")
 """The Rust front end's refusals of a folder, whatever is in it."""
@@ -29,22 +27,25 @@ async def updating(look: Look) -> Finding:
     It is asked for an adapter without a name. If no adapter will be loaded later, it is also asked for one in a missing
     folder: only the engine itself answers that, with a long complaint in its log.
     """
+    if not look.dialect.refuses_nameless:
+        return ok("an adapter shows it, below")
     reply = await look.load("", "", LOAD_NOTHING_S)
     if not reply.has_error and reply.status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
-        return failed("adapters cannot be loaded while it serves: it has no /v1/load_lora_adapter", ROUTES_FIX)
+        return failed(f"adapters cannot be loaded while it serves: it has no {look.dialect.load_path}", ROUTES_FIX)
     if NOT_ENABLED.search(reply.text):
         return failed("the engine was started without LoRA", look.dialect.enable)
-    if reply.status != HTTPStatus.BAD_REQUEST:
-        return failed(f"it does not load adapters: {reply.line}", LOG_FIX)
+    if reply.is_ok or reply.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        return failed(f"it does not load adapters: {reply.line}", log_fix(look))
     target = look.target
-    if target.adapters_dir is None or not can_be_made(target.base):
+    no_files = look.dialect.no_files
+    if no_files is not None and (target.adapters_dir is None or not can_be_made(target.base)):
         reply = await look.load(look.name, nowhere(look), LOAD_NOTHING_S)
         if NOT_ENABLED.search(reply.text):
             return failed("the engine was started without LoRA", look.dialect.enable)
         if target.adapters_dir is not None and OUTSIDE.search(reply.text):
             return outside(target.adapters_dir, reply)
-        if not (NOT_FOUND.search(reply.text) or OUTSIDE.search(reply.text)):
-            return failed(f"it does not load adapters: {reply.line}", LOG_FIX)
+        if not (no_files.search(reply.text) or OUTSIDE.search(reply.text)):
+            return failed(f"it does not load adapters: {reply.line}", log_fix(look))
     return ok("adapters are loaded and unloaded while it serves")
 
 
@@ -54,7 +55,7 @@ def nowhere(look: Look) -> str:
     The Rust front end lets no path through that does not exist.
     """
     shared_dir = look.target.adapters_dir
-    return shared_dir.engine if look.version.is_rust and shared_dir is not None else f"/nowhere/{look.name}"
+    return shared_dir.engine if look.is_rust and shared_dir is not None else f"/nowhere/{look.name}"
 
 
 def outside(shared_dir: AdaptersDir, reply: Answered) -> Finding:
@@ -71,7 +72,7 @@ async def registered(look: Look) -> Finding:
     without = await asyncio.to_thread(_without_files, look.target, look.adapters)
     if without:
         # A name is unloaded before its files go. One that is still there was not just being removed.
-        look.adapters = (await look.server.models()).adapters
+        look.adapters = (await look.dialect.served(look.server)).adapters or {}
     look.without_files = tuple(name for name in without if name in look.adapters)
     if look.without_files:
         names = ", ".join(look.without_files[:LISTED])
@@ -80,7 +81,7 @@ async def registered(look: Look) -> Finding:
             "looks for them again, for a request that names one, dies of it",
             *(unload_line(look, name) for name in look.without_files[:LISTED]),
             "restart the engine: its Rust front end keeps a name whose adapter has left its memory"
-            if look.version.is_rust
+            if look.is_rust
             else "or start the sidecar of this engine, which does that",
         )
     return ok(f"{_count(look.adapters)}, left alone" if look.adapters else "none")
@@ -118,4 +119,4 @@ def unload_line(look: Look, name: str) -> str:
     """Return the command that makes the engine forget a name."""
     key = "" if look.target.api_key_file is None else f' -H "Authorization: Bearer $(cat {look.target.api_key_file})"'
     json = '-H "Content-Type: application/json"' + f""" -d '{{"lora_name": "{name}"}}'"""
-    return f"curl {look.server.client.url}/v1/unload_lora_adapter{key} {json}"
+    return f"curl {look.server.client.url}{look.dialect.unload_path}{key} {json}"

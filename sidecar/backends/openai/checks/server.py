@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from http import HTTPStatus
 from time import monotonic
 from typing import Any
@@ -21,18 +22,12 @@ from sidecar.backends.checks.port import (
     with_tls,
 )
 from sidecar.backends.credentials import open_channel
-from sidecar.backends.http_client import Reply, TimedOut, WireError
-from sidecar.backends.openai.checks.look import Look
-from sidecar.backends.openai.vllm import OLDEST, is_too_old
+from sidecar.backends.http_client import TimedOut, WireError
+from sidecar.backends.openai.checks.look import Look, log_fix
 from sidecar.core.enums import Fault
 from sidecar.errors import Misused
 
 GRPC_S = 2.0
-OLDEST_WORDS = ".".join(map(str, OLDEST))
-
-
-def log_fix(look: Look) -> str:
-    return f"read the end of {look.title}'s log for what ended the engine, and start it again"
 
 
 async def reachable(look: Look) -> Finding:
@@ -80,18 +75,8 @@ async def _is_triton(look: Look) -> bool:
 
 
 async def version(look: Look) -> Finding:
-    """Check that a load under traffic leaves other adapters' answers alone."""
-    number = look.version.number
-    if not is_too_old(number):
-        return ok(f"{number}, and {OLDEST_WORDS} is needed")
-    text = (
-        f"{number} can answer with another adapter's weights while one is loaded (vllm#47724), and is "
-        f"{'used all the same' if look.target.old_versions else 'refused'}"
-    )
-    upgrade = f"pip install -U 'vllm>={OLDEST_WORDS}', or an image of vllm/vllm-openai:v{OLDEST_WORDS}.0 or newer"
-    if look.target.old_versions:
-        return warning(f"{text}: old_versions is true", upgrade)
-    return failed(text, upgrade, "or config.yaml: old_versions: true   (if adapters are never loaded under traffic)")
+    """Check that this version can be used."""
+    return look.dialect.judged_version(look.version, look.target.old_versions)
 
 
 async def health(look: Look) -> Finding:
@@ -109,11 +94,12 @@ async def health(look: Look) -> Finding:
 async def whole(look: Look) -> Finding:
     """Check that the server computes prompts and answers both."""
     try:
-        look.seats = (await look.dialect.identify(look.server, look.entry)).seats
+        look.found = await look.dialect.identify(look.server, look.entry)
     except Misused as part:
         text = part.message.removeprefix(f"{look.target.id}: ")
         return failed(text, f"{look.dialect.start}   (without disaggregated)")
-    return ok("one server for prompts and answers")
+    look.base = look.found.served.base
+    return ok(f'one server for prompts and answers; it serves "{look.base}"')
 
 
 async def base(look: Look) -> Finding:
@@ -137,33 +123,37 @@ async def encrypted(look: Look) -> Finding:
 
 async def api_key(look: Look) -> Finding:
     """Check that our key is accepted, and that no one is let in without one."""
-    has_one = look.target.api_key_file is not None
-    status = (await look.server.get("/v1/models", CONNECT_S)).status
+    has_one, path = look.target.api_key_file is not None, look.dialect.models_path
+    if not path:
+        return ok("not looked at: it has no list of models that it could keep from us")
+    status = (await look.server.get(path, CONNECT_S)).status
     if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
         text = f"the server does not accept the key in {look.target.api_key_file}" if has_one else "it wants an API key"
         return failed(
-            f"{text}: /v1/models answers {status}",
-            "config.yaml: api_key_file: a file with the key of vllm serve --api-key (or VLLM_API_KEY)"
-            "   (or --api-key-file)",
+            f"{text}: {path} answers {status}",
+            f"config.yaml: api_key_file: a file with the key of {look.title}'s --api-key   (or --api-key-file)",
         )
     if status != HTTPStatus.OK:
-        return failed(f"/v1/models answers {status}: a proxy in between, or no vLLM", "config.yaml: set url right")
+        return failed(f"{path} answers {status}: a proxy in between, or no {look.title}", "config.yaml: set url right")
     if not has_one:
         return ok("none is wanted, none is configured: whoever reaches the server can use it")
-    without = await look.server.client.get("/v1/models", CONNECT_S, {"authorization": ""})
+    without = await look.server.client.get(path, CONNECT_S, {"authorization": ""})
     if without.is_ok:
         return warning(
             "one is configured, and the server answers without it",
-            "vllm serve --api-key KEY   (or VLLM_API_KEY), or take api_key_file out of config.yaml",
+            f"{look.dialect.start} --api-key KEY, or take api_key_file out of config.yaml",
         )
     return ok("accepted, and nobody is let in without it")
 
 
 async def model(look: Look) -> Finding:
     """Check that the served base model is the declared one, and how long its sequences may be."""
-    served = await look.server.models()
-    look.base, look.adapters = served.base, served.adapters
-    names = _names(await look.server.get("/v1/models", CONNECT_S))
+    served = await look.dialect.served(look.server)
+    look.base, look.adapters = served.base, served.adapters or {}
+    if look.entry is not None:
+        with suppress(Misused):  # what keeps it from being used is another check's
+            look.found = await look.dialect.identify(look.server, look.entry)
+    names = served.names or (served.base,)
     longest, declared = served.sequence_tokens_max, look.facts.base_models
     text = f'"{served.base}"' + (f", at most {longest} tokens a sequence" if longest else "")
     if not declared:
@@ -185,10 +175,3 @@ async def model(look: Look) -> Finding:
             f"config.yaml: engine: {{sequence_tokens_max: {longest}}}   (or leave it out: it is asked)",
         )
     return ok(f"{text}, as declared")
-
-
-def _names(reply: Reply) -> list[str]:
-    """Return the base model's names: those it is served by, and where it was read from."""
-    bases = [entry for entry in reply.json()["data"] if not entry.get("parent")]
-    found = [str(entry["id"]) for entry in bases] + [str(entry["root"]) for entry in bases if entry.get("root")]
-    return list(dict.fromkeys(found))

@@ -12,11 +12,9 @@ from contextlib import asynccontextmanager
 from sidecar.backends.checks.finding import BUSY_FIX, LOAD_S, RUN_S, Finding, failed, milliseconds, ok, skipped, warning
 from sidecar.backends.checks.staged import FOLDER_FIX, RANK, Staged, can_be_made, not_made, staged
 from sidecar.backends.http_client import TimedOut, WireError
-from sidecar.backends.openai.checks.look import Answered, Look
+from sidecar.backends.openai.checks.look import Answered, Look, log_fix
 from sidecar.backends.openai.checks.names import (
     LOAD_NOTHING_S,
-    LOG_FIX,
-    NOT_FOUND,
     OUTSIDE,
     nowhere,
     outside,
@@ -78,7 +76,7 @@ async def _loaded_and_answered(look: Look, tiny: Staged) -> Finding:
         )
     look.is_asking = False
     if not reply.is_ok:
-        return failed(f"loaded, and a request by its name is refused: {reply.line}", LOG_FIX)
+        return failed(f"loaded, and a request by its name is refused: {reply.line}", log_fix(look))
     return ok(f"staged, loaded in {milliseconds(loaded.took_s)}, one token in {milliseconds(reply.took_s)}, unloaded")
 
 
@@ -88,7 +86,7 @@ def _not_loaded(look: Look, reply: Answered) -> Finding:
     assert shared_dir is not None
     if OUTSIDE.search(reply.text):
         return outside(shared_dir, reply)
-    if NOT_FOUND.search(reply.text):
+    if look.dialect.no_files is not None and look.dialect.no_files.search(reply.text):
         seen = "" if str(shared_dir.ours) == shared_dir.engine.rstrip("/") else f" as {shared_dir.engine}"
         return failed(f"the engine does not see what is staged in {shared_dir.ours}{seen}", *FOLDER_FIX)
     if NOT_ENABLED.search(reply.text):
@@ -106,7 +104,7 @@ def _not_loaded(look: Look, reply: Answered) -> Finding:
             f"{text}; the engine serves another model than base_model.config says",
             "config.yaml: base_model: {config: the folder of the model that vLLM serves}",
         )
-    return failed(text, LOG_FIX)
+    return failed(text, log_fix(look))
 
 
 @asynccontextmanager
