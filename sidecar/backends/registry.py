@@ -30,8 +30,6 @@ KINDS = {
     "vllm": "sidecar.backends.openai.vllm:KIND",
     "trtllm": "sidecar.backends.openai.trtllm:KIND",
 }
-_dialects: dict[str, Dialect] = {}
-"""Other packages' dialects, by the names in `_from_elsewhere`."""
 _from_elsewhere: dict[str, Kind] = {}
 """The kinds of other packages' dialects that a configuration has named in this process."""
 
@@ -65,7 +63,7 @@ def kind_named(name: str) -> Kind:
 
 def _of_dialect(name: str) -> Kind:
     """Return the kind of another package's dialect. Raises Misused, also where requests would go to others' engines."""
-    dialect = plugins.imported(f'the dialect "{name}"', name)
+    dialect = _dialect(name)
     wrong = _unusable(dialect)
     if not wrong and (known := _known(dialect)) is not None:
         return known  # by another of its names
@@ -76,7 +74,6 @@ def _of_dialect(name: str) -> Kind:
     if wrong:
         raise Misused(Reason.CONFIG_INVALID, f'the dialect "{name}": {wrong}')
     kind: Kind = dialect.kind
-    _dialects[name] = dialect
     return replace(
         kind,
         declare=_guarded(name, kind.declare),
@@ -87,9 +84,15 @@ def _of_dialect(name: str) -> Kind:
 
 def _known(dialect: Dialect) -> Kind | None:
     """Return the kind of a dialect that is known by another path; None if it is new."""
-    if dialect in _dialects.values():
-        return _from_elsewhere[next(name for name, known in _dialects.items() if known is dialect)]
+    for name, kind in _from_elsewhere.items():
+        if ":" in name and _dialect(name) is dialect:
+            return kind
     return next((kind for kind in kinds() if kind is dialect.kind), None)
+
+
+def _dialect(name: str) -> Any:
+    """Return the value that `package.module:DIALECT` names. Raises Misused."""
+    return plugins.imported(f'the dialect "{name}"', name)
 
 
 def _unusable(dialect: Any) -> str:

@@ -178,7 +178,6 @@ async def test_a_dialect_is_one_file_and_no_line_of_ours(tmp_path: Path, monkeyp
     folder = EXAMPLES / "custom-dialect"
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setattr(registry, "_from_elsewhere", {})
-    monkeypatch.setattr(registry, "_dialects", {})
     paths = {"/adapters/load": "/v1/load_lora_adapter", "/adapters/unload": "/v1/unload_lora_adapter"}
     names, wire = write_adapters(tmp_path / "adapters", 2), Wire()
     async with running_vllm(compute="none") as (engine, _), proxied(engine.http_address, wire, paths) as server:
@@ -218,7 +217,6 @@ async def test_a_dialect_is_one_file_and_no_line_of_ours(tmp_path: Path, monkeyp
 def test_what_is_no_dialect_is_refused(target: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES / "custom-policy"))
     monkeypatch.setattr(registry, "_from_elsewhere", {})
-    monkeypatch.setattr(registry, "_dialects", {})
     scheme = {"TAKES_A_SCHEME": "vllm", "TAKES_A_MODEL": "triton_llmapi"}.get(target.partition(":")[2], "quill")
     config = parse({"backends": [{"kind": target, "url": f"{scheme}://127.0.0.1:1"}]}, "the test")
     with pytest.raises(Misused, match=re.escape(why)):

@@ -30,7 +30,6 @@ def entry_of(quill: FakeQuill, folder: Path) -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def known_here_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_from_elsewhere", {})
-    monkeypatch.setattr(registry, "_dialects", {})
 
 
 @asynccontextmanager

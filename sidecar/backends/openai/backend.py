@@ -272,9 +272,14 @@ class OpenAiBackend(Endpoint):
         return isinstance(error, TimedOut)
 
 
+def content_name(effect: Load | Dispatch) -> str:
+    """Return a name that is the same for all versions of one name with one content."""
+    return f"{effect.name}@{effect.digest[:DIGEST_CHARACTERS]}"
+
+
 def version_name(effect: Load | Dispatch) -> str:
-    """Return the engine's name for a version: its content says which, its name is for people."""
+    """Return the engine's name for a version. A version that was registered again has another one."""
     key = effect.packed.key if isinstance(effect, Load) else effect.packed_key
     generation = key.rpartition(".g")[2]
     suffix = "" if generation == "0" else f".g{generation}"
-    return f"{effect.name}@{effect.digest[:DIGEST_CHARACTERS]}{suffix}"
+    return f"{content_name(effect)}{suffix}"

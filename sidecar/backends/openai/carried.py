@@ -19,7 +19,7 @@ from typing import Any
 
 from sidecar.backends.api import HttpForm, LoadResult, Wear, Weights
 from sidecar.backends.http_client import NotReached, TimedOut, WireError
-from sidecar.backends.openai.backend import DIGEST_CHARACTERS, OpenAiBackend
+from sidecar.backends.openai.backend import OpenAiBackend, content_name
 from sidecar.backends.openai.dialect import Dialect, Found, Measures
 from sidecar.backends.openai.naming import InBody, Lora
 from sidecar.core.effects import Dispatch, Load
@@ -134,7 +134,7 @@ class CarryingBackend(OpenAiBackend):
 
     def _lora(self, effect: Dispatch | Load, task_id: int, key: str) -> Lora:
         self._keys[task_id] = key
-        return Lora(f"{effect.name}@{effect.digest[:DIGEST_CHARACTERS]}", task_id, self._path(key))
+        return Lora(content_name(effect), task_id, self._path(key))
 
     def _run_failed(self, fault: Fault) -> None:
         if fault is Fault.DEADLY and self._up:

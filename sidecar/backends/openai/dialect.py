@@ -215,10 +215,13 @@ class Dialect:
         """Return the server's flag for a fact of the configuration's `engine` section."""
         return f"--{self.options[key].replace('_', '-')}"
 
+    def at_engine(self, key: str, value: Any) -> str:
+        """Return the command that starts the server with such a fact."""
+        return f"{self.start.replace(' …', '')} {self.flag(key)} {value}"
+
     def setting(self, key: str, value: Any) -> str:
         """Return how such a fact is set, at the engine and here."""
-        at_engine = f"{self.start.replace(' …', '')} {self.flag(key)} {value}"
-        return f"{at_engine}, and config.yaml: engine: {{{key}: {value}}}"
+        return f"{self.at_engine(key, value)}, and config.yaml: engine: {{{key}: {value}}}"
 
     # Carrying.
 

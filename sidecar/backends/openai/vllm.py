@@ -214,8 +214,9 @@ class Vllm(Dialect):
     async def why_no_adapters(self, server: OpenAiServer, folder: str, has_lora: bool) -> str:
         """Return why it takes no adapter at all, "" if nothing is known.
 
-        It is asked for loads that must fail: of one without a name and, unless it is known that it `has_lora`, of a
-        folder without an adapter, about which the engine itself complains in its log. Raises WireError.
+        Two loads that must fail are tried. The first has no name. The second names a folder without an adapter, and
+        the engine complains of it in its log; it is left out if the server is known to have LoRA (`has_lora`). Raises
+        WireError.
         """
         reply = await self.load(server, "", "", PROBE_TIMEOUT_S)
         if reply.status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):

@@ -89,7 +89,7 @@ async def metrics(look: Look) -> Finding:
     found, fix = await look.dialect.measures(look.server), look.dialect.metrics_fix
     if found == Measures():
         return warning(
-            f"/metrics has none of {look.title}'s: KV size is not known, and an engine that hangs or restarts is "
+            f"{look.title} publishes no measures: KV size is not known, and an engine that hangs or restarts is "
             "noticed by its silence alone (progress_timeout_s)",
             fix,
         )
@@ -140,7 +140,7 @@ def judged_slots(dialect: Dialect, declared: int | None, found: int | None) -> F
     if declared > found:
         return failed(
             f"{option} is {found} and {declared} are declared: a sidecar that serves uses the smaller number",
-            f"{right}, or {dialect.start.replace(' …', '')} {dialect.flag('device_pages')} {declared}",
+            f"{right}, or {dialect.at_engine('device_pages', declared)}",
         )
     if declared < found:
         return warning(

@@ -148,11 +148,11 @@ async def api_key(look: Look) -> Finding:
 
 async def model(look: Look) -> Finding:
     """Check that the served base model is the declared one, and how long its sequences may be."""
-    served = await look.dialect.served(look.server)
-    look.base, look.adapters = served.base, served.adapters or {}
     if look.entry is not None:
         with suppress(Misused):  # what keeps it from being used is another check's
             look.found = await look.dialect.identify(look.server, look.entry)
+    served = look.found.served if look.found.served.base else await look.dialect.served(look.server)
+    look.base, look.adapters = served.base, served.adapters or {}
     names = served.names or (served.base,)
     longest, declared = served.sequence_tokens_max, look.facts.base_models
     text = f'"{served.base}"' + (f", at most {longest} tokens a sequence" if longest else "")

@@ -102,7 +102,7 @@ def _not_loaded(look: Look, reply: Answered) -> Finding:
     if "size mismatch" in reply.text or "shape" in reply.text:
         return failed(
             f"{text}; the engine serves another model than base_model.config says",
-            "config.yaml: base_model: {config: the folder of the model that vLLM serves}",
+            f"config.yaml: base_model: {{config: the folder of the model that {look.title} serves}}",
         )
     return failed(text, log_fix(look))
 
