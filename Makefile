@@ -7,6 +7,7 @@
 # make triton  that server with the emulated engine as its model, on the usual ports; GRPC_PORT=18001 HTTP_PORT=… METRICS_PORT=…
 # make bench-triton  what the sidecar does and costs in front of it
 # make e2e-vllm  the tests that need a real vLLM, 0.33 over what .venv-vllm holds; no GPU; about 15 minutes
+# make e2e-sglang  the tests that need a real SGLang, 0.5.23 over what .venv-vllm holds; no GPU; about 3 minutes
 # make e2e-envoy  the tests that need a real Envoy, which .venv-envoy holds; 2 minutes
 # make bench-envoy  what the lane costs in which Envoy carries the bytes, beside the one in path and Envoy alone
 # make e2e-tools  load tools and client libraries that users bring, unmodified, before emulated engines; 6 minutes and 4.5 GB
@@ -30,7 +31,7 @@
 #              LANE=envoy for clients that ask an Envoy in front of the replicas
 # make soak    3 replicas and 4 engines that everything happens to at once, 10 minutes; MINUTES=60 for an hour
 # make record  a trtllm-serve of yours and the emulated one are asked the same, and what differs is printed; URL=… ADAPTER=…
-# make fuzz    100,000 damaged adapters, and 10,000 for an engine that ends by them
+# make fuzz    100,000 damaged adapters, and 10,000 for each engine that ends by them
 # make fuzz-wire  a million odd messages to every front, against what the engine was asked; MESSAGES=n, SEED=n
 # make docs    the site of docs/ in build/docs; fails on a dead link, an unknown command or option, a page that is out of date
 # make docs-commands  every command block of README and docs, run in order; 5 minutes
@@ -61,11 +62,11 @@ INSTALLED := .venv/installed
 DEVELOPING := .venv/developing
 RELEASING := .venv/releasing
 TOOLS := short apps load guidellm inference-perf
-LANES := helm-test e2e-replicas e2e-envoy e2e-triton e2e-vllm
+LANES := helm-test e2e-replicas e2e-envoy e2e-triton e2e-vllm e2e-sglang
 
 COMPILE := pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet $(UPGRADE)
 
-.PHONY: record docs docs-commands pictures .venv-docs ci nightly lanes weekly release bundle e2e-release demo test test-slow check bench-tests e2e-triton triton .venv-triton e2e-vllm vllm .venv-vllm e2e-tools e2e-tools-short e2e-replicas e2e-envoy bench-envoy .venv-envoy e2e-attack helm-test .venv-helm e2e-kubernetes .venv-kubernetes lint lint-quickly bench bench-triton bench-scheduling goldens fuzz fuzz-wire sim-faults chaos chaos-envoy soak proto lock clean .venv
+.PHONY: record docs docs-commands pictures .venv-docs ci nightly lanes weekly release bundle e2e-release demo test test-slow check bench-tests e2e-triton triton .venv-triton e2e-vllm e2e-sglang vllm .venv-vllm e2e-tools e2e-tools-short e2e-replicas e2e-envoy bench-envoy .venv-envoy e2e-attack helm-test .venv-helm e2e-kubernetes .venv-kubernetes lint lint-quickly bench bench-triton bench-scheduling goldens fuzz fuzz-wire sim-faults chaos chaos-envoy soak proto lock clean .venv
 
 .venv: $(INSTALLED)
 
@@ -148,6 +149,10 @@ e2e-vllm: $(DEVELOPING) $(if $(VLLM_VENV),,.venv-vllm) $(if $(ENVOY_VENV),,.venv
 	$(BIN)/python -m tests.e2e.vllm.newer
 	$(BIN)/pytest -rs tests/e2e/vllm $(CHOSEN)
 
+e2e-sglang: $(DEVELOPING) $(if $(VLLM_VENV),,.venv-vllm)
+	$(BIN)/python -m tests.e2e.sglang.install
+	$(BIN)/pytest -rs tests/e2e/sglang $(CHOSEN)
+
 vllm: $(DEVELOPING) $(if $(VLLM_VENV),,.venv-vllm)
 	$(BIN)/python -m tests.e2e.vllm.newer
 	$(BIN)/python -m tests.e2e.vllm --http-port $(HTTP_PORT)
@@ -209,6 +214,7 @@ record: $(INSTALLED)
 fuzz: $(DEVELOPING)
 	$(BIN)/python -m tests.fuzz
 	$(BIN)/python -m tests.fuzz.trtllm
+	$(BIN)/python -m tests.fuzz.sglang
 
 fuzz-wire: $(DEVELOPING)
 	$(BIN)/python -m tests.fuzz.wire $(if $(MESSAGES),--messages $(MESSAGES)) $(if $(SEED),--seed $(SEED))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -107,12 +107,17 @@ class _Matrix:
 def rewrite(source: AdapterSource, layout: Layout, folder: Path, files: Files) -> bool:
     """Write an adapter into an empty folder as an engine takes it; return False if its own files do.
 
-    The layout says which fused projections the engine has whole. Raises Invalid if the parts of one cannot be placed,
-    OSError.
+    The layout says which fused projections the engine has whole. With `one_rank` the result has no patterns, and is
+    always written: a loader that knows no patterns is particular about other fields, too. Raises Invalid if the parts
+    of a fused projection cannot be placed, OSError.
     """
     config = parse_config(source.documents[peft_config.FILE_NAME], source.name)
+    one = layout.for_ranks(target.rank for target in source.targets)
+    rows = [row for target in source.targets for row in rows_of(target, one, source.name)]
+    if layout.one_rank:
+        top = rows[0].rank
+        config = replace(config, rank=top, alpha=rows[0].target.pairs[0].scale * top, use_rslora=False)
     alpha = config.alpha or 1.0
-    rows = [row for target in source.targets for row in rows_of(target, layout, source.name)]
     for row in rows:
         if row.module not in NAMES:
             raise unsupported(
@@ -124,7 +129,8 @@ def rewrite(source: AdapterSource, layout: Layout, folder: Path, files: Files) -
         matrix for row in rows for number, pair in enumerate(row.target.pairs) for matrix in
         _matrices(source, layout, row, number, pair, _factor(pair, row, alpha, config.use_rslora))
     ]  # fmt: skip
-    if INDEX_FILE_NAME not in source.documents and config.alpha and all(matrix.is_unchanged for matrix in matrices):
+    is_whole = INDEX_FILE_NAME not in source.documents and config.alpha and not layout.one_rank
+    if is_whole and all(matrix.is_unchanged for matrix in matrices):
         return False
     _write_config(folder, source, config, alpha, rows, files)
     _write_weights(folder / WEIGHTS_FILE_NAME, source, matrices, files)
@@ -133,7 +139,7 @@ def rewrite(source: AdapterSource, layout: Layout, folder: Path, files: Files) -
 
 def _factor(pair: Pair, row: PackedRow, alpha: float, use_rslora: bool) -> float:
     """Return what is left of a pair's scale to be put into B, the engine's own taken off."""
-    rank = row.target.rank
+    rank = row.rank
     left = pair.scale / (alpha / (math.sqrt(rank) if use_rslora else rank))
     return 1.0 if abs(left - 1) < EXACT else left
 
@@ -141,7 +147,7 @@ def _factor(pair: Pair, row: PackedRow, alpha: float, use_rslora: bool) -> float
 def _matrices(
     source: AdapterSource, layout: Layout, row: PackedRow, expert: int, pair: Pair, factor: float
 ) -> tuple[_Matrix, _Matrix]:
-    rank = row.target.rank  # experts of one module are stacked, so all have the largest rank
+    rank = row.rank  # experts of one module are stacked, so all have the largest rank
     path = f"base_model.model.{_path(row, expert)}"
     # The loader swaps the halves of gate_up_proj itself, so they stay in the order of the file.
     ranges = ((0, pair.b.shape[0]),) if row.module == "mlp_gate_up" else row.ranges
@@ -186,7 +192,7 @@ def _write_config(
         _path(row, number).replace(".", r"\."): row.target.rank
         for row in rows
         for number in range(len(row.target.pairs))
-        if row.target.rank != config.rank
+        if row.rank != config.rank
     }
     content = {
         "peft_type": "LORA",

@@ -93,7 +93,8 @@ def plan(source: AdapterSource, layout: Layout) -> PackPlan:
 
     Raises Invalid for a fused projection whose parts the layout cannot place.
     """
-    made_of = tuple(row for target in source.targets for row in rows_of(target, layout, source.name))
+    one = layout.for_ranks(target.rank for target in source.targets)
+    made_of = tuple(row for target in source.targets for row in rows_of(target, one, source.name))
     rows = tuple((row.module_id, row.target.layer, row.rank) for row in made_of)
     return PackPlan(layout, rows, max(row.elements for row in made_of), made_of)
 

@@ -193,13 +193,29 @@ class HttpClient:
         """Send a record as JSON."""
         return await self._whole("POST", path, {**JSON, **(headers or {})}, json.dumps(record).encode(), timeout_s)
 
+    async def post_pieces(
+        self, path: str, pieces: Iterator[bytes], size_bytes: int, headers: Mapping[str, str], timeout_s: float
+    ) -> Reply:
+        """Send a body that is made while it is sent."""
+
+        async def body() -> AsyncIterator[bytes]:
+            for piece in pieces:
+                yield piece
+
+        return await self._whole("POST", path, {**headers, "content-length": str(size_bytes)}, body(), timeout_s)
+
     async def close(self) -> None:
         self.is_closed = True
         if self._session is not None:
             await self._session.close()
 
     async def _whole(
-        self, method: str, path: str, headers: Mapping[str, str], body: bytes | None, timeout_s: float
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes | AsyncIterator[bytes] | None,
+        timeout_s: float,
     ) -> Reply:
         timeout = aiohttp.ClientTimeout(sock_connect=timeout_s, sock_read=timeout_s)
         answer = await self._asked(method, self.url + path, {**self._headers, **headers}, body, timeout)

@@ -212,4 +212,10 @@ def write_for(ask: Ask, streams: Mapping[ModelKind, bool]) -> tuple[dict[str, Fo
 
 def with_kind(facts: EngineFacts, kind: ModelKind) -> EngineFacts:
     """Return the facts of an engine with a model of this kind."""
-    return replace(facts, kind=kind.name, reads_files=kind.reads_files, canonical_files=kind.canonical_files)
+    return replace(
+        facts,
+        kind=kind.name,
+        reads_files=kind.reads_files,
+        canonical_files=kind.canonical_files,
+        page_is_adapter=kind.page_is_adapter,
+    )

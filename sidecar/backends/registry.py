@@ -29,6 +29,7 @@ KINDS = {
     "triton": "sidecar.backends.triton.kind:TRITON",
     "vllm": "sidecar.backends.openai.vllm:KIND",
     "trtllm": "sidecar.backends.openai.trtllm:KIND",
+    "sglang": "sidecar.backends.openai.sglang:KIND",
 }
 _from_elsewhere: dict[str, Kind] = {}
 """The kinds of other packages' dialects that a configuration has named in this process."""

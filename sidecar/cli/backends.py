@@ -18,6 +18,7 @@ from sidecar.cli.endpoint import (
     ADMIN_DEFAULT,
     ADMIN_VARIABLE,
     CA_VARIABLE,
+    ENGINES,
     PANEL,
     TOKEN_FILE_VARIABLE,
     AllowCleartext,
@@ -146,7 +147,7 @@ def check(
         str | None,
         typer.Argument(
             metavar="URL",
-            help="triton://HOST:PORT, vllm://HOST:PORT, trtllm://HOST:PORT, or the id of a backend of --config.",
+            help=f"{ENGINES}, or the id of a backend of --config.",
             show_default=False,
         ),
     ] = None,
@@ -288,9 +289,7 @@ def add(
     backend: Annotated[str, typer.Argument(metavar="BACKEND", help="Its id.", show_default=False)],
     url: Annotated[
         str,
-        typer.Option(
-            "--address", help="triton://HOST:PORT, vllm://HOST:PORT or trtllm://HOST:PORT.", show_default=False
-        ),
+        typer.Option("--address", help=f"{ENGINES}.", show_default=False),
     ],
     like: Annotated[
         str,

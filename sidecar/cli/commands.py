@@ -28,7 +28,7 @@ COMMANDS = {
     ),
     "emulate": (
         "sidecar.lab.engine.command:emulate",
-        "Run an emulated engine: TensorRT-LLM behind Triton, or vLLM or trtllm-serve behind their OpenAI APIs.",
+        "Run an emulated engine: TensorRT-LLM behind Triton, or vLLM, SGLang or trtllm-serve behind their OpenAI APIs.",
     ),
     "calibrate": (
         "sidecar.cli.calibrating:calibrate",

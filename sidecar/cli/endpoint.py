@@ -20,6 +20,8 @@ CLEARTEXT_VARIABLE = "LORA_SIDECAR_ALLOW_CLEARTEXT"
 CLIENT_VARIABLES = (SERVER_VARIABLE, ADMIN_VARIABLE, TOKEN_FILE_VARIABLE, CA_VARIABLE, CLEARTEXT_VARIABLE)
 """Environment variables of client commands; they are not keys of the server's configuration."""
 PANEL = "Connection"
+ENGINES = "triton://, vllm://, sglang:// or trtllm:// with HOST:PORT"
+"""How an engine is named, for help texts."""
 
 Command = Callable[..., "int | None"]
 

@@ -144,9 +144,9 @@ def _check(
 
         check_plot(plot)
     planned = engine or "trtllm"
-    if emit in {each.pasted for each in PLANNED.values()} and emit != PLANNED[planned].pasted:
-        own = PLANNED[planned].pasted
-        raise Misused(Reason.CONFIG_INVALID, f"--emit {emit} is nothing that {planned} reads; take helm or {own}")
+    own = PLANNED[planned]
+    if emit not in (None, "helm", *own.pasted):
+        raise Misused(Reason.CONFIG_INVALID, f"--emit {emit} is nothing that {planned} reads; take {own.others}")
 
 
 def _search(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sidecar.cli.endpoint import CLIENT_VARIABLES
+from sidecar.cli.endpoint import CLIENT_VARIABLES, ENGINES
 from sidecar.cli.exits import Exit
 from sidecar.cli.show import count
 from sidecar.errors import Misused, Reason
@@ -43,7 +43,7 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="URL",
-            help="An engine, such as triton://HOST:PORT, vllm://HOST:PORT or trtllm://HOST:PORT; repeatable.",
+            help=f"An engine: {ENGINES}; repeatable.",
             show_default=False,
         ),
     ] = None,

@@ -69,12 +69,18 @@ class EngineFacts:
     """It reads adapters from a folder shared with the sidecar; other engines are sent packed weights."""
     canonical_files: bool = False
     """The files it reads must have the names that its loader knows, and each module's factor in B."""
+    one_rank: bool = False
+    """It takes an adapter by one rank and one scale, whatever its modules have."""
+    page_is_adapter: bool = False
+    """Its caches count adapters, whatever their size."""
     base_only: bool = False
     """It serves its base model and takes no adapter: it reads them from files, and no folder is shared with it."""
     host_pages_assumed: bool = False
     """`host_pages` is what such an engine has unless it was started with more."""
     unloads: str = ""
     """What it forgets of an adapter whose files go: its "name", its "weights" with that, or "nothing"."""
+    together: tuple[tuple[str, str], ...] = ()
+    """Pairs of modules: an adapter of the first must have the second, too."""
     without_lora: bool = False
     """It was started so that it takes no adapter; then `base_only` holds, too."""
 
@@ -87,8 +93,8 @@ class EngineFacts:
         heads = Heads(self.heads or 0, self.kv_heads or 0, self.head_size or 0) if known else None
         if self.canonical_files:  # the engine cuts it for its ranks and calls the fused MLP mlp_gate_up only
             whole = tuple(name for name in fused or () if name in FUSED)
-            return Layout(self.dtype or "float16", fused=whole, heads=heads, files=True)
-        return Layout(self.dtype or "float16", self.rank_multiple, self.tp, fused, heads)
+            return Layout(self.dtype or "float16", fused=whole, heads=heads, files=True, one_rank=self.one_rank)
+        return Layout(self.dtype or "float16", self.rank_multiple, self.tp, fused, heads, one_rank=self.one_rank)
 
     @property
     def attaches(self) -> bool:
@@ -98,14 +104,14 @@ class EngineFacts:
     @property
     def page(self) -> PageShape | None:
         """The geometry of a cache page; None while modules or layers are unknown, or where a page is an adapter."""
-        if not self.modules or not self.layers or self.reads_files:
+        if not self.modules or not self.layers or self.reads_files or self.page_is_adapter:
             return None
         return page_shape(self)
 
     @property
     def pages_assumed(self) -> bool:
         """True if each adapter is counted as one page, since the geometry of pages is unknown."""
-        return self.page is None and not self.reads_files
+        return self.page is None and not self.reads_files and not self.page_is_adapter
 
     @property
     def host_pages_total(self) -> int | None:

@@ -72,8 +72,9 @@ class Layout:
     The engine itself cuts what it is sent for its ranks, so separate projections are sent whole whatever `tp` is. It
     cuts fused ones blindly too: their parts are interleaved per rank, or sent apart if the engine has them apart.
     `fused` has the engine's names of those it has whole (`fused_of`; None: unknown), `heads` the boundaries of q, k
-    and v. With `files` nothing is packed: the engine reads the adapter's PEFT files, as they are or, where `fused` is
-    given, rewritten for a loader that knows one set of names (`adapters.canonical`). Raises ValueError for impossible
+    and v. With `one_rank` all rows of an adapter are padded to its largest rank. With `files` nothing is packed: the
+    engine reads the adapter's PEFT files, as they are or, where `fused` is given, rewritten for a loader that knows one
+    set of names (`adapters.canonical`). Raises ValueError for impossible
     values.
     """
 
@@ -83,6 +84,7 @@ class Layout:
     fused: tuple[str, ...] | None = None
     heads: Heads | None = None
     files: bool = False
+    one_rank: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_BYTES:
@@ -102,8 +104,13 @@ class Layout:
         whole = "" if self.fused is None else f".{'+'.join(self.fused) or 'split'}"
         heads = "" if self.heads is None else f".h{self.heads.query}k{self.heads.key_value}s{self.heads.size}"
         if self.canonical:
-            return f"canonical.{self.dtype}{whole}{heads}.{FILES_LABEL}"
-        return f"{self.dtype}.r{self.rank_multiple}.tp{self.tp}{whole}{heads}"
+            return f"canonical.{self.dtype}{whole}{heads}{'.one' if self.one_rank else ''}.{FILES_LABEL}"
+        ranks = "one" if self.one_rank else f"r{self.rank_multiple}"
+        return f"{self.dtype}.{ranks}.tp{self.tp}{whole}{heads}"
+
+    def for_ranks(self, ranks: Iterable[int]) -> Layout:
+        """Return the layout of an adapter whose rows have these ranks."""
+        return replace(self, rank_multiple=max(ranks, default=1), one_rank=False) if self.one_rank else self
 
     def for_modules(self, modules: Iterable[str]) -> Layout:
         """Return the part of the layout that decides these modules' bytes; without fused ones all share one form."""
@@ -157,5 +164,6 @@ def packed_size_bytes(rows: tuple[Row, ...], layout: Layout) -> int:
     """Return the bytes of the packed array `[N, W]`, W being the widest row; with files, the bytes of A and B."""
     if layout.files:
         return sum(row.rank * (row.in_dim + row.out_dim) for row in rows) * FILE_ELEMENT_BYTES
+    layout = layout.for_ranks(row.rank for row in rows)
     widths = [layout.padded(row.rank) * (row.in_dim + row.out_dim) for row in packed_rows(rows, layout)]
     return len(widths) * max(widths, default=0) * DTYPE_BYTES[layout.dtype]

@@ -73,6 +73,13 @@ class NoModule(_Misfit, frozen=True):
     module: str
 
 
+class Alone(_Misfit, frozen=True):
+    """The adapter has a module without another one, with which the engine stacks it."""
+
+    module: str
+    needs: str
+
+
 class OtherDims(_Misfit, frozen=True):
     """A module has other (input, output) sizes in the adapter than in the engine."""
 
@@ -125,7 +132,8 @@ class Drained(_Misfit, frozen=True):
 
 Misfit = (
     NoLora | NoFolder | NoBaseNamed | OtherBase | RankTooLarge | OtherHeads | PartsUnknown | UnevenHeads | NoModule
-    | OtherDims | TooFewLayers | MessageTooLarge | TooFewPages | StoreTooSmall | LoadRejected | Draining | Drained
+    | Alone | OtherDims | TooFewLayers | MessageTooLarge | TooFewPages | StoreTooSmall | LoadRejected | Draining
+    | Drained
 )  # fmt: skip
 
 
@@ -216,6 +224,10 @@ def _wrong_modules(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
     if facts.modules is None:
         return None
     layout = facts.layout
+    has = {row.module for whole in adapter.rows for row in packed_rows((whole,), layout)}
+    for module, needs in facts.together:
+        if module in has and needs not in has:
+            return Alone(module, needs)
     for whole in adapter.rows:
         for row in packed_rows((whole,), layout):
             if found := _wrong_module(whole, row, facts.modules.get(row.module)):

@@ -69,6 +69,11 @@ _PHRASES: dict[type[Misfit], tuple[str, str]] = {
         'it adapts "{module}", which the engine is without; have it in lora_target_modules where the engine is built '
         "or started",
     ),
+    misfits.Alone: (
+        "{module} without {needs}",
+        'it adapts "{module}" without "{needs}", and the engine stacks the two, so that its first request would end '
+        "the engine; train it on both",
+    ),
     misfits.OtherDims: (
         "other dims of {module}",
         'its "{module}" is {dims[0]} → {dims[1]} and the engine\'s is {engine_dims[0]} → {engine_dims[1]}; it was '

@@ -25,6 +25,7 @@ from tests.kit.emulated import start_engine
 from tests.kit.peft_files import BASE_MODEL, write_adapter
 from tests.kit.ports import free_port
 from tests.kit.serving import serving, until
+from tests.kit.sglang_emulated import sglang_entry, start_sglang
 from tests.kit.trtllm_emulated import BASE_CONFIG, start_trtllm
 from tests.kit.vllm_emulated import start_vllm
 
@@ -97,18 +98,28 @@ def vllm(shared: Path) -> Emulated:
     return Emulated(start_vllm, record, http_port=port, max_loras=SLOTS, max_cpu_loras=SLOTS)
 
 
+def sglang(shared: Path, adapters_dir: Path | None = None) -> Emulated:
+    port = free_port()
+    record = sglang_entry(shared.parent) | {"url": f"sglang://127.0.0.1:{port}"}
+    if adapters_dir is not None:
+        record["adapters_dir"] = str(adapters_dir)
+    return Emulated(start_sglang, record, http_port=port, max_loras=SLOTS + 1, max_cpu_loras=2 * SLOTS)
+
+
 ENGINES: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "triton": ("triton", triton),
     "triton_llmapi": ("triton", triton_llmapi),
     "trtllm": ("trtllm", trtllm),
     "vllm": ("vllm", vllm),
+    "sglang": ("sglang", sglang),
+    "sglang by files": ("sglang", lambda shared: sglang(shared, shared)),
 }
 """By the name of the model: its kind, and what makes its engine, given the folder that is shared with it."""
 
 
 def test_every_model_has_an_engine() -> None:
     """A kind without an engine here would pass the live checks unseen."""
-    assert set(registry.models()) == set(ENGINES)
+    assert set(registry.models()) == {name.partition(" ")[0] for name in ENGINES}
 
 
 @pytest.fixture(scope="module")

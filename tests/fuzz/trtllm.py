@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -120,11 +121,23 @@ def attempt(folder: Path, staging: Staging, spec: EngineSpec, facts: EngineFacts
     return "staged"
 
 
+Attempt = Callable[[Path, random.Random], str]
+"""Tries an adapter on an engine of random limits and returns what came of it."""
+
+
 def run(cases: range, seed: int, scratch: Path) -> Counter[str]:
     """Try the cases; raises AssertionError for one that would have ended the engine."""
-    good, found = seeds(scratch), Counter[str]()
     staging = Staging(scratch / "shared")
     staging.open()
+    try:
+        return tried(lambda folder, generator: attempt(folder, staging, *engine_of(generator)), cases, seed, scratch)
+    finally:
+        staging.close()
+
+
+def tried(attempt: Attempt, cases: range, seed: int, scratch: Path) -> Counter[str]:
+    """Return what came of random adapters, half of them damaged."""
+    good, found = seeds(scratch), Counter[str]()
     for case in cases:
         generator, folder = random.Random(f"trtllm:{seed}:{case}"), scratch / "case"
         shutil.rmtree(folder, ignore_errors=True)
@@ -133,16 +146,16 @@ def run(cases: range, seed: int, scratch: Path) -> Counter[str]:
         else:
             write_files(folder, damaged(case, seed, good))
         try:
-            found[attempt(folder, staging, *engine_of(generator))] += 1
+            found[attempt(folder, generator)] += 1
         except BaseException as error:
             error.add_note(f"case {case} of seed {seed}")
             raise
-    staging.close()
     return found
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz.trtllm", description=__doc__)
+def main(run: Callable[[range, int, Path], Counter[str]]) -> int:
+    """Run as a script."""
+    parser = argparse.ArgumentParser()
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -156,4 +169,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(run))

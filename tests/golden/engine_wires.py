@@ -12,6 +12,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,14 +24,19 @@ from aiohttp import web
 from sidecar.proto import admin_pb2
 from tests.kit import trtllm_served
 from tests.kit.serving import Serving, serving, until, write_adapters
+from tests.kit.sglang_emulated import running_sglang, sglang_entry
 from tests.kit.trtllm_emulated import running_trtllm
 from tests.kit.vllm_emulated import running_vllm
 
 WIRES = Path(__file__).parent / "wires"
 OF_ITS_OWN = ("host", "content-length")
 """Headers that differ from run to run, or follow from the body."""
-RANDOM = re.compile(r"lora-sidecar-check-\w+")
-"""The names of trials."""
+RANDOM = re.compile(r'lora-sidecar-check-\w+|(?<="rid\\":\\")[0-9a-f]{32}|(?<="rid\\": \\")[0-9a-f]{32}')
+"""The names of trials, and requests' ids."""
+WEIGHTS = re.compile(r"[\w+/=]{1000,}")
+"""Weights in base64, of which the digest is kept."""
+HELD = b"x" * 9
+"""The prompt of the request that is cancelled: its engine never answers."""
 CHAT = [{"role": "user", "content": "hello"}]
 
 
@@ -68,6 +74,8 @@ async def proxied(engine: str, wire: Wire, paths: Mapping[str, str] = {}) -> Asy
     async def passed_on(request: web.Request) -> web.StreamResponse:
         body = await request.read()
         wire.heard(request, body)
+        if HELD in body:
+            await asyncio.Event().wait()
         headers = {name: value for name, value in request.headers.items() if name.lower() != "host"}
         url = f"http://{engine}{paths.get(request.path, request.path_qs)}"
         async with session.request(request.method, url, headers=headers, data=body) as answer:
@@ -108,7 +116,7 @@ async def asked_all(served: Serving, wire: Wire) -> None:
         for more in ({}, {"stream": True, "stream_options": {"include_usage": True}}):
             await client.post("/v1/chat/completions", json={"messages": CHAT, "model": "a02", "max_tokens": 3} | more)
         sent = len(wire.calls)
-        asking = asyncio.create_task(client.post("/v1/completions", json={"model": "a02", "prompt": "x" * 9}))
+        asking = asyncio.create_task(client.post("/v1/completions", json={"model": "a02", "prompt": HELD.decode()}))
         await until(lambda: len(wire.calls) > sent)
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
@@ -130,10 +138,22 @@ async def trtllm(folder: Path) -> AsyncIterator[tuple[str, dict[str, Any]]]:
         yield engine.http_address, trtllm_served.entry_of(folder)
 
 
+@asynccontextmanager
+async def sglang(folder: Path, **more: Any) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+    async with running_sglang(compute="none", max_loras=3, max_cpu_loras=2, seats=32) as engine:
+        yield engine.http_address, sglang_entry(folder) | more
+
+
+def weights_by_digest(line: str) -> str:
+    return WEIGHTS.sub(lambda found: sha256(found[0].encode()).hexdigest(), line)
+
+
 KINDS: dict[str, Callable[[Path], AbstractAsyncContextManager[tuple[str, dict[str, Any]]]]] = {
     "vllm": vllm,
     "vllm-rust": lambda folder: vllm(folder, rust_frontend=True, allowed_prefix=(str(folder),)),
     "trtllm": trtllm,
+    "sglang": sglang,
+    "sglang-files": lambda folder: sglang(folder, adapters_dir=str(folder / "shared")),
 }
 
 
@@ -146,7 +166,7 @@ async def recorded(kind: str, folder: Path) -> list[str]:
         record = entry | {"url": f"{scheme}://{engine.http_address}", "id": f"{scheme}-0"}
         async with serving([], folder / "adapters", [folder], backends=[record]) as served:
             await asked_all(served, wire)
-    return wire.lines(lambda line: RANDOM.sub("*", line.replace(str(folder), "FOLDER")))
+    return wire.lines(lambda line: weights_by_digest(RANDOM.sub("*", line.replace(str(folder), "FOLDER"))))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from tests.kit.peft_files import write_adapter
 from tests.kit.picker_house import body_of, head_of, picker_house
 from tests.kit.redis_servers import running
 from tests.kit.replica_pool import CALM_S, owned, replicas
-from tests.kit.serving import Serving, until
+from tests.kit.serving import Serving, serving, until
+from tests.kit.sglang_emulated import running_sglang, sglang_entry
 from tests.kit.trtllm_emulated import running_trtllm
 from tests.kit.vllm_emulated import running_vllm
 
@@ -181,6 +182,20 @@ async def test_trtllm_serve_knows_a_salt_in_chats_only(tmp_path: Path, bodies: B
         assert json.loads(bodies[-1]) == json.loads(chat) | {"cache_salt": salt(served, "acme")}
         await ask(served, "acme", text)
         assert json.loads(bodies[-1]) == json.loads(text)
+
+
+@pytest.mark.parametrize(("path", "text"), [(COMPLETIONS, MEMBERS), (CHAT, OTHERS)])
+async def test_requests_of_each_tenant_are_salted_at_sglang(
+    path: str, text: str, tmp_path: Path, bodies: Bodies
+) -> None:
+    (tmp_path / "adapters").mkdir()
+    async with running_sglang(compute="none") as engine:
+        entry = sglang_entry(tmp_path) | {"id": "sglang-0", "url": f"sglang://{engine.http_address}"}
+        async with serving([], tmp_path / "adapters", [tmp_path], backends=[entry], **enforced(tmp_path)) as served:
+            await register(served, tmp_path, "acme/sql")
+            for tenant, model in (("acme", "acme/sql"), ("acme", "base"), ("blue", "base")):
+                await ask(served, tenant, text % ("", model), path)
+                assert json.loads(bodies[-1])["cache_salt"] == salt(served, tenant)
 
 
 @NEEDS_OPENSSL

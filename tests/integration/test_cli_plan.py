@@ -166,6 +166,17 @@ def test_lines_for_vllm(sidecar: Callable[..., Ended]) -> None:
     assert options["--gpu-memory-utilization"] == "0.9"
 
 
+def test_lines_for_sglang(sidecar: Callable[..., Ended]) -> None:
+    """Planned as vLLM; a slot more than vLLM's, for the base model takes one."""
+    vllm, ended = (sidecar(*GOAL, "--engine", "vllm", "--emit", name) for name in ("vllm", "sglang"))
+    theirs, options = (dict(re.findall(r"^(--[a-z-]+)(?: (.*))?$", each.out, flags=re.M)) for each in (vllm, ended))
+    assert ended.code == 0
+    assert int(options["--max-loras-per-batch"]) == int(theirs["--max-loras"]) + 1
+    assert options["--max-loaded-loras"] == theirs["--max-cpu-loras"]
+    assert options["--max-running-requests"] == theirs["--max-num-seqs"]
+    assert "SGLang's own step times are not known" in ended.out
+
+
 def test_lines_for_trtllm_serve(tmp_path: Path, sidecar: Callable[..., Ended]) -> None:
     """The YAML file of the engine and the sidecar's entry have one `lora_config`, which the sidecar takes."""
     mixed = (*LOAD[:-4], "--ranks", "16,64", "--lora-modules", "all", "--p99-wait", "5", "--engine", "trtllm_pytorch")
@@ -300,7 +311,7 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("--p99-wait", "5", "--emit", "yaml"), 'there is no "yaml"; there are helm, pbtxt, vllm'),
     (
         ("--p99-wait", "5", "--engine", "vllm", "--emit", "pbtxt"),
-        "--emit pbtxt is nothing that vllm reads; take helm or vllm",
+        "--emit pbtxt is nothing that vllm reads; take helm, vllm or sglang",
     ),
     (("--p99-wait", "5", "--engine", "trtllm_pytorch", "--emit", "pbtxt"), "is nothing that trtllm_pytorch reads"),
     (("--p99-wait", "5", "--emit", "vllm"), "--emit vllm is nothing that trtllm reads"),

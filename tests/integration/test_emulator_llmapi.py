@@ -267,4 +267,4 @@ async def test_the_command(tmp_path: Path) -> None:
     async with EngineProcess(*options) as engine, channel_to(engine.grpc_address) as stub:
         assert texts(await stub.ModelInfer(asking(lora=(9, "sql", path)))) == [dummy_text(9, 4)]
     with pytest.raises(RuntimeError, match="ended with 2"):
-        await EngineProcess("--protocol", "sglang").start()
+        await EngineProcess("--protocol", "tgi").start()

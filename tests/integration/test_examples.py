@@ -29,6 +29,7 @@ from tests.kit.emulated import running_engine
 from tests.kit.peft_files import BASE_MODEL
 from tests.kit.quill import Quill, QuillEntry
 from tests.kit.serving import serving, write_adapters
+from tests.kit.sglang_emulated import running_sglang
 from tests.kit.trtllm_emulated import running_trtllm
 from tests.kit.vllm_emulated import expected, running_vllm
 
@@ -118,7 +119,7 @@ async def test_the_first_engine_of_the_readme_answers_chats(monkeypatch: pytest.
         assert await said(body) == LEARNED[body["model"]][3]
 
 
-async def test_one_gateway_in_front_of_three_kinds_of_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_one_gateway_in_front_of_four_kinds_of_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the example's own configuration, but for addresses: all answer by name, and with the same words."""
     pool = yaml.safe_load((EXAMPLES / "mixed-pool" / "pool.yaml").read_text())
     monkeypatch.chdir(EXAMPLES.parent)
@@ -126,14 +127,16 @@ async def test_one_gateway_in_front_of_three_kinds_of_engines(tmp_path: Path, mo
     async with (
         running_engine(seed=SEED, seats=4) as triton,
         running_vllm(seed=SEED, seats=4, compute="llama", served_model_name=(BASE_MODEL,), **slots) as (vllm, _),
+        running_sglang(seed=SEED, seats=4, compute="llama", served_model_name=(BASE_MODEL,), **slots) as sglang,
         running_trtllm(seed=SEED, seats=4, compute="llama", served_model_name=(BASE_MODEL,), **slots) as (trtllm, _),
     ):
-        addresses = (triton.grpc_address, vllm.http_address, trtllm.http_address)
+        addresses = (triton.grpc_address, vllm.http_address, sglang.http_address, trtllm.http_address)
         for backend, address in zip(pool["backends"], addresses, strict=True):
             backend["url"] = f"{backend['id']}://{address}"
         del pool["backends"][0]["metrics"]
-        for backend in pool["backends"][1:]:
-            backend["adapters_dir"] = str(tmp_path)
+        for backend in pool["backends"]:
+            if "adapters_dir" in backend:
+                backend["adapters_dir"] = str(tmp_path)
         async with serving([], ADAPTERS, **pool) as served:
             command = (str(EXAMPLES / "mixed-pool" / "ask.py"), "--server", served.sidecar.http_address)
             names = sorted(path.name for path in ADAPTERS.iterdir())
@@ -143,7 +146,7 @@ async def test_one_gateway_in_front_of_three_kinds_of_engines(tmp_path: Path, mo
                 name: (engine, words) for engine, name, words in (line.split(maxsplit=2) for line in out.splitlines())
             }
             assert list(answers) == names
-            assert {engine for engine, _ in answers.values()} == {"triton", "vllm", "trtllm"}
+            assert {engine for engine, _ in answers.values()} == {"triton", "vllm", "sglang", "trtllm"}
             known = json.loads((ADAPTERS.parent / "demo.json").read_text())["answers"]
             assert {name: words for name, (_, words) in answers.items()} == {
                 name: known[name][0]["text"].rstrip() for name in names

@@ -27,12 +27,12 @@ from tests.golden.make_worlds import FOLDER
 
 IDS = {
     "adapter", "asked", "backend", "backends", "base_model", "base_models", "client_id", "digest", "dtype", "id", "key",
-    "klass", "known", "lost", "model", "models", "module", "modules", "name", "names", "near", "only", "origin",
-    "packed_key", "pool", "pools", "replica", "replicas", "served", "session", "tenant", "tenants", "trained_on",
-    "version", "versions",
+    "klass", "known", "lost", "model", "models", "module", "modules", "name", "names", "near", "needs", "only",
+    "origin", "packed_key", "pool", "pools", "replica", "replicas", "served", "session", "tenant", "tenants",
+    "trained_on", "version", "versions",
 }  # fmt: skip
 """Fields that hold names and ids which clients, operators, trainers or engines chose."""
-LABELS = {"cause", "error", "fault", "kind", "missing", "reason", "unloads", "what", "why"}
+LABELS = {"cause", "error", "fault", "kind", "missing", "reason", "together", "unloads", "what", "why"}
 """Fields that hold a word of a closed set, or the name of a class."""
 CONFIGURED = {"classes", "disk_eviction", "eviction", "ordering", "prefetch", "raise_on", "routing", "tenant_weights"}
 OF_MESSAGES = {

@@ -30,6 +30,7 @@ TITLES = {
     "triton_llmapi": "Triton, LLM-API model",
     "vllm": "vLLM",
     "trtllm": "trtllm-serve",
+    "sglang": "SGLang",
 }
 CHATS = {"messages": [{"role": "user", "content": "hi"}]}
 TOOL = {"type": "function", "function": {"name": "look_up"}}
@@ -75,13 +76,13 @@ def page() -> str:
 
 LENGTH = """[0] Or as many as the tenant's or the class's default allows (`queue.tenant_max_tokens`,
 `queue.classes.NAME.max_tokens`). The answer says it in the header `x-lora-max-tokens`. A chat without a length goes on
-to the end of the context on vLLM, too; an engine that takes text is asked for `queue.output_tokens_assumed`.
+to the end of the context on vLLM and SGLang, too; an engine that takes text is asked for `queue.output_tokens_assumed`.
 
-No engine refuses a length that its context does not hold: each cuts the answer short. Then `x-lora-max-tokens` says how
-long an answer to token ids can be. For a text, whose tokens are not counted yet, it says how long the whole context is.
-KServe's responses have it as the parameter `lora_max_tokens`, gRPC's trailing metadata as `lora-max-tokens`. The
-context is known where the engine tells it (vLLM), or where its entry has it (`engine.sequence_tokens_max`, or
-TensorRT-LLM's `config.json`).
+SGLang refuses a length that its context does not hold with status 400. The others cut the answer short. Then
+`x-lora-max-tokens` says how long an answer to token ids can be. For a text, whose tokens are not counted yet, it says
+how long the whole context is. KServe's responses have it as the parameter `lora_max_tokens`, gRPC's trailing metadata
+as `lora-max-tokens`. The context is known where the engine tells it (vLLM, SGLang), or where its entry has it
+(`engine.sequence_tokens_max`, or TensorRT-LLM's `config.json`).
 """
 
 

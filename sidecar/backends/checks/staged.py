@@ -11,11 +11,11 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from safetensors.numpy import save_file
 from sidecar.adapters.base_model import BaseModel
 from sidecar.adapters.claims import make_folder
 from sidecar.adapters.entries import FOLDER_MODE
+from sidecar.adapters.modules import MODULE_IDS
 from sidecar.adapters.peft import WEIGHTS_FILE_NAME, read_adapter
 from sidecar.adapters.peft_config import FILE_NAME
 from sidecar.adapters.staging import AdaptersDir, Staging
@@ -35,7 +36,8 @@ PREFIX = "lora-sidecar-check-"
 """Prefix of the checks' folders."""
 FORGOTTEN_S = 3600.0
 """Age after which a folder's check was killed: none takes so long."""
-PROJECTIONS = {"attn_q": "self_attn.q_proj", "attn_dense": "self_attn.o_proj", "mlp_4h_to_h": "mlp.down_proj"}
+PROJECTIONS = {"attn_dense": "self_attn.o_proj", "mlp_4h_to_h": "mlp.down_proj", "attn_q": "self_attn.q_proj"}
+"""Those that an engine stacks with others come last: alone they may be refused."""
 FOLDER_FIX = (
     "config.yaml: adapters_dir: {ours: path here, engine: path in the engine's container}",
     "docker run -v /mnt/adapters:/mnt/adapters   (the same volume for the sidecar and for the engine)",
@@ -80,6 +82,26 @@ def not_made() -> Finding:
         "no adapter can be made for a base model that is not known",
         "config.yaml: base_model: {name: …, config: the folder of the model}   (or --base)",
     )
+
+
+class ZeroWeights:
+    """The packed weights of a tiny adapter that changes nothing, in a file: one projection of the first layer."""
+
+    dtype = "float16"
+
+    def __init__(self, file: IO[bytes], modules: Mapping[str, tuple[int, int]], rank: int) -> None:
+        module = next(name for name in PROJECTIONS if name in modules)
+        self.path = file.name
+        self.shape = 1, rank * sum(modules[module])
+        self.size_bytes = self.shape[1] * np.dtype(self.dtype).itemsize
+        self.config = np.array([[MODULE_IDS[module], 0, rank]], np.int32).tobytes()
+        file.truncate(self.size_bytes)
+
+    async def ready(self) -> None:
+        """Return at once."""
+
+    def release(self, settled: bool = False) -> None:
+        """Do nothing: the file is its maker's."""
 
 
 @asynccontextmanager

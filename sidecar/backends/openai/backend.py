@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import abstractmethod
+from contextlib import suppress
 from dataclasses import replace
 from http import HTTPStatus
 from time import monotonic
@@ -18,7 +19,6 @@ from sidecar.backends.credentials import open_http_client
 from sidecar.backends.endpoint import Endpoint
 from sidecar.backends.engine_facts import unknown_phrase
 from sidecar.backends.http_client import TimedOut, WireError
-from sidecar.backends.kind import with_kind
 from sidecar.backends.openai.dialect import Dialect, Found, Measures
 from sidecar.backends.openai.naming import Naming
 from sidecar.backends.openai.run import OpenAiRun
@@ -102,8 +102,12 @@ class OpenAiBackend(Endpoint):
         is_assumed = host_pages is None and self._dialect.host_is_slots
         if found.takes_none:
             self._say_once("%s takes no adapters, so it serves its base model only: %s", self.id, found.takes_none)
+        modules = declared.modules
+        if modules is not None and found.modules is not None:
+            modules = {name: dims for name, dims in modules.items() if name in found.modules}
         return replace(
-            with_kind(declared, self._dialect.model),
+            declared,
+            modules=modules,
             models=(found.served.base,),
             base_only=declared.base_only or bool(found.takes_none),
             unloads=found.unloads or declared.unloads,
@@ -219,8 +223,15 @@ class OpenAiBackend(Endpoint):
         except asyncio.CancelledError:
             self._cut_at_s = monotonic()
             if run.cancelled and self._up:
-                await self._let_go()  # until then the engine still runs it, and its adapter takes a slot
+                await self._end(run)  # until then the engine still runs it, and its adapter takes a slot
             raise
+
+    async def _end(self, run: OpenAiRun) -> None:
+        if run.run_id:
+            with suppress(WireError):
+                await self._dialect.abort(self._server, run.run_id)
+        else:
+            await self._let_go()
 
     async def _broke(self, text: str, begun: bool) -> bool:
         """Find out what became of the engine after a run's connection broke, and let it end what it still runs."""
@@ -262,10 +273,9 @@ class OpenAiBackend(Endpoint):
     # Loads.
 
     def _path(self, key: str) -> str:
+        """Return the engine's path of a version's files; "" if its weights are sent."""
         shared_dir = self._entry.shared_dir
-        assert shared_dir is not None, "an adapter for a server without a shared folder"
-        path: str = shared_dir.engine_path(key)
-        return path
+        return "" if shared_dir is None else str(shared_dir.engine_path(key))
 
     @staticmethod
     def _is_late(error: Exception) -> bool:

@@ -15,7 +15,7 @@ from functools import cached_property
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sidecar.backends.api import Backend
+from sidecar.backends.api import Backend, Weights
 from sidecar.backends.checks.finding import Finding, ok
 from sidecar.backends.faults import Wrote, nobody_wrote
 from sidecar.backends.http_client import Reply
@@ -65,10 +65,14 @@ class Found:
     host_pages: int | None = None
     rank_max: int | None = None
     seats: int | None = None
+    ranks: int = 1
+    """Its tensor-parallel ranks."""
     takes_none: str = ""
     """Why it takes no adapters; "" if it does."""
     body_bytes_max: int | None = None
     """It may hang up under a larger body."""
+    modules: frozenset[str] | None = None
+    """TensorRT-LLM's names of the modules that take adapters; None if all do."""
     unloads: str | None = None
     """What an unload takes away (`EngineFacts.unloads`)."""
 
@@ -93,12 +97,20 @@ class Dialect:
     """True if requests carry their adapter instead of naming one that is registered; `section` is then a subclass of
     `TrtllmEntry`.
     """
+    is_particular = False
+    """True if an unload, and a load beyond what the engine keeps, wait for others' requests, and a request for a name
+    that was unloaded brings it back. Then idle adapters are unloaded to make room, and no such name is sent.
+    """
+    id_member = ""
+    """The member of a request by whose value `abort` ends it; "" if only a closed connection does."""
     lora_member = ""
     """The member of a request that carries the adapter."""
     keeps_s = 2.0
     """Our idle connections are given up after this time; the server closes them after 5 seconds."""
     notices_closed_s: float | None = None
     """How long the server takes to notice that a client has left; None if it does so at once."""
+    counts_steps = True
+    """False if the server publishes no count of its engine's steps."""
     reading_empties = False
     """True if reading the measures empties them: what is not told again is as before."""
     host_is_slots = False
@@ -110,6 +122,8 @@ class Dialect:
         "seats": "max_num_seqs",
     }
     """The server's options for facts of the configuration's `engine` section."""
+    hidden: ClassVar[re.Pattern[bytes] | None] = None
+    """What of an engine's error no client may see, such as the names of others' adapters."""
     ranks: tuple[int, ...] = ()
     """The values that the server takes as its largest rank; none if it takes any."""
     no_files: ClassVar[re.Pattern[str] | None] = None
@@ -189,14 +203,33 @@ class Dialect:
             return Fault.MISS
         return Fault.LOST if status == HTTPStatus.SERVICE_UNAVAILABLE else Fault.REJECTED
 
+    async def abort(self, server: OpenAiServer, run_id: str) -> None:
+        """Have the engine end a request. Raises WireError."""
+
     # Registering.
 
     async def load(self, server: OpenAiServer, name: str, path: str, timeout_s: float, epoch: int = 0) -> Reply:
         body = {"lora_name": name, "lora_path": path}
         return await server.client.post(self.load_path, body, timeout_s, epoch_header(epoch))
 
+    async def send(
+        self,
+        server: OpenAiServer,
+        name: str,
+        weights: Weights,
+        found: Found,
+        declared: EngineFacts,
+        timeout_s: float,
+    ) -> Reply:
+        """Register an adapter by sending its weights, for an engine whose facts do not have `reads_files`."""
+        raise NotImplementedError
+
     async def unload(self, server: OpenAiServer, name: str, timeout_s: float) -> Reply:
         return await server.client.post(self.unload_path, {"lora_name": name}, timeout_s)
+
+    def refusal(self, reply: Reply) -> str:
+        """Return why a load was refused, in the server's words."""
+        return message_of(reply.body)
 
     def is_loaded(self, reply: Reply) -> bool:
         """Return True if a load's answer says that the adapter is there."""

@@ -12,10 +12,14 @@ EVENT, END = b"data:", b"[DONE]"
 DONE = EVENT + b" " + END
 ERROR = b'data: {"error"'
 CHOICES = b'"choices":[{'
-ROLE, NO_CONTENT, ROLE_ONLY = b'"delta":{"role":', b'"content":""', b'"delta":{"role":"assistant"}'
-ENDS_ONLY = b'"text":"","finish_reason":"', b'"delta":{},"finish_reason":"'
-"""How the Rust front end begins a chat and ends a choice, without a token. The Python server ends it with the last one,
-and puts "logprobs" in between.
+ROLE, NO_CONTENT, ROLE_ONLY = b'"role":"', b'"content":""', b'"delta":{"role":"assistant"}'
+ENDS_ONLY = (
+    b'"text":"","finish_reason":"',
+    b'"delta":{},"finish_reason":"',
+    b'"delta":{"reasoning_content":null},"logprobs":null,"finish_reason":"',
+)
+"""How vLLM's Rust front end begins a chat and ends a choice, without a token, and how SGLang ends a chat's. vLLM's
+Python server ends it with the last token, and puts "logprobs" in between.
 """
 IDS = b'"token_ids":['
 PROMPT_IDS = b'"prompt_token_ids":['

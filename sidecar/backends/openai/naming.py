@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import uuid
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +15,8 @@ class Naming(Protocol):
     """Writes the adapter into one request, and takes what was written out of its answer."""
 
     form: HttpForm
+    run_id: str
+    """By which the engine can be told to end the request; "" if it cannot."""
 
     def body(self) -> tuple[bytes, ...]:
         """Return the parts of the body to send."""
@@ -25,28 +29,42 @@ class Naming(Protocol):
 
 
 class AsModel:
-    """The engine knows the adapter, or its base model, as a model by this name."""
+    """The engine knows the adapter, or its base model, as a model by this name. Errors are shown without `hidden`.
 
-    def __init__(self, form: HttpForm, name: str) -> None:
+    With an `id_member` the request has an id of its own there.
+    """
+
+    def __init__(self, form: HttpForm, name: str, hidden: re.Pattern[bytes] | None = None, id_member: str = "") -> None:
         self.form = form
+        self.run_id = uuid.uuid4().hex if id_member else ""
+        self._id_member = id_member
+        self._hidden = hidden
         self._name = name
         self._fields = _named(name), _named(form.model)
         self._spaced = _named(name, b" "), _named(form.model, b" ")
 
     def body(self) -> tuple[bytes, ...]:
-        return self.form.before, json.dumps(self._name).encode(), self.form.after
+        before = _with_member(self.form.before, self._id_member, self.run_id) if self.run_id else self.form.before
+        return before, json.dumps(self._name).encode(), self.form.after
 
     def shown(self, answer: bytes) -> bytes:
         shown = answer.replace(*self._fields, 1)
         return answer.replace(*self._spaced, 1) if shown is answer else shown
 
     def rejection(self, status: int, body: bytes) -> HttpRejection:
-        return HttpRejection(status, body.replace(self._name.encode(), self.form.model.encode()))
+        told = body if self._hidden is None else self._hidden.sub(b"", body)
+        return HttpRejection(status, told.replace(self._name.encode(), self.form.model.encode()))
 
 
 def _named(model: str, space: bytes = b"") -> bytes:
     """Return the field with the answering model's name, as servers write it; some with a space in between."""
     return b'"model":' + space + json.dumps(model, ensure_ascii=False).encode()
+
+
+def _with_member(body: bytes, member: str, value: Any) -> bytes:
+    """Return a body with one more member, the first: that a client sends none of its own was checked before."""
+    brace = body.index(b"{") + 1
+    return body[:brace] + b'"%b":%b,' % (member.encode(), json.dumps(value).encode()) + body[brace:]
 
 
 @dataclass(frozen=True)
@@ -70,6 +88,7 @@ class InBody:
 
     def __init__(self, form: HttpForm, member: str, lora: Lora | None) -> None:
         self.form = form
+        self.run_id = ""
         self._member = member
         self._lora = lora
 
@@ -77,10 +96,7 @@ class InBody:
         before, model = self.form.before, json.dumps(self.form.model).encode()
         if self._lora is None:
             return before, model, self.form.after
-        # First in the body: that a client sends none of its own was checked when the request came in.
-        brace = before.index(b"{") + 1
-        lora = b'"%b":%b,' % (self._member.encode(), json.dumps(self._lora.record).encode())
-        return before[:brace] + lora + before[brace:], model, self.form.after
+        return _with_member(before, self._member, self._lora.record), model, self.form.after
 
     def shown(self, answer: bytes) -> bytes:
         return answer

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from typing import Any
 
-from sidecar.backends.api import HttpForm, LoadResult, Weights
+from sidecar.backends.api import UNTOLD, HttpForm, LoadResult, Weights
 from sidecar.backends.http_client import TimedOut, WireError
 from sidecar.backends.openai.backend import OpenAiBackend, version_name
 from sidecar.backends.openai.dialect import Dialect, Found, Measures
-from sidecar.backends.openai.events import message_of
 from sidecar.backends.openai.naming import AsModel
+from sidecar.backends.openai.run import OpenAiRun
 from sidecar.core.effects import Dispatch, Load
 from sidecar.core.enums import Fault
+from sidecar.core.events import RunFailed
 from sidecar.core.facts import EngineFacts
 from sidecar.errors import Misused
 
@@ -37,6 +39,9 @@ class RegisteringBackend(OpenAiBackend):
         self._fitting = dialect.fitting(self._server, entry)
         self._registered: dict[str, str] = {}
         """The engine's name of each packed key that is registered there."""
+        self._users: Counter[str] = Counter()
+        """How many runs use a key, where that matters."""
+        self._loading = asyncio.Lock()
         self._others = 0
 
     async def _identified(self, found: Found) -> None:
@@ -92,10 +97,27 @@ class RegisteringBackend(OpenAiBackend):
 
     def _naming(self, effect: Dispatch, form: HttpForm) -> AsModel:
         base = self._found.served.base
-        if not effect.packed_key:
-            return AsModel(form, base)
-        name = self._registered.get(effect.packed_key, version_name(effect))
-        return AsModel(form, self._dialect.model_name(base, name))
+        name = base
+        if effect.packed_key:
+            registered = self._registered.get(effect.packed_key, version_name(effect))
+            name = self._dialect.model_name(base, registered)
+        id_member = "" if effect.request == UNTOLD else self._dialect.id_member
+        return AsModel(form, name, self._dialect.hidden, id_member)
+
+    async def _go(self, run: OpenAiRun, weights: Weights | None) -> None:
+        key = run.effect.packed_key
+        if not key or not self._dialect.is_particular:
+            return await super()._go(run, weights)
+        if key not in self._registered:
+            text = f"{self.id} has unloaded {version_name(run.effect)}"
+            self._post(RunFailed(run.effect.request, run.effect.attempt, Fault.MISS, text, 0))
+            return None
+        self._registered[key] = self._registered.pop(key)  # the one that was used last is the last
+        self._users[key] += 1
+        try:
+            return await super()._go(run, weights)
+        finally:
+            self._users[key] -= 1
 
     # Loads.
 
@@ -107,9 +129,13 @@ class RegisteringBackend(OpenAiBackend):
             misfit = await self._misfit(key)
             if misfit is not None:
                 return LoadResult(misfit, means=Fault.REJECTED)
+            await self._make_room(key)
             name = self._registered.setdefault(key, version_name(effect))
             timeout_s = self._entry.load_timeout_s
-            reply = await self._dialect.load(self._server, name, self._path(key), timeout_s, effect.epoch)
+            if self._declared.reads_files:
+                reply = await self._dialect.load(self._server, name, self._path(key), timeout_s, effect.epoch)
+            else:
+                reply = await self._dialect.send(self._server, name, weights, self._found, self._declared, timeout_s)
         except TimedOut:
             text = f"the engine did not take the adapter within {self._entry.load_timeout_s:g} s"
             return LoadResult(text, unanswered=True)
@@ -117,12 +143,23 @@ class RegisteringBackend(OpenAiBackend):
             return LoadResult(self._error_text(error), lost=True)
         if self._dialect.is_loaded(reply):
             return LoadResult(None)
-        text, status = message_of(reply.body), reply.status
+        text, status = self._dialect.refusal(reply), reply.status
         # A bad adapter may be a 500 of a healthy engine; so is an engine's end.
         is_lost = self._dialect.fault_of(status, text) is Fault.LOST
         is_lost = is_lost or (status >= 500 and await self._wire_broke(text))
         self._registered.pop(key, None)
         return LoadResult(text, lost=is_lost)
+
+    async def _make_room(self, key: str) -> None:
+        """Unload idle adapters, so that the engine has no need to drop one and to wait for the requests of it."""
+        room = self._facts().host_pages
+        if room is None or not self._dialect.is_particular:
+            return
+        async with self._loading:
+            idle = [each for each in self._registered if each != key and not self._users[each]]
+            for each in idle[: max(0, len(self._registered.keys() | {key}) + self._others - room)]:
+                name = self._registered.pop(each)
+                await self._dialect.forget(self._server, name, self._path(each), UNLOAD_TIMEOUT_S)
 
     async def _misfit(self, key: str) -> str | None:
         """Return why the engine would answer wrongly by a staged version, if its model's sizes are not known here."""
@@ -137,6 +174,9 @@ class RegisteringBackend(OpenAiBackend):
     async def forget(self, key: str) -> None:
         pause_s = FORGET_AGAIN_S
         while self._up and key in self._registered:
+            if self._users[key]:
+                await asyncio.sleep(FORGET_AGAIN_S)
+                continue
             try:
                 name, path = self._registered[key], self._path(key)
                 if await self._dialect.forget(self._server, name, path, UNLOAD_TIMEOUT_S):

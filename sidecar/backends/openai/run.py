@@ -65,6 +65,7 @@ class OpenAiRun:
         self.cancelled = False
         self.waits_for_client = False
         self.goes_past = False
+        self.run_id = naming.run_id
         self._naming = naming
         self._form = naming.form
         self._fault_of = fault_of

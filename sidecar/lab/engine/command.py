@@ -1,6 +1,6 @@
-"""`sidecar emulate`: run an emulated engine until a signal stops it: TensorRT-LLM behind Triton, vLLM, trtllm-serve.
+"""`sidecar emulate`: run an emulated engine until a signal stops it.
 
-The options come from the fields of `Options`, `VllmOptions` and `TrtllmOptions`.
+The options come from the fields of `Options`, `VllmOptions`, `SglangOptions` and `TrtllmOptions`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from rich.console import Console
 from sidecar.errors import Misused, Reason
 from sidecar.lab.engine.http.driver import EngineDied
 from sidecar.lab.engine.kserve import Options, Server, serve
-from sidecar.lab.engine.kserve.options import HTTP_ONLY, PANELS, SERVER, TRTLLM
+from sidecar.lab.engine.kserve.options import HTTP_ONLY, PANELS, SERVER, SGLANG, TRTLLM
 from sidecar.lab.engine.openai import VllmOptions, VllmServer, serve_vllm
+from sidecar.lab.engine.openai.sglang import SglangOptions, serve_sglang
 from sidecar.lab.engine.spec import VLLM
 from sidecar.lab.engine.trtllm import TrtllmOptions, TrtllmServer, serve_trtllm
 
 AnyServer = Server | VllmServer | TrtllmServer
 VLLM_NAMES = {"max_model_len": "max_seq_tokens", "max_num_batched_tokens": "max_tokens_per_step"}
 """Options that are also called as vLLM calls them."""
+NAMES = {VLLM: "vLLM", SGLANG: "SGLang", TRTLLM: "trtllm-serve"}
 GRACE_S = 1.0
 """How long requests in flight may run on after SIGTERM."""
 
@@ -69,7 +71,7 @@ def _signature() -> Signature:
 
 
 def emulate(*, as_json: bool, **given: Any) -> None:
-    """Run an emulated engine: TensorRT-LLM behind Triton, or vLLM or trtllm-serve behind their OpenAI APIs.
+    """Run an emulated engine: TensorRT-LLM behind Triton, or vLLM, SGLang or trtllm-serve behind their OpenAI APIs.
 
     It keeps the engine's LoRA caches, scheduler and timing, computes with a tiny real model, and fails as the
     real one fails. SIGTERM stops it.
@@ -100,7 +102,7 @@ def _options(given: dict[str, Any]) -> Options:
     for alias, name in VLLM_NAMES.items():
         value = given.pop(alias)
         given[name] = given[name] if value is None else value
-    kinds: dict[str, type[Options]] = {VLLM: VllmOptions, TRTLLM: TrtllmOptions}
+    kinds: dict[str, type[Options]] = {VLLM: VllmOptions, SGLANG: SglangOptions, TRTLLM: TrtllmOptions}
     kind = kinds.get(given["protocol"], Options)
     if kind is not Options:
         del given["scheduler"]
@@ -131,6 +133,8 @@ async def _run(options: Options, as_json: bool) -> None:
 
 
 async def _serve(options: Options) -> AnyServer:
+    if isinstance(options, SglangOptions):
+        return await serve_sglang(options)
     if isinstance(options, VllmOptions):
         return await serve_vllm(options)
     return await (serve_trtllm(options) if isinstance(options, TrtllmOptions) else serve(options))
@@ -143,7 +147,7 @@ def _announce(server: AnyServer, as_json: bool) -> None:
         text = f"ready: gRPC on {server.grpc_address}"
     else:
         addresses = {"http": server.http_address, "metrics": server.metrics_address}
-        name = "vLLM" if isinstance(server, VllmServer) else "trtllm-serve"
+        name = NAMES[server.options.protocol]
         text = f"ready: {name}'s API on {server.http_address}"
     line = f"{text}, metrics on http://{server.metrics_address}/metrics"
     print(json.dumps(addresses) if as_json else line, flush=True)

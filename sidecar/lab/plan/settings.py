@@ -1,4 +1,4 @@
-"""A plan as settings to paste: for Triton, vLLM and trtllm-serve, and the sidecar's own values."""
+"""A plan as settings to paste: for Triton, vLLM, SGLang and trtllm-serve, and the sidecar's own values."""
 
 from __future__ import annotations
 
@@ -36,14 +36,20 @@ class Planned:
     """How plans for one kind of engine are written.
 
     `settings` returns the engine's own settings by its names. `entry` returns the kind's own part of an entry under
-    `backends`, and `declared` that of its `engine`. `pasted` is the name of the lines that set the engine.
+    `backends`, and `declared` that of its `engine`. `pasted` are the names of the lines that set the engine.
     """
 
     url: str
-    pasted: str
+    pasted: tuple[str, ...]
     settings: Callable[[Candidate], dict[str, Any]]
     declared: Callable[[Candidate], dict[str, Any]]
     entry: Callable[[Candidate], dict[str, Any]] = lambda candidate: {}
+
+    @property
+    def others(self) -> str:
+        """What can be pasted, as a list in a sentence."""
+        *names, last = "helm", *self.pasted
+        return f"{', '.join(names)} or {last}"
 
 
 def engine_settings(candidate: Candidate) -> dict[str, Any]:
@@ -211,6 +217,21 @@ def vllm(found: Found, sidecar: Sidecar) -> str:
     return _comments(found) + "\n".join(lines) + "\n"
 
 
+def sglang(found: Found, sidecar: Sidecar) -> str:
+    """Return options of SGLang, planned as vLLM: no step times of SGLang are known. Raises Misused for TensorRT-LLM."""
+    candidate = found.chosen.candidate
+    _is("vllm", candidate, "sglang")
+    options = {
+        "--max-loras-per-batch": candidate.slots + 1,  # the base model takes one
+        "--max-loaded-loras": candidate.engine.host_slots,
+        "--max-lora-rank": candidate.site.layout.max_rank,
+        "--max-running-requests": candidate.site.seats,
+    }
+    lines = ["--enable-lora", "--lora-target-modules all", *(f"{name} {value}" for name, value in options.items())]
+    comment = _comments(found, "SGLang's own step times are not known, so compare the plan with what you measure.")
+    return comment + "\n".join(lines) + "\n"
+
+
 def trtllm_serve(found: Found, sidecar: Sidecar) -> str:
     """Return the YAML file for `trtllm-serve --extra_llm_api_options`. Raises Misused for other engines."""
     candidate = found.chosen.candidate
@@ -221,10 +242,12 @@ def trtllm_serve(found: Found, sidecar: Sidecar) -> str:
 
 
 PLANNED = {
-    "trtllm": Planned("triton://engine-{number}:8001", "pbtxt", _trtllm_settings, _declared_to_trtllm),
-    "vllm": Planned("vllm://engine-{number}:8000", "vllm", _vllm_settings, _declared_to_vllm, _entry_of_vllm),
+    "trtllm": Planned("triton://engine-{number}:8001", ("pbtxt",), _trtllm_settings, _declared_to_trtllm),
+    "vllm": Planned(
+        "vllm://engine-{number}:8000", ("vllm", "sglang"), _vllm_settings, _declared_to_vllm, _entry_of_vllm
+    ),
     "trtllm_pytorch": Planned(
-        "trtllm://engine-{number}:8000", "trtllm-serve", _pytorch_settings, lambda candidate: {}, _entry_of_pytorch
+        "trtllm://engine-{number}:8000", ("trtllm-serve",), _pytorch_settings, lambda candidate: {}, _entry_of_pytorch
     ),
 }
 """By the name of the engine that is planned for."""
@@ -232,6 +255,7 @@ EMITTED: dict[str, Callable[[Found, Sidecar], str]] = {
     "helm": helm,
     "pbtxt": pbtxt,
     "vllm": vllm,
+    "sglang": sglang,
     "trtllm-serve": trtllm_serve,
 }
 """The formats that can be pasted, by name."""
@@ -254,7 +278,5 @@ def _comments(found: Found, *more: str) -> str:
 def _is(engine: str, candidate: Candidate, name: str) -> None:
     actual = _engine(candidate)
     if actual != engine:
-        other = f"{PLANNED[actual].pasted} or helm"
-        raise Misused(
-            Reason.CONFIG_INVALID, f"--emit {name} is for {engine}, and the plan is for {actual}: use {other}"
-        )
+        text = f"--emit {name} is for {engine}, and the plan is for {actual}: use {PLANNED[actual].others}"
+        raise Misused(Reason.CONFIG_INVALID, text)

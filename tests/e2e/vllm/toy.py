@@ -32,8 +32,9 @@ class Asked:
 class Toy:
     """The model's files in `folder/model`, the adapters' in `folder/adapters`, and a PEFT to ask."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, ffn: int = DIMS.ffn) -> None:
         self.folder = folder
+        self._ffn = ffn
         self._installed = VllmInstalled.find()
         self._peft: subprocess.Popen[str] | None = None
         self._known: dict[Asked, list[int]] = {}
@@ -49,7 +50,7 @@ class Toy:
 
     def make(self) -> None:
         """Make the files. Raises RuntimeError with what the script says."""
-        command = self._installed.script("make_model.py", str(self.folder))
+        command = self._installed.script("make_model.py", str(self.folder), str(self._ffn))
         made = subprocess.run(command, env=self._installed.environment(), capture_output=True, text=True, check=False)
         if made.returncode:
             raise RuntimeError(f"the toy model could not be made:\n{made.stderr}")

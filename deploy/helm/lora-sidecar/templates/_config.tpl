@@ -154,6 +154,9 @@ tls:
 - url: vllm://127.0.0.1:8000
   id: engine
   adapters_dir: /adapters
+{{- else if eq .Values.sidecar.kind "sglang" -}}
+- url: sglang://127.0.0.1:30000
+  id: engine
 {{- else -}}
 - url: triton://127.0.0.1:8001
   id: engine

@@ -76,7 +76,7 @@ checksum/lora-sidecar-config: {{ include "lora-sidecar.fixedConfig" . | sha256su
 - name: lora-sidecar-shm
   emptyDir:
     medium: Memory
-    {{- if eq .Values.sidecar.kind "vllm" }}
+    {{- if ne .Values.sidecar.kind "triton" }}
     sizeLimit: {{ $engine | toString | quote }}
     {{- else }}
     sizeLimit: {{ add (include "lora-sidecar.storeBytes" . | int64) $engine | toString | quote }}

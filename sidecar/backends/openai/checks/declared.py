@@ -75,6 +75,8 @@ async def folder(look: Look) -> Finding:
     shared_dir = look.target.adapters_dir
     if shared_dir is None and look.dialect.carries:
         return skipped("no folder is named that both see, so it serves its base model only", ADAPTERS_FIX)
+    if shared_dir is None and not look.facts.reads_files:
+        return ok("none is needed: weights are sent over HTTP")
     if shared_dir is None:
         return warning(
             "no folder is named that the sidecar and the engine both see, so that no adapter can be loaded",
@@ -94,6 +96,8 @@ async def metrics(look: Look) -> Finding:
             fix,
         )
     kv_tokens = look.facts.kv_tokens or found.kv_tokens
+    if found.steps is None and not look.dialect.counts_steps:
+        return ok(f"{kv_tokens} KV tokens; it counts no steps: one that hangs is found by a request for one token")
     if found.steps is None:
         return warning("steps are not counted, so an engine that hangs is noticed late", fix)
     look.has_statistics = True
@@ -109,6 +113,8 @@ async def metrics(look: Look) -> Finding:
 async def slots(look: Look) -> Finding:
     """Check that the declared slots are right; the metrics have them after the first request."""
     declared, option = look.facts.device_pages, look.dialect.options["device_pages"]
+    if declared is None and look.found.slots is not None:
+        return ok(f"{look.found.slots} for adapters, by {option}")
     if not look.is_rust:
         return judged_slots(look.dialect, declared, await _slots(look))
     if declared is None:

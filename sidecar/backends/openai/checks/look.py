@@ -15,10 +15,8 @@ from sidecar.backends.checks.finding import Target
 from sidecar.backends.checks.port import CONNECT_S
 from sidecar.backends.credentials import open_http_client
 from sidecar.backends.http_client import Reply
-from sidecar.backends.kind import with_kind
 from sidecar.backends.openai.asking import COMPLETIONS
 from sidecar.backends.openai.dialect import Dialect, Found
-from sidecar.backends.openai.events import message_of
 from sidecar.backends.openai.server import OpenAiServer, Served
 from sidecar.core.facts import EngineFacts
 
@@ -97,7 +95,7 @@ class Look:
         took_s = monotonic() - began
         if reply.is_ok:
             return Answered(reply.status, "", took_s)
-        return Answered(reply.status, message_of(reply.body), took_s, _has_error(reply.body))
+        return Answered(reply.status, self.dialect.refusal(reply), took_s, _has_error(reply.body))
 
     async def load(self, name: str, path: str, timeout_s: float) -> Answered:
         return await self.answered(self.dialect.load(self.server, name, path, timeout_s))
@@ -118,7 +116,7 @@ def looks(dialect: Dialect) -> Callable[[Target], AbstractAsyncContextManager[Lo
     @asynccontextmanager
     async def opened(target: Target) -> AsyncIterator[Look]:
         async with open_http_client(target.address, target.tls, target.api_key_file, KEPT_S, CONNECT_S) as client:
-            yield Look(target, dialect, OpenAiServer(target.id, client), with_kind(target.facts, dialect.model))
+            yield Look(target, dialect, OpenAiServer(target.id, client), target.facts)
 
     return opened
 

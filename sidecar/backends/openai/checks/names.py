@@ -28,6 +28,9 @@ async def updating(look: Look) -> Finding:
     folder: only the engine itself answers that, with a long complaint in its log.
     """
     if not look.dialect.refuses_nameless:
+        found = look.found if look.entry is None else await look.dialect.identify(look.server, look.entry)
+        if found.takes_none:
+            return failed(found.takes_none, look.dialect.enable)
         return ok("an adapter shows it, below")
     reply = await look.load("", "", LOAD_NOTHING_S)
     if not reply.has_error and reply.status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):

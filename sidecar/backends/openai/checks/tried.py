@@ -6,11 +6,12 @@ only when no request of ours can still be on its way to them.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import tempfile
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager, suppress
 
 from sidecar.backends.checks.finding import BUSY_FIX, LOAD_S, RUN_S, Finding, failed, milliseconds, ok, skipped, warning
-from sidecar.backends.checks.staged import FOLDER_FIX, RANK, Staged, can_be_made, not_made, staged
+from sidecar.backends.checks.staged import FOLDER_FIX, RANK, Staged, ZeroWeights, can_be_made, not_made, staged
 from sidecar.backends.http_client import TimedOut, WireError
 from sidecar.backends.openai.checks.look import Answered, Look, log_fix
 from sidecar.backends.openai.checks.names import (
@@ -31,6 +32,8 @@ OTHER_MODULES = ("expected target modules", "unexpected modules")
 async def adapter(look: Look) -> Finding:
     """Check that the engine loads a tiny PEFT adapter from the shared folder and answers by its name."""
     shared_dir, base_model = look.target.adapters_dir, look.target.base
+    if not look.facts.reads_files:
+        return await _sent(look)
     if shared_dir is None:
         return skipped("not looked at: no folder is named that both see")
     if look.without_files:
@@ -46,7 +49,8 @@ async def adapter(look: Look) -> Finding:
         return not_made()
     rank = min(RANK, look.facts.rank_max or RANK)
     async with staged(shared_dir, base_model, rank) as tiny, _forgotten(look, tiny):
-        finding = await _loaded_and_answered(look, tiny)
+        path = tiny.shared_dir.engine_path(tiny.key)
+        finding = await _loaded_and_answered(look, "staged", look.load(look.name, path, LOAD_S))
     if tiny.stays:
         return warning(
             f"{finding.text}; the engine did not say that it has forgotten {look.name}, so its files stay in "
@@ -57,10 +61,25 @@ async def adapter(look: Look) -> Finding:
     return finding
 
 
-async def _loaded_and_answered(look: Look, tiny: Staged) -> Finding:
+async def _sent(look: Look) -> Finding:
+    """Check that the engine takes the weights of a tiny adapter and answers by its name."""
+    if not can_be_made(look.target.base) or look.facts.modules is None:
+        return not_made()
+    rank = min(RANK, look.facts.rank_max or RANK)
+    with tempfile.NamedTemporaryFile() as file:
+        weights = ZeroWeights(file, look.facts.modules, rank)
+        sending = look.dialect.send(look.server, look.name, weights, look.found, look.facts, LOAD_S)
+        try:
+            return await _loaded_and_answered(look, "sent", look.answered(sending))
+        finally:
+            with suppress(WireError):
+                await look.dialect.forget(look.server, look.name, "", UNLOAD_S)
+
+
+async def _loaded_and_answered(look: Look, how: str, loading: Awaitable[Answered]) -> Finding:
     look.is_asking = True
     try:
-        loaded = await look.load(look.name, tiny.shared_dir.engine_path(tiny.key), LOAD_S)
+        loaded = await loading
     except TimedOut:
         return failed(f"no answer to a load within {LOAD_S:g} s", BUSY_FIX)
     if not loaded.is_ok:
@@ -77,13 +96,14 @@ async def _loaded_and_answered(look: Look, tiny: Staged) -> Finding:
     look.is_asking = False
     if not reply.is_ok:
         return failed(f"loaded, and a request by its name is refused: {reply.line}", log_fix(look))
-    return ok(f"staged, loaded in {milliseconds(loaded.took_s)}, one token in {milliseconds(reply.took_s)}, unloaded")
+    return ok(f"{how}, loaded in {milliseconds(loaded.took_s)}, one token in {milliseconds(reply.took_s)}, unloaded")
 
 
 def _not_loaded(look: Look, reply: Answered) -> Finding:
     text = f"the engine does not take it: {reply.line}"
     shared_dir = look.target.adapters_dir
-    assert shared_dir is not None
+    if shared_dir is None:
+        return failed(text, log_fix(look))
     if OUTSIDE.search(reply.text):
         return outside(shared_dir, reply)
     if look.dialect.no_files is not None and look.dialect.no_files.search(reply.text):

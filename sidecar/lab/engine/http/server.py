@@ -23,6 +23,17 @@ class HttpServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         yield
 
+    def cut(self) -> None:
+        """End at once, and close every connection, as the end of a process does."""
+        self.should_exit = self.force_exit = True
+        # uvicorn would listen until it looks at the flags.
+        for listener in self.servers:
+            listener.close()
+        for connection in list(self.server_state.connections):
+            transport = getattr(connection, "transport", None)
+            if transport is not None:
+                transport.abort()
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close every connection, as the end of a process does.
 

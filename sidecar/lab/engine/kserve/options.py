@@ -13,8 +13,8 @@ WEIGHTS_DATATYPES = {"fp16": "FP16", "bf16": "BF16"}
 DATATYPE_OF_DTYPE = {"float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}
 COMPUTES = ("llama", "none")
 TRITON, LLMAPI = "triton", "llmapi"
-TRTLLM = "trtllm"
-PROTOCOLS = (TRITON, LLMAPI, VLLM, TRTLLM)
+TRTLLM, SGLANG = "trtllm", "sglang"
+PROTOCOLS = (TRITON, LLMAPI, VLLM, SGLANG, TRTLLM)
 SERVER, MODELS, ENGINE, LORA, FAULTS = "Server", "Triton's models", "Engine", "LoRA caches", "Faults"
 TRITON_ONLY, HTTP_ONLY, VLLM_ONLY, TRTLLM_ONLY = "Triton", "Engines with an OpenAI API", "vLLM", "trtllm-serve"
 PANELS = SERVER, MODELS, ENGINE, LORA, TRITON_ONLY, HTTP_ONLY, VLLM_ONLY, TRTLLM_ONLY, FAULTS
@@ -69,7 +69,7 @@ class Options:
         default=TRITON,
         metadata=cli(
             SERVER,
-            "triton: the core model; llmapi: the one that loads from paths; vllm, trtllm: an OpenAI API.",
+            "triton: the core model; llmapi: the one that loads from paths; vllm, sglang, trtllm: an OpenAI API.",
         ),
     )
     write_engine_config: Path | None = field(

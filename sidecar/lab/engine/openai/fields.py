@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -32,6 +32,9 @@ class StreamOptions(BaseModel):
 
 class Sampling(BaseModel):
     """The fields of both kinds of generation. None means that the client did not choose."""
+
+    greedy_n: ClassVar[bool] = False
+    """Whether several answers may be asked for without sampling."""
 
     model: str | None = None
     frequency_penalty: float | None = None

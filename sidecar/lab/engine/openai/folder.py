@@ -170,18 +170,18 @@ def read_adapter(name: str, path: str, spec: EngineSpec, prefixes: tuple[str, ..
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise BadAdapter(f"{folder} doesn't contain tensors")
-    tensors = _tensors(weights.read_bytes())
+    tensors = tensors_in(weights.read_bytes())
     if not tensors:
         raise BadAdapter("")
     _check_modules(folder, tensors)
     ours = tuple(f"{prefix}layers." for prefix in prefixes)
-    pairs = {key: pair for key, pair in _pairs(tensors).items() if pair["path"].startswith(ours)}
+    pairs = {key: pair for key, pair in pairs_of(tensors).items() if pair["path"].startswith(ours)}
     factors = {
         key: _factors(pair, lora, key, spec) for key, pair in sorted(pairs.items()) if key[0] < spec.shape.layers
     }
     dims = module_dims(spec.shape)
     rows = tuple(Row(dims[module].module_id, layer, pair.A.shape[0]) for (layer, module), pair in factors.items())
-    return Adapter(rows, PackedAdapter(factors), _content_id(name, lora, tensors) if factors else 0)
+    return Adapter(rows, PackedAdapter(factors), digest_of(name, lora, tensors) if factors else 0)
 
 
 def content_id(name: str, folder: Path) -> int:
@@ -191,7 +191,7 @@ def content_id(name: str, folder: Path) -> int:
     changes the answer (rank, alpha, their patterns, rsLoRA) and of all tensors by name: equal for every copy of the
     folder, different for another version, and never 0, which is the base model's.
     """
-    return _content_id(name, _config(folder, None), _tensors((folder / WEIGHTS).read_bytes()))
+    return digest_of(name, _config(folder, None), tensors_in((folder / WEIGHTS).read_bytes()))
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def _config(folder: Path, max_rank: int | None) -> Lora:
         raise BadAdapter(str(error)) from error
 
 
-def _tensors(data: bytes) -> dict[str, Tensor]:
+def tensors_in(data: bytes) -> dict[str, Tensor]:
     try:
         entries: list[tuple[str, dict[str, Any]]] = deserialize(data)  # type: ignore[no-untyped-call]
     except SafetensorError as error:
@@ -253,7 +253,8 @@ def _module_name(tensor: str) -> str:
     return tensor.removeprefix("base_model.model.").partition(".lora_")[0]
 
 
-def _pairs(tensors: dict[str, Tensor]) -> dict[tuple[int, str], dict[str, Any]]:
+def pairs_of(tensors: dict[str, Tensor]) -> dict[tuple[int, str], dict[str, Any]]:
+    """Return the factors and the path of each projection, by layer and module."""
     pairs: dict[tuple[int, str], dict[str, Any]] = {}
     for name, tensor in tensors.items():
         match = _TENSOR.fullmatch(name)
@@ -294,7 +295,8 @@ def _no_fit(room: int, size: int, dimension: int) -> str:
     )
 
 
-def _content_id(name: str, lora: Lora, tensors: dict[str, Tensor]) -> int:
+def digest_of(name: str, lora: Lora, tensors: dict[str, Tensor]) -> int:
+    """Return `content_id` of what was read."""
     digest = hashlib.sha256(json.dumps([name, lora.effect()], sort_keys=True).encode())
     for tensor_name, tensor in tensors.items():
         digest.update(json.dumps([tensor_name, tensor.dtype, tensor.shape]).encode())

@@ -30,6 +30,15 @@ class EngineRequest:
     fault: ApiError | None = None
 
 
+class TooLong(ApiError):
+    """A prompt of `count` tokens, or more, that has no room in the `longest` sequence."""
+
+    def __init__(self, text: str, count: int, longest: int) -> None:
+        super().__init__(f"{text} (parameter=input_tokens, value={count})", param="input_tokens")
+        self.count = count
+        self.longest = longest
+
+
 def check_completion_body(content: object) -> None:
     """Raise ApiError for what is refused before the fields are read."""
     if not isinstance(content, dict):
@@ -152,12 +161,12 @@ def _check_length(tokens: Sequence[int], spec: EngineSpec, is_text: bool) -> Non
     count = min(len(tokens), longest + 1) if is_text else len(tokens)
     if count > longest:
         least = "at least " if count == longest + 1 else ""
-        raise invalid(
+        raise TooLong(
             f"This model's maximum context length is {longest} tokens. However, your prompt contains {least}{count} "
             "input tokens, which exceeds this limit even without any output tokens. Please reduce the length of the "
             "input prompt.",
-            "input_tokens",
             count,
+            longest,
         )
 
 
@@ -199,7 +208,7 @@ def _check_sampling(fields: Sampling, max_tokens: int, n: int) -> None:
         raise ApiError(f"min_tokens must be less than or equal to max_tokens={max_tokens}, got {fields.min_tokens}.")
     if "" in fields.stop_strings:
         raise ApiError("stop cannot contain an empty string.")
-    if temperature == 0 and n > 1:
+    if temperature == 0 and n > 1 and not fields.greedy_n:
         raise ApiError(f"n must be 1 when using greedy sampling, got {n}.")
 
 

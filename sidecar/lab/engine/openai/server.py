@@ -74,32 +74,40 @@ class Routes:
 
     def app(self) -> Starlette:
         """Return the application."""
+        posts, gets = self._paths()
+        routes = [Route(path, self._guarded(endpoint), methods=["POST"]) for path, endpoint in posts.items()]
+        routes += [Route(path, self._guarded(endpoint), methods=["GET"]) for path, endpoint in gets.items()]
+        return Starlette(routes=routes, exception_handlers={HTTPException: _framework_error})
+
+    def _paths(self) -> tuple[dict[str, Endpoint], dict[str, Endpoint]]:
+        """Return the endpoints for POST and for GET."""
         serving = self._serving
-        posts = {"/v1/completions": serving.complete, "/v1/chat/completions": serving.chat}
+        posts: dict[str, Endpoint] = {"/v1/completions": serving.complete, "/v1/chat/completions": serving.chat}
         posts |= {"/tokenize": self._tokenize, "/detokenize": self._detokenize}
         if self._options.runtime_lora:
             posts |= {"/v1/load_lora_adapter": self._load, "/v1/unload_lora_adapter": self._unload}
-        gets = {"/v1/models": self._models, "/health": self._health, "/version": self._version}
+        gets: dict[str, Endpoint] = {"/v1/models": self._models, "/health": self._health, "/version": self._version}
         gets |= {"/metrics": self._scrape} | ({"/server_info": self._info} if self._options.dev_mode else {})
-        routes = [Route(path, self._guarded(endpoint), methods=["POST"]) for path, endpoint in posts.items()]
-        routes += [Route(path, self._guarded(endpoint), methods=["GET"]) for path, endpoint in gets.items()]
         if not self._options.rust_frontend:
-            routes.append(Route("/ping", self._guarded(self._health), methods=["GET", "POST"]))
-        return Starlette(routes=routes, exception_handlers={HTTPException: _framework_error})
+            posts["/ping"] = gets["/ping"] = self._health
+        return posts, gets
 
     def _guarded(self, endpoint: Endpoint) -> Endpoint:
         async def guarded(request: Request) -> Response:
             if not self._may_enter(request):
-                return _json({"error": "Unauthorized"}, 401)
+                return as_response({"error": "Unauthorized"}, 401)
             try:
                 self._check_size(request)
                 return await endpoint(request)
             except ApiError as error:
                 if isinstance(error, EngineDead):
                     self._died()
-                return _json(error.content, error.status)
+                return self._error(error)
 
         return guarded
+
+    def _error(self, error: ApiError) -> Response:
+        return as_response(error.content, error.status)
 
     def _check_size(self, request: Request) -> None:
         """Refuse a large body unread; the server then closes the connection under it."""
@@ -108,23 +116,29 @@ class Routes:
 
     def _may_enter(self, request: Request) -> bool:
         key = self._options.api_key
-        if key is None or not request.url.path.startswith("/v1"):
+        if key is None or not self._is_locked(request.url.path):
             return True
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         return scheme.lower() == "bearer" and secrets.compare_digest(given.encode(), key.encode())
+
+    def _is_locked(self, path: str) -> bool:
+        """Return True if a path wants the key."""
+        return path.startswith("/v1")
 
     async def _health(self, request: Request) -> Response:
         return Response(status_code=503 if self._driver.is_dead else 200)
 
     async def _version(self, request: Request) -> Response:
         version = self._options.vllm_version
-        return _json({"version": version} | ({"rust_frontend_version": version} if self._options.rust_frontend else {}))
+        return as_response(
+            {"version": version} | ({"rust_frontend_version": version} if self._options.rust_frontend else {})
+        )
 
     async def _info(self, request: Request) -> Response:
         options = self._options
         sizes = {"max_loras": options.max_loras, "max_cpu_loras": options.cpu_loras}
         config = sizes | {"max_lora_rank": options.max_lora_rank} if options.enable_lora else None
-        return _json({"vllm_config": {"lora_config": config}})
+        return as_response({"vllm_config": {"lora_config": config}})
 
     async def _scrape(self, request: Request) -> Response:
         return Response(self._metrics.scrape(), headers={"content-type": CONTENT_TYPE})
@@ -134,14 +148,14 @@ class Routes:
         card = _rust_card if self._options.rust_frontend else _card
         cards = [card(name, self._root, None, self._longest) for name in names]
         cards += [card(copy.name, copy.path, names[0], None) for copy in self._serving.adapters.copies.values()]
-        return _json({"object": "list", "data": cards})
+        return as_response({"object": "list", "data": cards})
 
     async def _load(self, request: Request) -> Response:
-        fields = read_fields(LoadFields, await _content(request))
+        fields = read_fields(LoadFields, await content_of(request))
         return self._done(await self._serving.adapters.load(fields))
 
     async def _unload(self, request: Request) -> Response:
-        fields = read_fields(UnloadFields, await _content(request))
+        fields = read_fields(UnloadFields, await content_of(request))
         return self._done(await self._serving.adapters.unload(fields))
 
     def _done(self, text: str) -> Response:
@@ -149,7 +163,7 @@ class Routes:
         return Response(text, media_type="text/plain" if self._options.rust_frontend else None)
 
     async def _tokenize(self, request: Request) -> Response:
-        fields = read_fields(TokenizeFields, await _content(request))
+        fields = read_fields(TokenizeFields, await content_of(request))
         self._serving.adapters.find(fields.model)
         if fields.prompt is not None:
             with_start = fields.add_special_tokens is not False
@@ -160,15 +174,15 @@ class Routes:
             raise missing("prompt", "messages")
         strings = token_strings(tokens) if fields.return_token_strs else None
         found = {"count": len(tokens), "max_model_len": self._longest, "tokens": tokens, "token_strs": strings}
-        return _json(found)
+        return as_response(found)
 
     async def _detokenize(self, request: Request) -> Response:
-        fields = read_fields(DetokenizeFields, await _content(request))
+        fields = read_fields(DetokenizeFields, await content_of(request))
         self._serving.adapters.find(fields.model)
-        return _json({"prompt": full_text(fields.tokens)})
+        return as_response({"prompt": full_text(fields.tokens)})
 
 
-async def _content(request: Request) -> Any:
+async def content_of(request: Request) -> Any:
     return read_json(request.headers.get("content-type", ""), await request.body())
 
 
@@ -206,13 +220,13 @@ def _rust_card(name: str, root: str, parent: str | None, longest: int | None) ->
     return card
 
 
-def _json(content: Any, status: int = 200) -> Response:
+def as_response(content: Any, status: int = 200) -> Response:
     return Response(as_json(content), status, media_type="application/json")
 
 
 async def _framework_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    response = _json({"detail": error.detail}, error.status_code)
+    response = as_response({"detail": error.detail}, error.status_code)
     response.headers.update(error.headers or {})
     return response
 
@@ -224,18 +238,22 @@ WATCHDOG_S = 5.0
 class VllmServer:
     """A running emulated vLLM; made by `serve_vllm`. It ends by itself when its engine dies."""
 
+    driver = VllmDriver
+
     def __init__(self, options: VllmOptions, listening: socket.socket) -> None:
         self.options = options
         spec = vllm_spec_of(options)
         self._log = ServedLog(options.served_log)
         self._metrics = Metrics(options.names[0], spec, options.rust_frontend, options.enable_lora)
-        self._driver = _driver_of(options, spec, self._log, self._metrics)
-        serving = Serving(self._driver, options, _fingerprint(options.vllm_version, spec))
-        self.adapters = serving.adapters = _adapters_of(options, spec, serving)
-        routes = Routes(options, serving, self._driver, self._metrics, self._end)
-        self._http = http_server(options, routes.app())
+        self._driver = _driver_of(self.driver, options, spec, self._log, self._metrics)
+        self._http = http_server(options, self._routes(options, spec).app())
         self._socket = listening
         self.http_address = f"{options.host}:{listening.getsockname()[1]}"
+
+    def _routes(self, options: VllmOptions, spec: EngineSpec) -> Routes:
+        serving = Serving(self._driver, options, _fingerprint(options.vllm_version, spec))
+        self.adapters = serving.adapters = _adapters_of(options, spec, serving)
+        return Routes(options, serving, self._driver, self._metrics, self._end)
 
     @property
     def metrics_address(self) -> str:
@@ -296,14 +314,14 @@ class VllmServer:
                 self._http.should_exit = True
 
 
-async def serve_vllm(options: VllmOptions) -> VllmServer:
-    """Start an emulated vLLM and return when it takes requests.
+async def serve_vllm(options: VllmOptions, kind: type[VllmServer] = VllmServer) -> VllmServer:
+    """Start an emulated vLLM, or another kind of server, and return when it takes requests.
 
     Raises ValueError for options that contradict each other, OSError if a port is taken.
     """
     listening = bound_socket(options.host, options.http_port, "--http-port")
     try:
-        server = VllmServer(options, listening)
+        server = kind(options, listening)
     except BaseException:
         listening.close()
         raise
@@ -311,14 +329,16 @@ async def serve_vllm(options: VllmOptions) -> VllmServer:
     return server
 
 
-def _driver_of(options: VllmOptions, spec: EngineSpec, log: ServedLog, metrics: Metrics) -> VllmDriver:
+def _driver_of(
+    kind: type[VllmDriver], options: VllmOptions, spec: EngineSpec, log: ServedLog, metrics: Metrics
+) -> VllmDriver:
     compute: ByContent | ByLlama
     if options.computes:
         compute = ByLlama(spec, options.seed, options.mixing_breaks_base)
     else:
         compute = ByContent(spec, options.mixing_breaks_base)
     cost = CostModel.from_file(options.cost_table or A100_TABLE, options.time_scale, options.max_lora_rank)
-    return VllmDriver(Engine(spec, cost), compute, Faults(options), log, metrics, options.slow_factor)
+    return kind(Engine(spec, cost), compute, Faults(options), log, metrics, options.slow_factor)
 
 
 def _adapters_of(options: VllmOptions, spec: EngineSpec, serving: Serving) -> Adapters:

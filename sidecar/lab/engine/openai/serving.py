@@ -166,32 +166,37 @@ class Serving:
         self._is_rust = options.rust_frontend
         self._numbers = itertools.count(1)
 
+    completion_fields, chat_fields = CompletionFields, ChatFields
+
     async def complete(self, request: Request) -> Response:
         """`POST /v1/completions`. Raises ApiError."""
         content = read_json(request.headers.get("content-type", ""), await request.body())
         check_completion_body(content)
-        fields = read_fields(CompletionFields, content)
-        copy = self._find(fields)
+        fields = read_fields(self.completion_fields, content)
+        copy = await self._find(fields)
         if self._is_rust:
             check_request(fields)
         asked = completion_of(fields, self._driver.engine.spec)
-        bodies = RustCompletionBodies if self._is_rust else CompletionBodies
-        return await self._answer(request, fields, asked, copy, bodies(self._head("cmpl", request, fields)))
+        bodies = self._bodies()[0](self._head("cmpl", request, fields))
+        return await self._answer(request, fields, asked, copy, bodies)
+
+    def _bodies(self) -> tuple[type[Bodies], type[Bodies]]:
+        """Return the bodies of completions and of chats."""
+        return (RustCompletionBodies, RustChatBodies) if self._is_rust else (CompletionBodies, ChatBodies)
 
     async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`. Raises ApiError."""
         content = read_json(request.headers.get("content-type", ""), await request.body())
         check_stream_options(content)
-        fields = read_fields(ChatFields, content)
-        copy = self._find(fields)
+        fields = read_fields(self.chat_fields, content)
+        copy = await self._find(fields)
         if self._is_rust:
             check_request(fields)
         asked = chat_of(fields, self._driver.engine.spec)
         head = self._head("chatcmpl", request, fields)
         # Without a generation prompt the answer continues the last message.
         role = head.role if fields.add_generation_prompt else fields.messages[-1].role
-        bodies = RustChatBodies if self._is_rust else ChatBodies
-        return await self._answer(request, fields, asked, copy, bodies(replace(head, role=role)))
+        return await self._answer(request, fields, asked, copy, self._bodies()[1](replace(head, role=role)))
 
     async def put(self, copy: Copy) -> None:
         """Bring an adapter to the engine. Raises ApiError if the engine refuses it."""
@@ -214,7 +219,7 @@ class Serving:
             return EngineDead(f"{before}engine-core error: engine core reported fatal failure")
         return EngineDead(ENGINE_DIED if self._options.is_older else DIED)
 
-    def _find(self, fields: Sampling) -> Copy | None:
+    async def _find(self, fields: Sampling) -> Copy | None:
         copy = self.adapters.find(fields.model)
         if self._driver.is_dead:
             raise self._dead(SUBMITTING)

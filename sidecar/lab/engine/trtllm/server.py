@@ -215,7 +215,7 @@ class TrtllmServer:
         """
         self._http.should_exit = True
         await asyncio.wait([self._serving], timeout=grace or 0)
-        self._cut_connections()
+        self._http.cut()
         if not self._driving.done():
             self._driver.end_all()
             self._driving.cancel()
@@ -232,17 +232,7 @@ class TrtllmServer:
     def _die(self, text: str) -> None:
         """End at once, with the worker that an exception has ended."""
         self._worker_died = text
-        self._cut_connections()
-
-    def _cut_connections(self) -> None:
-        self._http.should_exit = self._http.force_exit = True
-        # uvicorn would listen until it looks at the flags.
-        for listener in self._http.servers:
-            listener.close()
-        for connection in list(self._http.server_state.connections):
-            transport = getattr(connection, "transport", None)
-            if transport is not None:
-                transport.abort()
+        self._http.cut()
 
 
 async def serve_trtllm(options: TrtllmOptions) -> TrtllmServer:

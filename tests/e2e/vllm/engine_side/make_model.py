@@ -40,11 +40,11 @@ def make_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(str(folder))
 
 
-def make_model(folder: Path) -> LlamaForCausalLM:
+def make_model(folder: Path, ffn: int) -> LlamaForCausalLM:
     """Write the model in float32 and return it."""
     torch.manual_seed(SEED)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8,
+        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=ffn, num_hidden_layers=4, num_attention_heads=8,
         num_key_value_heads=4, max_position_embeddings=2048, initializer_range=SIZE, tie_word_embeddings=False,
         bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
@@ -61,7 +61,8 @@ def make_adapter(model: LlamaForCausalLM, folder: Path, number: int) -> None:
     with torch.no_grad():
         for name, parameter in sorted(wrapped.named_parameters()):
             if "lora_" in name:
-                parameter.normal_(0.0, SIZE, generator=generator)
+                # Of float16's values, so that an engine's own type rounds nothing.
+                parameter.copy_(parameter.normal_(0.0, SIZE, generator=generator).half())
     wrapped.peft_config["default"].base_model_name_or_path = "base"
     wrapped.save_pretrained(str(folder))
     wrapped.unload()
@@ -70,7 +71,7 @@ def make_adapter(model: LlamaForCausalLM, folder: Path, number: int) -> None:
 def main() -> None:
     folder = Path(sys.argv[1])
     make_tokenizer(folder / "model")
-    model = make_model(folder / "model")
+    model = make_model(folder / "model", int(sys.argv[2]))
     for number in range(ADAPTERS):
         make_adapter(model, folder / "adapters" / f"a{number:02}", number)
 
