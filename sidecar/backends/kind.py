@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
 from sidecar.adapters.shared_memory import NOT_SHARED, SharedMemory
 from sidecar.backends.api import Backend, Form, Prompt, Reply
 from sidecar.backends.checks.finding import Finding, Target
+from sidecar.backends.openai.paths import CHAT, COMPLETIONS
 from sidecar.backends.triton.loads import LoaderProcess
 from sidecar.config.backends import Backend as Entry
 from sidecar.core.facts import EngineFacts
@@ -109,6 +110,10 @@ class ModelKind:
     """Returns the member of a client's OpenAI request (its path, its body's members) that the model does not take, and
     why; ("", "") if it takes all. The request then goes to other kinds, or is refused.
     """
+    paths: tuple[str, ...] = (COMPLETIONS, CHAT)
+    """The paths of the OpenAI API that its engines may serve (`EngineFacts.paths` says which one does)."""
+    why_no_path: Mapping[str, str] = field(default_factory=dict)
+    """Why others are not served, where that is not plain."""
     salted: tuple[str, ...] = ()
     """The paths of the OpenAI API whose requests may have a salt for their prefix blocks, `cache_salt`."""
     long_by_default: bool = False

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from sidecar.backends.api import Payload
 from sidecar.backends.kind import Native
+from sidecar.backends.openai.paths import generates
 from sidecar.backends.registry import base_names, is_base_model, model_kind
 from sidecar.config.identities import clipped
 from sidecar.core.facts import EngineFacts
@@ -23,7 +24,9 @@ SORTS_MAX = 1_000
 
 def backends_of(state: State, kinds: Collection[str], base: str = "") -> tuple[str, ...] | None:
     """Return the backends of these kinds, with `base` those of that base model: () for all backends, None for none."""
-    return fitting_backends(state, lambda facts: facts.kind in kinds and has_base(facts, base))
+    return fitting_backends(
+        state, lambda facts: facts.kind in kinds and generates(facts.paths) and has_base(facts, base)
+    )
 
 
 def is_base(state: State, name: str) -> bool:

@@ -8,9 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 from sidecar.access.access import Caller, Permit
+from sidecar.backends.api import Payload, Ticket
 from sidecar.backends.api import Reply as EngineReply
-from sidecar.backends.api import Ticket
-from sidecar.backends.kind import Reader
+from sidecar.backends.kind import Ask, Reader
+from sidecar.backends.openai.asking import POOLED
+from sidecar.backends.openai.paths import generates
 from sidecar.core.causes import NotLoaded
 from sidecar.errors import SidecarError
 from sidecar.fronts import relay
@@ -39,6 +41,11 @@ async def ask(
     """
     request = _generate_request(question)
     payload, input_tokens = payload_of(request, lambda kind: False)
+    engine, reader = gateway.state.backends.get(question.backend), None
+    if engine is not None and not generates(engine.facts.paths):  # an adapter is verified by what it is there for
+        asked = Ask(request.text or None, tuple(request.tokens.ids), model=request.adapter)
+        payload = Payload("", POOLED.write(asked, False), raw=True, unary=False, kind=engine.facts.kind)
+        reader = POOLED.reader(bool(request.text))
     if question.prompt.text:
         input_tokens = text_tokens_max(gateway.state, input_tokens)
     facts = RequestFacts(
@@ -58,7 +65,7 @@ async def ask(
     except SidecarError as error:
         return Reply(error=error.message, reason=error.reason)
     try:
-        return await _answer(gateway, ticket, bool(question.prompt.text), voice)
+        return await _answer(gateway, ticket, bool(question.prompt.text), voice, reader)
     finally:
         gateway.close(ticket)
 
@@ -72,10 +79,9 @@ def _generate_request(question: Question) -> Any:
     return gateway_pb2.GenerateRequest(adapter=adapter, max_tokens=question.tokens_max, stream=False, top_k=1, **asked)
 
 
-async def _answer(gateway: Gateway, ticket: Ticket, is_text: bool, voice: Voice) -> Reply:
+async def _answer(gateway: Gateway, ticket: Ticket, is_text: bool, voice: Voice, reader: Reader | None) -> Reply:
     texts: list[str] = []
     token_ids: list[int] = []
-    reader: Reader | None = None
 
     async def take(reply: EngineReply) -> None:
         nonlocal reader

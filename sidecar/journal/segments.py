@@ -28,7 +28,7 @@ from sidecar.journal import codec
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 10
+FORMAT = 11
 PREFIX, SUFFIX, UNFINISHED = "segment-", ".jsonl", ".unfinished"
 FLUSH_S = 0.1
 WAKE_LINES = 256

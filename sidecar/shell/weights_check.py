@@ -14,6 +14,8 @@ from typing import Literal
 from sidecar.backends.api import UNTOLD, Backend, Payload, Prompt, Ticket
 from sidecar.backends.buffers import AnswerBuffers
 from sidecar.backends.kind import Ask
+from sidecar.backends.openai.asking import POOLED
+from sidecar.backends.openai.paths import generates
 from sidecar.backends.registry import base_names, model_kind
 from sidecar.core.facts import EngineFacts
 from sidecar.shell.requests import RequestFacts
@@ -70,7 +72,7 @@ class WeightsCheck:
 
     async def _ask(self, backend: Backend, facts: EngineFacts) -> Said | None:
         """Return an engine's answer; None if it gives none."""
-        asking = model_kind(facts.kind).asking
+        asking = model_kind(facts.kind).asking if generates(facts.paths) else POOLED
         if asking is None:
             return None
         prompt = Prompt.TOKENS if Prompt.TOKENS in asking.prompts else Prompt.TEXT

@@ -279,7 +279,7 @@ async def test_bodies_are_bounded(tmp_path: Path) -> None:
 async def test_paths_and_methods(tmp_path: Path) -> None:
     """In OpenAI's form below /v1; the probes are as they were."""
     async with house(tmp_path, [ScriptedVllm()]) as served:
-        response = await served.client.get("/v1/embeddings")
+        response = await served.client.get("/v1/audio/speech")
         assert (response.status_code, response.json()["error"]["reason"]) == (404, "not_found")
         response = await served.client.get(COMPLETIONS)
         assert (response.status_code, response.headers["allow"]) == (405, "POST")

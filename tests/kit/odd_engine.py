@@ -104,6 +104,9 @@ class OddConnection(Connection):
         super().data_received(data)
 
     def _answer(self, path: str, body: bytes) -> None:
+        if not body and path in COMPLETIONS:
+            self._transport.write(whole_of(405, b"{}"))
+            return
         if path not in COMPLETIONS:
             super()._answer(path, body)
             return

@@ -155,6 +155,9 @@ class Connection(asyncio.Protocol):
             raw = content.encode() if isinstance(content, str) else json.dumps(content).encode()
             self._whole(status, raw, "text/plain" if isinstance(content, str) else "application/json")
             return
+        if not body:
+            self._whole(405, b"{}", "application/json")
+            return
         record = json.loads(body)
         if record["model"] != "base" and record["model"] not in self._engine.adapters:
             error = {"error": {"message": f"The model `{record['model']}` does not exist."}}

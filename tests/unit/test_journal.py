@@ -182,9 +182,9 @@ def test_a_cut_off_last_line_is_noted(tmp_path: Path) -> None:
         (b'{"some":"record"}\n', "does not begin as a journal segment"),
         (
             b'{"journal":99,"version":"7.1"}\n',
-            "its format is 99 and this version reads 10; replay it with lora-sidecar 7",
+            "its format is 99 and this version reads 11; replay it with lora-sidecar 7",
         ),
-        (b'{"journal":10}\n', "its first line lacks first_step, config, state"),
+        (b'{"journal":11}\n', "its first line lacks first_step, config, state"),
     ],
 )
 def test_what_is_no_segment_is_refused(tmp_path: Path, content: bytes, problem: str) -> None:

@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 
+from sidecar.backends.openai.paths import CHAT, COMPLETIONS
 from sidecar.errors import Reason, Refused
 from sidecar.fronts.openai import large
 from sidecar.fronts.openai.body import VALUES_MAX, read_body
 from sidecar.fronts.openai.chat_templates import ChatTemplate, compiled_template
 from sidecar.fronts.openai.large import Found, LargeBodies, Order, Refusal, Template
-from sidecar.fronts.openai.request import CHAT, COMPLETIONS, Unfit, parts_of, read_request
+from sidecar.fronts.openai.request import Unfit, parts_of, read_request
 from sidecar.fronts.openai.text_forms import text_request
 from tests.kit.serving import until
 

@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sidecar.backends.openai.paths import CHAT, COMPLETIONS
 from sidecar.backends.wire import ModelInferRequest
 from sidecar.errors import Family, Misused, Reason
 from sidecar.fronts.openai.body import read_body
 from sidecar.fronts.openai.chat_templates import ChatTemplate, plain_messages, read_chat_template
 from sidecar.fronts.openai.errors import _of_reason
-from sidecar.fronts.openai.request import CHAT, COMPLETIONS, Unfit, read_request
+from sidecar.fronts.openai.request import Unfit, read_request
 from sidecar.fronts.openai.text_answers import StopWords
 from sidecar.fronts.openai.text_forms import TextRequest, text_request
 

@@ -9,10 +9,11 @@ from typing import Any
 from sidecar.backends import registry
 from sidecar.backends.api import Prompt
 from sidecar.backends.kind import Ask, ModelKind, Native
+from sidecar.backends.openai.paths import CHAT, COMPLETIONS, ROWS, ApiPath
 from sidecar.errors import Refused
 from sidecar.fronts.openai.body import read_body
 from sidecar.fronts.openai.chat_templates import compiled_template
-from sidecar.fronts.openai.request import CHAT, COMPLETIONS, choices_of, read_request
+from sidecar.fronts.openai.request import choices_of, read_request
 from sidecar.fronts.openai.text_forms import text_request
 
 HEAD = """# Engines and protocols
@@ -68,6 +69,11 @@ def page() -> str:
     for title, path, members in OPENAI:
         cells = " | ".join(cell(model, *_openai(model, path, members)) for model in models)
         lines.append(f"| {title} | {cells} |")
+    lines += [
+        f"| `{row.path}` | {' | '.join(cell(model, *_path(model, row)) for model in models)} |"
+        for row in ROWS.values()
+        if not row.as_text
+    ]
     cells = " | ".join("the rest of its context [0]" if model.long_by_default else "16" for model in models)
     lines.append(f"| tokens of a completion without `max_tokens` | {cells} |")
     reasons = "".join(f"{number}. {why}\n" for why, number in notes.items())
@@ -99,6 +105,13 @@ def _kserve(model: ModelKind) -> tuple[str, str]:
     if model.native is Native.KSERVE:
         return "as sent", ""
     return "no", "Its engines have an OpenAI API and take no tensors."
+
+
+def _path(model: ModelKind, row: ApiPath) -> tuple[str, str]:
+    if model.native is Native.OPENAI and row.path in model.paths:
+        return "as sent", "" if row.generates else "If it was started to pool, with a model for this path."
+    why = model.why_no_path.get(row.path, "")
+    return "no", _sentence(why) if why else ""
 
 
 def _openai(model: ModelKind, path: str, members: Mapping[str, Any]) -> tuple[str, str]:

@@ -7,11 +7,13 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from sidecar.backends.api import HttpForm, Reply
-from sidecar.backends.kind import Ask, Piece
-from sidecar.backends.openai.events import record_of
+import numpy as np
 
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+from sidecar.backends.api import HttpForm, Reply
+from sidecar.backends.kind import Ask, Asking, Piece
+from sidecar.backends.openai.events import record_of
+from sidecar.backends.openai.paths import COMPLETIONS, POOLING, ROWS
+
 _OPTIONAL = (
     "temperature", "top_k", "top_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "min_tokens",
@@ -38,6 +40,24 @@ def completion(ask: Ask, streams: bool, **more: Any) -> HttpForm:
     if ask.stop_words:
         body["stop"] = list(ask.stop_words)
     return HttpForm(COMPLETIONS, b'{"model":', b"," + json.dumps(body).encode()[1:], ask.model, streams)
+
+
+def pooled(ask: Ask) -> HttpForm:
+    """Return the request for what a pooler makes of text or token ids."""
+    asked = {"input": ask.text if ask.text is not None else list(ask.token_ids)}
+    return HttpForm(ROWS[POOLING].at_engine, b'{"model":', b"," + json.dumps(asked).encode()[1:], ask.model, False)
+
+
+class NumbersReader:
+    """Reads what a pooler made: its numbers as a text, so roughly that two engines of one model write the same."""
+
+    def read(self, reply: Reply) -> Piece:
+        (datum,) = record_of(reply.raw)["data"]
+        return Piece(" ".join(f"{number:.2f}" for number in np.ravel(datum["data"])))
+
+
+POOLED = Asking(lambda ask, streams: pooled(ask), lambda ask: "", lambda is_text: NumbersReader())
+"""How an engine is asked that does not generate."""
 
 
 class IdsReader:

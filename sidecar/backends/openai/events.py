@@ -7,6 +7,8 @@ import re
 from collections.abc import AsyncIterator
 from typing import Any
 
+from sidecar.backends.openai.paths import Grammar
+
 END_OF_EVENT = b"\n\n"
 EVENT, END = b"data:", b"[DONE]"
 DONE = EVENT + b" " + END
@@ -26,8 +28,9 @@ PROMPT_IDS = b'"prompt_token_ids":['
 USAGE = b'"usage":{'
 # None of these can occur in the text of an answer: there a backslash precedes every quote.
 _index = re.compile(rb'"choices":\[\{"index":(\d+)').search
-_completion = re.compile(rb'"completion_tokens"\s*:\s*(\d+)').search
-_prompt = re.compile(rb'"prompt_tokens"\s*:\s*(\d+)').search
+_completion = re.compile(rb'"(?:completion|output)_tokens"\s*:\s*(\d+)').search
+_prompt = re.compile(rb'"(?:prompt|input)_tokens"\s*:\s*(\d+)').search
+NAME = b"event: "
 
 
 def record_of(raw: bytes) -> dict[str, Any]:
@@ -45,6 +48,51 @@ async def split(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         for event in events:
             if event:
                 yield event
+
+
+class NamedEvents:
+    """Reads events that have names, by the grammar of their path."""
+
+    def __init__(self, grammar: Grammar) -> None:
+        self._grammar = grammar
+
+    def is_error(self, event: bytes) -> bool:
+        return event.startswith(ERROR) or name_of(event) in self._grammar.errors
+
+    def is_final(self, event: bytes) -> bool:
+        return name_of(event) in self._grammar.finals
+
+    def tokens(self, event: bytes) -> int | None:
+        """Return how many tokens an event has; None if it has none by its kind."""
+        return 1 if name_of(event) in self._grammar.tokens else None
+
+
+def name_of(event: bytes) -> bytes:
+    """Return the name of an event; empty if it has none."""
+    return event[len(NAME) : event.find(b"\n")].strip() if event.startswith(NAME) else b""
+
+
+class ChoiceEvents:
+    """Reads events with choices, the last of which is `[DONE]`."""
+
+    def __init__(self) -> None:
+        self._count = StreamedTokens()
+
+    def is_error(self, event: bytes) -> bool:
+        return event.startswith(ERROR)
+
+    def is_final(self, event: bytes) -> bool:
+        return event.startswith(DONE)
+
+    def tokens(self, event: bytes) -> int | None:
+        """Return how many tokens an event has; None if it has no choice."""
+        choice = event.find(CHOICES)
+        return None if choice < 0 else self._count.added(event, choice)
+
+
+def reader_of(grammar: Grammar) -> NamedEvents | ChoiceEvents:
+    """Return what reads the events of one answer."""
+    return NamedEvents(grammar) if grammar.is_named else ChoiceEvents()
 
 
 class StreamedTokens:

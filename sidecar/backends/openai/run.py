@@ -12,18 +12,17 @@ from sidecar.backends.api import HttpRejection, Reply, Ticket, Unseen
 from sidecar.backends.faults import Wrote
 from sidecar.backends.http_client import JSON, Answer, HttpClient, ProxyTimedOut, WireError
 from sidecar.backends.openai.events import (
-    CHOICES,
     DONE,
     END_OF_EVENT,
-    ERROR,
-    StreamedTokens,
     completion_tokens,
     message_of,
     prompt_bytes,
     prompt_tokens,
+    reader_of,
     split,
 )
 from sidecar.backends.openai.naming import Naming
+from sidecar.backends.openai.paths import AT_ENGINE, COMPLETIONS, ROWS
 from sidecar.backends.openai.server import epoch_header
 from sidecar.backends.quoting import wrote_in
 from sidecar.backends.unseen import Follower, Read, first_token
@@ -77,7 +76,8 @@ class OpenAiRun:
         self._body_bytes_max = body_bytes_max
         self._work: asyncio.Task[Any] | None = None
         self._has_begun = False
-        self._count = StreamedTokens()
+        self._row = AT_ENGINE.get(naming.form.path, ROWS[COMPLETIONS])
+        self._reader = reader_of(self._row.grammar)
         self._unseen: Unseen | None = None
         self._read = Read(len(DONE + END_OF_EVENT))
 
@@ -141,10 +141,10 @@ class OpenAiRun:
 
     async def _read_events(self, answer: Answer, unseen: Unseen | None) -> None:
         async for event in split(answer.chunks):
-            if event.startswith(ERROR):
-                await self._refused(HTTPStatus.INTERNAL_SERVER_ERROR, message_of(event.removeprefix(b"data: ")))
+            if self._reader.is_error(event):
+                await self._refused(HTTPStatus.INTERNAL_SERVER_ERROR, message_of(event.partition(b"data: ")[2]))
                 return
-            final = event.startswith(DONE)
+            final = self._reader.is_final(event)
             self._take(event, final)
             if final:
                 self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
@@ -164,10 +164,10 @@ class OpenAiRun:
     def _take(self, event: bytes, final: bool) -> None:
         """Deliver an event."""
         self._read.size_bytes += len(event) + len(END_OF_EVENT)
-        choice = event.find(CHOICES)
-        is_first = choice >= 0 and not self._has_begun
-        if choice >= 0:
-            tokens = self._count.added(event, choice)
+        found = self._reader.tokens(event)
+        is_first = found is not None and not self._has_begun
+        if found is not None:
+            tokens = found
             self._has_begun = True
             self.tokens += tokens
             self._read.tokens = self.tokens
@@ -192,7 +192,7 @@ class OpenAiRun:
     def _whole(self, body: bytes) -> None:
         found = completion_tokens(body)
         self.ticket.prompt_tokens = prompt_tokens(body) or self.ticket.prompt_tokens
-        self.tokens = 1 if found is None else found
+        self.tokens = int(self._row.generates) if found is None else found
         self._heard(self.effect.request, self.tokens)
         self.ticket.deliver(Reply(self._naming.shown(body), None, True), self.tokens)
         self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-from sidecar.backends.http_client import HttpClient, Reply
-from sidecar.backends.openai.asking import COMPLETIONS
+from sidecar.backends.http_client import HttpClient, Reply, WireError
 from sidecar.backends.openai.events import message_of
+from sidecar.backends.openai.paths import COMPLETIONS, POOLING, ROWS
 from sidecar.errors import Misused, Reason
 
 PROBE_TIMEOUT_S = 5.0
@@ -28,6 +28,8 @@ class Served:
     sequence_tokens_max: int | None = None
     adapters: dict[str, str] | None = None
     names: tuple[str, ...] = ()
+    paths: tuple[str, ...] | None = None
+    """The paths of the API that the server has; None if it does not tell."""
 
 
 class OpenAiServer:
@@ -36,6 +38,7 @@ class OpenAiServer:
     def __init__(self, backend: str, client: HttpClient) -> None:
         self.backend = backend
         self.client = client
+        self._pools = False
 
     def unusable(self, text: str) -> Misused:
         """Return the error of an engine that cannot be used."""
@@ -70,13 +73,36 @@ class OpenAiServer:
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise self.unusable(f"/v1/models answers {reply.status}: {reply.text[:200]}") from error
 
+    async def paths(self) -> tuple[str, ...] | None:
+        """Return the paths that the server has; None if a proxy in between does not let that be asked.
+
+        It answers a GET with 404 where it has none, else with 405.
+        """
+        try:
+            statuses = {row.path: (await self.get(row.at_engine)).status for row in ROWS.values()}
+        except WireError:
+            return None
+        found = {path for path, status in statuses.items() if status != HTTPStatus.NOT_FOUND}
+        self._pools = POOLING in found and COMPLETIONS not in found
+        return tuple(sorted(found)) if found & {COMPLETIONS, POOLING} else None
+
+    async def try_out(self, body: Mapping[str, Any], timeout_s: float, epoch: int = 0) -> Reply:
+        """Send the request for a completion; a server that pools gets its prompt."""
+        path = COMPLETIONS
+        if self._pools:
+            path, body = ROWS[POOLING].at_engine, {"model": body["model"], "input": body["prompt"]}
+        return await self.client.post(path, body, timeout_s, epoch_header(epoch))
+
     async def ask(self, body: Mapping[str, Any], timeout_s: float, epoch: int = 0) -> tuple[int, str]:
-        """Ask for a completion; return the status, and the answer's token ids, or its text, or the error's."""
-        reply = await self.client.post(COMPLETIONS, body, timeout_s, epoch_header(epoch))
+        """Return the status, and the answer's token ids, or its text, or what a pooler makes of it, or the error's."""
+        reply = await self.try_out(body, timeout_s, epoch)
         if not reply.is_ok:
             return reply.status, message_of(reply.body)
         try:
-            choices = reply.json()["choices"]
+            record = reply.json()
+            if self._pools:
+                return HTTPStatus.OK, str(record["data"][0]["data"])
+            choices = record["choices"]
             return HTTPStatus.OK, str(choices[0].get("token_ids") or choices[0].get("text"))
         except (ValueError, KeyError, TypeError, IndexError):
             return HTTPStatus.OK, ""

@@ -36,9 +36,10 @@ from sidecar.backends.faults import Wrote, nobody_wrote
 from sidecar.backends.gauges import count_of, sum_of
 from sidecar.backends.http_client import JSON, PIECE_BYTES, Reply, WireError
 from sidecar.backends.kind import Ask, Asking, ModelKind, Native
-from sidecar.backends.openai.asking import CHAT, COMPLETIONS, IdsReader, completion
+from sidecar.backends.openai.asking import IdsReader, completion
 from sidecar.backends.openai.dialect import Dialect, Found, Measures
 from sidecar.backends.openai.events import message_of
+from sidecar.backends.openai.paths import CHAT, COMPLETIONS
 from sidecar.backends.openai.server import PROBE_TIMEOUT_S, OpenAiServer
 from sidecar.config.backends import Backend as Entry
 from sidecar.core.enums import Fault

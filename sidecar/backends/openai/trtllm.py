@@ -21,9 +21,10 @@ from sidecar.backends.api import HttpForm, Reply
 from sidecar.backends.faults import Wrote, nobody_wrote
 from sidecar.backends.http_client import WireError
 from sidecar.backends.kind import Ask, Asking, ModelKind, Native, Piece
-from sidecar.backends.openai.asking import CHAT, COMPLETIONS, completion, remedy
+from sidecar.backends.openai.asking import completion, remedy
 from sidecar.backends.openai.dialect import Dialect, Found, Measures
 from sidecar.backends.openai.events import record_of
+from sidecar.backends.openai.paths import CHAT, COMPLETIONS, RESPONSES
 from sidecar.backends.openai.server import OpenAiServer, Served
 from sidecar.config.backends import Backend as Entry
 from sidecar.config.restart import Restart
@@ -102,6 +103,7 @@ MODEL = ModelKind(
     native=Native.OPENAI,
     asking=Asking(_write, lambda ask: "", _Reader),
     why_not_client=why_not_client,
+    why_no_path={RESPONSES: "trtllm-serve answers there without the adapter"},
     salted=(CHAT,),
     long_by_default=True,
     reads_files=True,

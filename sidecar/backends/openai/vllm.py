@@ -18,10 +18,11 @@ from sidecar.backends.faults import Wrote, nobody_wrote
 from sidecar.backends.gauges import count_of, sum_of
 from sidecar.backends.http_client import Reply, WireError
 from sidecar.backends.kind import Ask, Asking, ModelKind, Native
-from sidecar.backends.openai.asking import CHAT, COMPLETIONS, IdsReader, completion
+from sidecar.backends.openai.asking import IdsReader, completion
 from sidecar.backends.openai.dialect import Dialect, Found, Measures
 from sidecar.backends.openai.events import message_of
-from sidecar.backends.openai.server import PROBE_TIMEOUT_S, OpenAiServer
+from sidecar.backends.openai.paths import ROWS
+from sidecar.backends.openai.server import PROBE_TIMEOUT_S, OpenAiServer, Served
 from sidecar.config.backends import Backend as Entry
 from sidecar.core.enums import Fault
 from sidecar.core.facts import EngineFacts
@@ -71,7 +72,8 @@ MODEL = ModelKind(
     title="vLLM",
     native=Native.OPENAI,
     asking=Asking(_write, lambda ask: "", IdsReader),
-    salted=(COMPLETIONS, CHAT),
+    paths=tuple(ROWS),
+    salted=tuple(ROWS),
     reads_files=True,
     page_is_adapter=True,
     pages="the engine keeps {host} in memory (max_cpu_loras) and has {device} slots (max_loras)",
@@ -199,6 +201,9 @@ class Vllm(Dialect):
             rank_max=config.get("max_lora_rank"),
             takes_none=takes_none,
         )
+
+    async def served(self, server: OpenAiServer) -> Served:
+        return replace(await server.models(), paths=await server.paths())
 
     async def lora_config(self, server: OpenAiServer) -> Mapping[str, Any] | None:
         """Return what LoRA it was started with, {} if without; None if it does not say, as it does for developers only.

@@ -11,6 +11,7 @@ import grpc
 import grpc.aio
 from starlette.types import Receive, Scope, Send
 
+from sidecar.backends.openai.paths import ROWS
 from sidecar.config.listeners import EndpointPickerListener
 from sidecar.errors import Misused, Reason, Refused, SidecarError
 from sidecar.fronts import callers
@@ -23,7 +24,6 @@ from sidecar.fronts.extproc.ways import Way
 from sidecar.fronts.intake import Intake
 from sidecar.fronts.kserve.infer import KServe
 from sidecar.fronts.openai.errors import failure
-from sidecar.fronts.openai.request import CHAT, COMPLETIONS
 from sidecar.proto import envoy_pb2 as envoy
 from sidecar.shell.metrics import PICKED, PickerFigures
 from sidecar.tasks import Tasks, ended
@@ -110,7 +110,7 @@ class Picker:
         if any(not name.isascii() for name, _ in heads.pairs(first.request_headers.headers)):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a header's name is not of HTTP")
         if (trouble := heads.mode_trouble(first)) is not None:
-            if heads.path_of(first) in (UNARY, STREAM, COMPLETIONS, CHAT):
+            if heads.path_of(first) in (UNARY, STREAM, *ROWS):
                 self._turned_away(Misused(Reason.CONFIG_INVALID, trouble))
             refused = failure(500, trouble, "gateway_mode")
             await context.write(replies.answered(refused.status, refused.headers, refused.body))

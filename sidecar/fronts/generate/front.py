@@ -10,6 +10,7 @@ import grpc
 
 from sidecar.backends.api import HttpRejection, Reply, Ticket
 from sidecar.backends.kind import Reader
+from sidecar.backends.openai.paths import generates
 from sidecar.config.identities import checked, clipped, session_of
 from sidecar.core.effects import Settle
 from sidecar.errors import Reason, Refused, SidecarError
@@ -89,6 +90,8 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
     def _eligible(self, request: Any, kinds: tuple[str, ...], base: str = "") -> tuple[str, ...]:
         """Return the backends that a request may go to, () for any. Raises Refused(INVALID_REQUEST)."""
         backends = backends_of(self._gateway.state, kinds, base)
+        if backends is None and not any(generates(each.facts.paths) for each in self._gateway.state.backends.values()):
+            raise Refused(Reason.INVALID_REQUEST, "no engine here answers with tokens; ask for embeddings by HTTP")
         if backends is None:
             raise Refused(Reason.INVALID_REQUEST, why_not(request, self._kinds))
         return backends

@@ -27,7 +27,7 @@ from sidecar.errors import Reason, Refused
 from sidecar.fronts import relay
 from sidecar.fronts.intake import BodyArrival
 from sidecar.fronts.openai.candidates import Destination
-from sidecar.fronts.openai.errors import Failure, failure_of_ending, without_retry
+from sidecar.fronts.openai.errors import Failure, anthropic_error, failure_of_ending, without_retry
 from sidecar.fronts.openai.request import OpenAiRequest
 from sidecar.fronts.openai.text_answers import DONE, PassedOn, TextAnswer
 from sidecar.shell.gateway import Gateway
@@ -327,7 +327,9 @@ class Answering:
                 failed = without_retry(failed)
             await send_failure(send, failed, self._request_id, self._origin())
         else:
-            await self._write(send, b"data: " + failed.body.replace(b"\n", b" ") + b"\n\n", True)
+            row = self._asked.row
+            body = anthropic_error(failed.body) if row.is_anthropics else failed.body
+            await self._write(send, row.error_event(body.replace(b"\n", b" ")), True)
 
     def _origin(self) -> Headers:
         yield from self._limits

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from json import JSONDecodeError
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 from sidecar.errors import Reason, Refused
 
 MODEL, PROMPT, SALT = "model", "prompt", "cache_salt"
-LENGTHS = ("max_completion_tokens", "max_tokens")
+LENGTHS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 MEMBERS_MAX = 1000
 """Top-level members of a body. Engines know some eighty; a million would block the event loop for seconds."""
 VALUES_MAX = 1_250_000
@@ -71,11 +71,13 @@ class Body:
         length: int | None = None,
         names: Sequence[str] = LENGTHS,
         salt: str | None = None,
+        more: Mapping[str, str] = {},
     ) -> tuple[bytes, bytes]:
         """Return the bytes before and after the value of `model`, of a list of prompts with `only_prompt` alone.
 
-        `length` is added as `max_tokens`, or in place of a null or 0 of one of `names`: a second member of one name
-        would be ambiguous. `salt` takes the place of the client's own, or is added.
+        `length` is added as the last of `names`, or in place of a null or 0 of one of them: a second member of one name
+        would be ambiguous. `salt` takes the place of the client's own, or is added. `more` is JSON of members that are
+        added if the body has none of their names.
         """
         raw, (begin, end) = self.raw, self.model
         edits: list[tuple[Span, bytes]] = []
@@ -88,9 +90,11 @@ class Body:
             edits.append((self.salt, added))
         before, after = self._edited(0, begin, edits), self._edited(end, len(raw), edits)
         if length is not None and not any(name in names for name, _ in self.open_lengths):
-            after = b',"max_tokens":%d%b' % (length, after)
+            after = b',"%b":%d%b' % (names[-1].encode(), length, after)
         if added and not self.salt[1]:
             after = b',"%b":%b%b' % (SALT.encode(), added, after)
+        for name in more.keys() - self.values.keys():
+            after = b',"%b":%b%b' % (name.encode(), more[name].encode(), after)
         return before, after
 
     def _edited(self, start: int, stop: int, edits: list[tuple[Span, bytes]]) -> bytes:

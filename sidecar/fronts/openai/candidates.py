@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 
 from policies.views import BASE
 from sidecar.backends import registry
 from sidecar.backends.api import Form, HttpForm, Payload, Prompt
 from sidecar.backends.kind import ModelKind, Native
+from sidecar.backends.openai.paths import CHAT, COMPLETIONS, ApiPath
 from sidecar.backends.registry import base_names, model_kind
 from sidecar.core import eligibility
 from sidecar.core.admission import unknown_adapter
@@ -23,7 +25,7 @@ from sidecar.errors import Reason, Refused
 from sidecar.fronts.eligible import empty_pools, is_base, restriction_to
 from sidecar.fronts.openai.chat_templates import ChatTemplate
 from sidecar.fronts.openai.large import Order, Refusal, Template
-from sidecar.fronts.openai.request import CHAT, OpenAiRequest, Unfit
+from sidecar.fronts.openai.request import OpenAiRequest, Unfit
 from sidecar.fronts.openai.text_forms import TextRequest, text_request
 from sidecar.model.reference import Reference
 from sidecar.telling.endings import unknown
@@ -97,6 +99,7 @@ class Destinations:
         Raises Refused for an unknown name, or if no engine that has the name can answer.
         """
         adapter, servers = self._servers(asked.model, tenant)
+        servers = _with_path(servers, asked.row)
         kinds = {backend.facts.kind for backend in servers}
         forms: dict[str, Form] = {}
         fitting: list[str] = []
@@ -120,10 +123,10 @@ class Destinations:
                 length = min(each for each in (limited, length, None if is_open else asked.max_tokens) if each)
                 lengths.append(length)
             before, after = asked.around(length, salt if asked.path in model.salted else None)
-            forms[model.name] = HttpForm(asked.path, before, after, asked.model, asked.streams)
+            forms[model.name] = HttpForm(asked.row.at_engine, before, after, asked.model, asked.streams)
         fitting += [backend.id for backend in servers if backend.facts.kind in forms]
         text = None
-        takers = [backend for backend in servers if _takes_text(backend.model)]
+        takers = [backend for backend in servers if _takes_text(backend.model)] if asked.row.as_text else []
         if takers:
             try:
                 text, takers = self._as_text(asked, takers, texts, limited)
@@ -219,6 +222,30 @@ class Destinations:
         if not kinds:
             return {}
         return {model.name: self._may_stream(model.name) for model in registry.siblings(kinds) if _takes_text(model)}
+
+
+def _with_path(servers: tuple[Engine, ...], row: ApiPath) -> tuple[Engine, ...]:
+    """Return the engines that serve a path. Raises Refused (501) if there are engines, and none does."""
+    whys = [_why_no_path(engine, row) for engine in servers]
+    if servers and all(whys):
+        refused = Refused(Reason.INVALID_REQUEST, f"{row.path} is not served for this model: {whys[0]}")
+        refused.http = HTTPStatus.NOT_IMPLEMENTED, ()
+        raise refused
+    return tuple(engine for engine, why in zip(servers, whys, strict=True) if not why)
+
+
+def _why_no_path(engine: Engine, row: ApiPath) -> str:
+    """Return why an engine does not serve a path, "" if it does."""
+    model, title = engine.model, engine.model.title or engine.facts.kind
+    if _takes_text(model):
+        return "" if row.as_text else f"{title} has no such path"
+    if model.native is Native.OPENAI and row.path not in model.paths:
+        return model.why_no_path.get(row.path, f"the sidecar does not serve it in front of {title}")
+    paths = engine.facts.paths
+    if paths is not None and row.path not in paths:
+        served = "generate" if COMPLETIONS in paths else "pool"
+        return f"its {title} does not have this path; it was started to {served}, and has {', '.join(paths)}"
+    return ""
 
 
 def _takes_text(model: ModelKind) -> bool:

@@ -14,6 +14,18 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import models_json_schema
 
+from sidecar.backends.openai.paths import (
+    CHAT,
+    CLASSIFY,
+    COMPLETIONS,
+    EMBEDDINGS,
+    MESSAGES,
+    POOLING,
+    RERANK,
+    RESPONSES,
+    ROWS,
+    SCORE,
+)
 from sidecar.config import Config, identities
 from sidecar.config.identities import Shape
 from sidecar.fronts.callers import REQUEST_ID_KEY
@@ -21,7 +33,6 @@ from sidecar.fronts.generate.forms import INT32_MAX
 from sidecar.fronts.openai import load_calls
 from sidecar.fronts.openai.body import MEMBERS_MAX, MODEL_CHARACTERS_MAX
 from sidecar.fronts.openai.headers import HEADERS
-from sidecar.fronts.openai.request import CHAT, COMPLETIONS
 
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[list[Text], Field(min_length=1)]
@@ -75,6 +86,45 @@ class ChatRequest(CommonRequest):
     max_completion_tokens: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
 
 
+class ResponsesRequest(_Object):
+    """Of a conversation that the client keeps: `store` is false, said or not."""
+
+    model: Annotated[str, Field(min_length=1, max_length=MODEL_CHARACTERS_MAX)]
+    input: Text | Annotated[list[Message], Field(min_length=1)]
+    instructions: str | None = None
+    max_output_tokens: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
+    store: Literal[False] | None = None
+    stream: bool | None = None
+
+
+class MessagesRequest(_Object):
+    model: Annotated[str, Field(min_length=1, max_length=MODEL_CHARACTERS_MAX)]
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1, le=INT32_MAX)]
+    system: str | None = None
+    stream: bool | None = None
+
+
+class InputRequest(_Object):
+    """What is embedded, classified or pooled."""
+
+    model: Annotated[str, Field(min_length=1, max_length=MODEL_CHARACTERS_MAX)]
+    input: Text | TokenIds | Texts | Annotated[list[TokenIds], Field(min_length=1)]
+
+
+class ScoreRequest(_Object):
+    model: Annotated[str, Field(min_length=1, max_length=MODEL_CHARACTERS_MAX)]
+    queries: Text | Texts
+    documents: Text | Texts
+
+
+class RerankRequest(_Object):
+    model: Annotated[str, Field(min_length=1, max_length=MODEL_CHARACTERS_MAX)]
+    query: Text
+    documents: Texts
+    top_n: Annotated[int, Field(ge=0, le=INT32_MAX)] | None = None
+
+
 class Usage(_Object):
     """`prompt_tokens_estimated` and `completion_tokens_estimated` are true where nothing has counted the tokens."""
 
@@ -99,6 +149,12 @@ class Answer(_Object):
     model: str
     choices: list[Choice]
     usage: Usage | None = None
+
+
+class Told(_Object):
+    """An answer in the engine's own form, but for the model's name."""
+
+    model: str
 
 
 class Model(_Object):
@@ -141,7 +197,11 @@ class Version(BaseModel):
     version: str
 
 
-MODELS = (CompletionRequest, ChatRequest, Answer, Model, ModelList, Error, EngineError, Version)
+REQUESTS: dict[str, type[BaseModel]] = {
+    COMPLETIONS: CompletionRequest, CHAT: ChatRequest, RESPONSES: ResponsesRequest, MESSAGES: MessagesRequest,
+    EMBEDDINGS: InputRequest, CLASSIFY: InputRequest, POOLING: InputRequest, SCORE: ScoreRequest, RERANK: RerankRequest,
+}  # fmt: skip
+MODELS = (*dict.fromkeys(REQUESTS.values()), Answer, Told, Model, ModelList, Error, EngineError, Version)
 
 
 def description_of(config: Config) -> bytes:
@@ -194,8 +254,15 @@ def _paths(config: Config) -> dict[str, Any]:
 
     health = _operation("200 if requests can be served, else 503", {}, [])
     paths = {
-        COMPLETIONS: post("Complete prompts", CompletionRequest, _json(Answer) | streamed, *headers),
-        CHAT: post("Answer a chat", ChatRequest, _json(Answer) | streamed, *headers),
+        **{
+            path: post(
+                row.summary,
+                REQUESTS[path],
+                _json(Answer if row.as_text else Told) | (streamed if row.generates else {}),
+                *headers,
+            )
+            for path, row in ROWS.items()
+        },
         "/v1/models": get("List the models that may be named", ModelList, versions, *tenant, **enforced),
         "/v1/models/{model}": get("Show a model", Model, model, *tenant, **enforced),
         "/health": {"get": health},

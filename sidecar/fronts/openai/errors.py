@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
+from starlette.types import Send
 
 from sidecar.backends.api import HttpRejection, Ticket
+from sidecar.backends.openai.paths import ROWS
 from sidecar.core.effects import Settle
 from sidecar.errors import Family, Reason, SidecarError
 from sidecar.telling.endings import Voice, message_of
@@ -71,6 +73,40 @@ def failure(
         headers.append((b"retry-after", str(-(-retry_ms // 1000)).encode()))
         headers.append((b"retry-after-ms", str(retry_ms).encode()))
     return Failure(status, json.dumps({"error": error}).encode(), tuple(headers))
+
+
+def in_form_of(path: str, send: Send) -> Send:
+    """Return `send` for a path's answers: clients of Anthropic's API read errors in its own form."""
+    if path not in ROWS or not ROWS[path].is_anthropics:
+        return send
+    started: list[Any] = []
+
+    async def rewritten(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            if message["status"] < 400:
+                await send(message)
+            else:
+                started.append(message)
+        elif not started:
+            await send(message)
+        else:
+            (start,) = started
+            body = anthropic_error(message["body"])
+            length = (b"content-length", str(len(body)).encode())
+            headers = [length if name == b"content-length" else (name, value) for name, value in start["headers"]]
+            await send(start | {"headers": headers})
+            await send(message | {"body": body})
+
+    return rewritten
+
+
+def anthropic_error(body: bytes) -> bytes:
+    """Return an error in the form of Anthropic's API, where it is not in it; `error.reason` stays for programs."""
+    record = json.loads(body) if _is_object(body) else {}
+    error = record.get("error", record)
+    if record.get("type") == "error" or not isinstance(error, dict):
+        return body
+    return json.dumps({"type": "error", "error": error}).encode()
 
 
 def wrong_method(path: str, methods: tuple[str, ...]) -> Failure:

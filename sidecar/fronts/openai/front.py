@@ -21,6 +21,7 @@ from sidecar.access.principal import Action, Head, Presented, Purpose, Resource,
 from sidecar.access.resources import adapter_resource
 from sidecar.backends.api import Carrier, Ticket
 from sidecar.backends.kind import Native
+from sidecar.backends.openai.paths import ROWS
 from sidecar.backends.registry import model_kind
 from sidecar.config import Config
 from sidecar.config.queue import Queue
@@ -38,15 +39,13 @@ from sidecar.fronts.openai.answering import Answering, ClientLeft, TooLong, body
 from sidecar.fronts.openai.body import read_body
 from sidecar.fronts.openai.candidates import Destination, Destinations
 from sidecar.fronts.openai.chat_templates import ChatTemplate
-from sidecar.fronts.openai.errors import Failure, closing, failure, failure_of_error, wrong_method
+from sidecar.fronts.openai.errors import Failure, closing, failure, failure_of_error, in_form_of, wrong_method
 from sidecar.fronts.openai.headers import check_request_id, read_headers, request_id_of
 from sidecar.fronts.openai.large import LARGE_BYTES, LargeBodies, Refusal
 from sidecar.fronts.openai.load_calls import LoadCalls
 from sidecar.fronts.openai.models import Models
 from sidecar.fronts.openai.rate_limits import headers_of
 from sidecar.fronts.openai.request import (
-    CHAT,
-    COMPLETIONS,
     N,
     OpenAiRequest,
     Unfit,
@@ -62,8 +61,10 @@ from sidecar.shell.requests import RequestFacts
 from sidecar.telling.endings import unknown
 
 MODELS = "/v1/models"
+API_KEY = b"x-api-key"
+"""Where clients of Anthropic's API send their key."""
 Place = Callable[[OpenAiRequest, Sequence[TextRequest | Refusal] | None], Destination]
-METHODS = {COMPLETIONS: ("POST",), CHAT: ("POST",), MODELS: ("GET", "HEAD")}
+METHODS = dict.fromkeys(ROWS, ("POST",)) | {MODELS: ("GET", "HEAD")}
 
 
 class OpenAiFront:
@@ -95,8 +96,8 @@ class OpenAiFront:
         self._destinations = Destinations(self._gateway.state, templates, self._may_stream)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request_id, send = request_id_of(scope["headers"]), self._hiding.send(send)
         path = scope["path"].rstrip("/")
+        request_id, send = request_id_of(scope["headers"]), self._hiding.send(in_form_of(path, send))
         known = MODELS if path.startswith(f"{MODELS}/") else path
         try:
             sender = await self._gateway.access.identify(_presented(scope), Purpose(request_id, *_purpose_of(known)))
@@ -127,7 +128,7 @@ class OpenAiFront:
 
     def _refuse(self, path: str, request_id: str, error: SidecarError, sender: access.Caller | None = None) -> None:
         """Note what is refused before it is read: as a request if it is one, else in the log."""
-        if path in (COMPLETIONS, CHAT):
+        if path in ROWS:
             self._gateway.turned_away(request_id, error, sender)
         else:
             log_refused(request_id, error)
@@ -270,11 +271,22 @@ class OpenAiFront:
             session=head.session or asked.session,
             size_bytes=asked.size_bytes,
             only=destination.only,
-            sequences=asked.answers,
+            sequences=self._sequences(asked, destination),
             has_length=asked.has_length or destination.length is not None,
             is_estimated=text_tokens > 0,
             is_chat=asked.is_chat,
         )
+
+    def _sequences(self, asked: OpenAiRequest, destination: Destination) -> int:
+        """Return how many seats a request takes. Inputs that are pooled are taken in turn: at most all that there are.
+
+        Answers are generated side by side, so more of them than seats are refused.
+        """
+        if asked.row.generates or asked.answers == 1:
+            return asked.answers
+        state, only = self._gateway.state, destination.only
+        able = [each for each in state.backends.values() if not only or each.id in only or each.group in only]
+        return min((asked.answers, *(max(1, each.seats_at_best(state.config)) for each in able)))
 
     def _within(self, destination: Destination, subset: Collection[str]) -> Destination:
         """Return a destination without the engines whose addresses a gateway has left out. Raises Refused for none."""
@@ -291,7 +303,7 @@ class OpenAiFront:
         self, carrier: Carrier, requests: Sequence[tuple[OpenAiRequest, Destination]], tenant: str, klass: str
     ) -> bool:
         """Return True if something else may carry a request: it is one for any engine, and need not be read."""
-        if len(requests) > 1 or requests[0][1].text is not None:
+        if len(requests) > 1 or requests[0][1].text is not None or not requests[0][0].row.as_text:
             return False
         if any(backend.is_encrypted for backend in self._gateway.backends.values()):
             return False
@@ -375,12 +387,15 @@ class OpenAiFront:
 
 def _presented(scope: Scope) -> Presented:
     """Return what a request presents to prove who sends it."""
-    found: dict[bytes, list[str]] = {AUTHORIZATION.encode(): [], FORWARDED.encode(): []}
+    found: dict[bytes, list[str]] = {AUTHORIZATION.encode(): [], FORWARDED.encode(): [], API_KEY: []}
     for name, value in scope["headers"]:
         if name in found:
             found[name].append(value.decode("latin-1"))
     peer = peer_at(*scope["client"]) if scope.get("client") else ""
-    authorization, forwarded = found.values()
+    authorization, forwarded, keys = found.values()
+    row = ROWS.get(scope["path"].rstrip("/"))
+    if row is not None and row.is_anthropics and not authorization:
+        authorization = [f"Bearer {key}" for key in keys]
     return Presented(tuple(authorization), scope["state"].get(PEER, ()), tuple(forwarded), peer, head=_head_of(scope))
 
 
@@ -394,7 +409,7 @@ def _head_of(scope: Scope) -> Head:
 
 def _purpose_of(path: str) -> tuple[Action, str]:
     """Return the action of a path, and its name in the audit."""
-    if path in (COMPLETIONS, CHAT):
+    if path in ROWS:
         return Action.INFER, ""
     if path in load_calls.PATHS:
         return Action.REGISTER, load_calls.VERB
@@ -409,8 +424,7 @@ def _text(asked: OpenAiRequest, destination: Destination) -> str | None:
     """Return the prompt as its engine gets it, if it is a text. Engines write chats themselves, and count them."""
     if destination.text is not None:
         return destination.text.prompt
-    prompt = asked.body.values.get("prompt")
-    return prompt if isinstance(prompt, str) else None
+    return asked.text
 
 
 def _failure_of(error: SidecarError) -> Failure:

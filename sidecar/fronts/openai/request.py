@@ -1,4 +1,4 @@
-"""Read a completion or a chat: its prompt's length, the tokens it asks for, streamed or not."""
+"""Read a request by the row of its path: its prompt's length, the tokens it asks for, streamed or not."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sidecar.backends.openai.paths import CHAT, ROWS, ApiPath
 from sidecar.config.identities import session_of
 from sidecar.errors import Reason, Refused
 from sidecar.fronts.openai.body import LENGTHS, SALT, Body, Span
 
-N, BEST_OF = "n", "best_of"
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-COMPLETION_TOKENS_DEFAULT = 16
-"""OpenAI's default for completions; a chat is as long as the engine allows."""
-COMPLETION_LENGTHS = ("max_tokens",)
-"""Engines ignore max_completion_tokens in a completion."""
+N, BEST_OF, MESSAGES_OF = "n", "best_of", "messages"
 KV_TRANSFER = "kv_transfer_params"
 """A router's message to engines that share prompts. From a client it would give access to others' prompts."""
 
@@ -56,7 +52,17 @@ class OpenAiRequest:
 
     def around(self, length: int | None = None, salt: str | None = None) -> tuple[bytes, bytes]:
         """Return the body's bytes before and after the model's name; with `length`, it asks for so many tokens."""
-        return self.body.around(self.part, length, LENGTHS if self.is_chat else COMPLETION_LENGTHS, salt)
+        return self.body.around(self.part, length, self.row.lengths, salt, self.row.adds)
+
+    @property
+    def row(self) -> ApiPath:
+        return ROWS[self.path]
+
+    @property
+    def text(self) -> str | None:
+        """The prompt, if it is one text."""
+        prompt = self.body.values.get(self.row.prompt)
+        return prompt if isinstance(prompt, str) else None
 
     @property
     def salt(self) -> str:
@@ -90,24 +96,32 @@ def read_request(path: str, body: Body) -> OpenAiRequest:
         raise Unfit(KV_TRANSFER, message)
     if values.get(SALT) is not None and not (isinstance(values[SALT], str) and values[SALT]):
         raise Unfit(SALT, f'"{SALT}" must be a text that is not empty; leave it out for none')
-    tokens, size_bytes, prompts = (0, _chat_bytes(body), 1) if path == CHAT else _prompts(body)
+    row = ROWS[path]
+    for name, (refused, why) in row.refuses.items():
+        value = values.get(name)
+        if value is not None and (not refused or any(value is each or value == each for each in refused)):
+            raise Unfit(name, f'"{name}" is not served as it is here: {why}')
+    tokens, size_bytes, prompts = _sizes(row, body)
     streams = _flag(values, "stream")
     options = values.get("stream_options")
     # The largest, since engines differ in which of two they read.
-    max_tokens = max((length for name in LENGTHS if (length := _count(values, name)) is not None), default=None)
+    lengths = (*row.lengths, *row.lengths_too)
+    max_tokens = max((length for name in lengths if (length := _count(values, name)) is not None), default=None)
     if path == CHAT:  # some versions of vLLM take a 0 for no length
         has_length = bool(max_tokens)
     else:
-        has_length = any(values.get(name) is not None for name in COMPLETION_LENGTHS)
-    if max_tokens is None and path == COMPLETIONS:
-        max_tokens = COMPLETION_TOKENS_DEFAULT
+        has_length = any(values.get(name) is not None for name in row.lengths)
+    if max_tokens is None:
+        max_tokens = row.length_default
+    if not row.generates:
+        max_tokens, has_length = 1, True  # a sequence that makes no token takes a place as one that makes one
     return OpenAiRequest(
         path=path,
         body=body,
         streams=streams,
         wants_usage=streams and isinstance(options, dict) and options.get("include_usage") is True,
         max_tokens=max_tokens,
-        answers=prompts * _answers(values),
+        answers=prompts * (_answers(values) if row.lengths_too or path == CHAT else 1),
         prompt_tokens=tokens,
         prompt_bytes=size_bytes,
         session=session_of(user) if isinstance(user := values.get("user"), str) else "",
@@ -123,7 +137,7 @@ def parts_of(asked: OpenAiRequest, prompts_max: int, bytes_max: int) -> tuple[Op
     """
     values, body = asked.body.values, asked.body
     prompts: Any = values.get("prompt")
-    if asked.is_chat or values.get("prompt_embeds") is not None or not _are_several(prompts):
+    if not asked.row.is_split or values.get("prompt_embeds") is not None or not _are_several(prompts):
         return (asked,)
     if len(prompts) > prompts_max:
         raise Unfit(
@@ -201,23 +215,31 @@ def whole_number(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _chat_bytes(body: Body) -> int:
-    if not isinstance(body.values.get("messages"), list):
-        raise Unfit("messages", '"messages" must be a list of messages')
-    return body.sizes["messages"] + body.sizes.get("tools", 0)
+def _sizes(row: ApiPath, body: Body) -> tuple[int, int, int]:
+    """Return the token ids and bytes of all prompts, and how many sequences they are."""
+    values = body.values
+    texts = [name for name in row.texts if values.get(name) is not None]
+    size_bytes, prompt = sum(body.sizes[name] for name in texts), values.get(row.prompt)
+    is_chat = MESSAGES_OF in row.texts and (MESSAGES_OF in texts or not row.prompt)
+    if is_chat and not isinstance(values.get(MESSAGES_OF), list):
+        raise Unfit(MESSAGES_OF, f'"{MESSAGES_OF}" must be a list of messages')
+    if row.is_split:
+        first = values[texts[0]] if texts else []
+        more = len(first) if isinstance(first, list) else 1
+        tokens, in_prompt, count = (0, 0, 0) if prompt is None and texts else _prompt_sizes(row.prompt, prompt)
+        return tokens, size_bytes + in_prompt, count + more
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):  # a chat's messages
+        return 0, size_bytes + body.sizes[row.prompt], 1
+    if row.prompt and (prompt is not None or not texts):
+        tokens, in_prompt, count = _prompt_sizes(row.prompt, prompt)
+        return tokens, size_bytes + in_prompt, count
+    if not texts:
+        raise Unfit(row.texts[0], f'"{row.texts[0]}" is missing')
+    lists = [values[name] for name in row.lists if isinstance(values.get(name), list)]
+    return 0, size_bytes, max(map(len, lists), default=1)
 
 
-def _prompts(body: Body) -> tuple[int, int, int]:
-    """Return the token ids and bytes of all prompts, and the number of prompts."""
-    prompt, embeds = body.values.get("prompt"), body.values.get("prompt_embeds")
-    if embeds is None:
-        return _prompt_sizes(prompt)
-    tokens, size_bytes, count = (0, 0, 0) if prompt is None else _prompt_sizes(prompt)
-    more = len(embeds) if isinstance(embeds, list) else 1
-    return tokens, size_bytes + body.sizes["prompt_embeds"], count + more
-
-
-def _prompt_sizes(prompt: Any) -> tuple[int, int, int]:
+def _prompt_sizes(name: str, prompt: Any) -> tuple[int, int, int]:
     if isinstance(prompt, str):
         return 0, _bytes_in([prompt]), 1
     if isinstance(prompt, list) and prompt:
@@ -225,7 +247,7 @@ def _prompt_sizes(prompt: Any) -> tuple[int, int, int]:
             return len(prompt), 0, 1
         if all(isinstance(one, str) for one in prompt) or all(_is_token_ids(one) for one in prompt):
             return _tokens_in(prompt), _bytes_in(prompt), len(prompt)
-    raise Unfit("prompt", '"prompt" must be a text, a list of token ids, or a list of either')
+    raise Unfit(name, f'"{name}" must be a text, a list of token ids, or a list of either')
 
 
 def _is_token_ids(prompt: Any) -> bool:

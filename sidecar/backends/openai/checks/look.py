@@ -15,7 +15,6 @@ from sidecar.backends.checks.finding import Target
 from sidecar.backends.checks.port import CONNECT_S
 from sidecar.backends.credentials import open_http_client
 from sidecar.backends.http_client import Reply
-from sidecar.backends.openai.asking import COMPLETIONS
 from sidecar.backends.openai.dialect import Dialect, Found
 from sidecar.backends.openai.server import OpenAiServer, Served
 from sidecar.core.facts import EngineFacts
@@ -102,8 +101,7 @@ class Look:
 
     async def answer(self, model: str, timeout_s: float) -> Answered:
         """Make the engine answer one token. Raises WireError if it does not answer."""
-        body = self.dialect.one_token(model)
-        return await self.answered(self.server.client.post(COMPLETIONS, body, timeout_s))
+        return await self.answered(self.server.try_out(self.dialect.one_token(model), timeout_s))
 
 
 def log_fix(look: Look) -> str:

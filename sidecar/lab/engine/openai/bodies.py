@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sidecar.lab.engine.http.json_text import as_json, event
+from sidecar.lab.engine.http.json_text import DONE, as_json, event
 from sidecar.lab.engine.http.template import ASSISTANT
 from sidecar.lab.engine.http.work import TextWork
 
@@ -57,6 +57,8 @@ class Bodies(ABC):
 
     kind: str
     chunk_kind: str
+    done = DONE
+    """What ends a stream."""
 
     def __init__(self, head: Head) -> None:
         self.head = head

@@ -15,6 +15,9 @@ VERSIONS = ("0.32.0", "0.33.0")
 """The versions with which the behaviour was compared; another one behaves as the nearest of them."""
 
 
+GENERATE, POOLING = "generate", "pooling"
+
+
 @dataclass(frozen=True, kw_only=True)
 class VllmOptions(HttpOptions):
     """All options of one emulated vLLM. Those of `Options` about Triton or the bytes of caches have no effect.
@@ -42,6 +45,12 @@ class VllmOptions(HttpOptions):
     rust_frontend: bool = field(
         default=False,
         metadata=cli(VLLM_ONLY, "Be the Rust front end.", "--rust-frontend"),
+    )
+    runner: str = field(
+        default=GENERATE,
+        metadata=cli(
+            VLLM_ONLY, f"{GENERATE} or {POOLING}: answer with tokens, or with embeddings, scores and classes."
+        ),
     )
     allowed_prefix: tuple[str, ...] = field(
         default=(),
@@ -80,6 +89,8 @@ class VllmOptions(HttpOptions):
         super().__post_init__()
         if not re.fullmatch(r"\d+\.\d+\.\d+", self.vllm_version):
             raise ValueError(f"vllm_version {self.vllm_version}: it is {' or '.join(VERSIONS)}")
+        if self.runner not in (GENERATE, POOLING):
+            raise ValueError(f"runner {self.runner}: it is {GENERATE} or {POOLING}")
         if self.max_lora_rank not in RANKS:
             raise ValueError(f"max_lora_rank {self.max_lora_rank}: vLLM takes {', '.join(map(str, RANKS))}")
 

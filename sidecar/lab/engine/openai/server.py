@@ -11,7 +11,7 @@ import secrets
 import socket
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from sidecar.lab.engine.kserve.faults import Faults
 from sidecar.lab.engine.kserve.served import Served, ServedLog
 from sidecar.lab.engine.listening import bound_socket
 from sidecar.lab.engine.openai.adapters import Adapters
+from sidecar.lab.engine.openai.apis import Apis
 from sidecar.lab.engine.openai.chat import full_text, plain_tokens, prompt_of, token_strings
 from sidecar.lab.engine.openai.errors import ApiError, EngineDead
 from sidecar.lab.engine.openai.fields import (
@@ -43,14 +44,12 @@ from sidecar.lab.engine.openai.fields import (
 )
 from sidecar.lab.engine.openai.loop import VllmDriver
 from sidecar.lab.engine.openai.metrics import CONTENT_TYPE, Metrics
-from sidecar.lab.engine.openai.options import VllmOptions, vllm_spec_of
+from sidecar.lab.engine.openai.options import POOLING, VllmOptions, vllm_spec_of
 from sidecar.lab.engine.openai.rust import BODY_BYTES_MAX, RustAdapters
-from sidecar.lab.engine.openai.serving import Serving
+from sidecar.lab.engine.openai.serving import Endpoint, Serving
 from sidecar.lab.engine.spec import EngineSpec
 from sidecar.lab.engine.tokens import ByteTokenizer
 from sidecar.pace.cost import A100_TABLE, CostModel
-
-Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 class Routes:
@@ -81,8 +80,12 @@ class Routes:
 
     def _paths(self) -> tuple[dict[str, Endpoint], dict[str, Endpoint]]:
         """Return the endpoints for POST and for GET."""
-        serving = self._serving
+        serving, apis = self._serving, Apis(self._serving)
         posts: dict[str, Endpoint] = {"/v1/completions": serving.complete, "/v1/chat/completions": serving.chat}
+        if self._options.runner == POOLING:
+            posts = apis.pooling()
+        elif not self._options.rust_frontend:
+            posts |= apis.generating()
         posts |= {"/tokenize": self._tokenize, "/detokenize": self._detokenize}
         if self._options.runtime_lora:
             posts |= {"/v1/load_lora_adapter": self._load, "/v1/unload_lora_adapter": self._unload}

@@ -14,14 +14,14 @@ import asyncio
 import itertools
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sidecar.lab.engine.http.json_text import DONE, as_json, event
+from sidecar.lab.engine.http.json_text import as_json, event
 from sidecar.lab.engine.http.leaving import LEFT, Streamed, unless_left
 from sidecar.lab.engine.http.work import TextWork, Token
 from sidecar.lab.engine.kserve.errors import BackendError
@@ -42,6 +42,7 @@ from sidecar.lab.engine.openai.request import (
 )
 from sidecar.lab.engine.openai.rust import CHATTING, COMPLETING, SUBMITTING, check_request
 from sidecar.lab.engine.openai.work import SequenceWork, load_call
+from sidecar.lab.engine.spec import EngineSpec
 from sidecar.lab.engine.vllm import ENGINE_DIED
 
 _NOTHING = {"prompt_tokens_details": None, "completion_tokens_details": {"reasoning_tokens": 0}}
@@ -155,6 +156,9 @@ DIED = "The server had an error while processing your request."
 """What the Python server tells its clients of a dead engine from 0.33 on; 0.32 passes the engine's own words on."""
 
 
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
 class Serving:
     """Answers generation requests with one engine."""
 
@@ -168,17 +172,21 @@ class Serving:
 
     completion_fields, chat_fields = CompletionFields, ChatFields
 
+    @property
+    def spec(self) -> EngineSpec:
+        return self._driver.engine.spec
+
     async def complete(self, request: Request) -> Response:
         """`POST /v1/completions`. Raises ApiError."""
         content = read_json(request.headers.get("content-type", ""), await request.body())
         check_completion_body(content)
         fields = read_fields(self.completion_fields, content)
-        copy = await self._find(fields)
+        copy = await self.find(fields)
         if self._is_rust:
             check_request(fields)
         asked = completion_of(fields, self._driver.engine.spec)
-        bodies = self._bodies()[0](self._head("cmpl", request, fields))
-        return await self._answer(request, fields, asked, copy, bodies)
+        bodies = self._bodies()[0](self.head("cmpl", request, fields))
+        return await self.answer(request, fields, asked, copy, bodies)
 
     def _bodies(self) -> tuple[type[Bodies], type[Bodies]]:
         """Return the bodies of completions and of chats."""
@@ -189,14 +197,14 @@ class Serving:
         content = read_json(request.headers.get("content-type", ""), await request.body())
         check_stream_options(content)
         fields = read_fields(self.chat_fields, content)
-        copy = await self._find(fields)
+        copy = await self.find(fields)
         if self._is_rust:
             check_request(fields)
         asked = chat_of(fields, self._driver.engine.spec)
-        head = self._head("chatcmpl", request, fields)
+        head = self.head("chatcmpl", request, fields)
         # Without a generation prompt the answer continues the last message.
         role = head.role if fields.add_generation_prompt else fields.messages[-1].role
-        return await self._answer(request, fields, asked, copy, self._bodies()[1](replace(head, role=role)))
+        return await self.answer(request, fields, asked, copy, self._bodies()[1](replace(head, role=role)))
 
     async def put(self, copy: Copy) -> None:
         """Bring an adapter to the engine. Raises ApiError if the engine refuses it."""
@@ -219,13 +227,13 @@ class Serving:
             return EngineDead(f"{before}engine-core error: engine core reported fatal failure")
         return EngineDead(ENGINE_DIED if self._options.is_older else DIED)
 
-    async def _find(self, fields: Sampling) -> Copy | None:
+    async def find(self, fields: Sampling) -> Copy | None:
         copy = self.adapters.find(fields.model)
         if self._driver.is_dead:
             raise self._dead(SUBMITTING)
         return copy
 
-    def _head(self, prefix: str, request: Request, fields: Sampling) -> Head:
+    def head(self, prefix: str, request: Request, fields: Sampling) -> Head:
         own_id = request.headers.get("x-request-id") or fields.request_id or uuid.uuid4().hex[:16]
         options = fields.stream_options
         usage = bool(options and options.include_usage)
@@ -240,7 +248,7 @@ class Serving:
             is_older=self._options.is_older,
         )
 
-    async def _answer(
+    async def answer(
         self, request: Request, fields: Sampling, asked: EngineRequest, copy: Copy | None, bodies: Bodies
     ) -> Response:
         progress: asyncio.Queue[Progress] = asyncio.Queue()
@@ -306,7 +314,7 @@ class Serving:
                 yield bodies.usage(works)
         except ApiError as error:
             yield error.event
-        yield DONE
+        yield bodies.done
 
     async def _pieces(self, works: Sequence[SequenceWork], progress: asyncio.Queue[Progress]) -> AsyncGenerator[Piece]:
         """Yield the sequences' news until all have ended.

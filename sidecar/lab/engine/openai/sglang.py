@@ -55,8 +55,8 @@ from sidecar.lab.engine.openai.loop import VllmDriver
 from sidecar.lab.engine.openai.options import VllmOptions
 from sidecar.lab.engine.openai.pickled import BadPickle, read_pickle
 from sidecar.lab.engine.openai.request import EngineRequest, TooLong
-from sidecar.lab.engine.openai.server import Endpoint, Routes, VllmServer, as_response, content_of, serve_vllm
-from sidecar.lab.engine.openai.serving import Serving
+from sidecar.lab.engine.openai.server import Routes, VllmServer, as_response, content_of, serve_vllm
+from sidecar.lab.engine.openai.serving import Endpoint, Serving
 from sidecar.lab.engine.packed import Factors, PackedAdapter
 from sidecar.lab.engine.pages import Row
 from sidecar.lab.engine.rounding import rounded
@@ -69,7 +69,7 @@ HEALTH_S = 1.0
 TENSORS = "__tensor__"
 """The path of an adapter that came as tensors."""
 UNLIMITED = 1 << 20
-_VLLMS = ("vllm_version", "rust_frontend", "allowed_prefix", "dev_mode", "runtime_lora", "multimodal")
+_VLLMS = ("vllm_version", "rust_frontend", "runner", "allowed_prefix", "dev_mode", "runtime_lora", "multimodal")
 _STACKED = ({"q_proj", "k_proj", "v_proj"}, ("q_proj", "v_proj")), ({"gate_proj", "up_proj"}, ())
 """Projections that are stacked, and those of them that a load wants."""
 NO_POOL = (
@@ -400,17 +400,17 @@ class SglangServing(Serving):
     def _bodies(self) -> tuple[type[Bodies], type[Bodies]]:
         return SglangCompletionBodies, SglangChatBodies
 
-    async def _find(self, fields: Sampling) -> Copy | None:
+    async def find(self, fields: Sampling) -> Copy | None:
         assert isinstance(fields, (SglangCompletionFields, SglangChatFields))
         _, separator, name = (fields.model or "").partition(":")
         return await self.adapters.asked(name if separator and name else fields.lora_path)
 
-    def _head(self, prefix: str, request: Request, fields: Sampling) -> Head:
+    def head(self, prefix: str, request: Request, fields: Sampling) -> Head:
         assert isinstance(fields, (SglangCompletionFields, SglangChatFields))
-        head = super()._head(prefix, request, fields)
+        head = super().head(prefix, request, fields)
         return replace(head, answer_id=fields.rid or uuid.uuid4().hex, model=fields.model or "")
 
-    async def _answer(
+    async def answer(
         self, request: Request, fields: Sampling, asked: EngineRequest, copy: Copy | None, bodies: Bodies
     ) -> Response:
         wanted = getattr(fields, "max_completion_tokens", None) or getattr(fields, "max_tokens", None)
@@ -423,7 +423,7 @@ class SglangServing(Serving):
                     f"and {wanted} tokens for the completion. Please reduce the number of tokens in the input messages "
                     "or the completion to fit within the limit."
                 )
-        return await super()._answer(request, fields, replace(asked, fault=None), copy, bodies)
+        return await super().answer(request, fields, replace(asked, fault=None), copy, bodies)
 
     def _good(self, progress: Progress) -> Token:
         if progress.error is None and not isinstance(progress, Token):  # it was aborted

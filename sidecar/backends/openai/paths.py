@@ -1,0 +1,143 @@
+"""The paths of the OpenAI API that name a model, each a row: its prompt, what bounds its answer, and its events.
+
+`ROWS` has them all. The front reads a request by its row, and the run reads the answer by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
+EMBEDDINGS, CLASSIFY, POOLING = "/v1/embeddings", "/v1/classify", "/v1/pooling"
+SCORE, RERANK = "/v1/score", "/v1/rerank"
+MAX_TOKENS = "max_tokens"
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """How the events of a stream are told apart by their names. Without `finals` they have none, as OpenAI's choices.
+
+    Each event of `tokens` has a token. One of `finals` is the last, one of `errors` an error.
+    """
+
+    tokens: tuple[bytes, ...] = ()
+    finals: tuple[bytes, ...] = ()
+    errors: tuple[bytes, ...] = ()
+
+    @property
+    def is_named(self) -> bool:
+        return bool(self.finals)
+
+
+CHOICES = Grammar()
+
+
+@dataclass(frozen=True)
+class ApiPath:
+    """A path. An engine may serve it as `at_engine`."""
+
+    path: str
+    summary: str
+    prompt: str = ""
+    """The member whose value is a text, a list of token ids, or a list of either."""
+    texts: tuple[str, ...] = ()
+    """Members whose size bounds the tokens of the prompt."""
+    lists: tuple[str, ...] = ()
+    """Members of which each element is a sequence of the engine's."""
+    lengths: tuple[str, ...] = ()
+    """Members that bound the answer's tokens; without one, there are no tokens in it."""
+    lengths_too: tuple[str, ...] = ()
+    """Members that some engines take for one, and others ignore."""
+    length_default: int | None = None
+    """The tokens of an answer without a length; None if it may be as long as the context."""
+    is_split: bool = False
+    """True if each prompt of a list is a request of its own."""
+    as_text: bool = False
+    """True if an engine that takes nothing but text can be asked."""
+    adds: Mapping[str, str] = field(default_factory=dict)
+    """JSON that is added where the client has not said it."""
+    refuses: Mapping[str, tuple[tuple[object, ...], str]] = field(default_factory=dict)
+    """Values of members that are not served, () for all but null, and why."""
+    grammar: Grammar = CHOICES
+    engine_path: str = ""
+    is_anthropics: bool = False
+    """True if its clients send keys, and read errors, in the form of Anthropic's API."""
+
+    @property
+    def at_engine(self) -> str:
+        return self.engine_path or self.path
+
+    def error_event(self, error: bytes) -> bytes:
+        """Return the last event of a stream that ends with an error, in the form of its API."""
+        return (b"event: error\n" if self.grammar.is_named else b"") + b"data: " + error + b"\n\n"
+
+    @property
+    def generates(self) -> bool:
+        return bool(self.lengths)
+
+
+_STATELESS = "the sidecar keeps no answers, since another engine may have the next request; send the conversation in"
+_NO_BYTES = 'answers are sent as JSON: "float" or "base64"'
+_POOLED: dict[str, tuple[tuple[object, ...], str]] = {
+    "stream": ((True,), "the answer comes as a whole; leave it out"),
+    "encoding_format": (("bytes", "bytes_only"), _NO_BYTES),
+}
+
+
+def _pooled(path: str, summary: str, engine_path: str = "", **fields: object) -> ApiPath:
+    usual: dict[str, object] = {"prompt": "input", "texts": ("messages", "tools"), "refuses": _POOLED}
+    return ApiPath(path, summary, engine_path=engine_path, **(usual | fields))  # type: ignore[arg-type]
+
+
+_PAIRS = ("queries", "query", "documents", "items", "data_1", "data_2", "text_1", "text_2")
+ROWS: dict[str, ApiPath] = {
+    row.path: row
+    for row in (
+        ApiPath(
+            COMPLETIONS, "Complete prompts", prompt="prompt", texts=("prompt_embeds",), lengths=(MAX_TOKENS,),
+            lengths_too=("max_completion_tokens",), length_default=16, is_split=True, as_text=True,
+        ),
+        ApiPath(
+            CHAT, "Answer a chat", texts=("messages", "tools"), lengths=("max_completion_tokens", MAX_TOKENS),
+            as_text=True,
+        ),
+        ApiPath(
+            RESPONSES, "Answer a conversation (OpenAI's Responses)", texts=("input", "instructions", "tools"),
+            lengths=("max_output_tokens",), adds={"store": "false"},
+            refuses={
+                "store": ((True,), f'{_STATELESS} "input", and "store": false'),
+                "background": ((True,), "an answer in the background cannot be fetched; leave it out"),
+                "previous_response_id": ((), f'{_STATELESS} "input"'),
+                "conversation": ((), f'{_STATELESS} "input"'),
+            },
+            grammar=Grammar(
+                (
+                    b"response.output_text.delta", b"response.reasoning_text.delta",
+                    b"response.function_call_arguments.delta",
+                ),
+                (b"response.completed", b"response.incomplete", b"response.failed"),
+                (b"error",),
+            ),
+        ),
+        ApiPath(
+            MESSAGES, "Answer a conversation (Anthropic's Messages)", texts=("messages", "system", "tools"),
+            lengths=(MAX_TOKENS,),
+            grammar=Grammar((b"content_block_delta",), (b"message_stop",), (b"error",)),
+            is_anthropics=True,
+        ),
+        _pooled(EMBEDDINGS, "Embed texts"),
+        _pooled(CLASSIFY, "Classify texts", "/classify"),
+        _pooled(POOLING, "Return what the model's pooler makes of texts", "/pooling"),
+        _pooled(SCORE, "Score pairs of texts", prompt="", texts=_PAIRS, lists=_PAIRS),
+        _pooled(RERANK, "Rank documents for a query", prompt="", texts=_PAIRS, lists=_PAIRS),
+    )
+}  # fmt: skip
+"""By the path that clients ask."""
+AT_ENGINE: dict[str, ApiPath] = {row.at_engine: row for row in ROWS.values()}
+
+
+def generates(paths: tuple[str, ...] | None) -> bool:
+    """Return True unless a server that has these paths does not answer with tokens; None: it has not told."""
+    return paths is None or COMPLETIONS in paths

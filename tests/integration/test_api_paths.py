@@ -1,0 +1,253 @@
+"""Every path of the OpenAI API by an adapter's name: what the engine answers, and what the sidecar counts and refuses.
+
+What is wanted is asked of the engine itself, by the name that the sidecar has given the adapter there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from sidecar.backends.openai.paths import MESSAGES, RESPONSES, ROWS
+from sidecar.lab.engine.openai import VllmServer
+from tests.integration.test_openai_triton import client_of
+from tests.integration.test_usage import House
+from tests.integration.test_vllm import fronted
+from tests.kit.cli_runs import Ended, runner
+from tests.kit.emulated import running_engine
+from tests.kit.serving import Serving, serving, until, write_adapters
+from tests.kit.vllm_emulated import running_vllm
+
+TEXT = "def quicksort(items):"
+CHAT = [{"role": "user", "content": TEXT}]
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": TEXT, "max_tokens": 4},
+    "/v1/chat/completions": {"messages": CHAT, "max_tokens": 4},
+    RESPONSES: {"input": TEXT, "max_output_tokens": 4},
+    MESSAGES: {"messages": CHAT, "max_tokens": 4},
+    "/v1/embeddings": {"input": [TEXT, "hello"]},
+    "/v1/classify": {"input": TEXT},
+    "/v1/pooling": {"input": TEXT},
+    "/v1/score": {"queries": TEXT, "documents": ["sort", "walk"]},
+    "/v1/rerank": {"query": TEXT, "documents": ["sort", "walk"]},
+}
+VARYING = re.compile(r'"(id|item_id)":"[^"]*"|"created(_at)?":\d+')
+
+
+def test_there_is_a_body_for_each_path() -> None:
+    assert BODIES.keys() == ROWS.keys()
+
+
+@asynccontextmanager
+async def served_by(folder: Path, path: str, **record: Any) -> AsyncIterator[tuple[Serving, VllmServer]]:
+    """Run an engine that has a path, and a sidecar in front of it with two adapters."""
+    write_adapters(folder / "adapters", 2)
+    runner = "generate" if ROWS[path].generates else "pooling"
+    async with (
+        running_vllm(compute="none", runner=runner, max_loras=2, max_cpu_loras=4) as (engine, _),
+        fronted([engine], folder, **record) as served,
+    ):
+        yield served, engine
+
+
+async def told(client: httpx.AsyncClient, path: str, model: str, **more: Any) -> str:
+    """Return an answer without what is another each time."""
+    reply = await client.post(
+        path, json=BODIES[ROWS[path].path if path in ROWS else _of(path)] | {"model": model} | more
+    )
+    assert reply.status_code == httpx.codes.OK, reply.text
+    return VARYING.sub("…", reply.text)
+
+
+def _of(at_engine: str) -> str:
+    return next(path for path, row in ROWS.items() if row.at_engine == at_engine)
+
+
+@pytest.mark.parametrize("path", ROWS)
+async def test_an_answer_is_the_engines_own(path: str, tmp_path: Path) -> None:
+    """By name and for the base model, whole and streamed, but for the name."""
+    async with (
+        served_by(tmp_path, path) as (served, engine),
+        client_of(served) as client,
+        httpx.AsyncClient(base_url=f"http://{engine.http_address}") as direct,
+    ):
+        answers = set()
+        for stream in (False, True) if ROWS[path].generates else (False,):
+            more = {"stream": True} if stream else {}
+            for name in ("a00", "a01", "base"):
+                answer = await told(client, path, name, **more)
+                known = {each.partition("@")[0]: each for each in engine.adapters.copies}
+                wanted = await told(direct, ROWS[path].at_engine, known.get(name, name), **more)
+                assert answer == wanted.replace(f'"{known.get(name, name)}"', f'"{name}"')
+                answers.add(re.sub(r'"model":"\w+"', "", answer))
+        assert len(answers) == (6 if ROWS[path].generates else 3), "an adapter answers as another"
+
+
+@pytest.mark.parametrize("path", ROWS)
+async def test_what_is_refused(path: str, tmp_path: Path) -> None:
+    """An unknown name is 404 and an incomplete body 400; Anthropic's clients read their own form."""
+    async with served_by(tmp_path, path) as (served, _), client_of(served) as client:
+        for body, status, reason in (
+            (BODIES[path] | {"model": "nobody"}, 404, "model_not_found"),
+            ({"model": "a00"}, 400, "invalid_request"),
+            ({"model": "a00", "stream": 1} | BODIES[path], 400, "invalid_request"),
+        ):
+            reply = await client.post(path, json=body)
+            record = reply.json()
+            assert (reply.status_code, record["error"]["reason"]) == (status, reason), record
+            assert record.get("type") == ("error" if path == MESSAGES else None)
+
+
+@pytest.mark.parametrize("path", [path for path in ROWS if not ROWS[path].as_text])
+async def test_an_engine_without_the_path_says_so(path: str, tmp_path: Path) -> None:
+    """501, by a vLLM that was started for the other paths, and by TensorRT-LLM, which has none of them."""
+    other = "/v1/pooling" if ROWS[path].generates else "/v1/completions"
+    async with served_by(tmp_path, other) as (served, engine), client_of(served) as client:
+        reply = await client.post(path, json=BODIES[path] | {"model": "a00"})
+        assert (reply.status_code, "does not have this path" in reply.text) == (501, True), reply.text
+        assert not engine.adapters.copies, "it was asked all the same"
+    async with (
+        running_engine(compute="none") as triton,
+        serving([triton], tmp_path / "adapters") as served,
+        client_of(served) as client,
+    ):
+        reply = await client.post(path, json=BODIES[path] | {"model": "a00"})
+        assert (reply.status_code, "has no such path" in reply.text) == (501, True), reply.text
+
+
+async def test_a_pool_of_both_answers_on_each_path(tmp_path: Path) -> None:
+    """A request goes to an engine that has its path, and the adapter with it."""
+    write_adapters(tmp_path / "adapters", 1)
+    async with (
+        running_vllm(compute="none") as (generating, _),
+        running_vllm(compute="none", runner="pooling") as (pooling, _),
+        fronted([generating, pooling], tmp_path) as served,
+        client_of(served) as client,
+    ):
+        for path in ROWS:
+            assert await told(client, path, "a00")
+        assert (await served.ask("a00")).tokens
+        assert generating.adapters.copies
+        assert pooling.adapters.copies
+
+
+async def test_generate_has_no_answer_where_all_engines_pool(tmp_path: Path) -> None:
+    async with served_by(tmp_path, "/v1/pooling") as (served, _):
+        with pytest.raises(Exception, match="no engine here answers with tokens"):
+            await served.ask("a00")
+
+
+@pytest.mark.parametrize("path", [RESPONSES, MESSAGES, "/v1/embeddings"])
+async def test_what_is_counted(path: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Usage has the engine's own counts, whole and streamed; a pooled answer has no output tokens."""
+    async with served_by(tmp_path, path) as (served, _), client_of(served) as client:
+        generates = ROWS[path].generates
+        for stream in (False, True) if generates else (False, False):
+            await told(client, path, "a00", **({"stream": True} if stream else {}))
+        command: Callable[..., Ended] = runner(capfd)
+        (row,) = [row for row in await House(served, command).rows() if row["adapter"] == "a00"]
+        direct = json.loads(await _whole(client, path))["usage"]
+        tokens = direct["input_tokens"] if generates else direct["prompt_tokens"]
+        assert (row["ok"], row["input_tokens"], row["output_tokens"]) == (2, 2 * tokens, 8 if generates else 0)
+
+
+async def _whole(client: httpx.AsyncClient, path: str) -> str:
+    return (await client.post(path, json=BODIES[path] | {"model": "a01"})).text
+
+
+@pytest.mark.parametrize("path", [RESPONSES, MESSAGES])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_leaves_ends_its_request(path: str, stream: bool, tmp_path: Path) -> None:
+    write_adapters(tmp_path / "adapters", 1)
+    async with (
+        running_vllm(compute="none", time_scale=1.0) as (engine, _),
+        fronted([engine], tmp_path) as served,
+        client_of(served) as client,
+    ):
+        long = {"max_output_tokens" if path == RESPONSES else "max_tokens": 2000, "ignore_eos": True}
+        body = BODIES[path] | {"model": "a00", "stream": stream} | long
+        asking = asyncio.create_task(client.post(path, json=body))
+        await until(lambda: engine.engine.counters.active == 1)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        await until(lambda: engine.engine.counters.active == 0 and not served.state.requests)
+
+
+@pytest.mark.parametrize("path", [RESPONSES, MESSAGES])
+async def test_an_engine_that_dies_in_mid_stream(path: str, tmp_path: Path) -> None:
+    """The stream ends with an event of its API's own form."""
+    write_adapters(tmp_path / "adapters", 1)
+    async with (
+        running_vllm(compute="none", time_scale=1.0) as (engine, _),
+        fronted([engine], tmp_path) as served,
+        client_of(served) as client,
+    ):
+        long = {"max_output_tokens" if path == RESPONSES else "max_tokens": 2000, "ignore_eos": True}
+        body = BODIES[path] | {"model": "a00", "stream": True} | long
+        came = b""
+        async with client.stream("POST", path, json=body) as reply:
+            async for piece in reply.aiter_bytes():
+                if b"delta" in piece and b"delta" not in came:
+                    asyncio.get_running_loop().create_task(engine.stop())
+                came += piece
+        *_, last, empty = came.split(b"\n\n")
+        assert empty == b""
+        name, _, data = last.partition(b"\n")
+        assert name == b"event: error"
+        record = json.loads(data.removeprefix(b"data: "))
+        assert "an answer that has begun is never repeated" in record["error"]["message"]
+        assert record.get("type") == ("error" if path == MESSAGES else None)
+
+
+@pytest.mark.parametrize(
+    ("body", "member"),
+    [
+        ({"store": True}, "store"),
+        ({"background": True}, "background"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"conversation": "conv_1"}, "conversation"),
+    ],
+)
+async def test_responses_are_not_kept(body: dict[str, Any], member: str, tmp_path: Path) -> None:
+    async with served_by(tmp_path, RESPONSES) as (served, _), client_of(served) as client:
+        reply = await client.post(RESPONSES, json=BODIES[RESPONSES] | {"model": "a00"} | body)
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, member)
+
+
+async def test_a_key_as_anthropics_clients_send_it(tmp_path: Path) -> None:
+    key = f"lsk_000000000001_{b'acme'.hex():0<64}"
+    (tmp_path / "keys.yaml").write_text(f"- {{tenant: acme, key: {key}}}\n")
+    identity = {"mode": "enforce", "keys_file": str(tmp_path / "keys.yaml")}
+    access = {"policies": {"ready": "open"}}
+    async with (
+        served_by(tmp_path, MESSAGES, identity=identity, access=access) as (served, _),
+        client_of(served) as client,
+    ):
+        body = BODIES[MESSAGES] | {"model": "a00"}
+        for path, headers, status in (
+            (MESSAGES, {"x-api-key": key}, 200),
+            (MESSAGES, {"x-api-key": f"{key[:-1]}1"}, 401),
+            (MESSAGES, {}, 401),
+            ("/v1/chat/completions", {"x-api-key": key}, 401),
+        ):
+            reply = await client.post(path, json=body, headers=headers)
+            assert reply.status_code == status, reply.text
+
+
+async def test_more_inputs_than_seats(tmp_path: Path) -> None:
+    """As embedding libraries send them: the engine takes them in turn, and the request all seats meanwhile."""
+    entry = {"engine": {"seats": 4, "device_pages": 2, "host_pages": 4}}
+    async with served_by(tmp_path, "/v1/embeddings", backend=entry) as (served, _), client_of(served) as client:
+        body = {"model": "a00", "input": [f"text {number}" for number in range(300)]}
+        replies = await asyncio.gather(*(client.post("/v1/embeddings", json=body) for _ in range(3)))
+        for reply in replies:
+            assert reply.status_code == httpx.codes.OK, reply.text
+            assert len(reply.json()["data"]) == 300
