@@ -34,6 +34,8 @@ class BaseModel:
     layers: int
     heads: Heads
     modules: Mapping[str, tuple[int, int]]
+    vocabulary: int | None = None
+    """How many token ids it has."""
     is_multimodal: bool = False
     """True if the decoder is a part of a model: its modules' names have a prefix there."""
 
@@ -99,6 +101,7 @@ def base_model_of(config: Mapping[str, Any]) -> BaseModel:
         _size(fields, "num_hidden_layers", "n_layer", "n_layers", "num_layers"),
         heads,
         decoder_dims(hidden, heads, ffn, *_mixture(fields)),
+        _optional(fields, "vocab_size"),
         is_multimodal=fields is not config,
     )
 

@@ -6,7 +6,7 @@ until an engine is reached. `EngineFacts.kind` is the name of a `ModelKind`.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -106,7 +106,7 @@ class ModelKind:
     """Returns True if a client's KServe request is for this model, by `rank(name)`, the rank of an input or None. The
     request goes to the first model that returns True.
     """
-    why_not_client: Callable[[str, Collection[str]], tuple[str, str]] = lambda path, members: ("", "")
+    why_not_client: Callable[[str, Mapping[str, Any]], tuple[str, str]] = lambda path, members: ("", "")
     """Returns the member of a client's OpenAI request (its path, its body's members) that the model does not take, and
     why; ("", "") if it takes all. The request then goes to other kinds, or is refused.
     """

@@ -79,6 +79,8 @@ class EngineFacts:
     """`host_pages` is what such an engine has unless it was started with more."""
     unloads: str = ""
     """What it forgets of an adapter whose files go: its "name", its "weights" with that, or "nothing"."""
+    vocabulary: int | None = None
+    """A token id from here on would end it; None: it refuses one itself."""
     paths: tuple[str, ...] | None = None
     """The paths of the OpenAI API that it serves, where it has told them; None: those of its kind."""
     together: tuple[tuple[str, str], ...] = ()

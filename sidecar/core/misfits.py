@@ -74,10 +74,11 @@ class NoModule(_Misfit, frozen=True):
 
 
 class Alone(_Misfit, frozen=True):
-    """The adapter has a module without another one, with which the engine stacks it."""
+    """The adapter has a module in a layer without another one, with which the engine stacks it."""
 
     module: str
     needs: str
+    layer: int
 
 
 class OtherDims(_Misfit, frozen=True):
@@ -224,10 +225,11 @@ def _wrong_modules(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
     if facts.modules is None:
         return None
     layout = facts.layout
-    has = {row.module for whole in adapter.rows for row in packed_rows((whole,), layout)}
+    has = {(row.module, row.layer) for whole in adapter.rows for row in packed_rows((whole,), layout)}
     for module, needs in facts.together:
-        if module in has and needs not in has:
-            return Alone(module, needs)
+        for layer in sorted(layer for name, layer in has if name == module):
+            if (needs, layer) not in has:
+                return Alone(module, needs, layer)
     for whole in adapter.rows:
         for row in packed_rows((whole,), layout):
             if found := _wrong_module(whole, row, facts.modules.get(row.module)):

@@ -22,11 +22,29 @@ SORTS_MAX = 1_000
 """Sorts of requests that are kept: clients choose the names of models."""
 
 
-def backends_of(state: State, kinds: Collection[str], base: str = "") -> tuple[str, ...] | None:
-    """Return the backends of these kinds, with `base` those of that base model: () for all backends, None for none."""
-    return fitting_backends(
-        state, lambda facts: facts.kind in kinds and generates(facts.paths) and has_base(facts, base)
-    )
+def foreign_id(facts: EngineFacts, id_range: tuple[int, int] | None) -> str:
+    """Return why an engine must not get token ids of a range; "" if it may."""
+    if facts.vocabulary is None or id_range is None:
+        return ""
+    strange = next((each for each in id_range if not 0 <= each < facts.vocabulary), None)
+    if strange is None:
+        return ""
+    return f"the token id {strange} is none of the model's, which are 0 to {facts.vocabulary - 1}"
+
+
+def backends_of(
+    state: State, kinds: Collection[str], base: str = "", id_range: tuple[int, int] | None = None
+) -> tuple[str, ...] | None:
+    """Return the backends of these kinds that may get token ids of a range: () for all backends, None for none.
+
+    With `base` they are those of that base model.
+    """
+
+    def fits(facts: EngineFacts) -> bool:
+        may_get = generates(facts.paths) and not foreign_id(facts, id_range)
+        return facts.kind in kinds and may_get and has_base(facts, base)
+
+    return fitting_backends(state, fits)
 
 
 def is_base(state: State, name: str) -> bool:

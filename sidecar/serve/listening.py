@@ -6,6 +6,7 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from sidecar.fronts.kserve.front import add_kserve, add_kserve_admin
 from sidecar.fronts.kserve.infer import KServe
 from sidecar.fronts.kserve.lifetime import Lifetimes, connection_age_options
 from sidecar.fronts.kserve.verbs import SERVICE as KSERVE
+from sidecar.fronts.openai.candidates import served_paths
 from sidecar.fronts.openai.chat_templates import ChatTemplate, read_chat_template
 from sidecar.fronts.openai.description import description_of
 from sidecar.fronts.openai.front import OpenAiFront
@@ -175,6 +177,7 @@ class Listening:
         enforces = self._config.identity.mode == "enforce"
         any_host = http.tls is not None or self._config.listeners.endpoint_picker.in_path is not None
         templates = chat_templates(self._entries)
+        described = lru_cache(maxsize=8)(partial(description_of, self._config))
         self._openai = OpenAiFront(self._gateway, self._config, templates, self.intake, self.loads)
         self._http = HttpFront(
             self._gateway,
@@ -186,7 +189,7 @@ class Listening:
             _http_tls(http.tls, http.address),
             http.probes,
             not enforces and not self._config.hide_backend,
-            description_of(self._config),
+            lambda: described(served_paths(self._gateway.state)),
             http.cors_origins,
             lambda app: (
                 app if enforces or not is_local(http.address) else without_pages(app, http.cors_origins, any_host)

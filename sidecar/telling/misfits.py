@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from msgspec.structs import asdict
 
 from sidecar.core import misfits
 from sidecar.core.misfits import Misfit
 
+_OF_PEFT = {
+    "attn_q": "q_proj", "attn_k": "k_proj", "attn_v": "v_proj", "mlp_gate": "up_proj", "mlp_h_to_4h": "gate_proj",
+}  # fmt: skip
+"""What trainers call modules that TensorRT-LLM calls otherwise, two of them confusingly."""
+
+
+def _fields(misfit: Misfit) -> dict[str, Any]:
+    """Return what the phrases name."""
+    found = asdict(misfit)
+    if isinstance(misfit, misfits.Alone):
+        found |= {name: _OF_PEFT.get(found[name], found[name]) for name in ("module", "needs")}
+    return found
+
 
 def label(misfit: Misfit) -> str:
     """Return a misfit in a few words: "max rank 32 < 64"."""
-    return _PHRASES[type(misfit)][0].format(**asdict(misfit))
+    return _PHRASES[type(misfit)][0].format(**_fields(misfit))
 
 
 def sentence(misfit: Misfit) -> str:
     """Return what is wrong, and what an operator or a trainer can do about it."""
-    return _PHRASES[type(misfit)][1].format(**asdict(misfit)).removesuffix(": ")
+    return _PHRASES[type(misfit)][1].format(**_fields(misfit)).removesuffix(": ")
 
 
 def reason(misfit: Misfit) -> str:
     """Return what is wrong without the ways out, which only operators have."""
-    return _PHRASES[type(misfit)][1].partition("; ")[0].format(**asdict(misfit)).removesuffix(": ")
+    return _PHRASES[type(misfit)][1].partition("; ")[0].format(**_fields(misfit)).removesuffix(": ")
 
 
 _PHRASES: dict[type[Misfit], tuple[str, str]] = {
@@ -71,8 +86,8 @@ _PHRASES: dict[type[Misfit], tuple[str, str]] = {
     ),
     misfits.Alone: (
         "{module} without {needs}",
-        'it adapts "{module}" without "{needs}", and the engine stacks the two, so that its first request would end '
-        "the engine; train it on both",
+        'it adapts "{module}" without "{needs}" in layer {layer}, and the engine stacks the two, so it cannot answer '
+        "by such an adapter; train it on both",
     ),
     misfits.OtherDims: (
         "other dims of {module}",
@@ -84,9 +99,10 @@ _PHRASES: dict[type[Misfit], tuple[str, str]] = {
         "it adapts layer {last} and the engine has {layers} layers; it was trained on a deeper model",
     ),
     misfits.MessageTooLarge: (
-        "over the 2 GiB message cap",
-        "its packed form takes {size_bytes} bytes and one gRPC message to the engine holds less than {limit_bytes}; "
-        "share /dev/shm with the engine (weights_transport: shared_memory), or train a smaller rank or fewer modules",
+        "over the message cap",
+        "its packed form takes {size_bytes} bytes and one message to the engine holds less than {limit_bytes}; "
+        "share memory or a folder with the engine (weights_transport: shared_memory, adapters_dir), or train a smaller "
+        "rank or fewer modules",
     ),
     misfits.TooFewPages: (
         "{host_pages} host pages < {pages}",

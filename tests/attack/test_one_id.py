@@ -227,7 +227,7 @@ async def test_openai_tells_it(served: Serving, caplog: pytest.LogCaptureFixture
             ("GET", "/v1/models", None, False),
             ("GET", "/v1/models/nobody", None, False),
             ("GET", COMPLETIONS, None, False),
-            ("POST", "/v1/embeddings", {}, False),
+            ("POST", "/v1/embeddings", {}, True),
             ("GET", "/nothing", None, False),
             ("POST", "/metrics", None, False),
             ("POST", "/v2/models/ensemble/infer", {}, False),

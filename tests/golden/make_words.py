@@ -97,7 +97,7 @@ MISFITS: tuple[Misfit, ...] = (
     misfits.PartsUnknown("attn_qkv", "heads"),
     misfits.UnevenHeads(8, 3),
     misfits.NoModule("mlp_gate_up"),
-    misfits.Alone("mlp_gate", "mlp_h_to_4h"),
+    misfits.Alone("mlp_gate", "mlp_h_to_4h", 3),
     misfits.OtherDims("attn_q", (4096, 4096), (5120, 5120)),
     misfits.TooFewLayers(39, 32),
     misfits.MessageTooLarge(3_000_000_000, 2_147_483_647),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openapi_spec_validator
 import pytest
 
 from sidecar.backends.openai.paths import MESSAGES, RESPONSES, ROWS
@@ -251,3 +252,13 @@ async def test_more_inputs_than_seats(tmp_path: Path) -> None:
         for reply in replies:
             assert reply.status_code == httpx.codes.OK, reply.text
             assert len(reply.json()["data"]) == 300
+
+
+@pytest.mark.parametrize("runner", ["generate", "pooling"])
+async def test_the_description_has_what_is_served(runner: str, tmp_path: Path) -> None:
+    path = RESPONSES if runner == "generate" else "/v1/pooling"
+    async with served_by(tmp_path, path) as (served, _), client_of(served) as client:
+        document = (await client.get("/openapi.json")).json()
+        openapi_spec_validator.validate(document)
+        has = {path for path in ROWS if path in document["paths"]}
+        assert has == {path for path, row in ROWS.items() if row.as_text or row.generates == (runner == "generate")}

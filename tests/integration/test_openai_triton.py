@@ -472,14 +472,14 @@ async def test_the_description(tmp_path: Path, more: dict[str, Any]) -> None:
         for path, operations in document["paths"].items():
             for method, operation in operations.items():
                 asked = operation.get("requestBody")
-                texts = {COMPLETIONS: {"prompt": "hi"}, CHAT: {"messages": USER}}
-                others = {"input": "hi", "messages": USER, "query": "hi"}
-                body = {"json": {"model": "a00", "max_tokens": 2} | texts.get(path, others)} if asked else {}
+                body = {"json": {"model": "a00", "max_tokens": 2}} if asked else {}
+                if asked:
+                    body["json"] |= {"messages": USER} if path == CHAT else {"prompt": "hi"}
                 answer = await client.request(method, path.replace("{model}", "a00"), **body)
                 if more and "security" in operation:
                     assert answer.status_code == 401, path
                 else:
-                    assert answer.status_code == (200 if path in (COMPLETIONS, CHAT) or not asked else 501), path
+                    assert answer.status_code == 200, path
                 described = operation["responses"]["200" if answer.is_success else "default"].get("content")
                 if described is None:
                     assert answer.content == b""

@@ -24,7 +24,7 @@ from sidecar.serve.pool import base_model_of, facts_of
 from tests.kit.looking import worse
 from tests.kit.peft_files import Dims, write_adapter
 from tests.kit.serving import Serving, serving, until, write_adapters
-from tests.kit.sglang_emulated import running_sglang, sglang_entry
+from tests.kit.sglang_emulated import SglangClient, running_sglang, sglang_entry
 
 DUMMY: dict[str, Any] = {"compute": "none", "max_loras": 3, "max_cpu_loras": 2, "seats": 32}
 WAYS = pytest.mark.parametrize("files", [False, True], ids=["sent", "read from files"])
@@ -61,9 +61,23 @@ async def test_more_adapters_than_places(tmp_path: Path, files: bool) -> None:
         assert all("@" in name for name in engine.adapters.copies)
 
 
+@WAYS
+async def test_a_name_that_somebody_else_has_taken(tmp_path: Path, files: bool) -> None:
+    """With another content it is loaded anew; the other's is not answered by."""
+    async with one(tmp_path, files) as (served, engine), SglangClient(engine.http_address) as direct:
+        right = (await served.ask("a00")).tokens
+        name = next(iter(engine.adapters.copies))
+        for other in ("a01", "a02"):  # neither has room beside it
+            await served.ask(other)
+        assert name not in engine.adapters.copies
+        await direct.unload(next(iter(engine.adapters.copies)))
+        (await direct.load(name, tmp_path / "adapters" / "a03")).raise_for_status()
+        assert (await served.ask("a00")).tokens == right
+
+
 UNFIT: list[tuple[dict[str, Any], str]] = [
-    ({"modules": ("k_proj", "up_proj")}, 'adapts "mlp_gate" without "mlp_h_to_4h"'),
-    ({"modules": ("q_proj",)}, 'adapts "attn_q" without "attn_v"'),
+    ({"modules": ("k_proj", "up_proj")}, 'adapts "up_proj" without "gate_proj" in layer 0'),
+    ({"modules": ("q_proj",)}, 'adapts "q_proj" without "v_proj" in layer 0'),
     ({"rank": 128}, "rank is 128"),
     ({"shape": Dims(layers=4)}, "layers"),
     ({"shape": Dims(hidden=32)}, "attn_q"),
@@ -123,6 +137,11 @@ def test_files_need_sizes() -> None:
         ({"rid": "mine"}, "one client could end another's"),
         ({"lora_path": "a01"}, 'name it in "model"'),
         ({"structured_outputs": {"json": {}}}, "SGLang ignores it"),
+        ({"input_ids": [5]}, "would end the engine"),
+        ({"logprobs": 21}, "20 at most"),
+        ({"top_k": 1 << 31}, "2147483647 at most"),
+        ({"prompt": [5, 99_999]}, "the token id 99999 is none of the model's"),
+        ({"prompt": [[5], [-1, 3]]}, "the token id -1 is none of the model's"),
     ],
 )
 async def test_members_that_must_not_reach_it(tmp_path: Path, member: dict[str, Any], reason: str) -> None:
@@ -173,3 +192,16 @@ async def test_checks_of_a_server_without_lora(tmp_path: Path) -> None:
         found = await looked(engine, tmp_path, False)
         assert worse(found) == {"LoRA updating": State.FAILED, "adapter": State.SKIPPED}
         assert found["LoRA updating"].fix.endswith("--enable-lora --max-lora-rank R --lora-target-modules all")
+
+
+async def test_checks_of_a_server_that_wants_a_key(tmp_path: Path) -> None:
+    async with running_sglang(**DUMMY, api_key="secret") as engine:
+        found = await looked(engine, tmp_path, False)
+        assert "it wants another API key" in found["reachable"].text
+        assert "api_key_file" in found["reachable"].fix
+
+
+async def test_checks_of_a_server_that_loses_adapters(tmp_path: Path) -> None:
+    async with running_sglang(**DUMMY, tokenizer_workers=2) as engine:
+        found = await looked(engine, tmp_path, False)
+        assert found["reachable"].fix.endswith("(without --tokenizer-worker-num)")

@@ -101,8 +101,12 @@ class Dialect:
     """True if an unload, and a load beyond what the engine keeps, wait for others' requests, and a request for a name
     that was unloaded brings it back. Then idle adapters are unloaded to make room, and no such name is sent.
     """
+    sent_root = ""
+    """What the server lists as the path of an adapter that was sent to it."""
     id_member = ""
     """The member of a request by whose value `abort` ends it; "" if only a closed connection does."""
+    has_admin_key = False
+    """True if the calls that load adapters may want another key than the rest."""
     lora_member = ""
     """The member of a request that carries the adapter."""
     keeps_s = 2.0

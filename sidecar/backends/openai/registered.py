@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from sidecar.backends.api import UNTOLD, HttpForm, LoadResult, Weights
-from sidecar.backends.http_client import TimedOut, WireError
+from sidecar.backends.http_client import Reply, TimedOut, WireError
 from sidecar.backends.openai.backend import OpenAiBackend, version_name
 from sidecar.backends.openai.dialect import Dialect, Found, Measures
 from sidecar.backends.openai.naming import AsModel
@@ -52,8 +53,14 @@ class RegisteringBackend(OpenAiBackend):
         adapters = found.served.adapters
         if adapters is None:
             return
-        self._registered = {key: name for key, name in self._registered.items() if name in adapters}
+        self._registered = {key: name for key, name in self._registered.items() if self._is_ours(key, name, adapters)}
         await self._unload_gone(adapters)
+
+    def _is_ours(self, key: str, name: str, adapters: Mapping[str, str]) -> bool:
+        """Return True if a name is registered, and with what this sidecar gives the engine."""
+        if not self._dialect.is_particular:
+            return name in adapters
+        return adapters.get(name) == (self._path(key) if self._declared.reads_files else self._dialect.sent_root)
 
     async def _examined(self, before: Measures) -> None:
         if self._fitting is not None:
@@ -131,11 +138,12 @@ class RegisteringBackend(OpenAiBackend):
                 return LoadResult(misfit, means=Fault.REJECTED)
             await self._make_room(key)
             name = self._registered.setdefault(key, version_name(effect))
-            timeout_s = self._entry.load_timeout_s
-            if self._declared.reads_files:
-                reply = await self._dialect.load(self._server, name, self._path(key), timeout_s, effect.epoch)
-            else:
-                reply = await self._dialect.send(self._server, name, weights, self._found, self._declared, timeout_s)
+            reply = await self._give(effect, name, weights)
+            if not reply.is_ok and self._dialect.is_loaded(reply) and self._dialect.is_particular:
+                adapters = (await self._dialect.served(self._server)).adapters or {}
+                if not self._is_ours(key, name, adapters):  # somebody else has given the name another content
+                    await self._dialect.forget(self._server, name, self._path(key), UNLOAD_TIMEOUT_S)
+                    reply = await self._give(effect, name, weights)
         except TimedOut:
             text = f"the engine did not take the adapter within {self._entry.load_timeout_s:g} s"
             return LoadResult(text, unanswered=True)
@@ -149,6 +157,13 @@ class RegisteringBackend(OpenAiBackend):
         is_lost = is_lost or (status >= 500 and await self._wire_broke(text))
         self._registered.pop(key, None)
         return LoadResult(text, lost=is_lost)
+
+    async def _give(self, effect: Load, name: str, weights: Weights) -> Reply:
+        """Register an adapter, from its files or by its weights."""
+        timeout_s = self._entry.load_timeout_s
+        if self._declared.reads_files:
+            return await self._dialect.load(self._server, name, self._path(effect.packed.key), timeout_s, effect.epoch)
+        return await self._dialect.send(self._server, name, weights, self._found, self._declared, timeout_s)
 
     async def _make_room(self, key: str) -> None:
         """Unload idle adapters, so that the engine has no need to drop one and to wait for the requests of it."""

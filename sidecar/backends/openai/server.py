@@ -40,9 +40,9 @@ class OpenAiServer:
         self.client = client
         self._pools = False
 
-    def unusable(self, text: str) -> Misused:
-        """Return the error of an engine that cannot be used."""
-        return Misused(Reason.BACKEND_UNREACHABLE, f"{self.backend}: {text}")
+    def unusable(self, text: str, fix: str = "") -> Misused:
+        """Return the error of an engine that cannot be used, and what to change where that is not its address."""
+        return Misused(Reason.BACKEND_UNREACHABLE, f"{self.backend}: {text}", fix=fix)
 
     async def get(self, path: str, timeout_s: float = PROBE_TIMEOUT_S) -> Reply:
         return await self.client.get(path, timeout_s)

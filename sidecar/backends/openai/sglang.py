@@ -17,7 +17,7 @@ import mmap
 import re
 import struct
 from base64 import b64encode
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from pathlib import Path
@@ -47,8 +47,19 @@ from sidecar.core.facts import EngineFacts
 from sidecar.core.layout import DTYPE_BYTES, FUSED
 
 LOADS = "/v1/loads?include=all"
-MISSES = ("LoRA adapter that has never been loaded", "Failed to implicitly load LoRA adapter")
+MISSES = (
+    "LoRA adapter that has never been loaded",
+    "Failed to implicitly load LoRA adapter",
+    "requested LoRA adapters are not loaded",
+)
 ALREADY = "because it is already loaded"
+NAMES_OF_OTHERS = (
+    r"(?:\n|\\n)?\s*(?:All loaded|Loaded) (?:adapters|LoRAs): o?(?:dict_keys\(\[.*?\]\))?\.?",
+    r"\s*LoRA registry is: \{.*?\}",
+    r"(?<=Error while unloading LRU LoRA adapter )'[^']*'",
+    r"(?:\n|\\n){2}  File (?:[^\"\\]|\\.)*",
+)
+"""What its errors say of other adapters, and of its own files, in a text or in JSON."""
 UNKNOWN = re.compile(r"LoRA with name .* does not exist")
 PLACED = frozenset(name for name, path in NAMES.items() if name not in FUSED and "{}" not in path)
 """The modules that are sent: fused ones are sent in parts, which it stacks itself."""
@@ -57,6 +68,8 @@ TOGETHER = (("mlp_gate", "mlp_h_to_4h"), ("attn_q", "attn_v"), ("attn_k", "attn_
 _REFUSED = {
     "lora_path": 'the sidecar names the adapter to the engine itself; name it in "model"',
     "rid": "the engine knows requests by it, and one client could end another's",
+    "input_ids": "ids that the model does not have would end the engine, and they are not counted; send messages",
+    "input_embeds": "they are not checked; send messages or a prompt",
     **dict.fromkeys(
         ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
         'SGLang ignores it and answers without; send "response_format", "regex" or "ebnf"',
@@ -64,11 +77,17 @@ _REFUSED = {
 }
 
 
-def why_not_client(path: str, members: Collection[str]) -> tuple[str, str]:
+LARGEST = {"logprobs": 20, "top_logprobs": 20, "top_k": (1 << 31) - 1}
+"""Numbers above which SGLang ends; OpenAI's bounds where it has one."""
+
+
+def why_not_client(path: str, members: Mapping[str, Any]) -> tuple[str, str]:
     """Return the first member of a client's body that must not reach the server, and why; ("", "") if all may."""
-    for name in members:
+    for name, value in members.items():
         if name in _REFUSED:
             return name, f'"{name}" cannot be sent: {_REFUSED[name]}'
+        if name in LARGEST and isinstance(value, int | float) and abs(value) > LARGEST[name]:
+            return name, f'"{name}" may be {LARGEST[name]} at most: a larger one would end SGLang'
     return "", ""
 
 
@@ -88,6 +107,9 @@ MODEL = ModelKind(
     page_is_adapter=True,
     pages="the engine keeps {host} in memory (max_loaded_loras) and has {device} slots (max_loras_per_batch, less one)",
 )
+KEY_FIX = "config.yaml: api_key_file: a file with the key of SGLang's --api-key and --admin-api-key, which must be one"
+BODY_BYTES_MAX = (1 << 32) - (1 << 20)
+"""Of packed weights: the zip around them counts in 32 bits."""
 _SAYS = "SGLang says it itself"
 _SIZES = "sizes are read from base_model.config"
 
@@ -97,7 +119,7 @@ class SglangEntry(Entry):
 
     Adapters need `base_model.config`: an adapter of other sizes ends the engine, so each is checked against the model
     first. Weights are sent, or read by the engine from `adapters_dir` if there is one. `api_key_file` has the key that
-    it wants, the admin's if there is one.
+    it wants. The calls for adapters want the admin's key if there is one, so its other calls must want the same.
     """
 
     SCHEMES: ClassVar = {"sglang": False, "sglangs": True}
@@ -159,25 +181,37 @@ class Sglang(Dialect):
     metrics_fix = f"have a proxy pass {LOADS} on"
     counts_steps = False
     is_particular = True
+    sent_root = "__tensor__"
     id_member = "rid"
+    has_admin_key = True
     enable = "python -m sglang.launch_server … --enable-lora --max-lora-rank R --lora-target-modules all"
-    hidden = re.compile(rb"\\nAll loaded adapters: dict_keys\(\[.*?\]\)")
+    hidden = re.compile("|".join(NAMES_OF_OTHERS).encode(), re.DOTALL)
 
     async def recognise(self, server: OpenAiServer) -> str:
         return f"SGLang {(await self._info(server))['version']}"
 
     async def _info(self, server: OpenAiServer) -> dict[str, Any]:
         """Return what it was started with. Raises Misused if this is no SGLang, or one that cannot be served."""
-        record = await server.record("/server_info")
+        reply = await server.get("/server_info")
+        if reply.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+            raise server.unusable(f"it wants another API key: /server_info answers {reply.status}", KEY_FIX)
+        try:
+            record = reply.json()
+        except ValueError:
+            record = None
         if not isinstance(record, dict) or "version" not in record or "max_loras_per_batch" not in record:
             raise server.unusable("it does not answer /server_info as SGLang does: is another server there?")
         if (record.get("tokenizer_worker_num") or 1) > 1:
             raise server.unusable(
                 "it was started with --tokenizer-worker-num above 1, where each worker knows its own adapters only "
-                "(sglang#31084); start it with one"
+                "(sglang#31084); start it with one",
+                f"{self.start}   (without --tokenizer-worker-num)",
             )
         if (record.get("dp_size") or 1) > 1:
-            raise server.unusable("it was started with --dp-size above 1, where it loads no adapters; start one a rank")
+            raise server.unusable(
+                "it was started with --dp-size above 1, where it loads no adapters; start one a rank",
+                f"{self.start}   (without --dp-size)",
+            )
         return record
 
     async def identify(self, server: OpenAiServer, entry: SglangEntry) -> Found:
@@ -225,9 +259,10 @@ class Sglang(Dialect):
 
     def refusal(self, reply: Reply) -> str:
         try:
-            return str(reply.json()["error_message"])
+            text = str(reply.json()["error_message"])
         except (ValueError, KeyError, TypeError):
-            return message_of(reply.body)
+            text = message_of(reply.body)
+        return re.sub("|".join(NAMES_OF_OTHERS), "", text, flags=re.DOTALL)
 
     def is_loaded(self, reply: Reply) -> bool:
         return reply.is_ok or ALREADY in self.refusal(reply)
@@ -253,14 +288,15 @@ class Sglang(Dialect):
         return await server.client.post_pieces(self.send_path, pieces, size_bytes, JSON, timeout_s)
 
     def declare(self, entry: SglangEntry, declared: EngineFacts) -> EngineFacts:
-        facts = replace(declared, unloads="weights", together=TOGETHER, one_rank=True)
+        facts = replace(declared, unloads="weights", together=TOGETHER, one_rank=True, message_bytes_max=BODY_BYTES_MAX)
         named = None if entry.base_model is None else entry.base_model.config
         if named is None:
             return replace(facts, base_only=True)
         if entry.adapters_dir is None:
             facts = replace(facts, reads_files=False, canonical_files=False, base_only=False)
         base = read_base_model(Path(named).expanduser())
-        return replace(facts, modules={name: dims for name, dims in base.modules.items() if name in PLACED})
+        modules = {name: dims for name, dims in base.modules.items() if name in PLACED}
+        return replace(facts, modules=modules, vocabulary=base.vocabulary)
 
     def notes(self, entry: SglangEntry, declared: EngineFacts) -> Iterator[str]:
         if declared.base_only:

@@ -7,7 +7,7 @@ and later. It refuses members that it does not know; their names are those of `C
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
@@ -64,7 +64,7 @@ _REFUSED = {
 }
 
 
-def why_not_client(path: str, members: Collection[str]) -> tuple[str, str]:
+def why_not_client(path: str, members: Mapping[str, Any]) -> tuple[str, str]:
     """Return the first member of a client's body that the server does not take, and why; ("", "") if it takes all."""
     for name in members:
         if name in _REFUSED:

@@ -16,7 +16,7 @@ from sidecar.core.effects import Settle
 from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts import callers, relay
 from sidecar.fronts.callers import earliest
-from sidecar.fronts.eligible import backends_of, is_base
+from sidecar.fronts.eligible import backends_of, foreign_id, is_base
 from sidecar.fronts.generate.forms import MAX_TOKENS_DEFAULT, payload_of, why_not
 from sidecar.fronts.kserve.parameters import PARAMETERS, own_metadata, seconds_until
 from sidecar.fronts.lengths import text_tokens_max
@@ -89,7 +89,12 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
 
     def _eligible(self, request: Any, kinds: tuple[str, ...], base: str = "") -> tuple[str, ...]:
         """Return the backends that a request may go to, () for any. Raises Refused(INVALID_REQUEST)."""
-        backends = backends_of(self._gateway.state, kinds, base)
+        ids = request.tokens.ids
+        id_range = (min(ids), max(ids)) if ids else None
+        backends = backends_of(self._gateway.state, kinds, base, id_range)
+        if backends is None and backends_of(self._gateway.state, kinds, base) is not None:
+            whys = (foreign_id(each.facts, id_range) for each in self._gateway.state.backends.values())
+            raise Refused(Reason.INVALID_REQUEST, next(filter(None, whys), "no engine takes these token ids"))
         if backends is None and not any(generates(each.facts.paths) for each in self._gateway.state.backends.values()):
             raise Refused(Reason.INVALID_REQUEST, "no engine here answers with tokens; ask for embeddings by HTTP")
         if backends is None:

@@ -62,7 +62,7 @@ class HttpFront:
     """One listener. `address` is HOST:PORT; with port 0 it has the port that was taken, once `start` has returned.
 
     `grpc_address` is the data listener's, which answers to KServe's REST paths name; `api` is the application below
-    `/v1`, and `description` the text of its OpenAPI document. With `probes` the paths of the listener for probes are
+    `/v1`, and `description` returns its OpenAPI document. With `probes` the paths of the listener for probes are
     here as well, but metrics, which name adapters, tenants and engines, and why it is not ready only with `tells_all`.
     Pages of `origins` may read answers in a browser, but not those of probes. `guarded` may keep requests out.
     """
@@ -78,7 +78,7 @@ class HttpFront:
         tls: ssl.SSLContext | None = None,
         probes: bool = True,
         tells_all: bool = True,
-        description: bytes = b"{}",
+        description: Callable[[], bytes] = lambda: b"{}",
         origins: Sequence[str] = (),
         guarded: Callable[[Application], Application] = lambda app: app,
     ) -> None:
@@ -170,7 +170,7 @@ class HttpFront:
         if path == "/version":
             return Failure(200, json.dumps({"version": version("lora-sidecar")}).encode())
         if path == "/openapi.json":
-            return Failure(200, self._description)
+            return Failure(200, self._description())
         if not why_not_ready(self._gateway):
             return Failure(200, b"", media_type=b"")
         # The reason names backends, which not everybody may see.

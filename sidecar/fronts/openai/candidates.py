@@ -15,14 +15,14 @@ from policies.views import BASE
 from sidecar.backends import registry
 from sidecar.backends.api import Form, HttpForm, Payload, Prompt
 from sidecar.backends.kind import ModelKind, Native
-from sidecar.backends.openai.paths import CHAT, COMPLETIONS, ApiPath
+from sidecar.backends.openai.paths import CHAT, COMPLETIONS, ROWS, ApiPath
 from sidecar.backends.registry import base_names, model_kind
 from sidecar.core import eligibility
 from sidecar.core.admission import unknown_adapter
 from sidecar.core.facts import EngineFacts
 from sidecar.core.state import State
 from sidecar.errors import Reason, Refused
-from sidecar.fronts.eligible import empty_pools, is_base, restriction_to
+from sidecar.fronts.eligible import empty_pools, foreign_id, is_base, restriction_to
 from sidecar.fronts.openai.chat_templates import ChatTemplate
 from sidecar.fronts.openai.large import Order, Refusal, Template
 from sidecar.fronts.openai.request import OpenAiRequest, Unfit
@@ -124,7 +124,13 @@ class Destinations:
                 lengths.append(length)
             before, after = asked.around(length, salt if asked.path in model.salted else None)
             forms[model.name] = HttpForm(asked.row.at_engine, before, after, asked.model, asked.streams)
-        fitting += [backend.id for backend in servers if backend.facts.kind in forms]
+        for backend in servers:
+            if backend.facts.kind not in forms:
+                continue
+            if unknown := foreign_id(backend.facts, asked.id_range):
+                why_not = Unfit(asked.row.prompt, unknown)
+            else:
+                fitting.append(backend.id)
         text = None
         takers = [backend for backend in servers if _takes_text(backend.model)] if asked.row.as_text else []
         if takers:
@@ -222,6 +228,14 @@ class Destinations:
         if not kinds:
             return {}
         return {model.name: self._may_stream(model.name) for model in registry.siblings(kinds) if _takes_text(model)}
+
+
+def served_paths(state: State) -> frozenset[str]:
+    """Return the paths that some engine serves, and completions and chats, which any kind has."""
+    engines = [Engine(each.id, each.group, each.facts) for each in state.backends.values()]
+    return frozenset(
+        row.path for row in ROWS.values() if row.as_text or any(not _why_no_path(each, row) for each in engines)
+    )
 
 
 def _with_path(servers: tuple[Engine, ...], row: ApiPath) -> tuple[Engine, ...]:

@@ -25,6 +25,7 @@ from sidecar.backends.openai.paths import (
     RESPONSES,
     ROWS,
     SCORE,
+    ApiPath,
 )
 from sidecar.config import Config, identities
 from sidecar.config.identities import Shape
@@ -204,8 +205,8 @@ REQUESTS: dict[str, type[BaseModel]] = {
 MODELS = (*dict.fromkeys(REQUESTS.values()), Answer, Told, Model, ModelList, Error, EngineError, Version)
 
 
-def description_of(config: Config) -> bytes:
-    """Return the document as JSON."""
+def description_of(config: Config, served: frozenset[str]) -> bytes:
+    """Return the document as JSON; `served` are the paths of models that some engine has."""
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {
@@ -214,7 +215,7 @@ def description_of(config: Config) -> bytes:
             "description": "The OpenAI API: `model` names an adapter, one of its versions, or the base model. Engines "
             "that take text only refuse token ids, and members that they have no input for.",
         },
-        "paths": _paths(config),
+        "paths": _paths(config, served),
         "components": {"schemas": _schemas(config.openai.load_calls)},
     }
     if config.identity.mode == "enforce":
@@ -235,15 +236,21 @@ def _schemas(load_calls_too: bool) -> dict[str, Any]:
 _version = cache(lambda: version("lora-sidecar"))
 
 
-def _paths(config: Config) -> dict[str, Any]:
+def _paths(config: Config, served: frozenset[str]) -> dict[str, Any]:
     enforced: dict[str, Any] = {"security": [{"credential": []}]} if config.identity.mode == "enforce" else {}
     headers = [_header(name, shape, config) for name, shape in HEADERS.items()]
     tenant = [each for each in headers if each["name"] == "x-lora-tenant"]
     request_id = _header(REQUEST_ID_KEY, identities.REQUEST_ID, config)
     model = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "pattern": MODEL_NAME}}
     versions = {"name": "versions", "in": "query", "schema": {"type": "string", "examples": ["true"]}}
-    streamed = {"text/event-stream": {"schema": {"type": "string"}}}
+    events = {"text/event-stream": {"schema": {"type": "string"}}}
+    named_events: dict[str, Any] = {"text/event-stream": {"schema": {}}}
     text = {"text/plain": {"schema": {"type": "string"}}}
+
+    def streamed_of(row: ApiPath) -> dict[str, Any]:
+        if not row.generates:
+            return {}
+        return named_events if row.grammar.is_named else events
 
     def get(summary: str, answer: type[BaseModel], *parameters: Any, **more: Any) -> dict[str, Any]:
         return {"get": _operation(summary, _json(answer), list(parameters)) | more}
@@ -258,10 +265,11 @@ def _paths(config: Config) -> dict[str, Any]:
             path: post(
                 row.summary,
                 REQUESTS[path],
-                _json(Answer if row.as_text else Told) | (streamed if row.generates else {}),
+                _json(Answer if row.as_text else Told) | streamed_of(row),
                 *headers,
             )
             for path, row in ROWS.items()
+            if path in served
         },
         "/v1/models": get("List the models that may be named", ModelList, versions, *tenant, **enforced),
         "/v1/models/{model}": get("Show a model", Model, model, *tenant, **enforced),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from sidecar.backends.openai.paths import CHAT, ROWS, ApiPath
@@ -28,9 +29,9 @@ class Unfit(Refused):
 class OpenAiRequest:
     """A request as admission sees it. `max_tokens` is None if the client leaves it to the engine.
 
-    `members` are the names of the body's members. `prompt_tokens` counts token ids; `prompt_bytes` bounds the tokens of
-    text. `answers` is how many answers the engine generates side by side. `part` is the span of the one prompt it is
-    about, if the body has several.
+    `members` are the body's members, but for lengths that are null. `prompt_tokens` counts token ids; `prompt_bytes`
+    bounds the tokens of text. `answers` is how many answers the engine generates side by side. `part` is the span of
+    the one prompt it is about, if the body has several.
     """
 
     path: str
@@ -43,7 +44,7 @@ class OpenAiRequest:
     prompt_bytes: int
     session: str
     """A digest of the end user that the client names: journals and logs must not show who that is."""
-    members: tuple[str, ...] = ()
+    members: Mapping[str, Any] = field(default_factory=dict)
     has_length: bool = False
     """True if the client says how long the answer may be, in a member that engines read on this path."""
     part: Span | None = None
@@ -57,6 +58,14 @@ class OpenAiRequest:
     @property
     def row(self) -> ApiPath:
         return ROWS[self.path]
+
+    @cached_property
+    def id_range(self) -> tuple[int, int] | None:
+        """The least and the largest token id of its prompts; None if they have none."""
+        prompt = self.body.values.get(self.row.prompt)
+        lists = [prompt, *prompt] if isinstance(prompt, list) else []
+        ids = [each for ids in lists if isinstance(ids, list) for each in ids if isinstance(each, int | float)]
+        return (int(min(ids)), int(max(ids))) if ids else None
 
     @property
     def text(self) -> str | None:
@@ -125,7 +134,7 @@ def read_request(path: str, body: Body) -> OpenAiRequest:
         prompt_tokens=tokens,
         prompt_bytes=size_bytes,
         session=session_of(user) if isinstance(user := values.get("user"), str) else "",
-        members=tuple(name for name, value in values.items() if name not in LENGTHS or value is not None),
+        members={name: value for name, value in values.items() if name not in LENGTHS or value is not None},
         has_length=has_length,
     )
 

@@ -57,6 +57,23 @@ async def test_an_adapter_that_would_end_it_is_refused(
     assert server.is_running
 
 
+@pytest.mark.parametrize(
+    "body",
+    [{"prompt": [5, 99_999]}, {"prompt": [-1, 3]}, {"logprobs": 100_000}, {"top_k": 3_000_000_000}, {"seed": 1 << 70}],
+    ids=str,
+)
+async def test_a_request_that_would_end_it_is_refused(
+    server: SglangServer, toy: Toy, tmp_path: Path, body: dict[str, Any]
+) -> None:
+    async with in_front(server, toy, tmp_path) as front:
+        reply = await front.client.post("/v1/completions", json={"model": "a00", "prompt": "x", "max_tokens": 2} | body)
+        assert (reply.status_code, "/sglang/" in reply.text) == (httpx.codes.BAD_REQUEST, False), reply.text
+        assert (await ask(front.client, "a00", PROMPT, TOKENS)).tokens == toy.greedy(
+            toy.adapters / "a00", PROMPT, TOKENS
+        )
+    assert server.is_running
+
+
 @pytest.mark.parametrize("way", ["sent", "read from files"])
 async def test_what_it_ignores_is_folded_into_the_weights(
     server: SglangServer, toy: Toy, tmp_path: Path, way: str

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from sidecar.backends.openai.paths import ROWS
 from sidecar.proto import admin_pb2
@@ -27,16 +30,27 @@ SCORES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def _pooling(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> VllmServer:
-    return VllmServer(tmp_path_factory.mktemp("pooling"), toy.model, more=["--runner", "pooling", "--convert", "embed"])
-
-
 @pytest.fixture
-async def pooling(_pooling: VllmServer) -> AsyncIterator[VllmServer]:
-    """A server of the same model that embeds."""
-    async with _pooling:
-        yield _pooling
+async def pooling(request: pytest.FixtureRequest, toy: Toy, tmp_path: Path) -> AsyncIterator[VllmServer]:
+    """A server of the same model that embeds, or one with a head that classifies."""
+    model, more = toy.model, ["--runner", "pooling", "--convert", "embed"]
+    if request.param == "classify":
+        model, more = classifier(toy.model, tmp_path / "classifier"), ["--runner", "pooling"]
+    async with VllmServer(tmp_path, model, more=more) as server:
+        yield server
+
+
+def classifier(model: Path, folder: Path) -> Path:
+    """Make a model for two classes of a decoder: a head of random weights in place of its own."""
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    hidden = tensors.pop("lm_head.weight").shape[1]
+    tensors["score.weight"] = np.random.default_rng(1).normal(0.0, 0.5, (2, hidden)).astype(np.float32)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    classes = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0", "1": "LABEL_1"}}
+    (folder / "config.json").write_text(json.dumps(config | classes))
+    return folder
 
 
 async def by_sdks(url: str, paths: str, *models: str) -> dict[tuple[str, str], Any]:
@@ -74,6 +88,7 @@ async def test_responses_and_messages(server: VllmServer, toy: Toy, tmp_path: Pa
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("pooling", ["embed"], indirect=True)
 async def test_embeddings_and_scores(pooling: VllmServer, toy: Toy, tmp_path: Path) -> None:
     """Four adapters over two slots; an adapter is verified by what the pooler makes; completions are refused."""
 
@@ -105,3 +120,21 @@ async def test_embeddings_and_scores(pooling: VllmServer, toy: Toy, tmp_path: Pa
             assert found["embeddings", "base"]["vectors"] == wanted["embeddings", "base"]["vectors"]
             assert rest[name] == await scores(direct, f"own-{name}", True)
     assert len({str(each["vectors"]) for each in found.values() if "vectors" in each}) == 5, "adapters embed alike"
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("pooling", ["classify"], indirect=True)
+async def test_classes(pooling: VllmServer, toy: Toy, tmp_path: Path) -> None:
+    """Each adapter's own probabilities; embeddings are refused by a server that classifies."""
+    body = {"input": ["def quicksort(items):", "hello", "one two three"]}
+    async with in_front(pooling, toy.adapters, tmp_path) as front, http_client(pooling.http_address) as direct:
+        for name in ("base", *ASKED):
+            own = name if name == "base" else f"own-{name}"
+            if name != "base":
+                await load(direct, own, toy.adapters / name)
+            reply = await front.client.post("/v1/classify", json=body | {"model": name})
+            wanted = await direct.post("/classify", json=body | {"model": own})
+            assert reply.status_code == wanted.status_code == httpx.codes.OK, reply.text
+            assert (reply.json()["model"], reply.json()["data"]) == (name, wanted.json()["data"])
+        reply = await front.client.post("/v1/embeddings", json=body | {"model": ASKED[0]})
+        assert (reply.status_code, "has /v1/classify, /v1/pooling" in reply.text) == (501, True), reply.text

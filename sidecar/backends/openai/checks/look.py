@@ -108,6 +108,10 @@ def log_fix(look: Look) -> str:
     return f"read the end of {look.title}'s log for what ended the engine, and start it again"
 
 
+def refusal_fix(look: Look) -> str:
+    return f"read in {look.title}'s log why it refused the adapter; the engine itself lives"
+
+
 def looks(dialect: Dialect) -> Callable[[Target], AbstractAsyncContextManager[Look]]:
     """Return what opens a look for the length of a block. It raises Misused for missing files."""
 

@@ -39,7 +39,8 @@ async def reachable(look: Look) -> Finding:
         look.version = await look.dialect.recognise(look.server)
     except Misused as other:
         found = await triton_instead(look.server.client, address, look.title)
-        return failed(*(found or (other.message.removeprefix(f"{look.target.id}: "), url_fix)))
+        fix = other.details.get("fix") or url_fix
+        return failed(*(found or (other.message.removeprefix(f"{look.target.id}: "), fix)))
     except WireError as error:
         mute = f"{address} takes connections and does not answer HTTP: {error}", url_fix
         return failed(*(await _obstacle(look) or mute))
@@ -138,6 +139,8 @@ async def api_key(look: Look) -> Finding:
     if not has_one:
         return ok("none is wanted, none is configured: whoever reaches the server can use it")
     without = await look.server.client.get(path, CONNECT_S, {"authorization": ""})
+    if without.is_ok and look.dialect.has_admin_key:
+        return ok("one is configured for the calls that load adapters; whoever reaches the server can use the rest")
     if without.is_ok:
         return warning(
             "one is configured, and the server answers without it",

@@ -9,11 +9,12 @@ from __future__ import annotations
 import tempfile
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager, suppress
+from http import HTTPStatus
 
 from sidecar.backends.checks.finding import BUSY_FIX, LOAD_S, RUN_S, Finding, failed, milliseconds, ok, skipped, warning
 from sidecar.backends.checks.staged import FOLDER_FIX, RANK, Staged, ZeroWeights, can_be_made, not_made, staged
 from sidecar.backends.http_client import TimedOut, WireError
-from sidecar.backends.openai.checks.look import Answered, Look, log_fix
+from sidecar.backends.openai.checks.look import Answered, Look, log_fix, refusal_fix
 from sidecar.backends.openai.checks.names import (
     LOAD_NOTHING_S,
     OUTSIDE,
@@ -102,8 +103,13 @@ async def _loaded_and_answered(look: Look, how: str, loading: Awaitable[Answered
 def _not_loaded(look: Look, reply: Answered) -> Finding:
     text = f"the engine does not take it: {reply.line}"
     shared_dir = look.target.adapters_dir
+    if reply.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+        fix = "config.yaml: api_key_file: a file with the key that does"
+        return failed(f"{text}: the configured key does not load adapters", fix)
+    if reply.status == HTTPStatus.NOT_FOUND and shared_dir is None:
+        return failed(text, f"a {look.title} that has the call, or a proxy that passes it on")
     if shared_dir is None:
-        return failed(text, log_fix(look))
+        return failed(text, log_fix(look) if reply.status >= HTTPStatus.INTERNAL_SERVER_ERROR else refusal_fix(look))
     if OUTSIDE.search(reply.text):
         return outside(shared_dir, reply)
     if look.dialect.no_files is not None and look.dialect.no_files.search(reply.text):
