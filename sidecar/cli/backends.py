@@ -177,7 +177,7 @@ def check(
         ),
     ] = None,
     api_key_file: Annotated[
-        Path | None, typer.Option(help="File with the API key of a vLLM.", rich_help_panel=ENGINE)
+        Path | None, typer.Option(help="File with the API key of a vLLM or an SGLang.", rich_help_panel=ENGINE)
     ] = None,
     ca: Annotated[
         Path | None, typer.Option(help="PEM file of the CA of the server's certificate.", rich_help_panel=PANEL)

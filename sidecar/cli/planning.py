@@ -146,7 +146,10 @@ def _check(
     planned = engine or "trtllm"
     own = PLANNED[planned]
     if emit not in (None, "helm", *own.pasted):
-        raise Misused(Reason.CONFIG_INVALID, f"--emit {emit} is nothing that {planned} reads; take {own.others}")
+        able = next((name for name, each in PLANNED.items() if emit in each.pasted), "")
+        otherwise = f", or plan with --engine {able}" if able else ""
+        text = f"--emit {emit} is nothing that {planned} reads; take {own.others}{otherwise}"
+        raise Misused(Reason.CONFIG_INVALID, text)
 
 
 def _search(

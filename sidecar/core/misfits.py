@@ -26,6 +26,10 @@ class NoFolder(_Misfit, frozen=True):
     """It reads adapters from files and shares no folder with the sidecar."""
 
 
+class NoSizes(_Misfit, frozen=True):
+    """The engine gets no adapter that was not checked, and the base model's sizes are not known."""
+
+
 class NoBaseNamed(_Misfit, frozen=True):
     """The adapter's files name no base model; the engine serves `served`."""
 
@@ -132,9 +136,9 @@ class Drained(_Misfit, frozen=True):
 
 
 Misfit = (
-    NoLora | NoFolder | NoBaseNamed | OtherBase | RankTooLarge | OtherHeads | PartsUnknown | UnevenHeads | NoModule
-    | Alone | OtherDims | TooFewLayers | MessageTooLarge | TooFewPages | StoreTooSmall | LoadRejected | Draining
-    | Drained
+    NoLora | NoFolder | NoSizes | NoBaseNamed | OtherBase | RankTooLarge | OtherHeads | PartsUnknown | UnevenHeads
+    | NoModule | Alone | OtherDims | TooFewLayers | MessageTooLarge | TooFewPages | StoreTooSmall | LoadRejected
+    | Draining | Drained
 )  # fmt: skip
 
 
@@ -179,7 +183,9 @@ def _unpackable(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
 def _takes_none(facts: EngineFacts) -> Misfit | None:
     if not facts.base_only:
         return None
-    return NoLora() if facts.without_lora else NoFolder()
+    if facts.without_lora:
+        return NoLora()
+    return NoFolder() if facts.reads_files else NoSizes()
 
 
 def _wrong_base(adapter: Adapter, facts: EngineFacts) -> Misfit | None:

@@ -22,7 +22,7 @@ SORTS_MAX = 1_000
 """Sorts of requests that are kept: clients choose the names of models."""
 
 
-def foreign_id(facts: EngineFacts, id_range: tuple[int, int] | None) -> str:
+def foreign_id(facts: EngineFacts, id_range: tuple[float, float] | None) -> str:
     """Return why an engine must not get token ids of a range; "" if it may."""
     if facts.vocabulary is None or id_range is None:
         return ""
@@ -33,7 +33,7 @@ def foreign_id(facts: EngineFacts, id_range: tuple[int, int] | None) -> str:
 
 
 def backends_of(
-    state: State, kinds: Collection[str], base: str = "", id_range: tuple[int, int] | None = None
+    state: State, kinds: Collection[str], base: str = "", id_range: tuple[float, float] | None = None
 ) -> tuple[str, ...] | None:
     """Return the backends of these kinds that may get token ids of a range: () for all backends, None for none.
 

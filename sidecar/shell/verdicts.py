@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sidecar.backends.openai.paths import generates
 from sidecar.core.facts import EngineFacts
 from sidecar.model.reference import Reference
 from sidecar.shell.evidence import Answers, Evidence, difference_position, quoted
@@ -117,9 +118,17 @@ def _division(evidence: Evidence, backend: str) -> Check | None:
 
 def _agreement_of_backends(evidence: Evidence) -> list[Check]:
     answering = [b for b in evidence.facts if any(not asked.adapter.error for asked in evidence.of(b))]
-    if len(answering) < 2:
+    # What a pooler makes is no text to compare with an answer.
+    alike = [[b for b in answering if generates(evidence.facts[b].paths) is sort] for sort in (True, False)]
+    if all(len(group) < 2 for group in alike):
         sentence = "one backend only was asked, so there is none to compare it with"
+        if len(answering) > 1:
+            sentence = f"{' and '.join(answering)} are not compared: one answers with tokens, the other pools"
         return [Check("agreement", SKIPPED, sentence, backends=tuple(answering))]
+    return [check for group in alike if len(group) > 1 for check in _agreement_within(evidence, group)]
+
+
+def _agreement_within(evidence: Evidence, answering: Sequence[str]) -> list[Check]:
     reference = min(answering, key=lambda backend: _distrust(evidence, backend, answering))
     others = [(backend, _parted(evidence, reference, backend)) for backend in answering if backend != reference]
     differing = [_disagreement(evidence, reference, other, parted, answering) for other, parted in others if parted]

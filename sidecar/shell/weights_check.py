@@ -65,6 +65,7 @@ class WeightsCheck:
         """Return who says something else, "" if nobody does; the engine itself, before, comes first."""
         for name, (known, before) in sorted(self._said.items(), key=lambda each: each[0] != backend):
             is_same = known.kind == facts.kind and known.dtype == facts.dtype
+            is_same = is_same and generates(known.paths) == generates(facts.paths)
             is_alike = name in present and not {*base_names(known)}.isdisjoint(base_names(facts))
             if said is not None and said != before and is_same and (is_alike or name == backend):
                 return "before" if name == backend else name

@@ -49,6 +49,11 @@ _PHRASES: dict[type[Misfit], tuple[str, str]] = {
         "the engine reads adapters from files and shares no folder with the sidecar, so it serves its base model only; "
         "name a folder that both see with backends[].adapters_dir",
     ),
+    misfits.NoSizes: (
+        "base model only",
+        "the base model's files are not named, so no adapter can be checked and none is loaded; set "
+        "backends[].base_model: {{name: …, config: the folder of the model}}",
+    ),
     misfits.NoBaseNamed: (
         "no base named",
         'its files name no base model and the engine serves "{served}"; if it was trained on that, register it with '

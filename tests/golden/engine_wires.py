@@ -140,7 +140,7 @@ async def trtllm(folder: Path) -> AsyncIterator[tuple[str, dict[str, Any]]]:
 
 @asynccontextmanager
 async def sglang(folder: Path, **more: Any) -> AsyncIterator[tuple[str, dict[str, Any]]]:
-    async with running_sglang(compute="none", max_loras=3, max_cpu_loras=2, seats=32) as engine:
+    async with running_sglang(compute="none", max_loras=2, max_cpu_loras=2, seats=32) as engine:
         yield engine.http_address, sglang_entry(folder) | more
 
 

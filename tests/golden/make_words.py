@@ -90,6 +90,7 @@ SAMPLES: tuple[Cause, ...] = (
 MISFITS: tuple[Misfit, ...] = (
     misfits.NoLora(),
     misfits.NoFolder(),
+    misfits.NoSizes(),
     misfits.NoBaseNamed("meta-llama/Llama-3.1-8B"),
     misfits.OtherBase("mistralai/Mistral-7B-v0.3", "meta-llama/Llama-3.1-8B"),
     misfits.RankTooLarge(64, 32),

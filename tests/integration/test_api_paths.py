@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -24,6 +25,8 @@ from tests.integration.test_usage import House
 from tests.integration.test_vllm import fronted
 from tests.kit.cli_runs import Ended, runner
 from tests.kit.emulated import running_engine
+from tests.kit.odd_engine import EVENTS_HEAD, Asked, odd_engine
+from tests.kit.quick_engine import chunked
 from tests.kit.serving import Serving, serving, until, write_adapters
 from tests.kit.vllm_emulated import running_vllm
 
@@ -212,6 +215,8 @@ async def test_an_engine_that_dies_in_mid_stream(path: str, tmp_path: Path) -> N
     ("body", "member"),
     [
         ({"store": True}, "store"),
+        ({"store": "yes"}, "store"),
+        ({"background": "on"}, "background"),
         ({"background": True}, "background"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"conversation": "conv_1"}, "conversation"),
@@ -232,12 +237,12 @@ async def test_a_key_as_anthropics_clients_send_it(tmp_path: Path) -> None:
         served_by(tmp_path, MESSAGES, identity=identity, access=access) as (served, _),
         client_of(served) as client,
     ):
-        body = BODIES[MESSAGES] | {"model": "a00"}
+        body, version = BODIES[MESSAGES] | {"model": "a00"}, {"anthropic-version": "2023-06-01"}
         for path, headers, status in (
-            (MESSAGES, {"x-api-key": key}, 200),
-            (MESSAGES, {"x-api-key": f"{key[:-1]}1"}, 401),
-            (MESSAGES, {}, 401),
-            ("/v1/chat/completions", {"x-api-key": key}, 401),
+            (MESSAGES, {"x-api-key": key} | version, 200),
+            (MESSAGES, {"x-api-key": f"{key[:-1]}1"} | version, 401),
+            (MESSAGES, version, 401),
+            (MESSAGES, {"x-api-key": key}, 401),
         ):
             reply = await client.post(path, json=body, headers=headers)
             assert reply.status_code == status, reply.text
@@ -262,3 +267,66 @@ async def test_the_description_has_what_is_served(runner: str, tmp_path: Path) -
         openapi_spec_validator.validate(document)
         has = {path for path in ROWS if path in document["paths"]}
         assert has == {path for path, row in ROWS.items() if row.as_text or row.generates == (runner == "generate")}
+
+
+@pytest.mark.parametrize("path", ROWS)
+async def test_a_limit_holds_on_each_path(path: str, tmp_path: Path) -> None:
+    """The second request in a minute is told to wait, in the form of its API."""
+    access = {"limits": [{"adapter": "a00", "requests_per_minute": 1}]}
+    async with served_by(tmp_path, path, access=access) as (served, _), client_of(served) as client:
+        await told(client, path, "a00")
+        reply = await client.post(path, json=BODIES[path] | {"model": "a00"})
+        assert (reply.status_code, reply.json()["error"]["reason"]) == (429, "rate_limited"), reply.text
+        assert reply.json().get("type") == ("error" if path == MESSAGES else None)
+        assert "retry-after" in reply.headers
+        await told(client, path, "a01")
+
+
+@pytest.mark.parametrize("path", ROWS)
+async def test_each_path_is_logged(path: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With its id, its tenant, its adapter and its counts, as a chat is."""
+    caplog.set_level(logging.INFO, "sidecar.requests")
+    async with served_by(tmp_path, path) as (served, _), client_of(served) as client:
+        headers = {"x-request-id": "mine", "x-lora-tenant": "acme"}
+        reply = await client.post(path, json=BODIES[path] | {"model": "a00"}, headers=headers)
+        assert reply.headers["x-lora-version"] == "a00@v1"
+        await until(lambda: any("request ended" in line for line in caplog.messages))
+    (line,) = [line for line in caplog.messages if "request ended" in line]
+    wanted = (
+        "id=mine",
+        "tenant=acme",
+        "adapter=a00",
+        "outcome=ok",
+        "output_tokens=4" if ROWS[path].generates else "=0",
+    )
+    assert all(each in line for each in wanted), line
+
+
+@pytest.mark.parametrize(
+    ("path", "begin", "delta", "end"),
+    [
+        (RESPONSES, "response.created", "response.output_text.delta", "response.completed"),
+        (MESSAGES, "message_start", "content_block_delta", "message_stop"),
+    ],
+)
+async def test_an_answer_begins_once(path: str, begin: str, delta: str, end: str, tmp_path: Path) -> None:
+    """An engine that is lost before the first token has told its client nothing: another one answers."""
+    pieces = [chunked(f'event: {name}\ndata: {{"type":"{name}"}}\n\n'.encode()) for name in (begin, delta, end)]
+    asked: list[Asked] = []
+
+    async def answer(each: Asked) -> None:
+        asked.append(each)
+        each.write(EVENTS_HEAD, pieces[0])
+        if len(asked) == 1:
+            await asyncio.sleep(0.05)
+            each.transport.abort()
+        else:
+            each.write(*pieces[1:], chunked(b""))
+
+    (tmp_path / "adapters").mkdir()
+    async with odd_engine() as first, odd_engine() as second, fronted([first, second], tmp_path) as served:
+        first.answer = second.answer = answer
+        async with client_of(served) as client:
+            reply = await client.post(path, json=BODIES[path] | {"model": "base", "stream": True})
+    assert re.findall(r"event: (\S+)", reply.text) == [begin, delta, end]
+    assert len(asked) == 2

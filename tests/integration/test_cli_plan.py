@@ -172,7 +172,7 @@ def test_lines_for_sglang(sidecar: Callable[..., Ended]) -> None:
     theirs, options = (dict(re.findall(r"^(--[a-z-]+)(?: (.*))?$", each.out, flags=re.M)) for each in (vllm, ended))
     assert ended.code == 0
     assert int(options["--max-loras-per-batch"]) == int(theirs["--max-loras"]) + 1
-    assert options["--max-loaded-loras"] == theirs["--max-cpu-loras"]
+    assert int(options["--max-loaded-loras"]) >= int(options["--max-loras-per-batch"]), "SGLang would not start"
     assert options["--max-running-requests"] == theirs["--max-num-seqs"]
     assert "SGLang's own step times are not known" in ended.out
 

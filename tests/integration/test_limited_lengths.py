@@ -9,6 +9,7 @@ import grpc
 import pytest
 from tritonclient.grpc import service_pb2_grpc
 
+from sidecar.backends.openai.paths import MESSAGES, RESPONSES
 from sidecar.lab.engine.tokens import ByteTokenizer
 from sidecar.proto import gateway_pb2
 from tests.integration.test_openai_triton import CHAT, COMPLETIONS, client_of
@@ -31,6 +32,10 @@ async def test_openai_requests_at_vllm(tmp_path: Path) -> None:
         (CHAT, USER | {"max_tokens": 12}, 12),
         (COMPLETIONS, {"prompt": "x"}, 10),
         (COMPLETIONS, {"prompt": "x", "max_completion_tokens": None}, 10),
+        (RESPONSES, {"input": "x"}, 10),
+        (RESPONSES, {"input": "x", "max_output_tokens": None}, 10),
+        (RESPONSES, {"input": "x", "max_output_tokens": 12}, 12),
+        (MESSAGES, USER, 10),
     ]
     async with (
         running_vllm(compute="none") as (engine, _),
@@ -40,7 +45,11 @@ async def test_openai_requests_at_vllm(tmp_path: Path) -> None:
         for path, body, tokens in cases:
             answer = await client.post(path, json={"model": "base", "ignore_eos": True} | body)
             assert answer.status_code == 200, answer.text
-            assert answer.json()["usage"]["completion_tokens"] == tokens, body
+            usage = answer.json()["usage"]
+            assert usage.get("completion_tokens", usage.get("output_tokens")) == tokens, body
+        assert (
+            await client.post(RESPONSES, json={"model": "base", "input": "x", "max_output_tokens": 51})
+        ).status_code == 400
         for more in ({"max_tokens": 51}, {"max_completion_tokens": 1, "max_tokens": 51}):
             assert (await client.post(CHAT, json={"model": "base"} | USER | more)).status_code == 400
 

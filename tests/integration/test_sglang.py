@@ -26,7 +26,7 @@ from tests.kit.peft_files import Dims, write_adapter
 from tests.kit.serving import Serving, serving, until, write_adapters
 from tests.kit.sglang_emulated import SglangClient, running_sglang, sglang_entry
 
-DUMMY: dict[str, Any] = {"compute": "none", "max_loras": 3, "max_cpu_loras": 2, "seats": 32}
+DUMMY: dict[str, Any] = {"compute": "none", "max_loras": 2, "max_cpu_loras": 2, "seats": 32}
 WAYS = pytest.mark.parametrize("files", [False, True], ids=["sent", "read from files"])
 
 
@@ -120,7 +120,7 @@ async def test_without_sizes_it_serves_its_base_model_only(tmp_path: Path) -> No
         entry = entry_of(engine, tmp_path, base_model={"name": "base"})
         async with serving([], None, [tmp_path], backends=[entry]) as served:
             assert (await served.ask("")).tokens
-            with pytest.raises(grpc.aio.AioRpcError, match="serves its base model only"):
+            with pytest.raises(grpc.aio.AioRpcError, match="the base model's files are not named"):
                 await served.adapters.Register(admin_pb2.RegisterRequest(name="a00", path=str(path)))
             assert not engine.adapters.copies
 

@@ -13,7 +13,7 @@ from typing import Any
 from tests.kit.quick_engine import DONE, Connection, QuickEngine, chunked, event
 
 EVENTS_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-COMPLETIONS = ("/v1/completions", "/v1/chat/completions")
+COMPLETIONS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
 
 
 @dataclass

@@ -110,8 +110,7 @@ def _kserve(model: ModelKind) -> tuple[str, str]:
 def _path(model: ModelKind, row: ApiPath) -> tuple[str, str]:
     if model.native is Native.OPENAI and row.path in model.paths:
         return "as sent", "" if row.generates else "If it was started to pool, with a model for this path."
-    why = model.why_no_path.get(row.path, "")
-    return "no", _sentence(why) if why else ""
+    return "no", _sentence(model.why_no_path.get(row.path, "Nothing but vLLM is asked on this path yet"))
 
 
 def _openai(model: ModelKind, path: str, members: Mapping[str, Any]) -> tuple[str, str]:

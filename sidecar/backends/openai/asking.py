@@ -53,7 +53,7 @@ class NumbersReader:
 
     def read(self, reply: Reply) -> Piece:
         (datum,) = record_of(reply.raw)["data"]
-        return Piece(" ".join(f"{number:.2f}" for number in np.ravel(datum["data"])))
+        return Piece(" ".join(f"{number:.1g}" for number in np.ravel(datum["data"])))
 
 
 POOLED = Asking(lambda ask, streams: pooled(ask), lambda ask: "", lambda is_text: NumbersReader())

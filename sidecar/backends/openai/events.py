@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from sidecar.backends.openai.paths import Grammar
@@ -30,6 +30,7 @@ USAGE = b'"usage":{'
 _index = re.compile(rb'"choices":\[\{"index":(\d+)').search
 _completion = re.compile(rb'"(?:completion|output)_tokens"\s*:\s*(\d+)').search
 _prompt = re.compile(rb'"(?:prompt|input)_tokens"\s*:\s*(\d+)').search
+_usages = re.compile(rb'"usage"\s*:\s*\{').finditer
 NAME = b"event: "
 
 
@@ -64,7 +65,7 @@ class NamedEvents:
 
     def tokens(self, event: bytes) -> int | None:
         """Return how many tokens an event has; None if it has none by its kind."""
-        return 1 if name_of(event) in self._grammar.tokens else None
+        return 1 if name_of(event).endswith(self._grammar.tokens) else None
 
 
 def name_of(event: bytes) -> bytes:
@@ -149,23 +150,48 @@ def begins_only(chunk: bytes) -> bool:
 
 def completion_tokens(body: bytes) -> int | None:
     """Return the number of tokens in an answer's usage; None if it has none."""
-    begin = body.rfind(b'"usage"')
-    found = _completion(body, begin) if begin >= 0 else None
-    return None if found is None else int(found[1])
+    return _counted(_completion, body)
 
 
 def prompt_tokens(body: bytes) -> int | None:
     """Return the number of the prompt's tokens in an answer's usage; None if it has none."""
-    begin = body.rfind(b'"usage"')
-    found = _prompt(body, begin) if begin >= 0 else None
+    return _counted(_prompt, body)
+
+
+def _counted(count: Callable[[bytes, int], re.Match[bytes] | None], body: bytes) -> int | None:
+    """Return a count of the last usage. No text of an answer can look so: there a backslash precedes every quote."""
+    begin = max((found.start() for found in _usages(body)), default=-1)
+    found = count(body, begin) if begin >= 0 else None
     return None if found is None else int(found[1])
+
+
+def used(body: bytes) -> tuple[int | None, int | None]:
+    """Return the tokens of the prompt and of the answer by the usage of an answer, or of what an event has of it.
+
+    It is read whole: clients have a say in other members of an answer to Responses.
+    """
+    try:
+        record = json.loads(body[body.index(b"{") :])
+    except ValueError:
+        return None, None
+    for holder in (record, record.get("response"), record.get("message")):
+        usage = holder.get("usage") if isinstance(holder, dict) else None
+        if isinstance(usage, dict):
+            prompt = usage.get("input_tokens", usage.get("prompt_tokens"))
+            made = usage.get("output_tokens", usage.get("completion_tokens"))
+            return _whole(prompt), _whole(made)
+    return None, None
+
+
+def _whole(value: Any) -> int | None:
+    return value if type(value) is int and value >= 0 else None
 
 
 def message_of(body: bytes) -> str:
     """Return the message in an error's body: vLLM's, nested, or TensorRT-LLM's, flat or for a validation one string."""
     try:
         record: Any = json.loads(body)
-        error = record.get("error", record)
+        error = record.get("error") or (record.get("response") or {}).get("error") or record
         return error if isinstance(error, str) else str(error["message"])
     except (ValueError, KeyError, TypeError, AttributeError):
         return body[:500].decode(errors="replace")

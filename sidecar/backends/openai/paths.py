@@ -19,7 +19,7 @@ MAX_TOKENS = "max_tokens"
 class Grammar:
     """How the events of a stream are told apart by their names. Without `finals` they have none, as OpenAI's choices.
 
-    Each event of `tokens` has a token. One of `finals` is the last, one of `errors` an error.
+    An event whose name ends as one of `tokens` has a token. One of `finals` is the last, one of `errors` an error.
     """
 
     tokens: tuple[bytes, ...] = ()
@@ -58,8 +58,8 @@ class ApiPath:
     """True if an engine that takes nothing but text can be asked."""
     adds: Mapping[str, str] = field(default_factory=dict)
     """JSON that is added where the client has not said it."""
-    refuses: Mapping[str, tuple[tuple[object, ...], str]] = field(default_factory=dict)
-    """Values of members that are not served, () for all but null, and why."""
+    allows: Mapping[str, tuple[tuple[object, ...], str]] = field(default_factory=dict)
+    """The values, beside null, that a member may have, and why no others."""
     grammar: Grammar = CHOICES
     engine_path: str = ""
     is_anthropics: bool = False
@@ -81,13 +81,13 @@ class ApiPath:
 _STATELESS = "the sidecar keeps no answers, since another engine may have the next request; send the conversation in"
 _NO_BYTES = 'answers are sent as JSON: "float" or "base64"'
 _POOLED: dict[str, tuple[tuple[object, ...], str]] = {
-    "stream": ((True,), "the answer comes as a whole; leave it out"),
-    "encoding_format": (("bytes", "bytes_only"), _NO_BYTES),
+    "stream": ((False,), "the answer comes as a whole; leave it out"),
+    "encoding_format": (("float", "base64"), _NO_BYTES),
 }
 
 
 def _pooled(path: str, summary: str, engine_path: str = "", **fields: object) -> ApiPath:
-    usual: dict[str, object] = {"prompt": "input", "texts": ("messages", "tools"), "refuses": _POOLED}
+    usual: dict[str, object] = {"prompt": "input", "texts": ("messages", "tools"), "allows": _POOLED}
     return ApiPath(path, summary, engine_path=engine_path, **(usual | fields))  # type: ignore[arg-type]
 
 
@@ -104,21 +104,19 @@ ROWS: dict[str, ApiPath] = {
             as_text=True,
         ),
         ApiPath(
-            RESPONSES, "Answer a conversation (OpenAI's Responses)", texts=("input", "instructions", "tools"),
+            RESPONSES, "Answer a conversation (OpenAI's Responses)",
+            texts=("input", "previous_input_messages", "instructions", "tools"),
             lengths=("max_output_tokens",), adds={"store": "false"},
-            refuses={
-                "store": ((True,), f'{_STATELESS} "input", and "store": false'),
-                "background": ((True,), "an answer in the background cannot be fetched; leave it out"),
+            allows={
+                "store": ((False,), f'{_STATELESS} "input", and "store": false'),
+                "background": ((False,), "an answer in the background cannot be fetched; leave it out"),
                 "previous_response_id": ((), f'{_STATELESS} "input"'),
                 "conversation": ((), f'{_STATELESS} "input"'),
             },
             grammar=Grammar(
-                (
-                    b"response.output_text.delta", b"response.reasoning_text.delta",
-                    b"response.function_call_arguments.delta",
-                ),
-                (b"response.completed", b"response.incomplete", b"response.failed"),
-                (b"error",),
+                (b".delta",),
+                (b"response.completed", b"response.incomplete"),
+                (b"error", b"response.failed"),
             ),
         ),
         ApiPath(

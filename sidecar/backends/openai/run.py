@@ -20,6 +20,7 @@ from sidecar.backends.openai.events import (
     prompt_tokens,
     reader_of,
     split,
+    used,
 )
 from sidecar.backends.openai.naming import Naming
 from sidecar.backends.openai.paths import AT_ENGINE, COMPLETIONS, ROWS
@@ -78,6 +79,7 @@ class OpenAiRun:
         self._has_begun = False
         self._row = AT_ENGINE.get(naming.form.path, ROWS[COMPLETIONS])
         self._reader = reader_of(self._row.grammar)
+        self._held: list[bytes] = []
         self._unseen: Unseen | None = None
         self._read = Read(len(DONE + END_OF_EVENT))
 
@@ -142,7 +144,8 @@ class OpenAiRun:
     async def _read_events(self, answer: Answer, unseen: Unseen | None) -> None:
         async for event in split(answer.chunks):
             if self._reader.is_error(event):
-                await self._refused(HTTPStatus.INTERNAL_SERVER_ERROR, message_of(event.partition(b"data: ")[2]))
+                told = self._naming.rejection(HTTPStatus.INTERNAL_SERVER_ERROR, event.partition(b"data: ")[2])
+                await self._refused(HTTPStatus.INTERNAL_SERVER_ERROR, message_of(told.body))
                 return
             final = self._reader.is_final(event)
             self._take(event, final)
@@ -175,27 +178,36 @@ class OpenAiRun:
         else:
             tokens = self._corrected(event)
         self._heard(self.effect.request, tokens)
-        self.ticket.deliver(Reply(self._naming.shown(event) + END_OF_EVENT, None, final), tokens)
+        shown = self._naming.shown(event) + END_OF_EVENT
+        if self._row.grammar.is_named and not (self._has_begun or final):
+            self._held.append(shown)  # what precedes the first token: the request may run again elsewhere
+            return
+        self.ticket.deliver(Reply(b"".join((*self._held, shown)), None, final), tokens)
+        self._held.clear()
         if is_first:
             self._post(first_token(self, self._unseen))
 
     def _corrected(self, event: bytes) -> int:
         """Correct the count by the engine's total, if the event has it; return how many tokens were missing."""
-        total = completion_tokens(event)
+        prompt, total = self._usage(event)
         if total is None:
             return 0
-        self.ticket.prompt_tokens = prompt_tokens(event) or self.ticket.prompt_tokens
+        self.ticket.prompt_tokens = prompt or self.ticket.prompt_tokens
         missed = max(0, total - self.tokens)
         self.tokens = total
         return missed
 
     def _whole(self, body: bytes) -> None:
-        found = completion_tokens(body)
-        self.ticket.prompt_tokens = prompt_tokens(body) or self.ticket.prompt_tokens
+        prompt, found = self._usage(body)
+        self.ticket.prompt_tokens = prompt or self.ticket.prompt_tokens
         self.tokens = int(self._row.generates) if found is None else found
         self._heard(self.effect.request, self.tokens)
         self.ticket.deliver(Reply(self._naming.shown(body), None, True), self.tokens)
         self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
+
+    def _usage(self, raw: bytes) -> tuple[int | None, int | None]:
+        """Return the tokens of the prompt and of the answer that an event, or a whole answer, tells."""
+        return used(raw) if self._row.grammar.is_named else (prompt_tokens(raw), completion_tokens(raw))
 
     async def _room(self) -> None:
         """Wait for the client. Nothing is read meanwhile, so the engine cannot be blamed for silence."""

@@ -82,7 +82,7 @@ class OpenAiServer:
             statuses = {row.path: (await self.get(row.at_engine)).status for row in ROWS.values()}
         except WireError:
             return None
-        found = {path for path, status in statuses.items() if status != HTTPStatus.NOT_FOUND}
+        found = {path for path, status in statuses.items() if status == HTTPStatus.METHOD_NOT_ALLOWED}
         self._pools = POOLING in found and COMPLETIONS not in found
         return tuple(sorted(found)) if found & {COMPLETIONS, POOLING} else None
 

@@ -102,8 +102,6 @@ MODEL = ModelKind(
     asking=Asking(_write, lambda ask: "", IdsReader),
     why_not_client=why_not_client,
     salted=(COMPLETIONS, CHAT),
-    reads_files=True,
-    canonical_files=True,
     page_is_adapter=True,
     pages="the engine keeps {host} in memory (max_loaded_loras) and has {device} slots (max_loras_per_batch, less one)",
 )
@@ -288,12 +286,14 @@ class Sglang(Dialect):
         return await server.client.post_pieces(self.send_path, pieces, size_bytes, JSON, timeout_s)
 
     def declare(self, entry: SglangEntry, declared: EngineFacts) -> EngineFacts:
-        facts = replace(declared, unloads="weights", together=TOGETHER, one_rank=True, message_bytes_max=BODY_BYTES_MAX)
+        facts = replace(declared, unloads="weights", together=TOGETHER, one_rank=True)
+        if entry.adapters_dir is not None:
+            facts = replace(facts, reads_files=True, canonical_files=True)
+        else:
+            facts = replace(facts, message_bytes_max=BODY_BYTES_MAX)
         named = None if entry.base_model is None else entry.base_model.config
         if named is None:
             return replace(facts, base_only=True)
-        if entry.adapters_dir is None:
-            facts = replace(facts, reads_files=False, canonical_files=False, base_only=False)
         base = read_base_model(Path(named).expanduser())
         modules = {name: dims for name, dims in base.modules.items() if name in PLACED}
         return replace(facts, modules=modules, vocabulary=base.vocabulary)

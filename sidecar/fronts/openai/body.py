@@ -76,8 +76,7 @@ class Body:
         """Return the bytes before and after the value of `model`, of a list of prompts with `only_prompt` alone.
 
         `length` is added as the last of `names`, or in place of a null or 0 of one of them: a second member of one name
-        would be ambiguous. `salt` takes the place of the client's own, or is added. `more` is JSON of members that are
-        added if the body has none of their names.
+        would be ambiguous. `salt` takes the place of the client's own, or is added. `more` is JSON of members to add.
         """
         raw, (begin, end) = self.raw, self.model
         edits: list[tuple[Span, bytes]] = []
@@ -93,8 +92,8 @@ class Body:
             after = b',"%b":%d%b' % (names[-1].encode(), length, after)
         if added and not self.salt[1]:
             after = b',"%b":%b%b' % (SALT.encode(), added, after)
-        for name in more.keys() - self.values.keys():
-            after = b',"%b":%b%b' % (name.encode(), more[name].encode(), after)
+        for name, value in more.items():
+            after = b',"%b":%b%b' % (name.encode(), value.encode(), after)
         return before, after
 
     def _edited(self, start: int, stop: int, edits: list[tuple[Span, bytes]]) -> bytes:

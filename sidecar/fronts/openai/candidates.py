@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from http import HTTPStatus
 
 from policies.views import BASE
 from sidecar.backends import registry
@@ -25,7 +24,7 @@ from sidecar.errors import Reason, Refused
 from sidecar.fronts.eligible import empty_pools, foreign_id, is_base, restriction_to
 from sidecar.fronts.openai.chat_templates import ChatTemplate
 from sidecar.fronts.openai.large import Order, Refusal, Template
-from sidecar.fronts.openai.request import OpenAiRequest, Unfit
+from sidecar.fronts.openai.request import NotServed, OpenAiRequest, Unfit
 from sidecar.fronts.openai.text_forms import TextRequest, text_request
 from sidecar.model.reference import Reference
 from sidecar.telling.endings import unknown
@@ -99,7 +98,7 @@ class Destinations:
         Raises Refused for an unknown name, or if no engine that has the name can answer.
         """
         adapter, servers = self._servers(asked.model, tenant)
-        servers = _with_path(servers, asked.row)
+        servers = self._with_path(servers, asked.row)
         kinds = {backend.facts.kind for backend in servers}
         forms: dict[str, Form] = {}
         fitting: list[str] = []
@@ -178,6 +177,21 @@ class Destinations:
             return "", named_so or serving
         raise unknown(unknown_adapter(state, text, tenant))
 
+    def _with_path(self, servers: tuple[Engine, ...], row: ApiPath) -> tuple[Engine, ...]:
+        """Return the engines that serve a path, those that take nothing now if no other does.
+
+        Raises Refused (501) if there are engines, and none serves it.
+        """
+        found = tuple(engine for engine in servers if not _why_no_path(engine, row))
+        if found or not servers:
+            return found
+        all_of_them = [Engine(each.id, each.group, each.facts) for each in self._state.backends.values()]
+        if found := tuple(engine for engine in all_of_them if not _why_no_path(engine, row)):
+            return found
+        # The reason of an engine of a kind that could have it helps most.
+        engine = max(servers, key=lambda each: row.path in each.model.paths)
+        raise NotServed(f"{row.path} is not served for this model: {_why_no_path(engine, row)}")
+
     def _serving(self, version: str) -> tuple[Engine, ...]:
         present = [
             Engine(backend.id, backend.group, backend.facts) for backend in eligibility.servers_of(self._state, version)
@@ -236,16 +250,6 @@ def served_paths(state: State) -> frozenset[str]:
     return frozenset(
         row.path for row in ROWS.values() if row.as_text or any(not _why_no_path(each, row) for each in engines)
     )
-
-
-def _with_path(servers: tuple[Engine, ...], row: ApiPath) -> tuple[Engine, ...]:
-    """Return the engines that serve a path. Raises Refused (501) if there are engines, and none does."""
-    whys = [_why_no_path(engine, row) for engine in servers]
-    if servers and all(whys):
-        refused = Refused(Reason.INVALID_REQUEST, f"{row.path} is not served for this model: {whys[0]}")
-        refused.http = HTTPStatus.NOT_IMPLEMENTED, ()
-        raise refused
-    return tuple(engine for engine, why in zip(servers, whys, strict=True) if not why)
 
 
 def _why_no_path(engine: Engine, row: ApiPath) -> str:

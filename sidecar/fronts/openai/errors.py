@@ -16,7 +16,7 @@ import grpc
 from starlette.types import Send
 
 from sidecar.backends.api import HttpRejection, Ticket
-from sidecar.backends.openai.paths import ROWS
+from sidecar.backends.openai.paths import MESSAGES
 from sidecar.core.effects import Settle
 from sidecar.errors import Family, Reason, SidecarError
 from sidecar.telling.endings import Voice, message_of
@@ -38,6 +38,8 @@ STATUSES = {
 }
 """HTTP statuses by the gRPC codes in the table of reasons; other codes, which only engines send, are 500."""
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+ANTHROPIC_TYPES = {404: "not_found_error", 413: "request_too_large", 500: "api_error", 503: "overloaded_error"}
+"""Anthropic's words where they are not OpenAI's."""
 REASONS = {Reason.UNKNOWN_ADAPTER: "model_not_found"}
 PARAMS = {
     Reason.UNKNOWN_ADAPTER: "model",
@@ -77,7 +79,7 @@ def failure(
 
 def in_form_of(path: str, send: Send) -> Send:
     """Return `send` for a path's answers: clients of Anthropic's API read errors in its own form."""
-    if path not in ROWS or not ROWS[path].is_anthropics:
+    if path != MESSAGES and not path.startswith(f"{MESSAGES}/"):
         return send
     started: list[Any] = []
 
@@ -91,7 +93,7 @@ def in_form_of(path: str, send: Send) -> Send:
             await send(message)
         else:
             (start,) = started
-            body = anthropic_error(message["body"])
+            body = anthropic_error(message["body"], start["status"])
             length = (b"content-length", str(len(body)).encode())
             headers = [length if name == b"content-length" else (name, value) for name, value in start["headers"]]
             await send(start | {"headers": headers})
@@ -100,13 +102,14 @@ def in_form_of(path: str, send: Send) -> Send:
     return rewritten
 
 
-def anthropic_error(body: bytes) -> bytes:
+def anthropic_error(body: bytes, status: int = 500) -> bytes:
     """Return an error in the form of Anthropic's API, where it is not in it; `error.reason` stays for programs."""
     record = json.loads(body) if _is_object(body) else {}
     error = record.get("error", record)
     if record.get("type") == "error" or not isinstance(error, dict):
         return body
-    return json.dumps({"type": "error", "error": error}).encode()
+    kind = ANTHROPIC_TYPES.get(status, error.get("type"))
+    return json.dumps({"type": "error", "error": error | {"type": kind}}).encode()
 
 
 def wrong_method(path: str, methods: tuple[str, ...]) -> Failure:

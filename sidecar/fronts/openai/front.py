@@ -47,6 +47,7 @@ from sidecar.fronts.openai.models import Models
 from sidecar.fronts.openai.rate_limits import headers_of
 from sidecar.fronts.openai.request import (
     N,
+    NotServed,
     OpenAiRequest,
     Unfit,
     choices_of,
@@ -62,7 +63,8 @@ from sidecar.telling.endings import unknown
 
 MODELS = "/v1/models"
 API_KEY = b"x-api-key"
-"""Where clients of Anthropic's API send their key."""
+ANTHROPIC = b"anthropic-version"
+"""Where clients of Anthropic's API send their key, and what they always send."""
 Place = Callable[[OpenAiRequest, Sequence[TextRequest | Refusal] | None], Destination]
 METHODS = dict.fromkeys(ROWS, ("POST",)) | {MODELS: ("GET", "HEAD")}
 
@@ -267,7 +269,7 @@ class OpenAiFront:
             head,
             adapter=destination.adapter,
             input_tokens=asked.prompt_tokens + text_tokens,
-            output_tokens_max=each * asked.answers,
+            output_tokens_max=each * asked.answers if asked.row.generates else 1,
             session=head.session or asked.session,
             size_bytes=asked.size_bytes,
             only=destination.only,
@@ -393,8 +395,8 @@ def _presented(scope: Scope) -> Presented:
             found[name].append(value.decode("latin-1"))
     peer = peer_at(*scope["client"]) if scope.get("client") else ""
     authorization, forwarded, keys = found.values()
-    row = ROWS.get(scope["path"].rstrip("/"))
-    if row is not None and row.is_anthropics and not authorization:
+    is_anthropics = any(name == ANTHROPIC for name, _ in scope["headers"])
+    if is_anthropics and not authorization:
         authorization = [f"Bearer {key}" for key in keys]
     return Presented(tuple(authorization), scope["state"].get(PEER, ()), tuple(forwarded), peer, head=_head_of(scope))
 
@@ -429,6 +431,8 @@ def _text(asked: OpenAiRequest, destination: Destination) -> str | None:
 
 def _failure_of(error: SidecarError) -> Failure:
     failed = failure_of_error(error, error.param if isinstance(error, Unfit) else None)
+    if isinstance(error, NotServed):
+        return failure(501, error.message, "path_not_served")
     if isinstance(error, TooLong):
         return closing(failure(413, error.message, error.reason.value.lower()))
     return failed

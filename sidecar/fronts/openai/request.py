@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 from sidecar.backends.openai.paths import CHAT, ROWS, ApiPath
@@ -25,13 +24,20 @@ class Unfit(Refused):
         self.param = param
 
 
+class NotServed(Refused):
+    """No engine has the path."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(Reason.INVALID_REQUEST, message)
+
+
 @dataclass(frozen=True)
 class OpenAiRequest:
     """A request as admission sees it. `max_tokens` is None if the client leaves it to the engine.
 
-    `members` are the body's members, but for lengths that are null. `prompt_tokens` counts token ids; `prompt_bytes`
-    bounds the tokens of text. `answers` is how many answers the engine generates side by side. `part` is the span of
-    the one prompt it is about, if the body has several.
+    `members` are the body's members, but for lengths that are null, with values that are short. `prompt_tokens` counts
+    token ids; `prompt_bytes` bounds the tokens of text. `answers` is how many answers the engine generates side by
+    side. `part` is the span of the one prompt it is about, if the body has several.
     """
 
     path: str
@@ -45,6 +51,8 @@ class OpenAiRequest:
     session: str
     """A digest of the end user that the client names: journals and logs must not show who that is."""
     members: Mapping[str, Any] = field(default_factory=dict)
+    id_range: tuple[float, float] | None = None
+    """The least and the largest token id of its prompts; None if they have none."""
     has_length: bool = False
     """True if the client says how long the answer may be, in a member that engines read on this path."""
     part: Span | None = None
@@ -53,19 +61,12 @@ class OpenAiRequest:
 
     def around(self, length: int | None = None, salt: str | None = None) -> tuple[bytes, bytes]:
         """Return the body's bytes before and after the model's name; with `length`, it asks for so many tokens."""
-        return self.body.around(self.part, length, self.row.lengths, salt, self.row.adds)
+        more = {name: value for name, value in self.row.adds.items() if name not in self.members}
+        return self.body.around(self.part, length, self.row.lengths, salt, more)
 
     @property
     def row(self) -> ApiPath:
         return ROWS[self.path]
-
-    @cached_property
-    def id_range(self) -> tuple[int, int] | None:
-        """The least and the largest token id of its prompts; None if they have none."""
-        prompt = self.body.values.get(self.row.prompt)
-        lists = [prompt, *prompt] if isinstance(prompt, list) else []
-        ids = [each for ids in lists if isinstance(ids, list) for each in ids if isinstance(each, int | float)]
-        return (int(min(ids)), int(max(ids))) if ids else None
 
     @property
     def text(self) -> str | None:
@@ -106,9 +107,8 @@ def read_request(path: str, body: Body) -> OpenAiRequest:
     if values.get(SALT) is not None and not (isinstance(values[SALT], str) and values[SALT]):
         raise Unfit(SALT, f'"{SALT}" must be a text that is not empty; leave it out for none')
     row = ROWS[path]
-    for name, (refused, why) in row.refuses.items():
-        value = values.get(name)
-        if value is not None and (not refused or any(value is each or value == each for each in refused)):
+    for name, (allowed, why) in row.allows.items():
+        if values.get(name) is not None and values[name] not in allowed:
             raise Unfit(name, f'"{name}" is not served as it is here: {why}')
     tokens, size_bytes, prompts = _sizes(row, body)
     streams = _flag(values, "stream")
@@ -134,8 +134,9 @@ def read_request(path: str, body: Body) -> OpenAiRequest:
         prompt_tokens=tokens,
         prompt_bytes=size_bytes,
         session=session_of(user) if isinstance(user := values.get("user"), str) else "",
-        members={name: value for name, value in values.items() if name not in LENGTHS or value is not None},
+        members={name: _short(value) for name, value in values.items() if name not in LENGTHS or value is not None},
         has_length=has_length,
+        id_range=_id_range(values.get(row.prompt)),
     )
 
 
@@ -184,6 +185,17 @@ def choices_of(asked: OpenAiRequest, prompts: int, requests_max: int, bytes_max:
             f"(listeners.http.prompts_max), and {bytes_max} bytes in all; set a smaller n",
         )
     return tuple(replace(asked, choice=choice, answers=1) for choice in range(asked.answers))
+
+
+def _short(value: Any) -> Any:
+    """Return a value by which a request may be judged; None for what is long: it may have to come from a process."""
+    return value if isinstance(value, bool | int | float) else None
+
+
+def _id_range(prompt: Any) -> tuple[float, float] | None:
+    lists = [prompt, *prompt] if isinstance(prompt, list) else []
+    ids = [each for ids in lists if isinstance(ids, list) for each in ids if isinstance(each, int | float)]
+    return (min(ids), max(ids)) if ids else None
 
 
 def _are_several(prompt: Any) -> bool:

@@ -223,11 +223,12 @@ def sglang(found: Found, sidecar: Sidecar) -> str:
     _is("vllm", candidate, "sglang")
     options = {
         "--max-loras-per-batch": candidate.slots + 1,  # the base model takes one
-        "--max-loaded-loras": candidate.engine.host_slots,
+        "--max-loaded-loras": max(candidate.engine.host_slots, candidate.slots + 1),
         "--max-lora-rank": candidate.site.layout.max_rank,
         "--max-running-requests": candidate.site.seats,
     }
-    lines = ["--enable-lora", "--lora-target-modules all", *(f"{name} {value}" for name, value in options.items())]
+    always = "--enable-lora", "--lora-target-modules all", "--allow-auto-truncate"
+    lines = [*always, *(f"{name} {value}" for name, value in options.items())]
     comment = _comments(found, "SGLang's own step times are not known, so compare the plan with what you measure.")
     return comment + "\n".join(lines) + "\n"
 
@@ -278,5 +279,8 @@ def _comments(found: Found, *more: str) -> str:
 def _is(engine: str, candidate: Candidate, name: str) -> None:
     actual = _engine(candidate)
     if actual != engine:
-        text = f"--emit {name} is for {engine}, and the plan is for {actual}: use {PLANNED[actual].others}"
+        text = (
+            f"--emit {name} is for {engine}, and the plan is for {actual}: use {PLANNED[actual].others}, or plan with "
+            f"--engine {engine}"
+        )
         raise Misused(Reason.CONFIG_INVALID, text)

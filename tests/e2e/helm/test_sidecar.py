@@ -79,11 +79,15 @@ def test_vllm_reads_what_the_sidecar_writes(rendered: dict[str, list[Object]]) -
 def test_sglang_is_sent_what_it_serves(helm: Renderer) -> None:
     """No folder is shared, and it is reached at its own port."""
     engine = {"enabled": True, "image": "lmsysorg/sglang:v0.5.23"}
-    objects = helm.objects({"mode": "sidecar", "sidecar": {"kind": "sglang", "engine": engine}})
+    values = {"mode": "sidecar", "sidecar": {"kind": "sglang", "engine": engine}}
+    with pytest.raises(Refused, match="sglang needs backends: one entry"):
+        helm.objects(values)
+    backend = {"url": "sglang://127.0.0.1:30000", "base_model": {"name": "llama", "config": "/models/llama"}}
+    objects = helm.objects(values | {"backends": [backend]})
     pod = one(objects, "Deployment")["spec"]["template"]["spec"]
     assert "lora-sidecar-adapters" not in {volume["name"] for volume in pod["volumes"]}
     assert pod["containers"][0]["readinessProbe"]["httpGet"] == {"path": "/health", "port": 30000}
-    assert yaml.safe_load(configuration(objects))["backends"] == [{"url": "sglang://127.0.0.1:30000", "id": "engine"}]
+    assert yaml.safe_load(configuration(objects))["backends"] == [backend]
 
 
 def test_another_charts_pod(helm: Renderer, other_chart: Path) -> None:

@@ -155,8 +155,7 @@ tls:
   id: engine
   adapters_dir: /adapters
 {{- else if eq .Values.sidecar.kind "sglang" -}}
-- url: sglang://127.0.0.1:30000
-  id: engine
+{{- fail "sidecar.kind sglang needs backends: one entry with url sglang://127.0.0.1:30000 and base_model.config, the folder of the model's config.json; without it no adapter can be checked, and none is served" }}
 {{- else -}}
 - url: triton://127.0.0.1:8001
   id: engine

@@ -51,6 +51,8 @@ def _slots_unknown(dialect: Dialect) -> str:
 def _memory_unknown(dialect: Dialect, slots: int | None) -> str:
     kept, of_slots = dialect.options["host_pages"], dialect.options["device_pages"]
     found = f", {slots}" if slots else ""
+    if not dialect.host_is_slots:
+        return f"{kept} is not declared, so it keeps all that it is given"
     return f"{kept} is not declared, so it is taken for {of_slots}{found}, as {dialect.model.title} does"
 
 
@@ -175,7 +177,7 @@ def judged_memory(dialect: Dialect, declared: int | None, slots: int | None, ser
     text = f"{declared} declared ({option})" if declared else _memory_unknown(dialect, slots)
     if kept is not None and len(served) > kept:
         return warning(
-            f"{text}; {len(served)} adapters are served: the others are read from the folder when they are asked for",
+            f"{text}; {len(served)} adapters are served: the others are given to it again when they are asked for",
             dialect.setting("host_pages", len(served)),
         )
     return ok(text if not served else f"{text}; {len(served)} adapters are served")

@@ -98,6 +98,10 @@ class SglangOptions(VllmOptions):
         for each in fields(VllmOptions):
             if each.name in _VLLMS and getattr(self, each.name) != each.default:
                 raise ValueError(f"--{each.name.replace('_', '-')} is vLLM's; SGLang has none of it")
+        if self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
+            raise ValueError(
+                f"max_cpu_loras {self.max_cpu_loras}: SGLang does not start with fewer than max_loras, {self.max_loras}"
+            )
         if self.max_loras < 2:
             raise ValueError(f"max_loras {self.max_loras}: give 2 or more, for the base model takes a slot")
 
