@@ -22,20 +22,24 @@ SORTS_MAX = 1_000
 """Sorts of requests that are kept: clients choose the names of models."""
 
 
-def foreign_id(facts: EngineFacts, id_range: tuple[float, float] | None) -> str:
-    """Return why an engine must not get token ids of a range; "" if it may."""
-    if facts.vocabulary is None or id_range is None:
+IdRange = Callable[[], tuple[float, float] | None]
+"""Returns the least and the largest token id of a prompt; None if it has none."""
+
+
+def foreign_id(facts: EngineFacts, id_range: IdRange) -> str:
+    """Return why an engine must not get a prompt's token ids; "" if it may."""
+    if facts.vocabulary is None:
         return ""
-    strange = next((each for each in id_range if not 0 <= each < facts.vocabulary), None)
+    strange = next((each for each in id_range() or () if not 0 <= each < facts.vocabulary), None)
     if strange is None:
         return ""
     return f"the token id {strange} is none of the model's, which are 0 to {facts.vocabulary - 1}"
 
 
 def backends_of(
-    state: State, kinds: Collection[str], base: str = "", id_range: tuple[float, float] | None = None
+    state: State, kinds: Collection[str], base: str = "", id_range: IdRange = lambda: None
 ) -> tuple[str, ...] | None:
-    """Return the backends of these kinds that may get token ids of a range: () for all backends, None for none.
+    """Return the backends of these kinds that may get a prompt's token ids: () for all backends, None for none.
 
     With `base` they are those of that base model.
     """

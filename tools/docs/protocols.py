@@ -12,6 +12,7 @@ from sidecar.backends.kind import Ask, ModelKind, Native
 from sidecar.backends.openai.paths import CHAT, COMPLETIONS, ROWS, ApiPath
 from sidecar.errors import Refused
 from sidecar.fronts.openai.body import read_body
+from sidecar.fronts.openai.candidates import why_no_path
 from sidecar.fronts.openai.chat_templates import compiled_template
 from sidecar.fronts.openai.request import choices_of, read_request
 from sidecar.fronts.openai.text_forms import text_request
@@ -110,7 +111,7 @@ def _kserve(model: ModelKind) -> tuple[str, str]:
 def _path(model: ModelKind, row: ApiPath) -> tuple[str, str]:
     if model.native is Native.OPENAI and row.path in model.paths:
         return "as sent", "" if row.generates else "If it was started to pool, with a model for this path."
-    return "no", _sentence(model.why_no_path.get(row.path, "Nothing but vLLM is asked on this path yet"))
+    return "no", _sentence(why_no_path(model, row))
 
 
 def _openai(model: ModelKind, path: str, members: Mapping[str, Any]) -> tuple[str, str]:

@@ -119,7 +119,7 @@ class OpenAiBackend(Endpoint):
             seats=declared.seats or found.seats,
             kv_tokens=declared.kv_tokens or seen.kv_tokens,
             sequence_tokens_max=declared.sequence_tokens_max or found.served.sequence_tokens_max,
-            paths=found.served.paths,
+            paths=found.paths,
         )
 
     def _least(self, key: str, found: int | None) -> int | None:

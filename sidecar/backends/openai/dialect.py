@@ -69,6 +69,8 @@ class Found:
     """Its tensor-parallel ranks."""
     takes_none: str = ""
     """Why it takes no adapters; "" if it does."""
+    paths: tuple[str, ...] | None = None
+    """The paths of the API that it has."""
     body_bytes_max: int | None = None
     """It may hang up under a larger body."""
     modules: frozenset[str] | None = None

@@ -28,8 +28,8 @@ PROMPT_IDS = b'"prompt_token_ids":['
 USAGE = b'"usage":{'
 # None of these can occur in the text of an answer: there a backslash precedes every quote.
 _index = re.compile(rb'"choices":\[\{"index":(\d+)').search
-_completion = re.compile(rb'"(?:completion|output)_tokens"\s*:\s*(\d+)').search
-_prompt = re.compile(rb'"(?:prompt|input)_tokens"\s*:\s*(\d+)').search
+_completion = re.compile(rb'"completion_tokens"\s*:\s*(\d+)').search
+_prompt = re.compile(rb'"prompt_tokens"\s*:\s*(\d+)').search
 _usages = re.compile(rb'"usage"\s*:\s*\{').finditer
 NAME = b"event: "
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
@@ -86,12 +86,8 @@ _POOLED: dict[str, tuple[tuple[object, ...], str]] = {
 }
 
 
-def _pooled(path: str, summary: str, engine_path: str = "", **fields: object) -> ApiPath:
-    usual: dict[str, object] = {"prompt": "input", "texts": ("messages", "tools"), "allows": _POOLED}
-    return ApiPath(path, summary, engine_path=engine_path, **(usual | fields))  # type: ignore[arg-type]
-
-
 _PAIRS = ("queries", "query", "documents", "items", "data_1", "data_2", "text_1", "text_2")
+_INPUTS = ApiPath(EMBEDDINGS, "Embed texts", prompt="input", texts=("messages", "tools"), allows=_POOLED)
 ROWS: dict[str, ApiPath] = {
     row.path: row
     for row in (
@@ -125,11 +121,11 @@ ROWS: dict[str, ApiPath] = {
             grammar=Grammar((b"content_block_delta",), (b"message_stop",), (b"error",)),
             is_anthropics=True,
         ),
-        _pooled(EMBEDDINGS, "Embed texts"),
-        _pooled(CLASSIFY, "Classify texts", "/classify"),
-        _pooled(POOLING, "Return what the model's pooler makes of texts", "/pooling"),
-        _pooled(SCORE, "Score pairs of texts", prompt="", texts=_PAIRS, lists=_PAIRS),
-        _pooled(RERANK, "Rank documents for a query", prompt="", texts=_PAIRS, lists=_PAIRS),
+        _INPUTS,
+        replace(_INPUTS, path=CLASSIFY, summary="Classify texts", engine_path="/classify"),
+        replace(_INPUTS, path=POOLING, summary="Return what the model's pooler makes of texts", engine_path="/pooling"),
+        ApiPath(SCORE, "Score pairs of texts", texts=_PAIRS, lists=_PAIRS, allows=_POOLED),
+        ApiPath(RERANK, "Rank documents for a query", texts=_PAIRS, lists=_PAIRS, allows=_POOLED),
     )
 }  # fmt: skip
 """By the path that clients ask."""

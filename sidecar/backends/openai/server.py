@@ -28,8 +28,6 @@ class Served:
     sequence_tokens_max: int | None = None
     adapters: dict[str, str] | None = None
     names: tuple[str, ...] = ()
-    paths: tuple[str, ...] | None = None
-    """The paths of the API that the server has; None if it does not tell."""
 
 
 class OpenAiServer:
@@ -76,7 +74,7 @@ class OpenAiServer:
     async def paths(self) -> tuple[str, ...] | None:
         """Return the paths that the server has; None if a proxy in between does not let that be asked.
 
-        It answers a GET with 404 where it has none, else with 405.
+        It answers a GET with 405 where it has one. From now on it is tried by a path that it has.
         """
         try:
             statuses = {row.path: (await self.get(row.at_engine)).status for row in ROWS.values()}

@@ -1,9 +1,9 @@
 """SGLang's server (texts of 0.5.23).
 
 A request names an adapter as `BASE:NAME`; any other name that is unknown is answered by the base model. A load is into
-the host's memory, and the first request copies it to a slot. Tensors of a wrong shape, and modules that it cannot
-place, end the server at their first request, so an adapter is checked against the model, and given one rank and one
-scale, before it is loaded: its packed weights are sent, or it is rewritten into a folder that both see.
+the host's memory, and the first request copies it to a slot. That request ends the server if a tensor has a wrong
+shape or a module cannot be placed. So each adapter is checked against the model before it is loaded. It gets one rank
+and one scale. Then its packed weights are sent, or it is rewritten into a folder that both see.
 
 Tensors travel as a pickle whose storage is a zip, as `torch.save` writes both: `tensors_of` writes them around the
 bytes of the packed rows, which are not copied. The server's `SafeUnpickler` admits the few globals that it uses.

@@ -22,7 +22,7 @@ from sidecar.backends.openai.asking import IdsReader, completion
 from sidecar.backends.openai.dialect import Dialect, Found, Measures
 from sidecar.backends.openai.events import message_of
 from sidecar.backends.openai.paths import ROWS
-from sidecar.backends.openai.server import PROBE_TIMEOUT_S, OpenAiServer, Served
+from sidecar.backends.openai.server import PROBE_TIMEOUT_S, OpenAiServer
 from sidecar.config.backends import Backend as Entry
 from sidecar.core.enums import Fault
 from sidecar.core.facts import EngineFacts
@@ -172,6 +172,7 @@ class Vllm(Dialect):
         return Found(
             await self.served(server),
             str(version),
+            paths=await server.paths(),
             body_bytes_max=RUST_BODY_BYTES_MAX if version.is_rust else None,
             unloads="weights" if version.is_rust else "name",
         )
@@ -201,9 +202,6 @@ class Vllm(Dialect):
             rank_max=config.get("max_lora_rank"),
             takes_none=takes_none,
         )
-
-    async def served(self, server: OpenAiServer) -> Served:
-        return replace(await server.models(), paths=await server.paths())
 
     async def lora_config(self, server: OpenAiServer) -> Mapping[str, Any] | None:
         """Return what LoRA it was started with, {} if without; None if it does not say, as it does for developers only.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import grpc
@@ -90,7 +91,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
     def _eligible(self, request: Any, kinds: tuple[str, ...], base: str = "") -> tuple[str, ...]:
         """Return the backends that a request may go to, () for any. Raises Refused(INVALID_REQUEST)."""
         ids = request.tokens.ids
-        id_range = (min(ids), max(ids)) if ids else None
+        id_range = cache(lambda: (min(ids), max(ids)) if ids else None)
         backends = backends_of(self._gateway.state, kinds, base, id_range)
         if backends is None and backends_of(self._gateway.state, kinds, base) is not None:
             whys = (foreign_id(each.facts, id_range) for each in self._gateway.state.backends.values())

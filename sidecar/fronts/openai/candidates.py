@@ -60,6 +60,10 @@ class Engine:
     def model(self) -> ModelKind:
         return model_kind(self.facts.kind)
 
+    def why_no_path(self, row: ApiPath) -> str:
+        """Return why it does not serve a path; "" if it does."""
+        return why_no_path(self.model, row, self.facts.paths)
+
 
 class Destinations:
     """Finds the destination of requests.
@@ -126,7 +130,7 @@ class Destinations:
         for backend in servers:
             if backend.facts.kind not in forms:
                 continue
-            if unknown := foreign_id(backend.facts, asked.id_range):
+            if unknown := foreign_id(backend.facts, lambda: asked.id_range):
                 why_not = Unfit(asked.row.prompt, unknown)
             else:
                 fitting.append(backend.id)
@@ -182,15 +186,15 @@ class Destinations:
 
         Raises Refused (501) if there are engines, and none serves it.
         """
-        found = tuple(engine for engine in servers if not _why_no_path(engine, row))
+        found = tuple(engine for engine in servers if not engine.why_no_path(row))
         if found or not servers:
             return found
         all_of_them = [Engine(each.id, each.group, each.facts) for each in self._state.backends.values()]
-        if found := tuple(engine for engine in all_of_them if not _why_no_path(engine, row)):
+        if found := tuple(engine for engine in all_of_them if not engine.why_no_path(row)):
             return found
         # The reason of an engine of a kind that could have it helps most.
         engine = max(servers, key=lambda each: row.path in each.model.paths)
-        raise NotServed(f"{row.path} is not served for this model: {_why_no_path(engine, row)}")
+        raise NotServed(f"{row.path} is not served for this model: {engine.why_no_path(row)}")
 
     def _serving(self, version: str) -> tuple[Engine, ...]:
         present = [
@@ -248,21 +252,19 @@ def served_paths(state: State) -> frozenset[str]:
     """Return the paths that some engine serves, and completions and chats, which any kind has."""
     engines = [Engine(each.id, each.group, each.facts) for each in state.backends.values()]
     return frozenset(
-        row.path for row in ROWS.values() if row.as_text or any(not _why_no_path(each, row) for each in engines)
+        row.path for row in ROWS.values() if row.as_text or any(not each.why_no_path(row) for each in engines)
     )
 
 
-def _why_no_path(engine: Engine, row: ApiPath) -> str:
-    """Return why an engine does not serve a path, "" if it does."""
-    model, title = engine.model, engine.model.title or engine.facts.kind
+def why_no_path(model: ModelKind, row: ApiPath, paths: tuple[str, ...] | None = None) -> str:
+    """Return why an engine that has told these paths does not serve one; "" if it does, or if that is not known."""
     if _takes_text(model):
-        return "" if row.as_text else f"{title} has no such path"
+        return "" if row.as_text else f"{model.title} has no such path"
     if model.native is Native.OPENAI and row.path not in model.paths:
-        return model.why_no_path.get(row.path, f"the sidecar does not serve it in front of {title}")
-    paths = engine.facts.paths
+        return model.why_no_path.get(row.path, f"the sidecar does not serve it in front of {model.title}")
     if paths is not None and row.path not in paths:
         served = "generate" if COMPLETIONS in paths else "pool"
-        return f"its {title} does not have this path; it was started to {served}, and has {', '.join(paths)}"
+        return f"its {model.title} does not have this path; it was started to {served}, and has {', '.join(paths)}"
     return ""
 
 

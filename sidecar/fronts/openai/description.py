@@ -53,10 +53,13 @@ class StreamOptions(_Object):
     include_usage: bool | None = None
 
 
-class CommonRequest(_Object):
+class _OfModel(_Object):
+    model: Annotated[str, Field(min_length=1, max_length=MODEL_CHARACTERS_MAX)]
+
+
+class CommonRequest(_OfModel):
     """What completions and chats have in common."""
 
-    model: Annotated[str, Field(min_length=1, max_length=MODEL_CHARACTERS_MAX)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
@@ -87,10 +90,9 @@ class ChatRequest(CommonRequest):
     max_completion_tokens: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
 
 
-class ResponsesRequest(_Object):
+class ResponsesRequest(_OfModel):
     """Of a conversation that the client keeps: `store` is false, said or not."""
 
-    model: Annotated[str, Field(min_length=1, max_length=MODEL_CHARACTERS_MAX)]
     input: Text | Annotated[list[Message], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
@@ -98,29 +100,25 @@ class ResponsesRequest(_Object):
     stream: bool | None = None
 
 
-class MessagesRequest(_Object):
-    model: Annotated[str, Field(min_length=1, max_length=MODEL_CHARACTERS_MAX)]
+class MessagesRequest(_OfModel):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1, le=INT32_MAX)]
     system: str | None = None
     stream: bool | None = None
 
 
-class InputRequest(_Object):
+class InputRequest(_OfModel):
     """What is embedded, classified or pooled."""
 
-    model: Annotated[str, Field(min_length=1, max_length=MODEL_CHARACTERS_MAX)]
     input: Text | TokenIds | Texts | Annotated[list[TokenIds], Field(min_length=1)]
 
 
-class ScoreRequest(_Object):
-    model: Annotated[str, Field(min_length=1, max_length=MODEL_CHARACTERS_MAX)]
+class ScoreRequest(_OfModel):
     queries: Text | Texts
     documents: Text | Texts
 
 
-class RerankRequest(_Object):
-    model: Annotated[str, Field(min_length=1, max_length=MODEL_CHARACTERS_MAX)]
+class RerankRequest(_OfModel):
     query: Text
     documents: Texts
     top_n: Annotated[int, Field(ge=0, le=INT32_MAX)] | None = None

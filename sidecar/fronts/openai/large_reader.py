@@ -46,7 +46,10 @@ def found(order: Order, raw: bytes) -> tuple[Found, ...] | Refusal:
     body = parts[0].body
     bare = Body({MODEL: body.values[MODEL]}, {}, b"", body.model, body.prompt, body.open_lengths, body.salt)
     return tuple(
-        Found(replace(asked, body=bare), tuple(_text(asked, template, order) for template in order.templates))
+        Found(
+            replace(asked, body=bare, id_range_found=asked.id_range),
+            tuple(_text(asked, template, order) for template in order.templates),
+        )
         for asked in parts
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from sidecar.backends.openai.paths import CHAT, ROWS, ApiPath
@@ -51,8 +52,8 @@ class OpenAiRequest:
     session: str
     """A digest of the end user that the client names: journals and logs must not show who that is."""
     members: Mapping[str, Any] = field(default_factory=dict)
-    id_range: tuple[float, float] | None = None
-    """The least and the largest token id of its prompts; None if they have none."""
+    id_range_found: tuple[float, float] | None = field(default=None, compare=False)
+    """What was found in another process, where the values have stayed."""
     has_length: bool = False
     """True if the client says how long the answer may be, in a member that engines read on this path."""
     part: Span | None = None
@@ -67,6 +68,14 @@ class OpenAiRequest:
     @property
     def row(self) -> ApiPath:
         return ROWS[self.path]
+
+    @cached_property
+    def id_range(self) -> tuple[float, float] | None:
+        """The least and the largest token id of its prompts; None if they have none."""
+        prompt = self.body.values.get(self.row.prompt)
+        lists = [prompt, *prompt] if isinstance(prompt, list) else []
+        ids = [each for ids in lists if isinstance(ids, list) for each in ids if isinstance(each, int | float)]
+        return (min(ids), max(ids)) if ids else self.id_range_found
 
     @property
     def text(self) -> str | None:
@@ -136,7 +145,6 @@ def read_request(path: str, body: Body) -> OpenAiRequest:
         session=session_of(user) if isinstance(user := values.get("user"), str) else "",
         members={name: _short(value) for name, value in values.items() if name not in LENGTHS or value is not None},
         has_length=has_length,
-        id_range=_id_range(values.get(row.prompt)),
     )
 
 
@@ -190,12 +198,6 @@ def choices_of(asked: OpenAiRequest, prompts: int, requests_max: int, bytes_max:
 def _short(value: Any) -> Any:
     """Return a value by which a request may be judged; None for what is long: it may have to come from a process."""
     return value if isinstance(value, bool | int | float) else None
-
-
-def _id_range(prompt: Any) -> tuple[float, float] | None:
-    lists = [prompt, *prompt] if isinstance(prompt, list) else []
-    ids = [each for ids in lists if isinstance(ids, list) for each in ids if isinstance(each, int | float)]
-    return (min(ids), max(ids)) if ids else None
 
 
 def _are_several(prompt: Any) -> bool:

@@ -154,7 +154,10 @@ async def model(look: Look) -> Finding:
     if look.entry is not None:
         with suppress(Misused):  # what keeps it from being used is another check's
             look.found = await look.dialect.identify(look.server, look.entry)
-    served = look.found.served if look.found.served.base else await look.dialect.served(look.server)
+    served = look.found.served
+    if not served.base:  # without an entry it could not be identified
+        served = await look.dialect.served(look.server)
+        await look.server.paths()
     look.base, look.adapters = served.base, served.adapters or {}
     names = served.names or (served.base,)
     longest, declared = served.sequence_tokens_max, look.facts.base_models

@@ -187,9 +187,9 @@ def read_adapter(name: str, path: str, spec: EngineSpec, prefixes: tuple[str, ..
 def content_id(name: str, folder: Path) -> int:
     """Return the number from which dummy answers of an adapter are made: `dummy_token(content_id(…), position)`.
 
-    It is the beginning of the SHA-256 of the name by which the engine knows the adapter, of the configuration that
-    changes the answer (rank, alpha, their patterns, rsLoRA) and of all tensors by name: equal for every copy of the
-    folder, different for another version, and never 0, which is the base model's.
+    The number is the beginning of a SHA-256. It covers the engine's name for the adapter, all tensors by name, and the
+    configuration that changes the answer: rank, alpha, their patterns and rsLoRA. Every copy of a folder has the same
+    number, another version another one. No adapter has 0, which is the base model's.
     """
     return digest_of(name, _config(folder, None), tensors_in((folder / WEIGHTS).read_bytes()))
 
