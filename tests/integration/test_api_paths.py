@@ -43,6 +43,9 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/score": {"queries": TEXT, "documents": ["sort", "walk"]},
     "/v1/rerank": {"query": TEXT, "documents": ["sort", "walk"]},
 }
+LONG: dict[str, dict[str, Any]] = {
+    RESPONSES: {"max_output_tokens": 2000, "ignore_eos": True}, MESSAGES: {"max_tokens": 2000, "ignore_eos": True},
+}  # fmt: skip
 VARYING = re.compile(r'"(id|item_id)":"[^"]*"|"created(_at)?":\d+')
 
 
@@ -51,12 +54,14 @@ def test_there_is_a_body_for_each_path() -> None:
 
 
 @asynccontextmanager
-async def served_by(folder: Path, path: str, **record: Any) -> AsyncIterator[tuple[Serving, VllmServer]]:
+async def served_by(
+    folder: Path, path: str, time_scale: float = 0.0, **record: Any
+) -> AsyncIterator[tuple[Serving, VllmServer]]:
     """Run an engine that has a path, and a sidecar in front of it with two adapters."""
     write_adapters(folder / "adapters", 2)
     runner = "generate" if ROWS[path].generates else "pooling"
     async with (
-        running_vllm(compute="none", runner=runner, max_loras=2, max_cpu_loras=4) as (engine, _),
+        running_vllm(compute="none", runner=runner, max_loras=2, max_cpu_loras=4, time_scale=time_scale) as (engine, _),
         fronted([engine], folder, **record) as served,
     ):
         yield served, engine
@@ -170,14 +175,8 @@ async def _whole(client: httpx.AsyncClient, path: str) -> str:
 @pytest.mark.parametrize("path", [RESPONSES, MESSAGES])
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_client_that_leaves_ends_its_request(path: str, stream: bool, tmp_path: Path) -> None:
-    write_adapters(tmp_path / "adapters", 1)
-    async with (
-        running_vllm(compute="none", time_scale=1.0) as (engine, _),
-        fronted([engine], tmp_path) as served,
-        client_of(served) as client,
-    ):
-        long = {"max_output_tokens" if path == RESPONSES else "max_tokens": 2000, "ignore_eos": True}
-        body = BODIES[path] | {"model": "a00", "stream": stream} | long
+    async with served_by(tmp_path, path, time_scale=1.0) as (served, engine), client_of(served) as client:
+        body = BODIES[path] | {"model": "a00", "stream": stream} | LONG[path]
         asking = asyncio.create_task(client.post(path, json=body))
         await until(lambda: engine.engine.counters.active == 1)
         asking.cancel()
@@ -188,14 +187,8 @@ async def test_a_client_that_leaves_ends_its_request(path: str, stream: bool, tm
 @pytest.mark.parametrize("path", [RESPONSES, MESSAGES])
 async def test_an_engine_that_dies_in_mid_stream(path: str, tmp_path: Path) -> None:
     """The stream ends with an event of its API's own form."""
-    write_adapters(tmp_path / "adapters", 1)
-    async with (
-        running_vllm(compute="none", time_scale=1.0) as (engine, _),
-        fronted([engine], tmp_path) as served,
-        client_of(served) as client,
-    ):
-        long = {"max_output_tokens" if path == RESPONSES else "max_tokens": 2000, "ignore_eos": True}
-        body = BODIES[path] | {"model": "a00", "stream": True} | long
+    async with served_by(tmp_path, path, time_scale=1.0) as (served, engine), client_of(served) as client:
+        body = BODIES[path] | {"model": "a00", "stream": True} | LONG[path]
         came = b""
         async with client.stream("POST", path, json=body) as reply:
             async for piece in reply.aiter_bytes():

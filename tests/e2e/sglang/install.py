@@ -7,13 +7,12 @@ folder that comes before the environment's own packages.
 from __future__ import annotations
 
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from tests.e2e.installed import NotInstalled
 from tests.e2e.sglang.installed import SglangInstalled
 from tests.e2e.vllm.installed import VllmInstalled
+from tests.e2e.vllm.newer import install
 
 REQUIREMENTS = Path(__file__).with_name("sglang.txt")
 
@@ -36,21 +35,5 @@ def make(installed: VllmInstalled) -> None:
         folder.rename(made)
 
 
-def main() -> None:
-    try:
-        installed = VllmInstalled.find()
-    except NotInstalled:
-        return  # the tests say why
-    missing = installed.venv / f"{SglangInstalled.OVER}.missing"
-    try:
-        make(installed)
-        missing.unlink(missing_ok=True)
-    except RuntimeError as error:
-        if "No matching distribution" not in str(error):
-            raise
-        missing.write_text(str(error))
-        print(error, file=sys.stderr)
-
-
 if __name__ == "__main__":
-    main()
+    install(SglangInstalled.OVER, make)

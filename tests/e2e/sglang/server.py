@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.e2e.server import Server
-from tests.e2e.sglang import guard
 from tests.e2e.sglang.installed import SglangInstalled
+from tests.e2e.vllm import guard
 
 
 class SglangServer(Server):

@@ -30,6 +30,9 @@ DEADLY: dict[str, dict[str, Any]] = {
     "q_proj without v_proj": {"modules": ("q_proj",), "shape": SIZES},
     "a rank above its largest": {"rank": 32, "shape": SIZES},
 }
+FATAL: list[dict[str, Any]] = [
+    {"prompt": [5, 99_999]}, {"prompt": [-1, 3]}, {"logprobs": 100_000}, {"top_k": 3_000_000_000, "temperature": 1.0},
+]  # fmt: skip
 FOLDED: dict[str, dict[str, Any]] = {
     "rsLoRA": {"use_rslora": True},
     "ranks that differ": {"ranks": {module_path("q_proj", 1): 4, module_path("down_proj", 2): 2}},
@@ -57,11 +60,7 @@ async def test_an_adapter_that_would_end_it_is_refused(
     assert server.is_running
 
 
-@pytest.mark.parametrize(
-    "body",
-    [{"prompt": [5, 99_999]}, {"prompt": [-1, 3]}, {"logprobs": 100_000}, {"top_k": 3_000_000_000}, {"seed": 1 << 70}],
-    ids=str,
-)
+@pytest.mark.parametrize("body", [*FATAL, {"seed": 1 << 70}], ids=str)
 async def test_a_request_that_would_end_it_is_refused(
     server: SglangServer, toy: Toy, tmp_path: Path, body: dict[str, Any]
 ) -> None:
@@ -154,4 +153,14 @@ async def test_what_is_refused_here_does_end_it(server: SglangServer, tmp_path: 
         await load(direct, "bad", path)
         with pytest.raises(httpx.HTTPError):
             await direct.post("/v1/completions", json=completion("base:bad", PROMPT, 2))
+    await server.ended()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("body", FATAL, ids=str)
+async def test_and_so_does_such_a_request(server: SglangServer, toy: Toy, body: dict[str, Any]) -> None:
+    async with http_client(server.http_address) as direct:
+        await load(direct, "a00", toy.adapters / "a00")
+        with pytest.raises(httpx.HTTPError):
+            await direct.post("/v1/completions", json=completion("base:a00", PROMPT, 2) | body)
     await server.ended()

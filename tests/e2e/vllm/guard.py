@@ -1,4 +1,4 @@
-"""What a vLLM leaves when it is killed: its scratch files and its shared memory. As a script, its guard."""
+"""What a vLLM or an SGLang leaves when it is killed: scratch files and shared memory. As a script, its guard."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.e2e.guard import guard
 from tests.e2e.processes import group_of
 
-_SHARED = re.compile(r"(/dev/shm/psm_\w+)")
+_SHARED = re.compile(r"(/dev/shm/(?:psm_|sglang_)\w+)")
 
 
 def leftovers(group: int, scratch: str) -> set[Path]:

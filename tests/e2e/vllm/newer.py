@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from zipfile import ZipFile, ZipInfo
 
@@ -69,12 +70,13 @@ def _name(folder: Path) -> None:
     described.rename(folder / f"vllm-{NEWER}+cpu.dist-info")
 
 
-def main() -> None:
+def install(over: str, make: Callable[[VllmInstalled], None]) -> None:
+    """Make a folder over the environment; what pip does not find for this machine is noted for the tests."""
     try:
         installed = VllmInstalled.find()
     except NotInstalled:
         return  # the tests say why
-    missing = installed.venv / f"{NewerVllm.OVER}.missing"
+    missing = installed.venv / f"{over}.missing"
     try:
         make(installed)
         missing.unlink(missing_ok=True)
@@ -86,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    install(NewerVllm.OVER, make)
