@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,16 @@ ETC = "/etc/lora-sidecar"
 POD = {"$(POD_IP)": "10.0.0.7", "$(POD_NAME)": "pool-lora-sidecar-0"}
 OF_SECRETS = ("tls.crt", "tls.key", "ca.crt", "token", "password", "key")
 """The keys of all Secrets that the examples and the matrix name."""
+LLAMA_3_1_8B = {
+    "model_type": "llama",
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+"""What the sidecar reads of the `config.json` in the ConfigMap of the SGLang example."""
 
 
 def lay(objects: list[Object], folder: Path) -> tuple[Path, dict[str, str]]:
@@ -27,6 +38,7 @@ def lay(objects: list[Object], folder: Path) -> tuple[Path, dict[str, str]]:
             place.mkdir()
             for key in OF_SECRETS:
                 (place / key).touch()
+            (place / "config.json").write_text(json.dumps(LLAMA_3_1_8B))
             (place / "keys.yaml").write_text("[]")  # as a Secret of keys begins
     file = folder / "config.yaml"
     file.write_text(configuration(objects).replace(ETC, str(folder)))

@@ -36,7 +36,7 @@ BY_SCHEMA: list[tuple[dict[str, Any], list[str]]] = [
     ({"service": {"type": "ExternalName"}}, ["service", "type", "ClusterIP"]),
     ({"networkPolicy": {"client": []}}, ["networkPolicy", "client", "not allowed"]),
     ({"monitoring": {"rules": {"disabled": ["Watchdog"]}}}, ["monitoring", "disabled", "pattern"]),
-    ({"sidecar": {"kind": "sglang"}}, ["sidecar", "kind", "triton", "vllm"]),
+    ({"sidecar": {"kind": "trtllm"}}, ["sidecar", "kind", "triton", "vllm", "sglang"]),
     ({"podSecurity": {"user": 0}}, ["podSecurity", "user", "1"]),
     ({"inferencePool": {"targetPorts": [8000, 8000]}}, ["inferencePool", "targetPorts"]),
     ({"inferencePool": {"targetPorts": list(range(8000, 8009))}}, ["inferencePool", "targetPorts", "8"]),
