@@ -375,14 +375,15 @@ class Ticket:
 
     def resume(self) -> None:
         """Take more of the answer if half of the allowance is free again, through this answer or others."""
-        if self._room is not None and 2 * self._held_bytes <= self._buffers.allowance():
+        if 2 * self._held_bytes <= self._buffers.allowance():
             self._open_room()
 
     async def next(self) -> Reply | Settle:
         """Return the next reply, or the ending after the last one. Replies taken before count as written."""
         self._count(-self._taken_bytes)
         self._taken_bytes = 0
-        self.resume()
+        if self._room is not None:
+            self.resume()
         while True:
             if self.replies:
                 return self._take()

@@ -105,6 +105,8 @@ class Endpoint(ABC):
         self._loads: dict[int, asyncio.Task[bool]] = {}
         self._sent: set[int] = set()
         self._progress: dict[int, int] = {}
+        self._is_used = asyncio.Event()
+        """Set while there may be progress to report."""
         self._measured: BackendMeasured | None = None
         self.follower = Follower(lambda event: self._post(event), self._heard, self._lacks)
         """Follows answers that go past us."""
@@ -287,6 +289,7 @@ class Endpoint(ABC):
             return  # the core is about to hear of the loss, which ends this run too
         self._quiet_ends()
         run = self._runs[effect.request, effect.attempt] = self._begin(effect, ticket)
+        self._is_used.set()
         if ticket.is_whole:
             self._whole.add((effect.request, effect.attempt))
         task = self._tasks.spawn(self._run(run, ticket.client_id, weights))
@@ -447,7 +450,10 @@ class Endpoint(ABC):
 
     async def _report_progress(self) -> None:
         while True:
+            await self._is_used.wait()
             await asyncio.sleep(PROGRESS_S)
+            if not self._runs:
+                self._is_used.clear()  # an idle engine costs no timer
             held = (run for run in self._runs.values() if run.waits_for_client and not run.goes_past)
             held_up = [run.effect.request for run in held]
             if self._up and (self._progress or held_up):

@@ -258,7 +258,7 @@ class HttpClient:
 
 async def _body_of(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
     with in_our_words():
-        async for chunk in answer.content.iter_any():
+        while chunk := await answer.content.readany():
             yield chunk
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sidecar.backends.openai.events import CHOICES, StreamedTokens, completion_tokens
+from sidecar.backends.openai.events import ChoiceEvents, completion_tokens
 
 
 def event(usage: int | None = None, index: int = 0, **choice: Any) -> bytes:
@@ -38,8 +38,8 @@ OPENING = event(delta={"role": "assistant", "content": ""})
 )
 def test_events(events: list[bytes], counts: list[int]) -> None:
     """Ids go before usage, and an answer's own text says nothing; what opens a chat is no token."""
-    tokens = StreamedTokens()
-    assert [tokens.added(each, each.find(CHOICES)) for each in events] == counts
+    reader = ChoiceEvents()
+    assert [reader.tokens(each) for each in events] == counts
 
 
 RUST_COMPLETION = """\
@@ -84,8 +84,8 @@ PYTHON_END = """\
 def test_streams_of_both_front_ends(stream: str, counts: list[int]) -> None:
     """As vLLM 0.33 wrote them: a token of half a letter has no text, and an end by the Rust front end no token."""
     events = [f"data: {line}".encode() for line in stream.splitlines()]
-    tokens = StreamedTokens()
-    assert [tokens.added(each, each.find(CHOICES)) for each in events] == counts
+    reader = ChoiceEvents()
+    assert [reader.tokens(each) for each in events] == counts
 
 
 @pytest.mark.parametrize(

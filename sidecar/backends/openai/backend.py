@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5.0
 DIGEST_CHARACTERS = 12
+RESTS = 2
+"""Looks at an idle engine of every so many and one that do without its gauges."""
 
 
 class OpenAiBackend(Endpoint):
@@ -53,6 +55,8 @@ class OpenAiBackend(Endpoint):
         self._server = OpenAiServer(entry.identity, self._client)
         self._found = Found(Served(""))
         self._seen = Measures()
+        self._rested = 0
+        """How many looks in a row have not read its gauges."""
         self._unknown = ""
         self._distrusted = False
         """It was lost: until it has answered a token."""
@@ -138,6 +142,8 @@ class OpenAiBackend(Endpoint):
     async def _look(self) -> str | None:
         await self._server.healthy(self._dialect.health_path)
         self.pulse.seen(monotonic())
+        if self._rests():
+            return None
         before, seen = self._seen, await self._dialect.measures(self._server)
         went_back = self.pulse.counted(seen.steps, monotonic())
         self.pulse.generated(seen.generated, monotonic())
@@ -147,6 +153,15 @@ class OpenAiBackend(Endpoint):
         if seen != Measures() or not self._dialect.reading_empties:
             self._seen = seen
         return None
+
+    def _rests(self) -> bool:
+        """Return True if the gauges need not be read: at most looks at an engine that has no request of anybody's.
+
+        To read them costs an engine's server and us several times what its health does.
+        """
+        is_idle = not self._runs and not self._sent and self._seen.inside == 0 and not self._dialect.reading_empties
+        self._rested = self._rested + 1 if is_idle and self._rested < RESTS else 0
+        return self._rested > 0
 
     def _began_anew(self) -> None:
         """Take note that the engine was started again."""

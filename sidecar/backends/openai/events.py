@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 from sidecar.backends.openai.paths import Grammar
@@ -15,6 +15,7 @@ DONE = EVENT + b" " + END
 ERROR = b'data: {"error"'
 CHOICES = b'"choices":[{'
 ROLE, NO_CONTENT, ROLE_ONLY = b'"role":"', b'"content":""', b'"delta":{"role":"assistant"}'
+ENDS = b'"finish_reason":"'
 ENDS_ONLY = (
     b'"text":"","finish_reason":"',
     b'"delta":{},"finish_reason":"',
@@ -41,18 +42,8 @@ def record_of(raw: bytes) -> dict[str, Any]:
     return found
 
 
-async def split(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Yield the events of a stream, without the empty line after each."""
-    rest = b""
-    async for piece in pieces:
-        *events, rest = (rest + piece).split(END_OF_EVENT)
-        for event in events:
-            if event:
-                yield event
-
-
 class NamedEvents:
-    """Reads events that have names, by the grammar of their path."""
+    """Reads events that have names, by the grammar of their path. One with tokens is neither an error nor the last."""
 
     def __init__(self, grammar: Grammar) -> None:
         self._grammar = grammar
@@ -74,10 +65,17 @@ def name_of(event: bytes) -> bytes:
 
 
 class ChoiceEvents:
-    """Reads events with choices, the last of which is `[DONE]`."""
+    """Reads events with choices, the last of which is `[DONE]`.
+
+    vLLM puts several tokens into one event when it lags, by its stream_interval, or when it guesses. So token ids are
+    counted if the request asked for them, else the usage is read if every event has one, else each event counts as one
+    except those that only begin a chat or only end a choice. An event without text may well be a token: one that is
+    half a letter.
+    """
 
     def __init__(self) -> None:
-        self._count = StreamedTokens()
+        self._has_some = False
+        self._by_choice: dict[bytes, int] = {}
 
     def is_error(self, event: bytes) -> bool:
         return event.startswith(ERROR)
@@ -88,28 +86,8 @@ class ChoiceEvents:
     def tokens(self, event: bytes) -> int | None:
         """Return how many tokens an event has; None if it has no choice."""
         choice = event.find(CHOICES)
-        return None if choice < 0 else self._count.added(event, choice)
-
-
-def reader_of(grammar: Grammar) -> NamedEvents | ChoiceEvents:
-    """Return what reads the events of one answer."""
-    return NamedEvents(grammar) if grammar.is_named else ChoiceEvents()
-
-
-class StreamedTokens:
-    """Counts the tokens in events. vLLM puts several into one when it lags, by its stream_interval, or when it guesses.
-
-    It counts token ids if the request asked for them, else reads the usage if every event has one, else counts one for
-    each event except those that only begin a chat or only end a choice. An event without text may well be a token: one
-    that is half a letter.
-    """
-
-    def __init__(self) -> None:
-        self._has_some = False
-        self._by_choice: dict[bytes, int] = {}
-
-    def added(self, event: bytes, choice: int) -> int:
-        """Return the number of tokens in an event whose choice begins at this index."""
+        if choice < 0:
+            return None
         begin = event.find(IDS, choice)
         if begin >= 0:
             return _ids_in(event, begin + len(IDS))
@@ -117,7 +95,9 @@ class StreamedTokens:
             return self._used(event)
         if not self._has_some and ROLE in event and NO_CONTENT in event:
             return 0
-        if event.find(ROLE_ONLY, choice) >= 0 or any(event.find(end, choice) >= 0 for end in ENDS_ONLY):
+        if event.find(ROLE_ONLY, choice) >= 0:
+            return 0
+        if event.find(ENDS, choice) >= 0 and any(end in event for end in ENDS_ONLY):
             return 0
         self._has_some = True
         return 1
@@ -130,6 +110,11 @@ class StreamedTokens:
         before = self._by_choice.get(choice[1], 0)
         self._by_choice[choice[1]] = total
         return max(0, total - before)
+
+
+def reader_of(grammar: Grammar) -> NamedEvents | ChoiceEvents:
+    """Return what reads the events of one answer."""
+    return NamedEvents(grammar) if grammar.is_named else ChoiceEvents()
 
 
 def _ids_in(event: bytes, begin: int) -> int:

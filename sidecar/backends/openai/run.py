@@ -19,7 +19,6 @@ from sidecar.backends.openai.events import (
     prompt_bytes,
     prompt_tokens,
     reader_of,
-    split,
     used,
 )
 from sidecar.backends.openai.naming import Naming
@@ -79,7 +78,8 @@ class OpenAiRun:
         self._has_begun = False
         self._row = AT_ENGINE.get(naming.form.path, ROWS[COMPLETIONS])
         self._reader = reader_of(self._row.grammar)
-        self._held: list[bytes] = []
+        self._is_named = self._row.grammar.is_named
+        self._held = b""
         self._unseen: Unseen | None = None
         self._read = Read(len(DONE + END_OF_EVENT))
 
@@ -142,18 +142,24 @@ class OpenAiRun:
                 unseen.close()
 
     async def _read_events(self, answer: Answer, unseen: Unseen | None) -> None:
-        async for event in split(answer.chunks):
-            if self._reader.is_error(event):
-                told = self._naming.rejection(HTTPStatus.INTERNAL_SERVER_ERROR, event.partition(b"data: ")[2])
-                await self._refused(HTTPStatus.INTERNAL_SERVER_ERROR, message_of(told.body))
-                return
-            final = self._reader.is_final(event)
-            self._take(event, final)
-            if final:
-                self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
-                return
-            if not self.ticket.has_room:
-                await self._room()
+        reader, rest = self._reader, b""
+        async for chunk in answer.chunks:
+            *events, rest = (rest + chunk).split(END_OF_EVENT)
+            for event in events:
+                if not event:
+                    continue
+                tokens = reader.tokens(event)
+                if tokens is None and reader.is_error(event):
+                    told = self._naming.rejection(HTTPStatus.INTERNAL_SERVER_ERROR, event.partition(b"data: ")[2])
+                    await self._refused(HTTPStatus.INTERNAL_SERVER_ERROR, message_of(told.body))
+                    return
+                final = tokens is None and reader.is_final(event)
+                self._take(event, tokens, final)
+                if final:
+                    self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
+                    return
+                if not self.ticket.has_room:
+                    await self._room()
         if unseen is not None and unseen.goes_on:
             await self._watch(unseen)
         else:
@@ -164,28 +170,33 @@ class OpenAiRun:
         self._has_begun = True
         await self._follower.follow(self, unseen, self._read, self._wire_broke)
 
-    def _take(self, event: bytes, final: bool) -> None:
-        """Deliver an event."""
-        self._read.size_bytes += len(event) + len(END_OF_EVENT)
-        found = self._reader.tokens(event)
-        is_first = found is not None and not self._has_begun
-        if found is not None:
-            tokens = found
+    def _take(self, event: bytes, tokens: int | None, final: bool) -> None:
+        """Deliver an event with so many tokens; None if it has none by its kind."""
+        is_first = tokens is not None and not self._has_begun
+        if self._unseen is not None:
+            self._note_read(event, tokens)
+        if tokens is None:
+            tokens = self._corrected(event)
+        else:
             self._has_begun = True
             self.tokens += tokens
-            self._read.tokens = self.tokens
-            self._read.token_bytes = len(event) - prompt_bytes(event) + len(END_OF_EVENT)
-        else:
-            tokens = self._corrected(event)
         self._heard(self.effect.request, tokens)
         shown = self._naming.shown(event) + END_OF_EVENT
-        if self._row.grammar.is_named and not (self._has_begun or final):
-            self._held.append(shown)  # what precedes the first token: the request may run again elsewhere
-            return
-        self.ticket.deliver(Reply(b"".join((*self._held, shown)), None, final), tokens)
-        self._held.clear()
+        if self._is_named:
+            self._held += shown
+            if not (self._has_begun or final):
+                return  # what precedes the first token: the request may run again elsewhere
+            shown, self._held = self._held, b""
+        self.ticket.deliver(Reply(shown, None, final), tokens)
         if is_first:
             self._post(first_token(self, self._unseen))
+
+    def _note_read(self, event: bytes, tokens: int | None) -> None:
+        """Note an event of an answer whose rest may go past us."""
+        self._read.size_bytes += len(event) + len(END_OF_EVENT)
+        if tokens is not None:
+            self._read.tokens = self.tokens + tokens
+            self._read.token_bytes = len(event) - prompt_bytes(event) + len(END_OF_EVENT)
 
     def _corrected(self, event: bytes) -> int:
         """Correct the count by the engine's total, if the event has it; return how many tokens were missing."""
@@ -207,7 +218,7 @@ class OpenAiRun:
 
     def _usage(self, raw: bytes) -> tuple[int | None, int | None]:
         """Return the tokens of the prompt and of the answer that an event, or a whole answer, tells."""
-        return used(raw) if self._row.grammar.is_named else (prompt_tokens(raw), completion_tokens(raw))
+        return used(raw) if self._is_named else (prompt_tokens(raw), completion_tokens(raw))
 
     async def _room(self) -> None:
         """Wait for the client. Nothing is read meanwhile, so the engine cannot be blamed for silence."""
