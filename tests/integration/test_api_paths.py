@@ -264,8 +264,8 @@ async def test_the_description_has_what_is_served(runner: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("path", ROWS)
 async def test_a_limit_holds_on_each_path(path: str, tmp_path: Path) -> None:
-    """The second request in a minute is told to wait, in the form of its API."""
-    access = {"limits": [{"adapter": "a00", "requests_per_minute": 1}]}
+    """The second request in a day is told to wait, in the form of its API."""
+    access = {"limits": [{"adapter": "a00", "requests_per_day": 1}]}
     async with served_by(tmp_path, path, access=access) as (served, _), client_of(served) as client:
         await told(client, path, "a00")
         reply = await client.post(path, json=BODIES[path] | {"model": "a00"})

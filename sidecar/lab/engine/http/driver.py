@@ -36,6 +36,10 @@ class TextDriver(Driver):
             self._ended_without_token(request_id)
         self._fail(self.engine.drain_failures())
 
+    def end_all(self) -> None:
+        """End every request as the end of the process does."""
+        self._break("the server has ended")
+
     def _answered(self, work: TextWork, reason: str) -> None:
         """Take note of a request that has its last token."""
 

@@ -13,12 +13,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sidecar.lab.engine.http.json_text import as_json
+from sidecar.lab.engine.http.server import Endpoint
 from sidecar.lab.engine.http.work import TextWork
 from sidecar.lab.engine.openai.bodies import Bodies, ChatBodies, Json, Piece
 from sidecar.lab.engine.openai.errors import invalid
 from sidecar.lab.engine.openai.fields import read_fields, read_json
 from sidecar.lab.engine.openai.request import chat_of, completion_of
-from sidecar.lab.engine.openai.serving import Endpoint, Serving
+from sidecar.lab.engine.openai.serving import Serving
 
 DIMENSIONS = 8
 """Numbers of an embedding."""

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from sidecar.lab.engine.http.fields import SharedFields
 from sidecar.lab.engine.openai.errors import ApiError
 
 _SHOWN_ERRORS = 10
@@ -30,7 +31,7 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = False
 
 
-class Sampling(BaseModel):
+class Sampling(SharedFields):
     """The fields of both kinds of generation. None means that the client did not choose."""
 
     greedy_n: ClassVar[bool] = False
@@ -38,32 +39,16 @@ class Sampling(BaseModel):
 
     model: str | None = None
     frequency_penalty: float | None = None
-    ignore_eos: bool = False
-    include_stop_str_in_output: bool = False
-    logit_bias: dict[str, float] | None = None
     min_p: float | None = None
-    min_tokens: int = 0
     presence_penalty: float | None = None
     prompt_logprobs: int | None = None
     repetition_penalty: float | None = None
     request_id: str | None = None
     return_token_ids: bool | None = None
-    seed: int | None = None
     stop: str | Annotated[list[str], Field(max_length=4)] | None = Field(default_factory=list)
-    stop_token_ids: list[int] | None = Field(default_factory=list)
-    stream: bool | None = False
     stream_options: StreamOptions | None = None
-    temperature: float | None = None
     top_k: int | None = None
-    top_p: float | None = None
-    use_beam_search: bool = False
     structured_outputs: dict[str, Any] | None = None
-    response_format: dict[str, Any] | None = None
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        """The stop strings as a tuple."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
 class CompletionFields(Sampling):

@@ -15,7 +15,7 @@ from sidecar.lab.engine.openai.chat import LONGEST_TOKEN, plain_tokens, prompt_o
 from sidecar.lab.engine.openai.errors import ApiError, invalid
 from sidecar.lab.engine.openai.fields import ChatFields, CompletionFields, Sampling
 from sidecar.lab.engine.spec import EngineSpec
-from sidecar.lab.engine.tokens import EOS, ByteTokenizer
+from sidecar.lab.engine.tokens import ByteTokenizer
 
 
 @dataclass(frozen=True)
@@ -83,15 +83,7 @@ def _asked(
     limits = tuple(room if wanted is None else min(room, wanted) for room in rooms)
     for limit in limits:
         _check_sampling(fields, limit, n)
-    end_id = None if fields.ignore_eos else EOS
-    stops = Stops(
-        fields.stop_strings,
-        tuple(fields.stop_token_ids or ()),
-        end_id,
-        fields.min_tokens,
-        fields.include_stop_str_in_output,
-    )
-    bias = _bias(fields)
+    stops, bias = fields.stops, _bias(fields)
     fault = _unknown_tokens(prompts, {"logit_bias": list(bias), "stop_token_ids": list(stops.token_ids)}, spec)
     return EngineRequest(tuple(prompts), limits, n, stops, bias, fault)
 
@@ -206,7 +198,7 @@ def _check_sampling(fields: Sampling, max_tokens: int, n: int) -> None:
         raise ApiError(f"min_tokens must be greater than or equal to 0, got {fields.min_tokens}.")
     if fields.min_tokens > max_tokens:
         raise ApiError(f"min_tokens must be less than or equal to max_tokens={max_tokens}, got {fields.min_tokens}.")
-    if "" in fields.stop_strings:
+    if "" in fields.stops.strings:
         raise ApiError("stop cannot contain an empty string.")
     if temperature == 0 and n > 1 and not fields.greedy_n:
         raise ApiError(f"n must be 1 when using greedy sampling, got {n}.")

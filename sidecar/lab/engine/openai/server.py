@@ -16,19 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
-from sidecar.lab.engine.engine import Engine
-from sidecar.lab.engine.http.compute import ByContent, ByLlama
-from sidecar.lab.engine.http.driver import EngineDied
-from sidecar.lab.engine.http.json_text import as_json
-from sidecar.lab.engine.http.server import http_server
+from sidecar.lab.engine.http.server import (
+    Endpoint,
+    EngineServer,
+    application,
+    as_response,
+    engine_of,
+    http_server,
+    started,
+)
 from sidecar.lab.engine.kserve.faults import Faults
-from sidecar.lab.engine.kserve.served import Served, ServedLog
-from sidecar.lab.engine.listening import bound_socket
+from sidecar.lab.engine.kserve.served import ServedLog
 from sidecar.lab.engine.openai.adapters import Adapters
 from sidecar.lab.engine.openai.apis import Apis
 from sidecar.lab.engine.openai.chat import full_text, plain_tokens, prompt_of, token_strings
@@ -46,10 +47,9 @@ from sidecar.lab.engine.openai.loop import VllmDriver
 from sidecar.lab.engine.openai.metrics import CONTENT_TYPE, Metrics
 from sidecar.lab.engine.openai.options import POOLING, VllmOptions, vllm_spec_of
 from sidecar.lab.engine.openai.rust import BODY_BYTES_MAX, RustAdapters
-from sidecar.lab.engine.openai.serving import Endpoint, Serving
+from sidecar.lab.engine.openai.serving import Serving
 from sidecar.lab.engine.spec import EngineSpec
 from sidecar.lab.engine.tokens import ByteTokenizer
-from sidecar.pace.cost import A100_TABLE, CostModel
 
 
 class Routes:
@@ -74,9 +74,8 @@ class Routes:
     def app(self) -> Starlette:
         """Return the application."""
         posts, gets = self._paths()
-        routes = [Route(path, self._guarded(endpoint), methods=["POST"]) for path, endpoint in posts.items()]
-        routes += [Route(path, self._guarded(endpoint), methods=["GET"]) for path, endpoint in gets.items()]
-        return Starlette(routes=routes, exception_handlers={HTTPException: _framework_error})
+        guarded = ({path: self._guarded(endpoint) for path, endpoint in each.items()} for each in (posts, gets))
+        return application(*guarded)
 
     def _paths(self) -> tuple[dict[str, Endpoint], dict[str, Endpoint]]:
         """Return the endpoints for POST and for GET."""
@@ -223,88 +222,38 @@ def _rust_card(name: str, root: str, parent: str | None, longest: int | None) ->
     return card
 
 
-def as_response(content: Any, status: int = 200) -> Response:
-    return Response(as_json(content), status, media_type="application/json")
-
-
-async def _framework_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    response = as_response({"detail": error.detail}, error.status_code)
-    response.headers.update(error.headers or {})
-    return response
-
-
 WATCHDOG_S = 5.0
 """How often vLLM checks whether its engine has died without a client being told."""
 
 
-class VllmServer:
+class VllmServer(EngineServer):
     """A running emulated vLLM; made by `serve_vllm`. It ends by itself when its engine dies."""
 
     driver = VllmDriver
+    _driver: VllmDriver
 
     def __init__(self, options: VllmOptions, listening: socket.socket) -> None:
-        self.options = options
+        super().__init__(options, listening)
         spec = vllm_spec_of(options)
         self._log = ServedLog(options.served_log)
         self._metrics = Metrics(options.names[0], spec, options.rust_frontend, options.enable_lora)
-        self._driver = _driver_of(self.driver, options, spec, self._log, self._metrics)
+        engine, compute = engine_of(options, spec, options.mixing_breaks_base)
+        self._driver = self.driver(engine, compute, Faults(options), self._log, self._metrics, options.slow_factor)
         self._http = http_server(options, self._routes(options, spec).app())
-        self._socket = listening
-        self.http_address = f"{options.host}:{listening.getsockname()[1]}"
 
     def _routes(self, options: VllmOptions, spec: EngineSpec) -> Routes:
         serving = Serving(self._driver, options, _fingerprint(options.vllm_version, spec))
         self.adapters = serving.adapters = _adapters_of(options, spec, serving)
         return Routes(options, serving, self._driver, self._metrics, self._end)
 
-    @property
-    def metrics_address(self) -> str:
-        """Host and port of the metrics, which are those of the API."""
-        return self.http_address
-
-    @property
-    def engine(self) -> Engine:
-        """The engine model."""
-        return self._driver.engine
-
-    @property
-    def served(self) -> list[Served]:
-        """The endings so far, oldest first, including load calls; the last 100,000 are kept."""
-        return list(self._log.last)
-
     async def start(self) -> None:
-        """Start to take requests."""
-        self._driving = asyncio.create_task(self._driver.run())
-        self._serving = asyncio.create_task(self._http.serve(sockets=[self._socket]))
+        await super().start()
         self._watching = asyncio.create_task(self._watch())
-        while not self._http.started and not self._serving.done():
-            await asyncio.sleep(0.001)
-        if self._serving.done():
-            self._serving.result()
 
-    async def failed(self) -> None:
-        """Wait until the server has ended because its engine died, and raise the cause: EngineDied or another error."""
-        await asyncio.wait([self._serving])
-        self._driving.result()
-
-    async def stop(self, grace: float | None = None) -> None:
-        """Accept nothing new, let running requests continue for `grace` seconds, then end them.
-
-        Raises an error that ended the driver, except EngineDied, which a test may have caused on purpose.
-        """
-        self._http.should_exit = True
-        await asyncio.wait([self._serving], timeout=grace or 0)
+    def _hang_up(self) -> None:
+        """End what is still open, and tell running requests that their engine is dead."""
         self._http.force_exit = True
         self._watching.cancel()
-        if not self._driving.done():
-            self._driver.end_all()
-            self._driving.cancel()
-        endings = await asyncio.gather(self._driving, self._serving, self._watching, return_exceptions=True)
-        self._log.close()
-        for ending in endings:
-            if isinstance(ending, Exception) and not isinstance(ending, EngineDied):
-                raise ending
 
     def _end(self) -> None:
         """Stop the server after a client was told that the engine is dead; the Rust front end lingers."""
@@ -314,34 +263,12 @@ class VllmServer:
         while True:
             await asyncio.sleep(WATCHDOG_S)
             if self._driver.is_dead:
-                self._http.should_exit = True
+                self._leave()
 
 
-async def serve_vllm(options: VllmOptions, kind: type[VllmServer] = VllmServer) -> VllmServer:
-    """Start an emulated vLLM, or another kind of server, and return when it takes requests.
-
-    Raises ValueError for options that contradict each other, OSError if a port is taken.
-    """
-    listening = bound_socket(options.host, options.http_port, "--http-port")
-    try:
-        server = kind(options, listening)
-    except BaseException:
-        listening.close()
-        raise
-    await server.start()
-    return server
-
-
-def _driver_of(
-    kind: type[VllmDriver], options: VllmOptions, spec: EngineSpec, log: ServedLog, metrics: Metrics
-) -> VllmDriver:
-    compute: ByContent | ByLlama
-    if options.computes:
-        compute = ByLlama(spec, options.seed, options.mixing_breaks_base)
-    else:
-        compute = ByContent(spec, options.mixing_breaks_base)
-    cost = CostModel.from_file(options.cost_table or A100_TABLE, options.time_scale, options.max_lora_rank)
-    return kind(Engine(spec, cost), compute, Faults(options), log, metrics, options.slow_factor)
+async def serve_vllm(options: VllmOptions) -> VllmServer:
+    """Start an emulated vLLM and return when it takes requests. Raises as `started`."""
+    return await started(VllmServer, options)
 
 
 def _adapters_of(options: VllmOptions, spec: EngineSpec, serving: Serving) -> Adapters:

@@ -14,7 +14,7 @@ import asyncio
 import itertools
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -154,9 +154,6 @@ class RustChatBodies(_RustBodies, ChatBodies):
 
 DIED = "The server had an error while processing your request."
 """What the Python server tells its clients of a dead engine from 0.33 on; 0.32 passes the engine's own words on."""
-
-
-Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 class Serving:

@@ -26,6 +26,7 @@ from starlette.responses import Response
 
 from sidecar.lab.engine.http.driver import EngineDied
 from sidecar.lab.engine.http.json_text import event
+from sidecar.lab.engine.http.server import Endpoint, as_response, started
 from sidecar.lab.engine.http.work import TextWork, Token
 from sidecar.lab.engine.kserve.options import SGLANG
 from sidecar.lab.engine.kserve.work import Progress
@@ -55,8 +56,8 @@ from sidecar.lab.engine.openai.loop import VllmDriver
 from sidecar.lab.engine.openai.options import VllmOptions
 from sidecar.lab.engine.openai.pickled import BadPickle, read_pickle
 from sidecar.lab.engine.openai.request import EngineRequest, TooLong
-from sidecar.lab.engine.openai.server import Routes, VllmServer, as_response, content_of, serve_vllm
-from sidecar.lab.engine.openai.serving import Endpoint, Serving
+from sidecar.lab.engine.openai.server import Routes, VllmServer, content_of
+from sidecar.lab.engine.openai.serving import Serving
 from sidecar.lab.engine.packed import Factors, PackedAdapter
 from sidecar.lab.engine.pages import Row
 from sidecar.lab.engine.rounding import rounded
@@ -592,7 +593,5 @@ class SglangServer(VllmServer):
 
 
 async def serve_sglang(options: SglangOptions) -> SglangServer:
-    """Start an emulated SGLang and return when it takes requests. Raises as `serve_vllm`."""
-    server = await serve_vllm(options, SglangServer)
-    assert isinstance(server, SglangServer)
-    return server
+    """Start an emulated SGLang and return when it takes requests. Raises as `started`."""
+    return await started(SglangServer, options)

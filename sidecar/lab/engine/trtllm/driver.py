@@ -54,10 +54,6 @@ class TorchDriver(TextDriver):
             await asyncio.Event().wait()
         await super().submit(work)
 
-    def end_all(self) -> None:
-        """End every request as the end of the process does."""
-        super()._break("the server has ended")
-
     async def _idle(self) -> None:
         if self.engine.died is not None:
             raise EngineDied(self.engine.died)

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
+from sidecar.lab.engine.http.fields import SharedFields
+
 CHECK_PATH = "check_path"
 """The validation context's key: whether an adapter's path is checked here."""
 
@@ -45,48 +47,31 @@ class StreamOptions(Strict):
     continuous_usage_stats: bool | None = None
 
 
-class Sampling(Strict):
+class Sampling(Strict, SharedFields):
     """The fields of both kinds of generation."""
 
     model: str
     frequency_penalty: float | None = 0.0
-    logit_bias: dict[str, float] | None = None
     n: int = 1
     presence_penalty: float | None = 0.0
-    seed: int | None = None
-    stop: str | list[str] | None = Field(default_factory=list)
-    stream: bool | None = False
     stream_options: StreamOptions | None = None
-    temperature: float | None = None
-    top_p: float | None = None
     user: str | None = None
     lora_request: Annotated[LoraRequest | None, AfterValidator(_with_path)] = None
     prompt_ignore_length: int | None = 0
     best_of: int | None = None
-    use_beam_search: bool = False
     top_k: int = 0
     top_p_min: float = 0.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     length_penalty: float | None = None
     early_stopping: bool | Literal["never"] | None = None
-    stop_token_ids: list[int] | None = Field(default_factory=list)
-    include_stop_str_in_output: bool = False
-    ignore_eos: bool = False
-    min_tokens: int = 0
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     truncate_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
     thinking_token_budget: int | None = None
-    response_format: dict[str, Any] | None = None
     disaggregated_params: dict[str, Any] | None = None
     priority: Annotated[float, Field(ge=0, le=1)] | None = None
     conversation_params: dict[str, Any] | None = None
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        """The stop strings as a tuple."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @model_validator(mode="before")
     @classmethod

@@ -12,7 +12,7 @@ from sidecar.lab.engine.http.template import conversation
 from sidecar.lab.engine.http.text import Stops
 from sidecar.lab.engine.messages import Request
 from sidecar.lab.engine.spec import EngineSpec
-from sidecar.lab.engine.tokens import EOS, ByteTokenizer
+from sidecar.lab.engine.tokens import ByteTokenizer
 from sidecar.lab.engine.trtllm.errors import RequestError
 from sidecar.lab.engine.trtllm.fields import ChatFields, CompletionFields, Sampling
 from sidecar.lab.engine.validation import Rejected, check_room
@@ -80,14 +80,7 @@ def _asked(
                 f"The sum of prompt length ({len(prompt)}), query length (0) should not exceed max_num_tokens "
                 f"({spec.max_tokens_per_step})"
             )
-    stops = Stops(
-        fields.stop_strings,
-        tuple(fields.stop_token_ids or ()),
-        None if fields.ignore_eos else EOS,
-        fields.min_tokens,
-        fields.include_stop_str_in_output,
-    )
-    return Question(tuple(prompts), max_tokens, fields.n, stops, _bias(fields, spec), echoes)
+    return Question(tuple(prompts), max_tokens, fields.n, fields.stops, _bias(fields, spec), echoes)
 
 
 def _prompts(fields: CompletionFields) -> tuple[list[list[int]], list[str]]:
