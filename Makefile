@@ -16,6 +16,7 @@
 # make e2e-attack  attacks that take whole processes: bursts, resets, half messages, requests of death; 1 minute
 # make e2e-replicas  three replicas restarted under load, and Redis away; about 3 minutes
 # make vllm    a toy vLLM on its usual port, until Ctrl-C; HTTP_PORT=18000
+# make sglang  a toy SGLang likewise
 # make e2e-release  a release is built, bundled, and installed without a network; 3 minutes
 # make ci      what each change must pass: lint, tests, and the core of every lane; at most 25 minutes on an idle machine
 # make nightly all lanes whole, soak, chaos, fuzz and fault worlds; about 90 minutes
@@ -66,7 +67,7 @@ LANES := helm-test e2e-replicas e2e-envoy e2e-triton e2e-vllm e2e-sglang
 
 COMPILE := pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet $(UPGRADE)
 
-.PHONY: record docs docs-commands pictures .venv-docs ci nightly lanes weekly release bundle e2e-release demo test test-slow check bench-tests e2e-triton triton .venv-triton e2e-vllm e2e-sglang vllm .venv-vllm e2e-tools e2e-tools-short e2e-replicas e2e-envoy bench-envoy .venv-envoy e2e-attack helm-test .venv-helm e2e-kubernetes .venv-kubernetes lint lint-quickly bench bench-triton bench-scheduling goldens fuzz fuzz-wire sim-faults chaos chaos-envoy soak proto lock clean .venv
+.PHONY: record docs docs-commands pictures .venv-docs ci nightly lanes weekly release bundle e2e-release demo test test-slow check bench-tests e2e-triton triton .venv-triton e2e-vllm e2e-sglang vllm sglang .venv-vllm e2e-tools e2e-tools-short e2e-replicas e2e-envoy bench-envoy .venv-envoy e2e-attack helm-test .venv-helm e2e-kubernetes .venv-kubernetes lint lint-quickly bench bench-triton bench-scheduling goldens fuzz fuzz-wire sim-faults chaos chaos-envoy soak proto lock clean .venv
 
 .venv: $(INSTALLED)
 
@@ -152,6 +153,10 @@ e2e-vllm: $(DEVELOPING) $(if $(VLLM_VENV),,.venv-vllm) $(if $(ENVOY_VENV),,.venv
 e2e-sglang: $(DEVELOPING) $(if $(VLLM_VENV),,.venv-vllm)
 	$(BIN)/python -m tests.e2e.sglang.install
 	$(BIN)/pytest -rs tests/e2e/sglang $(CHOSEN)
+
+sglang: $(DEVELOPING) $(if $(VLLM_VENV),,.venv-vllm)
+	$(BIN)/python -m tests.e2e.sglang.install
+	$(BIN)/python -m tests.e2e.sglang --http-port $(if $(filter-out 8000,$(HTTP_PORT)),$(HTTP_PORT),30000)
 
 vllm: $(DEVELOPING) $(if $(VLLM_VENV),,.venv-vllm)
 	$(BIN)/python -m tests.e2e.vllm.newer

@@ -16,7 +16,6 @@ from opentelemetry.sdk.resources import Resource
 
 from sidecar.core.enums import Outcome
 from sidecar.journal.segments import product_version
-from sidecar.otlp.tracer import operation_of
 from sidecar.telling.record import Record
 
 STOP_MS = 3_000
@@ -53,7 +52,7 @@ class GenAiMetrics:
         if settle is None or ended_ns is None or record.is_elsewhere:
             return
         about = {
-            "gen_ai.operation.name": operation_of(record.is_chat),
+            "gen_ai.operation.name": record.operation,
             "gen_ai.provider.name": "lora_sidecar",
             "gen_ai.request.model": self._model_of(settle.name),
         }

@@ -72,7 +72,7 @@ class Tracer:
         else:
             trace_id, flags, state = parent.trace_id, parent.trace_flags, parent.trace_state
         context = SpanContext(trace_id, _span_id(), False, flags, state)
-        return Trace(context, parent, facts.trace.began_ns, operation_of(facts.is_chat))
+        return Trace(context, parent, facts.trace.began_ns, facts.operation)
 
     def ended(self, record: Record) -> None:
         """Give a request's record to the sender, if its trace is to be sent. Called with every ending."""
@@ -96,11 +96,6 @@ def is_worth_it(record: Record) -> bool:
         return True
     bound_ns = settle.bound_ns if settle.bound_ns is not None else record.expires_after_ns
     return bound_ns is not None and 2 * settle.queue_ns > bound_ns
-
-
-def operation_of(is_chat: bool) -> str:
-    """Return the name of an operation, by the GenAI conventions."""
-    return "chat" if is_chat else "text_completion"
 
 
 def _trace_id() -> int:

@@ -179,7 +179,8 @@ class Chronicle:
             record = self._open[event.request] = Record(event, now_ns, time_ns(), self._count)
             if (ticket := self._ticket_of(event.request)) is not None:
                 record.peer, record.trace = ticket.peer, ticket.trace
-                record.is_chat = ticket.facts is not None and ticket.facts.is_chat
+                if ticket.facts is not None:
+                    record.operation = ticket.facts.operation
             record.arrival, record.waited_ns = arrival, self._waited_ns.get(event.request, 0)
         if request is None:
             return
@@ -464,7 +465,7 @@ class Chronicle:
         record = self._open.get(number)
         if record is None:
             received = facts.received(number, None, ticket.client_id)
-            record = Record(received, now_ns, time_ns(), self._count, ticket.peer, ticket.trace, facts.is_chat)
+            record = Record(received, now_ns, time_ns(), self._count, ticket.peer, ticket.trace, facts.operation)
             self._open[number] = record
         elif record.dispatch is not None and record.place is None:
             self._add(record, now_ns, QueuedAgain())

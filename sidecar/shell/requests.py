@@ -61,8 +61,8 @@ class RequestFacts:
     """False if the client has set no `output_tokens_max`: then that is an assumption."""
     is_estimated: bool = False
     """True if `input_tokens` are the bytes of a text, whose tokens nothing has counted."""
-    is_chat: bool = False
-    """Its client has sent a chat, whatever its engine gets."""
+    operation: str = "text_completion"
+    """What its client asks for, as the GenAI conventions name it, whatever its engine gets."""
     trace: TraceOrigin = NO_TRACE
     waited_ns: int = 0
     """How long it has waited since it came to the first replica, before this replica's core gets it."""

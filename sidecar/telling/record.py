@@ -158,7 +158,7 @@ class Record:
     """What the chronicle had counted when it arrived."""
     peer: str = ""
     trace: Any = None
-    is_chat: bool = False
+    operation: str = "text_completion"
     waited_ns: int = 0
     """How long it had waited at other replicas before it came to this one."""
     version: str = ""

@@ -12,6 +12,7 @@ import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import httpx
@@ -20,14 +21,19 @@ import pytest
 
 from sidecar.backends.openai.paths import MESSAGES, RESPONSES, ROWS
 from sidecar.lab.engine.openai import VllmServer
+from sidecar.shell.catalogue import Wanted
+from tests.integration.test_access_matrix import access_of
 from tests.integration.test_openai_triton import client_of
 from tests.integration.test_usage import House
 from tests.integration.test_vllm import fronted
 from tests.kit.cli_runs import Ended, runner
 from tests.kit.emulated import running_engine
 from tests.kit.odd_engine import EVENTS_HEAD, Asked, odd_engine
+from tests.kit.otlp import collector
+from tests.kit.peft_files import write_adapter
 from tests.kit.quick_engine import chunked
 from tests.kit.serving import Serving, serving, until, write_adapters
+from tests.kit.tokens import TokenMaker
 from tests.kit.vllm_emulated import running_vllm
 
 TEXT = "def quicksort(items):"
@@ -46,6 +52,17 @@ BODIES: dict[str, dict[str, Any]] = {
 LONG: dict[str, dict[str, Any]] = {
     RESPONSES: {"max_output_tokens": 2000, "ignore_eos": True}, MESSAGES: {"max_tokens": 2000, "ignore_eos": True},
 }  # fmt: skip
+OPERATIONS = {
+    "/v1/completions": "text_completion",
+    "/v1/chat/completions": "chat",
+    RESPONSES: "chat",
+    MESSAGES: "chat",
+    **{
+        path: path.rpartition("/")[2]
+        for path in ("/v1/embeddings", "/v1/rerank", "/v1/score", "/v1/classify", "/v1/pooling")
+    },
+}
+"""By the GenAI conventions, which have no name for the last four."""
 VARYING = re.compile(r'"(id|item_id)":"[^"]*"|"created(_at)?":\d+')
 
 
@@ -293,6 +310,52 @@ async def test_each_path_is_logged(path: str, tmp_path: Path, caplog: pytest.Log
         "output_tokens=4" if ROWS[path].generates else "=0",
     )
     assert all(each in line for each in wanted), line
+
+
+@pytest.mark.parametrize("path", ROWS)
+async def test_each_path_is_traced(path: str, tmp_path: Path) -> None:
+    """The client's span is the parent, the operation has the conventions' name, and the engine gets the attempt's."""
+    pytest.importorskip("opentelemetry.sdk", reason="needs the extra otel")
+    trace, span = token_hex(16), token_hex(8)
+    async with (
+        collector() as received,
+        served_by(tmp_path, path, otlp={"endpoint": received.grpc_url, "metrics": False, "share": 0.0}) as (served, _),
+        client_of(served) as client,
+    ):
+        reply = await client.post(
+            path, json=BODIES[path] | {"model": "a00"}, headers={"traceparent": f"00-{trace}-{span}-01"}
+        )
+        assert reply.status_code == httpx.codes.OK, reply.text
+        (own,) = await received.have(1, f"{OPERATIONS[path]} a00")
+        (attempt,) = await received.have(1, "lora.attempt")
+    assert (own.trace, own.parent, own.about["lora.outcome"]) == (trace, span, "ok")
+    assert own.about["gen_ai.operation.name"] == OPERATIONS[path]
+    assert attempt.trace == trace
+
+
+@pytest.mark.parametrize("path", ROWS)
+async def test_what_is_denied_on_each_path_is_in_the_audit(path: str, tmp_path: Path) -> None:
+    """An old version that only some may ask for: one line for the call, and none for the version that is current."""
+    maker = TokenMaker(tmp_path)
+    identity = access_of(tmp_path, maker, mode="enforce") | {
+        "access": {"policies": {"ready": "roles", "roles": {"group:viewer": ["viewer"]}}},
+        "data_directory": str(tmp_path / "data"),
+    }
+    async with served_by(tmp_path, path, **identity) as (served, _), client_of(served) as client:
+        for seed in (1, 2):
+            write_adapter(tmp_path / str(seed), seed=seed)
+            await served.sidecar.gateway.catalogue.register("sql", str(tmp_path / str(seed)), Wanted())
+        bearer = {"authorization": maker.bearer("acme")}
+        statuses = [
+            (await client.post(path, json=BODIES[path] | {"model": model}, headers=bearer)).status_code
+            for model in ("sql", "sql@v1")
+        ]
+        assert statuses == [200, 404]
+        assert served.sidecar.access.audit.log.flush()
+        lines = [json.loads(line) for line in served.sidecar.access.audit.read(0)]
+    (line,) = [line for line in lines if line["result"] == "denied"]
+    assert line["resource"] == {"sort": "version", "name": "sql", "version": 1}
+    assert (line["action"], line["who"]["tenant"]) == ("infer_version", "acme")
 
 
 @pytest.mark.parametrize(

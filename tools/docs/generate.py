@@ -55,7 +55,8 @@ repository:
   `gen_ai.client.inference.usage.output_tokens`.
 
 `gen_ai.request.model` is the adapter as above, with `_base` and `_other`; `error.type` is the reason of
-[Errors](errors.md); `gen_ai.operation.name` is `chat` for chats and else `text_completion`; `gen_ai.provider.name` is
+[Errors](errors.md); `gen_ai.operation.name` is `text_completion`, or by the path of the OpenAI API `chat` (chats,
+responses, messages), `embeddings`, `rerank`, `score`, `classify` or `pooling`; `gen_ai.provider.name` is
 `lora_sidecar`.
 """
 ERRORS_PAGE = """# Errors

@@ -64,6 +64,12 @@ def name_of(event: bytes) -> bytes:
     return event[len(NAME) : event.find(b"\n")].strip() if event.startswith(NAME) else b""
 
 
+def split(come: bytes) -> tuple[list[bytes], bytes]:
+    """Return the whole events in what has come of a stream, without the empty line after each, and the rest."""
+    *events, rest = come.split(END_OF_EVENT)
+    return [event for event in events if event], rest
+
+
 class ChoiceEvents:
     """Reads events with choices, the last of which is `[DONE]`.
 

@@ -40,6 +40,8 @@ class ApiPath:
 
     path: str
     summary: str
+    operation: str = "chat"
+    """What it does, by the GenAI conventions for traces and metrics: their name, or ours where they have none."""
     prompt: str = ""
     """The member whose value is a text, a list of token ids, or a list of either."""
     texts: tuple[str, ...] = ()
@@ -87,13 +89,14 @@ _POOLED: dict[str, tuple[tuple[object, ...], str]] = {
 
 
 _PAIRS = ("queries", "query", "documents", "items", "data_1", "data_2", "text_1", "text_2")
-_INPUTS = ApiPath(EMBEDDINGS, "Embed texts", prompt="input", texts=("messages", "tools"), allows=_POOLED)
+_INPUTS = ApiPath(EMBEDDINGS, "Embed texts", "embeddings", prompt="input", texts=("messages", "tools"), allows=_POOLED)
 ROWS: dict[str, ApiPath] = {
     row.path: row
     for row in (
         ApiPath(
-            COMPLETIONS, "Complete prompts", prompt="prompt", texts=("prompt_embeds",), lengths=(MAX_TOKENS,),
-            lengths_too=("max_completion_tokens",), length_default=16, is_split=True, as_text=True,
+            COMPLETIONS, "Complete prompts", "text_completion", prompt="prompt", texts=("prompt_embeds",),
+            lengths=(MAX_TOKENS,), lengths_too=("max_completion_tokens",), length_default=16,
+            is_split=True, as_text=True,
         ),
         ApiPath(
             CHAT, "Answer a chat", texts=("messages", "tools"), lengths=("max_completion_tokens", MAX_TOKENS),
@@ -122,10 +125,13 @@ ROWS: dict[str, ApiPath] = {
             is_anthropics=True,
         ),
         _INPUTS,
-        replace(_INPUTS, path=CLASSIFY, summary="Classify texts", engine_path="/classify"),
-        replace(_INPUTS, path=POOLING, summary="Return what the model's pooler makes of texts", engine_path="/pooling"),
-        ApiPath(SCORE, "Score pairs of texts", texts=_PAIRS, lists=_PAIRS, allows=_POOLED),
-        ApiPath(RERANK, "Rank documents for a query", texts=_PAIRS, lists=_PAIRS, allows=_POOLED),
+        replace(_INPUTS, path=CLASSIFY, summary="Classify texts", operation="classify", engine_path="/classify"),
+        replace(
+            _INPUTS, path=POOLING, summary="Return what the model's pooler makes of texts", operation="pooling",
+            engine_path="/pooling",
+        ),
+        ApiPath(SCORE, "Score pairs of texts", "score", texts=_PAIRS, lists=_PAIRS, allows=_POOLED),
+        ApiPath(RERANK, "Rank documents for a query", "rerank", texts=_PAIRS, lists=_PAIRS, allows=_POOLED),
     )
 }  # fmt: skip
 """By the path that clients ask."""

@@ -19,6 +19,7 @@ from sidecar.backends.openai.events import (
     prompt_bytes,
     prompt_tokens,
     reader_of,
+    split,
     used,
 )
 from sidecar.backends.openai.naming import Naming
@@ -144,10 +145,8 @@ class OpenAiRun:
     async def _read_events(self, answer: Answer, unseen: Unseen | None) -> None:
         reader, rest = self._reader, b""
         async for chunk in answer.chunks:
-            *events, rest = (rest + chunk).split(END_OF_EVENT)
+            events, rest = split(rest + chunk)
             for event in events:
-                if not event:
-                    continue
                 tokens = reader.tokens(event)
                 if tokens is None and reader.is_error(event):
                     told = self._naming.rejection(HTTPStatus.INTERNAL_SERVER_ERROR, event.partition(b"data: ")[2])

@@ -276,7 +276,7 @@ class OpenAiFront:
             sequences=self._sequences(asked, destination),
             has_length=asked.has_length or destination.length is not None,
             is_estimated=text_tokens > 0,
-            is_chat=asked.is_chat,
+            operation=asked.row.operation,
         )
 
     def _sequences(self, asked: OpenAiRequest, destination: Destination) -> int:

@@ -33,10 +33,15 @@ class HttpOptions(Options):
         default=(), metadata=cli(HTTP_ONLY, "Name of the base model, may be given again; default: the shape.")
     )
     max_loras: int | None = field(
-        default=None, metadata=cli(HTTP_ONLY, "Adapters in one batch; default: vllm: 1, trtllm: 8.")
+        default=None,
+        metadata=cli(HTTP_ONLY, "Adapters in one batch, SGLang's max_loras_per_batch; default: vllm: 1, others: 8."),
     )
     max_cpu_loras: int | None = field(
-        default=None, metadata=cli(HTTP_ONLY, "Adapters in the CPU cache; default: vllm: max_loras, trtllm: by bytes.")
+        default=None,
+        metadata=cli(
+            HTTP_ONLY,
+            "Adapters in the CPU cache, SGLang's max_loaded_loras; default: vllm: max_loras, trtllm: by bytes.",
+        ),
     )
 
     def __post_init__(self) -> None:
