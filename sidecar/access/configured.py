@@ -11,13 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sidecar.access.access import CLASS_DEFAULT, RESERVED_CLASSES
+from sidecar.access.deciding import CachedPolicy
 from sidecar.access.external import FORWARDED
 from sidecar.access.jwks import keys_in, read_file
 from sidecar.access.keys_file import KeysFile
-from sidecar.access.policy import GROUP
+from sidecar.access.policy import GROUP, READY, Roles
 from sidecar.config import Config
+from sidecar.config.access import Policies
 from sidecar.config.identity import Identity, Issuer
-from sidecar.errors import Misused, Reason
+from sidecar.errors import Misused, Reason, needs_extra
 
 NEAR = 0.75
 """How much a word has to be like another one, by difflib, to be a misspelling of it."""
@@ -145,3 +147,18 @@ def _beside(issuer: Issuer) -> Iterator[tuple[str, Path]]:
     for key, path in (("jwks_ca", issuer.jwks_ca), ("jwks_token_file", issuer.jwks_token_file)):
         if path is not None:
             yield key, Path(path).expanduser()
+
+
+def policy_of(config: Policies) -> CachedPolicy:
+    """Return the policy that the configuration names; let a task run its `watch`.
+
+    Raises Misused for a file of Cedar policies that cannot be read, parsed or checked.
+    """
+    roles = Roles(config.roles)
+    if config.cedar is None:
+        return CachedPolicy(READY[config.ready](roles, config.separator), config.ready)
+    try:
+        from sidecar.access.policy_file import FilePolicy
+    except ImportError as error:
+        raise Misused(Reason.CONFIG_INVALID, needs_extra("access.policies.cedar", "cedar")) from error
+    return FilePolicy(Path(config.cedar).expanduser(), roles, config.separator)

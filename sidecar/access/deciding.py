@@ -7,14 +7,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from time import perf_counter
 
-from sidecar.access.policy import READY, Roles
 from sidecar.access.principal import Action, Decision, Policy, Principal, Proof, Resource
 from sidecar.adapters.names import BASE_NAME_LENGTH_MAX
-from sidecar.config.access import Policies
-from sidecar.errors import Misused, Reason, needs_extra
 
 DECISIONS_MAX = 1 << 15
 """The most decisions that are kept; beyond it, those that were not asked for longest go."""
@@ -172,18 +168,3 @@ class CachedPolicy:
         while self._weight > VISIBLE_NAMES_MAX and len(self._visible) > 1:
             _, dropped = self._visible.popitem(last=False)
             self._weight -= dropped.weight
-
-
-def policy_of(config: Policies) -> CachedPolicy:
-    """Return the policy that the configuration names; let a task run its `watch`.
-
-    Raises Misused for a file of Cedar policies that cannot be read, parsed or checked.
-    """
-    roles = Roles(config.roles)
-    if config.cedar is None:
-        return CachedPolicy(READY[config.ready](roles, config.separator), config.ready)
-    try:
-        from sidecar.access.policy_file import FilePolicy
-    except ImportError as error:
-        raise Misused(Reason.CONFIG_INVALID, needs_extra("access.policies.cedar", "cedar")) from error
-    return FilePolicy(Path(config.cedar).expanduser(), roles, config.separator)

@@ -22,11 +22,6 @@ from sidecar.backends.registry import kind_of
 from sidecar.backends.wire import describe
 from sidecar.errors import SidecarError
 
-LOOK_S = 15.0
-"""Time limit of one small check."""
-SPARE_S = 10.0
-"""Time limit of a check on top of the requests that it waits for."""
-
 
 def checks_of(model_kind: str) -> Checks | None:
     """Return the checks for a kind of model; None if there are none."""

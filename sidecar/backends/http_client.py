@@ -9,17 +9,17 @@ import json
 import os
 import socket
 import ssl
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import aiohttp
 
-if TYPE_CHECKING:
-    from sidecar.backends.api import Unseen
+from policies.record import record
 
 PIECE_BYTES = 1 << 18
 """Bytes that are copied and sent at once. A larger body is sent in pieces, between which other tasks run."""
@@ -79,6 +79,53 @@ class Request:
     @property
     def size_bytes(self) -> int:
         return sum(map(len, self.body))
+
+
+class Ending(Enum):
+    """How an answer ended that nobody here has read."""
+
+    WHOLE = "whole"
+    CLIENT_LEFT = "client left"
+    LATE = "late"
+    BROKE = "broke"
+    LOST = "lost"
+    """Nobody can tell."""
+
+
+@record(frozen=True, slots=True)
+class Sighting:
+    """What is seen of an answer from outside: the bytes of its body so far, and how it ended; None before its end.
+
+    `cause` says why it did not end well.
+    """
+
+    body_bytes: int
+    ending: Ending | None
+    cause: str = ""
+
+
+class Unseen(Protocol):
+    """An answer of which the rest goes past this process, if `goes_on`."""
+
+    goes_on: bool
+    told_s: float
+    """When something was seen of it last."""
+    on_progress: Callable[[Sighting], None] | None
+    """Called with what is seen before its end, which `next` does not return then."""
+
+    @property
+    def tells(self) -> bool:
+        """True if something is seen of it every second or two while it goes on."""
+
+    @property
+    def is_lost(self) -> bool:
+        """True if more is told of other answers, and nothing of this one for so long that its end must be lost."""
+
+    async def next(self) -> Sighting:
+        """Return the next thing that is seen of it. It may never come."""
+
+    def close(self) -> None:
+        """Wait for nothing more of it."""
 
 
 @dataclass(slots=True)

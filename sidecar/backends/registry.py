@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from sidecar.backends.kind import Kind, ModelKind, Native
 from sidecar.backends.openai.dialect import Dialect
+from sidecar.backends.openai.kind import kind_of_dialect
 from sidecar.config import Config, plugins
 from sidecar.config.backends import Backend as Entry
 from sidecar.config.redis_address import without_users
@@ -27,9 +28,9 @@ T = TypeVar("T")
 
 KINDS = {
     "triton": "sidecar.backends.triton.kind:TRITON",
-    "vllm": "sidecar.backends.openai.vllm:KIND",
-    "trtllm": "sidecar.backends.openai.trtllm:KIND",
-    "sglang": "sidecar.backends.openai.sglang:KIND",
+    "vllm": "sidecar.backends.openai.vllm:DIALECT",
+    "trtllm": "sidecar.backends.openai.trtllm:DIALECT",
+    "sglang": "sidecar.backends.openai.sglang:DIALECT",
 }
 _from_elsewhere: dict[str, Kind] = {}
 """The kinds of other packages' dialects that a configuration has named in this process."""
@@ -74,7 +75,7 @@ def _of_dialect(name: str) -> Kind:
             wrong = f'it has a scheme or its name in common with the kind "{other.name}"; one of them needs another'
     if wrong:
         raise Misused(Reason.CONFIG_INVALID, f'the dialect "{name}": {wrong}')
-    kind: Kind = dialect.kind
+    kind = kind_of_dialect(dialect)
     return replace(
         kind,
         declare=_guarded(name, kind.declare),
@@ -88,7 +89,7 @@ def _known(dialect: Dialect) -> Kind | None:
     for name, kind in _from_elsewhere.items():
         if ":" in name and _dialect(name) is dialect:
             return kind
-    return next((kind for kind in kinds() if kind is dialect.kind), None)
+    return next((kind for kind in kinds() if kind is kind_of_dialect(dialect)), None)
 
 
 def _dialect(name: str) -> Any:
@@ -131,8 +132,8 @@ def _guarded(name: str, function: Callable[..., T]) -> Callable[..., T]:
 
 @cache
 def _ours(name: str, target: str) -> Kind:
-    found: Kind = plugins.imported(f'the backend kind "{name}"', target)
-    return found
+    found: Any = plugins.imported(f'the backend kind "{name}"', target)
+    return kind_of_dialect(found) if isinstance(found, Dialect) else found
 
 
 def models() -> Mapping[str, ModelKind]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Protocol
 
-from sidecar.backends.api import Ending, Sighting, Ticket, Unseen
+from sidecar.backends.api import Ticket
+from sidecar.backends.http_client import Ending, Sighting, Unseen
 from sidecar.core.effects import Dispatch
 from sidecar.core.enums import Fault, Seen
 from sidecar.core.events import Event, FirstToken, RunEnded, RunFailed

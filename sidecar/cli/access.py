@@ -182,7 +182,7 @@ def _by_file(path: Path, request: Any, labels: dict[str, str]) -> Any:
     """Return the answer of a sidecar with this configuration, which knows no adapter."""
     from sidecar.access.checking import Known, principal_asked
     from sidecar.access.checking import check as checked
-    from sidecar.access.deciding import policy_of
+    from sidecar.access.configured import policy_of
     from sidecar.access.principal import Resource, Sort
     from sidecar.access.resources import OWNER
     from sidecar.cli.serving import resolve

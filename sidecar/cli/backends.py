@@ -11,7 +11,8 @@ import typer
 from rich.console import Group
 from rich.text import Text
 
-from sidecar.backends.triton.kind import TRITON, usual_metrics_url
+from sidecar.backends.triton.entry import usual_metrics_url
+from sidecar.backends.triton.kind import TRITON
 from sidecar.cli import completing
 from sidecar.cli.client import Client, connected
 from sidecar.cli.endpoint import (

@@ -44,7 +44,7 @@ def check_config(
     if a check fails.
     """
     from sidecar.access import configured
-    from sidecar.access.deciding import policy_of
+    from sidecar.access.configured import policy_of
     from sidecar.backends.registry import entries_of, full_record
     from sidecar.serve.listening import chat_templates
     from sidecar.serve.served_folders import missing_roots

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from random import getrandbits
+from typing import Any
 
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import Event, ReadableSpan
@@ -19,13 +20,51 @@ from sidecar.telling.endings import message_of, told
 from sidecar.telling.record import PASSED_ON, GivenBack, News, PassedOn, Queued, QueuedAgain, Record, timeline_of
 from sidecar.telling.timeline import AT_AN_ENGINE, Moment, Period
 
-if TYPE_CHECKING:
-    from sidecar.otlp.tracer import Trace
-
 SCOPE = InstrumentationScope("sidecar")
 OK, UNSET = Status(StatusCode.OK), Status(StatusCode.UNSET)
 TOLD_AS_EVENTS = ("heal", "voided", "quarantine", "dropped")
 """News that are events of the wait or the attempt in which they came."""
+
+
+class Trace:
+    """The trace of one request (implements `backends.api.Traced`). Its spans' ids are made when they are asked for."""
+
+    __slots__ = ("_spans", "began_ns", "context", "operation", "parent")
+
+    def __init__(self, context: SpanContext, parent: SpanContext | None, began_ns: int, operation: str) -> None:
+        self.context = context
+        """Of the request's own span."""
+        self.parent = parent
+        """The client's span."""
+        self.began_ns = began_ns
+        self.operation = operation
+        self._spans: dict[int | str, int] = {}
+
+    @property
+    def is_sampled(self) -> bool:
+        return self.context.trace_flags.sampled
+
+    def span(self, key: int | str) -> SpanContext:
+        """Return the context of one of its spans: the same for the same leg, or for the same load."""
+        own, number = self.context, self._spans.get(key)
+        if number is None:
+            number = self._spans[key] = new_span_id()
+        return SpanContext(own.trace_id, number, False, own.trace_flags, own.trace_state)
+
+    def headers(self, leg: int) -> tuple[tuple[str, str], ...]:
+        if not self.is_sampled:
+            return ()
+        sent = self.span(leg)
+        headers = (("traceparent", f"00-{sent.trace_id:032x}-{sent.span_id:016x}-01"),)
+        return (*headers, ("tracestate", sent.trace_state.to_header())) if sent.trace_state else headers
+
+
+def new_trace_id() -> int:
+    return getrandbits(128) or 1
+
+
+def new_span_id() -> int:
+    return getrandbits(64) or 1
 
 
 class Spans:

@@ -7,8 +7,6 @@ always sent, but engines and other replicas hear only of a trace that was sample
 
 from __future__ import annotations
 
-from random import getrandbits
-
 from opentelemetry.sdk.trace.sampling import TraceIdRatioBased
 from opentelemetry.trace import INVALID_SPAN_CONTEXT, SpanContext, TraceFlags, get_current_span
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -17,43 +15,11 @@ from sidecar.access.keys import without_secrets
 from sidecar.backends.api import Ticket
 from sidecar.core.enums import Outcome
 from sidecar.otlp.sending import Sender
+from sidecar.otlp.spans import Trace, new_span_id, new_trace_id
 from sidecar.shell.requests import RequestFacts, TraceOrigin
 from sidecar.telling.record import Record
 
 _propagator = TraceContextTextMapPropagator()
-
-
-class Trace:
-    """The trace of one request (implements `backends.api.Traced`). Its spans' ids are made when they are asked for."""
-
-    __slots__ = ("_spans", "began_ns", "context", "operation", "parent")
-
-    def __init__(self, context: SpanContext, parent: SpanContext | None, began_ns: int, operation: str) -> None:
-        self.context = context
-        """Of the request's own span."""
-        self.parent = parent
-        """The client's span."""
-        self.began_ns = began_ns
-        self.operation = operation
-        self._spans: dict[int | str, int] = {}
-
-    @property
-    def is_sampled(self) -> bool:
-        return self.context.trace_flags.sampled
-
-    def span(self, key: int | str) -> SpanContext:
-        """Return the context of one of its spans: the same for the same leg, or for the same load."""
-        own, number = self.context, self._spans.get(key)
-        if number is None:
-            number = self._spans[key] = _span_id()
-        return SpanContext(own.trace_id, number, False, own.trace_flags, own.trace_state)
-
-    def headers(self, leg: int) -> tuple[tuple[str, str], ...]:
-        if not self.is_sampled:
-            return ()
-        sent = self.span(leg)
-        headers = (("traceparent", f"00-{sent.trace_id:032x}-{sent.span_id:016x}-01"),)
-        return (*headers, ("tracestate", sent.trace_state.to_header())) if sent.trace_state else headers
 
 
 class Tracer:
@@ -66,12 +32,12 @@ class Tracer:
     def begin(self, ticket: Ticket, facts: RequestFacts) -> Trace:
         parent = parent_of(facts.trace)
         if parent is None:
-            trace_id = _trace_id()
+            trace_id = new_trace_id()
             is_sampled = trace_id & TraceIdRatioBased.TRACE_ID_LIMIT < self._bound
             flags, state = TraceFlags(TraceFlags.SAMPLED if is_sampled else TraceFlags.DEFAULT), None
         else:
             trace_id, flags, state = parent.trace_id, parent.trace_flags, parent.trace_state
-        context = SpanContext(trace_id, _span_id(), False, flags, state)
+        context = SpanContext(trace_id, new_span_id(), False, flags, state)
         return Trace(context, parent, facts.trace.began_ns, facts.operation)
 
     def ended(self, record: Record) -> None:
@@ -96,11 +62,3 @@ def is_worth_it(record: Record) -> bool:
         return True
     bound_ns = settle.bound_ns if settle.bound_ns is not None else record.expires_after_ns
     return bound_ns is not None and 2 * settle.queue_ns > bound_ns
-
-
-def _trace_id() -> int:
-    return getrandbits(128) or 1
-
-
-def _span_id() -> int:
-    return getrandbits(64) or 1

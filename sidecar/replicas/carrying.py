@@ -11,8 +11,18 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from http import HTTPStatus
 from typing import Any
 
-from sidecar.backends.api import Carrier, Ending, Sighting, Unseen
-from sidecar.backends.http_client import Answer, NotReached, Request, WireError, chunks_of, joined
+from sidecar.backends.api import Carrier
+from sidecar.backends.http_client import (
+    Answer,
+    Ending,
+    NotReached,
+    Request,
+    Sighting,
+    Unseen,
+    WireError,
+    chunks_of,
+    joined,
+)
 from sidecar.backends.unseen import Sightings
 from sidecar.proto import peers_pb2
 

@@ -12,7 +12,8 @@ from typing import Any
 from google.protobuf.message import DecodeError
 from msgspec import MsgspecError
 
-from sidecar.backends.api import Ending, Sighting, Ticket, Unseen
+from sidecar.backends.api import Ticket
+from sidecar.backends.http_client import Ending, Sighting, Unseen
 from sidecar.backends.openai.events import DONE, END_OF_EVENT, EVENT, prompt_bytes, prompt_tokens
 from sidecar.backends.unseen import QUIET_S, Read
 from sidecar.core import causes

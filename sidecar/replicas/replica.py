@@ -12,7 +12,8 @@ import grpc
 import grpc.aio
 
 from policies.views import BASE, Routing
-from sidecar.backends.api import Sighting, Wear
+from sidecar.backends.api import Wear
+from sidecar.backends.http_client import Sighting
 from sidecar.core import eligibility, promising
 from sidecar.core.effects import Effect
 from sidecar.core.enums import Phase

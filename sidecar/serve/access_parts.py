@@ -15,8 +15,7 @@ from sidecar.access.budgets.book import LimitBook
 from sidecar.access.budgets.budgets import Budgets
 from sidecar.access.budgets.kept import Kept
 from sidecar.access.budgets.meters import Alone, Sharing
-from sidecar.access.configured import classes_of, limited_classes_of, limits_of_nothing
-from sidecar.access.deciding import policy_of
+from sidecar.access.configured import classes_of, limited_classes_of, limits_of_nothing, policy_of
 from sidecar.access.external import ExternalCheck
 from sidecar.access.keys import KeyBook
 from sidecar.access.policy import Roles

@@ -15,7 +15,8 @@ import psutil
 
 from sidecar.access.access import Access
 from sidecar.access.cedar_text import statements_of
-from sidecar.access.deciding import CachedPolicy, policy_of
+from sidecar.access.configured import policy_of
+from sidecar.access.deciding import CachedPolicy
 from sidecar.access.entries import Key
 from sidecar.access.external import ExternalCheck
 from sidecar.access.keys import KeyBook, new_secret

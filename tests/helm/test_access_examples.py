@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from sidecar.access.certificates import principal_of
-from sidecar.access.deciding import policy_of
+from sidecar.access.configured import policy_of
 from sidecar.access.keys_file import KeysFile
 from sidecar.access.principal import Action, Principal, Proof, Resource, Sort
 from sidecar.access.proving import names_in

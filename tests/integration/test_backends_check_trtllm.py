@@ -10,6 +10,7 @@ import pytest
 
 from sidecar.backends.checking import check, names_of
 from sidecar.backends.checks.finding import Finding, State, Target
+from sidecar.backends.openai.kind import kind_of_dialect
 from sidecar.backends.openai.trtllm import DIALECT
 from sidecar.backends.registry import entries_of
 from sidecar.config import parse
@@ -33,7 +34,7 @@ async def look_at(address: str, folder: Path, **keys: Any) -> dict[str, Finding]
         facts=facts_of([entry])["t0"],
         adapters_dir=entry.shared_dir,
         base=base_model_of(entry),
-        **DIALECT.checks().target(entry),
+        **kind_of_dialect(DIALECT).checks().target(entry),
     )
     found = [finding async for finding in check(target)]
     assert [finding.check for finding in found] == names_of("trtllm")

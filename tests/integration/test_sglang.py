@@ -14,6 +14,7 @@ import pytest
 
 from sidecar.backends.checking import check
 from sidecar.backends.checks.finding import Finding, State, Target
+from sidecar.backends.openai.kind import kind_of_dialect
 from sidecar.backends.openai.sglang import DIALECT
 from sidecar.backends.registry import entries_of
 from sidecar.config import parse
@@ -174,7 +175,7 @@ async def looked(engine: SglangServer, folder: Path, files: bool, **keys: Any) -
         facts=facts_of([entry])["s0"],
         adapters_dir=entry.shared_dir,
         base=base_model_of(entry),
-        **DIALECT.checks().target(entry),
+        **kind_of_dialect(DIALECT).checks().target(entry),
     )
     return {finding.check: finding async for finding in check(target)}
 

@@ -1,4 +1,4 @@
-"""A dialect whose backend never ends when its process stops."""
+"""A dialect whose backend never ends when its process stops: all backends of a process that names it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import asyncio
 import threading
 import time
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from sidecar.backends.api import Backend
-from sidecar.backends.kind import Wiring
+from sidecar.backends.openai import registered
 from sidecar.backends.openai.registered import RegisteringBackend
 from sidecar.backends.openai.vllm import MODEL, Vllm, VllmEntry
-from sidecar.core.facts import EngineFacts
 
 DAY_S = 86_400.0
 
@@ -48,8 +46,6 @@ class Endless(Vllm):
     model = replace(MODEL, name="endless", title="endless")
     section = EndlessEntry
 
-    def _connect(self, entry: Any, declared: EngineFacts, wiring: Wiring) -> tuple[Backend, EngineFacts]:
-        return EndlessBackend(self, entry, declared), declared
-
 
 DIALECT = Endless()
+registered.RegisteringBackend = EndlessBackend  # type: ignore[misc]

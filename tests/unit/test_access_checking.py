@@ -15,7 +15,8 @@ pytest.importorskip("cedarpy", reason="needs the extra cedar")
 from sidecar.access.access import Access, Caller
 from sidecar.access.cedar_text import statements_of
 from sidecar.access.checking import HIDDEN, Answer, Known, check, principal_asked, seen_by
-from sidecar.access.deciding import CachedPolicy, policy_of
+from sidecar.access.configured import policy_of
+from sidecar.access.deciding import CachedPolicy
 from sidecar.access.policy import Roles
 from sidecar.access.policy_file import SCHEMA, CedarPolicy
 from sidecar.access.principal import Principal

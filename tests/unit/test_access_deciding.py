@@ -10,8 +10,9 @@ from dataclasses import replace
 import pytest
 
 from sidecar.access import deciding
-from sidecar.access.deciding import CachedPolicy, policy_of
-from sidecar.access.policy import READY
+from sidecar.access.configured import policy_of
+from sidecar.access.deciding import CachedPolicy
+from sidecar.access.policy import READY, Roles
 from sidecar.access.principal import Action, Decision, Principal, Proof, Resource, Sort
 from sidecar.config.access import Policies
 
@@ -139,7 +140,7 @@ async def test_what_decide_denies_is_not_visible(ready: str, seed: int) -> None:
     """1,000 registries at each of 3 sets, changed again and again."""
     rng = random.Random(seed)
     policies = Policies.model_validate({"ready": ready, "roles": {"a": ["viewer"], "group:g": ["operator"]}})
-    cached, plain = policy_of(policies), READY[ready](deciding.Roles(policies.roles), policies.separator)
+    cached, plain = policy_of(policies), READY[ready](Roles(policies.roles), policies.separator)
     names = [f"{tenant}{rest}" for tenant in "abc" for rest in ("", "/x", "/y/z", "b/x")]
     resources: dict[str, Resource] = {}
     for change in range(200):

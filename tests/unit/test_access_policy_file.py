@@ -17,7 +17,8 @@ pytest.importorskip("cedarpy", reason="needs the extra cedar")
 
 
 from sidecar.access import policy_file
-from sidecar.access.deciding import CachedPolicy, policy_of
+from sidecar.access.configured import policy_of
+from sidecar.access.deciding import CachedPolicy
 from sidecar.access.policy_file import FILE_BYTES_MAX, FilePolicy
 from sidecar.access.principal import Action, Principal, Proof, Resource, Sort
 from sidecar.config.access import Policies

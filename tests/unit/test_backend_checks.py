@@ -14,9 +14,10 @@ from tritonclient.grpc import model_config_pb2
 from sidecar.backends.checking import result_of
 from sidecar.backends.checks.finding import Finding, State, Target, failed, ok, skipped, warning
 from sidecar.backends.checks.port import certificate_finding
-from sidecar.backends.triton.checks import STEPS, engine, model
+from sidecar.backends.triton.checks import engine, model
 from sidecar.backends.triton.checks.look import Look
 from sidecar.backends.triton.checks.memory import room
+from sidecar.backends.triton.checks.rows import STEPS
 from sidecar.backends.triton.checks.runs import TEXT_MAX, Answer
 from sidecar.backends.triton.checks.tiny import BYTES_MAX, tiny_adapter
 from sidecar.cli.findings import Report

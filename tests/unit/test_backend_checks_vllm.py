@@ -13,11 +13,11 @@ from sidecar.backends.checking import names_of
 from sidecar.backends.checks.finding import State
 from sidecar.backends.checks.staged import PREFIX, staged
 from sidecar.backends.kind import CheckStep
-from sidecar.backends.openai.checks import CARRYING, REGISTERING
 from sidecar.backends.openai.checks.declared import judged_memory, judged_rank, judged_slots, undeclared
 from sidecar.backends.openai.checks.look import TEXT_MAX, Answered
+from sidecar.backends.openai.checks.rows import CARRYING, REGISTERING
 from sidecar.backends.openai.vllm import DIALECT
-from sidecar.backends.triton.checks import STEPS
+from sidecar.backends.triton.checks.rows import STEPS
 from sidecar.core.facts import Adapter, EngineFacts, Row
 from tests.kit.looking import TINY_BASE
 

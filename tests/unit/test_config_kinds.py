@@ -8,7 +8,7 @@ import pytest
 
 from sidecar.backends.openai.vllm import VllmEntry
 from sidecar.backends.registry import KINDS, entries_of, full_record
-from sidecar.backends.triton.kind import TritonEntry
+from sidecar.backends.triton.entry import TritonEntry
 from sidecar.config import Config, parse
 from sidecar.config.backends import Backend, Engine
 from sidecar.errors import Misused

@@ -26,7 +26,9 @@ PAYLOADS = (
     Payload("m", FORM, True, True, (), Prompt.TEXT, "vllm", {"triton": b"head", "trtllm": FORM}),
 )
 FACTS = (
-    RequestFacts("sql@v8", "acme", "batch", 7, 9, 0.0, "s", 10, ("gpu-1",), 3, (8, 9), False, True, True, waited_ns=5),
+    RequestFacts(
+        "sql@v8", "acme", "batch", 7, 9, 0.0, "s", 10, ("gpu-1",), 3, (8, 9), False, True, "chat", waited_ns=5
+    ),
     RequestFacts("", deadline_s=inf, output_tokens_max=COUNT_MAX + 1, versions=()),
 )
 SETTLES = (

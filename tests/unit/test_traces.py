@@ -27,8 +27,8 @@ from sidecar.core.events import ClientLeft
 from sidecar.otlp import sending
 from sidecar.otlp import spans as spans_module
 from sidecar.otlp.sending import Sender
-from sidecar.otlp.spans import Spans
-from sidecar.otlp.tracer import Trace, Tracer, parent_of
+from sidecar.otlp.spans import Spans, Trace
+from sidecar.otlp.tracer import Tracer, parent_of
 from sidecar.shell.chronicle import Chronicle, story
 from sidecar.shell.requests import RequestFacts, TraceOrigin
 from tests.kit.corekit import MS, SECOND, World

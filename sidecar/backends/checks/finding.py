@@ -10,8 +10,10 @@ from sidecar.adapters.base_model import BaseModel
 from sidecar.adapters.staging import AdaptersDir
 from sidecar.core.facts import Adapter, EngineFacts
 
-RUN_S, LOAD_S = 15.0, 30.0
-"""Time limits of a request of one token, and of a load."""
+LOOK_S, RUN_S, LOAD_S = 15.0, 15.0, 30.0
+"""Time limits of one small check, of a request of one token, and of a load."""
+SPARE_S = 10.0
+"""Time limit of a check on top of the requests that it waits for."""
 BUSY_FIX = "check again when the engine is less busy"
 
 

@@ -22,6 +22,7 @@ from sidecar.backends.http_client import NotReached, TimedOut, WireError
 from sidecar.backends.openai.backend import OpenAiBackend, content_name
 from sidecar.backends.openai.dialect import Dialect, Found, Measures
 from sidecar.backends.openai.naming import InBody, Lora
+from sidecar.backends.openai.probe import prober_of
 from sidecar.core.effects import Dispatch, Load
 from sidecar.core.enums import Fault
 from sidecar.core.facts import EngineFacts
@@ -79,7 +80,7 @@ class CarryingBackend(OpenAiBackend):
 
         With LoRA switched off it answers as the base model and says nothing.
         """
-        prober = None if self._is_proven else self._dialect.prober(self._server, self._entry, self._patience_s)
+        prober = None if self._is_proven else prober_of(self._dialect, self._server, self._entry, self._patience_s)
         if prober is None:
             return
         try:

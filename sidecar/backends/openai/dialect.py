@@ -9,27 +9,21 @@ A dialect is a value: `kind: package.module:DIALECT` in a configuration takes on
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from sidecar.backends.api import Backend, Weights
+from sidecar.backends.api import Weights
 from sidecar.backends.checks.finding import Finding, ok
 from sidecar.backends.faults import Wrote, nobody_wrote
 from sidecar.backends.http_client import Reply
-from sidecar.backends.kind import Checks, Kind, ModelKind, Wiring, with_kind
+from sidecar.backends.kind import ModelKind
 from sidecar.backends.openai.events import message_of
 from sidecar.backends.openai.server import OpenAiServer, Served, epoch_header
 from sidecar.config.backends import Backend as Entry
 from sidecar.core.enums import Fault
 from sidecar.core.facts import EngineFacts
-
-if TYPE_CHECKING:
-    from sidecar.backends.openai.fitting import Fitting
-    from sidecar.backends.openai.probe import Prober
-
 
 SIZES_FIX = "base_model: {name: …, config: the folder of the model}"
 
@@ -246,9 +240,9 @@ class Dialect:
         reply = await self.unload(server, name, timeout_s)
         return reply.status in (HTTPStatus.OK, HTTPStatus.NOT_FOUND)  # not found: it is gone already
 
-    def fitting(self, server: OpenAiServer, entry: Any) -> Fitting | None:
-        """Return what finds out by trial whether an adapter fits; None if nothing has to be tried."""
-        return None
+    def tries_fit(self, entry: Any) -> bool:
+        """Return True if it has to be found out by trial whether an adapter fits (`fitting.py`)."""
+        return False
 
     def flag(self, key: str) -> str:
         """Return the server's flag for a fact of the configuration's `engine` section."""
@@ -262,24 +256,7 @@ class Dialect:
         """Return how such a fact is set, at the engine and here."""
         return f"{self.at_engine(key, value)}, and config.yaml: engine: {{{key}: {value}}}"
 
-    # Carrying.
-
-    def prober(self, server: OpenAiServer, entry: Any, patience_s: float) -> Prober | None:
-        """Return what finds out whether the engine computes with adapters at all; None if it cannot be found out."""
-        return None
-
     # The configuration.
-
-    def checks(self) -> Checks:
-        """Return the checks of a live server."""
-        from sidecar.backends.openai.checks import CARRYING, REGISTERING
-        from sidecar.backends.openai.checks.look import looks
-
-        return Checks(CARRYING if self.carries else REGISTERING, looks(self), self._target)
-
-    def _target(self, entry: Any) -> dict[str, Any]:
-        found = {key: getattr(entry, key) for key in ("api_key_file", "old_versions") if hasattr(entry, key)}
-        return found | {"own": entry}
 
     def declare(self, entry: Any, declared: EngineFacts) -> EngineFacts:
         """Return the declared facts with those that follow from the rest of the entry."""
@@ -288,32 +265,3 @@ class Dialect:
     def notes(self, entry: Any, declared: EngineFacts) -> Iterator[str]:
         """Yield what `config check` says of an entry: what it needs and lacks."""
         return iter(())
-
-    @cached_property
-    def kind(self) -> Kind:
-        """The kind of backend whose servers speak this dialect."""
-        return Kind(
-            self.model.name,
-            self.section,
-            (self.model,),
-            connect=self._connect,
-            declare=self._declare,
-            checks=self.checks,
-            notes=self.notes,
-            unchecked=self._unchecked if self.sizes_unknown else None,
-        )
-
-    def _declare(self, entry: Any, declared: EngineFacts, all_of_kind: Sequence[Any]) -> EngineFacts:
-        facts = with_kind(declared, self.model)
-        return self.declare(entry, replace(facts, base_only=facts.reads_files and entry.adapters_dir is None))
-
-    def _unchecked(self, backends: Sequence[str]) -> str:
-        return f"{', '.join(backends)}: {self.sizes_unknown}; backends[].{SIZES_FIX}"
-
-    def _connect(self, entry: Any, declared: EngineFacts, wiring: Wiring) -> tuple[Backend, EngineFacts]:
-        from sidecar.backends.openai.carried import CarryingBackend
-        from sidecar.backends.openai.registered import RegisteringBackend
-
-        if self.carries:
-            return CarryingBackend(self, entry, declared, wiring.owner), declared
-        return RegisteringBackend(self, entry, declared), declared

@@ -14,7 +14,7 @@ from functools import partial
 from http import HTTPStatus
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
@@ -29,9 +29,6 @@ from sidecar.backends.openai.naming import Lora
 from sidecar.backends.openai.server import OpenAiServer
 from sidecar.core.facts import task_id_of
 from sidecar.errors import SidecarError
-
-if TYPE_CHECKING:
-    from sidecar.backends.openai.trtllm import LoraConfig
 
 PROMPTS = (tuple(range(3, 11)), (5, 3, 8, 4), (9, 9, 9))
 TOKENS = 6
@@ -56,7 +53,7 @@ class Prober:
         server: OpenAiServer,
         shared: AdaptersDir,
         base: BaseModel,
-        lora_config: LoraConfig,
+        lora_config: Any,
         patience_s: float,
     ) -> None:
         self._dialect = dialect
@@ -121,6 +118,17 @@ class Prober:
             f"it fell silent when an adapter of rank {self._rank} of {', '.join(modules)} was tried "
             f"({type(error).__name__}); compare its max_lora_rank and modules with this entry's lora_config"
         )
+
+
+def prober_of(dialect: Dialect, server: OpenAiServer, entry: Any, patience_s: float) -> Prober | None:
+    """Return what finds out whether the engine of a `TrtllmEntry` computes with adapters at all.
+
+    None if it cannot be found out: no folder is shared with it, or its model or its adapters' sizes are not declared.
+    """
+    base = entry.base()
+    if entry.shared_dir is None or entry.lora_config is None or base is None:
+        return None
+    return Prober(dialect, server, entry.shared_dir, base, entry.lora_config, patience_s)
 
 
 def survives_bad_adapters(version: str) -> bool:

@@ -17,6 +17,7 @@ from sidecar.backends.api import UNTOLD, HttpForm, LoadResult, Weights
 from sidecar.backends.http_client import Reply, TimedOut, WireError
 from sidecar.backends.openai.backend import OpenAiBackend, version_name
 from sidecar.backends.openai.dialect import Dialect, Found, Measures
+from sidecar.backends.openai.fitting import Fitting
 from sidecar.backends.openai.naming import AsModel
 from sidecar.backends.openai.run import OpenAiRun
 from sidecar.core.effects import Dispatch, Load
@@ -37,7 +38,10 @@ class RegisteringBackend(OpenAiBackend):
 
     def __init__(self, dialect: Dialect, entry: Any, declared: EngineFacts) -> None:
         super().__init__(dialect, entry, declared)
-        self._fitting = dialect.fitting(self._server, entry)
+        self._fitting: Fitting | None = None
+        """None if nothing has to be tried."""
+        if dialect.tries_fit(entry):
+            self._fitting = Fitting(dialect, self._server, entry.shared_dir, entry.load_timeout_s)
         self._registered: dict[str, str] = {}
         """The engine's name of each packed key that is registered there."""
         self._users: Counter[str] = Counter()

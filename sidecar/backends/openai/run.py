@@ -8,9 +8,9 @@ from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
 
-from sidecar.backends.api import HttpRejection, Reply, Ticket, Unseen
+from sidecar.backends.api import HttpRejection, Reply, Ticket
 from sidecar.backends.faults import Wrote
-from sidecar.backends.http_client import JSON, Answer, HttpClient, ProxyTimedOut, WireError
+from sidecar.backends.http_client import JSON, Answer, HttpClient, ProxyTimedOut, Unseen, WireError
 from sidecar.backends.openai.events import (
     DONE,
     END_OF_EVENT,

@@ -439,4 +439,3 @@ def _whole(value: Any) -> int | None:
 
 
 DIALECT = Sglang()
-KIND = DIALECT.kind

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -31,9 +31,6 @@ from sidecar.config.restart import Restart
 from sidecar.config.section import Section
 from sidecar.core.enums import Fault
 from sidecar.core.facts import EngineFacts
-
-if TYPE_CHECKING:
-    from sidecar.backends.openai.probe import Prober
 
 OWNER = "tensorrt_llm"
 LORA = "lora_request"
@@ -402,14 +399,6 @@ class Trtllm(Dialect):
             return f"config.yaml: engine: {{seats: {value}}}"
         return f"lora_config: {{{self.options[key]}: {value}}}   (in trtllm-serve's file and in config.yaml)"
 
-    def prober(self, server: OpenAiServer, entry: TrtllmEntry, patience_s: float) -> Prober | None:
-        from sidecar.backends.openai.probe import Prober
-
-        base = entry.base()
-        if entry.shared_dir is None or entry.lora_config is None or base is None:
-            return None
-        return Prober(self, server, entry.shared_dir, base, entry.lora_config, patience_s)
-
     def declare(self, entry: TrtllmEntry, declared: EngineFacts) -> EngineFacts:
         facts = replace(declared, unloads="nothing")
         lora, base = entry.lora_config, entry.base()
@@ -456,4 +445,3 @@ def _whole(value: Any) -> int | None:
 
 
 DIALECT = Trtllm()
-KIND = DIALECT.kind

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -27,9 +27,6 @@ from sidecar.config.backends import Backend as Entry
 from sidecar.core.enums import Fault
 from sidecar.core.facts import EngineFacts
 from sidecar.errors import Misused, Reason
-
-if TYPE_CHECKING:
-    from sidecar.backends.openai.fitting import Fitting
 
 OLDEST = (0, 32)
 """In older versions a load under traffic could serve another adapter's weights (vllm#47724)."""
@@ -260,15 +257,11 @@ class Vllm(Dialect):
             reply = await self.unload(server, name, timeout_s)
         return reply.status in (HTTPStatus.OK, HTTPStatus.NOT_FOUND)
 
-    def fitting(self, server: OpenAiServer, entry: VllmEntry) -> Fitting | None:
+    def tries_fit(self, entry: VllmEntry) -> bool:
         """Adapters are tried where the model's sizes are not known, or a model's parts have two names."""
-        from sidecar.backends.openai.fitting import Fitting
-
-        named, shared_dir = None if entry.base_model is None else entry.base_model.config, entry.shared_dir
+        named = None if entry.base_model is None else entry.base_model.config
         is_known = named is not None and not read_base_model(Path(named).expanduser()).is_multimodal
-        if shared_dir is None or is_known:
-            return None
-        return Fitting(self, server, shared_dir, entry.load_timeout_s)
+        return entry.shared_dir is not None and not is_known
 
     def notes(self, entry: VllmEntry, declared: EngineFacts) -> Iterator[str]:
         from sidecar.backends.openai.checks.declared import undeclared
@@ -330,4 +323,3 @@ def tells_of_death(text: str, wrote: Wrote = nobody_wrote) -> bool:
 
 
 DIALECT = Vllm()
-KIND = DIALECT.kind

@@ -30,7 +30,7 @@ from sidecar.backends.endpoint import Endpoint
 from sidecar.backends.kind import Wiring
 from sidecar.backends.triton.counting import Counter
 from sidecar.backends.triton.dialects import LlmApi
-from sidecar.backends.triton.kind import TritonEntry
+from sidecar.backends.triton.entry import TritonEntry
 from sidecar.backends.triton.loads import Target
 from sidecar.backends.triton.probe import answer_of, is_late
 from sidecar.backends.triton.server import CHANGED, Server

@@ -13,8 +13,8 @@ from sidecar.backends.faults import classify
 from sidecar.backends.pulse import Pulse
 from sidecar.backends.triton.counting import Tells
 from sidecar.backends.triton.dialects import Dialect, TensorRtLlm, dialect_of
+from sidecar.backends.triton.entry import GRPC_PORT, TritonEntry
 from sidecar.backends.triton.gauges import Gauges, Scraper
-from sidecar.backends.triton.kind import GRPC_PORT, TritonEntry
 from sidecar.backends.triton.probe import Probe
 from sidecar.backends.triton.transport import Transport
 from sidecar.core.enums import Fault

@@ -15,8 +15,8 @@ import grpc
 import grpc.aio
 
 from sidecar.backends import faults, wire
-from sidecar.backends.api import UNTOLD, WEIGHTS_ID, Reply, Ticket, Unseen
-from sidecar.backends.http_client import Answer, ProxyTimedOut, Request, WireError
+from sidecar.backends.api import UNTOLD, WEIGHTS_ID, Reply, Ticket
+from sidecar.backends.http_client import Answer, ProxyTimedOut, Request, Unseen, WireError
 from sidecar.backends.quoting import wrote_in
 from sidecar.backends.triton.counting import Counter
 from sidecar.backends.triton.dialects import Dialect

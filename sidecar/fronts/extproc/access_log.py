@@ -6,7 +6,7 @@ from collections.abc import Callable
 from math import inf
 from time import monotonic
 
-from sidecar.backends.api import Ending, Sighting
+from sidecar.backends.http_client import Ending, Sighting
 from sidecar.backends.unseen import Sightings
 from sidecar.fronts.extproc.replies import EXCHANGE, OURS, REPLICA
 from sidecar.proto import envoy_pb2 as envoy

@@ -13,7 +13,7 @@ import pytest
 from tritonclient.grpc import service_pb2
 
 from sidecar.backends import wire
-from sidecar.backends.api import Ending
+from sidecar.backends.http_client import Ending
 from sidecar.backends.triton.framing import messages_of
 from sidecar.core.effects import Heal, Settle
 from sidecar.core.events import RunEnded

@@ -12,6 +12,7 @@ from sidecar.backends.checks.staged import FOLDER_FIX
 from sidecar.backends.openai.checks.declared import judged_rank
 from sidecar.backends.openai.checks.look import Look
 from sidecar.backends.openai.dialect import Measures
+from sidecar.backends.openai.probe import prober_of
 from sidecar.backends.openai.trtllm import DIALECT, LoraConfig
 from sidecar.core.facts import Adapter
 
@@ -37,7 +38,7 @@ async def lora(look: Look) -> Finding:
 
 async def adapter(look: Look) -> Finding:
     """Check that the engine computes with an adapter: one that must change its answers."""
-    prober = look.dialect.prober(look.server, look.entry, PROBE_S)
+    prober = prober_of(look.dialect, look.server, look.entry, PROBE_S)
     if prober is None:
         return skipped("not tried: no folder is named that both see, or the base model's files are not named")
     if not prober.modules:

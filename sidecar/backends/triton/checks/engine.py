@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from sidecar.adapters.modules import MODULE_IDS
 from sidecar.backends.checks.finding import Finding, Target, failed, ok, warning
 from sidecar.backends.engine_facts import from_llmapi_config, from_model_config, merge
 from sidecar.backends.triton.checks.look import Look
 from sidecar.backends.triton.checks.model import kind_of
+from sidecar.backends.triton.checks.tiny import rows_of
 from sidecar.backends.triton.dialects import TRITON_LLMAPI
-from sidecar.core.facts import DTYPE_BYTES, Adapter, EngineFacts, PageShape, Row, pages_of
+from sidecar.core.facts import DTYPE_BYTES, Adapter, EngineFacts, PageShape, pages_of
 
 DECLARE = "config.yaml: engine: {config: /path/to/the/engine's/config.json}   (or --engine-config)"
 ADAPTERS_WANTED = 2
@@ -130,9 +130,3 @@ def _larger(facts: EngineFacts, page: PageShape, pages: int) -> list[str]:
 def pages_of_rank(facts: EngineFacts, rank: int) -> int:
     """Return the pages of an adapter of this rank on all modules and layers."""
     return pages_of(tuple(rows_of(facts, rank, range(facts.layers or 0))), facts)
-
-
-def rows_of(facts: EngineFacts, rank: int, layers: range | list[int]) -> list[Row]:
-    """Return the rows of an adapter on all the engine's modules, layer by layer."""
-    modules = sorted((facts.modules or {}).items(), key=lambda module: MODULE_IDS[module[0]])
-    return [Row(name, MODULE_IDS[name], layer, rank, *io) for layer in layers for name, io in modules]

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grpc.aio
 from tritonclient.grpc import service_pb2_grpc
 
 from sidecar.backends.checks.finding import Target
 from sidecar.backends.credentials import open_channel
+from sidecar.backends.triton.checks.tiny import TinyAdapter
 from sidecar.backends.triton.gauges import Gauges
 from sidecar.core.facts import EngineFacts
-
-if TYPE_CHECKING:
-    from sidecar.backends.triton.checks.tiny import TinyAdapter
 
 
 @dataclass

@@ -12,7 +12,7 @@ from itertools import chain
 
 import numpy as np
 
-from sidecar.backends.triton.checks.engine import rows_of
+from sidecar.adapters.modules import MODULE_IDS
 from sidecar.core.facts import EngineFacts, Row, task_id_of
 
 RANK = 8
@@ -50,6 +50,12 @@ def tiny_adapter(facts: EngineFacts) -> TinyAdapter | None:
         if _elements(rows) * np.dtype(_A_BITS[facts.dtype][0]).itemsize <= BYTES_MAX:
             return _pack(rows, facts.dtype)
     return _pack([min(rows, key=lambda row: row.in_dim + row.out_dim)], facts.dtype)
+
+
+def rows_of(facts: EngineFacts, rank: int, layers: range | list[int]) -> list[Row]:
+    """Return the rows of an adapter on all the engine's modules, layer by layer."""
+    modules = sorted((facts.modules or {}).items(), key=lambda module: MODULE_IDS[module[0]])
+    return [Row(name, MODULE_IDS[name], layer, rank, *io) for layer in layers for name, io in modules]
 
 
 def _elements(rows: list[Row]) -> int:
