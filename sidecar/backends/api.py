@@ -120,7 +120,9 @@ class Payload:
         return not form.streams if isinstance(form, HttpForm) else self.unary or self.whole is not None
 
     def head_for(self, kind: str) -> Form:
-        """Return the request for one of its kinds of model."""
+        """Return the request for one of its kinds of model. Raises ValueError for another one."""
+        if kind != self.kind and kind not in self.forms:
+            raise ValueError(f"it is not written for a model of the kind {kind}, whose ModelKind may lack an asking")
         return self.head if kind == self.kind else self.forms[kind]
 
 

@@ -27,6 +27,7 @@ import grpc.aio
 from sidecar.backends.api import UNTOLD, LoadResult, Signs, Ticket, Wear, Weights
 from sidecar.backends.pulse import Pulse
 from sidecar.backends.unseen import Follower
+from sidecar.config.plugins import told
 from sidecar.core.effects import Dispatch, Load
 from sidecar.core.enums import Cache, Fault
 from sidecar.core.events import (
@@ -288,10 +289,17 @@ class Endpoint(ABC):
             _release(weights)
             return  # the core is about to hear of the loss, which ends this run too
         self._quiet_ends()
-        run = self._runs[effect.request, effect.attempt] = self._begin(effect, ticket)
+        key = effect.request, effect.attempt
+        try:
+            run = self._runs[key] = self._begin(effect, ticket)
+        except Exception:  # another package's dialect may fail in it, and must not end the process
+            logger.exception("run %s.%s on %s could not begin", *key, self.id)
+            self._post(RunFailed(*key, Fault.REJECTED, "the sidecar failed to send it; its log says why", 0))
+            _release(weights)
+            return
         self._is_used.set()
         if ticket.is_whole:
-            self._whole.add((effect.request, effect.attempt))
+            self._whole.add(key)
         task = self._tasks.spawn(self._run(run, ticket.client_id, weights))
         if weights is not None:
             task.add_done_callback(lambda _: _release(weights))
@@ -474,7 +482,7 @@ class Endpoint(ABC):
                 if not self._up or not self._is_late(error) or late_s > self._patience_s:
                     self._down(self._silence(error))
             except Exception as error:
-                trouble = f"the sidecar failed to look at it: {error}"
+                trouble = f"the sidecar failed to look at it: {told(error)}"
                 if trouble != self._trouble:
                     logger.exception("looking at %s failed", self.id)
                 self._down(trouble)

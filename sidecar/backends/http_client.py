@@ -164,7 +164,7 @@ class Reply:
 
     @property
     def is_ok(self) -> bool:
-        return self.status == HTTPStatus.OK
+        return HTTPStatus.OK <= self.status < HTTPStatus.MULTIPLE_CHOICES
 
     @property
     def text(self) -> str:

@@ -99,6 +99,8 @@ def _dialect(name: str) -> Any:
 
 def _unusable(dialect: Any) -> str:
     """Return why a value cannot be a dialect; "" if it can."""
+    if isinstance(dialect, type) and issubclass(dialect, Dialect):
+        return f"it is a class; name a value, DIALECT = {dialect.__name__}()"
     if not isinstance(dialect, Dialect):
         return "it is not a sidecar.backends.openai.dialect.Dialect"
     missing = [name for name in ("model", "section", "start") if not hasattr(dialect, name)]
@@ -109,6 +111,8 @@ def _unusable(dialect: Any) -> str:
         return "its section is not a subclass of config.backends.Backend"
     if next(iter(section.SCHEMES), "") != dialect.model.name:
         return f"the first of {section.__name__}.SCHEMES must be the name of its model ({dialect.model.name!r})"
+    if not (dialect.carries or dialect.model.reads_files) and type(dialect).send is Dialect.send:
+        return "its model does not say reads_files=True, and it has no send(): no adapter can get to its servers"
     if dialect.carries and "lora_config" not in section.model_fields:
         return "it carries adapters, so its section must be a subclass of TrtllmEntry"
     return ""
@@ -262,7 +266,8 @@ def _kind_of_entry(record: Mapping[str, Any]) -> Kind | None:
         if scheme in kind.section.SCHEMES:
             return kind
     if url:
-        raise ValueError(f".url: it must be of the form {urls()} (it is {without_users(url)!r:.80})")
+        others = "for another package's dialect, name it: kind: package.module:DIALECT"
+        raise ValueError(f".url: it must be of the form {urls()} (it is {without_users(url)!r:.80}); {others}")
     if record.get("discover") is not None:
         raise ValueError(f": discover needs a kind: {' or '.join(KINDS)}")
     return None

@@ -97,7 +97,9 @@ def imported(what: str, target: str) -> Any:
     try:
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise Misused(Reason.CONFIG_INVALID, f'{what} cannot be loaded from "{target}": {error}') from error
+        is_unknown = isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]
+        hint = "; install its package, or put the folder that has it into PYTHONPATH" if is_unknown else ""
+        raise Misused(Reason.CONFIG_INVALID, f'{what} cannot be loaded from "{target}": {error}{hint}') from error
     except (Exception, SystemExit) as error:
         raise Misused(Reason.CONFIG_INVALID, f'{what} cannot be loaded from "{target}": {told(error)}') from error
 

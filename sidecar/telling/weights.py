@@ -45,7 +45,7 @@ def _words(placed: Placed) -> str:
         Fate.ABSENT: "not resident" if placed.tier is None else "not held",
         Fate.GONE: goes,
         Fate.IN_USE: f"in use: {goes} as soon as its users are done",
-        Fate.NOT_UNLOADED: "resident; TensorRT-LLM has no unload: it stays until the engine evicts it",
+        Fate.NOT_UNLOADED: "resident; its engine has no unload: it stays until the engine evicts it",
         Fate.SHARED: f"kept for {', '.join(placed.names)}",
         Fate.HELD: "loading from the host store",
         Fate.RESIDENT: "resident already",

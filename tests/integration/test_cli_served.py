@@ -63,7 +63,7 @@ async def test_an_adapters_life(served: Served, tmp_path: Path) -> None:
     assert "no unload" in (await served.cli("adapters", "evict", "sql")).out
     forgotten, _, places = (await served.cli("adapters", "unregister", "sql")).out.partition("\n")
     assert forgotten == "sql is forgotten"
-    assert re.search(r"^trt-0 +resident; TensorRT-LLM has no unload", places, re.M)
+    assert re.search(r"^trt-0 +resident; its engine has no unload", places, re.M)
     assert "no adapter is registered" in (await served.cli("adapters", "list")).out
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import grpc.aio
 import httpx
@@ -18,7 +20,9 @@ from sidecar.core.effects import Heal
 from sidecar.proto import admin_pb2
 from tests.integration.test_backends_check_cli import sidecar
 from tests.integration.test_backends_check_vllm_cli import TINY
+from tests.kit import quill as quill_dialect
 from tests.kit.fake_quill import BASE, FakeQuill, ids_of, running_quill, words_of
+from tests.kit.quill import Quill
 from tests.kit.serving import Serving, serving, until, write_adapters
 
 
@@ -72,6 +76,76 @@ async def test_each_name_is_answered_by_its_adapter(tmp_path: Path) -> None:
     assert quill.authorized == []
     models = {call["model"] for path, call in quill.calls if path.startswith("/v1/")}
     assert {model.partition("@")[0] for model in models} == {BASE, *(f"{BASE}+{name}" for name in names)}
+
+
+@pytest.mark.parametrize("style", ["compact", "spaced", "crlf"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_events_however_a_server_writes_them(
+    style: Literal["compact", "spaced", "crlf"], path: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With spaces in their JSON, or lines that end as in HTTP: each has its tokens, and no begun answer is repeated."""
+    caplog.set_level(logging.INFO, "sidecar.requests")
+    (name,) = write_adapters(tmp_path / "adapters", 1)
+    words = words_of(tmp_path / "adapters" / name)
+    body = {"model": name, "prompt": "a", "messages": [{"role": "user", "content": "a"}], "max_tokens": 8}
+    del body["messages" if path == "/v1/completions" else "prompt"]
+    async with running_quill() as quill, fronted(quill, tmp_path) as served:
+        quill.style = style
+        async with httpx.AsyncClient(base_url=f"http://{served.sidecar.http_address}", trust_env=False) as http:
+            whole = (await http.post(path, json=body | {"stream": True})).text
+            quill.dies_in_streams = True
+            begun = (await http.post(path, json=body | {"stream": True})).text
+            await until(lambda: sum("request ended" in line for line in caplog.messages) == 2)
+    assert _text_in(whole) == words
+    assert (_text_in(begun), "error" in begun) == (words[0], True)
+    counts = [f"output_tokens={count} " for count in (len(words), 1)]
+    ended = [line for line in caplog.messages if "request ended" in line]
+    assert [count in line for count, line in zip(counts, ended, strict=True)] == [True, True], ended
+
+
+def _text_in(stream: str) -> str:
+    """Return the text of a stream's events."""
+    events = [line.removeprefix("data:").strip() for line in stream.splitlines() if line.startswith("data:")]
+    choices = [choice for event in events if event != "[DONE]" for choice in json.loads(event).get("choices", [])]
+    return "".join(choice.get("text") or choice.get("delta", {}).get("content", "") for choice in choices)
+
+
+async def test_a_dialect_that_fails_ends_a_request_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code runs in the sidecar's own process."""
+    (name,) = write_adapters(tmp_path / "adapters", 1)
+
+    def model_name(self: Quill, base: str, name: str) -> str:
+        raise KeyError(name)
+
+    monkeypatch.setattr(Quill, "model_name", model_name)
+    async with running_quill() as quill, fronted(quill, tmp_path) as served:
+        async with httpx.AsyncClient(base_url=f"http://{served.sidecar.http_address}", trust_env=False) as http:
+            answer = await http.post("/v1/completions", json={"model": name, "prompt": "a"})
+        assert (answer.status_code, "the sidecar failed" in answer.text) == (500, True), answer.text
+        assert (await completed(served, BASE))["choices"][0]["text"] == words_of(None)
+
+
+async def test_a_path_that_the_server_lacks_is_not_tried(tmp_path: Path) -> None:
+    (name,) = write_adapters(tmp_path / "adapters", 1)
+    async with running_quill() as quill, fronted(quill, tmp_path) as served:
+        async with httpx.AsyncClient(base_url=f"http://{served.sidecar.http_address}", trust_env=False) as http:
+            answer = await http.post("/v1/embeddings", json={"model": name, "input": "a"})
+        assert (answer.status_code, "does not have this path" in answer.text) == (501, True), answer.text
+        assert not quill.loaded
+
+
+async def test_a_dialect_whose_model_has_no_asking_can_be_asked_nothing_by_us(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command says so; its clients are answered."""
+    (name,) = write_adapters(tmp_path / "adapters", 1)
+    monkeypatch.setattr(Quill, "model", replace(Quill.model, asking=None))
+    monkeypatch.setattr(quill_dialect, "DIALECT", Quill())
+    async with running_quill() as quill, fronted(quill, tmp_path) as served:
+        verified = [step async for step in served.adapters.Verify(admin_pb2.VerifyRequest(name=name))]
+        failed = [step.check.sentence for step in verified if step.check.result == "failed"]
+        assert any("the sidecar failed to send it; its log says why" in sentence for sentence in failed), verified
+        assert (await completed(served, name))["choices"][0]["text"] == words_of(tmp_path / "adapters" / name)
 
 
 async def test_an_eviction_unloads(tmp_path: Path) -> None:

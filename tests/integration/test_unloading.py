@@ -19,7 +19,7 @@ from tests.kit.vllm_emulated import running_vllm
 
 KEEPS = "vLLM keeps its weights in memory until it evicts them (vllm#54839)"
 LATER = "in use: unloaded as soon as its users are done"
-NO_UNLOAD = "resident; TensorRT-LLM has no unload: it stays until the engine evicts it"
+NO_UNLOAD = "resident; its engine has no unload: it stays until the engine evicts it"
 TOLD = {
     "triton": {"idle": NO_UNLOAD, "in use": NO_UNLOAD},
     "llmapi": {"idle": NO_UNLOAD, "in use": NO_UNLOAD},

@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from aiohttp import web
 
@@ -35,6 +35,8 @@ class FakeQuill:
         self.authorized: list[str] = []
         self.steps = 0
         self.is_dead = False
+        self.dies_in_streams = False
+        self.style: Literal["compact", "spaced", "crlf"] = "compact"
         self.address = ""
         self._runner: web.AppRunner | None = None
 
@@ -87,12 +89,12 @@ class FakeQuill:
         if record["id"] in self.loaded:
             return _error(409, "adapter exists")
         self.loaded[record["id"]] = record["source"]
-        return _json({"state": "ready"})
+        return _json({"state": "ready"}, 201)
 
     async def _remove(self, request: web.Request) -> web.Response:
         record = await self._read(request)
         known = self.loaded.pop(record["id"], None)
-        return _error(404, f"no adapter called {record['id']}") if known is None else _json({})
+        return _error(404, f"no adapter called {record['id']}") if known is None else web.Response(status=204)
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = await self._read(request)
@@ -114,10 +116,20 @@ class FakeQuill:
         for letter in words:
             said = {"delta": {"content": letter}} if is_chat else {"text": letter}
             choice = {"index": 0} | said | {"finish_reason": None, "token_ids": ids_of(letter)}
-            event = {"id": "q", "model": body["model"], "choices": [choice]}
-            await answer.write(b"data: " + _compact(event) + b"\n\n")
-        await answer.write(b"data: [DONE]\n\n")
+            await answer.write(self._event({"id": "q", "model": body["model"], "choices": [choice]}))
+            if self.dies_in_streams:
+                assert request.transport is not None
+                request.transport.abort()
+                return answer
+        await answer.write(self._event(None))
         return answer
+
+    def _event(self, record: Any) -> bytes:
+        """Return an event, or the end of a stream, in the server's style: compact, spaced, or with carriage returns."""
+        line = {"compact": b"data: ", "spaced": b"data: ", "crlf": b"data:"}[self.style]
+        dumped = _compact(record) if self.style == "compact" else json.dumps(record).encode()
+        end = b"\r\n\r\n" if self.style == "crlf" else b"\n\n"
+        return line + (b"[DONE]" if record is None else dumped) + end
 
 
 def _compact(record: Any) -> bytes:

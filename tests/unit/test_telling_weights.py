@@ -21,7 +21,7 @@ WORDS = {
     Placed(Fate.IN_USE, Tier.DISK): "in use: deleted as soon as its users are done",
     Placed(Fate.IN_USE, backend="b0"): "in use: unloaded as soon as its users are done",
     Placed(Fate.NOT_UNLOADED, backend="b0"): (
-        "resident; TensorRT-LLM has no unload: it stays until the engine evicts it"
+        "resident; its engine has no unload: it stays until the engine evicts it"
     ),
     Placed(Fate.SHARED, Tier.MEMORY, names=("sql", "chef")): "kept for sql, chef",
     Placed(Fate.HELD, backend="b0"): "loading from the host store",

@@ -156,8 +156,8 @@ class Dialect:
 
     async def identify(self, server: OpenAiServer, entry: Any) -> Found:
         """Find out who answers, and what it serves. Raises Misused if it cannot be used."""
-        version = await self.recognise(server)
-        return Found(await self.served(server), str(version))
+        version = str(await self.recognise(server))
+        return Found(await self.served(server), version, paths=await server.paths(), unloads="name")
 
     async def served(self, server: OpenAiServer) -> Served:
         """Return the base model and the registered adapters. Raises Misused if they cannot be told."""
@@ -238,7 +238,7 @@ class Dialect:
     async def forget(self, server: OpenAiServer, name: str, path: str, timeout_s: float) -> bool:
         """Make the server forget an adapter that it has from `path`; return False if it keeps the name."""
         reply = await self.unload(server, name, timeout_s)
-        return reply.status in (HTTPStatus.OK, HTTPStatus.NOT_FOUND)  # not found: it is gone already
+        return reply.is_ok or reply.status == HTTPStatus.NOT_FOUND  # not found: it is gone already
 
     def tries_fit(self, entry: Any) -> bool:
         """Return True if it has to be found out by trial whether an adapter fits (`fitting.py`)."""

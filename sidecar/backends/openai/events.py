@@ -32,6 +32,10 @@ _index = re.compile(rb'"choices":\[\{"index":(\d+)').search
 _completion = re.compile(rb'"completion_tokens"\s*:\s*(\d+)').search
 _prompt = re.compile(rb'"prompt_tokens"\s*:\s*(\d+)').search
 _usages = re.compile(rb'"usage"\s*:\s*\{').finditer
+# Some servers write spaces between the parts of their JSON, or none after the colon of "data:".
+_choices = re.compile(rb'"choices"\s*:\s*\[\s*\{').search
+_error = re.compile(rb'data:\s*\{\s*"error"').match
+_is_final = re.compile(rb"data:\s*\[DONE\]").match
 NAME = b"event: "
 
 
@@ -49,7 +53,7 @@ class NamedEvents:
         self._grammar = grammar
 
     def is_error(self, event: bytes) -> bool:
-        return event.startswith(ERROR) or name_of(event) in self._grammar.errors
+        return _is_error(event) or name_of(event) in self._grammar.errors
 
     def is_final(self, event: bytes) -> bool:
         return name_of(event) in self._grammar.finals
@@ -65,7 +69,12 @@ def name_of(event: bytes) -> bytes:
 
 
 def split(come: bytes) -> tuple[list[bytes], bytes]:
-    """Return the whole events in what has come of a stream, without the empty line after each, and the rest."""
+    """Return the whole events in what has come of a stream, without the empty line after each, and the rest.
+
+    A line may end with a line feed, or with a carriage return before it, which is left out.
+    """
+    if b"\r" in come:
+        come = come.replace(b"\r\n", b"\n")
     *events, rest = come.split(END_OF_EVENT)
     return [event for event in events if event], rest
 
@@ -84,14 +93,17 @@ class ChoiceEvents:
         self._by_choice: dict[bytes, int] = {}
 
     def is_error(self, event: bytes) -> bool:
-        return event.startswith(ERROR)
+        return _is_error(event)
 
     def is_final(self, event: bytes) -> bool:
-        return event.startswith(DONE)
+        return _is_final(event) is not None
 
     def tokens(self, event: bytes) -> int | None:
         """Return how many tokens an event has; None if it has no choice."""
         choice = event.find(CHOICES)
+        if choice < 0 and _choices(event) is not None:
+            event = _without_spaces(event)
+            choice = event.find(CHOICES)
         if choice < 0:
             return None
         begin = event.find(IDS, choice)
@@ -116,6 +128,18 @@ class ChoiceEvents:
         before = self._by_choice.get(choice[1], 0)
         self._by_choice[choice[1]] = total
         return max(0, total - before)
+
+
+def _is_error(event: bytes) -> bool:
+    return event.startswith(ERROR) or _error(event) is not None
+
+
+def _without_spaces(event: bytes) -> bytes:
+    """Return an event as most servers write it; as it is if it is not JSON."""
+    try:
+        return EVENT + json.dumps(record_of(event), ensure_ascii=False, separators=(",", ":")).encode()
+    except ValueError:
+        return event
 
 
 def reader_of(grammar: Grammar) -> NamedEvents | ChoiceEvents:

@@ -7,7 +7,6 @@ import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
-from http import HTTPStatus
 from time import monotonic
 from typing import Any
 
@@ -33,12 +32,9 @@ class Answered:
     status: int
     text: str
     took_s: float
+    is_ok: bool = False
     has_error: bool = True
     """True if an error has the form of the API's; a missing route answers in another form."""
-
-    @property
-    def is_ok(self) -> bool:
-        return self.status == HTTPStatus.OK
 
     @property
     def line(self) -> str:
@@ -87,17 +83,17 @@ class Look:
         """Its section of the configuration."""
         return self.target.own
 
-    async def answered(self, calling: Any) -> Answered:
+    async def answered(self, calling: Any, is_done: Callable[[Reply], bool] = lambda reply: reply.is_ok) -> Answered:
         """Return what a call for a `Reply` is answered, and how long that took. Raises WireError if it is not."""
         began = monotonic()
         reply: Reply = await calling
         took_s = monotonic() - began
-        if reply.is_ok:
-            return Answered(reply.status, "", took_s)
-        return Answered(reply.status, self.dialect.refusal(reply), took_s, _has_error(reply.body))
+        if is_done(reply):
+            return Answered(reply.status, "", took_s, is_ok=True)
+        return Answered(reply.status, self.dialect.refusal(reply), took_s, has_error=_has_error(reply.body))
 
     async def load(self, name: str, path: str, timeout_s: float) -> Answered:
-        return await self.answered(self.dialect.load(self.server, name, path, timeout_s))
+        return await self.answered(self.dialect.load(self.server, name, path, timeout_s), self.dialect.is_loaded)
 
     async def answer(self, model: str, timeout_s: float) -> Answered:
         """Make the engine answer one token. Raises WireError if it does not answer."""

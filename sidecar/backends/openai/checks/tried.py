@@ -71,7 +71,7 @@ async def _sent(look: Look) -> Finding:
         weights = ZeroWeights(file, look.facts.modules, rank)
         sending = look.dialect.send(look.server, look.name, weights, look.found, look.facts, LOAD_S)
         try:
-            return await _loaded_and_answered(look, "sent", look.answered(sending))
+            return await _loaded_and_answered(look, "sent", look.answered(sending, look.dialect.is_loaded))
         finally:
             with suppress(WireError):
                 await look.dialect.forget(look.server, look.name, "", UNLOAD_S)
