@@ -240,6 +240,9 @@ class HttpClient:
         """Send a record as JSON."""
         return await self._whole("POST", path, {**JSON, **(headers or {})}, json.dumps(record).encode(), timeout_s)
 
+    async def delete(self, path: str, timeout_s: float, headers: Mapping[str, str] | None = None) -> Reply:
+        return await self._whole("DELETE", path, headers or {}, None, timeout_s)
+
     async def post_pieces(
         self, path: str, pieces: Iterator[bytes], size_bytes: int, headers: Mapping[str, str], timeout_s: float
     ) -> Reply:

@@ -32,6 +32,7 @@ class FakeQuill:
     def __init__(self) -> None:
         self.loaded: dict[str, str] = {}
         self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.removals: list[str] = []
         self.authorized: list[str] = []
         self.steps = 0
         self.is_dead = False
@@ -48,7 +49,7 @@ class FakeQuill:
                 web.get("/quill/live", self._live),
                 web.get("/quill/load", self._load_of),
                 web.post("/quill/adapters", self._add),
-                web.post("/quill/adapters/remove", self._remove),
+                web.delete("/quill/adapters/{name}", self._remove),
                 web.post("/v1/completions", self._complete),
                 web.post("/v1/chat/completions", self._complete),
             ]
@@ -92,9 +93,10 @@ class FakeQuill:
         return _json({"state": "ready"}, 201)
 
     async def _remove(self, request: web.Request) -> web.Response:
-        record = await self._read(request)
-        known = self.loaded.pop(record["id"], None)
-        return _error(404, f"no adapter called {record['id']}") if known is None else web.Response(status=204)
+        name = request.match_info["name"]
+        self.removals.append(name)
+        known = self.loaded.pop(name, None)
+        return _error(404, f"no adapter called {name}") if known is None else web.Response(status=204)
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = await self._read(request)

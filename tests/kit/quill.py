@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from http import HTTPStatus
 from typing import Any, ClassVar
+from urllib.parse import quote
 
 from sidecar.backends.http_client import Reply, WireError
 from sidecar.backends.openai import vllm
@@ -27,7 +28,7 @@ class Quill(Dialect):
     model = replace(vllm.MODEL, name="quill", title="Quill", why_not_client=lambda path, members: ("", ""))
     section = QuillEntry
     start = "quill serve …"
-    load_path, unload_path, health_path, models_path = "/quill/adapters", "/quill/adapters/remove", "/quill/live", ""
+    load_path, health_path, models_path = "/quill/adapters", "/quill/live", ""
 
     async def _info(self, server: OpenAiServer) -> dict[str, Any]:
         record = await server.record("/quill/info")
@@ -61,7 +62,7 @@ class Quill(Dialect):
         return await server.client.post(self.load_path, {"id": name, "source": path}, timeout_s, epoch_header(epoch))
 
     async def unload(self, server: OpenAiServer, name: str, timeout_s: float) -> Reply:
-        return await server.client.post(self.unload_path, {"id": name}, timeout_s)
+        return await server.client.delete(f"{self.load_path}/{quote(name)}", timeout_s)
 
     def is_loaded(self, reply: Reply) -> bool:
         return reply.is_ok or reply.status == HTTPStatus.CONFLICT

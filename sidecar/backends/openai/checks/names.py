@@ -10,6 +10,7 @@ from sidecar.adapters.staging import AdaptersDir
 from sidecar.backends.checks.finding import Finding, Target, failed, ok
 from sidecar.backends.checks.staged import can_be_made, is_forgotten
 from sidecar.backends.openai.checks.look import CHECK_NAME, Answered, Look, log_fix
+from sidecar.backends.openai.dialect import Dialect
 from sidecar.backends.openai.vllm import NOT_ENABLED
 
 LOAD_NOTHING_S = 10.0
@@ -119,7 +120,9 @@ def _without_files(target: Target, adapters: dict[str, str]) -> tuple[str, ...]:
 
 
 def unload_line(look: Look, name: str) -> str:
-    """Return the command that makes the engine forget a name."""
+    """Return the command that makes the engine forget a name, or where to look for one of the server's own."""
+    if type(look.dialect).unload is not Dialect.unload:
+        return f"unload {name} by {look.title}'s own call"
     key = "" if look.target.api_key_file is None else f' -H "Authorization: Bearer $(cat {look.target.api_key_file})"'
     json = '-H "Content-Type: application/json"' + f""" -d '{{"lora_name": "{name}"}}'"""
     return f"curl {look.server.client.url}{look.dialect.unload_path}{key} {json}"
