@@ -243,8 +243,8 @@ class Intake:
     def _look(self) -> None:
         self._looking = None
         began_s = monotonic()
-        if any(source.base is None for source in self._moving):
-            self._find()
+        if any(source.base is None and source.wire is not None for source in self._moving):
+            self._find()  # HTTP bodies are counted as they come: to list the descriptors for them would be in vain
         for source in list(self._moving):
             self._settle(source)
             if not source.arriving:
