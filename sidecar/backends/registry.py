@@ -6,6 +6,7 @@ as `kind: package.module:DIALECT`.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache
@@ -106,6 +107,10 @@ def _unusable(dialect: Any) -> str:
     missing = [name for name in ("model", "section", "start") if not hasattr(dialect, name)]
     if missing:
         return f"it has no {' and no '.join(missing)}"
+    known = {name for name in dir(Dialect) if not name.startswith("_")} | {"model", "section", "start"}
+    for name in sorted({name for name in dir(dialect) if not name.startswith("_")} - known):
+        if near := difflib.get_close_matches(name, known, n=1, cutoff=0.85):
+            return f'it has "{name}", which no dialect has: did you mean "{near[0]}"?'
     section = dialect.section
     if not (isinstance(section, type) and issubclass(section, Entry)):
         return "its section is not a subclass of config.backends.Backend"

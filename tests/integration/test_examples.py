@@ -63,6 +63,15 @@ class Fails(Quill):
         raise KeyError("boom")
 
 
+class Misspelt(Quill):
+    count_steps = False
+
+
+class LoadsNothing(Quill):
+    model = replace(Quill.model, reads_files=False)
+
+
+MISSPELT, LOADS_NOTHING = Misspelt(), LoadsNothing()
 TAKES_A_SCHEME, TAKES_A_MODEL, CARRIES, FAILS = TakesScheme(), TakesModel(), Carries(), Fails()
 LACKS_ALL = Dialect()
 
@@ -213,7 +222,10 @@ async def test_a_dialect_is_one_file_and_no_line_of_ours(tmp_path: Path, monkeyp
         ("tests.integration.test_examples:LACKS_ALL", "it has no model and no section and no start"),
         ("tests.integration.test_examples:CARRIES", "must be a subclass of TrtllmEntry"),
         ("tests.integration.test_examples:FAILS", "has failed in declare: KeyError: 'boom', at "),
-        ("no_such_package:DIALECT", "cannot be loaded"),
+        ("tests.integration.test_examples:MISSPELT", 'did you mean "counts_steps"?'),
+        ("tests.integration.test_examples:LOADS_NOTHING", "no adapter can get to its servers"),
+        ("tests.kit.quill:Quill", "it is a class; name a value, DIALECT = Quill()"),
+        ("no_such_package:DIALECT", "put the folder that has it into PYTHONPATH"),
         ("acme", 'there is no kind of backend "acme"; there are triton, vllm, trtllm'),
     ],
 )
