@@ -15,18 +15,9 @@ from sidecar.backends.triton.entry import usual_metrics_url
 from sidecar.backends.triton.kind import TRITON
 from sidecar.cli import completing
 from sidecar.cli.client import Client, connected
-from sidecar.cli.endpoint import (
-    ADMIN_DEFAULT,
-    ADMIN_VARIABLE,
-    CA_VARIABLE,
-    ENGINES,
-    PANEL,
-    TOKEN_FILE_VARIABLE,
-    AllowCleartext,
-    Endpoint,
-    admin_command,
-)
+from sidecar.cli.endpoint import ENGINES, PANEL, AllowCleartext, admin_command
 from sidecar.cli.exits import CommandError, Exit, say
+from sidecar.cli.listener import ADMIN_DEFAULT, ADMIN_VARIABLE, CA_VARIABLE, TOKEN_FILE_VARIABLE, Endpoint
 from sidecar.cli.show import AsJson, bad, console, duration, facts, print_json, table, titled
 from sidecar.proto import admin_pb2 as pb
 

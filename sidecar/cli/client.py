@@ -12,8 +12,8 @@ import grpc
 from google.protobuf.message import Message
 
 from sidecar.cli import credentials
-from sidecar.cli.endpoint import ADMIN_DEFAULT, SERVER_DEFAULT, Endpoint
 from sidecar.cli.exits import CommandError, Exit, harmless
+from sidecar.cli.listener import ADMIN_DEFAULT, SERVER_DEFAULT, Endpoint
 from sidecar.errors import Reason
 from sidecar.proto import admin_pb2, admin_pb2_grpc, gateway_pb2_grpc
 
@@ -107,13 +107,19 @@ def _channel(endpoint: Endpoint) -> grpc.Channel:
     return grpc.secure_channel(endpoint.address, credentials, options)
 
 
+def _renewed(credential: credentials.Credential, address: str) -> credentials.Credential:
+    from sidecar.cli.device_flow import renewed  # of few commands, and slow to import
+
+    return renewed(credential, address)
+
+
 def _metadata(endpoint: Endpoint, secret: str | None) -> tuple[tuple[str, str], ...]:
     """Return the credential to send: the given one, that of the token file, or that of `sidecar login`."""
     what = "your login's credential"
     if secret is None and endpoint.token_file is not None:
         secret, what = _token_in(endpoint.token_file), f"the token in {endpoint.token_file}"
     if secret is None:
-        secret = credentials.secret_for(endpoint.address)
+        secret = credentials.secret_for(endpoint.address, _renewed)
     if secret is None:
         return ()
     if not (endpoint.speaks_tls or endpoint.allow_cleartext or _is_local(endpoint.address)):

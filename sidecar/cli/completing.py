@@ -14,8 +14,8 @@ import typer
 
 from sidecar.cli.client import Client, connected
 from sidecar.cli.commands import imported
-from sidecar.cli.endpoint import Endpoint
 from sidecar.cli.exits import CommandError
+from sidecar.cli.listener import Endpoint
 from sidecar.proto import admin_pb2 as pb
 
 ANSWER_TIMEOUT_S = 1.0

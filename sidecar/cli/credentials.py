@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -44,8 +44,10 @@ def secret_in(text: str, where: str) -> str:
     return secret
 
 
-def secret_for(address: str) -> str | None:
+def secret_for(address: str, renew: Callable[[Credential, str], Credential]) -> str | None:
     """Return the secret to send to an address, a renewed one if it is a token that ends; None without a login.
+
+    `renew` is `device_flow.renewed`.
 
     Raises CommandError if the login has ended.
     """
@@ -55,9 +57,7 @@ def secret_for(address: str) -> str | None:
     with _locked():  # an issuer may take a refresh token once only: two commands must not both send it
         found = _read().get(address)
         if found is not None and _ends(found):
-            from sidecar.cli.device_flow import renewed
-
-            found = renewed(found, address)
+            found = renew(found, address)
             _write(_read() | {address: found})
     return None if found is None else found.secret
 

@@ -17,8 +17,9 @@ from sidecar.cli import completing
 from sidecar.cli.awaiting import reason_of, until_begun
 from sidecar.cli.client import Client
 from sidecar.cli.durations import positive_seconds_in
-from sidecar.cli.endpoint import ADMIN_DEFAULT, ADMIN_VARIABLE, PANEL, data_command
+from sidecar.cli.endpoint import PANEL, data_command
 from sidecar.cli.exits import CommandError, Exit, harmless, say
+from sidecar.cli.listener import ADMIN_DEFAULT, ADMIN_VARIABLE
 from sidecar.cli.show import AsJson, console, count, duration, facts, print_json, record_of
 from sidecar.proto import gateway_pb2 as pb
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sidecar.cli.durations import seconds_in
-from sidecar.cli.endpoint import CA_VARIABLE, PANEL
+from sidecar.cli.endpoint import PANEL
 from sidecar.cli.exits import CommandError, Exit, harmless
+from sidecar.cli.listener import CA_VARIABLE
 from sidecar.cli.serving import resolve
 from sidecar.cli.show import WHICH, AsJson, JournalPolicies, bar, count, print_json, size
 from sidecar.errors import Misused, Reason

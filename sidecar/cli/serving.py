@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sidecar.cli.endpoint import CLIENT_VARIABLES, ENGINES
+from sidecar.cli.endpoint import ENGINES
 from sidecar.cli.exits import Exit
+from sidecar.cli.listener import CLIENT_VARIABLES
 from sidecar.cli.show import count
 from sidecar.errors import Misused, Reason
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from sidecar.cli import run
-from sidecar.cli.endpoint import ADMIN_VARIABLE, TOKEN_FILE_VARIABLE
+from sidecar.cli.listener import ADMIN_VARIABLE, TOKEN_FILE_VARIABLE
 from tests.kit.cli_runs import runner
 from tests.kit.cli_served import serve_here
 from tests.kit.forked import ROOT, python

@@ -170,7 +170,9 @@ async def test_a_token_is_renewed_before_it_ends(provider: Provider, clock: Cloc
     ]
 
     async def secrets() -> list[str | None]:
-        return await asyncio.gather(*(asyncio.to_thread(credentials.secret_for, "a:1") for _ in range(8)))
+        return await asyncio.gather(
+            *(asyncio.to_thread(credentials.secret_for, "a:1", device_flow.renewed) for _ in range(8))
+        )
 
     assert await secrets() == ["new"] * 8
     assert [form["refresh_token"] for form in provider.forms] == ["first"]
@@ -178,7 +180,7 @@ async def test_a_token_is_renewed_before_it_ends(provider: Provider, clock: Cloc
     assert await secrets() == ["newer"] * 8
     clock.now += 100
     with pytest.raises(CommandError, match="log in again: sidecar login --admin a:1 --issuer https://localhost:"):
-        await asyncio.to_thread(credentials.secret_for, "a:1")
+        await asyncio.to_thread(credentials.secret_for, "a:1", device_flow.renewed)
     assert [form["refresh_token"] for form in provider.forms] == ["first", "second", "second"]
     assert provider.forms[-1]["grant_type"] == "refresh_token"
     left = await asyncio.to_thread(lambda: {file.name for file in home.iterdir()})
@@ -191,16 +193,16 @@ def test_the_file_is_the_user_s_own(home: Path) -> None:
     credentials.keep("b:1", Credential("two"))
     file = home / "credentials.json"
     assert (file.stat().st_mode & 0o777, home.stat().st_mode & 0o777) == (0o600, 0o700)
-    assert [credentials.secret_for(each) for each in ("a:1", "b:1", "c:1")] == ["one", "two", None]
+    assert [credentials.secret_for(each, device_flow.renewed) for each in ("a:1", "b:1", "c:1")] == ["one", "two", None]
     assert "one" not in repr(Credential("one", refresh_token="one"))
     file.chmod(0o640)
     with pytest.raises(CommandError, match="others can read it"):
-        credentials.secret_for("a:1")
+        credentials.secret_for("a:1", device_flow.renewed)
     file.chmod(0o600)
     for damaged in ("{", "[]", '{"a:1": {"secret": "x", "newer": 1}}', '{"a:1": 7}'):
         file.write_text(damaged)
         with pytest.raises(CommandError, match="damaged or of a newer release"):
-            credentials.secret_for("a:1")
+            credentials.secret_for("a:1", device_flow.renewed)
 
 
 # The commands, against a sidecar that wants a credential.

@@ -11,8 +11,6 @@ ROOT = Path(__file__).parents[2]
 STILL = {
     frozenset({"sidecar.core.state", "sidecar.core.whereabouts"}),
     frozenset({"sidecar.fronts.kserve.infer", "sidecar.fronts.kserve.stream"}),
-    frozenset({"sidecar.cli.credentials", "sidecar.cli.device_flow"}),
-    frozenset({"sidecar.cli.client", "sidecar.cli.endpoint"}),
 }
 """The pairs that are left."""
 
